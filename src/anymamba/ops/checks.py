@@ -1,0 +1,70 @@
+"""Checks that the operators share: each raises an error that names what, got and wanted."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], words: str) -> None:
+    """Raise ValueError unless the tensor has this shape; None stands for any size."""
+    fits = tensor.ndim == len(shape) and all(
+        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+        raise ValueError(f"{name} must be {words} = {wanted}, got {tuple(tensor.shape)}")
+
+
+def require_floating(name: str, tensor: Tensor, *, allow_complex: bool = False) -> None:
+    """Raise TypeError unless the tensor holds floating-point (or, where allowed, complex) numbers."""
+    if not (tensor.is_floating_point() or (allow_complex and tensor.is_complex())):
+        kinds = "floating point or complex" if allow_complex else "floating point"
+        raise TypeError(f"{name} must be {kinds}, got {tensor.dtype}")
+
+
+def require_same_device(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors lie on one device."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op} wants its tensors on one device, got {places}")
+
+
+def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    """How many sequences, and so states, there are: the rows, or what cu_seqlens packs into one row.
+
+    Raises TypeError or ValueError when cu_seqlens is not an int32 vector or the batch is not one.
+    """
+    if cu_seqlens is None:
+        return batch
+    if cu_seqlens.dtype not in INTEGERS:
+        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}; use cu_seqlens.int()")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must be a vector of n + 1 borders, got shape {tuple(cu_seqlens.shape)}")
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens packs sequences along the length of one row, got batch {batch}; "
+            "flatten (batch, length) to (1, batch * length) and shift the borders"
+        )
+    return cu_seqlens.numel() - 1
+
+
+def require_borders(cu_seqlens: Tensor | None, length: int) -> None:
+    """Raise ValueError unless the borders rise from 0 to length. It reads values, so it runs inside the op."""
+    if cu_seqlens is None:
+        return
+    borders = cu_seqlens.long().cpu()
+    if borders[0] != 0 or borders[-1] != length or bool((borders[1:] < borders[:-1]).any()):
+        shown = borders.tolist() if borders.numel() <= 8 else [*borders[:4].tolist(), "...", *borders[-3:].tolist()]
+        raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {shown}")
+
+
+TensorT = TypeVar("TensorT", Tensor, None, Tensor | None)
+
+
+def resolved(tensor: TensorT) -> TensorT:
+    """The tensor without lazy conjugation or negation, which kernels do not see."""
+    return None if tensor is None else tensor.resolve_conj().resolve_neg()

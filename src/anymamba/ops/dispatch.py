@@ -1,0 +1,98 @@
+"""Which backend runs: one rule, one report, and counters of what ran.
+
+The rule: the first backend of ORDER that serves the device. A named backend that cannot serve raises and says why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from anymamba.kernels import native
+from anymamba.kernels.causal_conv1d import portable as conv_portable
+from anymamba.kernels.causal_conv1d import reference as conv_reference
+from anymamba.kernels.selective_scan import portable as scan_portable
+from anymamba.kernels.selective_scan import reference as scan_reference
+
+ORDER = ("cpu", "triton", "portable", "reference")
+
+KERNELS: dict[str, dict[str, ModuleType]] = {
+    "selective_scan": {"portable": scan_portable, "reference": scan_reference},
+    "causal_conv1d": {"portable": conv_portable, "reference": conv_reference},
+}
+
+_NO_NATIVE = native.reason()  # asked once, so that torch.compile can trace `resolve`
+
+calls: Counter[tuple[str, str, str]] = Counter()
+"""How often (op, backend, pass) ran; pass is "forward", "backward" or "step"."""
+
+
+class BackendStatus(NamedTuple):
+    """One line of the report."""
+
+    op: str
+    backend: str
+    device: str
+    available: bool
+    chosen: bool
+    reason: str
+    """Why it is not available, or what it is."""
+
+
+def resolve(op: str, device_type: str, backend: str | None) -> str:
+    """The name of the backend that serves an op on a device.
+
+    Args:
+        op: a key of KERNELS.
+        device_type: `tensor.device.type`.
+        backend: a name to insist on, or None for the best there is.
+    Raises ValueError for an unknown name, RuntimeError for a backend that cannot serve, both saying what can.
+    """
+    if backend is None:
+        for name in ORDER:
+            if unavailable(op, name, device_type) is None:
+                return name
+    if backend not in ORDER:
+        raise ValueError(f"unknown backend {backend!r} for {op}; there are {', '.join(ORDER)}")
+    why = unavailable(op, backend, device_type)
+    if why is not None:
+        usable = ", ".join(name for name in ORDER if unavailable(op, name, device_type) is None)
+        raise RuntimeError(
+            f"backend {backend!r} cannot serve {op} on {device_type}: {why}; leave backend=None or take one of {usable}"
+        )
+    return backend
+
+
+def unavailable(op: str, backend: str, device_type: str) -> str | None:
+    """Why a backend cannot serve an op on a device; None where it can."""
+    if backend in KERNELS[op]:
+        return None
+    if backend == "cpu":
+        return _NO_NATIVE if device_type == "cpu" else "it serves tensors on the CPU"
+    return "this version has no Triton kernels" if device_type == "cuda" else "it serves tensors on a GPU"
+
+
+def kernel(op: str, backend: str) -> ModuleType:
+    """The module of a backend that `resolve` has named."""
+    return KERNELS[op][backend]
+
+
+def report(device_type: str | None = None) -> list[BackendStatus]:
+    """For each op and backend whether it runs on a device (default: the best device there is) and why not."""
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    what = {
+        "portable": "plain PyTorch, chunked",
+        "reference": "a loop over time: slow, the oracle of the tests",
+    }
+    lines = []
+    for op in KERNELS:
+        chosen = resolve(op, device_type, None)
+        for backend in ORDER:
+            why = unavailable(op, backend, device_type)
+            reason = what.get(backend, "") if why is None else why
+            lines.append(BackendStatus(op, backend, device_type, why is None, backend == chosen, reason))
+    return lines
