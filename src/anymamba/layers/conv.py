@@ -1,0 +1,41 @@
+"""The short causal convolution as a layer."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anymamba.ops.causal_conv1d import ConvOutput, causal_conv1d, causal_conv1d_step
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution followed by SiLU; each channel has its own filter."""
+
+    def __init__(self, d_inner: int, width: int, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_inner, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(d_inner, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default for a depthwise convolution: uniform on ±width^-0.5, the weight drawn first."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length d_inner"],
+        state: Float[Tensor, "n_sequences width_minus_1 d_inner"] | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> ConvOutput:
+        """The convolved sequence and the last width - 1 inputs of each sequence."""
+        return causal_conv1d(x, self.weight, self.bias, activation="silu", initial_state=state, cu_seqlens=cu_seqlens)
+
+    def step(
+        self, x: Float[Tensor, "batch d_inner"], state: Float[Tensor, "batch width_minus_1 d_inner"]
+    ) -> tuple[Tensor, Tensor]:
+        """One token and the new state."""
+        return causal_conv1d_step(state, x, self.weight, self.bias, activation="silu")

@@ -1,0 +1,57 @@
+"""Norms, computed in float32 or wider whatever their weights are."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, returned in the weight's dtype."""
+
+    def __init__(self, size: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+        return y.to(self.weight.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, returned in the weight's dtype."""
+
+    def __init__(self, size: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return y.to(self.weight.dtype)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def build_norm(name: str, size: int, eps: float, device=None, dtype=None) -> RMSNorm | LayerNorm:
+    """A norm by name.
+
+    Raises ValueError for a name that does not exist.
+    """
+    if name not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")
+    return NORMS[name](size, eps, device=device, dtype=dtype)

@@ -1,0 +1,75 @@
+"""State of recurrent layers: NamedTuples of tensors whose first dimension is the batch, and what one does with them.
+
+A state goes in and comes out of every layer; nothing is remembered on a module. Every function here works on any nest
+of (named) tuples of tensors, so that a model's state is handled like a layer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+StateT = TypeVar("StateT")
+
+
+class MambaState(NamedTuple):
+    """State of a Mamba layer; its size does not depend on how many tokens it has seen."""
+
+    conv: Float[Tensor, "batch d_conv_minus_1 d_inner"]
+    """The last d_conv - 1 inputs of the short convolution, oldest first."""
+    ssm: Float[Tensor, "batch d_inner d_state"]
+    """h, in float32 or wider; complex for a complex A."""
+
+
+def map_state(fn: Callable[..., Any], state: StateT, *others: StateT) -> StateT:
+    """Apply fn to every tensor of a state (and the same places of other states)."""
+    if isinstance(state, Tensor):
+        return fn(state, *others)
+    if not isinstance(state, tuple):
+        raise TypeError(f"a state is a nest of tuples of tensors, got {type(state).__name__} inside it")
+    parts = [map_state(fn, *entries) for entries in zip(state, *others, strict=True)]
+    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+
+
+def state_tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of a state, in order."""
+    if isinstance(state, Tensor):
+        yield state
+    else:
+        for entry in state:
+            yield from state_tensors(entry)
+
+
+def select_rows(state: StateT, index: Int[Tensor, " rows"]) -> StateT:
+    """Rows of a state by index: reorder (beam search), repeat (fork) or drop them."""
+    return map_state(lambda t: t.index_select(0, index), state)
+
+
+def concatenate_rows(states: Sequence[StateT]) -> StateT:
+    """Join states of the same model along the batch."""
+    if not states:
+        raise ValueError("concatenate_rows needs at least one state, got none")
+    return map_state(lambda *tensors: torch.cat(tensors), *states)
+
+
+def where_rows(mask: Bool[Tensor, " batch"], chosen: StateT, other: StateT) -> StateT:
+    """Row by row: `chosen` where mask is true, `other` elsewhere."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return map_state(pick, chosen, other)
+
+
+def detach_state(state: StateT) -> StateT:
+    """The same values without their history, for truncated back-propagation."""
+    return map_state(Tensor.detach, state)
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes that the tensors of a state hold."""
+    return sum(t.numel() * t.element_size() for t in state_tensors(state))

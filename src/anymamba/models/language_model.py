@@ -1,0 +1,282 @@
+"""A language model: embedding, pre-norm residual blocks, norm, head. The state is a value that goes in and comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anymamba.layers.mamba import Mamba, SSMParameters
+from anymamba.layers.norm import build_norm
+from anymamba.layers.state import MambaState
+from anymamba.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from anymamba.data.tokenizer import Tokenizer
+
+LOSS_CHUNK_ELEMENTS = 1 << 23  # logits held at once by the loss: 32 MiB in float32
+
+
+class LanguageModelState(NamedTuple):
+    """State of all blocks; its size does not depend on how many tokens it has seen."""
+
+    layers: tuple[MambaState, ...]
+
+
+class LanguageModelOutput(NamedTuple):
+    """What `forward` and `step` return."""
+
+    logits: Float[Tensor, "batch ... padded_vocab"]
+    """Columns of vocab_size and above are padding that sampling must never emit."""
+    state: LanguageModelState
+
+
+class LossOutput(NamedTuple):
+    """What `loss` returns."""
+
+    loss: Float[Tensor, ""]
+    """Sum over counted labels of -log p, in nats."""
+    n_tokens: Int[Tensor, ""]
+    """Counted labels."""
+    state: LanguageModelState
+
+
+def _build_mamba(config: ModelConfig, device: Any, dtype: Any) -> nn.Module:
+    options = {f.name: getattr(config.mamba, f.name) for f in dataclasses.fields(config.mamba)}
+    return Mamba(config.d_model, **options, device=device, dtype=dtype)
+
+
+MIXERS: dict[str, Callable[[ModelConfig, Any, Any], nn.Module]] = {"mamba": _build_mamba}
+"""Builders of the mixers that a config may name."""
+
+
+class Block(nn.Module):
+    """residual + mixer(norm(residual)); the residual stays in float32 where the config says so."""
+
+    def __init__(self, config: ModelConfig, mixer: str, device=None, dtype=None) -> None:
+        super().__init__()
+        if mixer not in MIXERS:
+            raise ValueError(f"unknown mixer {mixer!r} in mixers; there are {', '.join(MIXERS)}")
+        self.norm = build_norm(config.norm, config.d_model, config.norm_eps, device=device, dtype=dtype)
+        self.mixer: Any = MIXERS[mixer](config, device, dtype)
+
+    def forward(
+        self,
+        residual: Float[Tensor, "batch length d_model"],
+        state: MambaState | None,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Float[Tensor, "batch length d_model"], MambaState]:
+        y, state = self.mixer(self.norm(residual), state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        return residual + y, state
+
+    def step(
+        self, residual: Float[Tensor, "batch d_model"], state: MambaState
+    ) -> tuple[Float[Tensor, "batch d_model"], MambaState]:
+        y, state = self.mixer.step(self.norm(residual), state)
+        return residual + y, state
+
+
+class LanguageModel(nn.Module):
+    """A causal language model over token ids.
+
+    Args:
+        config: sizes and options.
+        device: where the parameters live; "meta" makes them without memory, `reset_parameters` fills them later.
+        dtype: of the weights; A_log, D and the step's bias stay float32 or wider.
+    """
+
+    def __init__(self, config: ModelConfig, device=None, dtype=None) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        """Recompute the activations of each block in backward instead of keeping them."""
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **like)
+        self.blocks: Any = nn.ModuleList(Block(config, mixer, **like) for mixer in config.layer_mixers)
+        self.norm = build_norm(config.norm, config.d_model, config.norm_eps, **like)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False, **like)
+        )
+        self._init_language_model()
+
+    @torch.no_grad()
+    def _init_language_model(self) -> None:
+        """What a model changes of its layers' own initialisation.
+
+        The embedding is N(0, 0.02), biases of projections are 0, and the output projections are drawn anew and divided
+        by sqrt(n_layers), so that the residual's variance does not grow with depth (one addition per block).
+        """
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for name, weight in self.named_parameters():
+            if name.endswith("out_proj.weight"):
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                weight.div_(math.sqrt(self.config.n_layers))
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew; after `to_empty` it completes a model made on the meta device."""
+        self.embedding.reset_parameters()
+        for block in self.blocks:
+            block.norm.reset_parameters()
+            block.mixer.reset_parameters()
+        self.norm.reset_parameters()
+        if self.head is not None:
+            self.head.reset_parameters()
+        self._init_language_model()
+
+    # --------------------------------------------------------------------------------------------- running
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> LanguageModelState:
+        """The state before the first token of each of `batch` sequences."""
+        return LanguageModelState(tuple(block.mixer.init_state(batch, dtype) for block in self.blocks))
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        state: LanguageModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
+        """The normed output of the last block, and the state."""
+        _require_ids(input_ids, 2, "(batch, length)")
+        residual = self._residual(self.embedding(input_ids))
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        states = []
+        for i, block in enumerate(self.blocks):
+            inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens)
+            residual, new = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            states.append(new)
+        return self.norm(residual), LanguageModelState(tuple(states))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        state: LanguageModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_last_logits: int | None = None,
+    ) -> LanguageModelOutput:
+        """Logits of the next token at each position, and the state after the sequence.
+
+        Args:
+            input_ids: (batch, length).
+            state: one row per sequence; absent means the beginning.
+            attention_mask: (batch, length), true at real tokens; padding on either side leaves logits and state as they
+                are without it.
+            cu_seqlens: int32 borders of sequences packed along the length of one row.
+            num_last_logits: compute logits of that many last positions only; absent means all.
+        """
+        x, state = self.hidden(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        if num_last_logits is not None:
+            if num_last_logits < 0:
+                raise ValueError(f"num_last_logits must be at least 0, got {num_last_logits}")
+            x = x[:, max(0, x.shape[1] - num_last_logits) :]
+        return LanguageModelOutput(self._logits(x), state)
+
+    def step(self, token_ids: Int[Tensor, " batch"], state: LanguageModelState) -> LanguageModelOutput:
+        """One token per row: logits (batch, padded_vocab) and the new state, in constant time."""
+        _require_ids(token_ids, 1, "(batch,)")
+        residual = self._residual(self.embedding(token_ids))
+        states = []
+        for block, layer_state in zip(self.blocks, state.layers, strict=True):
+            residual, new = block.step(residual, layer_state)
+            states.append(new)
+        return LanguageModelOutput(self._logits(self.norm(residual)), LanguageModelState(tuple(states)))
+
+    def loss(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        labels: Int[Tensor, "batch length"],
+        state: LanguageModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> LossOutput:
+        """Cross-entropy of the labels, summed in nats; logits of a long sequence are never held whole.
+
+        Args:
+            labels: (batch, length), the token that follows each position; -100 is not counted.
+            Others as in `forward`.
+        """
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels must be like input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
+        x, state = self.hidden(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        x, labels = x.flatten(0, 1), labels.flatten()
+        size = max(1, LOSS_CHUNK_ELEMENTS // self.config.padded_vocab_size)
+        if x.shape[0] <= size:
+            loss = self._cross_entropy(x, labels)
+        else:
+            parts = [
+                checkpoint(self._cross_entropy, *chunk, use_reentrant=False)
+                for chunk in zip(x.split(size), labels.split(size), strict=True)
+            ]
+            loss = torch.stack(parts).sum()
+        return LossOutput(loss, (labels != -100).sum(), state)
+
+    def _residual(self, embedded: Tensor) -> Tensor:
+        wide = torch.promote_types(embedded.dtype, torch.float32)
+        return embedded.to(wide) if self.config.residual_in_fp32 else embedded
+
+    def _logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    def _cross_entropy(self, x: Float[Tensor, "tokens d_model"], labels: Int[Tensor, " tokens"]) -> Tensor:
+        logits = self._logits(x)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), labels, ignore_index=-100, reduction="sum")
+
+    # --------------------------------------------------------------------------------------------- parameters
+
+    def n_parameters(self) -> int:
+        """Parameters, a tied weight counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def no_decay_parameter_names(self) -> set[str]:
+        """Parameters that weight decay must not touch: those of the SSM, every bias, every norm."""
+        names = set()
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if isinstance(module, SSMParameters) or parameter.ndim < 2:
+                    names.add(name)
+        return names
+
+    # --------------------------------------------------------------------------------------------- files
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device=None, dtype=None) -> LanguageModel:
+        """Load a model folder (config.json and model.safetensors).
+
+        Args:
+            dtype: of the weights; absent means that of the file.
+        Raises FileNotFoundError when there is no such folder, CheckpointError when its files are broken or of another
+            kind of model.
+        """
+        from anymamba.models.checkpoints import load_pretrained
+
+        return load_pretrained(path, device=device, dtype=dtype)
+
+    def save_pretrained(self, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Write a model folder in Hugging Face's format, each file atomically; with the tokenizer's file if given."""
+        from anymamba.models.checkpoints import save_pretrained
+
+        save_pretrained(self, path, tokenizer)
+
+
+def _require_ids(ids: Tensor, ndim: int, words: str) -> None:
+    if ids.ndim != ndim:
+        raise ValueError(f"token ids must be {words}, got shape {tuple(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"token ids must be integers, got {ids.dtype}")
