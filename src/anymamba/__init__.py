@@ -25,7 +25,21 @@ _HOME = {
     "preset": "anymamba.models.presets",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "ConvOutput",
+    "LanguageModel",
+    "Mamba",
+    "MambaOptions",
+    "MambaState",
+    "ModelConfig",
+    "ScanOutput",
+    "__version__",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "preset",
+    "selective_scan",
+    "selective_scan_step",
+]
 
 if TYPE_CHECKING:
     from anymamba.layers.mamba import Mamba

@@ -1,4 +1,4 @@
-"""Configurations of models: frozen dataclasses, free of torch, and how any such dataclass is read from and written to JSON."""
+"""Configurations of models: frozen dataclasses, free of torch, and how any such dataclass is read from and written."""
 
 from __future__ import annotations
 

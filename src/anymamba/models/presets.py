@@ -1,4 +1,4 @@
-"""Named sizes of language models. The published ones are those of arXiv:2312.00752, table 3; the others are for CPUs."""
+"""Named sizes of language models. The published ones are of arXiv:2312.00752, table 3; the others are for CPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution: the operator's contract, its checks, its registration with torch and its gradient."""
+"""The causal depthwise convolution: its contract, its checks, its registration with torch and its gradient."""
 
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def causal_conv1d(
         cu_seqlens: int32 borders of sequences packed along the length of one row, as in `selective_scan`.
         backend: a name, or None for the best there is.
     Returns y, like x, and last_state; gradients flow to every tensor, through both.
-    Raises ValueError when shapes or names disagree, TypeError for dtypes, RuntimeError when a named backend cannot serve.
+    Raises ValueError for shapes and names, TypeError for dtypes, RuntimeError when a named backend cannot serve.
     Source: the short convolution of the Mamba block (arXiv:2312.00752, section 3.4).
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
@@ -119,7 +119,7 @@ def _check(
     require_same_device(OP, x=x, weight=weight, bias=bias, initial_state=initial_state)
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ------------------------------------------------------------------------------------------ registration
 
 
 @torch.library.custom_op("anymamba::causal_conv1d", mutates_args=())

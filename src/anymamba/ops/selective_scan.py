@@ -69,13 +69,14 @@ def selective_scan(
         delta_bias: (d_inner,) added to delta before the softplus.
         delta_softplus: apply softplus to delta + delta_bias.
         b_discretization: "euler" or "zoh".
-        initial_state: (n_sequences, d_inner, d_state); absent means zeros. n_sequences is batch, or what cu_seqlens packs.
+        initial_state: (n_sequences, d_inner, d_state); absent means zeros. n_sequences is batch, or what cu_seqlens
+            packs.
         cu_seqlens: int32 borders 0 = c[0] <= c[1] <= ... <= length of sequences packed along the length of one row; the
             state starts afresh at each. A sequence may be empty.
         backend: "cpu", "triton", "portable" or "reference"; absent means the best there is.
     Returns y, like u, and last_state (n_sequences, d_inner, d_state). Gradients flow to every tensor, through both.
     Second derivatives need backend="reference".
-    Raises ValueError when shapes or names disagree, TypeError for dtypes, RuntimeError when a named backend cannot serve.
+    Raises ValueError for shapes and names, TypeError for dtypes, RuntimeError when a named backend cannot serve.
     Source: Mamba (arXiv:2312.00752), section 2 and Algorithm 2; B as in the published checkpoints.
     """
     B, C = _check(u, delta, A, B, C, D, z, delta_bias, b_discretization, initial_state, cu_seqlens)
@@ -210,7 +211,7 @@ def _equal_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     return B, C
 
 
-# ------------------------------------------------------------------------------------------------- registration
+# ------------------------------------------------------------------------------------------ registration
 
 
 @torch.library.custom_op("anymamba::selective_scan", mutates_args=())

@@ -1,7 +1,7 @@
 """The causal depthwise convolution in plain PyTorch: shifted multiply-adds over a sequence with its state in front.
 
-Notation: b batch, l length, d channels, k taps. Packed sequences are laid out with k - 1 rows of state before each one, so
-that one pass over the padded stream serves them all; the rows between are computed and dropped.
+Notation: b batch, l length, d channels, k taps. Packed sequences are laid out with k - 1 rows of state before each
+one, so that one pass over the padded stream serves them all; the rows between are computed and dropped.
 """
 
 from __future__ import annotations
@@ -119,13 +119,13 @@ class _Layout:
                 return F.pad(x, (0, 0, self.n_states, 0))
             return torch.cat([initial_state.to(x.dtype), x], 1)
         padded = x.new_zeros(1, self.n_rows, self.d_inner)
-        padded[0, self.tokens] = x[0]
+        padded[0].index_copy_(0, self.tokens, x[0])
         if initial_state is not None:
-            padded[0, self.first] = initial_state.to(x.dtype).flatten(0, 1)
+            padded[0].index_copy_(0, self.first, initial_state.to(x.dtype).flatten(0, 1))
         return padded
 
     def tokens_of_outputs(self, y: Tensor) -> Tensor:
-        return y[:, self.tokens - self.n_states] if self.packed else y
+        return y.index_select(1, self.tokens - self.n_states) if self.packed else y
 
     def outputs_of_tokens(self, dy: Tensor) -> Tensor:
         if not self.packed:
@@ -136,7 +136,7 @@ class _Layout:
     def last_state(self, padded: Tensor) -> Tensor:
         if not self.packed:
             return padded[:, self.length :].clone()
-        return padded[0, self.last].view(self.n_sequences, self.n_states, self.d_inner)
+        return padded[0].index_select(0, self.last).view(self.n_sequences, self.n_states, self.d_inner)
 
     def add_last_state_(self, dpadded: Tensor, dlast_state: Tensor) -> None:
         if self.packed:
@@ -148,5 +148,5 @@ class _Layout:
         """Gradients of the tokens and of the initial states."""
         if not self.packed:
             return dpadded[:, self.n_states :].contiguous(), dpadded[:, : self.n_states].contiguous()
-        states = dpadded[0, self.first].view(self.n_sequences, self.n_states, self.d_inner)
-        return dpadded[:, self.tokens], states
+        states = dpadded[0].index_select(0, self.first).view(self.n_sequences, self.n_states, self.d_inner)
+        return dpadded.index_select(1, self.tokens), states

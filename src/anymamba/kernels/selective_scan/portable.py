@@ -1,10 +1,11 @@
-"""The selective scan in plain PyTorch, chunked: the fallback on every device, and the fastest that PyTorch alone gives.
+"""The selective scan in plain PyTorch, chunked: the fallback on every device.
 
-Notation. Time is cut into blocks of n_segments x n_steps tokens. Inside a block every expanded tensor is
-(t, s, b, g, n, p): t steps, s segments of the block, b rows, g groups, n state, p channels of a group. Channels are last, so
-that every operation runs along contiguous memory, and the recurrence is one fused multiply-add per step over all
-segments, rows, states and channels. The segments of a block (more than one only where a row alone is too
-narrow to keep a step busy) are scanned side by side from zero and joined by their running products of decays.
+Notation. Time is cut into spans of k blocks of t steps in s segments. Inside a block every expanded tensor is
+(t, s, b, g, n, p): t steps, s segments, b rows, g groups, n state, p channels of a group. Channels are last, so that
+every operation runs along contiguous memory, and the recurrence is one fused multiply-add a step over all segments,
+rows, states and channels. The segments of a block (more than one only where a row alone is too narrow to keep a step
+busy) are scanned side by side from zero and joined by their running products of decays. What is not expanded by the
+state is computed for a span at once, as (k, t, s, b, g, 1, p).
 
 Only one block's expanded tensors exist at a time. Forward saves the state at the start of each block, backward
 recomputes the states inside it. The split depends on shapes only.
@@ -13,7 +14,6 @@ recomputes the states inside it. The split depends on shapes only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,14 +24,13 @@ from torch import Tensor
 
 NAME = "portable"
 
-SLAB = (
-    8192  # elements of one step below which a row's time is cut into segments: a step then costs its call, not its work
-)
+SLAB = 8192  # elements of a step below which a row's time is cut into segments: a step then costs its call
 BLOCK = 1 << 19  # elements of an expanded tensor: a few of them fit the second-level caches
+SPAN = 1 << 19  # elements of a tensor that is not expanded
 SERIES_TERMS = 14  # of the series of (exp(x) - 1) / x for |x| < 1/2: exact to float64
 
 
-# ------------------------------------------------------------------------------------------------- how work is split
+# ------------------------------------------------------------------------------------------ how work is split
 
 
 def split(batch: int, d_inner: int, d_state: int) -> tuple[int, int]:
@@ -51,28 +50,42 @@ def n_saved_states(length: int, batch: int, d_inner: int, d_state: int) -> int:
     return length // (n_segments * n_steps) + 2
 
 
-class _Block(NamedTuple):
+class _Span(NamedTuple):
     start: int
+    n_blocks: int
     n_segments: int
     n_steps: int
+    first_block: int  # its number among the blocks of all spans
 
     @property
     def tokens(self) -> slice:
-        return slice(self.start, self.start + self.n_segments * self.n_steps)
+        return slice(self.start, self.start + self.n_blocks * self.n_segments * self.n_steps)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """For einops: the span's time axis is (k s t)."""
+        return {"k": self.n_blocks, "s": self.n_segments, "t": self.n_steps}
+
+    def block_starts(self) -> range:
+        return range(self.start, self.tokens.stop, self.n_segments * self.n_steps)
 
 
-def _blocks(length: int, n_segments: int, n_steps: int) -> list[_Block]:
-    """Whole blocks, then one of the whole segments that are left, then one of the steps that are left."""
-    whole, rest = divmod(length, n_segments * n_steps)
-    blocks = [_Block(i * n_segments * n_steps, n_segments, n_steps) for i in range(whole)]
+def _spans(length: int, n_segments: int, n_steps: int, elements_per_token: int) -> list[_Span]:
+    """Spans of whole blocks, then one of the whole segments that are left, then one of the steps that are left."""
+    tokens = n_segments * n_steps
+    whole, rest = divmod(length, tokens)
+    per_span = max(1, SPAN // max(1, tokens * elements_per_token))
+    spans = [_Span(i * tokens, min(per_span, whole - i), n_segments, n_steps, i) for i in range(0, whole, per_span)]
+    number = whole
     if rest >= n_steps:
-        blocks.append(_Block(length - rest, rest // n_steps, n_steps))
+        spans.append(_Span(length - rest, 1, rest // n_steps, n_steps, number))
+        number += 1
     if rest % n_steps:
-        blocks.append(_Block(length - rest % n_steps, 1, rest % n_steps))
-    return blocks
+        spans.append(_Span(length - rest % n_steps, 1, 1, rest % n_steps, number))
+    return spans
 
 
-# ------------------------------------------------------------------------------------------------- the scan's inputs
+# ------------------------------------------------------------------------------------------ the scan's inputs
 
 
 @dataclass(frozen=True)
@@ -110,23 +123,16 @@ class _Inputs:
             initial_state=None if self.initial_state is None else self.initial_state[rows],
         )
 
-    def channels(self, x: Tensor, block: _Block) -> Tensor:
-        """A block of (b, l, d) as (t, s, b, g, 1, p) in the working precision."""
-        x = rearrange(x[:, block.tokens], "b (s t) (g p) -> t s b g 1 p", s=block.n_segments, g=self.n_groups)
-        return x.to(self.real)
+    def channels(self, x: Tensor, span: _Span) -> Tensor:
+        """A span of (b, l, d) as (k, t, s, b, g, 1, p) in the working precision."""
+        x = x[:, span.tokens].to(self.real)
+        return rearrange(x, "b (k s t) (g p) -> k t s b g 1 p", g=self.n_groups, **span.sizes)
 
-    def states(self, M: Tensor, block: _Block) -> Tensor:
-        """A block of B or C as (t, s, b, g, n, 1), or (g, n, p) where it is constant."""
+    def states(self, M: Tensor, span: _Span) -> Tensor:
+        """A span of B or C as (k, t, s, b, g, n, 1), or (k, g, n, p) views where it is constant."""
         if M.ndim == 3:
-            return M
-        return rearrange(M[:, block.tokens], "b (s t) g n -> t s b g n 1", s=block.n_segments).to(self.dtype)
-
-    def step_size(self, block: _Block) -> tuple[Tensor, Tensor]:
-        """Δ before and after the softplus, (t, s, b, g, 1, p)."""
-        raw = self.channels(self.delta, block)
-        if self.delta_bias is not None:
-            raw = raw + self.delta_bias
-        return raw, F.softplus(raw) if self.delta_softplus else raw
+            return M.expand(span.n_blocks, *M.shape)
+        return rearrange(M[:, span.tokens].to(self.dtype), "b (k s t) g n -> k t s b g n 1", **span.sizes)
 
 
 def _prepare(
@@ -180,16 +186,17 @@ def working_dtypes(u: Tensor, delta: Tensor, A: Tensor) -> tuple[torch.dtype, to
     return real, torch.promote_types(real, A.dtype)
 
 
-# ------------------------------------------------------------------------------------------------- packed sequences
+# ------------------------------------------------------------------------------------------ packed sequences
 
 
 class _Sequences:
     """Where packed sequences start and end, block by block, as index tensors. Empty sequences have neither."""
 
-    def __init__(self, cu_seqlens: Tensor | None, blocks: list[_Block]) -> None:
+    def __init__(self, cu_seqlens: Tensor | None, spans: list[_Span]) -> None:
         self.n_sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
         self.starts, self.ends = [], []
         if cu_seqlens is not None:
+            blocks = [(start, span.n_steps) for span in spans for start in span.block_starts()]
             borders = cu_seqlens.long()
             filled = (borders[1:] > borders[:-1]).nonzero().flatten()
             self.starts = self._by_block(borders[filled], filled, blocks)
@@ -197,23 +204,36 @@ class _Sequences:
 
     @staticmethod
     def _by_block(
-        positions: Tensor, sequence: Tensor, blocks: list[_Block]
+        positions: Tensor, sequence: Tensor, blocks: list[tuple[int, int]]
     ) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
         """For each block ((step, segment), sequence) of the positions that lie in it."""
-        cuts = torch.searchsorted(positions, torch.tensor([b.start for b in blocks], device=positions.device)).tolist()
+        starts = torch.tensor([start for start, _ in blocks], device=positions.device)
+        cuts = torch.searchsorted(positions, starts).tolist()
         parts = []
-        for block, low, high in zip(blocks, cuts, [*cuts[1:], positions.numel()], strict=True):
-            offset = positions[low:high] - block.start
-            where = (offset % block.n_steps, offset // block.n_steps)
-            parts.append((where, sequence[low:high]))
+        for (start, n_steps), low, high in zip(blocks, cuts, [*cuts[1:], positions.numel()], strict=True):
+            offset = positions[low:high] - start
+            parts.append(((offset % n_steps, offset // n_steps), sequence[low:high]))
         return parts
 
 
-# ------------------------------------------------------------------------------------------------- one block
+class _Plan:
+    """How the work of a call is split: spans of time, slices of rows, and where packed sequences lie."""
+
+    def __init__(self, batch: int, length: int, inputs: _Inputs, cu_seqlens: Tensor | None) -> None:
+        n_groups, d_state, per_group = inputs.A.shape
+        d_inner = n_groups * per_group
+        n_segments, n_steps = split(batch, d_inner, d_state)
+        rows = max(1, BLOCK // max(1, n_segments * n_steps * d_inner * d_state))  # that keep a block small
+        self.row_slices = [slice(start, min(batch, start + rows)) for start in range(0, batch, rows)]
+        self.spans = _spans(length, n_segments, n_steps, min(rows, batch) * d_inner)
+        self.sequences = _Sequences(cu_seqlens, self.spans)
+
+
+# ------------------------------------------------------------------------------------------ one block
 
 
 class _Workspace:
-    """Named scratch buffers that every block reuses: fresh large tensors would cost more in page faults than in work."""
+    """Named scratch buffers that every block reuses: fresh large tensors would cost page faults each time."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
@@ -278,51 +298,58 @@ def scan_(x: list[Tensor], coefficient: list[Tensor], carry: Tensor, *, reverse_
     return carry
 
 
+class _Channels:
+    """What a span of the scan holds without the state's factor, each (k, t, s, b, g, 1, p), and its B and C."""
+
+    def __init__(self, inputs: _Inputs, span: _Span) -> None:
+        self.x = inputs.channels(inputs.u, span)
+        self.raw = inputs.channels(inputs.delta, span)  # Δ before the softplus
+        if inputs.delta_bias is not None:
+            self.raw = self.raw + inputs.delta_bias
+        self.step = F.softplus(self.raw) if inputs.delta_softplus else self.raw
+        self.drive = self.step * self.x
+        self.gate = None if inputs.z is None else inputs.channels(inputs.z, span)
+        self.B, self.C = inputs.states(inputs.B, span), inputs.states(inputs.C, span)
+
+
 class _Expanded(NamedTuple):
     """What one block of the scan holds, each (t, s, b, g, n, p) unless said otherwise."""
 
-    raw: Tensor  # Δ before the softplus (t, s, b, g, 1, p)
-    step: Tensor  # Δ (t, s, b, g, 1, p)
-    x: Tensor  # u (t, s, b, g, 1, p)
-    B: Tensor
-    C: Tensor
     decay: Tensor  # exp(Δ A), 0 where a packed sequence starts
-    start_decay: Tensor  # exp(Δ A) where packed sequences start (k, b, g, n, p)
+    start_decay: Tensor | None  # exp(Δ A) where packed sequences with a state start (m, b, g, n, p)
     ratio: Tensor | None  # (exp(Δ A) - 1) / (Δ A) under zero-order hold
     h: Tensor
+    last: Tensor  # the state after the block (b, g, n, p)
 
 
 def _expand(
-    inputs: _Inputs, block: _Block, sequences: _Sequences, index: int, carry: Tensor, scratch: _Workspace
-) -> tuple[_Expanded, Tensor]:
-    """The states of a block from the state before it; returns them and the state after it."""
-    raw, step = inputs.step_size(block)
-    x = inputs.channels(inputs.u, block)
-    B, C = inputs.states(inputs.B, block), inputs.states(inputs.C, block)
-    delta_A = scratch.product("decay", step, inputs.A)
+    inputs: _Inputs, c: _Channels, k: int, sequences: _Sequences, block: int, before: Tensor, scratch: _Workspace
+) -> _Expanded:
+    """The states of block k of a span, number `block` of all, from the state before it."""
+    delta_A = scratch.product("decay", c.step[k], inputs.A)
     ratio = expm1_ratio(delta_A) if inputs.zoh else None
     decay = delta_A.exp_()
-    h = scratch.product("h", step * x, B)
+    h = scratch.product("h", c.drive[k], c.B[k])
     if ratio is not None:
         h.mul_(ratio)
-    start_decay = decay[:0, 0]
+    start_decay = None
     if sequences.starts:
-        where, sequence = sequences.starts[index]
-        start_decay = decay[where]
+        where, sequence = sequences.starts[block]
         if inputs.initial_state is not None:
+            start_decay = decay[where]
             h[where] += start_decay * inputs.initial_state[sequence][:, None]
         decay[where] = 0
-    carry = scan_(list(h), list(decay), carry, reverse_segments=False)
-    return _Expanded(raw, step, x, B, C, decay, start_decay, ratio, h), carry
+    last = scan_(list(h), list(decay), before, reverse_segments=False)
+    return _Expanded(decay, start_decay, ratio, h, last)
 
 
-def _contract(M: Tensor, h: Tensor) -> Tensor:
-    """sum over n of M h: (t, s, b, g, 1, p), doubled real part for complex."""
-    y = (M * h).sum(-2, keepdim=True) if M.ndim == 3 else torch.matmul(M.transpose(-1, -2), h)
+def _contract(C: Tensor, h: Tensor, scratch: _Workspace) -> Tensor:
+    """sum over n of C h: (t, s, b, g, 1, p), twice the real part where it is complex."""
+    y = scratch.product("product", C, h).sum(-2, keepdim=True) if C.ndim == 3 else torch.matmul(C.transpose(-1, -2), h)
     return y.real * 2 if y.is_complex() else y
 
 
-# ------------------------------------------------------------------------------------------------- forward
+# ------------------------------------------------------------------------------------------ forward
 
 
 def forward(
@@ -342,63 +369,58 @@ def forward(
     """y (b, l, d), last_state (b or n_sequences, d, n), and the states before each block (blocks, b, g, n, p)."""
     inputs = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state)
     batch, length, d_inner = u.shape
-    n_segments, n_steps = split(batch, d_inner, A.shape[1])
-    blocks = _blocks(length, n_segments, n_steps)
-    sequences = _Sequences(cu_seqlens, blocks)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    n_saved = n_saved_states(length, batch, d_inner, A.shape[1])
-    saved = inputs.A.new_empty(n_saved, batch, *inputs.A.shape)
-    last_state = _first_state(inputs, batch if cu_seqlens is None else sequences.n_sequences).clone()
-    saved[len(blocks) :] = 0
+    packed = cu_seqlens is not None
+    plan = _Plan(batch, length, inputs, cu_seqlens)
+    y = _empty(u)
+    saved = inputs.A.new_zeros(n_saved_states(length, batch, d_inner, A.shape[1]), batch, *inputs.A.shape)
+    last_state = inputs.A.new_zeros(plan.sequences.n_sequences if packed else batch, *inputs.A.shape)
+    if inputs.initial_state is not None:
+        last_state.copy_(inputs.initial_state)
     scratch = _Workspace(inputs.A)
-    for rows in _row_slices(batch, n_segments * n_steps * inputs.A.numel()):
-        part = inputs.rows(rows) if cu_seqlens is None else inputs
-        carry = last_state[rows] if cu_seqlens is None else torch.zeros_like(saved[0])
-        for i, block in enumerate(blocks):
-            saved[i, rows] = carry
-            expanded, carry = _expand(part, block, sequences, i, carry, scratch)
-            _write_channels(y[rows], block, _output(part, block, expanded))
-            if sequences.ends:
-                where, sequence = sequences.ends[i]
-                last_state[sequence] = expanded.h[where][:, 0]
-        if cu_seqlens is None:
-            last_state[rows] = carry
+    for rows in plan.row_slices:
+        part = inputs if packed else inputs.rows(rows)
+        state = torch.zeros_like(saved[0]) if packed else last_state[rows]
+        for span in plan.spans:
+            c = _Channels(part, span)
+            y_span = torch.empty_like(c.x)
+            for k, block in enumerate(range(span.first_block, span.first_block + span.n_blocks)):
+                saved[block, rows] = state
+                e = _expand(part, c, k, plan.sequences, block, state, scratch)
+                y_span[k] = _contract(c.C[k], e.h, scratch)
+                state = e.last
+                if packed:
+                    where, sequence = plan.sequences.ends[block]
+                    last_state[sequence] = e.h[where][:, 0]
+            _write_channels(y[rows], span, _output_(part, c, y_span))
+        if not packed:
+            last_state[rows] = state
     return y, rearrange(last_state, "b g n p -> b (g p) n").contiguous(), saved
 
 
-def _output(inputs: _Inputs, block: _Block, e: _Expanded) -> Tensor:
-    y = _contract(e.C, e.h)
+def _output_(inputs: _Inputs, c: _Channels, y: Tensor) -> Tensor:
+    """The skip and the gate, in place."""
     if inputs.D is not None:
-        y = torch.addcmul(y, inputs.D, e.x)
-    if inputs.z is not None:
-        y = y * F.silu(inputs.channels(inputs.z, block))
+        y.addcmul_(inputs.D, c.x)
+    if c.gate is not None:
+        y.mul_(F.silu(c.gate))
     return y
 
 
-def _first_state(inputs: _Inputs, n_rows: int) -> Tensor:
-    if inputs.initial_state is not None:
-        return inputs.initial_state
-    return inputs.A.new_zeros(n_rows, *inputs.A.shape)
+def _write_channels(target: Tensor, span: _Span, values: Tensor) -> None:
+    """Write (k, t, s, b, g, 1, p) into a span of (b, l, d)."""
+    target[:, span.tokens] = rearrange(values, "k t s b g 1 p -> b (k s t) (g p)")
 
 
-def _row_slices(batch: int, elements_per_row: int) -> Iterator[slice]:
-    """Rows that are scanned together: as many as keep a block's expanded tensors small."""
-    rows = max(1, BLOCK // max(1, elements_per_row))
-    for start in range(0, batch, rows):
-        yield slice(start, min(batch, start + rows))
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _write_channels(target: Tensor, block: _Block, values: Tensor) -> None:
-    """Write (t, s, b, g, 1, p) into a block of (b, l, d)."""
-    target[:, block.tokens] = rearrange(values, "t s b g 1 p -> b (s t) (g p)")
-
-
-# ------------------------------------------------------------------------------------------------- backward
+# ------------------------------------------------------------------------------------------ backward
 
 
 @dataclass
 class _Gradients:
-    """Gradients of the op's tensors; those of constants and vectors are summed over blocks in the order of the loop."""
+    """Gradients of the op's tensors; those of constants and vectors are summed in the order of the loop."""
 
     du: Tensor
     ddelta: Tensor
@@ -430,110 +452,128 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is absent)."""
     inputs = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state)
-    batch, length, d_inner = u.shape
-    n_segments, n_steps = split(batch, d_inner, A.shape[1])
-    blocks = _blocks(length, n_segments, n_steps)
-    sequences = _Sequences(cu_seqlens, blocks)
+    packed = cu_seqlens is not None
+    plan = _Plan(u.shape[0], u.shape[1], inputs, cu_seqlens)
     dlast = rearrange(dlast_state.to(inputs.dtype), "b (g p) n -> b g n p", g=inputs.n_groups).contiguous()
     grads = _Gradients(
-        du=torch.empty_like(u, memory_format=torch.contiguous_format),
-        ddelta=torch.empty_like(delta, memory_format=torch.contiguous_format),
-        dz=None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format),
-        dB=_zeros_for(inputs.B),
-        dC=_zeros_for(inputs.C),
+        du=_empty(u),
+        ddelta=_empty(delta),
+        dz=None if z is None else _empty(z),
+        dB=torch.zeros_like(inputs.B, memory_format=torch.contiguous_format),
+        dC=torch.zeros_like(inputs.C, memory_format=torch.contiguous_format),
         dA=torch.zeros_like(inputs.A),
         dD=None if inputs.D is None else torch.zeros_like(inputs.D),
         dbias=None if inputs.delta_bias is None else torch.zeros_like(inputs.delta_bias),
         dinitial=None if initial_state is None else dlast.clone(),  # what an empty sequence passes through
     )
-    packed = cu_seqlens is not None
     scratch = _Workspace(inputs.A)
-    for rows in _row_slices(batch, n_segments * n_steps * inputs.A.numel()):
+    for rows in plan.row_slices:
         part = inputs if packed else inputs.rows(rows)
-        carry = torch.zeros_like(saved[0]) if packed else dlast[rows]
-        for i in reversed(range(len(blocks))):
-            expanded, _ = _expand(part, blocks[i], sequences, i, saved[i, rows], scratch)
-            carry = _backward_block(
-                part,
-                blocks[i],
-                sequences,
-                i,
-                expanded,
-                saved[i, rows],
-                dy[rows],
-                dlast,
-                carry,
-                grads,
-                rows,
-                scratch,
-            )
+        dstate = torch.zeros_like(saved[0]) if packed else dlast[rows]
+        for span in reversed(plan.spans):
+            backward_span = _BackwardSpan(part, span, dy[rows], rows, grads, scratch)
+            for k in reversed(range(span.n_blocks)):
+                block = span.first_block + k
+                dstate = backward_span.block(k, block, plan.sequences, saved[block, rows], dlast, dstate)
+            backward_span.finish()
         if grads.dinitial is not None and not packed:
-            grads.dinitial[rows] = carry
+            grads.dinitial[rows] = dstate
     return _as_inputs(grads, A, B, C, D, delta_bias, initial_state)
 
 
-def _zeros_for(M: Tensor) -> Tensor:
-    return torch.zeros_like(M, memory_format=torch.contiguous_format)
+class _BackwardSpan:
+    """Backward through one span: its blocks from the last to the first, then what is not expanded by the state."""
 
+    def __init__(
+        self, inputs: _Inputs, span: _Span, dy: Tensor, rows: slice, grads: _Gradients, scratch: _Workspace
+    ) -> None:
+        self.inputs, self.span, self.rows, self.grads, self.scratch = inputs, span, rows, grads, scratch
+        self.c = _Channels(inputs, span)
+        self.dy = self.dy_scan = inputs.channels(dy, span)
+        if self.c.gate is not None:
+            self.dy_scan = self.dy * F.silu(self.c.gate)
+            self.y = torch.empty_like(self.dy)  # before the gate
+        self.ddrive, self.dstep = torch.empty_like(self.c.x), torch.empty_like(self.c.x)
 
-def _backward_block(
-    inputs: _Inputs,
-    block: _Block,
-    sequences: _Sequences,
-    index: int,
-    e: _Expanded,
-    h_before: Tensor,
-    dy: Tensor,
-    dlast: Tensor,
-    carry: Tensor,
-    grads: _Gradients,
-    rows: slice,
-    scratch: _Workspace,
-) -> Tensor:
-    """Add a block's gradients; carry is d loss / d (state after the block), returned for the state before it."""
-    dy_scan = _output_backward(inputs, block, e, inputs.channels(dy, block), grads, rows)
-    dy_state = 2 * dy_scan if inputs.dtype.is_complex else dy_scan  # y is twice the real part
-    dh = scratch.product("dh", dy_state, _conj(e.C))
-    if sequences.ends:
-        where, sequence = sequences.ends[index]
-        dh[where] += dlast[sequence][:, None]
-    carry = _reverse_scan_(dh, e.decay, carry)
-    _accumulate_matrix(grads.dC, block, rows, _conj(e.h), dy_state, scratch)
-    dx = _drive_backward(block, e, dh, grads, rows, scratch)
-    ddelta_A = _decay_backward(inputs, sequences, index, e, dh, h_before, grads)
-    if e.ratio is not None:
-        dratio = dh * _conj(e.B) * (e.step * e.x)
-        delta_A = e.step * inputs.A
-        ddelta_A += dratio * _conj(expm1_ratio_derivative(delta_A, e.ratio))
-    dstep = dx * e.x + _real(scratch.product("product", ddelta_A, _conj(inputs.A)).sum(-2, keepdim=True))
-    grads.dA += scratch.product("product", ddelta_A, e.step).sum((0, 1, 2))
-    du = dx * e.step
-    if inputs.D is not None:
-        du = torch.addcmul(du, inputs.D, dy_scan)
-    draw = torch.where(e.raw > 20, dstep, dstep * torch.sigmoid(e.raw)) if inputs.delta_softplus else dstep
-    if grads.dbias is not None:
-        grads.dbias += draw.sum((0, 1, 2))
-    _write_channels(grads.du[rows], block, du)
-    _write_channels(grads.ddelta[rows], block, draw)
-    return carry
+    def block(
+        self, k: int, number: int, sequences: _Sequences, before: Tensor, dlast: Tensor, dafter: Tensor
+    ) -> Tensor:
+        """Gradients of block k; d loss / d (state after it) goes in, that of the state before it comes out."""
+        inputs, c, scratch = self.inputs, self.c, self.scratch
+        e = _expand(inputs, c, k, sequences, number, before, scratch)
+        if c.gate is not None:
+            self.y[k] = _contract(c.C[k], e.h, scratch)
+        dy_state = 2 * self.dy_scan[k] if inputs.dtype.is_complex else self.dy_scan[k]  # y is twice the real part
+        dh = scratch.product("dh", dy_state, _conj(c.C[k]))
+        if sequences.ends:
+            where, sequence = sequences.ends[number]
+            dh[where] += dlast[sequence][:, None]
+        dbefore = _reverse_scan_(dh, e.decay, dafter)
+        self._accumulate_matrix(self.grads.dC, k, _conj(e.h), dy_state)
+        self._drive_backward(k, e, dh)
+        dratio = None if e.ratio is None else dh * _conj(c.B[k]) * c.drive[k]
+        ddelta_A = self._decay_backward(sequences, number, e, dh, before)
+        if dratio is not None and e.ratio is not None:
+            ddelta_A += dratio * _conj(expm1_ratio_derivative(c.step[k] * inputs.A, e.ratio))
+        self.dstep[k] = _real(scratch.product("product", ddelta_A, _conj(inputs.A)).sum(-2, keepdim=True))
+        self.grads.dA += scratch.product("product", ddelta_A, c.step[k]).sum((0, 1, 2))
+        return dbefore
 
+    def finish(self) -> None:
+        """Gradients of u, delta, z, D and delta_bias."""
+        inputs, c, grads = self.inputs, self.c, self.grads
+        if c.gate is not None and grads.dz is not None:
+            y = self.y if inputs.D is None else self.y.addcmul_(inputs.D, c.x)
+            sigmoid = torch.sigmoid(c.gate)
+            dgate = (1 - sigmoid).mul_(c.gate).add_(1).mul_(sigmoid).mul_(y).mul_(self.dy)
+            _write_channels(grads.dz[self.rows], self.span, dgate)
+        du = self.ddrive * c.step
+        if inputs.D is not None and grads.dD is not None:
+            du.addcmul_(inputs.D, self.dy_scan)
+            grads.dD += (self.dy_scan * c.x).sum((0, 1, 2, 3))
+        _write_channels(grads.du[self.rows], self.span, du)
+        draw = self.dstep.addcmul_(self.ddrive, c.x)
+        if inputs.delta_softplus:  # which is the identity above 20
+            draw = torch.where(c.raw > 20, draw, draw * torch.sigmoid(c.raw))
+        if grads.dbias is not None:
+            grads.dbias += draw.sum((0, 1, 2, 3))
+        _write_channels(grads.ddelta[self.rows], self.span, draw)
 
-def _output_backward(
-    inputs: _Inputs, block: _Block, e: _Expanded, dy: Tensor, grads: _Gradients, rows: slice
-) -> Tensor:
-    """Through the gate and the skip: d loss / d (C . h), with the gradients of z and D."""
-    if inputs.z is not None:
-        gate = inputs.channels(inputs.z, block)
-        sigmoid = torch.sigmoid(gate)
-        y = _contract(e.C, e.h)
-        if inputs.D is not None:
-            y = torch.addcmul(y, inputs.D, e.x)
-        dgate = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
-        _write_channels(grads.dz[rows], block, dgate)  # type: ignore[index]
-        dy = dy * gate * sigmoid
-    if grads.dD is not None:
-        grads.dD += (dy * e.x).sum((0, 1, 2))
-    return dy
+    def _drive_backward(self, k: int, e: _Expanded, dh: Tensor) -> None:
+        """Through ratio B (Δ u): the gradient of Δ u, with that of B."""
+        B = _conj(self.c.B[k])
+        weighted = dh if e.ratio is None else dh * _conj(e.ratio)
+        self._accumulate_matrix(self.grads.dB, k, weighted, self.c.drive[k])
+        if B.ndim == 3:
+            ddrive = self.scratch.product("product", weighted, B).sum(-2, keepdim=True)
+        else:
+            ddrive = torch.matmul(B.transpose(-1, -2), weighted)
+        self.ddrive[k] = _real(ddrive)
+
+    def _decay_backward(self, sequences: _Sequences, number: int, e: _Expanded, dh: Tensor, before: Tensor) -> Tensor:
+        """d loss / d (Δ A) through the decay, whose place it takes, with that of packed sequences' initial states."""
+        ddelta_A = _conj(e.decay).mul_(dh)
+        h = _conj(e.h)
+        ddelta_A[1:].mul_(h[:-1])
+        ddelta_A[0, 1:].mul_(h[-1, :-1])
+        ddelta_A[0, 0].mul_(_conj(before))
+        initial_state = self.inputs.initial_state
+        if e.start_decay is not None and initial_state is not None and self.grads.dinitial is not None:
+            where, sequence = sequences.starts[number]
+            dinitial = dh[where] * _conj(e.start_decay)
+            self.grads.dinitial[sequence] = dinitial[:, 0]
+            ddelta_A[where] = dinitial * _conj(initial_state[sequence][:, None])
+        return ddelta_A
+
+    def _accumulate_matrix(self, target: Tensor, k: int, states: Tensor, channels: Tensor) -> None:
+        """Gradient of B or C from (t, s, b, g, n, p) and (t, s, b, g, 1, p): summed over p where it is selective."""
+        if target.ndim == 3:
+            target += self.scratch.product("product", states, channels).sum((0, 1, 2))
+            return
+        product = torch.matmul(states, channels.to(states.dtype).transpose(-1, -2))
+        start = self.span.block_starts()[k]
+        tokens = slice(start, start + self.span.n_segments * self.span.n_steps)
+        target[self.rows, tokens] = rearrange(product, "t s b g n 1 -> b (s t) g n").to(target.dtype)
 
 
 def _reverse_scan_(dh: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
@@ -541,59 +581,13 @@ def _reverse_scan_(dh: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
     decay = _conj(decay)
     after = torch.ones_like(decay[0])
     after[:-1] = decay[0, 1:]
-    dh_list, steps = list(dh), range(dh.shape[0] - 1, -1, -1)
-    coefficient = [after, *(decay[t] for t in steps[:-1])]
-    before = scan_([dh_list[t] for t in steps], coefficient, carry, reverse_segments=True)
-    return decay[0, 0] * before
-
-
-def _drive_backward(
-    block: _Block, e: _Expanded, dh: Tensor, grads: _Gradients, rows: slice, scratch: _Workspace
-) -> Tensor:
-    """Through (ratio) B (Δ u): the gradient of Δ u, with that of B."""
-    weighted = dh if e.ratio is None else dh * _conj(e.ratio)
-    _accumulate_matrix(grads.dB, block, rows, weighted, e.step * e.x, scratch)
-    if e.B.ndim == 3:
-        return _real(scratch.product("product", weighted, _conj(e.B)).sum(-2, keepdim=True))
-    return _real(torch.matmul(_conj(e.B).transpose(-1, -2), weighted))
-
-
-def _decay_backward(
-    inputs: _Inputs,
-    sequences: _Sequences,
-    index: int,
-    e: _Expanded,
-    dh: Tensor,
-    h_before: Tensor,
-    grads: _Gradients,
-) -> Tensor:
-    """d loss / d (Δ A) through the decay (whose place it takes), with that of the initial states of packed sequences."""
-    ddecay = e.decay.mul_(dh) if not dh.is_complex() else _conj(e.decay).mul_(dh)
-    h = _conj(e.h)
-    ddecay[1:].mul_(h[:-1])
-    ddecay[0, 1:].mul_(h[-1, :-1])
-    ddecay[0, 0].mul_(_conj(h_before))
-    if sequences.starts and inputs.initial_state is not None:
-        where, sequence = sequences.starts[index]
-        dinitial = dh[where] * _conj(e.start_decay)
-        grads.dinitial[sequence] = dinitial[:, 0]  # type: ignore[index]
-        ddecay[where] = dinitial * _conj(inputs.initial_state[sequence][:, None])
-    return ddecay
-
-
-def _accumulate_matrix(
-    target: Tensor, block: _Block, rows: slice, states: Tensor, channels: Tensor, scratch: _Workspace
-) -> None:
-    """Gradient of B or C from (t, s, b, g, n, p) and (t, s, b, g, 1, p): summed over p where it is selective."""
-    if target.ndim == 3:
-        target += scratch.product("product", states, channels).sum((0, 1, 2))
-    else:
-        product = torch.matmul(states, channels.to(states.dtype).transpose(-1, -2))
-        target[rows, block.tokens] = rearrange(product, "t s b g n 1 -> b (s t) g n").to(target.dtype)
+    values, coefficients = list(dh)[::-1], [after, *list(decay)[:0:-1]]
+    first = scan_(values, coefficients, carry, reverse_segments=True)
+    return decay[0, 0] * first
 
 
 def _conj(x: Tensor) -> Tensor:
-    return x.conj().resolve_conj() if x.is_complex() else x
+    return torch.conj_physical(x) if x.is_complex() else x
 
 
 def _real(x: Tensor) -> Tensor:
@@ -633,7 +627,7 @@ def _as_inputs(
     ]
 
 
-# ------------------------------------------------------------------------------------------------- step
+# ------------------------------------------------------------------------------------------ step
 
 
 def step(

@@ -1,4 +1,4 @@
-"""The selective scan as the recurrence itself, a loop over time in plain differentiable PyTorch: the oracle of every backend.
+"""The selective scan as the recurrence itself, a loop over time in differentiable PyTorch: the oracle of every backend.
 
 Notation: b batch, l length, d channels, n state, g groups of channels that share B and C. Never optimised; it holds
 (b, l, d, n) tensors. Any float dtype; the state is float32 or wider.

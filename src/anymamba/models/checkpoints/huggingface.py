@@ -51,7 +51,7 @@ TOP_NAMES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- names and configs
+# ------------------------------------------------------------------------------------------ names and configs
 
 
 def to_huggingface_name(name: str) -> str:
@@ -160,7 +160,7 @@ def _config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
     )
 
 
-# ------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def save_pretrained(model: LanguageModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -198,7 +198,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def load_pretrained(
