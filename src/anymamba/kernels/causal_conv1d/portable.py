@@ -147,6 +147,6 @@ class _Layout:
     def unpad(self, dpadded: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the tokens and of the initial states."""
         if not self.packed:
-            return dpadded[:, self.n_states :].contiguous(), dpadded[:, : self.n_states].contiguous()
+            return dpadded[:, self.n_states :].clone(), dpadded[:, : self.n_states].clone()
         states = dpadded[0].index_select(0, self.first).view(self.n_sequences, self.n_states, self.d_inner)
         return dpadded.index_select(1, self.tokens), states

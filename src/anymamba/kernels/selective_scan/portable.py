@@ -195,7 +195,7 @@ class _Sequences:
     def __init__(self, cu_seqlens: Tensor | None, spans: list[_Span]) -> None:
         self.n_sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
         self.starts, self.ends = [], []
-        if cu_seqlens is not None:
+        if cu_seqlens is not None and spans:
             blocks = [(start, span.n_steps) for span in spans for start in span.block_starts()]
             borders = cu_seqlens.long()
             filled = (borders[1:] > borders[:-1]).nonzero().flatten()

@@ -1,0 +1,150 @@
+"""Training state on disk: tensors through torch.distributed.checkpoint's safetensors storage, the rest as JSON.
+
+A checkpoint is a folder `step-00001000`. It is written under a temporary name, flushed to disk and renamed, so that one
+that bears its name is whole. Nothing is ever unpickled; a pickle among the files is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from anymamba.models.checkpoints import CheckpointError
+
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{8,})")
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".distcp", ".metadata", ".ckpt")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a killed writer left."""
+    for path in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint and delete all but the `keep` newest.
+
+    Raises OSError (a full disk) with the earlier checkpoints untouched and nothing left behind.
+    """
+    target = checkpoint_folder(run, step)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with _quiet():
+            dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary)), no_dist=True)
+        (temporary / STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        if target.exists():  # written before by a run that was killed after it
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _as_os_error(error, run) from error
+    for path in checkpoints(run)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and values of a checkpoint.
+
+    Raises CheckpointError for a pickle among its files, a broken file, or one that is absent.
+    """
+    refuse_pickles(folder)
+    way_out = f"delete {folder} to go on from the checkpoint before it"
+    try:
+        values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error}); {way_out}") from error
+    try:
+        reader = HuggingFaceStorageReader(str(folder))
+        with _quiet():
+            stored = reader.read_metadata().state_dict_metadata
+            tensors = {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+                for name, entry in stored.items()
+            }
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (SafetensorError, CheckpointException, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the tensors of {folder} are truncated or corrupt ({error}); {way_out}") from error
+    missing = set(values.get("tensors", ())) ^ set(tensors)
+    if missing:
+        raise CheckpointError(f"{folder} does not hold the tensors that it names: {min(missing)}; {way_out}")
+    return tensors, values
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise CheckpointError when a file in a run's folder is a pickle by its name."""
+    for path in sorted(folder.rglob("*")):
+        if path.name.endswith(PICKLES):
+            raise CheckpointError(f"{path} is a pickle, which could run code when read; a run holds none: delete it")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of torch.distributed.checkpoint about running in one process."""
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _as_os_error(error: BaseException, run: Path) -> BaseException:
+    """A failure of the disk, which DCP wraps, with what to do about it; any other error as it is."""
+    causes = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    for cause, _ in causes:
+        if isinstance(cause, (OSError, SafetensorError)):
+            words = getattr(cause, "strerror", None) or str(cause)
+            return OSError(
+                getattr(cause, "errno", None) or 5,
+                f"the checkpoint could not be written ({words}); the earlier ones are whole: make room, then resume",
+                str(run),
+            )
+    return error

@@ -1,0 +1,129 @@
+"""Configuration of a training run: frozen dataclasses, free of torch, as flags, as a file and in the run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from anymamba.models.config import ModelConfig, require_at_least, require_positive
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train and to evaluate on."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders and globs to train on."""
+    eval_paths: tuple[str, ...] = ()
+    """Files to evaluate on; without them a share of the training documents is held out."""
+    held_out_fraction: float = 0.02
+    """Share of the documents held out, chosen by a hash of their names; 0 holds out none."""
+    text_field: str | None = None
+    """The field that holds the text in .jsonl, .csv and .parquet files; absent means "text"."""
+    tokenizer: str | None = None
+    """A tokenizer.json or a folder that holds one; absent means bytes."""
+    workers: int = 0
+    """Processes that read tokens; the batches are the same for any number."""
+    cache_dir: str | None = None
+    """Where token tables are cached; absent means the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        require_at_least("workers", self.workers, 0)
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    min_learning_rate: float = 1e-5
+    """Learning rate at the last step."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Of matrices; A_log, D, biases and norms have none."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "clip_norm"):
+            require_positive(name, getattr(self, name))
+        require_at_least("warmup_steps", self.warmup_steps, 0)
+        for name in ("min_learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate must not exceed learning_rate, got {self.min_learning_rate} "
+                f"and {self.learning_rate}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to train on."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(d_model=128, n_layers=4, vocab_size=257))
+    """The model; the tokenizer decides its vocab_size."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer and its schedule."""
+    start_from: str | None = None
+    """A model folder whose weights and sizes to start from, with a new optimizer (fine-tuning)."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Rows of a batch; each reads its documents one after the other."""
+    context: int = 256
+    """Tokens of a row, and of back-propagation."""
+    accumulation: int = 1
+    """Batches whose gradients make one step."""
+    carry_state: bool = True
+    """Documents longer than the context go on from the state of the previous batch (truncated back-propagation)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the matrix products under autocast; weights and SSM stay float32."""
+    activation_checkpointing: bool = False
+    """Recompute activations in backward instead of keeping them."""
+    compile: bool = False
+    """Run the model through torch.compile; on a CPU that needs a C++ compiler."""
+    seed: int = 0
+    """Of the initialisation and of the order of the documents."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 500
+    """Steps between evaluations on held-out documents."""
+    eval_tokens: int = 50_000
+    """Tokens of an evaluation at most."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; the last good one always is."""
+    max_nonfinite: int = 10
+    """Steps in a row with a non-finite loss or gradient, each skipped, after which the run fails."""
+    device: str = "cpu"
+    """Where the model trains."""
+    threads: int | None = None
+    """CPU threads; absent means torch's choice. The bits of a run depend on it."""
+
+    def __post_init__(self) -> None:
+        counts = "steps batch_size context accumulation log_every eval_every checkpoint_every keep_checkpoints"
+        for name in [*counts.split(), "max_nonfinite"]:
+            require_at_least(name, getattr(self, name), 1)
+        require_at_least("eval_tokens", self.eval_tokens, 0)
+        if self.threads is not None:
+            require_at_least("threads", self.threads, 1)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.batch_size * self.context * self.accumulation

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM during training: the step is finished and a checkpoint written before they take effect."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class PendingSignal:
+    """The signal that has arrived and waits, if any."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+
+@contextmanager
+def deferred_signals() -> Iterator[PendingSignal]:
+    """Hold back the first SIGINT or SIGTERM while the body runs; it is delivered again when the body ends.
+
+    A second signal takes effect at once. Outside the main thread, where Python sets no handlers, nothing is held back.
+    """
+    pending = PendingSignal()
+    if threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        pending.number = number
+        restore()
+
+    for number in SIGNALS:
+        before[number] = signal.signal(number, hold)
+    try:
+        yield pending
+    finally:
+        restore()
+    if pending.number is not None:
+        signal.raise_signal(pending.number)

@@ -1,0 +1,95 @@
+"""The record of a run: metrics.jsonl, TensorBoard events and loss.png, each step once, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from anymamba.models.checkpoints.huggingface import atomic_file
+
+METRICS, EVENTS, PLOT = "metrics.jsonl", "tensorboard", "loss.png"
+NOT_CURVES = ("step", "kind")
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl and mirrors their numbers to TensorBoard.
+
+    Args:
+        run: the run's folder.
+        step: the step that the run goes on from; later lines, of a run that was killed, are dropped and the events are
+            written anew from the lines that stay.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run = run
+        lines = [line for line in read_metrics(run) if line["step"] <= step]
+        with atomic_file(run / METRICS) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        shutil.rmtree(run / EVENTS, ignore_errors=True)
+        self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._events = SummaryWriter(str(run / EVENTS))
+        for line in lines:
+            self._add_events(line)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Record one line: "step", "kind" ("train" or "eval") and numbers."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._add_events(line)
+
+    def flush(self) -> None:
+        """Have the record reach the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flush and let go of the files."""
+        self.flush()
+        self._file.close()
+        self._events.close()
+
+    def _add_events(self, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if name not in NOT_CURVES and value is not None:
+                self._events.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut off by a kill is dropped."""
+    path = run / METRICS
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def plot_loss(run: Path) -> None:
+    """Write loss.png: bits per byte of training and held-out documents over steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    lines = read_metrics(run)
+    for kind, label, style in (("train", "training", "-"), ("eval", "held-out", "o-")):
+        points = [(line["step"], line["bits_per_byte"]) for line in lines if line["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (bits per byte)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    with atomic_file(run / PLOT) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

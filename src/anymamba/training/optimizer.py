@@ -1,0 +1,64 @@
+"""AdamW with the groups that state space models need, and its schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from anymamba.models.language_model import LanguageModel
+from anymamba.training.config import OptimizerConfig
+
+
+def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over two groups: matrices decay; A_log, D, the step's bias, other biases and norms do not."""
+    exempt = model.no_decay_parameter_names()
+    decayed = [p for name, p in model.named_parameters() if name not in exempt and p.requires_grad]
+    plain = [p for name, p in model.named_parameters() if name in exempt and p.requires_grad]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of step 1, 2, ..., steps: linear warm-up to the peak, then half a cosine down to the minimum."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state by parameter name, "name.exp_avg" and so on; the tensors themselves."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    for name, parameter in model.named_parameters():
+        state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if _is_state_of(key, name)}
+        if state:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
+
+
+def _is_state_of(key: str, name: str) -> bool:
+    return key.startswith(f"{name}.") and "." not in key.removeprefix(f"{name}.")

@@ -1,0 +1,75 @@
+"""One batch through the model: packed documents, carried states, and the loss over a held-out table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from anymamba.data.batches import Batch, BatchStream
+from anymamba.data.table import TokenTable
+from anymamba.layers.state import detach_state, map_state, where_rows
+from anymamba.models.language_model import LanguageModel, LanguageModelState, LossOutput
+
+LossFunction = Callable[..., LossOutput]
+
+
+def batch_loss(
+    model: LanguageModel, loss: LossFunction, batch: Batch, carried: LanguageModelState | None
+) -> tuple[Tensor, Tensor, LanguageModelState]:
+    """Summed nats and counted labels of a batch, and the detached state of each row after it.
+
+    Args:
+        loss: `model.loss`, compiled or not.
+        carried: the state of each row after the previous batch; it is used where `batch.carried` says that the row goes
+            on with a document, and zeros elsewhere.
+    """
+    device = model.embedding.weight.device
+    input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    rows, length = input_ids.shape
+    start = None
+    if carried is not None and bool(batch.carried.any()):
+        start = where_rows(batch.carried.to(device), carried, map_state(torch.zeros_like, carried))
+    if batch.cu_seqlens.numel() == rows + 1:  # no document begins inside a row
+        out = loss(input_ids, labels, start)
+        return out.loss, out.n_tokens, detach_state(out.state)
+    borders = batch.cu_seqlens.to(device)
+    row_borders = torch.arange(rows + 1, device=device, dtype=borders.dtype) * length
+    sequence = torch.searchsorted(borders, row_borders)
+    out = loss(
+        input_ids.view(1, -1),
+        labels.view(1, -1),
+        None if start is None else _spread(start, sequence[:-1], borders.numel() - 1),
+        cu_seqlens=borders,
+    )
+    last = sequence[1:] - 1
+    return out.loss, out.n_tokens, detach_state(map_state(lambda t: t.index_select(0, last), out.state))
+
+
+def _spread(state: LanguageModelState, index: Tensor, n_sequences: int) -> LanguageModelState:
+    """Row states as those of the sequences that begin the rows; zeros for the documents that begin inside."""
+    return map_state(lambda t: t.new_zeros(n_sequences, *t.shape[1:]).index_copy(0, index, t), state)
+
+
+@torch.no_grad()
+def held_out_nats(
+    model: LanguageModel,
+    table: TokenTable,
+    eos_id: int | None,
+    *,
+    batch_size: int,
+    context: int,
+    max_tokens: int,
+) -> float:
+    """Mean nats per label over the beginning of a table (always the same batches), with carried state."""
+    stream = BatchStream(table, batch_size=batch_size, context=context, eos_id=eos_id, seed=0)
+    n_batches = max(1, math.ceil(min(max_tokens, table.n_tokens) / (batch_size * context)))
+    total, count, carried = 0.0, 0, None
+    batches: Iterator[Batch] = islice(iter(stream), n_batches)
+    for batch in batches:
+        nats, n_tokens, carried = batch_loss(model, model.loss, batch, carried)
+        total, count = total + nats.item(), count + int(n_tokens)
+    return total / max(1, count)

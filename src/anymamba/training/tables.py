@@ -1,0 +1,40 @@
+"""The token tables of a run: training documents, and held-out ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from anymamba.data.table import TokenTable, build_token_table
+from anymamba.data.tokenizer import Tokenizer, load_tokenizer
+from anymamba.training.config import DataConfig
+
+
+def open_tables(
+    config: DataConfig, progress: Callable[[int, int | None], None] | None = None
+) -> tuple[Tokenizer, TokenTable, TokenTable | None]:
+    """The tokenizer, the training table, and the held-out one (None where nothing is held out)."""
+    if not config.paths:
+        raise ValueError("no training data: name files, folders or globs in data.paths (--data PATH)")
+    tokenizer = load_tokenizer(config.tokenizer)
+
+    def table(paths: tuple[str, ...]) -> TokenTable:
+        return build_token_table(
+            list(paths), tokenizer, text_field=config.text_field, cache_dir=config.cache_dir, progress=progress
+        )
+
+    training = table(config.paths)
+    if config.eval_paths:
+        return tokenizer, training, table(config.eval_paths)
+    if config.held_out_fraction == 0 or training.n_documents < 2:
+        return tokenizer, training, None
+    training, held_out = training.split(lambda name: is_held_out(name, config.held_out_fraction))
+    if training.n_documents == 0:
+        raise ValueError("held_out_fraction leaves no training document; lower it or give eval_paths")
+    return tokenizer, training, held_out if held_out.n_documents else None
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether a document is held out: by a hash of its name, so that it stays so when others come or go."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

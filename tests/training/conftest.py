@@ -1,0 +1,44 @@
+"""A small corpus and a config that trains on it within a second."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
+
+WORDS = ["def", "return", "import", "class", "self", "for", "in", "if", "else", "while", "lambda", "yield", "with"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Forty documents, some longer than the context and some shorter, one of them empty."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    draw = random.Random(0)
+    for i in range(40):
+        text = " ".join(draw.choice(WORDS) for _ in range(draw.choice((2, 5, 40, 120))))
+        (folder / f"{i:02}.txt").write_text(text)
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> TrainConfig:
+    """Twelve steps of a very small model."""
+    return TrainConfig(
+        data=DataConfig(paths=(str(corpus),), held_out_fraction=0.2, cache_dir=str(tmp_path / "cache")),
+        model=ModelConfig(d_model=16, n_layers=2, vocab_size=257, mamba=MambaOptions(d_state=4)),
+        optimizer=OptimizerConfig(warmup_steps=3),
+        steps=12,
+        batch_size=3,
+        context=32,
+        log_every=1,
+        eval_every=4,
+        eval_tokens=500,
+        checkpoint_every=5,
+        threads=1,
+    )
