@@ -1,0 +1,249 @@
+"""Batches for training: every row reads documents one after another, from their first token to their last."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .table import TokenTable
+
+
+class Batch(NamedTuple):
+    """What one step trains on."""
+
+    input_ids: Int[Tensor, "batch length"]
+    labels: Int[Tensor, "batch length"]
+    """The token after each input; -100 is not counted (a stream of documents has none)."""
+    cu_seqlens: Int[Tensor, " n_sequences_and_1"]
+    """Borders in the flattened (batch * length) tokens, int32: every row's start, every document's start, the end."""
+    carried: Bool[Tensor, " batch"]
+    """Where the row goes on with the document that the same row of the batch before ended in."""
+    position: dict[str, Any]
+    """The stream after this batch, as JSON: give it to a new stream to go on from here."""
+
+
+class _Plan(NamedTuple):
+    """Spans of a batch's rows, in order: positions [start, stop) of a document's inputs and labels."""
+
+    document: NDArray[np.int64]
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    carried: NDArray[np.bool_]
+    position: dict[str, Any]
+
+
+class BatchStream:
+    """Endless batches over a table's documents, each exactly once an epoch, in an order shuffled afresh.
+
+    A document of n tokens t gives, with an end-of-document id, the inputs [eos, t[0], ..., t[n-1]] and the labels
+    [t[0], ..., t[n-1], eos]; without one the inputs t[:-1] and the labels t[1:]. Each row of the batch (a lane) reads
+    a document to its end and then takes the next of the epoch, so rows are always full and no token is dropped.
+
+    The spans are planned in the main process and only read in the workers: batches do not depend on `workers`, and a
+    stream made with the `position` of a batch goes on exactly behind it.
+
+    Args:
+        table: the documents; empty ones, and without eos_id those of one token, have no label and are skipped.
+        batch_size: lanes of all processes together.
+        context: tokens of a row.
+        eos_id: the id before and after every document, or None.
+        seed: of the shuffles; epoch e is shuffled by (seed, e).
+        workers: processes that read tokens ahead; 0 reads in this one. They end with the iterator.
+        position: a batch's position to go on from, by a stream over the same table with the same batch_size.
+        rank, world_size: this process gets the rows [rank, rank + 1) * batch_size / world_size of each batch.
+    """
+
+    def __init__(
+        self,
+        table: TokenTable,
+        *,
+        batch_size: int,
+        context: int,
+        eos_id: int | None,
+        seed: int,
+        workers: int = 0,
+        position: dict[str, Any] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1 or context < 1 or workers < 0:
+            raise ValueError(
+                f"batch_size and context must be at least 1 and workers at least 0, "
+                f"got {batch_size}, {context} and {workers}"
+            )
+        if not 0 <= rank < world_size or batch_size % world_size:
+            raise ValueError(
+                f"batch_size must be a multiple of world_size and rank below it, got {batch_size}, {world_size} and "
+                f"{rank}; change batch_size"
+            )
+        if batch_size // world_size * context >= 2**31:
+            raise ValueError(f"batch_size * context must stay below 2**31 tokens, got {batch_size} * {context}")
+        self.table, self.batch_size, self.context, self.eos_id, self.seed = table, batch_size, context, eos_id, seed
+        self.workers, self.rank, self.world_size = workers, rank, world_size
+        self._sizes = table.lengths + 1 if eos_id is not None else table.lengths - 1  # positions of each document
+        self._eligible = np.flatnonzero((table.lengths > 0) & (self._sizes > 0))
+        if not len(self._eligible):
+            raise ValueError(f"none of the {table.n_documents} documents is long enough to train on; give more text")
+        self.position = self._first_position() if position is None else self._checked(position)
+
+    @property
+    def epoch_size(self) -> int:
+        """Labels of an epoch."""
+        return int(self._sizes[self._eligible].sum())
+
+    def __iter__(self) -> Iterator[Batch]:
+        reader = _Reader(self.table, self.eos_id, self.context)
+        if not self.workers:
+            yield from map(reader.__getitem__, self._plans())
+            return
+        loader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=self._plans(),
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_main_process,
+            # The loader draws a seed for its workers: not from the generator that the model's dropout uses.
+            generator=torch.Generator(),
+        )
+        yield from loader
+
+    def _first_position(self) -> dict[str, Any]:
+        return {
+            "epoch": 0,
+            "next": 0,
+            "lanes": [[-1, 0]] * self.batch_size,
+            "n_documents": self.table.n_documents,
+            "n_tokens": self.table.n_tokens,
+        }
+
+    def _checked(self, position: dict[str, Any]) -> dict[str, Any]:
+        """A position that is this table's and this batch size's."""
+        fresh = self._first_position()
+        if set(position) != set(fresh):
+            raise ValueError(
+                f"position must have the keys {sorted(fresh)}, got {sorted(position)}; take it from a batch"
+            )
+        for key in ("n_documents", "n_tokens"):
+            if position[key] != fresh[key]:
+                raise ValueError(
+                    f"the position is of other data: {key} was {position[key]}, is {fresh[key]}; "
+                    f"continue with the data that the run began with"
+                )
+        if len(position["lanes"]) != self.batch_size:
+            raise ValueError(
+                f"the position is of batch_size {len(position['lanes'])}, got {self.batch_size}; keep batch_size"
+            )
+        return position
+
+    def _plans(self) -> Iterator[_Plan]:
+        """This process's rows of every batch to come."""
+        planner = _Planner(self.position, self._sizes, self._eligible, self.seed)
+        mine = self.batch_size // self.world_size
+        while True:
+            yield planner.plan(self.context, slice(self.rank * mine, (self.rank + 1) * mine))
+
+
+class _Planner:
+    """Deals an epoch's documents to lanes. A lane is [its document or -1, the next position in it]."""
+
+    def __init__(
+        self, position: dict[str, Any], sizes: NDArray[np.int64], eligible: NDArray[np.int64], seed: int
+    ) -> None:
+        self._position, self._sizes, self._eligible, self._seed = position, sizes, eligible, seed
+        self._epoch, self._next = position["epoch"], position["next"]
+        self._lanes = [tuple(lane) for lane in position["lanes"]]
+        self._order = self._shuffled()
+
+    def plan(self, context: int, rows: slice) -> _Plan:
+        """The next batch; all lanes move, the spans of `rows` are given."""
+        carried = np.array([document >= 0 for document, _ in self._lanes])
+        spans = [self._fill(lane, context) for lane in range(len(self._lanes))]
+        document, start, stop = np.array([span for row in spans[rows] for span in row], np.int64).T
+        lanes = [list(lane) for lane in self._lanes]
+        position = {**self._position, "epoch": self._epoch, "next": self._next, "lanes": lanes}
+        return _Plan(document, start, stop, carried[rows], position)
+
+    def _fill(self, lane: int, context: int) -> list[tuple[int, int, int]]:
+        """The spans of a lane's next `context` positions."""
+        spans = []
+        document, start = self._lanes[lane]
+        while context:
+            if document < 0:
+                document, start = self._deal(), 0
+            size = int(self._sizes[document])
+            stop = min(size, start + context)
+            spans.append((document, start, stop))
+            context -= stop - start
+            document, start = (document, stop) if stop < size else (-1, 0)
+        self._lanes[lane] = document, start
+        return spans
+
+    def _deal(self) -> int:
+        """The epoch's next document, or the first of the epoch after."""
+        if self._next == len(self._order):
+            self._epoch, self._next = self._epoch + 1, 0
+            self._order = self._shuffled()
+        self._next += 1
+        return int(self._order[self._next - 1])
+
+    def _shuffled(self) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, self._epoch]).permutation(self._eligible)
+
+
+class _Reader(Dataset[Batch]):
+    """Turns a plan into a batch by reading its tokens; what a worker is given."""
+
+    def __init__(self, table: TokenTable, eos_id: int | None, context: int) -> None:
+        self._store, self._starts, self._lengths = table.store, table.starts, table.lengths
+        self._eos_id, self._context = eos_id, context
+
+    def __getitem__(self, plan: _Plan) -> Batch:
+        # Token t[i] is the label at position i when eos comes before the document, else at position i - 1.
+        shift = 0 if self._eos_id is not None else 1
+        starts, n = self._starts[plan.document], self._lengths[plan.document]
+        ends = np.cumsum(plan.stop - plan.start)
+        borders = np.concatenate([[0], ends])
+        closed = plan.stop + shift > n  # the last label of the span is eos
+        counts = plan.stop - plan.start - closed
+        labels = np.empty(borders[-1], np.int64)
+        text = np.ones(len(labels), bool)
+        text[ends[closed] - 1] = False
+        labels[text] = self._store.gather(starts + plan.start + shift, counts)
+        labels[~text] = -1 if self._eos_id is None else self._eos_id
+        # An input is the label before it, except where a span begins.
+        inputs = np.empty_like(labels)
+        inputs[1:] = labels[:-1]
+        before = plan.start + shift - 1
+        inside = before >= 0
+        first = np.full(len(before), -1 if self._eos_id is None else self._eos_id, np.int64)
+        first[inside] = self._store.gather((starts + before)[inside], np.ones(int(inside.sum()), np.int64))
+        inputs[borders[:-1]] = first
+        return Batch(
+            torch.from_numpy(inputs).view(-1, self._context),
+            torch.from_numpy(labels).view(-1, self._context),
+            torch.from_numpy(borders.astype(np.int32)),
+            torch.from_numpy(plan.carried),
+            plan.position,
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group; the main process still needs its workers to end in order.
+
+    A worker ends when the main process tells it to, or is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

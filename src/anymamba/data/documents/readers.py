@@ -1,0 +1,184 @@
+"""Documents: text files whole, rows of .jsonl, .csv and .parquet one by one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from .files import ROW_SUFFIXES, file_format
+from .streams import BLOCK, import_pyarrow, open_decompressed
+
+DEFAULT_TEXT_FIELD = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document, to be read before the next one is asked for."""
+
+    file: Path
+    row: int | None
+    """Line (.jsonl, .csv) or row (.parquet) in the file, from 1; None where the document is the whole file."""
+    pieces: Iterator[bytes]
+    """Its bytes, in pieces of at most 1 MiB where it is a whole file."""
+
+    @property
+    def name(self) -> str:
+        """The file, and `:row` for a row."""
+        return document_name(self.file, self.row)
+
+
+def document_name(file: Path | str, row: int | None) -> str:
+    """How a document is called in messages and splits."""
+    return str(file) if row is None else f"{file}:{row}"
+
+
+def iter_documents(
+    files: Iterable[Path],
+    text_field: str | None = None,
+    on_read: Callable[[int], None] | None = None,
+) -> Iterator[Document]:
+    """The documents of files, in order, streamed.
+
+    Args:
+        files: as `find_files` gives them; the suffix says how each is read.
+        text_field: the field of a row that holds its text; None: "text".
+        on_read: called with the number of bytes read from disk since the last call (compressed ones where they are).
+    Raises ValueError, naming file and line, for data that is binary, damaged, malformed or without the field.
+    """
+    files = list(files)
+    if text_field is not None and not any(file_format(file) in ROW_SUFFIXES for file in files):
+        raise ValueError(
+            f"text_field={text_field!r} needs {', '.join(ROW_SUFFIXES)} files; all of these are plain text"
+        )
+    field = DEFAULT_TEXT_FIELD if text_field is None else text_field
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    for file in files:
+        with open_decompressed(file, on_read or (lambda count: None)) as stream:
+            reader = readers.get(file_format(file))
+            yield from reader(file, stream, field) if reader else _read_text(file, stream)
+
+
+def _read_text(file: Path, stream: BinaryIO) -> Iterator[Document]:
+    """The whole file as one document."""
+    first = stream.read(BLOCK)
+    if b"\0" in first:
+        raise ValueError(
+            f"{file} is not text: NUL at byte {first.index(0)}; leave it out, or convert it (UTF-16 or UTF-32) to UTF-8"
+        )
+
+    def pieces() -> Iterator[bytes]:
+        piece = first
+        while piece:
+            yield piece
+            piece = stream.read(BLOCK)
+
+    yield Document(file, None, pieces())
+
+
+def _read_jsonl(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
+    """One JSON object a line; blank lines are skipped."""
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{document_name(file, number)}: not a line of JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{document_name(file, number)}: wanted an object with field {field!r}, got {_kind(record)}"
+            )
+        if field not in record:
+            raise _missing_field(document_name(file, number), field, record)
+        text = record[field]
+        if not isinstance(text, str):
+            raise ValueError(f"{document_name(file, number)}: field {field!r} must be a string, got {_kind(text)}")
+        # A lone surrogate (\ud800) passes as bytes that are not UTF-8, so that the tokenizer decides about it.
+        yield Document(file, number, iter((text.encode("utf-8", "surrogatepass"),)))
+
+
+def _read_csv(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
+    """Comma-separated values with a header; fields may be of any size and hold newlines; bytes survive."""
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    limit = csv.field_size_limit(
+        min(sys.maxsize, 2**31 - 1)
+    )  # the default, 131,072 characters, is less than a document
+    rows = csv.reader(text, strict=True)
+    try:
+        header = [name.removeprefix("\ufeff") for name in next(rows, [])]
+        if header and field not in header:
+            raise _missing_field(str(file), field, header)
+        line = rows.line_num + 1
+        for row in rows:
+            if row and len(row) != len(header):
+                raise ValueError(f"{document_name(file, line)}: {len(row)} values for the {len(header)} of the header")
+            if row:
+                value = row[header.index(field)]
+                yield Document(file, line, iter((value.encode("utf-8", "surrogateescape"),)))
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{document_name(file, rows.line_num)}: malformed csv ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+        text.detach()  # the stream is closed by who opened it
+
+
+def _read_parquet(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
+    """One row after another, by row groups; compressed files are unpacked to a temporary file, for parquet seeks."""
+    pyarrow = import_pyarrow()
+    from pyarrow import parquet
+
+    with tempfile.TemporaryFile() as unpacked:
+        if not stream.seekable():
+            shutil.copyfileobj(stream, unpacked, BLOCK)
+            stream = cast(BinaryIO, unpacked)
+        try:
+            table = parquet.ParquetFile(stream)
+            if field not in table.schema_arrow.names:
+                raise _missing_field(str(file), field, table.schema_arrow.names)
+            _check_column(file, field, table.schema_arrow.field(field).type)
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0).cast(pyarrow.large_binary()):
+                    row += 1
+                    if not value.is_valid:
+                        raise ValueError(f"{document_name(file, row)}: field {field!r} must be a string, got null")
+                    yield Document(file, row, iter((value.as_py(),)))
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"{file}: not a readable parquet file ({error})") from None
+
+
+def _check_column(file: Path, field: str, kind: Any) -> None:
+    types = import_pyarrow().types
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    text = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    if not any(accepts(value) for accepts in text):
+        raise ValueError(f"{file}: field {field!r} must hold strings, got {kind}")
+
+
+def _missing_field(where: str, field: str, present: Iterable[str]) -> ValueError:
+    names = ", ".join(map(repr, present)) or "none"
+    return ValueError(f"{where}: no field {field!r}; the fields there are {names}; choose one with text_field")
+
+
+def _kind(value: Any) -> str:
+    """A JSON value's type in JSON's words."""
+    words = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "an array",
+    }
+    return words.get(type(value), "an object")

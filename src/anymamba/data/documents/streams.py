@@ -1,0 +1,95 @@
+"""A file's bytes, decompressed, counted as they are read from disk; damaged data is an error that names the file."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from .files import suffixes
+
+BLOCK = 1 << 20  # bytes read at once
+
+
+@contextmanager
+def open_decompressed(file: Path, on_read: Callable[[int], None]) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed by its suffix."""
+    with io.BufferedReader(_CountedFile(file, on_read), BLOCK) as raw:
+        compression = suffixes(file)[1]
+        if not compression:
+            yield cast(BinaryIO, raw)
+            return
+        with io.BufferedReader(_Decompressed(file, _decompressor(compression, raw)), BLOCK) as stream:
+            yield cast(BinaryIO, stream)
+
+
+def _decompressor(compression: str, raw: Any) -> IO[bytes]:
+    if compression == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if compression == ".bz2":
+        return bz2.BZ2File(raw)
+    if compression == ".xz":
+        return lzma.LZMAFile(raw)
+    pyarrow = import_pyarrow()
+    # Not the zstandard package: its stream reader takes a truncated file for a complete one.
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+
+
+def import_pyarrow() -> Any:
+    """pyarrow, or which extra brings it."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise ImportError(".zst and .parquet files need pyarrow: pip install 'anymamba[train]'") from None
+    return pyarrow
+
+
+class _CountedFile(io.FileIO):
+    """A file that reports how much has been read from it."""
+
+    def __init__(self, file: Path, on_read: Callable[[int], None]) -> None:
+        super().__init__(file)
+        self._on_read = on_read
+        self._left = file.stat().st_size  # parquet reads some bytes twice: no more than the file holds are counted
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = super().readinto(buffer)
+        self._report(count or 0)
+        return count
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self._report(len(data))
+        return data
+
+    def _report(self, count: int) -> None:
+        new = min(count, self._left)
+        if new > 0:
+            self._left -= new
+            self._on_read(new)
+
+
+class _Decompressed(io.RawIOBase):
+    """A decompressing stream whose errors name the file."""
+
+    def __init__(self, file: Path, stream: IO[bytes]) -> None:
+        self._file, self._stream = file, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except (EOFError, lzma.LZMAError, zlib.error, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's, not the format's
+            raise ValueError(f"{self._file}: damaged or truncated {self._file.suffix} data ({error})") from None
+        buffer[: len(data)] = data
+        return len(data)

@@ -1,0 +1,139 @@
+"""Documents to tokens, in pieces that fit in memory."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..documents import Document
+from ..tokenizer import ByteTokenizer, Tokenizer
+
+# In characters. The tokenizers library takes some 500 bytes a token while it works, so 2 MiB of text take 250 MB.
+WHOLE = 2 << 20  # a document up to this size is encoded in one piece
+SEGMENT = 1 << 20  # a piece of a longer one
+_GROUP_TEXTS = 4096  # what the tokenizer is given at once, to work on in parallel: so many texts, ...
+_GROUP_CHARACTERS = SEGMENT * max(2, min(16, os.cpu_count() or 1))  # ... or a segment for each core
+
+
+class DocumentEnd(NamedTuple):
+    """The end of a document: which one, and how many bytes it had."""
+
+    file: Path
+    row: int | None
+    n_bytes: int
+
+
+class Piece(NamedTuple):
+    """Tokens that follow those of the piece before; `end` where they are their document's last."""
+
+    ids: NDArray
+    end: DocumentEnd | None
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The narrowest type for a tokenizer's text; the byte tokenizer's 257th id ends documents and is never stored."""
+    top = 255 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size - 1
+    return np.min_scalar_type(top)
+
+
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The tokens of documents in order.
+
+    Bytes are passed through. For another tokenizer a document must be UTF-8; up to 2 Mi characters are encoded whole. A
+    longer one is cut into segments of about 1 Mi, before whitespace that follows other characters (a space after a
+    letter or digit where there is one). For tokenizers that split at whitespace first, as the byte-level BPE of
+    GPT-2, GPT-NeoX and Llama 3 do, that gives the ids of the whole. It may differ at the cuts for tokenizers that
+    join words over spaces, that put something before every text, that have added tokens with inner spaces, or whose
+    normalisation looks across spaces; and in text that has no whitespace for 2 Mi characters, which is cut anywhere.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return _bytes_as_tokens(documents)
+    return _encode_texts(documents, tokenizer)
+
+
+def _bytes_as_tokens(documents: Iterable[Document]) -> Iterator[Piece]:
+    for document in documents:
+        n_bytes = 0
+        for piece in document.pieces:
+            n_bytes += len(piece)
+            yield Piece(np.frombuffer(piece, np.uint8), None)
+        yield Piece(np.zeros(0, np.uint8), DocumentEnd(document.file, document.row, n_bytes))
+
+
+def _encode_texts(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """Texts in groups, so that many short documents are encoded by one call."""
+    dtype = token_dtype(tokenizer)
+    texts: list[str] = []
+    ends: list[DocumentEnd | None] = []
+    size = 0
+
+    def encoded() -> Iterator[Piece]:
+        for ids, end in zip(tokenizer.encode_batch(texts), ends, strict=True):
+            yield Piece(np.array(ids, dtype), end)
+        texts.clear()
+        ends.clear()
+
+    for document in documents:
+        for text, end in _segments(document):
+            if size + len(text) > _GROUP_CHARACTERS or len(texts) == _GROUP_TEXTS:
+                yield from encoded()
+                size = 0
+            texts.append(text)
+            ends.append(end)
+            size += len(text)
+    yield from encoded()
+
+
+def _segments(document: Document) -> Iterator[tuple[str, DocumentEnd | None]]:
+    """A document's text, whole or cut; the last one with the document's end."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text, n_bytes, limit = "", 0, WHOLE
+    for piece in document.pieces:
+        text += _decode(decoder, piece, n_bytes, document)
+        n_bytes += len(piece)
+        while len(text) > limit:
+            limit = SEGMENT  # now that it is a long one
+            cut = last_cut(text, SEGMENT) or last_cut(text, WHOLE)
+            if cut is None and len(text) <= WHOLE:
+                break
+            cut = WHOLE if cut is None else cut
+            yield text[:cut], None
+            text = text[cut:]
+    text += _decode(decoder, b"", n_bytes, document, final=True)
+    yield text, DocumentEnd(document.file, document.row, n_bytes)
+
+
+def last_cut(text: str, stop: int) -> int | None:
+    """The last place in (0, stop] where a text may be cut: before whitespace that follows something else."""
+    stop = min(stop, len(text) - 1)
+    place = text.rfind(" ", 1, stop + 1)
+    for _ in range(1000):  # a space after a letter or digit is the safest place
+        if place < 1:
+            break
+        if text[place - 1].isalnum():
+            return place
+        place = text.rfind(" ", 1, place)
+    for place in range(stop, 0, -1):
+        if text[place].isspace() and not text[place - 1].isspace():
+            return place
+    return None
+
+
+def _decode(
+    decoder: codecs.IncrementalDecoder, piece: bytes, before: int, document: Document, final: bool = False
+) -> str:
+    """The next text of a document; an error says at which of its bytes it is."""
+    waiting = len(decoder.getstate()[0])  # bytes of an unfinished character
+    try:
+        return decoder.decode(piece, final)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{document.name}: not valid UTF-8 at byte {before - waiting + error.start} ({error.reason}); "
+            f"use byte mode (no tokenizer), which takes any bytes, or convert the file to UTF-8"
+        ) from None

@@ -1,0 +1,310 @@
+"""Tokenizers: bytes, or any `tokenizer.json`; and text streamed from tokens without splitting a character."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+END_OF_DOCUMENT = "<|endoftext|>"
+FILE_NAME = "tokenizer.json"
+
+# Names of the end-of-document token in published tokenizers; the first one that a tokenizer has is taken.
+_EOS_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Ids are 0 .. vocab_size - 1; eos_id ends a document and is never part of its text."""
+
+    name: str
+    vocab_size: int
+    eos_id: int | None
+    fingerprint: str
+    """Names the mapping from text to ids: two tokenizers with equal fingerprints give equal ids."""
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The ids of a text; nothing is added at its ends."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel where that helps."""
+        ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of a row of ids, those of special tokens included; they may end inside a character."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a row of ids; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` (and `tokenizer_config.json`, which `transformers` wants) into a folder."""
+        ...
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level BPE files (GPT-2): itself or U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    alphabet, spare = [], 0x100
+    for byte in range(256):
+        alphabet.append(chr(byte) if byte in printable else chr(spare))
+        spare += byte not in printable
+    return alphabet
+
+
+_ALPHABET = _byte_alphabet()
+_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_ALPHABET)}
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes, 256 ends a document. Any input survives, whatever its encoding.
+
+    Text is only text: `<|endoftext|>` inside it is encoded as its 13 bytes. The saved `tokenizer.json` gives the same
+    ids for UTF-8 text, except that there, as in every such file, `<|endoftext|>` in the text is the special token.
+    """
+
+    name = "bytes"
+    vocab_size = 257
+    eos_id: int | None = 256
+    fingerprint = "bytes-257"
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The bytes of a text; a str as UTF-8, with undecodable bytes of the command line (PEP 383) as they were."""
+        return list(text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes back; 256 is written out as `<|endoftext|>`."""
+        return b"".join(map(self.token_bytes, ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The bytes as UTF-8; what is not becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id."""
+        _check_id(token, self)
+        return END_OF_DOCUMENT.encode() if token == self.eos_id else bytes((token,))
+
+    def save(self, folder: Path) -> None:
+        """Write a byte-level BPE without merges, which `tokenizers` and `transformers` read."""
+        _write(folder, json.dumps(_byte_specification(), ensure_ascii=False, indent=2), END_OF_DOCUMENT)
+
+
+class JsonTokenizer:
+    """Any `tokenizer.json` of the `tokenizers` library; truncation and padding that it asks for are switched off."""
+
+    def __init__(self, path: str | Path) -> None:
+        import tokenizers
+
+        self.path = Path(path)
+        self._json = self.path.read_text(encoding="utf-8")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"{self.path} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads: {error}"
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.name = self.path.parent.name if self.path.name == FILE_NAME else self.path.name.removesuffix(".json")
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
+        added = {token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items()}
+        self.eos_id: int | None = next((added[name] for name in _EOS_NAMES if name in added), None)
+        self._bytes_of: dict[int, bytes] | None = {} if _is_byte_level(json.loads(self._json)["decoder"]) else None
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The ids of a text, which must be UTF-8; names of special tokens in it become these tokens."""
+        return self.encode_batch([_utf8(text)])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ids where the file is a byte-level one, else its text in UTF-8."""
+        ids = list(ids)
+        if self._bytes_of is None:
+            return self.decode(ids).encode("utf-8")
+        return b"".join(self.token_bytes(token) or b"" for token in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; what is not UTF-8 becomes U+FFFD."""
+        ids = list(ids)
+        if self._bytes_of is not None:
+            return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        for token in ids:
+            _check_id(token, self)
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes of one id; None where they depend on its neighbours (files that are not byte-level)."""
+        if self._bytes_of is None:
+            return None
+        if token not in self._bytes_of:
+            _check_id(token, self)
+            self._bytes_of[token] = _token_to_bytes(self._tokenizer.id_to_token(token) or "")
+        return self._bytes_of[token]
+
+    def save(self, folder: Path) -> None:
+        """Write the file as it was read."""
+        _write(folder, self._json, None if self.eos_id is None else self._tokenizer.id_to_token(self.eos_id))
+
+
+def load_tokenizer(path: str | Path | None) -> ByteTokenizer | JsonTokenizer:
+    """The tokenizer of a `tokenizer.json`, or of a folder that holds one; None is bytes.
+
+    The file that `ByteTokenizer.save` writes gives a ByteTokenizer again.
+    """
+    if path is None:
+        return ByteTokenizer()
+    path = Path(path)
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
+    try:
+        specification = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
+    return ByteTokenizer() if _is_byte_specification(specification) else JsonTokenizer(file)
+
+
+class StreamDecoder:
+    """Text from tokens as they come, never half a character; all pushes and the flush together equal `decode`.
+
+    The work per token does not grow with what came before.
+    """
+
+    _HELD = 16  # tokens that may wait for the rest of a character; the longest takes 4, special tokens have no text
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._token_bytes = getattr(tokenizer, "token_bytes", lambda token: None)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._ids: list[int] = []  # the last tokens; those before _read have been given out
+        self._read = 0
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these tokens complete."""
+        return "".join(map(self._push, ids))
+
+    def flush(self) -> str:
+        """What is left at the end; an unfinished character becomes U+FFFD."""
+        text = self._utf8.decode(b"", final=True) + self._rest()
+        self._utf8.reset()
+        self._ids, self._read = [], 0
+        return text
+
+    def _push(self, token: int) -> str:
+        data = self._token_bytes(token)
+        if data is not None:
+            return self._utf8.decode(data)
+        # Here a token's text depends on the one before (spaces, byte fallback): decode again from the last given ones.
+        self._ids.append(token)
+        text = self._rest()
+        if not text or (text.endswith("\ufffd") and len(self._ids) - self._read < self._HELD):
+            return ""
+        self._ids, self._read = self._ids[self._read :], len(self._ids) - self._read
+        return text
+
+    def _rest(self) -> str:
+        given = self._tokenizer.decode(self._ids[: self._read]) if self._read else ""
+        return self._tokenizer.decode(self._ids)[len(given) :] if self._ids else ""
+
+
+def _check_id(token: int, tokenizer: Tokenizer) -> None:
+    if not 0 <= token < tokenizer.vocab_size:
+        raise ValueError(
+            f"token id {token} is outside the vocabulary of {tokenizer.name}: 0 .. {tokenizer.vocab_size - 1}"
+        )
+
+
+def _utf8(text: str | bytes) -> str:
+    """A text as str without surrogates; raises ValueError where it is not UTF-8."""
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the text is not valid UTF-8 at byte {error.start} ({error.reason}), which this tokenizer needs; "
+            f"the byte tokenizer takes any bytes"
+        ) from None
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    """Whether a file's decoder maps each token to bytes by itself."""
+    if decoder is None:
+        return False
+    if decoder["type"] == "Sequence":
+        return all(map(_is_byte_level, decoder["decoders"]))
+    return decoder["type"] == "ByteLevel"
+
+
+def _token_to_bytes(token: str) -> bytes:
+    """A byte-level token's bytes; added tokens with characters outside the alphabet stand for themselves."""
+    try:
+        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def _byte_specification() -> dict[str, Any]:
+    """The `tokenizer.json` of the bytes."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": 256, "content": END_OF_DOCUMENT, **special}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {character: byte for byte, character in enumerate(_ALPHABET)},
+            "merges": [],
+        },
+    }
+
+
+def _is_byte_specification(specification: Any) -> bool:
+    """Whether a file maps text to ids as ByteTokenizer does; fields that another version adds do not matter."""
+    if not isinstance(specification, dict):
+        return False
+    model, before = specification.get("model") or {}, specification.get("pre_tokenizer") or {}
+    added = [(token["content"], token["id"]) for token in specification.get("added_tokens") or []]
+    return (
+        model.get("type") == "BPE"
+        and not model.get("merges")
+        and {**model.get("vocab", {}), END_OF_DOCUMENT: 256} == {**_BYTE_OF_CHARACTER, END_OF_DOCUMENT: 256}
+        and specification.get("normalizer") is None
+        and before.get("type") == "ByteLevel"
+        and not before.get("add_prefix_space")
+        and added == [(END_OF_DOCUMENT, 256)]
+    )
+
+
+def _write(folder: Path, specification: str, eos: str | None) -> None:
+    """Write both files; the second keeps transformers from choosing a class of its own by the model's type."""
+    (Path(folder) / FILE_NAME).write_text(specification, encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if eos is not None:
+        config["eos_token"] = eos
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
