@@ -37,7 +37,7 @@ def command_seconds(*arguments: str) -> float:
     return time.perf_counter() - start
 
 
-def run(repeats: int) -> str:
+def run(repeats: int = 5) -> str:
     """Measure and return the Markdown of the results."""
     measures = {
         "every public name, over importing torch": import_seconds,

@@ -210,6 +210,18 @@ def test_nothing_to_read(build, data, tmp_path):
     assert not list((tmp_path / "cache").glob("[!.]*")), "a failed build leaves no table"
 
 
+def test_real_files(shared_data, tmp_path):
+    text = shared_data / "text"
+    paths = [text / "tinyshakespeare.txt", text / "books_valid.jsonl.xz", text / "enwiki_106_articles.xml.bz2"]
+    table = build_token_table(paths, ByteTokenizer(), cache_dir=tmp_path)
+    assert table.n_documents == 4 and table.n_bytes == 1_115_394 + 6_089_746 + table.byte_lengths[:2].sum()
+    assert text_of(table, 3) == (text / "tinyshakespeare.txt").read_bytes()
+    assert b"Emma" in text_of(table, 0) + text_of(table, 1)
+    promoters = shared_data / "genomic_benchmarks" / "human_nontata_promoters_test.csv.gz"
+    table = build_token_table(promoters, ByteTokenizer(), text_field="seq", cache_dir=tmp_path)
+    assert table.n_documents == 9034 and set(table.lengths.tolist()) == {251}
+
+
 # The cache
 
 
@@ -342,7 +354,7 @@ def test_many_short_documents_are_encoded_by_few_calls(build, data, bpe, monkeyp
     calls, encode_batch = [], bpe.encode_batch
     monkeypatch.setattr(bpe, "encode_batch", lambda texts: calls.append(len(texts)) or encode_batch(texts))
     table = build(bpe)
-    assert sum(calls) == table.n_documents == 10_000 and len(calls) <= 3
+    assert sum(calls) == table.n_documents == 10_000 and len(calls) <= 3 and max(calls) <= 4096
     assert text_of(table, 9_999, bpe) == b"document 9999"
 
 

@@ -13,7 +13,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from anymamba.data.tokenizer import ByteTokenizer, JsonTokenizer, StreamDecoder, load_tokenizer
 
-TEXTS = ["", "def f(x):\n    return x\r\n", "naïve Ångström é", "日本語 😀👩‍👩‍👧 Ω≈ç√", "\x00\x1f\x7f\u0080 \ufeff  "]
+TEXTS = [
+    "",
+    "def f(x):\n    return x\r\n",
+    "naïve Ångström e\u0301",
+    "日本語 😀👩‍👩‍👧 Ω≈ç√",
+    "\x00\x1f\x7f\u0080 \ufeff  ",
+]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from anymamba.layers.conv import ShortConvolution
 from anymamba.layers.norm import RMSNorm, build_norm
 from anymamba.layers.padding import Alignment
 from anymamba.layers.state import MambaState
-from anymamba.ops.selective_scan import selective_scan, selective_scan_step
+from anymamba.ops.selective_scan import B_DISCRETIZATIONS, selective_scan, selective_scan_step
 
 
 class WideParameters(nn.Module):
@@ -55,13 +55,15 @@ class SSMParameters(WideParameters):
         constant_C: bool,
         dt_range: tuple[float, float, float],
         device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.A_init, self.dt_range = A_init, dt_range
         self.is_complex = A_init == "s4d-lin"
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
+            return nn.Parameter(torch.empty(shape, device=device, dtype=wide))
 
         parts = (2,) if self.is_complex else ()  # real and imaginary parts are last
         self.delta_bias = parameter(d_inner)
@@ -156,6 +158,8 @@ class Mamba(nn.Module):
         _require_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, d_inner=self.d_inner, dt_rank=self.dt_rank)
         if dt_init not in ("random", "constant"):
             raise ValueError(f'dt_init must be "random" or "constant", got {dt_init!r}')
+        if b_discretization not in B_DISCRETIZATIONS:
+            raise ValueError(f'b_discretization must be "euler" or "zoh", got {b_discretization!r}')
         self.dt_init, self.dt_scale = dt_init, dt_scale
         self.b_discretization = b_discretization
         self.selective_delta, self.selective_B, self.selective_C = selective_delta, selective_B, selective_C
@@ -178,7 +182,7 @@ class Mamba(nn.Module):
             not selective_B,
             not selective_C,
             (dt_min, dt_max, dt_init_floor),
-            device,
+            **like,
         )
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **like)
         self.output_norm = None if output_norm is None else build_norm(output_norm, self.d_inner, norm_eps, **like)

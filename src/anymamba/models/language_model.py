@@ -214,7 +214,7 @@ class LanguageModel(nn.Module):
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels must be like input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
         x, state = self.hidden(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        x, labels = x.flatten(0, 1), labels.flatten()
+        x, labels = x.flatten(0, 1), labels.flatten().long()
         size = max(1, LOSS_CHUNK_ELEMENTS // self.config.padded_vocab_size)
         if x.shape[0] <= size:
             loss = self._cross_entropy(x, labels)

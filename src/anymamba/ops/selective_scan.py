@@ -116,10 +116,13 @@ def selective_scan_step(
     Returns y (batch, d_inner) in the dtype of u, and the state (batch, d_inner, d_state), a new tensor.
     Differentiable; under export it is traced as plain torch operations.
     """
+    if A.ndim != 2:
+        raise ValueError(f"A must be (d_inner, d_state), got {tuple(A.shape)}")
     d_inner, d_state = A.shape
     require_shape("u", u, (None, d_inner), "(batch, d_inner)")
-    batch = u.shape[0]
-    require_shape("state", state, (batch, d_inner, d_state), "(batch, d_inner, d_state)")
+    require_shape("state", state, (u.shape[0], d_inner, d_state), "(batch, d_inner, d_state)")
+    _require_kind_of_A("state", state, A)
+    require_same_device(OP, u=u, state=state)
     u_long, delta_long = u[:, None], delta[:, None]
     z_long = None if z is None else z[:, None]
     B_long, C_long = _with_length("B", B), _with_length("C", C)
@@ -174,9 +177,7 @@ def _check(
         raise ValueError(f'b_discretization must be "euler" or "zoh", got {b_discretization!r}')
     for name, tensor in (("A", A), ("B", B), ("C", C), ("initial_state", initial_state)):
         if tensor is not None:
-            require_floating(name, tensor, allow_complex=True)
-            if tensor.is_complex() != A.is_complex():
-                raise TypeError(f"{name} must be complex exactly when A is, got {tensor.dtype} and A {A.dtype}")
+            _require_kind_of_A(name, tensor, A)
     require_same_device(
         OP, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
     )
@@ -184,6 +185,12 @@ def _check(
     if initial_state is not None:
         require_shape("initial_state", initial_state, (rows, d_inner, d_state), "(n_sequences, d_inner, d_state)")
     return _equal_groups(*(_grouped(n, M, batch, length, d_inner, d_state) for n, M in (("B", B), ("C", C))))
+
+
+def _require_kind_of_A(name: str, tensor: Tensor, A: Tensor) -> None:
+    require_floating(name, tensor, allow_complex=True)
+    if tensor.is_complex() != A.is_complex():
+        raise TypeError(f"{name} must be complex exactly when A is, got {tensor.dtype} and A {A.dtype}")
 
 
 def _grouped(name: str, M: Tensor, batch: int, length: int, d_inner: int, d_state: int) -> Tensor:

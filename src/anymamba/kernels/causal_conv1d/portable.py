@@ -26,7 +26,7 @@ def forward(
     padded = layout.pad(x, initial_state)
     y = _taps(padded, weight, bias)
     if silu:
-        y = F.silu(y)
+        y = y.mul_(_sigmoid(y))
     return layout.tokens_of_outputs(y).to(x.dtype).contiguous(), layout.last_state(padded)
 
 
@@ -44,11 +44,12 @@ def backward(
     layout = _Layout(x, weight.shape[1], cu_seqlens)
     padded = layout.pad(x, initial_state)
     dtype = _working_dtype(x, weight)
-    dtaps = layout.outputs_of_tokens(dy.to(dtype))
-    if silu:
-        y = _taps(padded, weight, bias)
-        sigmoid = torch.sigmoid(y)
-        dtaps = dtaps * sigmoid * (1 + y * (1 - sigmoid))
+    dy = dy.to(dtype)
+    if silu:  # at the tokens only: what lies between packed sequences must not reach their gradients, not even a NaN
+        y = layout.tokens_of_outputs(_taps(padded, weight, bias))
+        sigmoid = _sigmoid(y)
+        dy = dy * sigmoid * (1 + y * (1 - sigmoid))
+    dtaps = layout.outputs_of_tokens(dy)
     n_outputs, taps = dtaps.shape[1], weight.to(dtype).T
     dpadded = torch.zeros(padded.shape, dtype=dtype, device=x.device)
     dweight = torch.empty(taps.shape, dtype=dtype, device=x.device)
@@ -75,6 +76,11 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bo
     if silu:
         y = F.silu(y)
     return y.to(x.dtype), window[:, 1:]
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """Of operations whose bits do not depend on how threads share the elements, as those of torch.sigmoid do."""
+    return torch.neg(x).exp_().add_(1).reciprocal_()
 
 
 def _working_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -24,9 +24,11 @@ from torch import Tensor
 
 NAME = "portable"
 
-SLAB = 8192  # elements of a step below which a row's time is cut into segments: a step then costs its call
-BLOCK = 1 << 19  # elements of an expanded tensor: a few of them fit the second-level caches
-SPAN = 1 << 19  # elements of a tensor that is not expanded
+N_STEPS = 32  # of a segment: saved states cost d_state / 32 of u, and a block's calls are paid once in 32 tokens
+STEP = 49152  # elements of a step up to which segments are set side by side: a call then costs its work
+NARROW = 12288  # elements of a step of one row below which that pays for scanning twice
+BLOCK = 1 << 20  # elements of an expanded tensor: a few of them fit the caches
+SPAN = 1 << 18  # elements of a tensor that is not expanded
 SERIES_TERMS = 14  # of the series of (exp(x) - 1) / x for |x| < 1/2: exact to float64
 
 
@@ -34,14 +36,11 @@ SERIES_TERMS = 14  # of the series of (exp(x) - 1) / x for |x| < 1/2: exact to f
 
 
 def split(batch: int, d_inner: int, d_state: int) -> tuple[int, int]:
-    """(n_segments, n_steps) of a block; saved states cost d_state / (n_segments n_steps) of u."""
-    n_steps = 16 if d_state <= 16 else 32
-    if batch != 1:
-        return 1, n_steps
-    n_segments = 1
-    while n_segments < 32 and 2 * n_segments * d_inner * d_state <= SLAB:
+    """(n_segments, n_steps) of a block; segments are for single rows, where several rows fill a step together."""
+    n_segments, slab = 1, d_inner * d_state
+    while batch == 1 and slab <= NARROW and n_segments < 32 and 2 * n_segments * slab <= STEP:
         n_segments *= 2
-    return n_segments, n_steps
+    return n_segments, N_STEPS
 
 
 def n_saved_states(length: int, batch: int, d_inner: int, d_state: int) -> int:
@@ -182,7 +181,7 @@ def _prepare(
 def working_dtypes(u: Tensor, delta: Tensor, A: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Real and state dtype: float32 or wider, complex where A is."""
     real = torch.promote_types(torch.float32, torch.promote_types(u.dtype, delta.dtype))
-    real = torch.promote_types(real, A.dtype.to_real())
+    real = torch.promote_types(real, A.real.dtype)
     return real, torch.promote_types(real, A.dtype)
 
 
@@ -238,14 +237,20 @@ class _Workspace:
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, torch.Size, torch.Size], Tensor] = {}
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """a * b in the buffer of that name."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+        view = self._views.get((name, a.shape, b.shape))
+        if view is None:
+            view = self._views[name, a.shape, b.shape] = self._view(name, torch.broadcast_shapes(a.shape, b.shape))
+        return torch.mul(a, b, out=view)
+
+    def _view(self, name: str, shape: torch.Size) -> Tensor:
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = self._like.new_empty(size)
-        return torch.mul(a, b, out=self._buffers[name][:size].view(shape))
+        return self._buffers[name][:size].view(shape)
 
 
 def expm1_ratio(x: Tensor) -> Tensor:
@@ -372,7 +377,8 @@ def forward(
     packed = cu_seqlens is not None
     plan = _Plan(batch, length, inputs, cu_seqlens)
     y = _empty(u)
-    saved = inputs.A.new_zeros(n_saved_states(length, batch, d_inner, A.shape[1]), batch, *inputs.A.shape)
+    saved = inputs.A.new_empty(n_saved_states(length, batch, d_inner, A.shape[1]), batch, *inputs.A.shape)
+    saved[sum(span.n_blocks for span in plan.spans) :] = 0
     last_state = inputs.A.new_zeros(plan.sequences.n_sequences if packed else batch, *inputs.A.shape)
     if inputs.initial_state is not None:
         last_state.copy_(inputs.initial_state)
@@ -494,6 +500,13 @@ class _BackwardSpan:
             self.dy_scan = self.dy * F.silu(self.c.gate)
             self.y = torch.empty_like(self.dy)  # before the gate
         self.ddrive, self.dstep = torch.empty_like(self.c.x), torch.empty_like(self.c.x)
+        self.dB, self.dC = (self._matrix_buffer(M) for M in (inputs.B, inputs.C))
+
+    def _matrix_buffer(self, M: Tensor) -> Tensor | None:
+        """Where the gradient of a selective B or C is gathered, (k, t, s, b, g, n, 1); a constant one is summed."""
+        if M.ndim == 3:
+            return None
+        return self.c.x.new_empty(*self.c.x.shape[:5], M.shape[-1], 1, dtype=self.inputs.dtype)
 
     def block(
         self, k: int, number: int, sequences: _Sequences, before: Tensor, dlast: Tensor, dafter: Tensor
@@ -509,7 +522,7 @@ class _BackwardSpan:
             where, sequence = sequences.ends[number]
             dh[where] += dlast[sequence][:, None]
         dbefore = _reverse_scan_(dh, e.decay, dafter)
-        self._accumulate_matrix(self.grads.dC, k, _conj(e.h), dy_state)
+        self._accumulate_matrix(self.dC, self.grads.dC, k, _conj(e.h), dy_state)
         self._drive_backward(k, e, dh)
         dratio = None if e.ratio is None else dh * _conj(c.B[k]) * c.drive[k]
         ddelta_A = self._decay_backward(sequences, number, e, dh, before)
@@ -538,12 +551,15 @@ class _BackwardSpan:
         if grads.dbias is not None:
             grads.dbias += draw.sum((0, 1, 2, 3))
         _write_channels(grads.ddelta[self.rows], self.span, draw)
+        for target, values in ((grads.dB, self.dB), (grads.dC, self.dC)):
+            if values is not None:
+                target[self.rows, self.span.tokens] = rearrange(values, "k t s b g n 1 -> b (k s t) g n")
 
     def _drive_backward(self, k: int, e: _Expanded, dh: Tensor) -> None:
         """Through ratio B (Δ u): the gradient of Δ u, with that of B."""
         B = _conj(self.c.B[k])
         weighted = dh if e.ratio is None else dh * _conj(e.ratio)
-        self._accumulate_matrix(self.grads.dB, k, weighted, self.c.drive[k])
+        self._accumulate_matrix(self.dB, self.grads.dB, k, weighted, self.c.drive[k])
         if B.ndim == 3:
             ddrive = self.scratch.product("product", weighted, B).sum(-2, keepdim=True)
         else:
@@ -565,15 +581,15 @@ class _BackwardSpan:
             ddelta_A[where] = dinitial * _conj(initial_state[sequence][:, None])
         return ddelta_A
 
-    def _accumulate_matrix(self, target: Tensor, k: int, states: Tensor, channels: Tensor) -> None:
-        """Gradient of B or C from (t, s, b, g, n, p) and (t, s, b, g, 1, p): summed over p where it is selective."""
-        if target.ndim == 3:
-            target += self.scratch.product("product", states, channels).sum((0, 1, 2))
-            return
-        product = torch.matmul(states, channels.to(states.dtype).transpose(-1, -2))
-        start = self.span.block_starts()[k]
-        tokens = slice(start, start + self.span.n_segments * self.span.n_steps)
-        target[self.rows, tokens] = rearrange(product, "t s b g n 1 -> b (s t) g n").to(target.dtype)
+    def _accumulate_matrix(
+        self, gathered: Tensor | None, total: Tensor, k: int, states: Tensor, channels: Tensor
+    ) -> None:
+        """Gradient of B or C from (t, s, b, g, n, p) and (t, s, b, g, 1, p): over p where it is selective, else over
+        time and rows."""
+        if gathered is None:
+            total += self.scratch.product("product", states, channels).sum((0, 1, 2))
+        else:
+            gathered[k] = torch.matmul(states, channels.to(states.dtype).transpose(-1, -2))
 
 
 def _reverse_scan_(dh: Tensor, decay: Tensor, carry: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     batch, length, d_inner = u.shape
     real = torch.promote_types(torch.float32, torch.promote_types(u.dtype, delta.dtype))
-    real = torch.promote_types(real, A.dtype.to_real())
+    real = torch.promote_types(real, A.real.dtype)
     dtype = torch.promote_types(real, A.dtype)
     x, step_size, A = u.to(real), delta.to(real), A.to(dtype)
     if delta_bias is not None:

@@ -1,0 +1,314 @@
+"""`anymamba demo`: trains on Python's standard library for about three minutes, compares and generates."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import tyro
+
+from anymamba.cli.flags import read_flags
+from anymamba.cli.output import TrainingReport, print_json, progress_bar, say
+from anymamba.cli.runtime import told_how_to_resume
+from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from anymamba.data.table import TokenTable
+    from anymamba.data.tokenizer import Tokenizer
+    from anymamba.models.language_model import LanguageModel
+    from anymamba.training.trainer import TrainResult
+
+# Found by trial on two cores: deeper or wider models are better per token and worse per minute.
+MODEL = ModelConfig(d_model=256, n_layers=2, vocab_size=257, mamba=MambaOptions(d_state=8))
+BATCH_SIZE, CONTEXT, LEARNING_RATE = 16, 64, 4e-3  # many rows: many documents in each step
+TRIAL_STEPS = 12  # steps of the throw-away run that measures the speed
+EVALUATED_BYTES = 250_000  # of the held-out files, so that evaluating takes seconds
+PROMPT = "def "
+SAMPLE_TOKENS = 400
+PREFILL_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Train a byte-level Mamba on Python's standard library, compare it with compressors, and generate from it."""
+
+    out: Path = Path("runs/demo")
+    """Run folder; where it exists, the first free one of runs/demo-2, runs/demo-3, ... is taken."""
+    minutes: float = 3.0
+    """About how long to train."""
+    seed: int = 0
+    """Of initialisation, data order and the sample."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object at the end instead of text."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes < 1e6:
+            raise ValueError(f"--minutes must be above 0, got {self.minutes}")
+
+
+class Score(NamedTuple):
+    """One row of the comparison."""
+
+    name: str
+    bits_per_byte: float
+    note: str
+
+
+class Sample(NamedTuple):
+    """A generated text and how fast it came."""
+
+    text: str
+    tokens_per_second: float
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run `anymamba demo`."""
+    options = read_flags(DemoOptions, "demo", arguments)
+    out = free_folder(options.out)
+    if out != options.out:
+        say(f"{options.out} exists and is left as it is; this run goes to {out}")
+    with told_how_to_resume(out):
+        result = train_on_standard_library(options, out)
+    report(options, out, result)
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def train_on_standard_library(options: DemoOptions, out: Path) -> TrainResult:
+    """Train for about as long as asked, in a number of steps that a short trial decides."""
+    from anymamba.training.trainer import train
+
+    training, held_out = corpus()
+    data = DataConfig(paths=tuple(training), eval_paths=tuple(held_out))
+    say(f"{len(training)} files of Python's standard library to train on, {len(held_out)} held out")
+    with progress_bar("training") as show, tempfile.TemporaryDirectory() as folder:
+        timer = StepTimer()
+        trial = dataclasses.replace(plan(data, TRIAL_STEPS, options.seed), eval_tokens=0, checkpoint_every=TRIAL_STEPS)
+        train(trial, Path(folder) / "trial", timer)
+        config = plan(data, affordable_steps(options.minutes, timer.seconds_per_step()), options.seed)
+        return train(config, out, TrainingReport(show))
+
+
+class StepTimer:
+    """A report that only watches the clock."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_tables(self, done: int, total: int | None) -> None: ...
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        """Note when a step ended."""
+        self.times.append(time.perf_counter())
+
+    def on_evaluation(self, metrics: dict[str, Any]) -> None: ...
+
+    def on_checkpoint(self, step: int, folder: Path) -> None: ...
+
+    def seconds_per_step(self) -> float:
+        """The median time between steps, which the first ones, being slow, do not move."""
+        return statistics.median(b - a for a, b in itertools.pairwise(self.times))
+
+
+def corpus() -> tuple[list[str], list[str]]:
+    """The files to train on and those held out, by a hash of their names."""
+    from anymamba.data.stdlib_corpus import is_held_out, standard_library_files
+
+    files = [str(file) for file in standard_library_files()]
+    return [f for f in files if not is_held_out(f)], [f for f in files if is_held_out(f)]
+
+
+def plan(data: DataConfig, steps: int, seed: int) -> TrainConfig:
+    """The whole config of a run of so many steps."""
+    rate = OptimizerConfig(
+        learning_rate=LEARNING_RATE, min_learning_rate=LEARNING_RATE / 20, warmup_steps=max(1, steps // 20)
+    )
+    return TrainConfig(
+        data=data,
+        model=MODEL,
+        optimizer=rate,
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        context=CONTEXT,
+        seed=seed,
+        eval_every=max(1, steps // 6),
+        eval_tokens=20_000,
+        checkpoint_every=max(1, steps // 3),
+    )
+
+
+def free_folder(wanted: Path) -> Path:
+    """The folder itself where it is free, else the first free one of wanted-2, wanted-3, ..."""
+    folder, number = wanted, 2
+    while folder.exists():
+        folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+    return folder
+
+
+def affordable_steps(minutes: float, seconds_per_step: float) -> int:
+    """How many steps fit into that time, at least two."""
+    return max(2, int(60 * minutes / seconds_per_step))
+
+
+# ------------------------------------------------------------------------------------------------- the end
+
+
+def report(options: DemoOptions, out: Path, result: TrainResult) -> None:
+    """Compare, sample, and print what came of it."""
+    from anymamba.data.tokenizer import load_tokenizer
+    from anymamba.models.language_model import LanguageModel
+    from anymamba.ops import dispatch
+
+    model, tokenizer = LanguageModel.from_pretrained(out).eval(), load_tokenizer(out)
+    scores, counted = compare(model, tokenizer, result.tokens)
+    prefill = prefill_speed(model)
+    sample = print_sample(model, tokenizer, options.seed, silent=options.json)
+    speeds = {
+        "training": result.tokens_per_second,
+        f"prefill ({PREFILL_TOKENS:,} tokens)": prefill,
+        "decoding": sample.tokens_per_second,
+    }
+    ran = backends_that_ran(dispatch.calls)
+    if options.json:
+        values = {"scores": [score._asdict() for score in scores], "winner": winner(scores).name, "counted": counted}
+        print_json(dataclasses.asdict(result) | values | {"speeds": speeds, "backends": ran, "sample": sample.text})
+        return
+    print_tables(scores, counted, speeds, ran)
+    print(f"\nThe run is in {out}. Go on with it: anymamba generate --model {out} --prompt 'class '")
+
+
+def compare(model: LanguageModel, tokenizer: Tokenizer, tokens_read: int) -> tuple[list[Score], str]:
+    """The model, the order-3 byte model, zlib and xz on the same held-out bytes; and which bytes these are."""
+    from anymamba.data.table import build_token_table
+    from anymamba.evaluation.byte_models import OrderKByteModel, xz_bits_per_byte, zlib_bits_per_byte
+    from anymamba.evaluation.perplexity import evaluate
+
+    training, held_out = (build_token_table(paths, tokenizer) for paths in corpus())
+    chosen = choose_documents(held_out.byte_lengths.tolist(), EVALUATED_BYTES)
+    table = held_out.select(chosen)
+    documents = texts(table)
+    with progress_bar("evaluating") as show:
+        result = evaluate(model, table, tokenizer.eos_id, progress=lambda d, n: show(d, n, f"{d:,} of {n:,} bytes"))
+    assert result.bits_per_byte is not None and result.n_bytes == sum(map(len, documents))
+    order_3 = OrderKByteModel(iter(texts(training)))
+    megabytes = f"{order_3.n_training_bytes / 1e6:.1f} MB"
+    scores = [
+        Score("Mamba", result.bits_per_byte, f"read {tokens_read / 1e6:.2f} MB of the training files"),
+        Score("order-3 byte model", order_3.bits_per_byte(documents), f"trained on all {megabytes} of the same files"),
+        Score("zlib -9", zlib_bits_per_byte(documents), "the held-out files as one stream"),
+        Score("xz -9e", xz_bits_per_byte(documents), "the held-out files as one stream"),
+    ]
+    return scores, f"{table.n_documents} of {held_out.n_documents} held-out files, {result.n_bytes:,} bytes"
+
+
+def choose_documents(sizes: Sequence[int], limit: int) -> list[int]:
+    """Documents, always the same ones in mixed order, that together stay within the limit; at least one."""
+    order = list(range(len(sizes)))
+    random.Random(0).shuffle(order)
+    chosen, total = [], 0
+    for i in order:
+        if total + sizes[i] <= limit:
+            chosen.append(i)
+            total += sizes[i]
+    return chosen or order[:1]
+
+
+def texts(table: TokenTable) -> list[bytes]:
+    """The bytes of each document of a table of bytes."""
+    return [table.read(i, 0, length).astype("uint8").tobytes() for i, length in enumerate(table.lengths.tolist())]
+
+
+def prefill_speed(model: LanguageModel) -> float:
+    """Tokens a second when a prompt is read: the better of two passes."""
+    import torch
+
+    ids = torch.randint(0, 256, (1, PREFILL_TOKENS))
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(2):
+            start = time.perf_counter()
+            model(ids, num_last_logits=1)
+            seconds.append(time.perf_counter() - start)
+    return PREFILL_TOKENS / min(seconds)
+
+
+def print_sample(model: LanguageModel, tokenizer: Tokenizer, seed: int, *, silent: bool) -> Sample:
+    """Stream a continuation of PROMPT to stdout."""
+    from anymamba.generation.generate import stream_text
+    from anymamba.generation.sampling import SamplingConfig
+
+    sampling = SamplingConfig(temperature=0.7, top_p=0.95)
+    steps = stream_text(model, tokenizer, PROMPT, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, seed=seed)
+    pieces = [PROMPT]
+    write = (lambda text: None) if silent else (lambda text: print(text, end="", flush=True))
+    write(f"\nA sample after {PROMPT!r}:\n\n{PROMPT}")
+    start = time.perf_counter()
+    for piece in steps:
+        pieces.append(piece)
+        write(piece)
+    seconds = time.perf_counter() - start
+    write("\n\n")
+    return Sample("".join(pieces), len(steps.ids) / seconds)
+
+
+def winner(scores: Sequence[Score]) -> Score:
+    """The score of fewest bits per byte; the first of equals."""
+    return min(scores, key=lambda score: score.bits_per_byte)
+
+
+def backends_that_ran(calls: dict[tuple[str, str, str], int]) -> list[str]:
+    """Each op and backend that ran, with how often."""
+    pairs = sorted({(op, backend) for op, backend, _ in calls})
+    return [
+        f"{op}: {backend} ("
+        + ", ".join(f"{n:,} {what}" for (o, b, what), n in sorted(calls.items()) if (o, b) == (op, backend))
+        + ")"
+        for op, backend in pairs
+    ]
+
+
+def print_tables(scores: Sequence[Score], counted: str, speeds: dict[str, float], ran: Sequence[str]) -> None:
+    """Print the comparison and the speeds."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    console.print(score_table(scores, counted))
+    console.print(f"The winner is {winner(scores).name}.\n")
+    console.print(speed_table(speeds))
+    for line in ran:
+        console.print(f"backend of {line}")
+
+
+def score_table(scores: Sequence[Score], counted: str) -> Table:
+    """The comparison, best first row marked."""
+    from rich.table import Table
+
+    best = winner(scores)
+    table = Table("", "bits per byte", "", title=f"On {counted}", title_justify="left", title_style="")
+    for score in scores:
+        name = f"{score.name} *" if score is best else score.name
+        table.add_row(name, f"{score.bits_per_byte:.3f}", score.note, style="bold" if score is best else "")
+    return table
+
+
+def speed_table(speeds: dict[str, float]) -> Table:
+    """Tokens a second."""
+    from rich.table import Table
+
+    table = Table("", "tokens per second")
+    for name, speed in speeds.items():
+        table.add_row(name, f"{speed:,.0f}")
+    return table

@@ -1,0 +1,94 @@
+"""`anymamba eval`: bits per byte, nats per token and perplexity of a model on files, and what was counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from anymamba.cli.flags import read_flags
+from anymamba.cli.output import print_facts, print_json, progress_bar
+from anymamba.cli.runtime import Runtime, load_model, load_model_tokenizer
+
+if TYPE_CHECKING:
+    from anymamba.evaluation.perplexity import EvaluationResult
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Measure a model on files: bits per byte, nats per token, perplexity.
+
+    Each document is read from its beginning with carried state; documents of any length take the same memory.
+    """
+
+    model: Path
+    """Folder of a model; a run folder is one."""
+    data: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+    """Files, folders or globs."""
+    text_field: str | None = None
+    """The field that holds the text in .jsonl, .csv and .parquet files; absent means "text"."""
+    tokenizer: Path | None = None
+    """A tokenizer.json or a folder that holds one; absent means the model's own."""
+    chunk: int = 2048
+    """Tokens run at once; memory grows with it, the result does not change."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object."""
+    runtime: tyro.conf.OmitArgPrefixes[Runtime] = field(default_factory=Runtime)
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run `anymamba eval`."""
+    options = read_flags(EvalOptions, "eval", arguments)
+    result = measure(options)
+    if options.json:
+        values = result.to_dict()
+        print_json({"model": str(options.model)} | {name: finite(value) for name, value in values.items()})
+    else:
+        print_facts(readable(result))
+
+
+def measure(options: EvalOptions) -> EvaluationResult:
+    """Run the model over the files."""
+    from anymamba.data.table import build_token_table
+    from anymamba.evaluation.perplexity import evaluate
+
+    model = load_model(options.model, options.runtime)
+    tokenizer = load_model_tokenizer(options.model, options.tokenizer, model.config.vocab_size)
+    paths = [path for group in options.data for path in group]
+    with progress_bar("evaluating") as show:
+        table = build_token_table(
+            paths,
+            tokenizer,
+            text_field=options.text_field,
+            progress=lambda done, total: show(done, total, "reading the data"),
+        )
+        return evaluate(
+            model,
+            table,
+            tokenizer.eos_id,
+            chunk=options.chunk,
+            progress=lambda done, total: show(done, total, f"{done:,} of {total:,} tokens"),
+        )
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity: null in its place."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def readable(result: EvaluationResult) -> dict[str, str]:
+    """The measures, and what was counted, as lines."""
+    bits = result.bits_per_byte
+    first = "the first of each included" if result.counts_first_tokens else "the first of each not counted"
+    size = "" if result.n_bytes is None else f", {result.n_bytes:,} bytes"
+    return {
+        "bits per byte": "not known without an end-of-document token" if bits is None else f"{bits:.4f}",
+        "nats per token": f"{result.nats_per_token:.4f}",
+        "perplexity": f"{result.perplexity:.4f}",
+        "counted": f"{result.n_documents:,} documents, {result.n_tokens:,} tokens ({first}){size}; "
+        "ends of documents are not counted",
+    }

@@ -1,0 +1,82 @@
+"""Frozen dataclasses as flags, the same way for every verb."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry, StructTypeInfo
+
+OptionsT = TypeVar("OptionsT")
+
+
+def read_flags(
+    options: type[OptionsT],
+    verb: str,
+    arguments: Sequence[str],
+    default: OptionsT | None = None,
+    registry: ConstructorRegistry | None = None,
+) -> OptionsT:
+    """Fill a dataclass from flags.
+
+    Args:
+        options: the dataclass; its docstring is the verb's help, its fields' docstrings are the flags' help.
+        verb: for the usage line.
+        arguments: what stands behind the verb.
+        default: values of the flags that are absent; without it the fields' own defaults.
+        registry: rules for flags that are not called what their field is.
+    Exits with 2 and says the nearest flag where one is unknown.
+    """
+    import tyro
+
+    return tyro.cli(
+        options,
+        prog=f"anymamba {verb}",
+        args=arguments,
+        default=default if default is not None else tyro.MISSING_NONPROP,
+        registry=registry,
+    )
+
+
+def renamed_flags(names: Mapping[type, Mapping[str, str]], repeatable: str) -> ConstructorRegistry:
+    """Rules that give fields of nested dataclasses a flag of their own name instead of their dotted path.
+
+    Args:
+        names: for each dataclass the flags of some of its fields.
+        repeatable: a field of that name, a tuple of strings, takes several values at a time and may be repeated.
+    """
+    import tyro
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
+
+    registry = ConstructorRegistry()
+    being_asked: list[type] = []  # the rule asks for what would be without it
+
+    def renamed(spec: StructFieldSpec, flag: str) -> StructFieldSpec:
+        kind: Any = spec.type
+        if spec.name == repeatable:
+            kind = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
+            spec = dataclasses.replace(spec, default=(spec.default,) if spec.default else ())
+        kind = Annotated[kind, tyro.conf.arg(name=flag, prefix_name=False)]
+        return dataclasses.replace(spec, type=kind)
+
+    @registry.struct_rule
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if info.type not in names or info.type in being_asked:
+            return None
+        being_asked.append(info.type)
+        spec = ConstructorRegistry.get_struct_spec(info)
+        being_asked.pop()
+        assert isinstance(spec, StructConstructorSpec), f"{info.type} is a dataclass"
+        flags, build = names[info.type], spec.instantiate
+
+        def instantiate(**values: Any) -> Any:
+            if repeatable in flags:
+                values[repeatable] = tuple(value for group in values[repeatable] for value in group)
+            return build(**values)
+
+        fields = tuple(renamed(field, flags[field.name]) if field.name in flags else field for field in spec.fields)
+        return dataclasses.replace(spec, instantiate=instantiate, fields=fields)
+
+    return registry

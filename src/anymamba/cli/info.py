@@ -1,0 +1,88 @@
+"""`anymamba info`: versions, device, threads, and which backend of each operator runs here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import tyro
+
+from anymamba.cli.flags import read_flags
+from anymamba.cli.output import print_facts, print_json
+
+DEPENDENCIES = (
+    *("torch", "numpy", "einops", "jaxtyping", "safetensors", "tokenizers", "tyro", "rich"),
+    *("datasets", "tensorboard", "matplotlib", "zstandard", "triton", "transformers"),
+)
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Versions, device, threads, and which backend of each operator runs here and why another is missing."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object."""
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run `anymamba info`."""
+    options = read_flags(InfoOptions, "info", arguments)
+    facts = collect()
+    if options.json:
+        print_json(facts)
+    else:
+        print_facts(readable(facts))
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `info` tells."""
+    import torch
+
+    from anymamba.ops import dispatch
+
+    return {
+        "anymamba": version("anymamba"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "executable": sys.executable,
+        "packages": {name: installed_version(name) for name in DEPENDENCIES},
+        "devices": devices(),
+        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
+        "backends": [status._asdict() for status in dispatch.report()],
+    }
+
+
+def installed_version(name: str) -> str | None:
+    """A package's version, or None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def devices() -> list[str]:
+    """The devices that torch can use here, by name."""
+    import torch
+
+    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*gpus, *mps, f"cpu {torch.backends.cpu.get_cpu_capability()}"]
+
+
+def readable(facts: dict[str, Any]) -> dict[str, str]:
+    """The same facts as one line each."""
+    lines = {name: facts[name] for name in ("anymamba", "python", "platform", "executable")}
+    lines |= {name: found or "not installed" for name, found in facts["packages"].items()}
+    for i, device in enumerate(facts["devices"]):
+        lines["device" if i == 0 else f"device {i + 1}"] = device
+    lines["threads"] = f"{facts['threads']['torch']} of {facts['threads']['cores']} cores"
+    for status in facts["backends"]:
+        mark = "chosen" if status["chosen"] else "available" if status["available"] else "missing"
+        name = f"{status['op']} {status['backend']}"
+        lines[name] = f"{mark:<9} {status['device']}" + (f": {status['reason']}" if status["reason"] else "")
+    return lines

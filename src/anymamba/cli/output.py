@@ -1,0 +1,108 @@
+"""How verbs print: one JSON object, or lines of a name and a value; and progress on stderr that fits where it goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+PLAIN_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print one JSON object on one line of stdout."""
+    print(json.dumps(values, ensure_ascii=False, allow_nan=False))
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print names and values, aligned."""
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def say(text: str) -> None:
+    """Print a remark to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class ShowProgress(Protocol):
+    """Told how far the work is, now and then: done, total (None when unknown), and words beside the bar."""
+
+    def __call__(self, done: float, total: float | None, text: str = "") -> None: ...
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[ShowProgress]:
+    """A bar on stderr while the body runs; where stderr is no terminal, a plain line now and then."""
+    if not sys.stderr.isatty():
+        yield PlainProgress(label)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+        task = bar.add_task(label, total=None, text="")
+
+        def show(done: float, total: float | None, text: str = "") -> None:
+            bar.update(task, completed=done, total=total, text=text)
+
+        yield show
+
+
+class PlainProgress:
+    """Progress as lines: the first report, the last, and one every few seconds between."""
+
+    def __init__(self, label: str, interval: float = PLAIN_INTERVAL) -> None:
+        self.label, self.interval, self.next_time = label, interval, 0.0
+
+    def __call__(self, done: float, total: float | None, text: str = "") -> None:
+        finished = total is not None and done >= total
+        if time.monotonic() < self.next_time and not finished:
+            return
+        self.next_time = time.monotonic() + self.interval
+        share = f" {100 * done / total:.0f}%" if total else ""
+        say(f"{self.label}{share} {text}".rstrip())
+
+
+class TrainingReport:
+    """What `training.trainer.train` tells, as progress."""
+
+    def __init__(self, show: ShowProgress) -> None:
+        self.show = show
+
+    def on_tables(self, done: int, total: int | None) -> None:
+        """Bytes of the data read so far."""
+        self.show(done, total, "reading the data")
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        """After every step."""
+        loss = metrics["bits_per_byte"]
+        words = [
+            f"step {metrics['step']:,}/{metrics['steps']:,}",
+            "loss not finite" if loss is None else f"{loss:.3f} bits per byte",
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            f"{clock(metrics['seconds_left'])} left",
+        ]
+        if metrics["skipped"]:
+            words.append(f"{metrics['skipped']} skipped")
+        self.show(metrics["step"], metrics["steps"], ", ".join(words))
+
+    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+        """After an evaluation on held-out documents."""
+        say(f"step {metrics['step']:,}: held-out {metrics['bits_per_byte']:.3f} bits per byte")
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """After a checkpoint."""

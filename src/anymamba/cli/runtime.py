@@ -1,0 +1,97 @@
+"""Where the arithmetic runs, chosen by flags that the verbs share, and the model and tokenizer that a flag names."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from anymamba.data.tokenizer import Tokenizer
+    from anymamba.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which precision the arithmetic runs."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps, ...; absent means a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights; absent means as stored."""
+    threads: int | None = None
+    """CPU threads; absent means torch's choice, the number of cores."""
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads, if a number is given."""
+    import torch
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is.
+
+    Raises ValueError for a name that torch does not know or that this machine does not have.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); leave --device out") from error
+    return device
+
+
+def load_model(folder: Path, runtime: Runtime) -> LanguageModel:
+    """Load the model of a folder (a run folder is one) for inference.
+
+    Raises FileNotFoundError where there is none and CheckpointError where it cannot be read.
+    """
+    import torch
+
+    from anymamba.models.language_model import LanguageModel
+
+    set_threads(runtime.threads)
+    device = choose_device(runtime.device)
+    dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
+    return LanguageModel.from_pretrained(folder, device=device, dtype=dtype).eval()
+
+
+def load_model_tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a flag gives, else the model's own, else bytes for a model of bytes."""
+    from anymamba.data.tokenizer import load_tokenizer
+
+    if given is not None:
+        return load_tokenizer(given)
+    if (folder / "tokenizer.json").exists():
+        return load_tokenizer(folder)
+    if vocab_size not in (256, 257):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json and a vocabulary of {vocab_size}; name one with --tokenizer PATH"
+        )
+    return load_tokenizer(None)
+
+
+@contextmanager
+def told_how_to_resume(run: Path) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM, when they end the body, say how to go on with the run."""
+    try:
+        yield
+    except KeyboardInterrupt as end:
+        started = (run / "train_config.json").exists()
+        raise type(end)(f"resume with: anymamba train --resume {shlex.quote(str(run))}" if started else "") from None

@@ -1,0 +1,172 @@
+"""`anymamba train`: trains a language model on a user's files, fine-tunes one, or goes on with a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from anymamba.cli.flags import read_flags, renamed_flags
+from anymamba.cli.output import TrainingReport, print_facts, print_json, progress_bar
+from anymamba.cli.runtime import choose_device, told_how_to_resume
+from anymamba.models.config import config_from_dict
+from anymamba.models.presets import PRESETS, preset
+from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from anymamba.training.trainer import TrainResult
+
+AUTO = "auto"
+FLAGS: dict[type, dict[str, str]] = {
+    TrainConfig: {"start_from": "from"},
+    DataConfig: {"paths": "data", "text_field": "text-field", "tokenizer": "tokenizer"},
+    OptimizerConfig: {"learning_rate": "learning-rate"},
+}
+"""Fields that have a short flag in place of their path in the config file."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a language model on your files into a new run folder, or go on with one.
+
+    A run can be stopped or killed at any moment; --resume continues it as if nothing had happened.
+    """
+
+    out: Path | None = None
+    """The run folder to make, such as runs/x; one that exists is never overwritten."""
+    resume: Path | None = None
+    """A run folder to go on with; its own config holds everything else."""
+    config: Path | None = None
+    """A .json or .toml file of the options below, such as a run's train_config.json; flags override it."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
+    """Named sizes of the model; --model flags override them."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the result as one JSON object."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(device=AUTO))
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The two flags that decide the others' defaults; they are read first."""
+
+    config: Path | None = None
+    preset: str | None = None
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run `anymamba train`."""
+    options = read_options(arguments)
+    run = options.resume or options.out
+    assert run is not None, "read_options sees to it"
+    with told_how_to_resume(run), progress_bar("training") as show:
+        result = run_training(options, TrainingReport(show))
+    if options.json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print_facts(readable(result))
+
+
+def read_options(arguments: Sequence[str]) -> TrainOptions:
+    """The options of flags over those of the config file.
+
+    Raises ValueError for combinations that make no sense and FileNotFoundError for a config file that is not there.
+    """
+    start, file_paths = default_config(read_basis(arguments))
+    default = TrainOptions(train=start)
+    options = read_flags(TrainOptions, "train", arguments, default, renamed_flags(FLAGS, repeatable="paths"))
+    if options.resume is not None:
+        if dataclasses.replace(options, resume=None, json=False) != TrainOptions():
+            raise ValueError(f"--resume {options.resume} goes on with the run's own config; leave the other flags out")
+        return options
+    if options.out is None:
+        raise ValueError(
+            "no run folder; name a new one with --out, such as --out runs/x, or go on with one with --resume"
+        )
+    return dataclasses.replace(options, train=complete(options, file_paths))
+
+
+def read_basis(arguments: Sequence[str]) -> Basis:
+    """--config and --preset, whatever else there is."""
+    if {"-h", "--help"} & set(arguments):
+        return Basis()
+    found: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--config", "--preset"):
+            found[name[2:]] = value if equals else next(words, "")
+    config = found.get("config")
+    return Basis(Path(config) if config else None, found.get("preset") or None)
+
+
+def default_config(basis: Basis) -> tuple[TrainConfig, tuple[str, ...]]:
+    """What the flags start from: the file's values with the preset's model; the file's data paths are kept apart."""
+    values = {"device": AUTO} | (read_config_file(basis.config) if basis.config is not None else {})
+    config = config_from_dict(TrainConfig, values, "" if basis.config is None else str(basis.config))
+    if basis.preset is not None:
+        config = dataclasses.replace(config, model=preset(basis.preset))
+    # a repeatable flag adds to its default; --data is to replace the file's
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, paths=())), config.data.paths
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The values of a JSON or TOML file."""
+    if path.suffix not in (".json", ".toml"):
+        raise ValueError(f"--config must name a .json or .toml file, got {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a table of keys and values, got {type(values).__name__}")
+    return values
+
+
+def complete(options: TrainOptions, file_paths: tuple[str, ...]) -> TrainConfig:
+    """The config with the file's data where no flag names any, a device, and the given model's tokenizer."""
+    config = options.train
+    data = config.data
+    if not data.paths:
+        data = dataclasses.replace(data, paths=file_paths)
+    if not data.paths:
+        raise ValueError("no training data; name files, folders or globs with --data PATH...")
+    if config.start_from is not None:
+        if config.model != TrainConfig().model:
+            raise ValueError("--from takes the model's sizes from its weights; leave --preset and --model flags out")
+        if data.tokenizer is None and (Path(config.start_from) / "tokenizer.json").exists():
+            data = dataclasses.replace(data, tokenizer=config.start_from)
+    device = str(choose_device(None if config.device == AUTO else config.device))
+    return dataclasses.replace(config, data=data, device=device)
+
+
+def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:
+    """Train or resume."""
+    from anymamba.training.trainer import resume, train
+
+    if options.resume is not None:
+        return resume(options.resume, report)
+    assert options.out is not None
+    return train(options.train, options.out, report)
+
+
+def readable(result: TrainResult) -> dict[str, str]:
+    """The result as lines."""
+    lines = {
+        "run": result.run,
+        "steps": f"{result.steps:,}",
+        "tokens": f"{result.tokens:,} at {result.tokens_per_second:,.0f} a second",
+        "parameters": f"{result.n_parameters:,}",
+    }
+    for name, value in (("training", result.bits_per_byte), ("held-out", result.held_out_bits_per_byte)):
+        if value is not None:
+            lines[f"{name} loss"] = f"{value:.3f} bits per byte"
+    if result.skipped:
+        lines["skipped"] = f"{result.skipped} steps with a loss or gradient that was not finite"
+    return lines

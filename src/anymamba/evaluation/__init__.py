@@ -1,0 +1,1 @@
+"""Evaluation: perplexity with carried state, and simple models of bytes to compare with."""

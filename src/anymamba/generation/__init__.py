@@ -1,0 +1,1 @@
+"""Generation: sampling, streaming, beam search, states that are saved and forked."""

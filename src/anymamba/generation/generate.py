@@ -1,0 +1,313 @@
+"""Generation of tokens and text, streamed or whole, for one prompt or a batch, from the beginning or from a state.
+
+A row's tokens do not depend on the other rows of its batch (but for the last bits of the arithmetic), and neither does
+its end: rows that have ended are dropped from the computation. A token costs the same however long the context is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypedDict, Unpack
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from anymamba.data.tokenizer import Tokenizer
+from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, prefill
+from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
+from anymamba.generation.stops import StoppingDecoder
+from anymamba.layers.state import concatenate_rows, map_state, select_rows
+from anymamba.models.language_model import LanguageModel, LanguageModelState
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of `generate`, `stream` and `stream_text`."""
+
+    max_new_tokens: int
+    """Tokens to generate at most, for each prompt; 256 unless given."""
+    sampling: SamplingConfig
+    """How tokens are chosen; drawn from the model's own distribution unless given."""
+    eos_id: int | None
+    """The token that ends a row; None or absent: the tokenizer's, if there is a tokenizer."""
+    stop: Sequence[str]
+    """Strings that end a row's text, which is cut before them; they need a tokenizer."""
+    seed: int | Sequence[int]
+    """The same seed gives the same tokens; 0 unless given. One number, with which every row draws differently, or one a
+    prompt: row r then draws as it does alone under seed[r]."""
+    state: GenerationState | None
+    """Where to continue from, one row a prompt (the prompts may be empty); absent: from the beginning."""
+    prefill_chunk: int
+    """Tokens of the prompts that are read at once; memory grows with it, the result does not change."""
+
+
+class Step(NamedTuple):
+    """What one step of a stream brings; the lists have one entry for each row that was still running."""
+
+    rows: list[int]
+    """Which of the prompts these rows are."""
+    ids: list[int]
+    """The new token of each; an end-of-sequence token is the row's last."""
+    log_probabilities: list[float]
+    """Of these tokens under the model itself, in nats, before penalty, temperature and filters."""
+    texts: list[str]
+    """What is certain of the text by now; "" without a tokenizer."""
+    finish_reasons: list[FinishReason | None]
+    """Why a row has ended with this token; None where it goes on."""
+
+
+class _Running(NamedTuple):
+    """Rows at work: what they need for the next step."""
+
+    model: LanguageModelState
+    """The state before `last`."""
+    last: Int[Tensor, " rows"]
+    """The newest token of each row, not yet read by the model."""
+    seen: Bool[Tensor, "rows vocab_size"]
+
+
+class TokenStream(Iterator[Step]):
+    """Generates a batch step by step; iterating gives a `Step` for each token.
+
+    Args and errors are those of `stream`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[ArrayLike],
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_new_tokens: int = 256,
+        sampling: SamplingConfig | None = None,
+        eos_id: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | Sequence[int] = 0,
+        state: GenerationState | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
+        if stop and tokenizer is None:
+            raise ValueError("stop strings need the tokenizer that makes text of tokens; got tokenizer=None")
+        self._model, self._max_new_tokens = model, max_new_tokens
+        self._sampling = sampling or SamplingConfig()
+        self._eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
+        self._decoders = None if tokenizer is None else [StoppingDecoder(tokenizer, stop) for _ in prompts]
+        # Ids that may be emitted: a foreign model's vocabulary may be padded beyond its tokenizer's.
+        vocab_size = model.config.vocab_size
+        self._n_ids = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
+        self._draws = RowDraws(seed, len(prompts))
+        self._rows = list(range(len(prompts)))
+        self._ended: list[tuple[list[int], _Running]] = []
+        self._n_steps = 0
+        self.n_prompt_tokens = sum(np.size(prompt) for prompt in prompts)
+        """Tokens of all prompts."""
+        with torch.inference_mode():
+            read = prefill(model, prompts, self._eos_id, state, prefill_chunk)
+            nothing = torch.zeros(len(prompts), dtype=torch.int64, device=read.logits.device)
+            self._running = _Running(read.model, nothing, read.seen.clone())
+            self._logits: Tensor | None = read.logits  # of the first token; later ones come from the step
+
+    @torch.inference_mode()
+    def __next__(self) -> Step:
+        if not self._rows or self._n_steps == self._max_new_tokens:
+            raise StopIteration
+        logits = self._next_logits()
+        ids, log_probabilities = self._choose(logits)
+        self._running.last.copy_(ids)
+        self._running.seen.scatter_(1, ids[:, None], True)
+        self._n_steps += 1
+        step = self._report(ids.tolist(), log_probabilities.tolist())
+        self._drop([i for i, reason in enumerate(step.finish_reasons) if reason is not None])
+        return step
+
+    @property
+    def state(self) -> GenerationState:
+        """The state after all tokens of the prompts and those generated so far, rows in the order of the prompts.
+
+        A row that has ended is as it was at its end, the tokens of its end-of-sequence or stop string included.
+        """
+        with torch.inference_mode():
+            parts = [part for part in (*self._ended, (self._rows, self._running)) if part[0]]
+            rows = torch.tensor([row for part, _ in parts for row in part])
+            together = concatenate_rows([running for _, running in parts])
+            together = select_rows(together, rows.argsort().to(together.last.device))
+            result = GenerationState(together.model, self._logits, together.seen) if self._logits is not None else None
+            if result is None:
+                output = self._model.step(together.last, together.model)
+                logits = output.logits[:, : self._model.config.vocab_size].float()
+                result = GenerationState(output.state, logits, together.seen)
+        return map_state(Tensor.clone, result)  # a snapshot, made outside inference mode: usable by autograd, too
+
+    def _next_logits(self) -> Float[Tensor, "rows n_ids"]:
+        """Logits of the ids that may be emitted; the model reads the last token first, if there is one."""
+        if self._logits is not None:
+            logits, self._logits = self._logits, None
+        else:
+            logits, model_state = self._model.step(self._running.last, self._running.model)
+            self._running = self._running._replace(model=model_state)
+        return logits[:, : self._n_ids].float()
+
+    def _choose(self, logits: Float[Tensor, "rows n_ids"]) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """A token a row and its log-probability under the model."""
+        draws = None if self._sampling.is_greedy else self._draws.next(self._rows)
+        ids = sample(logits, self._sampling, draws, self._running.seen[:, : self._n_ids])
+        chosen = logits.gather(1, ids[:, None])[:, 0]
+        return ids, chosen - logits.logsumexp(-1)
+
+    def _report(self, ids: list[int], log_probabilities: list[float]) -> Step:
+        if not all(map(math.isfinite, log_probabilities)):
+            raise RuntimeError(
+                f"the model's logits are not finite at new token {self._n_steps}; its weights are broken, or their "
+                f"dtype overflows (float32 does not)"
+            )
+        texts, reasons = [], []
+        for row, token in zip(self._rows, ids, strict=True):
+            text, reason = self._end_of(row, token)
+            texts.append(text)
+            reasons.append(reason)
+        return Step(self._rows, ids, log_probabilities, texts, reasons)
+
+    def _end_of(self, row: int, token: int) -> tuple[str, FinishReason | None]:
+        """The text that a row's new token makes certain, and why the row ends with it."""
+        reason: FinishReason | None = "length" if self._n_steps == self._max_new_tokens else None
+        if token == self._eos_id:
+            reason = "eos"
+        if self._decoders is None:
+            return "", reason
+        decoder = self._decoders[row]
+        text = "" if reason == "eos" else decoder.push(token)
+        if reason is not None:
+            text += decoder.flush()
+        return text, "stop" if decoder.stopped else reason
+
+    def _drop(self, places: list[int]) -> None:
+        """Take rows, by their place among the running ones, out of the computation."""
+        if not places:
+            return
+        gone = set(places)
+        kept = [i for i in range(len(self._rows)) if i not in gone]
+        self._ended.append(([self._rows[i] for i in places], self._select(places)))
+        self._rows, self._running = [self._rows[i] for i in kept], self._select(kept)
+
+    def _select(self, places: list[int]) -> _Running:
+        return select_rows(self._running, torch.tensor(places, dtype=torch.int64, device=self._running.last.device))
+
+
+def stream(
+    model: LanguageModel,
+    prompts: Sequence[ArrayLike],
+    tokenizer: Tokenizer | None = None,
+    **options: Unpack[GenerationOptions],
+) -> TokenStream:
+    """Generate step by step: iterating gives the new tokens of all running rows; `.state` is the state so far.
+
+    The prompts are read before this returns.
+
+    Args:
+        model: a language model.
+        prompts: token ids of each; they may differ in length.
+        tokenizer: makes text of tokens, finds stop strings, gives the end-of-sequence id; None: tokens only.
+        options: see `GenerationOptions`.
+    Raises ValueError or TypeError for prompts that the model cannot read and options out of range, RuntimeError when
+        the model's logits are not numbers.
+    """
+    return TokenStream(model, prompts, tokenizer, **options)
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """What was generated after each prompt."""
+
+    ids: list[list[int]]
+    """The new tokens of each row; an end-of-sequence token is the last, as are the tokens of a stop string."""
+    log_probabilities: list[list[float]]
+    """Of each token under the model itself, in nats, before penalty, temperature and filters."""
+    finish_reasons: list[FinishReason]
+    """Why each row ended: "eos", "stop" (a stop string) or "length" (max_new_tokens)."""
+    texts: list[str] | None
+    """The text of each row, cut before the end-of-sequence token or the stop string; None without a tokenizer."""
+    _stream: TokenStream = field(repr=False)
+
+    @property
+    def state(self) -> GenerationState:
+        """The state after all tokens, to continue from; see `TokenStream.state`."""
+        return self._stream.state
+
+    def padded(self, pad_id: int) -> Int[Tensor, "batch length"]:
+        """The new tokens as one tensor; rows that ended early are filled up with pad_id."""
+        length = max(map(len, self.ids))
+        rows = [ids + [pad_id] * (length - len(ids)) for ids in self.ids]
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[ArrayLike],
+    tokenizer: Tokenizer | None = None,
+    **options: Unpack[GenerationOptions],
+) -> GenerationOutput:
+    """Generate until every row has ended. Args and errors as in `stream`."""
+    steps = stream(model, prompts, tokenizer, **options)
+    ids: list[list[int]] = [[] for _ in prompts]
+    log_probabilities: list[list[float]] = [[] for _ in prompts]
+    texts = [""] * len(prompts)
+    reasons: list[FinishReason] = ["length"] * len(prompts)
+    for step in steps:
+        for row, token, log_probability, text, reason in zip(*step, strict=True):
+            ids[row].append(token)
+            log_probabilities[row].append(log_probability)
+            texts[row] += text
+            reasons[row] = reason or reasons[row]
+    return GenerationOutput(ids, log_probabilities, reasons, None if tokenizer is None else texts, steps)
+
+
+class TextStream(Iterator[str]):
+    """The text after one prompt in pieces, each as soon as it is certain; made by `stream_text`."""
+
+    def __init__(self, steps: TokenStream) -> None:
+        self._steps = steps
+        self.ids: list[int] = []
+        """Tokens so far."""
+        self.log_probabilities: list[float] = []
+        """Of these tokens under the model itself, in nats."""
+        self.finish_reason: FinishReason | None = None
+        """Why the text has ended; None while it goes on, and after max_new_tokens=0."""
+        self.n_prompt_tokens = steps.n_prompt_tokens
+        """Tokens of the prompt."""
+
+    def __next__(self) -> str:
+        for step in self._steps:
+            self.ids.append(step.ids[0])
+            self.log_probabilities.append(step.log_probabilities[0])
+            self.finish_reason = step.finish_reasons[0]
+            if step.texts[0]:
+                return step.texts[0]
+        raise StopIteration
+
+    @property
+    def state(self) -> GenerationState:
+        """The state after the prompt and all tokens so far, to continue from."""
+        return self._steps.state
+
+
+def stream_text(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str | bytes, **options: Unpack[GenerationOptions]
+) -> TextStream:
+    """Continue a text; iterating gives its pieces, never half a character or a part of a stop string.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        prompt: the text to continue; it may be empty where there is a state, or an id that documents begin with.
+        options: see `GenerationOptions`.
+    Raises as `stream` does, and ValueError for a prompt that the tokenizer cannot encode.
+    """
+    return TextStream(stream(model, [tokenizer.encode(prompt)], tokenizer, **options))

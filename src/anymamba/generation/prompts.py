@@ -1,0 +1,162 @@
+"""Reading prompts: in chunks, in constant memory, several of different lengths as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from anymamba.layers.state import concatenate_rows, map_state, select_rows
+from anymamba.models.language_model import LanguageModel, LanguageModelState
+
+PREFILL_CHUNK = 2048
+"""Tokens of each prompt that are read at once unless asked otherwise."""
+
+
+class GenerationState(NamedTuple):
+    """All that generation needs to go on after some tokens; its size does not depend on how many.
+
+    Rows can be selected, repeated and joined with the functions of `anymamba.layers.state`: `select_rows(state,
+    torch.tensor([0, 0]))` forks a prompt that was read once.
+    """
+
+    model: LanguageModelState
+    """The model's state after these tokens."""
+    logits: Float[Tensor, "batch vocab_size"]
+    """Of the token that comes next, without the padding of the vocabulary."""
+    seen: Bool[Tensor, "batch vocab_size"]
+    """Which tokens have occurred, for the repetition penalty."""
+
+
+def read_prompts(
+    model: LanguageModel,
+    prompts: Sequence[ArrayLike],
+    *,
+    eos_id: int | None = None,
+    state: GenerationState | None = None,
+    chunk: int = PREFILL_CHUNK,
+) -> GenerationState:
+    """Run the model over prompts of any lengths and return the state after them.
+
+    Args:
+        model: a language model.
+        prompts: the ids of each; memory beside them depends on the chunk only.
+        eos_id: read in place of an empty prompt at the beginning, where documents begin with it; None: an empty
+            prompt is an error.
+        state: to continue from, one row a prompt; a prompt may then be empty.
+        chunk: tokens of each prompt that are read at once.
+    Raises ValueError for no prompts, ids outside the vocabulary, an empty prompt without eos_id or state, a state of
+        another batch; TypeError for ids that are not integers.
+    """
+    with torch.inference_mode():
+        result = prefill(model, prompts, eos_id, state, chunk)
+    return map_state(Tensor.clone, result)  # outside inference mode: usable by autograd, too
+
+
+def prefill(
+    model: LanguageModel,
+    prompts: Sequence[ArrayLike],
+    eos_id: int | None,
+    state: GenerationState | None,
+    chunk: int,
+) -> GenerationState:
+    """`read_prompts`, to be called in inference mode.
+
+    Prompts are padded on the left so that their last tokens, whose logits are wanted, are in one place. They are
+    sorted by length, longest first, and a row takes part from the chunk in which its prompt begins.
+    """
+    if chunk < 1:
+        raise ValueError(f"prefill_chunk must be at least 1, got {chunk}")
+    rows = check_prompts(prompts, model.config.vocab_size, eos_id, state is not None)
+    device = next(model.parameters()).device
+    if state is None:
+        empty = torch.zeros(len(rows), model.config.vocab_size, device=device)
+        state = GenerationState(model.init_state(len(rows)), empty, empty.bool())
+    elif tuple(state.logits.shape) != (len(rows), model.config.vocab_size):
+        raise ValueError(
+            f"the state must have a row a prompt and the model's vocabulary, ({len(rows)}, {model.config.vocab_size}), "
+            f"got {tuple(state.logits.shape)}; select_rows repeats, drops and reorders rows"
+        )
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    state = select_rows(state, torch.tensor(order, device=device))
+    state = _read_sorted(model, [rows[row] for row in order], state, chunk, device)
+    return select_rows(state, torch.tensor(np.argsort(order), device=device))
+
+
+def _read_sorted(
+    model: LanguageModel, rows: list[NDArray[np.int64]], state: GenerationState, chunk: int, device: torch.device
+) -> GenerationState:
+    """Read prompts that are sorted by length, longest first."""
+    longest, lengths = len(rows[0]), np.array([len(row) for row in rows])
+    logits, seen, running = state.logits.clone(), state.seen.clone(), state.model
+    for i, row in enumerate(rows):
+        seen[i, torch.from_numpy(np.unique(row)).to(device)] = True
+    for start in range(-longest, 0, chunk):  # places are counted from the end, where all prompts meet
+        stop = min(start + chunk, 0)
+        n_active = int((lengths > -stop).sum())
+        ids, mask = _left_padded(rows[:n_active], start, stop)
+        whole = n_active == len(rows)
+        output = model(
+            torch.from_numpy(ids).to(device),
+            running if whole else map_state(lambda t, n=n_active: t[:n], running),
+            attention_mask=None if mask.all() else torch.from_numpy(mask).to(device),
+            num_last_logits=1 if stop == 0 else 0,
+        )
+        rest = map_state(lambda t, n=n_active: t[n:], running)
+        running = output.state if whole else concatenate_rows([output.state, rest])
+        if stop == 0:
+            logits[:n_active] = output.logits[:, -1, : logits.shape[1]].to(logits.dtype)
+    return GenerationState(running, logits, seen)
+
+
+def _left_padded(
+    rows: list[NDArray[np.int64]], start: int, stop: int
+) -> tuple[Int[np.ndarray, "rows length"], Bool[np.ndarray, "rows length"]]:
+    """Tokens [start, stop) of each row, counted from its end, and which of them there are."""
+    ids = np.zeros((len(rows), stop - start), np.int64)
+    mask = np.zeros(ids.shape, bool)
+    for i, row in enumerate(rows):
+        piece = row[max(0, len(row) + start) : len(row) + stop]
+        ids[i, ids.shape[1] - len(piece) :] = piece
+        mask[i, ids.shape[1] - len(piece) :] = True
+    return ids, mask
+
+
+def check_prompts(
+    prompts: Sequence[ArrayLike], vocab_size: int, eos_id: int | None, may_be_empty: bool = False
+) -> list[NDArray[np.int64]]:
+    """The prompts as arrays; each id is checked against the vocabulary, an empty prompt becomes [eos_id]."""
+    if len(prompts) == 0:
+        raise ValueError("no prompts; give at least one list of token ids")
+    if eos_id is not None and not 0 <= eos_id < vocab_size:
+        raise ValueError(f"eos_id must be an id of the vocabulary, 0 to {vocab_size - 1}, got {eos_id}")
+    return [_check_prompt(i, prompt, vocab_size, eos_id, may_be_empty) for i, prompt in enumerate(prompts)]
+
+
+def _check_prompt(
+    number: int, prompt: ArrayLike, vocab_size: int, eos_id: int | None, may_be_empty: bool
+) -> NDArray[np.int64]:
+    ids = np.asarray(prompt)
+    if ids.ndim != 1:
+        raise ValueError(
+            f"prompt {number} must be a list of token ids, got shape {ids.shape}; prompts is a list of lists"
+        )
+    if ids.size == 0:
+        if not may_be_empty and eos_id is None:
+            raise ValueError(f"prompt {number} is empty and there is no eos_id to begin with; give at least one token")
+        return np.array([] if may_be_empty else [eos_id], np.int64)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"prompt {number} must hold integer token ids, got {ids.dtype}")
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if outside.size:
+        place = int(outside[0])
+        raise ValueError(
+            f"prompt {number} has the id {int(ids[place])} at position {place}, outside the model's vocabulary of "
+            f"{vocab_size} (0 to {vocab_size - 1}); encode it with the model's own tokenizer"
+        )
+    return ids.astype(np.int64)

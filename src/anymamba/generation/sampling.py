@@ -1,0 +1,179 @@
+"""How the next token is chosen: greedy, or drawn from the model's distribution after filters.
+
+The steps, in this order, on float32 logits of the ids that exist:
+
+    repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
+
+Each filter sees what the one before left, renormalised. Tokens exactly as probable as the last one that a filter keeps
+are kept too, so that the result does not depend on how a sort breaks ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen. The defaults draw from the model's own distribution."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token (greedy)."""
+    top_k: int | None = None
+    """Draw among the k likeliest tokens."""
+    top_p: float | None = None
+    """Draw among the fewest likeliest tokens that together hold at least this probability."""
+    min_p: float | None = None
+    """Draw among tokens of at least this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or generated (arXiv:1909.05858)."""
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise ValueError(
+                f"temperature must be a number of at least 0, got {self.temperature!r}; 0 is greedy, 1 changes nothing"
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k is True or self.top_k < 1):
+            raise ValueError(f"top_k must be an integer of at least 1, got {self.top_k!r}; leave it out to keep all")
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}; leave it out to keep all")
+        if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise ValueError(f"min_p must lie between 0 and 1, got {self.min_p!r}; leave it out to keep all")
+        if not _is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
+            raise ValueError(
+                f"repetition_penalty must be a positive number, got {self.repetition_penalty!r}; 1 leaves it out"
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class RowDraws:
+    """Uniform numbers, one a row and token, from a stream of each row's own.
+
+    What a row draws depends on its seed and on how many tokens it has drawn: not on the other rows, the vocabulary or
+    the device. The streams are counter-based (Philox), keyed by (seed, row), so that no two of them meet.
+
+    Args:
+        seed: one number: row r has the key (seed, r). Or one a row: row r has the key (seed[r], 0), as it has alone.
+        n_rows: rows of the batch.
+    """
+
+    def __init__(self, seed: int | Sequence[int], n_rows: int) -> None:
+        keys = [(seed, row) for row in range(n_rows)] if isinstance(seed, int) else [(s, 0) for s in seed]
+        if len(keys) != n_rows:
+            raise ValueError(f"seed must be one number or one a prompt, got {len(keys)} for {n_rows} prompts")
+        for number, _ in keys:
+            if not 0 <= number < 1 << 64:
+                raise ValueError(f"a seed must lie between 0 and 2**64 - 1, got {number}")
+        self._streams = [np.random.Generator(np.random.Philox(key=np.array(key, np.uint64))) for key in keys]
+
+    def next(self, rows: Sequence[int]) -> Float[Tensor, " rows"]:
+        """The next number in [0, 1) of each of these rows."""
+        return torch.tensor([self._streams[row].random() for row in rows], dtype=torch.float64)
+
+
+def sample(
+    logits: Float[Tensor, "rows vocab_size"],
+    config: SamplingConfig,
+    draws: Float[Tensor, " rows"] | None = None,
+    seen: Bool[Tensor, "rows vocab_size"] | None = None,
+) -> Int[Tensor, " rows"]:
+    """Choose one token a row.
+
+    Args:
+        logits: of the ids that exist; padding of the vocabulary is cut off by the caller.
+        config: the filters.
+        draws: a number in [0, 1) a row, which picks the token from the filtered distribution; greedy needs none.
+        seen: where a token has occurred in the row, for the repetition penalty; None: nowhere.
+    Returns ids. Raises ValueError where draws are missing.
+    """
+    if config.is_greedy:
+        return penalize_repetition(_wide(logits), config.repetition_penalty, seen).argmax(-1)
+    if draws is None:
+        raise ValueError(
+            f"sampling at temperature {config.temperature} needs draws, one number in [0, 1) a row; got None"
+        )
+    probabilities = filter_logits(logits, config, seen).softmax(-1)
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # float32 sums lose tokens of 1e-8
+    cumulative = probabilities.to(exact).cumsum(-1)
+    total = cumulative[:, -1:]
+    target = draws.to(logits.device, exact)[:, None] * total
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up to total
+    chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]  # right: an id of probability 0 is never met
+    return chosen.clamp_(max=logits.shape[-1] - 1)  # only where the logits are not numbers
+
+
+def filter_logits(
+    logits: Float[Tensor, "rows vocab_size"],
+    config: SamplingConfig,
+    seen: Bool[Tensor, "rows vocab_size"] | None = None,
+) -> Float[Tensor, "rows vocab_size"]:
+    """Logits of the distribution that tokens are drawn from: float32, -inf where a filter removes a token.
+
+    Raises ValueError for temperature 0, which has no distribution.
+    """
+    if config.is_greedy:
+        raise ValueError("temperature 0 takes the likeliest token and has no distribution; give one above 0")
+    x = penalize_repetition(_wide(logits), config.repetition_penalty, seen)
+    if config.temperature != 1:
+        x = (x - x.amax(-1, keepdim=True)) / config.temperature  # the maximum first: small temperatures would overflow
+    if config.top_k is not None:
+        x = keep_top_k(x, config.top_k)
+    if config.top_p is not None:
+        x = keep_top_p(x, config.top_p)
+    if config.min_p is not None:
+        x = keep_min_p(x, config.min_p)
+    return x
+
+
+def penalize_repetition(
+    logits: Float[Tensor, "rows vocab_size"], penalty: float, seen: Bool[Tensor, "rows vocab_size"] | None
+) -> Float[Tensor, "rows vocab_size"]:
+    """Divide the positive and multiply the negative logits of seen tokens by the penalty."""
+    if penalty == 1 or seen is None:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Float[Tensor, "rows vocab_size"], k: int) -> Float[Tensor, "rows vocab_size"]:
+    """Keep the k largest logits, and those equal to the k-th."""
+    if k >= logits.shape[-1]:
+        return logits
+    smallest = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Float[Tensor, "rows vocab_size"], p: float) -> Float[Tensor, "rows vocab_size"]:
+    """Keep the fewest likeliest tokens with a total probability of at least p, and those as likely as the last."""
+    if p == 1:
+        return logits
+    ordered = logits.sort(dim=-1, descending=True).values
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # the probability of all that are likelier
+    last = (before < p).sum(-1, keepdim=True).clamp(min=1) - 1
+    return logits.masked_fill(logits < ordered.gather(-1, last), -math.inf)
+
+
+def keep_min_p(logits: Float[Tensor, "rows vocab_size"], share: float) -> Float[Tensor, "rows vocab_size"]:
+    """Keep tokens with at least this share of the probability of the likeliest token."""
+    if share == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(share), -math.inf)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,113 @@
+"""States in files: what a model knows after some tokens, saved once and loaded wherever the model is.
+
+A file is safetensors: the tensors of a GenerationState under their names (`model.layers.0.ssm`, `logits`, ...), and the
+model's config, so that a state is never given to another kind of model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anymamba.generation.prompts import GenerationState
+from anymamba.layers.state import map_state
+from anymamba.models.checkpoints import CheckpointError
+from anymamba.models.checkpoints.huggingface import atomic_file
+from anymamba.models.config import config_to_dict
+from anymamba.models.language_model import LanguageModel
+
+KIND = "anymamba-state"
+
+
+def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -> None:
+    """Write a state, in place of a file that is there, atomically.
+
+    Raises ValueError where the state is not one of this model's.
+    """
+    tensors = dict(_named(state))
+    problem = _mismatch(tensors, model)
+    if problem is not None:
+        raise ValueError(f"the state is not one of this model: {problem}")
+    metadata = {"kind": KIND, "config": json.dumps(config_to_dict(model.config))}
+    with atomic_file(Path(path)) as temporary:
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
+
+
+def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
+    """Read a state of this model to the model's device.
+
+    Raises FileNotFoundError where there is no file, CheckpointError where it is truncated, not a state, or of a model
+        with another config.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no state at {path}; give a file that save_state has written")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}); save the state again"
+        ) from error
+    if metadata.get("kind") != KIND:
+        raise CheckpointError(f"{path} is not a state; give a file that save_state has written")
+    _require_config(json.loads(metadata["config"]), config_to_dict(model.config), path)
+    problem = _mismatch(tensors, model)
+    if problem is not None:
+        raise CheckpointError(f"{path} is not a state of this model: {problem}")
+    template = _template(model)
+    names = iter(dict(_named(template)))
+    return map_state(lambda like: tensors[next(names)].to(like.device, like.dtype), template)
+
+
+def _template(model: LanguageModel) -> GenerationState:
+    """A state of one row, for its structure, shapes, dtypes and device."""
+    logits = torch.zeros(1, model.config.vocab_size, device=next(model.parameters()).device)
+    return GenerationState(model.init_state(1), logits, logits.bool())
+
+
+def _named(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state with dotted names, in the order of `map_state`."""
+    if isinstance(state, Tensor):
+        yield prefix, state
+        return
+    fields = getattr(state, "_fields", range(len(state)))
+    for field, entry in zip(fields, state, strict=True):
+        yield from _named(entry, f"{prefix}.{field}".lstrip("."))
+
+
+def _mismatch(tensors: dict[str, Tensor], model: LanguageModel) -> str | None:
+    """What keeps these tensors from being a state of the model, or None."""
+    wanted = dict(_named(_template(model)))
+    if set(tensors) != set(wanted):
+        odd = sorted(set(tensors) ^ set(wanted))
+        return f"{odd[0]} is {'missing' if odd[0] in wanted else 'not part of it'}"
+    batch = tensors["logits"].shape[:1]
+    for name, like in wanted.items():
+        shape = (*batch, *like.shape[1:])
+        if tuple(tensors[name].shape) != shape:
+            return f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}"
+        if _kind(tensors[name]) != _kind(like):
+            return f"{name} must be {like.dtype}, got {tensors[name].dtype}"
+    return None
+
+
+def _kind(tensor: Tensor) -> str:
+    return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def _require_config(stored: dict[str, Any], own: dict[str, Any], path: Path) -> None:
+    different = sorted(key for key in {*stored, *own} if stored.get(key) != own.get(key))
+    if different:
+        key = different[0]
+        raise CheckpointError(
+            f"{path} is a state of another model: {key} is {stored.get(key)!r} there and {own.get(key)!r} here"
+        )

@@ -1,0 +1,216 @@
+"""`anymamba generate`: every flag, streaming, and prompts that cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from anymamba.cli import generate as verb
+from anymamba.data.tokenizer import load_tokenizer
+from anymamba.generation.beam import beam_search
+from anymamba.generation.generate import generate
+from anymamba.generation.sampling import SamplingConfig
+from anymamba.models.language_model import LanguageModel
+
+SAMPLING_FLAGS = {
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.5,
+    "min_p": 0.9,
+    "repetition_penalty": 1000.0,
+}
+PROMPT = "".join(
+    map(chr, range(32, 127))
+)  # an untrained model is nearly indifferent: only many seen ids show a penalty
+
+
+@pytest.fixture
+def results(run, model_folder):
+    """Runs `generate --json` and returns its results."""
+
+    def call(*arguments: object) -> list[dict]:
+        code, out, err = run("generate", "--model", model_folder, "--json", "--max-new-tokens", 12, *arguments)
+        assert code == 0, err
+        return json.loads(out)["results"]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def expected(model_folder):
+    """What the Python interface gives."""
+    model, tokenizer = LanguageModel.from_pretrained(model_folder).eval(), load_tokenizer(model_folder)
+
+    def call(prompts: list[str], **options) -> list[str]:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        return generate(model, ids, tokenizer, **({"max_new_tokens": 12} | options)).texts or []
+
+    return call
+
+
+def test_one_prompt_is_printed_with_its_continuation(run, model_folder, expected):
+    code, out, err = run("generate", "--model", model_folder, "--prompt", "def ", "--max-new-tokens", 12)
+    assert (code, err) == (0, "")
+    assert out == "def " + expected(["def "])[0] + "\n"
+
+
+def test_the_flags_have_the_defaults_of_the_sampling_config():
+    flags = {f.name: f.default for f in dataclasses.fields(verb.GenerateOptions)}
+    for field in dataclasses.fields(SamplingConfig):
+        assert flags[field.name] == field.default
+
+
+@pytest.mark.parametrize(("name", "value"), SAMPLING_FLAGS.items())
+def test_sampling_flags_are_those_of_the_config(results, expected, name, value):
+    assert set(SAMPLING_FLAGS) == {field.name for field in dataclasses.fields(SamplingConfig)}
+    (got,) = results("--prompt", PROMPT, "--" + name.replace("_", "-"), value)
+    assert got["text"] == expected([PROMPT], sampling=SamplingConfig(**{name: value}))[0]
+    assert got["text"] != expected([PROMPT])[0]
+
+
+def test_greedy(results, expected):
+    first, second = (results("--prompt", "ab", "--temperature", 0, "--seed", seed) for seed in (0, 1))
+    assert first == second
+    assert first[0]["text"] == expected(["ab"], sampling=SamplingConfig(temperature=0))[0]
+
+
+def test_seeds_reproduce(results):
+    assert results("--prompt", "ab", "--seed", 3) == results("--prompt", "ab", "--seed", 3)
+    assert results("--prompt", "ab", "--seed", 3) != results("--prompt", "ab", "--seed", 4)
+
+
+def test_max_new_tokens(results):
+    (got,) = results("--prompt", "ab", "--max-new-tokens", 5)
+    assert got["n_tokens"] <= 5 and (got["n_tokens"] == 5) == (got["finish_reason"] == "length")
+
+
+def test_stop_strings(results, expected):
+    text = expected(["ab"], sampling=SamplingConfig(temperature=0))[0]
+    stop = text[4]
+    (got,) = results("--prompt", "ab", "--temperature", 0, "--stop", "never there", "--stop", stop)
+    assert got["text"] == text[: text.index(stop)] and got["finish_reason"] == "stop"
+
+
+def test_several_prompts_are_one_batch_printed_one_after_the_other(run, model_folder, expected):
+    arguments = ["--prompt", "def ", "--prompt", "a longer prompt", "--max-new-tokens", 12]
+    code, out, _ = run("generate", "--model", model_folder, *arguments)
+    first, second = expected(["def ", "a longer prompt"])
+    assert code == 0
+    assert out == f"==> 1 of 2 <==\ndef {first}\n==> 2 of 2 <==\na longer prompt{second}\n"
+
+
+def test_beam_search(results, model_folder):
+    model, tokenizer = LanguageModel.from_pretrained(model_folder).eval(), load_tokenizer(model_folder)
+    ((best, *_),) = beam_search(model, [tokenizer.encode("ab")], tokenizer, num_beams=3, max_new_tokens=12)
+    (got,) = results("--prompt", "ab", "--num-beams", 3)
+    assert (got["text"], got["finish_reason"]) == (best.text, best.finish_reason)
+
+
+@pytest.mark.parametrize(("name", "value"), [*SAMPLING_FLAGS.items(), ("seed", 1)])
+def test_beam_search_refuses_what_it_would_ignore(refused, model_folder, name, value):
+    flag = "--" + name.replace("_", "-")
+    line = refused(2, "generate", "--model", model_folder, "--prompt", "a", "--num-beams", 2, flag, value)
+    assert flag in line
+
+
+def test_prompt_from_a_file_byte_for_byte(results, expected, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"a\r\nb\xff")
+    (got,) = results("--prompt-file", path, "--seed", 2)
+    assert got["prompt"] == "a\r\nb\ufffd"
+    assert got["text"] == expected([b"a\r\nb\xff"], seed=2)[0]
+
+
+def test_prompt_from_stdin(results, expected, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from stdin")))
+    assert results("--prompt-file", "-")[0]["text"] == expected(["from stdin"])[0]
+
+
+def test_a_prompt_from_a_file_is_not_printed(run, model_folder, expected, tmp_path):
+    (tmp_path / "p").write_text("prompt")
+    code, out, _ = run("generate", "--model", model_folder, "--prompt-file", tmp_path / "p", "--max-new-tokens", 12)
+    assert (code, out) == (0, expected(["prompt"])[0] + "\n")
+
+
+def test_a_prompt_that_begins_with_a_dash(results):
+    assert results("--prompt=--steps")[0]["prompt"] == "--steps"
+
+
+def test_text_is_streamed(model_folder):
+    """The first characters are there long before the last ones."""
+    command = [sys.executable, "-m", "anymamba", "generate", "--model", str(model_folder)]
+    arguments = ["--prompt", "def ", "--max-new-tokens", "1000000000", "--threads", "1"]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == b"def "
+        assert process.poll() is None
+    finally:
+        process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 143), err  # 0: the end of the text was drawn in time
+
+
+def test_threads_and_dtype(run, model_folder):
+    import torch
+
+    arguments = ["--prompt", "a", "--max-new-tokens", 2, "--threads", 1, "--dtype", "bfloat16", "--device", "cpu"]
+    assert run("generate", "--model", model_folder, *arguments)[0] == 0
+    assert torch.get_num_threads() == 1
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_no_prompt(refused, model_folder):
+    assert "--prompt" in refused(2, "generate", "--model", model_folder)
+
+
+def test_no_prompt_file(refused, model_folder, tmp_path):
+    assert "none.txt" in refused(2, "generate", "--model", model_folder, "--prompt-file", tmp_path / "none.txt")
+
+
+def test_a_prompt_outside_the_vocabulary(refused, model_folder, big_tokenizer):
+    line = refused(2, "generate", "--model", model_folder, "--tokenizer", big_tokenizer, "--prompt", "apple")
+    assert "vocabulary" in line
+
+
+def test_a_prompt_that_the_tokenizer_cannot_read(refused, model_folder, big_tokenizer, tmp_path):
+    (tmp_path / "p").write_bytes(b"\xff")
+    arguments = ["--tokenizer", big_tokenizer, "--prompt-file", tmp_path / "p"]
+    assert "UTF-8" in refused(2, "generate", "--model", model_folder, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--temperature", -1),
+        ("--top-k", 0),
+        ("--top-p", 0),
+        ("--min-p", 2),
+        ("--repetition-penalty", 0),
+        ("--max-new-tokens", -1),
+        ("--num-beams", 0),
+        ("--threads", 0),
+        ("--seed", -1),
+    ],
+)
+def test_values_out_of_range(refused, model_folder, flag, value):
+    line = refused(2, "generate", "--model", model_folder, "--prompt", "a", f"{flag}={value}")
+    assert flag.strip("-").replace("-", "_") in line.replace("-", "_")
+
+
+def test_an_unknown_device(refused, model_folder):
+    assert "abacus" in refused(2, "generate", "--model", model_folder, "--prompt", "a", "--device", "abacus")
+
+
+def test_a_model_without_a_tokenizer(refused, tmp_path):
+    from anymamba.models.config import ModelConfig
+
+    LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=300)).save_pretrained(tmp_path / "m")
+    assert "--tokenizer" in refused(2, "generate", "--model", tmp_path / "m", "--prompt", "a")

@@ -1,0 +1,57 @@
+"""A recurrent model whose logits are exact functions of all tokens so far: every change of order, cut or row shows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class HashState(NamedTuple):
+    layers: tuple[torch.Tensor, ...]
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+    state: HashState
+
+
+class HashModel(nn.Module):
+    """h = (31 h + id + 1) mod 9973; logits = table[h]. The padded ids have the largest logits of all."""
+
+    def __init__(self, vocab_size: int = 13, padded: int = 16, seed: int = 0, scale: float = 2.0) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=vocab_size, padded_vocab_size=padded)
+        table = torch.randn(9973, padded, generator=torch.Generator().manual_seed(seed)) * scale
+        table[:, vocab_size:] = 1e4
+        self.table = nn.Parameter(table)
+        self.calls: list[tuple[int, int]] = []  # (rows, length) of each call
+
+    def init_state(self, batch: int) -> HashState:
+        return HashState((torch.zeros(batch, 1, dtype=torch.int64),))
+
+    def forward(self, input_ids, state=None, *, attention_mask=None, num_last_logits=None) -> Output:
+        self.calls.append(tuple(input_ids.shape))
+        (h,) = (self.init_state(len(input_ids)) if state is None else state).layers
+        h, hashes = h[:, 0], []
+        for t in range(input_ids.shape[1]):
+            new = (31 * h + input_ids[:, t] + 1) % 9973
+            h = new if attention_mask is None else torch.where(attention_mask[:, t].bool(), new, h)
+            hashes.append(h)
+        kept = input_ids.shape[1] if num_last_logits is None else num_last_logits
+        logits = self.table[torch.stack(hashes, 1)[:, input_ids.shape[1] - kept :]]
+        return Output(logits, HashState((h[:, None],)))
+
+    def step(self, token_ids, state) -> Output:
+        self.calls.append((len(token_ids), 1))
+        h = (31 * state.layers[0][:, 0] + token_ids + 1) % 9973
+        return Output(self.table[h], HashState((h[:, None],)))
+
+    def next_log_probabilities(self, ids: list[int]) -> torch.Tensor:
+        """After these ids, computed the plain way."""
+        h = 0
+        for token in ids:
+            h = (31 * h + token + 1) % 9973
+        return self.table[h, : self.config.vocab_size].detach().log_softmax(-1)

@@ -1,0 +1,217 @@
+"""The import arrows go one way: every import of the package is walked, those inside functions included."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+PACKAGE = "anymamba"
+
+LEVELS = (
+    {"data", "kernels"},
+    {"ops"},
+    {"layers"},
+    {"models"},
+    {"generation", "training"},
+    {"evaluation", "serving", "compat"},
+    {"experiments"},
+    {"cli"},
+)
+COMPILED = f"{PACKAGE}._native"  # built from csrc, not a module of Python
+RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
+
+# Inside a level, only these modules (and those of these folders) may be imported by siblings.
+SHARED = {
+    "kernels.native",
+    *("data.documents", "data.table", "data.tokenizer"),
+    *("ops.dispatch", "ops.checks"),
+    *("layers.state", "layers.init", "layers.norm", "layers.conv", "layers.padding"),
+    *("models.config", "models.language_model", "models.checkpoints"),
+    *("generation.sampling", "generation.prompts", "generation.stops"),
+    *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
+    *("training.interrupts", "training.steps", "training.tables"),
+    *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
+}
+
+# `LanguageModel.from_pretrained` and `.save_pretrained` call the readers and writers, which build models: the two
+# methods import them when they are called. No other import may close a circle.
+CONVENIENCE = {("models.language_model", "models.checkpoints")}
+
+
+def modules(source: Path = SOURCE) -> dict[str, Path]:
+    """Every module of the package by its dotted name without the package's own; packages by their folder's."""
+    found = {}
+    for path in sorted((source / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(source / PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path, module: str, known: set[str]) -> set[str]:
+    """The package's modules that a file imports anywhere in it, also through import_module("...")."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute_name(node, path, module)
+            found |= {f"{base}.{alias.name}" if in_package(base) else base for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    return {nearest_module(name, known) for name in found - {COMPILED} if in_package(name)} - {module}
+
+
+def in_package(name: str) -> bool:
+    """Whether a dotted name is the package or inside it."""
+    return name == PACKAGE or name.startswith(PACKAGE + ".")
+
+
+def absolute_name(node: ast.ImportFrom, path: Path, module: str) -> str:
+    """The full name that `from ... import` names, relative ones resolved."""
+    if not node.level:
+        return node.module or ""
+    parts = [PACKAGE, *module.split(".")] if module else [PACKAGE]
+    up = node.level - (path.name == "__init__.py")
+    return ".".join(parts[: len(parts) - up] + ([node.module] if node.module else []))
+
+
+def nearest_module(name: str, known: set[str]) -> str:
+    """The module that holds a dotted name: `anymamba.ops.dispatch.report` is in `ops.dispatch`."""
+    short = name.removeprefix(PACKAGE).removeprefix(".")
+    while short not in known:
+        short = short.rpartition(".")[0]
+    return short
+
+
+def is_shared(target: str) -> bool:
+    """Whether siblings may import a module: it, or a folder that holds it, is in the list."""
+    return any(target == name or target.startswith(name + ".") for name in SHARED)
+
+
+def own_folder(importer: str, target: str) -> bool:
+    """A folder inside a level (an experiment, say) may use its own files; kernels' backends may not."""
+    folder = importer.rpartition(".")[0] if importer.count(".") >= 2 else importer
+    return folder.count(".") == 1 and not folder.startswith("kernels.") and target.startswith(folder + ".")
+
+
+def complaint(importer: str, target: str) -> str | None:
+    """What is wrong with one import, or None."""
+    if importer in ("", "__main__"):
+        return None  # the package's own __init__ names things lazily, and `python -m` is the command line
+    if target == "":
+        return f"{importer} imports the top of the package, which knows every level"
+    source, destination = importer.split(".")[0], target.split(".")[0]
+    if RANK[destination] > RANK[source]:
+        return f"{importer} imports {target}, which is higher"
+    if RANK[destination] < RANK[source] or is_shared(target) or own_folder(importer, target):
+        return None
+    if destination == source and "." not in importer:
+        return None  # a level's __init__ may gather its own modules
+    return f"{importer} imports {target}, a sibling that is not in the list of shared files"
+
+
+def import_graph(source: Path = SOURCE) -> dict[str, set[str]]:
+    """Which module imports which."""
+    found = modules(source)
+    return {name: imported(path, name, set(found)) for name, path in found.items()}
+
+
+def without_convenience(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The graph less the imports that are excused."""
+    return {name: {t for t in targets if (name, t) not in CONVENIENCE} for name, targets in graph.items()}
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    """One cycle of the graph, or None; the package's __init__ is left out, being lazy."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> list[str] | None:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return None
+        for target in sorted(graph[name] - {""}):
+            found = visit(target, [*trail, name])
+            if found:
+                return found
+        done.add(name)
+        return None
+
+    return next((found for name in sorted(graph) if name and (found := visit(name, []))), None)
+
+
+def test_every_module_has_a_level():
+    unknown = {name.split(".")[0] for name in modules()} - set(RANK) - {"", "__main__"}
+    assert not unknown, f"modules outside the levels: {sorted(unknown)}"
+
+
+def test_imports_go_down_the_levels():
+    complaints = [c for name, targets in import_graph().items() for t in targets if (c := complaint(name, t))]
+    assert not complaints, "\n".join(sorted(complaints))
+
+
+def test_no_import_cycles():
+    assert cycle(without_convenience(import_graph())) is None
+
+
+def test_the_excuses_are_imports_inside_functions():
+    graph = import_graph()
+    for name, target in CONVENIENCE:
+        assert target in graph[name], f"{name} no longer imports {target}"
+        tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+        at_top = {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
+        assert f"{PACKAGE}.{target}" not in at_top
+
+
+def test_shared_list_has_no_dead_entries():
+    names = set(modules())
+    assert {s for s in SHARED if s not in names} == set()
+
+
+@pytest.mark.parametrize(
+    ("importer", "target", "allowed"),
+    [
+        ("ops.selective_scan", "kernels.selective_scan.portable", True),
+        ("ops.selective_scan", "ops.dispatch", True),
+        ("ops.selective_scan", "ops.causal_conv1d", False),
+        ("ops.selective_scan", "layers.state", False),
+        ("kernels.selective_scan.portable", "kernels.selective_scan.reference", False),
+        ("kernels.selective_scan.portable", "data.table", True),
+        ("models.checkpoints.transformers", "models.checkpoints.folder", True),
+        ("models.language_model", "training.config", False),
+        ("training.trainer", "generation.generate", False),
+        ("training.trainer", "cli.main", False),
+        ("training.trainer", "", False),
+        ("cli.train", "training.trainer", True),
+        ("cli.train", "cli.generate", False),
+        ("experiments.copying.plot", "experiments.copying.measure", True),
+        ("experiments.copying.plot", "experiments.scaling.measure", False),
+    ],
+)
+def test_the_rule_itself(importer, target, allowed):
+    assert (complaint(importer, target) is None) is allowed
+
+
+def test_imports_inside_functions_and_by_name_are_seen(tmp_path):
+    folder = tmp_path / PACKAGE / "ops"
+    folder.mkdir(parents=True)
+    for name in ("a", "b", "c", "d"):
+        (folder / f"{name}.py").write_text("")
+    (folder / "__init__.py").write_text("")
+    (folder / "x.py").write_text(
+        "from importlib import import_module\n"
+        "def f():\n    from anymamba.ops.a import thing\n    from . import b\n    from .c import other\n"
+        "    import_module('anymamba.ops.d')\n"
+    )
+    assert import_graph(tmp_path)["ops.x"] >= {"ops.a", "ops.b", "ops.c", "ops.d"}
+
+
+def test_cycles_are_found():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle({"a": {"b"}, "b": set()}) is None

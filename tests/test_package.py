@@ -1,0 +1,60 @@
+"""The package as installed: typed, quick to import, quick to answer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import anymamba
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def seconds(code: str) -> float:
+    """Wall time that a statement takes in a fresh interpreter, the interpreter's start not counted."""
+    script = f"import time; t = time.perf_counter()\n{code}\nprint(time.perf_counter() - t)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def test_typed():
+    assert (resources.files(anymamba) / "py.typed").is_file()
+
+
+def test_license_is_the_whole_text_and_travels_with_the_package():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+    assert importlib.metadata.metadata("anymamba")["License-Expression"] == "Apache-2.0"
+
+
+def test_public_names_resolve():
+    for name in anymamba.__all__:
+        assert getattr(anymamba, name) is not None
+    assert set(anymamba.__all__) <= set(dir(anymamba))
+
+
+def test_import_does_not_import_torch():
+    code = "import sys, anymamba, anymamba.cli, anymamba.models.presets, anymamba.training.config"
+    script = f"{code}\nassert not {{'torch', 'datasets', 'transformers'}} & set(sys.modules), 'imported'"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_import_takes_less_than_300_ms_over_torch():
+    everything = "import torch\nt = time.perf_counter()\nimport anymamba\n"
+    everything += "[getattr(anymamba, name) for name in anymamba.__all__]"
+    fastest = min(seconds(everything) for _ in range(4))
+    assert fastest < 0.3, f"importing every public name takes {fastest:.2f} s over importing torch"
+
+
+def test_help_answers_within_half_a_second():
+    command = [str(Path(sys.executable).with_name("anymamba")), "--help"]
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5, f"anymamba --help took {min(times):.2f} s"
