@@ -54,7 +54,8 @@ def test_scan_entry_by_entry(is_complex):
 
 @pytest.mark.parametrize("options", [{}, {"lengths": [40, 0, 70]}, {"is_complex": True, "rule": "zoh"}])
 def test_scan_with_segments(monkeypatch, options):
-    monkeypatch.setattr(portable, "SLAB", 4 * 2 * 1)  # four segments a block
+    monkeypatch.setattr(portable, "N_STEPS", 8)
+    monkeypatch.setattr(portable, "STEP", 4 * 2 * 1)
     segments, steps = portable.split(1, 2, 1)
     assert 1 < segments < 110 / steps
     inputs = scan_inputs(1, 110, 2, 1, **options)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymamba.kernels.elementwise import sigmoid
+
 NAME = "portable"
 
 
@@ -26,7 +28,7 @@ def forward(
     padded = layout.pad(x, initial_state)
     y = _taps(padded, weight, bias)
     if silu:
-        y = y.mul_(_sigmoid(y))
+        y = y.mul_(sigmoid(y))
     return layout.tokens_of_outputs(y).to(x.dtype).contiguous(), layout.last_state(padded)
 
 
@@ -47,8 +49,8 @@ def backward(
     dy = dy.to(dtype)
     if silu:  # at the tokens only: what lies between packed sequences must not reach their gradients, not even a NaN
         y = layout.tokens_of_outputs(_taps(padded, weight, bias))
-        sigmoid = _sigmoid(y)
-        dy = dy * sigmoid * (1 + y * (1 - sigmoid))
+        gate = sigmoid(y)
+        dy = dy * gate * (1 + y * (1 - gate))
     dtaps = layout.outputs_of_tokens(dy)
     n_outputs, taps = dtaps.shape[1], weight.to(dtype).T
     dpadded = torch.zeros(padded.shape, dtype=dtype, device=x.device)
@@ -74,13 +76,8 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bo
     if bias is not None:
         y = y + bias.to(dtype)
     if silu:
-        y = F.silu(y)
+        y = y * sigmoid(y)
     return y.to(x.dtype), window[:, 1:]
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    """Of operations whose bits do not depend on how threads share the elements, as those of torch.sigmoid do."""
-    return torch.neg(x).exp_().add_(1).reciprocal_()
 
 
 def _working_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

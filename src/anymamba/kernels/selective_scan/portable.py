@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from anymamba.kernels.elementwise import SOFTPLUS_THRESHOLD, sigmoid, silu, softplus
 
 NAME = "portable"
 
@@ -29,7 +30,7 @@ STEP = 49152  # elements of a step up to which segments are set side by side: a 
 NARROW = 12288  # elements of a step of one row below which that pays for scanning twice
 BLOCK = 1 << 20  # elements of an expanded tensor: a few of them fit the caches
 SPAN = 1 << 18  # elements of a tensor that is not expanded
-SERIES_TERMS = 14  # of the series of (exp(x) - 1) / x for |x| < 1/2: exact to float64
+SERIES = range(14)  # powers in the series of (exp(x) - 1) / x for |x| < 1/2: exact to float64
 
 
 # ------------------------------------------------------------------------------------------ how work is split
@@ -188,12 +189,20 @@ def working_dtypes(u: Tensor, delta: Tensor, A: Tensor) -> tuple[torch.dtype, to
 # ------------------------------------------------------------------------------------------ packed sequences
 
 
+class _Places(NamedTuple):
+    """Positions in one block at which packed sequences start or end."""
+
+    where: tuple[Tensor, Tensor]  # (step, segment)
+    sequence: Tensor
+
+
 class _Sequences:
-    """Where packed sequences start and end, block by block, as index tensors. Empty sequences have neither."""
+    """Where packed sequences start and end, by block. Empty sequences have neither."""
 
     def __init__(self, cu_seqlens: Tensor | None, spans: list[_Span]) -> None:
         self.n_sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.starts, self.ends = [], []
+        self.starts: dict[int, _Places] = {}
+        self.ends: dict[int, _Places] = {}
         if cu_seqlens is not None and spans:
             blocks = [(start, span.n_steps) for span in spans for start in span.block_starts()]
             borders = cu_seqlens.long()
@@ -202,17 +211,17 @@ class _Sequences:
             self.ends = self._by_block(borders[filled + 1] - 1, filled, blocks)
 
     @staticmethod
-    def _by_block(
-        positions: Tensor, sequence: Tensor, blocks: list[tuple[int, int]]
-    ) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
-        """For each block ((step, segment), sequence) of the positions that lie in it."""
+    def _by_block(positions: Tensor, sequence: Tensor, blocks: list[tuple[int, int]]) -> dict[int, _Places]:
+        """The places in each block that has any."""
         starts = torch.tensor([start for start, _ in blocks], device=positions.device)
-        cuts = torch.searchsorted(positions, starts).tolist()
-        parts = []
-        for (start, n_steps), low, high in zip(blocks, cuts, [*cuts[1:], positions.numel()], strict=True):
-            offset = positions[low:high] - start
-            parts.append(((offset % n_steps, offset // n_steps), sequence[low:high]))
-        return parts
+        cuts = [*torch.searchsorted(positions, starts).tolist(), positions.numel()]
+        places = {}
+        for i, (start, n_steps) in enumerate(blocks):
+            here = slice(cuts[i], cuts[i + 1])
+            if here.start < here.stop:
+                offset = positions[here] - start
+                places[i] = _Places((offset % n_steps, offset // n_steps), sequence[here])
+        return places
 
 
 class _Plan:
@@ -256,51 +265,103 @@ class _Workspace:
 def expm1_ratio(x: Tensor) -> Tensor:
     """(exp(x) - 1) / x and its limit 1 at 0, by a series near zero."""
     near = x.abs() < 0.5
-    small = torch.where(near, x, 0)
-    series = torch.zeros_like(x)
-    for k in range(SERIES_TERMS, 0, -1):
-        series.add_(1).mul_(small).div_(k + 1)
     large = torch.where(near, 1, x)
-    quotient = torch.exp(large).sub_(1) if x.is_complex() else torch.expm1(large)
-    return torch.where(near, series.add_(1), quotient.div_(large))
+    quotient = (torch.exp(large) - 1 if x.is_complex() else torch.expm1(large)) / large
+    return torch.where(near, _series(torch.where(near, x, 0), [1 / math.factorial(k + 1) for k in SERIES]), quotient)
 
 
 def expm1_ratio_derivative(x: Tensor, ratio: Tensor) -> Tensor:
-    """Derivative of `expm1_ratio`, (exp(x) - ratio) / x, by the series sum (k+1) x^k / (k+2)! near zero."""
+    """Derivative of `expm1_ratio`, (exp(x) - ratio) / x, by a series near zero."""
     near = x.abs() < 0.5
-    small = torch.where(near, x, 0)
-    series = torch.zeros_like(x)
-    for k in range(SERIES_TERMS, 0, -1):  # term k over term k - 1 is x (k + 1) / (k (k + 2))
-        series.add_(1).mul_(small).mul_((k + 1) / (k * (k + 2)))
     large = torch.where(near, 1, x)
-    return torch.where(near, series.add_(1).mul_(0.5), torch.exp(large).sub_(ratio).div_(large))
+    series = _series(torch.where(near, x, 0), [(k + 1) / math.factorial(k + 2) for k in SERIES])
+    return torch.where(near, series, (torch.exp(large) - ratio) / large)
 
 
-def scan_(x: list[Tensor], coefficient: list[Tensor], carry: Tensor, *, reverse_segments: bool) -> Tensor:
+def _series(x: Tensor, coefficients: list[float]) -> Tensor:
+    """sum over k of coefficients[k] x^k."""
+    value = x * coefficients[-1]
+    for coefficient in reversed(coefficients[1:-1]):
+        value = value.add_(coefficient) * x
+    return value.add_(coefficients[0])
+
+
+def scan_(
+    x: list[Tensor],
+    coefficient: list[Tensor],
+    carry: Tensor,
+    *,
+    reverse_segments: bool,
+    fresh: list[Tensor] | None = None,
+) -> Tensor:
     """In place x[i] += coefficient[i] * x[i - 1] in the order of the lists, the first one from the carry.
 
     Args:
         x, coefficient: one (s, ...) slab a step. Segments follow one another in the order of s, or against it.
         carry: (...) the value before the first step of the first segment.
+        fresh: one boolean (s, 1, ...) a step, true where the coefficient is 0; there 0 is added even to a NaN's product.
     Returns the value after the last step of the last segment.
     """
-    if x[0].shape[0] == 1:
+    n_segments = x[0].shape[0]
+    stops: list[Tensor | None] = [None] * len(x) if fresh is None else [*fresh]
+    if n_segments == 1:
         previous = carry[None]
-        for value, factor in zip(x, coefficient, strict=True):
-            previous = value.addcmul_(factor, previous)
+        for value, factor, stop in zip(x, coefficient, stops, strict=True):
+            previous = value.addcmul_(factor, _unless(stop, previous))
         return previous[0].clone()  # x is a buffer that the next block reuses
-    product = [coefficient[0]]
+    product, seen = [coefficient[0]], [stops[0]]
     for i in range(1, len(x)):
-        x[i].addcmul_(coefficient[i], x[i - 1])
-        product.append(product[-1] * coefficient[i])
+        x[i].addcmul_(coefficient[i], _unless(stops[i], x[i - 1]))
+        product.append(_unless(stops[i], product[-1]) * coefficient[i])
+        seen.append(_either(seen[-1], stops[i]))
     incoming = torch.empty_like(x[0])
-    order = range(x[0].shape[0])
-    for s in reversed(order) if reverse_segments else order:
+    for s in reversed(range(n_segments)) if reverse_segments else range(n_segments):
         incoming[s] = carry
-        carry = torch.addcmul(x[-1][s], product[-1][s], carry)
-    for value, factor in zip(x, product, strict=True):
-        value.addcmul_(factor, incoming)
+        carry = torch.addcmul(x[-1][s], product[-1][s], carry if seen[-1] is None else _unless(seen[-1][s], carry))
+    for value, factor, stop in zip(x, product, seen, strict=True):
+        value.addcmul_(factor, _unless(stop, incoming))
     return carry
+
+
+def reverse_scan_(dh: Tensor, decay: Tensor, carry: Tensor, fresh: Tensor | None = None) -> Tensor:
+    """In place dh[t] += conj(decay[t + 1]) dh[t + 1]; the carry is d loss / d (state after the block).
+
+    Args:
+        dh, decay: (t, s, ...).
+        fresh: boolean (t, s, 1, ...), as in `scan_`.
+    Returns d loss / d (state before the block).
+    """
+    decay = _conj(decay)
+    after = torch.ones_like(decay[0])
+    after[:-1] = decay[0, 1:]
+    values, coefficients = list(dh)[::-1], [after, *list(decay)[:0:-1]]
+    if fresh is None:
+        return decay[0, 0] * scan_(values, coefficients, carry, reverse_segments=True)
+    fresh_after = torch.zeros_like(fresh[0])
+    fresh_after[:-1] = fresh[0, 1:]
+    stops = [fresh_after, *list(fresh)[:0:-1]]
+    first = scan_(values, coefficients, carry, reverse_segments=True, fresh=stops)
+    return decay[0, 0] * _unless(fresh[0, 0], first)
+
+
+def _unless(condition: Tensor | None, value: Tensor) -> Tensor:
+    return value if condition is None else torch.where(condition, 0, value)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a | b
+
+
+def _leaks(state: Tensor) -> bool:
+    """Whether a value that is not finite reached the end of a block, where a decay of 0 does not stop it."""
+    return not bool(torch.isfinite(state).all())
+
+
+def _fresh(decay: Tensor, starts: _Places) -> Tensor:
+    """(t, s, 1, ...): true where a packed sequence starts."""
+    fresh = torch.zeros(decay.shape[:2], dtype=torch.bool, device=decay.device)
+    fresh[starts.where] = True
+    return fresh[(..., *[None] * (decay.ndim - 2))]
 
 
 class _Channels:
@@ -311,7 +372,7 @@ class _Channels:
         self.raw = inputs.channels(inputs.delta, span)  # Δ before the softplus
         if inputs.delta_bias is not None:
             self.raw = self.raw + inputs.delta_bias
-        self.step = F.softplus(self.raw) if inputs.delta_softplus else self.raw
+        self.step = softplus(self.raw) if inputs.delta_softplus else self.raw
         self.drive = self.step * self.x
         self.gate = None if inputs.z is None else inputs.channels(inputs.z, span)
         self.B, self.C = inputs.states(inputs.B, span), inputs.states(inputs.C, span)
@@ -334,17 +395,24 @@ def _expand(
     delta_A = scratch.product("decay", c.step[k], inputs.A)
     ratio = expm1_ratio(delta_A) if inputs.zoh else None
     decay = delta_A.exp_()
-    h = scratch.product("h", c.drive[k], c.B[k])
-    if ratio is not None:
-        h.mul_(ratio)
-    start_decay = None
-    if sequences.starts:
-        where, sequence = sequences.starts[block]
-        if inputs.initial_state is not None:
-            start_decay = decay[where]
-            h[where] += start_decay * inputs.initial_state[sequence][:, None]
-        decay[where] = 0
+    starts, start_decay = sequences.starts.get(block), None
+    if starts is not None:
+        start_decay = None if inputs.initial_state is None else decay[starts.where]
+        decay[starts.where] = 0
+
+    def driven() -> Tensor:
+        h = scratch.product("h", c.drive[k], c.B[k])
+        if ratio is not None:
+            h.mul_(ratio)
+        if starts is not None and start_decay is not None and inputs.initial_state is not None:
+            h[starts.where] += start_decay * inputs.initial_state[starts.sequence][:, None]
+        return h
+
+    h = driven()
     last = scan_(list(h), list(decay), before, reverse_segments=False)
+    if starts is not None and _leaks(last):
+        h = driven()
+        last = scan_(list(h), list(decay), before, reverse_segments=False, fresh=list(_fresh(decay, starts)))
     return _Expanded(decay, start_decay, ratio, h, last)
 
 
@@ -394,9 +462,8 @@ def forward(
                 e = _expand(part, c, k, plan.sequences, block, state, scratch)
                 y_span[k] = _contract(c.C[k], e.h, scratch)
                 state = e.last
-                if packed:
-                    where, sequence = plan.sequences.ends[block]
-                    last_state[sequence] = e.h[where][:, 0]
+                if (ends := plan.sequences.ends.get(block)) is not None:
+                    last_state[ends.sequence] = e.h[ends.where][:, 0]
             _write_channels(y[rows], span, _output_(part, c, y_span))
         if not packed:
             last_state[rows] = state
@@ -408,7 +475,7 @@ def _output_(inputs: _Inputs, c: _Channels, y: Tensor) -> Tensor:
     if inputs.D is not None:
         y.addcmul_(inputs.D, c.x)
     if c.gate is not None:
-        y.mul_(F.silu(c.gate))
+        y.mul_(silu(c.gate))
     return y
 
 
@@ -497,7 +564,7 @@ class _BackwardSpan:
         self.c = _Channels(inputs, span)
         self.dy = self.dy_scan = inputs.channels(dy, span)
         if self.c.gate is not None:
-            self.dy_scan = self.dy * F.silu(self.c.gate)
+            self.dy_scan = self.dy * silu(self.c.gate)
             self.y = torch.empty_like(self.dy)  # before the gate
         self.ddrive, self.dstep = torch.empty_like(self.c.x), torch.empty_like(self.c.x)
         self.dB, self.dC = (self._matrix_buffer(M) for M in (inputs.B, inputs.C))
@@ -517,11 +584,18 @@ class _BackwardSpan:
         if c.gate is not None:
             self.y[k] = _contract(c.C[k], e.h, scratch)
         dy_state = 2 * self.dy_scan[k] if inputs.dtype.is_complex else self.dy_scan[k]  # y is twice the real part
-        dh = scratch.product("dh", dy_state, _conj(c.C[k]))
-        if sequences.ends:
-            where, sequence = sequences.ends[number]
-            dh[where] += dlast[sequence][:, None]
-        dbefore = _reverse_scan_(dh, e.decay, dafter)
+
+        def driven() -> Tensor:
+            dh = scratch.product("dh", dy_state, _conj(c.C[k]))
+            if (ends := sequences.ends.get(number)) is not None:
+                dh[ends.where] += dlast[ends.sequence][:, None]
+            return dh
+
+        dh = driven()
+        dbefore = reverse_scan_(dh, e.decay, dafter)
+        if (starts := sequences.starts.get(number)) is not None and _leaks(dbefore):
+            dh = driven()
+            dbefore = reverse_scan_(dh, e.decay, dafter, _fresh(e.decay, starts))
         self._accumulate_matrix(self.dC, self.grads.dC, k, _conj(e.h), dy_state)
         self._drive_backward(k, e, dh)
         dratio = None if e.ratio is None else dh * _conj(c.B[k]) * c.drive[k]
@@ -537,8 +611,8 @@ class _BackwardSpan:
         inputs, c, grads = self.inputs, self.c, self.grads
         if c.gate is not None and grads.dz is not None:
             y = self.y if inputs.D is None else self.y.addcmul_(inputs.D, c.x)
-            sigmoid = torch.sigmoid(c.gate)
-            dgate = (1 - sigmoid).mul_(c.gate).add_(1).mul_(sigmoid).mul_(y).mul_(self.dy)
+            gate = sigmoid(c.gate)
+            dgate = (1 - gate).mul_(c.gate).add_(1).mul_(gate).mul_(y).mul_(self.dy)
             _write_channels(grads.dz[self.rows], self.span, dgate)
         du = self.ddrive * c.step
         if inputs.D is not None and grads.dD is not None:
@@ -546,8 +620,8 @@ class _BackwardSpan:
             grads.dD += (self.dy_scan * c.x).sum((0, 1, 2, 3))
         _write_channels(grads.du[self.rows], self.span, du)
         draw = self.dstep.addcmul_(self.ddrive, c.x)
-        if inputs.delta_softplus:  # which is the identity above 20
-            draw = torch.where(c.raw > 20, draw, draw * torch.sigmoid(c.raw))
+        if inputs.delta_softplus:
+            draw = torch.where(c.raw > SOFTPLUS_THRESHOLD, draw, draw * sigmoid(c.raw))
         if grads.dbias is not None:
             grads.dbias += draw.sum((0, 1, 2, 3))
         _write_channels(grads.ddelta[self.rows], self.span, draw)
@@ -573,12 +647,13 @@ class _BackwardSpan:
         ddelta_A[1:].mul_(h[:-1])
         ddelta_A[0, 1:].mul_(h[-1, :-1])
         ddelta_A[0, 0].mul_(_conj(before))
-        initial_state = self.inputs.initial_state
-        if e.start_decay is not None and initial_state is not None and self.grads.dinitial is not None:
-            where, sequence = sequences.starts[number]
-            dinitial = dh[where] * _conj(e.start_decay)
-            self.grads.dinitial[sequence] = dinitial[:, 0]
-            ddelta_A[where] = dinitial * _conj(initial_state[sequence][:, None])
+        starts, initial_state = sequences.starts.get(number), self.inputs.initial_state
+        if starts is not None:
+            ddelta_A[starts.where] = 0  # which it is already, unless the sequence before ends in a NaN
+            if e.start_decay is not None and initial_state is not None and self.grads.dinitial is not None:
+                dinitial = dh[starts.where] * _conj(e.start_decay)
+                self.grads.dinitial[starts.sequence] = dinitial[:, 0]
+                ddelta_A[starts.where] = dinitial * _conj(initial_state[starts.sequence][:, None])
         return ddelta_A
 
     def _accumulate_matrix(
@@ -590,16 +665,6 @@ class _BackwardSpan:
             total += self.scratch.product("product", states, channels).sum((0, 1, 2))
         else:
             gathered[k] = torch.matmul(states, channels.to(states.dtype).transpose(-1, -2))
-
-
-def _reverse_scan_(dh: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
-    """In place dh[t] += conj(decay[t + 1]) dh[t + 1]; the carry is d loss / d (state after the block)."""
-    decay = _conj(decay)
-    after = torch.ones_like(decay[0])
-    after[:-1] = decay[0, 1:]
-    values, coefficients = list(dh)[::-1], [after, *list(decay)[:0:-1]]
-    first = scan_(values, coefficients, carry, reverse_segments=True)
-    return decay[0, 0] * first
 
 
 def _conj(x: Tensor) -> Tensor:
@@ -665,7 +730,7 @@ def step(
     if delta_bias is not None:
         step_size = step_size + delta_bias.to(real)
     if delta_softplus:
-        step_size = F.softplus(step_size)
+        step_size = softplus(step_size)
     B, C = (_step_matrix(M.to(dtype), u.shape[1]) for M in (B, C))
     delta_A = step_size[..., None] * A.to(dtype)
     drive = (step_size * x)[..., None] * B
@@ -677,7 +742,7 @@ def step(
     if D is not None:
         y = y + D.to(real) * x
     if z is not None:
-        y = y * F.silu(z.to(real))
+        y = y * silu(z.to(real))
     return y.to(u.dtype), state
 
 
