@@ -25,7 +25,7 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 # Inside a level, only these modules (and those of these folders) may be imported by siblings.
 SHARED = {
-    "kernels.native",
+    *("kernels.native", "kernels.elementwise"),
     *("data.documents", "data.table", "data.tokenizer"),
     *("ops.dispatch", "ops.checks"),
     *("layers.state", "layers.init", "layers.norm", "layers.conv", "layers.padding"),
@@ -95,9 +95,10 @@ def is_shared(target: str) -> bool:
 
 
 def own_folder(importer: str, target: str) -> bool:
-    """A folder inside a level (an experiment, say) may use its own files; kernels' backends may not."""
-    folder = importer.rpartition(".")[0] if importer.count(".") >= 2 else importer
-    return folder.count(".") == 1 and not folder.startswith("kernels.") and target.startswith(folder + ".")
+    """A folder inside a level (an experiment, say) may use its own files; in kernels a backend's folder, not an op's."""
+    parts = importer.split(".")
+    depth = 3 if parts[0] == "kernels" else 2
+    return len(parts) >= depth and target.startswith(".".join(parts[:depth]) + ".")
 
 
 def complaint(importer: str, target: str) -> str | None:
@@ -182,6 +183,8 @@ def test_shared_list_has_no_dead_entries():
         ("ops.selective_scan", "ops.causal_conv1d", False),
         ("ops.selective_scan", "layers.state", False),
         ("kernels.selective_scan.portable", "kernels.selective_scan.reference", False),
+        ("kernels.selective_scan.portable.forward", "kernels.selective_scan.portable.block", True),
+        ("kernels.selective_scan.portable.forward", "kernels.selective_scan.reference", False),
         ("kernels.selective_scan.portable", "data.table", True),
         ("models.checkpoints.transformers", "models.checkpoints.folder", True),
         ("models.language_model", "training.config", False),

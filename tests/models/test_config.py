@@ -116,7 +116,7 @@ def test_fields_of_the_layer(values, message):
 
 def test_a_layer_without_channels():
     with pytest.raises(
-        ValueError, match="d_inner = int.* must be at least 1, got expand=0.01 and d_model=4; raise either"
+        ValueError, match=r"d_inner = int.* must be at least 1, got expand=0.01 and d_model=4; raise either"
     ):
         ModelConfig(d_model=4, mamba=MambaOptions(expand=0.01))
 

@@ -102,7 +102,7 @@ BORDERS = {
         ValueError,
         r"cu_seqlens must be a vector of n \+ 1 borders .*got shape \(1, 2\)",
     ),
-    "one": (torch.tensor([0]), ValueError, r"at least one sequence, got shape \(1,\)"),
+    "one": (torch.tensor([0]), ValueError, r"n >= 1 sequences, got shape \(1,\)"),
     "first": (torch.tensor([1, 19]), ValueError, r"cu_seqlens must rise from 0 to the length 19, got \[1, 19\]"),
     "last": (torch.tensor([0, 18]), ValueError, r"must rise from 0 to the length 19, got \[0, 18\]"),
     "falls": (torch.tensor([0, 12, 9, 19]), ValueError, r"must rise from 0 .* got \[0, 12, 9, 19\]"),

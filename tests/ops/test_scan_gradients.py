@@ -8,6 +8,7 @@ from scan_cases import TENSORS, scan_inputs
 
 from anymamba import selective_scan, selective_scan_step
 from anymamba.kernels.selective_scan import portable
+from anymamba.kernels.selective_scan.portable import splitting
 
 CASES = {
     "euler": {},
@@ -54,8 +55,8 @@ def test_scan_entry_by_entry(is_complex):
 
 @pytest.mark.parametrize("options", [{}, {"lengths": [40, 0, 70]}, {"is_complex": True, "rule": "zoh"}])
 def test_scan_with_segments(monkeypatch, options):
-    monkeypatch.setattr(portable, "N_STEPS", 8)
-    monkeypatch.setattr(portable, "STEP", 4 * 2 * 1)
+    monkeypatch.setattr(splitting, "N_STEPS", 8)
+    monkeypatch.setattr(splitting, "STEP", 4 * 2 * 1)
     segments, steps = portable.split(1, 2, 1)
     assert 1 < segments < 110 / steps
     inputs = scan_inputs(1, 110, 2, 1, **options)

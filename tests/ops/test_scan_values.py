@@ -8,6 +8,7 @@ from scan_cases import assert_close, assert_within_budget, run_scan, scan_inputs
 
 from anymamba import selective_scan
 from anymamba.kernels.selective_scan import portable
+from anymamba.kernels.selective_scan.portable import splitting
 
 PLAIN = {"D": False, "z": False, "bias": False, "softplus": False, "initial": False}
 
@@ -119,7 +120,7 @@ def test_sizes(batch, d_inner, d_state):
 
 @pytest.mark.parametrize("d_state", [5, 40])
 def test_many_rows_are_worked_on_in_slices(monkeypatch, d_state):
-    monkeypatch.setattr(portable, "BLOCK", 2 * 70 * d_state * portable.split(5, 70, d_state)[1])  # two rows at a time
+    monkeypatch.setattr(splitting, "BLOCK", 2 * 70 * d_state * portable.split(5, 70, d_state)[1])  # two rows at a time
     inputs = scan_inputs(5, 33, 70, d_state, z=False, dtype=torch.float32)
     compare(inputs, factor=4)  # sums over many states run in the order of the matrix product, not in a tree's
 
@@ -128,7 +129,7 @@ def test_many_rows_are_worked_on_in_slices(monkeypatch, d_state):
 @pytest.mark.parametrize("options", [{}, {"is_complex": True, "rule": "zoh", "B": "constant"}], ids=["real", "complex"])
 def test_several_spans(monkeypatch, batch, length, options):
     segments, steps = portable.split(batch, 3, 2)
-    monkeypatch.setattr(portable, "SPAN", 2 * segments * steps * batch * 3)  # two blocks in a span
+    monkeypatch.setattr(splitting, "SPAN", 2 * segments * steps * batch * 3)  # two blocks in a span
     inputs = scan_inputs(batch, length, 3, 2, **options)
     assert_close(run_scan(inputs, "portable"), run_scan(inputs, "reference"), 1e-12)
 

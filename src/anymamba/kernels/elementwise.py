@@ -5,10 +5,13 @@ torch's own sigmoid, silu and softplus treat the last elements of each thread's 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 SOFTPLUS_THRESHOLD = 20.0  # above which softplus is the identity, as in torch
+SERIES = range(14)  # powers in the series of (exp(x) - 1) / x for |x| < 1/2: exact to float64
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -24,3 +27,37 @@ def silu(x: Tensor) -> Tensor:
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), exactly 0 at -inf."""
     return torch.where(x > SOFTPLUS_THRESHOLD, x, torch.exp(x.clamp(max=SOFTPLUS_THRESHOLD)).log1p())
+
+
+def expm1_ratio(x: Tensor) -> Tensor:
+    """(exp(x) - 1) / x and its limit 1 at 0, by a series near zero."""
+    near = x.abs() < 0.5
+    large = torch.where(near, 1, x)
+    quotient = (torch.exp(large) - 1 if x.is_complex() else torch.expm1(large)) / large
+    return torch.where(near, _series(torch.where(near, x, 0), [1 / math.factorial(k + 1) for k in SERIES]), quotient)
+
+
+def expm1_ratio_derivative(x: Tensor, ratio: Tensor) -> Tensor:
+    """Derivative of `expm1_ratio`, (exp(x) - ratio) / x, by a series near zero."""
+    near = x.abs() < 0.5
+    large = torch.where(near, 1, x)
+    series = _series(torch.where(near, x, 0), [(k + 1) / math.factorial(k + 2) for k in SERIES])
+    return torch.where(near, series, (torch.exp(large) - ratio) / large)
+
+
+def _series(x: Tensor, coefficients: list[float]) -> Tensor:
+    """sum over k of coefficients[k] x^k."""
+    value = x * coefficients[-1]
+    for coefficient in reversed(coefficients[1:-1]):
+        value = value.add_(coefficient) * x
+    return value.add_(coefficients[0])
+
+
+def conj(x: Tensor) -> Tensor:
+    """The conjugate; a real tensor itself."""
+    return torch.conj_physical(x) if x.is_complex() else x
+
+
+def real_part(x: Tensor) -> Tensor:
+    """The real part; a real tensor itself."""
+    return x.real if x.is_complex() else x

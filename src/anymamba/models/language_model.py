@@ -1,4 +1,4 @@
-"""A language model: embedding, pre-norm residual blocks, norm, head. The state is a value that goes in and comes out."""
+"""A language model: embedding, pre-norm residual blocks, norm, head. The state is a value that goes in and out."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}; use cu_seqlens.int()")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
-            f"cu_seqlens must be a vector of n + 1 borders of at least one sequence, got shape {tuple(cu_seqlens.shape)}"
+            f"cu_seqlens must be a vector of n + 1 borders for n >= 1 sequences, got shape {tuple(cu_seqlens.shape)}"
         )
     if batch != 1:
         raise ValueError(

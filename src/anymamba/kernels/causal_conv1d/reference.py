@@ -1,4 +1,4 @@
-"""The causal depthwise convolution by its definition, a sum over taps at each time step: the oracle of every backend."""
+"""The causal depthwise convolution by its definition, a sum over taps at each step: the oracle of every backend."""
 
 from __future__ import annotations
 

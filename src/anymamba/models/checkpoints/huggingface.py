@@ -7,6 +7,7 @@ that those readers have no field for is written as `model_type: "anymamba"`, und
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anymamba.models.checkpoints.errors import CheckpointError
-from anymamba.models.config import MambaOptions, ModelConfig, config_from_dict, config_to_dict
+from anymamba.models.config import MambaOptions, ModelConfig, config_from_dict, config_to_dict, require_at_least
 from anymamba.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "pytorch_model.pt")
 
 LAYER_NAMES = {
@@ -69,6 +71,8 @@ def foreign_options(config: ModelConfig) -> list[str]:
     options = [f"{name}={getattr(ours, name)!r}" for name in names if getattr(ours, name) != getattr(plain, name)]
     if ours.A_init == "s4d-lin":
         options.append("A_init='s4d-lin' (complex A)")
+    if ours.expand != int(ours.expand):
+        options.append(f"expand={ours.expand!r} (no integer)")
     if config.norm != "rmsnorm":
         options.append(f"norm={config.norm!r}")
     if set(config.layer_mixers) != {"mamba"}:
@@ -79,7 +83,7 @@ def foreign_options(config: ModelConfig) -> list[str]:
 def config_to_json(config: ModelConfig, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
     """The contents of config.json."""
     ours: dict[str, Any] = {"anymamba": config_to_dict(config), "dtype": str(dtype).removeprefix("torch.")}
-    ours |= {"eos_token_id": eos_id, "bos_token_id": eos_id, "pad_token_id": eos_id}
+    ours |= dict.fromkeys(TOKEN_IDS, eos_id)
     if foreign_options(config):
         return {"model_type": "anymamba", **ours}
     mamba = config.mamba
@@ -91,7 +95,7 @@ def config_to_json(config: ModelConfig, dtype: torch.dtype, eos_id: int | None) 
         "vocab_size": config.padded_vocab_size,
         "state_size": mamba.d_state,
         "conv_kernel": mamba.d_conv,
-        "expand": mamba.expand,
+        "expand": int(mamba.expand),
         "intermediate_size": config.d_inner,
         "time_step_rank": config.dt_rank,
         "time_step_min": mamba.dt_min,
@@ -121,24 +125,35 @@ def config_from_json(values: dict[str, Any], where: Path) -> ModelConfig:
     if kind not in ("mamba", "anymamba"):
         raise CheckpointError(f"{where} is of model_type {kind!r}; this reader takes 'mamba' and 'anymamba'")
     try:
-        if "anymamba" in values:
-            return config_from_dict(ModelConfig, values["anymamba"], "anymamba")
-        return _config_from_huggingface(values)
+        if "anymamba" not in values:
+            return _config_from_huggingface(values)
+        ours = config_from_dict(ModelConfig, values["anymamba"], "anymamba")
+        return ours if _agrees(ours, values) else _config_from_huggingface(values)
     except KeyError as error:
         raise CheckpointError(f"{where} lacks the key {error}; it is not a complete Mamba config") from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 
+def _agrees(ours: ModelConfig, values: dict[str, Any]) -> bool:
+    """Whether the fields of a `mamba` config still are what our table says; another program may have changed them."""
+    if values["model_type"] == "anymamba":
+        return True
+    written = config_to_json(ours, torch.float32, None)
+    fields = set(written) & set(values) - {"anymamba", "architectures", "dtype", "use_cache", *TOKEN_IDS}
+    return all(values[field] == written[field] for field in fields)
+
+
 def _config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act must be 'silu', got {values['hidden_act']!r}")
     d_model, d_inner = values["hidden_size"], values.get("intermediate_size")
+    require_at_least("hidden_size", d_model, 1)
     rank = values.get("time_step_rank", "auto")
     mamba = MambaOptions(
         d_state=values.get("state_size", 16),
         d_conv=values.get("conv_kernel", 4),
-        expand=values.get("expand", 2) if d_inner is None else d_inner / d_model,
+        expand=values.get("expand", 2) if d_inner is None else _expansion(d_inner, d_model),
         dt_rank=None if rank == "auto" else rank,
         dt_min=values.get("time_step_min", 0.001),
         dt_max=values.get("time_step_max", 0.1),
@@ -158,6 +173,13 @@ def _config_from_huggingface(values: dict[str, Any]) -> ModelConfig:
         residual_in_fp32=values.get("residual_in_fp32", True),
         mamba=mamba,
     )
+
+
+def _expansion(d_inner: int, d_model: int) -> float:
+    """The ratio of which int(ratio * d_model) is d_inner, in spite of rounding."""
+    require_at_least("intermediate_size", d_inner, 1)
+    ratio = d_inner / d_model
+    return ratio if int(ratio * d_model) == d_inner else math.nextafter(ratio, math.inf)
 
 
 # ------------------------------------------------------------------------------------------ writing

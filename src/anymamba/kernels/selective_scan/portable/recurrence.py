@@ -1,0 +1,87 @@
+"""The recurrence over the steps and segments of one block, forwards and backwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anymamba.kernels.elementwise import conj
+from anymamba.kernels.selective_scan.portable.plan import Places
+
+
+def scan_(
+    x: list[Tensor],
+    coefficient: list[Tensor],
+    carry: Tensor,
+    *,
+    reverse_segments: bool,
+    fresh: list[Tensor] | None = None,
+) -> Tensor:
+    """In place x[i] += coefficient[i] * x[i - 1] in the order of the lists, the first one from the carry.
+
+    Args:
+        x, coefficient: one (s, ...) slab a step. Segments follow one another in the order of s, or against it.
+        carry: (...) the value before the first step of the first segment.
+        fresh: one boolean (s, 1, ...) a step, true where the coefficient is 0; there a NaN goes no further.
+    Returns the value after the last step of the last segment.
+    """
+    n_segments = x[0].shape[0]
+    stops: list[Tensor | None] = [None] * len(x) if fresh is None else [*fresh]
+    if n_segments == 1:
+        previous = carry[None]
+        for value, factor, stop in zip(x, coefficient, stops, strict=True):
+            previous = value.addcmul_(factor, _unless(stop, previous))
+        return previous[0].clone()  # x is a buffer that the next block reuses
+    product, seen = [coefficient[0]], [stops[0]]
+    for i in range(1, len(x)):
+        x[i].addcmul_(coefficient[i], _unless(stops[i], x[i - 1]))
+        product.append(_unless(stops[i], product[-1]) * coefficient[i])
+        seen.append(_either(seen[-1], stops[i]))
+    incoming = torch.empty_like(x[0])
+    for s in reversed(range(n_segments)) if reverse_segments else range(n_segments):
+        incoming[s] = carry
+        carry = torch.addcmul(x[-1][s], product[-1][s], carry if seen[-1] is None else _unless(seen[-1][s], carry))
+    for value, factor, stop in zip(x, product, seen, strict=True):
+        value.addcmul_(factor, _unless(stop, incoming))
+    return carry
+
+
+def reverse_scan_(dh: Tensor, decay: Tensor, carry: Tensor, fresh: Tensor | None = None) -> Tensor:
+    """In place dh[t] += conj(decay[t + 1]) dh[t + 1]; the carry is d loss / d (state after the block).
+
+    Args:
+        dh, decay: (t, s, ...).
+        fresh: boolean (t, s, 1, ...), as in `scan_`.
+    Returns d loss / d (state before the block).
+    """
+    decay = conj(decay)
+    after = torch.ones_like(decay[0])
+    after[:-1] = decay[0, 1:]
+    values, coefficients = list(dh)[::-1], [after, *list(decay)[:0:-1]]
+    if fresh is None:
+        return decay[0, 0] * scan_(values, coefficients, carry, reverse_segments=True)
+    fresh_after = torch.zeros_like(fresh[0])
+    fresh_after[:-1] = fresh[0, 1:]
+    stops = [fresh_after, *list(fresh)[:0:-1]]
+    first = scan_(values, coefficients, carry, reverse_segments=True, fresh=stops)
+    return decay[0, 0] * _unless(fresh[0, 0], first)
+
+
+def _unless(condition: Tensor | None, value: Tensor) -> Tensor:
+    return value if condition is None else torch.where(condition, 0, value)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a | b
+
+
+def leaks(state: Tensor) -> bool:
+    """Whether a value that is not finite reached the end of a block, where a decay of 0 does not stop it."""
+    return not bool(torch.isfinite(state).all())
+
+
+def fresh_steps(decay: Tensor, starts: Places) -> Tensor:
+    """(t, s, 1, ...): true where a packed sequence starts."""
+    fresh = torch.zeros(decay.shape[:2], dtype=torch.bool, device=decay.device)
+    fresh[starts.where] = True
+    return fresh[(..., *[None] * (decay.ndim - 2))]
