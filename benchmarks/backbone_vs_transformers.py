@@ -8,30 +8,44 @@ from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
+import sys
 import tempfile
 
 import torch
 import torch.nn.functional as F
 
-from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from benchmarks.timing import interleaved, machine, table
 
 TARGETS = {"forward": 3.0, "forward + backward": 10.0}
 
 
+SAVE = """
+import sys, torch
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
+torch.manual_seed(0)
+model = LanguageModel(ModelConfig(d_model=768, n_layers=int(sys.argv[1]), vocab_size=512))
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.01)
+model.save_pretrained(sys.argv[2])
+"""
+
+
 def build(layers: int) -> tuple[LanguageModel, torch.nn.Module]:
-    """Our model and transformers' with the same weights, moved away from their initialisation."""
+    """Our model and transformers' with the same weights, moved away from their initialisation.
+
+    Another process writes them: what it leaves on the heap would serve transformers' large temporaries, which in a
+    program that only loads a model come fresh from the system.
+    """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import MambaForCausalLM
 
-    torch.manual_seed(0)
-    ours = LanguageModel(ModelConfig(d_model=768, n_layers=layers, vocab_size=512))
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
     with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
+        subprocess.run([sys.executable, "-c", SAVE, str(layers), folder], check=True)
+        ours = LanguageModel.from_pretrained(folder)
         theirs = MambaForCausalLM.from_pretrained(folder, use_cache=False)
     return ours, theirs.train()
 

@@ -95,7 +95,7 @@ def is_shared(target: str) -> bool:
 
 
 def own_folder(importer: str, target: str) -> bool:
-    """A folder inside a level (an experiment, say) may use its own files; in kernels a backend's folder, not an op's."""
+    """A folder inside a level (an experiment, say) may use its own files; in kernels a backend's may, not an op's."""
     parts = importer.split(".")
     depth = 3 if parts[0] == "kernels" else 2
     return len(parts) >= depth and target.startswith(".".join(parts[:depth]) + ".")

@@ -52,7 +52,7 @@ def test_of_another_kind_of_model(refused, broken, command):
 
 def test_weights_of_another_model(refused, broken, command):
     config = json.loads((broken / "config.json").read_text())
-    config["anymamba"]["n_layers"] = 3
+    config["anymamba"]["n_layers"] = config["num_hidden_layers"] = 3
     (broken / "config.json").write_text(json.dumps(config))
     assert "missing" in refused(1, *command)
 

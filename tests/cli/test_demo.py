@@ -62,7 +62,7 @@ def test_a_free_folder_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "seconds_per_step", "steps"), [(3, 0.18, 1000), (0.1, 0.18, 33), (0.001, 10, 2), (3, 60, 3)]
+    ("minutes", "seconds_per_step", "steps"), [(3, 0.18, 996), (0.1, 0.18, 30), (0.001, 10, 2), (3, 60, 3)]
 )
 def test_steps_fit_into_the_time(minutes, seconds_per_step, steps):
     assert demo.affordable_steps(minutes, seconds_per_step) == steps

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Found by trial on two cores: deeper or wider models are better per token and worse per minute.
 MODEL = ModelConfig(d_model=256, n_layers=2, vocab_size=257, mamba=MambaOptions(d_state=8))
 BATCH_SIZE, CONTEXT, LEARNING_RATE = 16, 64, 4e-3  # many rows: many documents in each step
+N_EVALUATIONS = 6
 TRIAL_STEPS = 12  # steps of the throw-away run that measures the speed
 EVALUATED_BYTES = 250_000  # of the held-out files, so that evaluating takes seconds
 PROMPT = "def "
@@ -144,7 +145,7 @@ def plan(data: DataConfig, steps: int, seed: int) -> TrainConfig:
         batch_size=BATCH_SIZE,
         context=CONTEXT,
         seed=seed,
-        eval_every=max(1, steps // 6),
+        eval_every=max(1, steps // N_EVALUATIONS),
         eval_tokens=20_000,
         checkpoint_every=max(1, steps // 3),
     )
@@ -159,8 +160,9 @@ def free_folder(wanted: Path) -> Path:
 
 
 def affordable_steps(minutes: float, seconds_per_step: float) -> int:
-    """How many steps fit into that time, at least two."""
-    return max(2, int(60 * minutes / seconds_per_step))
+    """How many steps fit into that time, in whole evaluation intervals; at least two."""
+    steps = max(2, int(60 * minutes / seconds_per_step))
+    return steps - steps % N_EVALUATIONS if steps > N_EVALUATIONS else steps
 
 
 # ------------------------------------------------------------------------------------------------- the end

@@ -17,7 +17,7 @@ from anymamba.cli.output import print_facts, print_json
 
 DEPENDENCIES = (
     *("torch", "numpy", "einops", "jaxtyping", "safetensors", "tokenizers", "tyro", "rich"),
-    *("datasets", "tensorboard", "matplotlib", "zstandard", "triton", "transformers"),
+    *("datasets", "tensorboard", "matplotlib", "pyarrow", "triton", "transformers"),
 )
 
 

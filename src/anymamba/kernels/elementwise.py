@@ -15,18 +15,19 @@ SERIES = range(14)  # powers in the series of (exp(x) - 1) / x for |x| < 1/2: ex
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x))."""
-    return (torch.exp(-x) + 1).reciprocal()
+    """1 / (1 + exp(-x)); not for autograd."""
+    return torch.neg(x).exp_().add_(1).reciprocal_()
 
 
 def silu(x: Tensor) -> Tensor:
-    """x / (1 + exp(-x))."""
-    return x * sigmoid(x)
+    """x / (1 + exp(-x)); not for autograd."""
+    return sigmoid(x).mul_(x)
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), exactly 0 at -inf."""
-    return torch.where(x > SOFTPLUS_THRESHOLD, x, torch.exp(x.clamp(max=SOFTPLUS_THRESHOLD)).log1p())
+    """log(1 + exp(x)), exactly 0 at -inf and x itself above the threshold; not for autograd."""
+    small = x.clamp(max=SOFTPLUS_THRESHOLD).exp_().log1p_()
+    return torch.maximum(small, x, out=small)  # softplus(x) is never below x
 
 
 def expm1_ratio(x: Tensor) -> Tensor:

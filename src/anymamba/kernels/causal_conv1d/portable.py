@@ -50,7 +50,7 @@ def backward(
     if silu:  # at the tokens only: what lies between packed sequences must not reach their gradients, not even a NaN
         y = layout.tokens_of_outputs(_taps(padded, weight, bias))
         gate = sigmoid(y)
-        dy = dy * gate * (1 + y * (1 - gate))
+        dy = (1 - gate).mul_(y).add_(1).mul_(gate).mul_(dy)
     dtaps = layout.outputs_of_tokens(dy)
     n_outputs, taps = dtaps.shape[1], weight.to(dtype).T
     dpadded = torch.zeros(padded.shape, dtype=dtype, device=x.device)
@@ -76,7 +76,7 @@ def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bo
     if bias is not None:
         y = y + bias.to(dtype)
     if silu:
-        y = y * sigmoid(y)
+        y = F.silu(y)
     return y.to(x.dtype), window[:, 1:]
 
 

@@ -13,6 +13,8 @@ from anymamba.kernels.selective_scan.portable.inputs import Channels, Inputs
 from anymamba.kernels.selective_scan.portable.plan import Sequences
 from anymamba.kernels.selective_scan.portable.recurrence import fresh_steps, leaks, scan_
 
+PAGE, PAGE_STEP = 4096, 832  # bytes
+
 
 class Workspace:
     """Named scratch buffers that every block reuses: fresh large tensors would cost page faults each time."""
@@ -21,6 +23,7 @@ class Workspace:
         self._like = like
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[str, torch.Size, torch.Size], Tensor] = {}
+        self._steps: dict[Tensor, list[Tensor]] = {}
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """a * b in the buffer of that name."""
@@ -29,11 +32,28 @@ class Workspace:
             view = self._views[name, a.shape, b.shape] = self._view(name, torch.broadcast_shapes(a.shape, b.shape))
         return torch.mul(a, b, out=view)
 
+    def steps(self, product: Tensor) -> list[Tensor]:
+        """The slabs of a product along its first dimension."""
+        if product not in self._steps:
+            self._steps[product] = list(product)
+        return self._steps[product]
+
     def _view(self, name: str, shape: torch.Size) -> Tensor:
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = self._like.new_empty(size)
+            self._buffers[name] = self._allocate(size, len(self._buffers))
         return self._buffers[name][:size].view(shape)
+
+    def _allocate(self, size: int, number: int) -> Tensor:
+        """A buffer whose place in its page is its own.
+
+        Large tensors begin at the same place of a page, so that in step i a row that is read and a row that is written
+        agree in their low address bits: processors then take one for the other and wait, some ten times as long.
+        """
+        item = self._like.element_size()
+        buffer = self._like.new_empty(size + PAGE // item)
+        start = ((number + 1) * PAGE_STEP - buffer.data_ptr()) % PAGE // item
+        return buffer[start : start + size]
 
 
 class Expanded(NamedTuple):
@@ -67,7 +87,7 @@ def expand(
         return h
 
     h = driven()
-    last = scan_(list(h), list(decay), before, reverse_segments=False)
+    last = scan_(scratch.steps(h), scratch.steps(decay), before, reverse_segments=False)
     if starts is not None and leaks(last):
         h = driven()
         last = scan_(list(h), list(decay), before, reverse_segments=False, fresh=list(fresh_steps(decay, starts)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from anymamba.kernels.elementwise import expm1_ratio, silu, softplus
+from anymamba.kernels.elementwise import expm1_ratio
 from anymamba.kernels.selective_scan.portable.inputs import working_dtypes
 
 
@@ -28,7 +29,7 @@ def step(
     if delta_bias is not None:
         step_size = step_size + delta_bias.to(real)
     if delta_softplus:
-        step_size = softplus(step_size)
+        step_size = F.softplus(step_size)
     B, C = (_step_matrix(M.to(dtype), u.shape[1]) for M in (B, C))
     delta_A = step_size[..., None] * A.to(dtype)
     drive = (step_size * x)[..., None] * B
@@ -40,7 +41,7 @@ def step(
     if D is not None:
         y = y + D.to(real) * x
     if z is not None:
-        y = y * silu(z.to(real))
+        y = y * F.silu(z.to(real))
     return y.to(u.dtype), state
 
 
