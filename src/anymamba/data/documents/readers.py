@@ -168,7 +168,9 @@ def _check_column(file: Path, field: str, kind: Any) -> None:
 
 def _missing_field(where: str, field: str, present: Iterable[str]) -> ValueError:
     names = ", ".join(map(repr, present)) or "none"
-    return ValueError(f"{where}: no field {field!r}; the fields there are {names}; choose one with text_field (--text-field)")
+    return ValueError(
+        f"{where}: no field {field!r}; the fields there are {names}; choose one with text_field (--text-field)"
+    )
 
 
 def _kind(value: Any) -> str:
