@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all lint format bench clean
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-$(VENV)/installed-demo: pyproject.toml constraints.txt
+.PHONY: demo test test-all lint format bench sanitize clean
+
+$(VENV)/installed-demo: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"
 	touch $@
 
-$(VENV)/installed-test: pyproject.toml constraints.txt
+# Here a failed build of the compiled kernels is an error; elsewhere the package installs without them and says so.
+$(VENV)/installed-test: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,lint]"
+	ANYMAMBA_NATIVE=required $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,lint]"
 	touch $@
 
 demo: $(VENV)/installed-demo
@@ -34,7 +37,13 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks
+
+# The kernels alone under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+sanitize:
+	tests/native/run build/sanitize-address -fsanitize=address,undefined -fno-sanitize-recover=all
+	tests/native/run build/sanitize-thread -fsanitize=thread
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache

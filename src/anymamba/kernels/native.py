@@ -1,24 +1,118 @@
-"""The compiled CPU module: loaded once, and why it is absent.
-
-This version ships none; `reason()` is what `anymamba info` prints for the backend `cpu`.
-"""
+"""The compiled CPU module: loaded once, and why it is absent."""
 
 from __future__ import annotations
 
 import importlib
+import os
 from functools import cache
-from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The numbers of csrc/args.h."""
+
+ISA_VARIABLE = "ANYMAMBA_ISA"
+"""Environment variable that forces one of the instruction sets that the machine has."""
 
 
 @cache
-def load() -> ModuleType | None:
-    """The compiled module, or None where it is not installed."""
+def load() -> Any | None:
+    """The compiled module, or None where it is not installed.
+
+    Raises ValueError when ANYMAMBA_ISA names an instruction set that the machine or the module does not have.
+    """
     try:
-        return importlib.import_module("anymamba._native")
+        module = importlib.import_module("anymamba._native")
     except ImportError:
         return None
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted:
+        known = module.instruction_sets()
+        if wanted not in known:
+            raise ValueError(f"{ISA_VARIABLE} must be one of {', '.join(known)} on this machine, got {wanted!r}")
+        module.choose_instruction_set(wanted)
+    return module
 
 
+def module() -> Any:
+    """The compiled module, which must be there."""
+    found = load()
+    assert found is not None, "dispatch asks for reason() first"
+    return found
+
+
+@cache
 def reason() -> str | None:
     """Why the compiled module is absent, in words; None where it is there."""
-    return None if load() is not None else "this version has no compiled CPU kernels"
+    if load() is not None:
+        return None
+    try:
+        build_info = importlib.import_module("anymamba._build_info")
+    except ImportError:
+        return "the package was not built with it; install it with pip"
+    return build_info.REASON or "the compiled module cannot be imported; install the package anew"
+
+
+def description() -> str:
+    """Compiler, instruction set and threads of the loaded module."""
+    build_info = importlib.import_module("anymamba._build_info")
+    others = ", ".join(name for name in module().instruction_sets() if name != module().instruction_set())
+    threads = "the process's OpenMP" if module().shares_openmp() else "threads of its own"
+    return f"{build_info.COMPILER}, {module().instruction_set()} (also {others or 'none'}), {threads}"
+
+
+LARGE = 1 << 22  # bytes from which a tensor gets large pages
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised dense tensor on the CPU, of the shape and dtype of another one unless they are given."""
+    tensor = torch.empty(shape or like.shape, dtype=dtype or like.dtype)
+    if tensor.nbytes >= LARGE:
+        module().use_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+class Call:
+    """The arguments of one call of the module; it keeps what they point to alive."""
+
+    def __init__(self, args: Any, dtype: torch.dtype) -> None:
+        self.args = args
+        self.dtype = dtype
+        self._alive: list[Tensor] = []
+        args.is_double = dtype == torch.float64
+        args.n_threads = torch.get_num_threads()
+
+    def rows(self, **tensors: Tensor | None) -> None:
+        """Pass (b, l, d) or (b, l, g, n) with their dtypes and strides; a copy where the last dimension is strided."""
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            strides = tensor.stride()
+            if strides[-1] != 1 and tensor.shape[-1] > 1:
+                tensor = tensor.contiguous()
+                strides = tensor.stride()
+            self._alive.append(tensor)
+            group = strides[2] if len(strides) == 4 else 0
+            place = (tensor.data_ptr(), DTYPES[tensor.dtype], strides[0], strides[1], group)
+            setattr(self.args, name, module().Rows(*place))
+
+    def vectors(self, **tensors: Tensor | None) -> None:
+        """Pass tensors as dense ones of the working dtype."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.pointers(**{name: tensor.to(self.dtype).contiguous()})
+
+    def pointers(self, **tensors: Tensor | None) -> None:
+        """Pass dense tensors as they are; null where one is absent."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self._alive.append(tensor)
+                setattr(self.args, name, tensor.data_ptr())
+
+    def borders(self, cu_seqlens: Tensor | None) -> None:
+        """Pass the borders of packed sequences."""
+        if cu_seqlens is not None:
+            self.args.n_sequences = cu_seqlens.numel() - 1
+            self.pointers(borders=cu_seqlens.to("cpu", torch.int64).contiguous())

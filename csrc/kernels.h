@@ -1,0 +1,18 @@
+// The kernels of one instruction set; the module chooses one set when it is loaded.
+#pragma once
+
+#include "args.h"
+
+#define ANYMAMBA_DECLARE_KERNELS(ISA)      \
+    namespace anymamba::ISA {              \
+    void scan_forward(const ScanArgs& a);  \
+    void scan_backward(const ScanArgs& a); \
+    void conv_forward(const ConvArgs& a);  \
+    void conv_backward(const ConvArgs& a); \
+    }
+
+ANYMAMBA_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+ANYMAMBA_DECLARE_KERNELS(x86_64_v3)
+ANYMAMBA_DECLARE_KERNELS(x86_64_v4)
+#endif

@@ -1,0 +1,168 @@
+// The Python module anymamba._native: which instruction sets there are, and the kernels of the chosen one.
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using anymamba::ConvArgs;
+using anymamba::Rows;
+using anymamba::ScanArgs;
+
+namespace {
+
+struct Kernels {
+    const char* name;
+    bool (*runs_here)();
+    void (*scan_forward)(const ScanArgs&);
+    void (*scan_backward)(const ScanArgs&);
+    void (*conv_forward)(const ConvArgs&);
+    void (*conv_backward)(const ConvArgs&);
+};
+
+#define ANYMAMBA_KERNELS(ISA) \
+    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward, anymamba::ISA::conv_backward
+
+// Best first.
+const Kernels KERNELS[] = {
+#if defined(__x86_64__)
+    {"x86-64-v4",
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512vl");
+     },
+     ANYMAMBA_KERNELS(x86_64_v4)},
+    {"x86-64-v3", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     ANYMAMBA_KERNELS(x86_64_v3)},
+    {"x86-64-v2", [] { return true; }, ANYMAMBA_KERNELS(baseline)},
+#else
+    {"default", [] { return true; }, ANYMAMBA_KERNELS(baseline)},
+#endif
+};
+
+const Kernels* chosen = nullptr;
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels& kernels : KERNELS)
+        if (kernels.runs_here()) names.emplace_back(kernels.name);
+    return names;
+}
+
+void choose(const std::string& name) {
+    for (const Kernels& kernels : KERNELS)
+        if (name == kernels.name && kernels.runs_here()) {
+            chosen = &kernels;
+            return;
+        }
+    throw std::invalid_argument("no instruction set " + name + " here");
+}
+
+// A pointer is an integer in Python, 0 where there is none.
+template <typename Args>
+void pointer(nb::class_<Args>& type, const char* name, void* Args::* member) {
+    type.def_prop_rw(
+        name, [member](const Args& a) { return reinterpret_cast<uintptr_t>(a.*member); },
+        [member](Args& a, uintptr_t address) { a.*member = reinterpret_cast<void*>(address); });
+}
+
+// Ask for pages of 2 MiB under fresh memory: the system hands out and clears pages of 4 KiB one fault at a time, which
+// can cost as much as what is computed into them.
+void use_large_pages(uintptr_t address, int64_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 1 << 21;
+    const uintptr_t begin = (address + page - 1) / page * page, end = (address + size) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // it is only advice
+#else
+    (void)address, (void)size;
+#endif
+}
+
+void bind_scan(nb::module_& m) {
+    auto type = nb::class_<ScanArgs>(m, "ScanArgs").def(nb::init<>());
+    type.def_rw("is_double", &ScanArgs::is_double).def_rw("softplus", &ScanArgs::softplus);
+    type.def_rw("zoh", &ScanArgs::zoh).def_rw("n_threads", &ScanArgs::n_threads);
+    type.def_rw("selective_B", &ScanArgs::selective_B).def_rw("selective_C", &ScanArgs::selective_C);
+    type.def_rw("batch", &ScanArgs::batch).def_rw("length", &ScanArgs::length).def_rw("d_inner", &ScanArgs::d_inner);
+    type.def_rw("d_state", &ScanArgs::d_state).def_rw("n_groups", &ScanArgs::n_groups);
+    type.def_rw("tile", &ScanArgs::tile).def_rw("range", &ScanArgs::range).def_rw("chunk", &ScanArgs::chunk);
+    type.def_rw("n_sequences", &ScanArgs::n_sequences);
+    type.def_rw("u", &ScanArgs::u).def_rw("delta", &ScanArgs::delta).def_rw("z", &ScanArgs::z);
+    type.def_rw("B", &ScanArgs::B).def_rw("C", &ScanArgs::C).def_rw("y", &ScanArgs::y);
+    type.def_rw("dy", &ScanArgs::dy).def_rw("du", &ScanArgs::du);
+    type.def_rw("ddelta", &ScanArgs::ddelta).def_rw("dz", &ScanArgs::dz);
+    pointer(type, "A", &ScanArgs::A);
+    pointer(type, "D", &ScanArgs::D);
+    pointer(type, "delta_bias", &ScanArgs::delta_bias);
+    pointer(type, "constant_B", &ScanArgs::constant_B);
+    pointer(type, "constant_C", &ScanArgs::constant_C);
+    pointer(type, "initial_state", &ScanArgs::initial_state);
+    pointer(type, "last_state", &ScanArgs::last_state);
+    pointer(type, "saved", &ScanArgs::saved);
+    pointer(type, "chunk_states", &ScanArgs::chunk_states);
+    pointer(type, "chunk_decays", &ScanArgs::chunk_decays);
+    pointer(type, "borders", &ScanArgs::borders);
+    pointer(type, "dlast_state", &ScanArgs::dlast_state);
+    pointer(type, "dinitial_state", &ScanArgs::dinitial_state);
+    pointer(type, "dA_parts", &ScanArgs::dA_parts);
+    pointer(type, "dB_parts", &ScanArgs::dB_parts);
+    pointer(type, "dC_parts", &ScanArgs::dC_parts);
+    pointer(type, "dD_parts", &ScanArgs::dD_parts);
+    pointer(type, "dbias_parts", &ScanArgs::dbias_parts);
+    m.def("scan_forward", [](const ScanArgs& a) { chosen->scan_forward(a); }, nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "scan_backward", [](const ScanArgs& a) { chosen->scan_backward(a); }, nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_conv(nb::module_& m) {
+    auto type = nb::class_<ConvArgs>(m, "ConvArgs").def(nb::init<>());
+    type.def_rw("is_double", &ConvArgs::is_double).def_rw("silu", &ConvArgs::silu);
+    type.def_rw("batch", &ConvArgs::batch).def_rw("length", &ConvArgs::length).def_rw("d_inner", &ConvArgs::d_inner);
+    type.def_rw("width", &ConvArgs::width).def_rw("chunk", &ConvArgs::chunk);
+    type.def_rw("n_threads", &ConvArgs::n_threads).def_rw("n_sequences", &ConvArgs::n_sequences);
+    type.def_rw("x", &ConvArgs::x).def_rw("y", &ConvArgs::y);
+    type.def_rw("dy", &ConvArgs::dy).def_rw("dx", &ConvArgs::dx);
+    pointer(type, "weight", &ConvArgs::weight);
+    pointer(type, "bias", &ConvArgs::bias);
+    pointer(type, "initial_state", &ConvArgs::initial_state);
+    pointer(type, "last_state", &ConvArgs::last_state);
+    pointer(type, "borders", &ConvArgs::borders);
+    pointer(type, "dlast_state", &ConvArgs::dlast_state);
+    pointer(type, "dinitial_state", &ConvArgs::dinitial_state);
+    pointer(type, "dweight_parts", &ConvArgs::dweight_parts);
+    pointer(type, "dbias_parts", &ConvArgs::dbias_parts);
+    m.def("conv_forward", [](const ConvArgs& a) { chosen->conv_forward(a); }, nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "conv_backward", [](const ConvArgs& a) { chosen->conv_backward(a); }, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    choose(instruction_sets().front());
+    m.def("instruction_sets", &instruction_sets, "Those that this machine has, best first.");
+    m.def("instruction_set", [] { return std::string(chosen->name); }, "The one in use.");
+    m.def("choose_instruction_set", &choose, nb::arg("name"));
+    m.def(
+        "shares_openmp", [] { return anymamba::openmp_region() != nullptr; },
+        "Whether tasks run on the threads of an OpenMP runtime that the process has loaded.");
+    m.def("use_large_pages", &use_large_pages, nb::arg("address"), nb::arg("size"));
+    nb::class_<Rows>(m, "Rows").def("__init__", [](Rows* rows, uintptr_t data, int dtype, int64_t batch_stride,
+                                                   int64_t length_stride, int64_t group_stride) {
+        new (rows) Rows{reinterpret_cast<void*>(data), dtype, batch_stride, length_stride, group_stride};
+    });
+    bind_scan(m);
+    bind_conv(m);
+}

@@ -1,0 +1,445 @@
+// Vectors of T by compiler extensions, as wide as the instruction set, and the functions that the kernels need.
+//
+// Everything here is inside the namespace of one instruction set (ANYMAMBA_ISA), so that one program can hold several.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "args.h"
+
+#if defined(__AVX512F__)
+#define ANYMAMBA_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define ANYMAMBA_VECTOR_BYTES 32
+#else
+#define ANYMAMBA_VECTOR_BYTES 16
+#endif
+
+#define ANYMAMBA_INLINE inline __attribute__((always_inline))
+
+namespace anymamba::ANYMAMBA_ISA {
+
+typedef float vfloat __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES)));
+typedef double vdouble __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES)));
+typedef int32_t vint __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES)));
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    using type = vfloat;
+};
+template <>
+struct VectorOf<double> {
+    using type = vdouble;
+};
+
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int LANES = ANYMAMBA_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+ANYMAMBA_INLINE Vector<T> load(const T* p) {
+    Vector<T> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <typename T>
+ANYMAMBA_INLINE void store(T* p, Vector<T> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+template <typename T>
+ANYMAMBA_INLINE Vector<T> broadcast(T value) {
+    return value - Vector<T>{};
+}
+
+template <typename T, int N>
+struct Narrow {
+    typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+
+// The sum of N neighbours, by halves.
+template <typename T, int N>
+ANYMAMBA_INLINE T sum_of_lanes(const T* p) {
+    if constexpr (N == 1) {
+        return *p;
+    } else {
+        typename Narrow<T, N / 2>::type low, high;
+        std::memcpy(&low, p, sizeof low);
+        std::memcpy(&high, p + N / 2, sizeof high);
+        low += high;
+        T half[N / 2];
+        std::memcpy(half, &low, sizeof low);
+        return sum_of_lanes<T, N / 2>(half);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- multiply-add, lookup
+
+// a b - c, where the rounding of a b alone may be lost to a c next to it.
+ANYMAMBA_INLINE vfloat multiply_subtract(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vfloat)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vfloat)vfmaq_f32(-(float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else  // the product in two parts, after Dekker (1971)
+    const vfloat a_high = (vfloat)((vint)a & ~0xfff), b_high = (vfloat)((vint)b & ~0xfff);
+    const vfloat a_low = a - a_high, b_low = b - b_high, product = a * b;
+    const vfloat lost = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+    return (product - c) + lost;
+#endif
+}
+
+// The smaller and the larger one of a bound and x; x where it is NaN.
+ANYMAMBA_INLINE vfloat at_most(float bound, vfloat x) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(bound), (__m512)x);
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+    return x > bound ? broadcast(bound) : x;
+#endif
+}
+ANYMAMBA_INLINE vfloat at_least(float bound, vfloat x) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(bound), (__m512)x);
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+    return x < bound ? broadcast(bound) : x;
+#endif
+}
+
+// Powers of two are 2^(i / TABLE_SIZE), from a table that fits into registers, times a short polynomial.
+#if defined(__AVX512F__)
+constexpr int TABLE_BITS = 5;
+#elif defined(__AVX2__)
+constexpr int TABLE_BITS = 3;
+#else
+constexpr int TABLE_BITS = 0;
+#endif
+constexpr int TABLE_SIZE = 1 << TABLE_BITS;
+constexpr float LARGEST_EXPONENT = 126.0f * TABLE_SIZE;  // below which powers and their inverses are normal numbers
+
+struct PowerTable {
+    alignas(64) int32_t bits[LANES<float> > TABLE_SIZE ? LANES<float> : TABLE_SIZE];
+    PowerTable() {
+        for (int i = 0; i < int(sizeof bits / sizeof *bits); i++) {
+            const int entry = i % TABLE_SIZE;
+            const float power = static_cast<float>(std::exp2(static_cast<double>(entry) / TABLE_SIZE));
+            std::memcpy(&bits[i], &power, 4);
+            bits[i] -= entry << (23 - TABLE_BITS);  // so that adding n to the exponent's place gives all of the power
+        }
+    }
+};
+inline const PowerTable POWER_TABLE;
+
+// The table in registers, for a loop to load once; nothing for double.
+template <typename T>
+struct Powers {};
+template <>
+struct Powers<float> {
+    vint low, high;
+    ANYMAMBA_INLINE Powers() {
+        std::memcpy(&low, POWER_TABLE.bits, sizeof low);
+        std::memcpy(&high, POWER_TABLE.bits + (TABLE_SIZE > LANES<float> ? LANES<float> : 0), sizeof high);
+    }
+    // 2^(n / TABLE_SIZE), n the lowest bits of each lane.
+    ANYMAMBA_INLINE vfloat of(vint n) const {
+#if defined(__AVX512F__)
+        const vint entry = (vint)_mm512_permutex2var_epi32((__m512i)low, (__m512i)n, (__m512i)high);
+#elif defined(__AVX2__)
+        const vint entry = (vint)_mm256_permutevar8x32_epi32((__m256i)low, (__m256i)n);
+#else
+        const vint entry = low;
+#endif
+        return (vfloat)(entry + (n << (23 - TABLE_BITS)));
+    }
+};
+
+// ---------------------------------------------------------------------------------------------- exp and softplus
+
+// q of 2^(f / TABLE_SIZE) = 1 + f q(f) for |f| <= 1/2: near-minimax, highest power first.
+// For a table of one entry.
+ANYMAMBA_INLINE vfloat whole_power_polynomial(vfloat f) {
+    vfloat q = broadcast(0.000154614447f);
+    q = q * f + 0.00134004282f;
+    q = q * f + 0.00961805668f;
+    q = q * f + 0.0555032723f;
+    q = q * f + 0.240226509f;
+    q = q * f + 0.693147207f;
+    return q;
+}
+#if defined(__AVX512F__)
+ANYMAMBA_INLINE vfloat power_polynomial(vfloat f) {
+    vfloat q = broadcast(0.000234597918f);
+    q = q * f + 0.021661167f;
+    return q;
+}
+#elif defined(__AVX2__)
+ANYMAMBA_INLINE vfloat power_polynomial(vfloat f) {
+    vfloat q = broadcast(0.000108414092f);
+    q = q * f + 0.00375397947f;
+    q = q * f + 0.0866433976f;
+    return q;
+}
+#else
+ANYMAMBA_INLINE vfloat power_polynomial(vfloat f) { return whole_power_polynomial(f); }
+#endif
+
+// The same with one more power where the table is large and the polynomial short: for what is not in the inner loop.
+ANYMAMBA_INLINE vfloat fine_power_polynomial(vfloat f) {
+#if defined(__AVX512F__)
+    return (1.69385842e-6f * f + 0.000234597918f) * f + 0.0216608494f;
+#else
+    return power_polynomial(f);
+#endif
+}
+
+// A rate r is kept as TABLE_SIZE r log2(e) in two parts, so that exp(x r) is exact to a rounding whatever x r is.
+template <typename T>
+struct Rate {
+    T high, low;
+};
+
+ANYMAMBA_INLINE Rate<float> make_rate(float rate) {
+    const double exact = static_cast<double>(rate) * (1.4426950408889634 * TABLE_SIZE);
+    const float high = static_cast<float>(exact);
+    const float low = std::isfinite(high) ? static_cast<float>(exact - high) : 0.0f;
+    return {high, low};
+}
+ANYMAMBA_INLINE Rate<double> make_rate(double rate) { return {rate, 0.0}; }
+
+// exp(x rate) where |x high| < LARGEST_EXPONENT.
+template <vfloat polynomial(vfloat) = power_polynomial>
+ANYMAMBA_INLINE vfloat exp_product_inside(vfloat x, vfloat high, vfloat low, const Powers<float>& powers) {
+    const vfloat magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds to an integer, kept in the lowest bits
+    const vfloat rounded = x * high + magic;
+    const vfloat f = x * low + multiply_subtract(x, high, rounded - magic);
+    const vfloat power = powers.of((vint)rounded);
+    return power * (f * polynomial(f)) + power;
+}
+
+// exp(x rate), by its root where that is outside.
+ANYMAMBA_INLINE vfloat exp_product(vfloat x, vfloat high, vfloat low, const Powers<float>& powers) {
+    const vfloat exponent = x * high, zero{};
+    const vint inside = (exponent < LARGEST_EXPONENT) & (exponent > -LARGEST_EXPONENT);
+    const vint near = (exponent < 2 * LARGEST_EXPONENT) & (exponent > -2 * LARGEST_EXPONENT);
+    const vfloat argument = inside ? x : near ? 0.5f * x : zero;
+    const vfloat power = exp_product_inside(argument, near ? high : zero, near ? low : zero, powers);
+    const vfloat beyond = exponent < 0.0f ? zero : exponent * broadcast(3e38f);  // infinity or NaN
+    return inside ? power : near ? power * power : beyond;
+}
+
+template <typename F>
+ANYMAMBA_INLINE vdouble by_lane(vdouble x, F function) {
+    vdouble result;
+    for (int i = 0; i < LANES<double>; i++) result[i] = function(x[i]);
+    return result;
+}
+
+ANYMAMBA_INLINE vdouble exp_product(vdouble x, vdouble high, vdouble, const Powers<double>&) {
+    return by_lane(x * high, [](double v) { return std::exp(v); });
+}
+ANYMAMBA_INLINE vdouble exp_product_inside(vdouble x, vdouble high, vdouble low, const Powers<double>& powers) {
+    return exp_product(x, high, low, powers);
+}
+
+// exp(x) for x in [-87, 87]; a NaN stays one.
+ANYMAMBA_INLINE vfloat exp_inside(vfloat x) {
+    const vfloat high = broadcast(1.44269502f * TABLE_SIZE), low = broadcast(1.92596303e-8f * TABLE_SIZE);
+    return exp_product_inside<fine_power_polynomial>(x, high, low, Powers<float>());
+}
+
+// (exp(x rate) - 1) / (x rate) and its limit 1 at 0, without a difference that cancels.
+ANYMAMBA_INLINE vfloat expm1_ratio(vfloat x, vfloat high, vfloat low) {
+    const vfloat magic = broadcast(12582912.0f);
+    const vfloat power_exponent = x * high * (1.0f / TABLE_SIZE);
+    const vfloat bounded = at_least(-126.0f, at_most(127.0f, power_exponent));
+    const vfloat n = (bounded + magic) - magic;
+    vfloat f = (x * low + multiply_subtract(x, high, n * float(TABLE_SIZE))) * (1.0f / TABLE_SIZE);
+    f = bounded == power_exponent ? f : vfloat{};
+    const vfloat power = (vfloat)((__builtin_convertvector(n, vint) + 127) << 23);
+    const vfloat expm1 = (power - 1.0f) + power * (f * whole_power_polynomial(f));
+    const vfloat ratio = expm1 / (power_exponent * 0.693147182f);
+    const vfloat finite = power_exponent == 0.0f ? broadcast(1.0f) : ratio;
+    return power_exponent <= 127.0f ? finite : power_exponent * broadcast(3e38f);  // infinity or NaN
+}
+ANYMAMBA_INLINE vdouble expm1_ratio(vdouble x, vdouble high, vdouble) {
+    return by_lane(x * high, [](double v) { return v == 0 ? 1.0 : std::expm1(v) / v; });
+}
+
+// Derivative of expm1_ratio by its argument v = x rate, (exp(v) - ratio) / v, by its series near 0.
+template <typename T>
+ANYMAMBA_INLINE T expm1_ratio_derivative(T v) {
+    if (std::fabs(v) < T(0.5)) {
+        T term = 1, sum = 0;  // sum of (k + 1) v^k / (k + 2)!
+        for (int k = 0; k < 16; k++) {
+            term /= T(k + 2);
+            sum += T(k + 1) * term;
+            term *= v;
+        }
+        return sum;
+    }
+    const T e = std::exp(v), ratio = std::expm1(v) / v;
+    return (e - ratio) / v;
+}
+
+// log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), the latter by a polynomial in the exponential; 0 at -inf.
+ANYMAMBA_INLINE vfloat softplus(vfloat x) {
+    const vfloat minus_size = (vfloat)((vint)x | INT32_MIN);
+    const vfloat e = minus_size < -87.0f ? vfloat{} : exp_inside(minus_size);
+    vfloat p = broadcast(0.00512610214f);  // of log(1 + e) / e for 0 <= e <= 1, near-minimax
+    p = p * e + -0.0290740647f;
+    p = p * e + 0.0775160867f;
+    p = p * e + -0.136022476f;
+    p = p * e + 0.190768807f;
+    p = p * e + -0.24835399f;
+    p = p * e + 0.333181217f;
+    p = p * e + -0.49999445f;
+    p = p * e + 0.999999966f;
+    return e * p + at_least(0.0f, x);
+}
+ANYMAMBA_INLINE vdouble softplus(vdouble x) {
+    return by_lane(x, [](double v) { return v > 20 ? v : std::log1p(std::exp(v)); });
+}
+
+// 1 / x for x in [1, 2^126].
+ANYMAMBA_INLINE vfloat reciprocal(vfloat x) {
+#if defined(__AVX512F__)
+    const vfloat guess = (vfloat)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // and one step of Newton's
+    return guess + guess * (1.0f - x * guess);
+#else
+    return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + exp(-x)); 0 below -87.
+ANYMAMBA_INLINE vfloat sigmoid(vfloat x) {
+    const vfloat result = reciprocal(1.0f + exp_inside(at_least(-87.0f, -x)));
+    return x < -87.0f ? vfloat{} : result;
+}
+ANYMAMBA_INLINE vdouble sigmoid(vdouble x) {
+    return by_lane(x, [](double v) { return 1 / (1 + std::exp(-v)); });
+}
+
+// The larger size of each lane so far; a NaN is larger than all.
+ANYMAMBA_INLINE vfloat larger_size(vfloat so_far, vfloat x) {
+    const vint size = (vint)x & INT32_MAX, known = (vint)so_far;
+    return (vfloat)(size > known ? size : known);
+}
+ANYMAMBA_INLINE vdouble larger_size(vdouble so_far, vdouble) { return so_far; }  // no use for it
+
+// ---------------------------------------------------------------------------------------------- rows of any dtype
+
+typedef uint16_t vhalf __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES / 2)));  // the bits of as many 16-bit floats
+typedef uint32_t vbits __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES)));
+
+ANYMAMBA_INLINE vfloat from_bfloat16(vhalf bits) { return (vfloat)(__builtin_convertvector(bits, vbits) << 16); }
+
+ANYMAMBA_INLINE vhalf to_bfloat16(vfloat value) {  // to the nearest, ties to even; a NaN stays one
+    const vbits bits = (vbits)value;
+    const vbits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(value == value ? rounded : (bits >> 16) | 0x40, vhalf);
+}
+
+ANYMAMBA_INLINE vfloat from_float16(vhalf bits) {
+    const vbits wide = __builtin_convertvector(bits, vbits), sign = (wide & 0x8000) << 16, magnitude = wide & 0x7fff;
+    const vfloat subnormal = __builtin_convertvector((vint)magnitude, vfloat) * 5.9604644775390625e-8f;
+    const vbits normal = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : (magnitude << 13) + 0x38000000;
+    return (vfloat)(sign | (magnitude < 0x400 ? (vbits)subnormal : normal));
+}
+
+ANYMAMBA_INLINE vhalf to_float16(vfloat value) {
+    const vbits bits = (vbits)value & 0x7fffffff, sign = ((vbits)value >> 16) & 0x8000;
+    const vbits normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+    const vbits subnormal = (vbits)((vfloat)bits + 0.5f) - 0x3f000000;  // the addition rounds
+    vbits result = bits < 0x38800000 ? subnormal : normal;
+    result = bits >= 0x477ff000 ? vbits{} + 0x7c00 : result;  // rounds to infinity
+    result = bits > 0x7f800000 ? vbits{} + 0x7e00 : result;   // NaN
+    return __builtin_convertvector(sign | result, vhalf);
+}
+
+template <typename T>
+constexpr DType OWN_DTYPE = sizeof(T) == 4 ? DType::float32 : DType::float64;
+
+ANYMAMBA_INLINE int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+template <typename V, typename E>
+ANYMAMBA_INLINE V load_some(const E* source, int count) {  // zeros behind them
+    V v{};
+    std::memcpy(&v, source, count * sizeof(E));
+    return v;
+}
+
+// `count` neighbouring elements of a float tensor from `index` on, zeros behind them up to a whole vector.
+ANYMAMBA_INLINE vfloat read_floats(const void* data, DType dtype, int64_t index, int count) {
+    const bool whole = count == LANES<float>;
+    if (dtype == DType::float32) {
+        const float* source = static_cast<const float*>(data) + index;
+        return whole ? load<float>(source) : load_some<vfloat>(source, count);
+    }
+    if (dtype == DType::float64) {
+        vfloat v{};
+        for (int i = 0; i < count; i++) v[i] = static_cast<float>(static_cast<const double*>(data)[index + i]);
+        return v;
+    }
+    const uint16_t* source = static_cast<const uint16_t*>(data) + index;
+    const vhalf bits = load_some<vhalf>(source, whole ? LANES<float> : count);
+    return dtype == DType::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+
+ANYMAMBA_INLINE void write_floats(void* data, DType dtype, int64_t index, int count, vfloat row) {
+    if (dtype == DType::float32) {
+        std::memcpy(static_cast<float*>(data) + index, &row, count * sizeof(float));
+    } else if (dtype == DType::float64) {
+        for (int i = 0; i < count; i++) static_cast<double*>(data)[index + i] = row[i];
+    } else {
+        const vhalf bits = dtype == DType::bfloat16 ? to_bfloat16(row) : to_float16(row);
+        std::memcpy(static_cast<uint16_t*>(data) + index, &bits, count * sizeof(uint16_t));
+    }
+}
+
+template <typename T>
+ANYMAMBA_INLINE Vector<T> read_row(const void* data, DType dtype, int64_t index, int count) {
+    if constexpr (sizeof(T) == 4) {
+        return read_floats(data, dtype, index, count);
+    } else {
+        if (dtype == DType::float64) return load_some<vdouble>(static_cast<const double*>(data) + index, count);
+        const vfloat floats = read_floats(data, dtype, index, count);
+        vdouble v;
+        for (int i = 0; i < LANES<double>; i++) v[i] = floats[i];
+        return v;
+    }
+}
+
+template <typename T>
+ANYMAMBA_INLINE void write_row(void* data, DType dtype, int64_t index, int count, Vector<T> row) {
+    if constexpr (sizeof(T) == 4) {
+        write_floats(data, dtype, index, count, row);
+    } else {
+        if (dtype == DType::float64) {
+            std::memcpy(static_cast<double*>(data) + index, &row, count * sizeof(double));
+            return;
+        }
+        vfloat floats{};
+        for (int i = 0; i < count; i++) floats[i] = static_cast<float>(row[i]);
+        write_floats(data, dtype, index, count, floats);
+    }
+}
+
+}  // namespace anymamba::ANYMAMBA_ISA
