@@ -20,7 +20,7 @@ LEVELS = (
     {"experiments"},
     {"cli"},
 )
-COMPILED = f"{PACKAGE}._native"  # built from csrc, not a module of Python
+COMPILED = {f"{PACKAGE}._native", f"{PACKAGE}._build_info"}  # built from csrc, not in the tree
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 # Inside a level, only these modules (and those of these folders) may be imported by siblings.
@@ -64,7 +64,7 @@ def imported(path: Path, module: str, known: set[str]) -> set[str]:
             "__import__",
         ):
             found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
-    return {nearest_module(name, known) for name in found - {COMPILED} if in_package(name)} - {module}
+    return {nearest_module(name, known) for name in found - COMPILED if in_package(name)} - {module}
 
 
 def in_package(name: str) -> bool:

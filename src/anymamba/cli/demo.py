@@ -19,7 +19,7 @@ import tyro
 from anymamba.cli.flags import read_flags
 from anymamba.cli.output import TrainingReport, print_json, progress_bar, say
 from anymamba.cli.runtime import told_how_to_resume
-from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.models.config import ModelConfig
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from anymamba.training.trainer import TrainResult
 
 # Found by trial on two cores: deeper or wider models are better per token and worse per minute.
-MODEL = ModelConfig(d_model=256, n_layers=2, vocab_size=257, mamba=MambaOptions(d_state=8))
+MODEL = ModelConfig(d_model=256, n_layers=3, vocab_size=257)
 BATCH_SIZE, CONTEXT, LEARNING_RATE = 16, 64, 4e-3  # many rows: many documents in each step
 N_EVALUATIONS = 6
 TRIAL_STEPS = 12  # steps of the throw-away run that measures the speed

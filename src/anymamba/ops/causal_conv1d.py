@@ -87,6 +87,7 @@ def causal_conv1d_step(
         raise ValueError(f"x must be (batch, d_inner), got {tuple(x.shape)}")
     _check(x[:, None], weight, bias, activation, state, None)
     name = dispatch.resolve(OP, x.device.type, backend)
+    name = dispatch.of_step(name, state, x, weight, bias)
     dispatch.calls[OP, name, "step"] += 1
     return dispatch.kernel(OP, name).step(state, x, weight, bias, activation == "silu")
 

@@ -1,6 +1,7 @@
 """Which backend runs: one rule, one report, and counters of what ran.
 
-The rule: the first backend of ORDER that serves the device. A named backend that cannot serve raises and says why.
+The rule: the first backend of ORDER that serves the device and the kind of A. A named backend that cannot serve raises
+and says why.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from anymamba.kernels import native
+from anymamba.kernels.causal_conv1d import cpu as conv_cpu
 from anymamba.kernels.causal_conv1d import portable as conv_portable
 from anymamba.kernels.causal_conv1d import reference as conv_reference
+from anymamba.kernels.selective_scan import cpu as scan_cpu
 from anymamba.kernels.selective_scan import portable as scan_portable
 from anymamba.kernels.selective_scan import reference as scan_reference
 
 ORDER = ("cpu", "triton", "portable", "reference")
 
 KERNELS: dict[str, dict[str, ModuleType]] = {
-    "selective_scan": {"portable": scan_portable, "reference": scan_reference},
-    "causal_conv1d": {"portable": conv_portable, "reference": conv_reference},
+    "selective_scan": {"cpu": scan_cpu, "portable": scan_portable, "reference": scan_reference},
+    "causal_conv1d": {"cpu": conv_cpu, "portable": conv_portable, "reference": conv_reference},
 }
 
 _NO_NATIVE = native.reason()  # asked once, so that torch.compile can trace `resolve`
@@ -42,37 +46,52 @@ class BackendStatus(NamedTuple):
     """Why it is not available, or what it is."""
 
 
-def resolve(op: str, device_type: str, backend: str | None) -> str:
+def resolve(op: str, device_type: str, backend: str | None, *, is_complex: bool = False) -> str:
     """The name of the backend that serves an op on a device.
 
     Args:
         op: a key of KERNELS.
         device_type: `tensor.device.type`.
         backend: a name to insist on, or None for the best there is.
+        is_complex: whether A is.
     Raises ValueError for an unknown name, RuntimeError for a backend that cannot serve, both saying what can.
     """
     if backend is None:
         for name in ORDER:
-            if unavailable(op, name, device_type) is None:
+            if unavailable(op, name, device_type, is_complex=is_complex) is None:
                 return name
     if backend not in ORDER:
         raise ValueError(f"unknown backend {backend!r} for {op}; there are {', '.join(ORDER)}")
-    why = unavailable(op, backend, device_type)
+    why = unavailable(op, backend, device_type, is_complex=is_complex)
     if why is not None:
-        usable = ", ".join(name for name in ORDER if unavailable(op, name, device_type) is None)
+        serve = (name for name in ORDER if unavailable(op, name, device_type, is_complex=is_complex) is None)
+        usable = ", ".join(serve)
         raise RuntimeError(
             f"backend {backend!r} cannot serve {op} on {device_type}: {why}; leave backend=None or take one of {usable}"
         )
     return backend
 
 
-def unavailable(op: str, backend: str, device_type: str) -> str | None:
+def unavailable(op: str, backend: str, device_type: str, *, is_complex: bool = False) -> str | None:
     """Why a backend cannot serve an op on a device; None where it can."""
+    if backend == "cpu":
+        if device_type != "cpu":
+            return "it serves tensors on the CPU"
+        return "it is for real A" if is_complex and _NO_NATIVE is None else _NO_NATIVE
     if backend in KERNELS[op]:
         return None
-    if backend == "cpu":
-        return _NO_NATIVE if device_type == "cpu" else "it serves tensors on the CPU"
     return "this version has no Triton kernels" if device_type == "cuda" else "it serves tensors on a GPU"
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether gradients may be asked of what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def of_step(backend: str, *tensors: Tensor | None) -> str:
+    """The backend for a step: plain torch operations where autograd or a tracer must see through it."""
+    opaque = backend == "cpu" and (torch.compiler.is_compiling() or differentiable(*tensors))
+    return "portable" if opaque else backend
 
 
 def kernel(op: str, backend: str) -> ModuleType:
@@ -85,6 +104,7 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     what = {
+        "cpu": "" if _NO_NATIVE else f"compiled C++: {native.description()}",
         "portable": "plain PyTorch, chunked",
         "reference": "a loop over time: slow, the oracle of the tests",
     }
@@ -94,5 +114,7 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
         for backend in ORDER:
             why = unavailable(op, backend, device_type)
             reason = what.get(backend, "") if why is None else why
+            if (op, backend, why) == ("selective_scan", "cpu", None):
+                reason += "; complex A goes to portable"
             lines.append(BackendStatus(op, backend, device_type, why is None, backend == chosen, reason))
     return lines

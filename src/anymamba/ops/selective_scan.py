@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from anymamba.kernels.selective_scan import portable
 from anymamba.ops import dispatch
 from anymamba.ops.checks import (
     n_sequences,
@@ -80,7 +79,7 @@ def selective_scan(
     Source: Mamba (arXiv:2312.00752), section 2 and Algorithm 2; B as in the published checkpoints.
     """
     B, C = _check(u, delta, A, B, C, D, z, delta_bias, b_discretization, initial_state, cu_seqlens)
-    name = dispatch.resolve(OP, u.device.type, backend)
+    name = dispatch.resolve(OP, u.device.type, backend, is_complex=A.is_complex())
     tensors = [resolved(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
     initial_state = resolved(initial_state)
     if name == "reference":  # plain PyTorch, differentiable to any order
@@ -91,7 +90,10 @@ def selective_scan(
                 *tensors, delta_softplus, b_discretization, initial_state, cu_seqlens
             )
     else:
-        y, last_state, _ = _forward_op(*tensors, delta_softplus, b_discretization, initial_state, cu_seqlens, name)
+        save = dispatch.differentiable(*tensors, initial_state)
+        y, last_state, _ = _forward_op(
+            *tensors, delta_softplus, b_discretization, initial_state, cu_seqlens, save, name
+        )
     return ScanOutput(y, last_state)
 
 
@@ -127,7 +129,8 @@ def selective_scan_step(
     z_long = None if z is None else z[:, None]
     B_long, C_long = _with_length("B", B), _with_length("C", C)
     _check(u_long, delta_long, A, B_long, C_long, D, z_long, delta_bias, b_discretization, None, None)
-    name = dispatch.resolve(OP, u.device.type, backend)
+    name = dispatch.resolve(OP, u.device.type, backend, is_complex=A.is_complex())
+    name = dispatch.of_step(name, state, u, delta, A, B, C, D, z, delta_bias)
     dispatch.calls[OP, name, "step"] += 1
     with torch.autocast(u.device.type, enabled=False):
         return dispatch.kernel(OP, name).step(
@@ -218,6 +221,11 @@ def _equal_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     return B, C
 
 
+def working_dtype(u: Tensor, delta: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of the state: float32 or wider, complex where A is."""
+    return torch.promote_types(torch.float32, torch.promote_types(A.dtype, torch.promote_types(u.dtype, delta.dtype)))
+
+
 # ------------------------------------------------------------------------------------------ registration
 
 
@@ -235,13 +243,14 @@ def _forward_op(
     b_discretization: str,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_borders(cu_seqlens, u.shape[1])
     dispatch.calls[OP, backend, "forward"] += 1
     with torch.autocast(u.device.type, enabled=False):
         return dispatch.kernel(OP, backend).forward(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state, cu_seqlens
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state, cu_seqlens, save
         )
 
 
@@ -259,18 +268,19 @@ def _(
     b_discretization: str,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, d_inner = u.shape
     d_state = A.shape[1]
-    dtype = portable.working_dtypes(u, delta, A)[1]
+    dtype = working_dtype(u, delta, A)
     rows = n_sequences(batch, cu_seqlens)
     n_groups = next((M.shape[2] for M in (B, C) if M.ndim == 4), 1)
-    n_saved = portable.n_saved_states(length, batch, d_inner, d_state)
+    saved_shape = dispatch.kernel(OP, backend).saved_shape(batch, length, d_inner, d_state, n_groups) if save else (0,)
     return (
         torch.empty_like(u, memory_format=torch.contiguous_format),
         u.new_empty(rows, d_inner, d_state, dtype=dtype),
-        u.new_empty(n_saved, batch, n_groups, d_state, d_inner // n_groups, dtype=dtype),
+        u.new_empty(saved_shape, dtype=dtype),
     )
 
 
@@ -339,14 +349,17 @@ def _(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    *tensors, delta_softplus, b_discretization, initial_state, cu_seqlens, backend = inputs
+    *tensors, delta_softplus, b_discretization, initial_state, cu_seqlens, save, backend = inputs
     ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
-    ctx.options = (delta_softplus, b_discretization, backend)
+    ctx.options = (delta_softplus, b_discretization, save, backend)
 
 
 def _backward(ctx, dy, dlast_state, _):
     *tensors, initial_state, cu_seqlens, saved = ctx.saved_tensors
-    delta_softplus, b_discretization, backend = ctx.options
+    delta_softplus, b_discretization, save, backend = ctx.options
+    if not save:  # it was called by something that hides from it that gradients are wanted
+        options = (delta_softplus, b_discretization, initial_state, cu_seqlens, True, backend)
+        saved = _forward_op(*tensors, *options)[2]
     grads = _backward_op(
         dy,
         dlast_state,
@@ -362,7 +375,7 @@ def _backward(ctx, dy, dlast_state, _):
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (
         None if t is None else g for t, g in zip(inputs, grads, strict=True)
     )
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, None, dinitial, None, None
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, None, dinitial, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -29,8 +29,9 @@ def forward(
     b_discretization: str,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (b or n_sequences, d, n) and an empty tensor, where other backends save states.
+    """y (b, l, d), last_state (b or n_sequences, d, n) and an empty tensor, where other backends may save states.
 
     Shapes are those of `anymamba.ops.selective_scan`, with B and C (d, n) or (b, l, g, n).
     """

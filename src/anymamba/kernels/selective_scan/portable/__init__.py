@@ -14,9 +14,9 @@ recomputes the states inside it. The split depends on shapes only.
 from anymamba.kernels.selective_scan.portable.backward import backward
 from anymamba.kernels.selective_scan.portable.forward import forward
 from anymamba.kernels.selective_scan.portable.inputs import working_dtypes
-from anymamba.kernels.selective_scan.portable.splitting import n_saved_states, split
+from anymamba.kernels.selective_scan.portable.splitting import saved_shape, split
 from anymamba.kernels.selective_scan.portable.step import step
 
 NAME = "portable"
 
-__all__ = ["NAME", "backward", "forward", "n_saved_states", "split", "step", "working_dtypes"]
+__all__ = ["NAME", "backward", "forward", "saved_shape", "split", "step", "working_dtypes"]

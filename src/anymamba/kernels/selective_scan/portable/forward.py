@@ -10,7 +10,7 @@ from anymamba.kernels.elementwise import silu
 from anymamba.kernels.selective_scan.portable.block import Workspace, contract, expand
 from anymamba.kernels.selective_scan.portable.inputs import Channels, Inputs, contiguous_like, prepare, write_channels
 from anymamba.kernels.selective_scan.portable.plan import Plan
-from anymamba.kernels.selective_scan.portable.splitting import n_saved_states
+from anymamba.kernels.selective_scan.portable.splitting import saved_shape
 
 
 def forward(
@@ -26,14 +26,15 @@ def forward(
     b_discretization: str,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (b or n_sequences, d, n), and the states before each block (blocks, b, g, n, p)."""
+    """y (b, l, d), last_state (b or n_sequences, d, n), and the states before each block, for backward (or nothing)."""
     inputs = prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state)
     batch, length, d_inner = u.shape
     packed = cu_seqlens is not None
     plan = Plan(batch, length, inputs, cu_seqlens)
     y = contiguous_like(u)
-    saved = inputs.A.new_empty(n_saved_states(length, batch, d_inner, A.shape[1]), batch, *inputs.A.shape)
+    saved = inputs.A.new_empty(saved_shape(batch, length, d_inner, A.shape[1], len(inputs.A)) if save else 0)
     saved[sum(span.n_blocks for span in plan.spans) :] = 0
     last_state = inputs.A.new_zeros(plan.sequences.n_sequences if packed else batch, *inputs.A.shape)
     if inputs.initial_state is not None:
@@ -41,12 +42,13 @@ def forward(
     scratch = Workspace(inputs.A)
     for rows in plan.row_slices:
         part = inputs if packed else inputs.rows(rows)
-        state = torch.zeros_like(saved[0]) if packed else last_state[rows]
+        state = inputs.A.new_zeros(batch, *inputs.A.shape) if packed else last_state[rows]
         for span in plan.spans:
             c = Channels(part, span)
             y_span = torch.empty_like(c.x)
             for k, block in enumerate(range(span.first_block, span.first_block + span.n_blocks)):
-                saved[block, rows] = state
+                if save:
+                    saved[block, rows] = state
                 e = expand(part, c, k, plan.sequences, block, state, scratch)
                 y_span[k] = contract(c.C[k], e.h, scratch)
                 state = e.last

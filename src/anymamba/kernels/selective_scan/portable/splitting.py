@@ -25,10 +25,10 @@ def rows_at_once(batch: int, d_inner: int, d_state: int) -> int:
     return max(1, min(batch, BLOCK // max(1, n_segments * n_steps * d_inner * d_state)))
 
 
-def n_saved_states(length: int, batch: int, d_inner: int, d_state: int) -> int:
-    """How many states forward saves for backward (the last two may stay unused)."""
+def saved_shape(batch: int, length: int, d_inner: int, d_state: int, n_groups: int) -> tuple[int, ...]:
+    """Of the states that forward saves for backward, before each block (the last two may stay unused)."""
     n_segments, n_steps = split(batch, d_inner, d_state)
-    return length // (n_segments * n_steps) + 2
+    return (length // (n_segments * n_steps) + 2, batch, n_groups, d_state, d_inner // n_groups)
 
 
 class Span(NamedTuple):
