@@ -74,9 +74,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_portable_against_the_definition(options, dtype):
+def test_portable_against_the_definition(options, dtype, fast):
     inputs = conv_inputs(**options, dtype=dtype)
-    got, peer = run(inputs, "portable"), run(inputs, "reference")
+    got, peer = run(inputs, fast), run(inputs, "reference")
     if dtype == torch.float64:
         assert_close(got, peer, 1e-14)
     else:
@@ -86,16 +86,16 @@ def test_portable_against_the_definition(options, dtype):
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("length", [0, 1, 2, 6, 13])
 @pytest.mark.parametrize("lengths", [False, True], ids=["batch", "packed"])
-def test_widths_and_lengths(width, length, lengths):
+def test_widths_and_lengths(width, length, lengths, fast):
     packed = [0, length // 2, length - length // 2] if lengths else None
     inputs = conv_inputs(1, length, 3, width, lengths=packed)
-    assert_close(run(inputs, "portable"), run(inputs, "reference"), 1e-14)
+    assert_close(run(inputs, fast), run(inputs, "reference"), 1e-14)
 
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"d_inner": 1}, {"batch": 3, "d_inner": 17}], ids=str)
-def test_sizes(options):
+def test_sizes(options, fast):
     inputs = conv_inputs(**options)
-    assert_close(run(inputs, "portable"), run(inputs, "reference"), 1e-14)
+    assert_close(run(inputs, fast), run(inputs, "reference"), 1e-14)
 
 
 def test_against_torch():
@@ -106,22 +106,22 @@ def test_against_torch():
     assert torch.allclose(causal_conv1d(**inputs).y, want)
 
 
-def test_mixed_dtypes_sum_in_float32_and_return_the_input_dtype():
+def test_mixed_dtypes_sum_in_float32_and_return_the_input_dtype(fast):
     inputs = conv_inputs(dtype=torch.float32)
     mixed = inputs | {"x": inputs["x"].bfloat16(), "initial_state": inputs["initial_state"]}
-    assert_within_budget(run(mixed, "portable"), run(mixed, "reference"), run(widened(mixed), "reference"), factor=2)
+    assert_within_budget(run(mixed, fast), run(mixed, "reference"), run(widened(mixed), "reference"), factor=2)
     y, last_state = causal_conv1d(**mixed)
     assert y.dtype == last_state.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_gradients_by_finite_differences(options):
+def test_gradients_by_finite_differences(options, fast):
     inputs = conv_inputs(**options)
     names = [k for k in NAMES if inputs[k] is not None]
     leaves = [inputs[k].requires_grad_() for k in names]
 
     def call(*values):
-        return causal_conv1d(**inputs | dict(zip(names, values, strict=True)), backend="portable")
+        return causal_conv1d(**inputs | dict(zip(names, values, strict=True)), backend=fast)
 
     torch.autograd.gradcheck(call, leaves)
 
@@ -136,7 +136,6 @@ def test_second_derivatives_by_the_reference():
     torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_step_gradients(backend):
     inputs = conv_inputs(2, 1)
     leaves = [inputs["initial_state"], inputs["x"][:, 0], inputs["weight"], inputs["bias"]]
@@ -148,7 +147,6 @@ def test_step_gradients(backend):
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 7])
-@pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_whole_equals_chunks_equals_steps(width, backend):
     inputs = conv_inputs(width=width)
     whole = causal_conv1d(**inputs, backend="portable")
@@ -168,7 +166,6 @@ def test_whole_equals_chunks_equals_steps(width, backend):
     assert_close({"y": torch.stack(ys, 1), "s": state}, {"y": whole.y, "s": whole.last_state}, 1e-14)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("initial", [True, False])
 def test_packed_equals_one_by_one(backend, initial):
     lengths = [3, 0, 1, 7]
@@ -181,7 +178,6 @@ def test_packed_equals_one_by_one(backend, initial):
         assert_close(got, {"y": alone.y, "s": alone.last_state}, 1e-14)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_causality_and_nan(backend):
     inputs = conv_inputs()
     before = causal_conv1d(**inputs, backend=backend).y
@@ -192,7 +188,6 @@ def test_causality_and_nan(backend):
     assert after[:, 5:9].isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_a_nan_stays_in_its_packed_sequence(backend):
     inputs = conv_inputs(1, 11, lengths=[3, 4, 0, 4])
     clean = run(inputs, backend)
@@ -206,15 +201,15 @@ def test_a_nan_stays_in_its_packed_sequence(backend):
         assert torch.equal(results[name][rows], clean[name][rows]), name
 
 
-def test_the_same_bits_for_any_number_of_threads():
+def test_the_same_bits_for_any_number_of_threads(fast):
     inputs = conv_inputs(3, 301, 127, dtype=torch.float32)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        first = run(inputs, "portable")
+        first = run(inputs, fast)
         for n in (1, 2, 4, 7):
             torch.set_num_threads(n)
-            again = run(inputs, "portable")
+            again = run(inputs, fast)
             assert [name for name in first if not torch.equal(first[name], again[name])] == [], f"{n} threads"
     finally:
         torch.set_num_threads(threads)

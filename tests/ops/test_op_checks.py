@@ -110,7 +110,6 @@ BORDERS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("op", ["scan", "conv"])
 @pytest.mark.parametrize(("cu_seqlens", "error", "message"), BORDERS.values(), ids=BORDERS)
 def test_borders(cu_seqlens, error, message, op, backend):
@@ -166,9 +165,9 @@ STEP = {
     "rule": ({"b_discretization": ""}, ValueError, '"euler" or "zoh"'),
     "device": ({"state": torch.zeros(2, 6, 4, device="meta")}, ValueError, "on one device, got .*state on meta"),
     "backend": (
-        {"backend": "cpu"},
+        {"backend": "triton"},
         RuntimeError,
-        "backend 'cpu' cannot serve selective_scan on cpu: .*leave backend=None",
+        "backend 'triton' cannot serve selective_scan on cpu: .*leave backend=None",
     ),
 }
 

@@ -40,16 +40,16 @@ def function_of_tensors(inputs: dict, function, output: int | None, **options):
 
 @pytest.mark.parametrize("output", [0, 1], ids=["through y", "through last_state"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_scan(options, output):
+def test_scan(options, output, fast):
     inputs = scan_inputs(1, 18, 4, 2, **options)
-    call, leaves = function_of_tensors(inputs, selective_scan, output, backend="portable")
+    call, leaves = function_of_tensors(inputs, selective_scan, output, backend=fast)
     torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("is_complex", [False, True], ids=["real", "complex"])
-def test_scan_entry_by_entry(is_complex):
+def test_scan_entry_by_entry(is_complex, fast):
     inputs = scan_inputs(2, 3, 2, 2, is_complex=is_complex, rule="zoh")
-    call, leaves = function_of_tensors(inputs, selective_scan, None, backend="portable")
+    call, leaves = function_of_tensors(inputs, selective_scan, None, backend=fast)
     torch.autograd.gradcheck(call, leaves)
 
 
@@ -71,15 +71,14 @@ def test_second_derivatives_by_the_reference(options):
     torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-def test_second_derivatives_by_portable_are_refused_not_wrong():
+def test_second_derivatives_by_portable_are_refused_not_wrong(fast):
     inputs = scan_inputs(1, 5, 2, 2)
-    call, leaves = function_of_tensors(inputs, selective_scan, 0, backend="portable")
+    call, leaves = function_of_tensors(inputs, selective_scan, 0, backend=fast)
     (du,) = torch.autograd.grad(call(*leaves).sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="autograd formula"):
         torch.autograd.grad(du.sum(), leaves[1])
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize(
     "options", [{}, {"rule": "zoh"}, {"is_complex": True, "rule": "zoh"}, {"B": "constant", "C": 2}]
 )
@@ -104,7 +103,7 @@ def step_inputs(**options) -> dict:
     return inputs
 
 
-def test_only_the_gradients_that_are_asked_for():
+def test_only_the_gradients_that_are_asked_for(fast):
     """Inputs that need no gradient get none, and the others are what they are with all of them."""
     inputs = scan_inputs()
     every, some = [], []
@@ -113,7 +112,7 @@ def test_only_the_gradients_that_are_asked_for():
             k: inputs[k].detach().requires_grad_(k in wanted) if isinstance(inputs[k], torch.Tensor) else inputs[k]
             for k in inputs
         }
-        selective_scan(**leaves, backend="portable").y.square().sum().backward()
+        selective_scan(**leaves, backend=fast).y.square().sum().backward()
         found += [leaves["u"].grad, leaves["z"].grad]
         assert (leaves["A"].grad is not None) == ("A" in wanted)
     assert all(torch.equal(a, b) for a, b in zip(every, some, strict=True))

@@ -10,7 +10,6 @@ from scan_cases import TENSORS, assert_close, borders, run_scan, scan_inputs
 
 from anymamba import selective_scan, selective_scan_step
 
-BACKENDS = ["portable", "reference"]
 OPTIONS = {
     "real": {},
     "complex-zoh": {"is_complex": True, "rule": "zoh"},
@@ -28,31 +27,30 @@ def part(inputs: dict, start: int, stop: int, **changes) -> dict:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("cuts", [[1], [16], [17, 18], [5, 5, 30], list(range(1, 37))], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_whole_equals_chunks(options, cuts, batch):
+def test_whole_equals_chunks(options, cuts, batch, fast):
     inputs = scan_inputs(batch, 37, **options)
-    whole = selective_scan(**inputs, backend="portable")
+    whole = selective_scan(**inputs, backend=fast)
     ys, state = [], inputs["initial_state"]
     for start, stop in zip([0, *cuts], [*cuts, 37], strict=True):
-        y, state = selective_scan(**part(inputs, start, stop, initial_state=state), backend="portable")
+        y, state = selective_scan(**part(inputs, start, stop, initial_state=state), backend=fast)
         ys.append(y)
     assert_close({"y": torch.cat(ys, 1), "state": state}, {"y": whole.y, "state": whole.last_state}, 1e-13)
 
 
-def test_gradients_of_the_whole_equal_those_through_chunks():
+def test_gradients_of_the_whole_equal_those_through_chunks(fast):
     inputs = scan_inputs(2, 40)
     gradients = []
     for cuts in ([40], [7, 23, 40]):
         leaves = {k: v.detach().requires_grad_() if k in TENSORS else v for k, v in inputs.items()}
         total, state, start = 0.0, leaves["initial_state"], 0
         for stop in cuts:
-            y, state = selective_scan(**part(leaves, start, stop, initial_state=state), backend="portable")
+            y, state = selective_scan(**part(leaves, start, stop, initial_state=state), backend=fast)
             total, start = total + y.square().sum(), stop
         (total + state.square().sum()).backward()
         gradients.append({k: leaves[k].grad for k in TENSORS})
     assert_close(gradients[1], gradients[0], 1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_whole_equals_steps(options, backend):
     inputs = scan_inputs(2, 21, **options)
@@ -69,7 +67,6 @@ def test_whole_equals_steps(options, backend):
     assert_close({"y": torch.stack(ys, 1), "state": state}, {"y": whole.y, "state": whole.last_state}, 1e-13)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("initial", [True, False], ids=["state", "no state"])
 def test_packed_equals_one_by_one(options, initial, backend):
@@ -84,11 +81,11 @@ def test_packed_equals_one_by_one(options, initial, backend):
         assert_close(got, {"y": alone.y, "state": alone.last_state}, 1e-13)
 
 
-def test_packed_equals_batched():
+def test_packed_equals_batched(fast):
     batched = scan_inputs(3, 18, dtype=torch.float64)
     flat = {k: batched[k].flatten(0, 1)[None] for k in ALONG_TIME}
     packed = batched | flat | {"cu_seqlens": borders([18, 18, 18])}
-    want, got = run_scan(batched, "portable"), run_scan(packed, "portable", gradients=False)
+    want, got = run_scan(batched, fast), run_scan(packed, fast, gradients=False)
     assert_close(
         {"y": got["y"].view(3, 18, 6), "s": got["last_state"]}, {"y": want["y"], "s": want["last_state"]}, 1e-13
     )
@@ -100,7 +97,6 @@ def test_int64_borders_serve_too():
     assert torch.equal(selective_scan(**wide).y, selective_scan(**inputs).y)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_masked_steps_freeze_the_state_with_zero_gradient(options, backend):
     """delta = -inf before the softplus is exactly 0 after it, in whatever place: the state is that without the step."""
@@ -120,14 +116,12 @@ def test_masked_steps_freeze_the_state_with_zero_gradient(options, backend):
     assert all(t.grad.isfinite().all() for t in leaves.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_all_steps_masked_return_the_state_bit_for_bit(backend):
     inputs = scan_inputs(2, 35, dtype=torch.float32)
     inputs["delta"].fill_(-torch.inf)
     assert torch.equal(selective_scan(**inputs, backend=backend).last_state, inputs["initial_state"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["u", "delta", "z", "B", "C"])
 @pytest.mark.parametrize(("batch", "length", "t"), [(2, 40, 17), (1, 600, 170)])
 def test_causality(backend, name, batch, length, t):
@@ -139,7 +133,6 @@ def test_causality(backend, name, batch, length, t):
     assert not torch.equal(before[:, t:], after[:, t:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["u", "delta", "B"])
 @pytest.mark.parametrize(("length", "t"), [(40, 17), (600, 170)])
 def test_a_nan_reaches_the_output_and_only_later_positions(backend, name, length, t):
@@ -151,7 +144,6 @@ def test_a_nan_reaches_the_output_and_only_later_positions(backend, name, length
     assert y[:, t:].isnan().all() and last_state.isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("first", [20, 200])
 def test_a_nan_stays_in_its_packed_sequence(backend, first):
     lengths = [first, 30, 0, 40]
@@ -170,7 +162,6 @@ def test_a_nan_stays_in_its_packed_sequence(backend, first):
         assert torch.equal(results[name][rows], clean[name][rows]), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_does_not_depend_on_the_others(backend):
     inputs = scan_inputs(4, 37, dtype=torch.float64)
     together = run_scan(inputs, backend, gradients=False)
@@ -183,7 +174,7 @@ def test_a_row_does_not_depend_on_the_others(backend):
 @pytest.mark.parametrize(
     "options", [{}, {"rule": "zoh"}, {"B": "constant", "C": "constant"}, {"packed": True}], ids=str
 )
-def test_the_same_bits_for_any_number_of_threads(options):
+def test_the_same_bits_for_any_number_of_threads(options, fast):
     """Odd sizes, large enough that torch shares one operation among threads."""
     options = dict(options)
     batch, lengths = (1, [200, 0, 1, 700]) if options.pop("packed", False) else (3, None)
@@ -191,19 +182,19 @@ def test_the_same_bits_for_any_number_of_threads(options):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        first = run_scan(inputs, "portable")
+        first = run_scan(inputs, fast)
         for n in (1, 2, 4, 7):
             torch.set_num_threads(n)
-            again = run_scan(inputs, "portable")
+            again = run_scan(inputs, fast)
             assert [name for name in first if not torch.equal(first[name], again[name])] == [], f"{n} threads"
     finally:
         torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("options", [{}, {"lengths": [3, 0, 300, 300]}, {"is_complex": True, "rule": "zoh"}], ids=str)
-def test_the_same_bits_twice(options):
+def test_the_same_bits_twice(options, fast):
     inputs = scan_inputs(1, 603, 5, 4, dtype=torch.float32, **options)
-    first, again = run_scan(inputs, "portable"), run_scan(inputs, "portable")
+    first, again = run_scan(inputs, fast), run_scan(inputs, fast)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -216,8 +207,8 @@ def test_the_step_returns_a_new_state_and_leaves_the_old_one():
     assert torch.equal(state, before) and new.data_ptr() != state.data_ptr()
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_are_left_as_they_were(fast):
     inputs = scan_inputs(1, 40, lengths=[11, 29], rule="zoh")
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    run_scan(inputs, "portable")
+    run_scan(inputs, fast)
     assert all(torch.equal(inputs[k], v) for k, v in before.items())

@@ -29,21 +29,21 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_opcheck_of_the_scan(options):
+def test_opcheck_of_the_scan(options, fast):
     inputs = scan_inputs(**{"dtype": torch.float32} | options)
     arguments = [v.requires_grad_() if k in TENSORS and v is not None else v for k, v in inputs.items()]
-    torch.library.opcheck(scan_module._forward_op, (*arguments, "portable"))
+    torch.library.opcheck(scan_module._forward_op, (*arguments, True, fast))
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 3, 11], dtype=torch.int32)], ids=["batch", "packed"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 @pytest.mark.parametrize("width", [1, 4])
-def test_opcheck_of_the_convolution(cu_seqlens, state, width):
+def test_opcheck_of_the_convolution(cu_seqlens, state, width, fast):
     x = torch.randn(1, 11, 5, requires_grad=True)
     weight, bias = torch.randn(5, width, requires_grad=True), torch.randn(5, requires_grad=True)
     rows = 1 if cu_seqlens is None else 3
     initial = torch.randn(rows, width - 1, 5, requires_grad=True) if state else None
-    torch.library.opcheck(conv_module._forward_op, (x, weight, bias, True, initial, cu_seqlens, "portable"))
+    torch.library.opcheck(conv_module._forward_op, (x, weight, bias, True, initial, cu_seqlens, fast))
 
 
 def both_ops(u, delta, A, B, C, D, z, delta_bias, initial_state, weight, conv_state, cu_seqlens):
@@ -150,12 +150,11 @@ def test_export_with_dynamic_length():
         assert_close(dict(enumerate(got)), dict(enumerate(both_ops(*values))), 1e-6)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_nothing_inside_the_scan_is_autocast(backend):
     inputs = scan_inputs(dtype=torch.float32)
-    want = run_scan(inputs, backend, gradients=backend == "portable")
+    want = run_scan(inputs, backend, gradients=backend != "reference")
     with torch.autocast("cpu", torch.bfloat16):
-        got = run_scan(inputs, backend, gradients=backend == "portable")
+        got = run_scan(inputs, backend, gradients=backend != "reference")
         step = [inputs["initial_state"], *(inputs[k][:, 0] for k in ("u", "delta")), inputs["A"]]
         matrices = [inputs[k][:, 0, None] for k in ("B", "C")]
         _, state = selective_scan_step(*step, *matrices, backend=backend)
@@ -169,10 +168,11 @@ def test_activation_checkpointing_gives_the_same_gradients():
     def recomputed(*inputs):
         return checkpoint(both_ops, *inputs, use_reentrant=False)
 
+    best = dispatch.resolve("selective_scan", "cpu", None)
     dispatch.calls.clear()
     got = gradients(recomputed, values)
-    assert dispatch.calls["selective_scan", "portable", "forward"] == 2
-    assert dispatch.calls["selective_scan", "portable", "backward"] == 1
+    assert dispatch.calls["selective_scan", best, "forward"] == 2
+    assert dispatch.calls["selective_scan", best, "backward"] == 1
     want = gradients(both_ops, values)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 

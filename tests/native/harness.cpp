@@ -1,0 +1,253 @@
+// Drives the kernels of every instruction set of this machine over awkward shapes, with buffers of exactly the size
+// that the arguments promise, for the sanitizers (make sanitize); forward is compared with plain loops in double.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+
+using anymamba::ConvArgs;
+using anymamba::DType;
+using anymamba::Rows;
+using anymamba::ScanArgs;
+
+namespace {
+
+std::mt19937 generator(0);
+
+int pick(int first, int last) { return std::uniform_int_distribution<int>(first, last)(generator); }
+double normal() { return std::normal_distribution<double>()(generator); }
+
+// A tensor of one dtype on the heap, with the values that it holds.
+struct Tensor {
+    DType dtype = DType::float32;
+    std::vector<char> bytes;
+
+    Tensor() = default;
+    Tensor(DType dtype, int64_t size) : dtype(dtype), bytes(size * item()) {}
+
+    int item() const { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+    int64_t size() const { return bytes.size() / item(); }
+    void* data() { return bytes.empty() ? nullptr : bytes.data(); }
+
+    double get(int64_t i) const {
+        if (dtype == DType::float64) return reinterpret_cast<const double*>(bytes.data())[i];
+        if (dtype == DType::float32) return reinterpret_cast<const float*>(bytes.data())[i];
+        const uint16_t half = reinterpret_cast<const uint16_t*>(bytes.data())[i];
+        if (dtype == DType::float16) {
+            const int exponent = half >> 10 & 31, mantissa = half & 1023;
+            const double size = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+            return half >> 15 ? -size : size;
+        }
+        const uint32_t wide = uint32_t(half) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+    void set(int64_t i, double value) {
+        if (dtype == DType::float64) reinterpret_cast<double*>(bytes.data())[i] = value;
+        if (dtype == DType::float32) reinterpret_cast<float*>(bytes.data())[i] = float(value);
+        if (dtype == DType::bfloat16) {
+            const float narrow = float(value);
+            uint32_t wide;
+            std::memcpy(&wide, &narrow, 4);
+            reinterpret_cast<uint16_t*>(bytes.data())[i] = uint16_t(wide >> 16);
+        }
+        if (dtype == DType::float16) {  // whole 256ths between -4 and 4 are exact in a float16
+            const int whole = int(std::clamp(value, -4.0, 4.0) * 256);
+            int exponent = 0;
+            const double fraction = std::frexp(std::abs(whole) / 256.0, &exponent);
+            const int bits = whole == 0 ? 0 : ((exponent + 14) << 10) | (int(fraction * 2048) & 1023);
+            reinterpret_cast<uint16_t*>(bytes.data())[i] = uint16_t(bits | (whole < 0 ? 0x8000 : 0));
+        }
+    }
+};
+
+Tensor filled(DType dtype, int64_t size, double scale = 1, bool negative = false) {
+    Tensor t(dtype, size);
+    for (int64_t i = 0; i < size; i++) t.set(i, negative ? -std::abs(normal()) * scale : normal() * scale);
+    return t;
+}
+
+Rows rows(Tensor& t, int64_t length, int64_t width, int64_t groups = 0, int64_t state = 0) {
+    return {t.data(), int(t.dtype), length * width, width, groups ? state : 0};
+}
+
+double softplus(double x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+double silu(double x) { return x / (1 + std::exp(-x)); }
+
+int failures = 0;
+
+void compare(const char* what, const char* isa, double got, double want, double tolerance) {
+    if (std::abs(got - want) <= tolerance * (1 + std::abs(want))) return;
+    if (failures++ < 20) std::printf("%s on %s: %g, not %g\n", what, isa, got, want);
+}
+
+std::vector<int64_t> random_borders(int64_t length) {
+    std::vector<int64_t> borders{0, length};
+    for (int i = pick(0, 4); i > 0; i--) borders.push_back(pick(0, int(length)));
+    std::sort(borders.begin(), borders.end());
+    return borders;
+}
+
+struct Kernels {
+    const char* name;
+    void (*scan_forward)(const ScanArgs&);
+    void (*scan_backward)(const ScanArgs&);
+    void (*conv_forward)(const ConvArgs&);
+    void (*conv_backward)(const ConvArgs&);
+};
+
+const DType DTYPES[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
+
+void scan(const Kernels& kernels) {
+    const DType own = pick(0, 4) ? DType::float32 : DType::float64;
+    const auto any = [] { return DTYPES[pick(0, 3)]; };
+    const auto narrow = [&] {
+        const DType dtype = any();
+        return own == DType::float32 && dtype == DType::float64 ? DType::float32 : dtype;
+    };
+    const int64_t groups = pick(1, 2), d = groups * pick(1, 40), n = pick(0, 1) ? 16 : pick(1, 19), l = pick(1, 150);
+    const bool packed = pick(0, 1), has_z = pick(0, 1), zoh = pick(0, 1), with_softplus = pick(0, 1);
+    const int64_t b = packed ? 1 : pick(1, 3);
+    const bool selective_B = pick(0, 3), selective_C = pick(0, 3), with_state = pick(0, 1);
+    Tensor u = filled(narrow(), b * l * d), delta = filled(narrow(), b * l * d, 0.5), z = filled(narrow(), b * l * d);
+    if (!with_softplus)
+        for (int64_t i = 0; i < delta.size(); i++) delta.set(i, std::abs(delta.get(i)));
+    Tensor A = filled(own, d * n, 1, true), D = filled(own, d), bias = filled(own, d, 0.1), y(u.dtype, b * l * d);
+    Tensor B = filled(selective_B ? any() : own, selective_B ? b * l * groups * n : d * n);
+    Tensor C = filled(selective_C ? any() : own, selective_C ? b * l * groups * n : d * n);
+    const auto borders = random_borders(l);
+    const int64_t sequences = packed ? borders.size() - 1 : b;
+    Tensor initial = filled(own, sequences * d * n), last = initial;
+
+    ScanArgs a;
+    a.is_double = own == DType::float64, a.softplus = with_softplus, a.zoh = zoh;
+    a.selective_B = selective_B, a.selective_C = selective_C;
+    a.batch = b, a.length = l, a.d_inner = d, a.d_state = n, a.n_groups = groups;
+    a.tile = 8, a.range = 16, a.chunk = pick(0, 1) ? 24 : (l + 7) / 8 * 8, a.n_threads = 3;
+    a.u = rows(u, l, d), a.delta = rows(delta, l, d), a.y = rows(y, l, d);
+    if (has_z) a.z = rows(z, l, d);
+    if (selective_B)
+        a.B = rows(B, l, groups * n, groups, n);
+    else
+        a.constant_B = B.data();
+    if (selective_C)
+        a.C = rows(C, l, groups * n, groups, n);
+    else
+        a.constant_C = C.data();
+    a.A = A.data(), a.D = D.data(), a.delta_bias = bias.data();
+    a.initial_state = with_state ? initial.data() : nullptr, a.last_state = last.data();
+    const int64_t tiles = (l + a.tile - 1) / a.tile, chunks = (l + a.chunk - 1) / a.chunk;
+    Tensor saved(own, tiles * b * n * d), states(own, b * chunks * d * n), decays = states;
+    a.saved = saved.data(), a.chunk_states = states.data(), a.chunk_decays = decays.data();
+    if (packed) a.borders = const_cast<int64_t*>(borders.data()), a.n_sequences = sequences;
+    kernels.scan_forward(a);
+
+    const double tolerance = y.dtype == DType::bfloat16 ? 1e-2 : y.dtype == DType::float16 ? 2e-3 : 2e-4;
+    for (int64_t row = 0; row < b; row++)
+        for (int64_t c = 0; c < d; c++) {
+            const int64_t g = c / (d / groups);
+            std::vector<double> h(n);
+            for (int64_t t = 0, s = packed ? -1 : row; t < l; t++) {
+                bool starts = t == 0;
+                if (packed)
+                    while (s + 1 < sequences && borders[s + 1] <= t) s++, starts = true;
+                const int64_t at = (row * l + t) * d + c, matrix = ((row * l + t) * groups + g) * n;
+                const double raw = delta.get(at) + bias.get(c), step = with_softplus ? softplus(raw) : raw;
+                double sum = 0;
+                for (int64_t i = 0; i < n; i++) {
+                    if (starts) h[i] = with_state ? initial.get((s * d + c) * n + i) : 0;
+                    const double rate = step * A.get(c * n + i), ratio = zoh && rate != 0 ? std::expm1(rate) / rate : 1;
+                    h[i] =
+                        std::exp(rate) * h[i] + step * u.get(at) * ratio * B.get(selective_B ? matrix + i : c * n + i);
+                    sum += h[i] * C.get(selective_C ? matrix + i : c * n + i);
+                }
+                sum += D.get(c) * u.get(at);
+                compare("scan", kernels.name, y.get(at), has_z ? sum * silu(z.get(at)) : sum, tolerance * std::sqrt(n));
+            }
+        }
+
+    const int64_t n_ranges = groups * ((d / groups + a.range - 1) / a.range);
+    Tensor dy = filled(y.dtype, b * l * d), du(u.dtype, u.size()), ddelta(delta.dtype, delta.size()),
+           dz(z.dtype, z.size());
+    Tensor dlast = filled(own, last.size()), dinitial = dlast, dA(own, b * chunks * d * n);
+    Tensor dB(own, selective_B ? b * n_ranges * l * n : b * chunks * d * n);
+    Tensor dC(own, selective_C ? b * n_ranges * l * n : b * chunks * d * n), dD(own, b * chunks * d), dbias = dD;
+    a.dy = rows(dy, l, d), a.du = rows(du, l, d), a.ddelta = rows(ddelta, l, d);
+    if (has_z) a.dz = rows(dz, l, d);
+    a.dlast_state = dlast.data(), a.dinitial_state = with_state ? dinitial.data() : nullptr;
+    a.dA_parts = dA.data(), a.dB_parts = dB.data(), a.dC_parts = dC.data(), a.dD_parts = dD.data();
+    a.dbias_parts = dbias.data();
+    kernels.scan_backward(a);
+}
+
+void conv(const Kernels& kernels) {
+    const DType own = pick(0, 4) ? DType::float32 : DType::float64;
+    DType dtype = DTYPES[pick(0, 3)];
+    if (own == DType::float32 && dtype == DType::float64) dtype = DType::float32;
+    const int64_t d = pick(1, 70), l = pick(1, 100), k = pick(0, 1) ? 4 : pick(1, 7);
+    const bool packed = pick(0, 1), with_silu = pick(0, 1), with_state = pick(0, 1);
+    const int64_t b = packed ? 1 : pick(1, 3);
+    const auto borders = random_borders(l);
+    const int64_t sequences = packed ? borders.size() - 1 : b;
+    Tensor x = filled(dtype, b * l * d), y(dtype, b * l * d), weight = filled(own, k * d), bias = filled(own, d);
+    Tensor initial = filled(dtype, sequences * (k - 1) * d), last = initial;
+
+    ConvArgs a;
+    a.is_double = own == DType::float64, a.silu = with_silu, a.batch = b, a.length = l, a.d_inner = d, a.width = k;
+    a.chunk = pick(1, 40), a.n_threads = 3;
+    a.x = rows(x, l, d), a.y = rows(y, l, d), a.weight = weight.data(), a.bias = bias.data();
+    a.initial_state = with_state ? initial.data() : nullptr, a.last_state = last.data();
+    if (packed) a.borders = const_cast<int64_t*>(borders.data()), a.n_sequences = sequences;
+    kernels.conv_forward(a);
+
+    const double tolerance = dtype == DType::bfloat16 ? 1e-2 : dtype == DType::float16 ? 2e-3 : 1e-5;
+    for (int64_t row = 0; row < b; row++)
+        for (int64_t t = 0, s = packed ? -1 : row, begin = 0; t < l; t++) {
+            if (packed)
+                while (s + 1 < sequences && borders[s + 1] <= t) s++, begin = t;
+            for (int64_t c = 0; c < d; c++) {
+                double sum = bias.get(c);
+                for (int64_t i = 0; i < k; i++) {
+                    const int64_t from = t - k + 1 + i, state = (s * (k - 1) + k - 1 + from - begin) * d + c;
+                    const double input = from >= begin ? x.get((row * l + from) * d + c)
+                                         : with_state  ? initial.get(state)
+                                                       : 0;
+                    sum += weight.get(i * d + c) * input;
+                }
+                compare("conv", kernels.name, y.get((row * l + t) * d + c), with_silu ? silu(sum) : sum, tolerance);
+            }
+        }
+
+    const int64_t parts = b * ((l + a.chunk - 1) / a.chunk);
+    Tensor dy = filled(dtype, y.size()), dx(dtype, x.size()), dlast = filled(own, last.size()), dinitial = dlast;
+    Tensor dweight(own, parts * k * d), dbias(own, parts * d);
+    a.dy = rows(dy, l, d), a.dx = rows(dx, l, d), a.dlast_state = dlast.data();
+    a.dinitial_state = with_state ? dinitial.data() : nullptr;
+    a.dweight_parts = dweight.data(), a.dbias_parts = dbias.data();
+    kernels.conv_backward(a);
+}
+
+#define KERNELS(ISA)                                                                               \
+    {#ISA, anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward, \
+     anymamba::ISA::conv_backward}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 200;
+    std::vector<Kernels> all{KERNELS(baseline)};
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(KERNELS(x86_64_v3));
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) all.push_back(KERNELS(x86_64_v4));
+#endif
+    for (const Kernels& kernels : all)
+        for (int i = 0; i < rounds; i++) scan(kernels), conv(kernels);
+    std::printf("%zu instruction sets, %d rounds each, %d wrong values\n", all.size(), rounds, failures);
+    return failures != 0;
+}
