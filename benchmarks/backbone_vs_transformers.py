@@ -1,7 +1,6 @@
-"""The 130m backbone (no head) on this machine: ours against transformers' own Mamba with the same weights, and against
-the bare matrix products of the same layers, float32, batch 1. The candidates take turns.
+"""The 130m backbone (no head): ours against transformers' own Mamba with the same weights, in turns; batch 1.
 
-    python -m benchmarks.backbone_vs_transformers [--length 512] [--layers 24] [--step-layers 4]
+python -m benchmarks.backbone_vs_transformers [--length 512] [--layers 24] [--step-layers 2]
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import sys
 import tempfile
 
 import torch
-import torch.nn.functional as F
 
 from anymamba.models.language_model import LanguageModel
 from benchmarks.timing import interleaved, machine, table
 
-TARGETS = {"forward": 3.0, "forward + backward": 10.0}
-
+FORWARD = {torch.float32: 4.5, torch.bfloat16: 15.0}  # times as fast
+STEP = 30.0
+HEADER = ["backbone", "ours (s)", "transformers (s)", "times as fast", "logits differ by"]
 
 SAVE = """
 import sys, torch
@@ -34,7 +33,7 @@ model.save_pretrained(sys.argv[2])
 """
 
 
-def build(layers: int) -> tuple[LanguageModel, torch.nn.Module]:
+def build(layers: int, dtype: torch.dtype = torch.float32) -> tuple[LanguageModel, torch.nn.Module]:
     """Our model and transformers' with the same weights, moved away from their initialisation.
 
     Another process writes them: what it leaves on the heap would serve transformers' large temporaries, which in a
@@ -45,87 +44,65 @@ def build(layers: int) -> tuple[LanguageModel, torch.nn.Module]:
 
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", SAVE, str(layers), folder], check=True)
-        ours = LanguageModel.from_pretrained(folder)
-        theirs = MambaForCausalLM.from_pretrained(folder, use_cache=False)
+        ours = LanguageModel.from_pretrained(folder, dtype=dtype)
+        theirs = MambaForCausalLM.from_pretrained(folder, use_cache=False, dtype=dtype)
     return ours, theirs.train()
 
 
-def products(model: LanguageModel, length: int):
-    """The matrix products of every layer, forward and (with gradients) backward, and nothing else."""
-    layers = [
-        (block.mixer.in_proj, block.mixer.x_proj, block.mixer.dt_proj, block.mixer.out_proj) for block in model.blocks
-    ]
-    inputs = [torch.randn(1, length, linear.in_features, requires_grad=True) for linear in layers[0]]
-
-    def forward() -> list[torch.Tensor]:
-        return [F.linear(x, linear.weight) for linears in layers for x, linear in zip(inputs, linears, strict=True)]
-
-    def backward() -> None:
-        outputs = forward()
-        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-
-    return forward, backward
+PARTS = ("float32", "bfloat16", "step")
 
 
-def run(length: int = 512, layers: int = 24, step_layers: int = 4, repeats: int = 4) -> str:
-    """Measure and return the Markdown of the results.
+def run(options: list[str]) -> str:
+    """Measure each part in a process of its own, for the reason that `build` gives, and return the Markdown."""
+    command = [sys.executable, "-m", "benchmarks.backbone_vs_transformers", *options, "--part"]
+    lines = [subprocess.run([*command, part], capture_output=True, text=True, check=True).stdout for part in PARTS]
+    return table(HEADER, [line.strip().split(";") for line in lines]) + "\n"
 
-    Backward has fewer layers: there transformers takes some 15 seconds a layer.
-    """
-    return forward(length, layers, repeats) + "\n" + step(length, step_layers, max(1, repeats // 2))
 
-
-def forward(length: int, layers: int, repeats: int) -> str:
+def forward(length: int, layers: int, repeats: int, dtype: torch.dtype) -> list[str]:
     """The pass without gradients, and whether the logits agree."""
-    ours, theirs = build(layers)
+    ours, theirs = build(layers, dtype)
     ids = torch.randint(0, 512, (1, length))
-    products_forward, _ = products(ours, length)
     with torch.no_grad():
+        times = interleaved({"ours": lambda: ours.hidden(ids), "theirs": lambda: theirs.backbone(ids)}, repeats)
         difference = (ours(ids).logits - theirs(ids).logits).abs().max().item()
-        times = interleaved(
-            {
-                "ours": lambda: ours.hidden(ids),
-                "transformers": lambda: theirs.backbone(ids),
-                "products": products_forward,
-            },
-            repeats,
-        )
-    note = (
-        f"{layers} layers x 768, {length} tokens, batch 1, float32; logits differ by {difference:.1e} (allowed 1e-4)."
-    )
-    return f"{note}\n\n{row('forward', times)}\n"
+    name = f"forward, {layers} layers, {length} tokens, {str(dtype).removeprefix('torch.')}"
+    return row(name, times, FORWARD[dtype], f"{difference:.1e}")
 
 
-def step(length: int, layers: int, repeats: int) -> str:
-    """Forward and backward."""
+def step(length: int, layers: int, repeats: int) -> list[str]:
+    """Forward and backward in float32."""
     ours, theirs = build(layers)
     ids = torch.randint(0, 512, (1, length))
-    _, products_step = products(ours, length)
     times = interleaved(
         {
             "ours": lambda: ours.hidden(ids)[0].sum().backward(),
-            "transformers": lambda: theirs.backbone(ids).last_hidden_state.sum().backward(),
-            "products": products_step,
+            "theirs": lambda: theirs.backbone(ids).last_hidden_state.sum().backward(),
         },
         repeats,
     )
-    return f"The same with {layers} layers and gradients.\n\n{row('forward + backward', times)}\n"
+    return row(f"training step, {layers} layers, {length} tokens, float32", times, STEP, "")
 
 
-def row(what: str, times: dict[str, float]) -> str:
-    """A table of one row."""
-    header = ["pass", "ours (s)", "transformers (s)", "bare products (s)", "times as fast", "times the products"]
-    seconds = [f"{times[name]:.3f}" for name in ("ours", "transformers", "products")]
-    faster = f"**{times['transformers'] / times['ours']:.1f}** (target {TARGETS[what]:.0f})"
-    return table(header, [[what, *seconds, faster, f"{times['ours'] / times['products']:.2f}"]])
+def row(what: str, times: dict[str, float], target: float, difference: str) -> list[str]:
+    """A row of the table."""
+    faster = f"**{times['theirs'] / times['ours']:.1f}** (target {target})"
+    return [what, f"{times['ours']:.3f}", f"{times['theirs']:.3f}", faster, difference]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--step-layers", type=int, default=4)
+    parser.add_argument("--step-layers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--part", choices=PARTS)
     arguments = parser.parse_args()
-    print(machine(), "\n")
-    print(run(arguments.length, arguments.layers, arguments.step_layers, arguments.repeats))
+    if arguments.part is None:
+        print(machine(), "\n")
+        print(run(sys.argv[1:]))
+    elif arguments.part == "step":
+        print(*step(arguments.length, arguments.step_layers, max(1, arguments.repeats // 2)), sep=";")
+    else:
+        dtype = getattr(torch, arguments.part)
+        print(*forward(arguments.length, arguments.layers, arguments.repeats, dtype), sep=";")
