@@ -192,6 +192,8 @@ void run_tile(const Block<T>& k, int first, int last) {
         return;
     }
     for (; n + MOST <= k.d_state; n += MOST) run_states<T, MOST, false, KEEP, INSIDE>(k.from(n), first, last);
+    if constexpr (MOST > 8)
+        for (; n + 8 <= k.d_state; n += 8) run_states<T, 8, false, KEEP, INSIDE>(k.from(n), first, last);
     for (; n + 4 <= k.d_state; n += 4) run_states<T, 4, false, KEEP, INSIDE>(k.from(n), first, last);
     for (; n < k.d_state; n++) run_states<T, 1, false, KEEP, INSIDE>(k.from(n), first, last);
 }
