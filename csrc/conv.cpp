@@ -146,7 +146,7 @@ class BackwardBlock {
         for (int64_t first = p.first; first < p.last; first += TILE) {
             const int64_t last = std::min(first + TILE, p.last), halo = std::min(last + width - 1, p.end);
             for (int64_t t = first; t < halo; t++) taps_back(p, t, first, t < last);
-            for (int64_t t = first; t < last; t++) write(p, t, gradient(p, t, first));
+            for (int64_t t = first; t < last; t++) write(t, gradient(p, t, first));
             if (first == p.begin) initial(p);
         }
     }
@@ -197,7 +197,7 @@ class BackwardBlock {
         return d;
     }
 
-    void write(const Piece&, int64_t t, V d) const {
+    void write(int64_t t, V d) const {
         write_row<T>(a.dx.data, a.dx.type(), a.dx.at(row, t) + c, count, d);
     }
 

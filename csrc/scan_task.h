@@ -56,8 +56,8 @@ class Task {
     }
 
   protected:
-    static constexpr int N_ROWS = 9;
-    enum RowName { DELTA, DRIVE, Y, U, RAW, DY, DDELTA, DDRIVE, Z };
+    static constexpr int N_ROWS = 8;
+    enum RowName { DELTA, DRIVE, Y, U, RAW, DY, DDELTA, DDRIVE };
 
     const ScanArgs& a;
     const int64_t per_group, ranges_per_group, row, chunk, range, group, begin, end;

@@ -311,6 +311,14 @@ def test_the_variable_forces_an_instruction_set(instruction_set):
     )
 
 
+def test_a_dtype_that_the_kernels_do_not_know():
+    x = torch.zeros(1, 3, 2, dtype=torch.float8_e5m2)
+    with pytest.raises(
+        TypeError, match=r'x is torch.float8_e5m2, backend "cpu" takes .*; convert it or take "portable"'
+    ):
+        causal_conv1d(x, torch.zeros(2, 4), backend="cpu")
+
+
 def test_an_error_of_memory_is_raised_not_fatal():
     arguments = scan_arguments(1, 3, 2, 1)
     call = cpu._Call(*arguments)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from anymamba.models.language_model import LanguageModel
     from anymamba.training.trainer import TrainResult
 
-# Found by trial on two cores: deeper or wider models are better per token and worse per minute.
+# By trial on two cores: better in three minutes than two layers with d_state 8, which read as much text.
 MODEL = ModelConfig(d_model=256, n_layers=3, vocab_size=257)
 BATCH_SIZE, CONTEXT, LEARNING_RATE = 16, 64, 4e-3  # many rows: many documents in each step
 N_EVALUATIONS = 6

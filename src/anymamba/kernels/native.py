@@ -89,6 +89,9 @@ class Call:
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
+            if tensor.dtype not in DTYPES:
+                known = ", ".join(str(dtype) for dtype in DTYPES)
+                raise TypeError(f'{name} is {tensor.dtype}, backend "cpu" takes {known}; convert it or take "portable"')
             strides = tensor.stride()
             if strides[-1] != 1 and tensor.shape[-1] > 1:
                 tensor = tensor.contiguous()
