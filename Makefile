@@ -24,7 +24,9 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not slow"
 
+# Compiles llama.cpp, some ten minutes on two cores, to read the GGUF files that we write.
 test-all: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test-all]"
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed-test

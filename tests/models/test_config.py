@@ -25,7 +25,8 @@ BIG = ModelConfig(
     mamba=MambaOptions(
         d_state=8, d_conv=3, expand=1.5, dt_rank=5, dt_min=0.01, dt_max=0.2, dt_init="constant", dt_scale=2.0,
         dt_init_floor=1e-3, conv_bias=False, bias=True, b_discretization="zoh", selective_delta=False,
-        selective_B=False, selective_C=False, A_init="s4d-lin", output_norm="rmsnorm", inner_norms=True, norm_eps=1e-4,
+        selective_B=False, selective_C=False, A_init="s4d-lin", output_norm="rmsnorm", inner_norms=True,
+        inner_norm_weights=False, norm_eps=1e-4,
     ),
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ VERBS = {
     "train": "train a language model on your files, fine-tune one, or resume a run",
     "generate": "continue prompts with a model",
     "eval": "measure a model on files: bits per byte, nats per token, perplexity",
+    "convert": "write a checkpoint in another format: hf, state-spaces, gguf",
     "info": "versions, device, threads, and which backend of each operator runs here",
     "demo": "train on the standard library for about three minutes, then compare and generate",
 }

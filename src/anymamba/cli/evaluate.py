@@ -26,7 +26,7 @@ class EvalOptions:
     """
 
     model: Path
-    """Folder of a model; a run folder is one."""
+    """Folder of a model (a run folder is one), a .gguf file, or a name on the Hugging Face hub."""
     data: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
     """Files, folders or globs."""
     text_field: str | None = None

@@ -31,7 +31,7 @@ class GenerateOptions:
     """
 
     model: Path
-    """Folder of a model; a run folder is one."""
+    """Folder of a model (a run folder is one), a .gguf file, or a name on the Hugging Face hub."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be repeated. Write --prompt=TEXT for text that starts with a dash."""
     prompt_file: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,8 +59,8 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(folder: Path, runtime: Runtime) -> LanguageModel:
-    """Load the model of a folder (a run folder is one) for inference.
+def load_model(model: Path, runtime: Runtime) -> LanguageModel:
+    """Load a model for inference: a folder (a run folder is one), a .gguf file, or a name on the hub.
 
     Raises FileNotFoundError where there is none and CheckpointError where it cannot be read.
     """
@@ -69,20 +71,30 @@ def load_model(folder: Path, runtime: Runtime) -> LanguageModel:
     set_threads(runtime.threads)
     device = choose_device(runtime.device)
     dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
-    return LanguageModel.from_pretrained(folder, device=device, dtype=dtype).eval()
+    return LanguageModel.from_pretrained(model, device=device, dtype=dtype).eval()
 
 
-def load_model_tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Tokenizer:
+def load_model_tokenizer(model: Path, given: Path | None, vocab_size: int) -> Tokenizer:
     """The tokenizer that a flag gives, else the model's own, else bytes for a model of bytes."""
     from anymamba.data.tokenizer import load_tokenizer
+    from anymamba.models.checkpoints import local_path, open_checkpoint
 
     if given is not None:
         return load_tokenizer(given)
+    path = local_path(model)
+    folder = path if path.is_dir() else path.parent
     if (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
+    if path.suffix == ".gguf" or not (folder / "config.json").exists():
+        specification = open_checkpoint(path).tokenizer()
+        if specification is not None:
+            with tempfile.TemporaryDirectory() as own:  # its name is the tokenizer's
+                file = Path(own) / f"{path.stem}.json"
+                file.write_text(json.dumps(specification), encoding="utf-8")
+                return load_tokenizer(file)
     if vocab_size not in (256, 257):
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.json and a vocabulary of {vocab_size}; name one with --tokenizer PATH"
+            f"{model} has no tokenizer.json and a vocabulary of {vocab_size}; name one with --tokenizer PATH"
         )
     return load_tokenizer(None)
 

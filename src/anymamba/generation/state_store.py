@@ -19,7 +19,7 @@ from torch import Tensor
 from anymamba.generation.prompts import GenerationState
 from anymamba.layers.state import map_state
 from anymamba.models.checkpoints import CheckpointError
-from anymamba.models.checkpoints.huggingface import atomic_file
+from anymamba.models.checkpoints.files import atomic_file
 from anymamba.models.config import config_to_dict
 from anymamba.models.language_model import LanguageModel
 

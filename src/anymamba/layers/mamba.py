@@ -121,6 +121,7 @@ class Mamba(nn.Module):
         A_init: "s4d-real", "s4d-lin" (complex), "constant" or "random".
         output_norm: None, "rmsnorm" or "layernorm" before the output projection.
         inner_norms: RMS norms on dt, B and C.
+        inner_norm_weights: whether these have weights (Jamba) or not (FalconMamba).
         norm_eps: epsilon of the output and inner norms.
     Raises ValueError for sizes and names that do not exist.
     """
@@ -147,6 +148,7 @@ class Mamba(nn.Module):
         A_init: str = "s4d-real",
         output_norm: str | None = None,
         inner_norms: bool = False,
+        inner_norm_weights: bool = True,
         norm_eps: float = 1e-6,
         device=None,
         dtype=None,
@@ -187,9 +189,10 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **like)
         self.output_norm = None if output_norm is None else build_norm(output_norm, self.d_inner, norm_eps, **like)
         dt_rows, B_rows, C_rows = self.x_proj_rows
-        self.dt_norm = RMSNorm(dt_rows, norm_eps, **like) if inner_norms and dt_rows else None
-        self.B_norm = RMSNorm(B_rows, norm_eps, **like) if inner_norms and B_rows else None
-        self.C_norm = RMSNorm(C_rows, norm_eps, **like) if inner_norms and C_rows else None
+        self.dt_norm, self.B_norm, self.C_norm = (
+            RMSNorm(rows, norm_eps, weight=inner_norm_weights, **like) if inner_norms and rows else None
+            for rows in (dt_rows, B_rows, C_rows)
+        )
 
     def _build_dt_proj(self, like: dict[str, Any]) -> nn.Linear:
         projection = nn.Linear(self.dt_rank, self.d_inner, bias=True, **like)

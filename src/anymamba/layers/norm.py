@@ -9,19 +9,25 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, returned in the weight's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, returned in the weight's dtype.
 
-    def __init__(self, size: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+    Without a weight the result is returned in the dtype of x.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-5, weight: bool = True, device=None, dtype=None) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype)) if weight else None
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+        if self.weight is None:
+            return F.rms_norm(x.to(wide), (self.size,), None, self.eps).to(x.dtype)
+        y = F.rms_norm(x.to(wide), (self.size,), self.weight.to(wide), self.eps)
         return y.to(self.weight.dtype)
 
 

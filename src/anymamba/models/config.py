@@ -52,7 +52,9 @@ class MambaOptions:
     output_norm: Literal["rmsnorm", "layernorm"] | None = None
     """Norm before the output projection."""
     inner_norms: bool = False
-    """RMS norms with weights on dt, B and C (as in Jamba)."""
+    """RMS norms on dt, B and C (as in Jamba and FalconMamba)."""
+    inner_norm_weights: bool = True
+    """The inner norms have weights (Jamba); else none (FalconMamba)."""
     norm_eps: float = 1e-6
     """Epsilon of the output and inner norms."""
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -256,23 +256,37 @@ class LanguageModel(nn.Module):
     # --------------------------------------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device=None, dtype=None) -> LanguageModel:
-        """Load a model folder (config.json and model.safetensors).
+    def from_pretrained(cls, path: str | Path, device=None, dtype=None, revision: str | None = None) -> LanguageModel:
+        """Load a published or a saved model.
 
         Args:
+            path: a folder in Hugging Face's format (`mamba`, `falcon_mamba`) or the original `state-spaces` one, a
+                .gguf file, or a name on the Hugging Face hub.
             dtype: of the weights; absent means that of the file.
-        Raises FileNotFoundError when there is no such folder, CheckpointError when its files are broken or of another
+            revision: of a repository on the hub.
+        Raises FileNotFoundError when there is no such model, CheckpointError when its files are broken or of another
             kind of model.
         """
         from anymamba.models.checkpoints import load_pretrained
 
-        return load_pretrained(path, device=device, dtype=dtype)
+        return load_pretrained(path, device=device, dtype=dtype, revision=revision)
 
-    def save_pretrained(self, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
-        """Write a model folder in Hugging Face's format, each file atomically; with the tokenizer's file if given."""
+    def save_pretrained(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer | None = None,
+        *,
+        format: Literal["hf", "state-spaces", "gguf", "anymamba"] | None = None,
+    ) -> None:
+        """Write a model folder (or a .gguf file), each file atomically; with the tokenizer's file if given.
+
+        Args:
+            format: absent means Hugging Face's, where its readers compute the same function, else our own.
+        Raises CheckpointError, naming the options, when the format cannot hold the model.
+        """
         from anymamba.models.checkpoints import save_pretrained
 
-        save_pretrained(self, path, tokenizer)
+        save_pretrained(self, path, tokenizer, format=format)
 
 
 def _require_ids(ids: Tensor, ndim: int, words: str) -> None:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from anymamba.models.checkpoints.huggingface import atomic_file
+from anymamba.models.checkpoints.files import atomic_file
 
 METRICS, EVENTS, PLOT = "metrics.jsonl", "tensorboard", "loss.png"
 NOT_CURVES = ("step", "kind")

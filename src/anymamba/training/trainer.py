@@ -26,7 +26,7 @@ from anymamba.data.table import TokenTable
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.layers.state import map_state, state_tensors
 from anymamba.models.checkpoints import CheckpointError
-from anymamba.models.checkpoints.huggingface import atomic_file
+from anymamba.models.checkpoints.files import atomic_file
 from anymamba.models.config import config_from_dict, config_to_dict
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.training.checkpoint import (

@@ -1,6 +1,16 @@
-"""Reading and writing models: `load_pretrained`, `save_pretrained`."""
+"""Reading and writing models in every published format: `load_pretrained`, `save_pretrained`, `convert`."""
 
 from anymamba.models.checkpoints.errors import CheckpointError
-from anymamba.models.checkpoints.huggingface import load_pretrained, save_pretrained
+from anymamba.models.checkpoints.hub import local_path
+from anymamba.models.checkpoints.reading import load_pretrained, open_checkpoint
+from anymamba.models.checkpoints.writing import FORMATS, convert, save_pretrained
 
-__all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
+__all__ = [
+    "FORMATS",
+    "CheckpointError",
+    "convert",
+    "load_pretrained",
+    "local_path",
+    "open_checkpoint",
+    "save_pretrained",
+]

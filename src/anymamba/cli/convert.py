@@ -1,0 +1,60 @@
+"""`anymamba convert`: writes a checkpoint in another format, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from anymamba.cli.flags import read_flags
+from anymamba.cli.output import progress_bar, say
+
+WITHOUT = "none"
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Write a checkpoint in another format. Memory stays within one shard, whatever the size of the model.
+
+    What the format cannot hold is refused by name.
+    """
+
+    source: tyro.conf.Positional[str]
+    """A model folder (Hugging Face's or state-spaces), a .gguf file, or a name on the Hugging Face hub."""
+    out: tyro.conf.Positional[Path]
+    """A folder that is not there yet; for gguf also a path that ends in .gguf."""
+    to: Literal["hf", "state-spaces", "gguf", "anymamba"]
+    """The format: Hugging Face's mamba or falcon_mamba, the original one, llama.cpp's, our own."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
+    """Of the weights; absent means as stored. A_log, D and the step's bias stay float32. q8_0 is for gguf."""
+    tokenizer: str | None = None
+    """A tokenizer.json to go with the model, "none" for none; absent means the one beside the source."""
+    shard_bytes: int = 5_000_000_000
+    """Weights beyond this many bytes are written in several files (hf, anymamba)."""
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run `anymamba convert`."""
+    options = read_flags(ConvertOptions, "convert", arguments)
+    import torch
+
+    from anymamba.models.checkpoints import convert
+
+    if options.shard_bytes < 1:
+        raise ValueError(f"--shard-bytes must be at least 1, got {options.shard_bytes}")
+    dtype = options.dtype if options.dtype in (None, "q8_0") else getattr(torch, options.dtype)
+    with progress_bar("converting") as show:
+        convert(
+            options.source,
+            options.out,
+            options.to,
+            dtype=dtype,
+            tokenizer=None if options.tokenizer == WITHOUT else options.tokenizer,
+            without_tokenizer=options.tokenizer == WITHOUT,
+            shard_bytes=options.shard_bytes,
+            progress=lambda done, total: show(done, total, f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"),
+        )
+    say(f"wrote {options.out}")

@@ -1,0 +1,250 @@
+"""Files of tensors: safetensors and torch's archives, whole or in shards, mapped into memory and never trusted.
+
+A reader gives tensors that lie in the mapped file; they are good until the next one is asked for, so that the pages of
+a large file do not pile up. Nothing is unpickled but by torch's reader of weights, which calls nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from anymamba.models.checkpoints.errors import CheckpointError
+
+SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+OTHER_PICKLES = ("model.pt", "model.pth", "pytorch_model.pt")
+MAPPED_BYTES = 1 << 26  # read before a file is opened anew, which lets go of the pages read so far
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class StoredTensor(NamedTuple):
+    """What a file says of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in memory."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+class TensorFile(Protocol):
+    """A file of named tensors, or several that belong together."""
+
+    path: Path
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """All tensors by name."""
+        ...
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by name, in that order; each lies in the mapped file and is good until the next is asked for."""
+        ...
+
+
+class SafetensorsFile:
+    """One safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def stored(self) -> dict[str, StoredTensor]:
+        found = {}
+        with self._open() as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                kind = part.get_dtype()
+                if kind not in _DTYPES:
+                    raise CheckpointError(f"{self.path}: {name} must be floating point, got {kind}")
+                found[name] = StoredTensor(tuple(part.get_shape()), _DTYPES[kind])
+        return found
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        rest = list(names)[::-1]
+        while rest:
+            budget = MAPPED_BYTES
+            with self._open() as file:
+                while rest and budget > 0:
+                    name = rest.pop()
+                    tensor = file.get_tensor(name)
+                    budget -= tensor.numel() * tensor.element_size()
+                    yield name, tensor
+                    del tensor
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path} is truncated or not a safetensors file ({error}); copy it again"
+            ) from error
+
+
+class TorchFile:
+    """One file that torch.save wrote: a table of names and tensors. It is read without running any code of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def stored(self) -> dict[str, StoredTensor]:
+        return {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in self._load().items()}
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        rest = list(names)[::-1]
+        while rest:
+            budget, tensors = MAPPED_BYTES, self._load()
+            while rest and budget > 0:
+                name = rest.pop()
+                budget -= tensors[name].numel() * tensors[name].element_size()
+                yield name, tensors[name]
+
+    def _load(self) -> dict[str, Tensor]:
+        self._require_plain_archive()
+        try:
+            values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # it raises what its parts raise
+            called = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if called:
+                why = f"it would call {called[1]} when it is read, which tensors never need"
+                raise CheckpointError(f"{self.path} is refused: {why}") from None
+            why = " ".join(str(error).split())[:120]
+            raise CheckpointError(f"{self.path} is truncated or corrupt ({why}); copy it again") from None
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{self.path} must be a table of names and tensors, got {type(values).__name__}")
+        for name, tensor in values.items():
+            self._require_whole(name, tensor)
+        return values
+
+    def _require_plain_archive(self) -> None:
+        """An archive of uncompressed members that lie within the file, as torch.save writes it."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} is truncated or no archive of torch.save ({error}); a bare pickle can run code when it "
+                "is read and is never opened"
+            ) from None
+        size = self.path.stat().st_size
+        for member in members:
+            if member.compress_type != zipfile.ZIP_STORED or member.header_offset + member.file_size > size:
+                raise CheckpointError(f"{self.path}: its member {member.filename!r} is not as torch.save writes it")
+
+    def _require_whole(self, name: Any, tensor: Any) -> None:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(f"{self.path}: {name!r} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{self.path}: {name} must be floating point, got {tensor.dtype}")
+        stored, wanted = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+        if tensor.device.type != "cpu" or stored < wanted:
+            raise CheckpointError(
+                f"{self.path}: {name} claims {wanted:,} bytes for its shape {tuple(tensor.shape)}, "
+                f"but {stored:,} are stored"
+            )
+
+
+class ShardedFiles:
+    """Several files and an index that says which tensor is in which."""
+
+    def __init__(self, path: Path, kind: type[SafetensorsFile] | type[TorchFile]) -> None:
+        self.path, folder = path, path.parent
+        table = read_json(path).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise CheckpointError(f"{path}: weight_map must be a table of tensors and files")
+        for name in sorted(set(table.values())):
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise CheckpointError(f"{path}: {name!r} in weight_map must be a file beside it")
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{path} names the shard {name}, which is not there; copy it too")
+        self._shard_of: dict[str, str] = table
+        self._shards = {name: kind(folder / name) for name in dict.fromkeys(table.values())}
+
+    def stored(self) -> dict[str, StoredTensor]:
+        found: dict[str, StoredTensor] = {}
+        for shard_name, shard in self._shards.items():
+            for name, tensor in shard.stored().items():
+                if self._shard_of.get(name, shard_name) != shard_name or name in found:
+                    raise CheckpointError(f"{shard.path} holds {name}, which {self.path.name} places elsewhere")
+                found[name] = tensor
+                self._shard_of.setdefault(name, shard_name)
+        missing = sorted(set(self._shard_of) - set(found))
+        if missing:
+            place = self.path.parent / self._shard_of[missing[0]]
+            raise CheckpointError(f"{place} lacks {missing[0]}, which {self.path.name} places there")
+        return found
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        queues: dict[str, list[str]] = {}
+        for name in names:
+            queues.setdefault(self._shard_of[name], []).append(name)
+        for shard, wanted in queues.items():
+            yield from self._shards[shard].read(wanted)
+
+
+def open_weights(folder: Path) -> TensorFile:
+    """The weights of a model folder: safetensors before torch's archives, whole before in shards.
+
+    Raises FileNotFoundError when there are none, CheckpointError when there is only a bare pickle.
+    """
+    kinds: Sequence[tuple[str, type[SafetensorsFile] | type[TorchFile]]]
+    kinds = ((SAFETENSORS, SafetensorsFile), (TORCH, TorchFile))
+    for name, kind in kinds:
+        if (folder / name).exists():
+            return kind(folder / name)
+        if (folder / f"{name}.index.json").exists():
+            return ShardedFiles(folder / f"{name}.index.json", kind)
+    for name in OTHER_PICKLES:
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name} is a pickle, which can run code when it is read; convert it to {SAFETENSORS} first"
+            )
+    raise FileNotFoundError(f"{folder} has no {SAFETENSORS} and no {TORCH}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file.
+
+    Raises CheckpointError when it is something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a table of keys and values, got {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, flushed to disk, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,46 @@
+"""Models by name: what lies here, else a repository of the Hugging Face hub (its cache and offline mode respected)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.gguf))?")
+SMALL_FILES = ["*.json", "tokenizer.model"]
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # in this order; the second only where the first gives nothing
+
+
+def local_path(name: str | Path, revision: str | None = None) -> Path:
+    """The path of a model that is here, or of the hub's, downloaded into its cache.
+
+    Args:
+        name: a folder, a .gguf file, a hub repository `owner/name`, or a file in one, `owner/name/file.gguf`.
+        revision: of the hub's repository; absent means its main branch.
+    Raises FileNotFoundError where there is no such thing, or none in the cache while offline.
+    """
+    path = Path(name)
+    found = HUB_NAME.fullmatch(path.as_posix())
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for names on the hub; {path} is here")
+        return path
+    if found is None or str(name).startswith("."):
+        raise FileNotFoundError(f"no model folder {path}; give a folder that holds config.json and model.safetensors")
+    try:
+        return _download(found["repository"], found["file"], revision)
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors; names that it cannot have are ValueErrors
+        why = " ".join(str(error).split()).split(". ")[0][:200]
+        raise FileNotFoundError(f"no model folder {path} here, and none from the hub: {why}") from error
+
+
+def _download(repository: str, file: str | None, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if file is not None:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    for pattern in WEIGHTS:
+        allowed = [*SMALL_FILES, pattern]
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=allowed))
+        if any(folder.glob(pattern)):
+            break
+    return folder

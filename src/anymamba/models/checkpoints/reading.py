@@ -1,0 +1,191 @@
+"""A checkpoint of any format as one thing: its config, and its tensors under our names and in our shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from anymamba.models.checkpoints import gguf_files, huggingface, state_spaces
+from anymamba.models.checkpoints.errors import CheckpointError
+from anymamba.models.checkpoints.files import StoredTensor, TensorFile, open_weights, read_json
+from anymamba.models.checkpoints.gguf_files import GGUFFile
+from anymamba.models.checkpoints.hub import local_path
+from anymamba.models.checkpoints.names import is_wide, to_gguf, to_huggingface, to_state_spaces
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
+
+CONFIG = "config.json"
+Format = Literal["hf", "state-spaces", "gguf", "anymamba"]
+TIED = {"hf": "lm_head.weight", "state-spaces": "lm_head.weight", "gguf": "output.weight"}
+"""Where the formats may hold the tied head once more."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint whose tensors are those that its config asks for.
+
+    Raises CheckpointError where tensors are missing, are not wanted, or have another shape.
+    """
+
+    path: Path
+    """The folder or the file."""
+    format: Format
+    config: ModelConfig
+    file: TensorFile
+    token_ids: dict[str, Any] = field(default_factory=dict)
+    """eos_token_id and its like."""
+
+    def __post_init__(self) -> None:
+        stored = self.file.stored()
+        if self.config.n_layers > len(stored):
+            raise CheckpointError(
+                f"{self.file.path} holds {len(stored)} tensors, too few for the {self.config.n_layers} layers of "
+                "its config"
+            )
+        shapes = parameter_shapes(self.config, self.path)
+        keys = {name: self._key(name) for name in shapes}
+        _require_names(self, set(stored) - ({TIED[self.format]} if self._tied else set()), set(keys.values()))
+        for name, key in keys.items():
+            shape = _without_middle(name, stored[key].shape)
+            if shape != shapes[name]:
+                raise CheckpointError(f"{self.file.path}: {key} must have shape {shapes[name]}, got {shape}")
+        narrow = stored[keys["embedding.weight"]].dtype
+        dtypes = {name: stored[key].dtype if is_wide(name) else narrow for name, key in keys.items()}
+        found = {name: StoredTensor(shape, dtypes[name]) for name, shape in shapes.items()}
+        object.__setattr__(self, "stored", found)
+
+    stored: dict[str, StoredTensor] = field(init=False, repr=False)
+    """Our names, shapes and dtypes: the embedding's dtype for all but A_log, D and the step's bias."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `stored`, in its order; each is good until the next one is asked for."""
+        names = {self._key(name): name for name in self.stored}
+        for key, tensor in self.file.read(names):
+            name = names[key]
+            if self.format == "gguf" and name.endswith("A_log"):
+                tensor = gguf_files.to_A_log(tensor, f"{self.file.path}: {key}")
+            yield name, tensor.to(self.stored[name].dtype).view(self.stored[name].shape)
+
+    def tokenizer(self) -> dict[str, Any] | None:
+        """The contents of the tokenizer.json beside the model, or a .gguf file's own tokenizer; None without any."""
+        beside = (self.path if self.path.is_dir() else self.path.parent) / "tokenizer.json"
+        if beside.is_file():
+            return read_json(beside)
+        return self.file.tokenizer() if isinstance(self.file, GGUFFile) else None
+
+    @property
+    def _tied(self) -> bool:
+        return self.config.tie_embeddings and self.format in TIED
+
+    def _key(self, name: str) -> str:
+        """The file's name of one of our parameters."""
+        rules = {"hf": to_huggingface, "state-spaces": to_state_spaces, "gguf": to_gguf}
+        return rules[self.format](name) if self.format in rules else name
+
+
+def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a model folder, a .gguf file, or a name on the hub; tensors are read later.
+
+    Raises FileNotFoundError when there is none, CheckpointError when it is broken or of another kind of model.
+    """
+    path = local_path(name, revision)
+    if path.is_dir() and not (path / CONFIG).exists():
+        path = _only_gguf(path)
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.suffix != ".gguf":
+            raise FileNotFoundError(
+                f"{path} is a file; give the folder that holds {CONFIG} and model.safetensors, or a .gguf file"
+            )
+        file = GGUFFile(path)
+        return Checkpoint(path, "gguf", file.config(), file, file.token_ids())
+    except KeyError as error:  # a parameter that the format has no name for
+        raise CheckpointError(f"{path}: its format has no name for the parameter {error} of its config") from error
+
+
+def load_pretrained(
+    name: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a model; memory stays within the weights in their dtype and one tensor.
+
+    Args:
+        name: a folder of Hugging Face's or the original state-spaces format, a .gguf file, or a name on the hub.
+        device: where the weights go; absent means the CPU.
+        dtype: of the weights; absent means that of the file. A_log, D and the step's bias stay float32 or wider.
+        revision: of a repository on the hub.
+    Raises FileNotFoundError when a folder or file is absent, CheckpointError when a file is broken, is a pickle that
+        would run code, or does not hold the tensors of the model in its config.
+    """
+    checkpoint = open_checkpoint(name, revision)
+    model = LanguageModel(checkpoint.config, device="meta")
+    tensors = {}
+    for key, tensor in checkpoint.tensors():
+        target = dtype or tensor.dtype
+        if is_wide(key):
+            target = torch.promote_types(target, torch.float32)
+        tensors[key] = tensor.to(device=device, dtype=target, copy=True).contiguous()
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def parameter_shapes(config: ModelConfig, where: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters.
+
+    Raises CheckpointError for a config that no model can have.
+    """
+    try:
+        model = LanguageModel(config, device="meta")
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        why = str(error).splitlines()[0]
+        raise CheckpointError(f"{where}: no model can have its config: {why}") from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    values = read_json(folder / CONFIG)
+    token_ids = {name: values[name] for name in huggingface.TOKEN_IDS if values.get(name) is not None}
+    if state_spaces.is_state_spaces(values):
+        config = state_spaces.config_from_json(values, folder / CONFIG)
+        return Checkpoint(folder, "state-spaces", config, open_weights(folder), token_ids)
+    config = huggingface.config_from_json(values, folder / CONFIG)
+    kind: Format = "anymamba" if values["model_type"] == "anymamba" else "hf"
+    return Checkpoint(folder, kind, config, open_weights(folder), token_ids)
+
+
+def _only_gguf(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        raise FileNotFoundError(X)
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}: it is not a model folder, or a run without a checkpoint yet"
+        )
+    return found[0]
+
+
+def _without_middle(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A filter's shape without the dimension of one input channel that a torch convolution has."""
+    return (shape[0], shape[2]) if name.endswith("conv.weight") and len(shape) == 3 and shape[1] == 1 else shape
+
+
+def _require_names(checkpoint: Checkpoint, stored: Iterable[str], wanted: Iterable[str]) -> None:
+    missing, unexpected = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+    if missing or unexpected:
+        parts = [
+            f"{len(names)} {kind} (first: {names[0]})"
+            for kind, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        what = "its metadata" if checkpoint.format == "gguf" else CONFIG
+        raise CheckpointError(
+            f"{checkpoint.file.path} does not hold the model of {what}: tensors {' and '.join(parts)}"
+        )

@@ -1,0 +1,67 @@
+"""`anymamba convert`, and the other verbs on what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from anymamba import LanguageModel, ModelConfig
+from anymamba.cli.app import main
+from anymamba.data.tokenizer import ByteTokenizer
+
+
+@pytest.fixture
+def model(tmp_path):
+    LanguageModel(ModelConfig(d_model=32, n_layers=2, vocab_size=257)).save_pretrained(tmp_path / "m", ByteTokenizer())
+    return str(tmp_path / "m")
+
+
+def test_there_and_back_generates_the_same(tmp_path, model, capsys):
+    texts = []
+    for name, source, to in (("a", model, None), ("ss", model, "state-spaces"), ("x.gguf", model, "gguf")):
+        path = str(tmp_path / name) if to else model
+        if to:
+            assert main(["convert", source, path, "--to", to]) == 0
+            error = capsys.readouterr().err
+            assert "converting" in error and "100%" in error and f"wrote {path}" in error
+        assert (
+            main(["generate", "--model", path, "--prompt", "ab", "--max-new-tokens", "12", "--temperature", "0"]) == 0
+        )
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2] and texts[0].startswith("ab")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
+def test_dtypes(tmp_path, model, dtype, capsys):
+    assert (
+        main(["convert", model, str(tmp_path / "x.gguf"), "--to", "gguf", "--dtype", dtype, "--tokenizer", "none"]) == 0
+    )
+    assert main(["eval", "--model", str(tmp_path / "x.gguf"), "--data", __file__, "--tokenizer", model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere", "out", "--to", "hf"], 2, "no model folder nowhere; give a folder that holds config.json"),
+        (["MODEL", "MODEL", "--to", "hf"], 2, "is there already; name a folder that is not"),
+        (["MODEL", "out", "--to", "hf", "--dtype", "q8_0"], 2, "dtype q8_0 is for gguf"),
+        (["MODEL", "out", "--to", "hf", "--shard-bytes", "0"], 2, "--shard-bytes must be at least 1, got 0"),
+        (["MODEL", "out", "--to", "hf", "--tokenizer", "absent"], 2, "no tokenizer at absent; give a tokenizer.json"),
+        (["MODEL", "out", "--to", "onnx"], 2, "onnx"),
+        (["MODEL", "out"], 2, "--to"),
+    ],
+)
+def test_misuse(tmp_path, model, arguments, code, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", *(model if a == "MODEL" else a for a in arguments)]) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_format_cannot_hold(tmp_path, capsys):
+    config = ModelConfig(d_model=8, n_layers=1, vocab_size=8, norm="layernorm")
+    LanguageModel(config).save_pretrained(tmp_path / "m")
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / "out"), "--to", "gguf"]) == 1
+    assert "error: the format gguf cannot hold this model: norm='layernorm'" in capsys.readouterr().err

@@ -1,0 +1,320 @@
+"""Converting: every pair of formats, dtypes, shards, memory, what is refused; names on the hub; damage by chance."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from anymamba import LanguageModel, MambaOptions, ModelConfig
+from anymamba.data.tokenizer import ByteTokenizer
+from anymamba.models.checkpoints import CheckpointError, convert, load_pretrained, save_pretrained
+
+PLAIN = ModelConfig(d_model=16, n_layers=2, vocab_size=29)
+ZOH = ModelConfig(d_model=16, n_layers=2, vocab_size=29, mamba=MambaOptions(b_discretization="zoh"))
+FORMATS = ("hf", "state-spaces", "gguf", "anymamba")
+
+
+def equal_but_A_log(a: LanguageModel, b: LanguageModel, through_gguf: bool) -> None:
+    for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        if name.endswith("A_log") and through_gguf:
+            torch.testing.assert_close(x, y, atol=3e-7, rtol=3e-7)
+        else:
+            assert x.dtype == y.dtype and torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("source", FORMATS)
+def test_every_pair(tmp_path, moved, source, to):
+    model = moved(PLAIN)
+    save_pretrained(model, tmp_path / "a", format=source)
+    convert(tmp_path / "a", tmp_path / "b", to)
+    loaded = load_pretrained(tmp_path / "b")
+    assert loaded.config == model.config
+    equal_but_A_log(model, loaded, "gguf" in (source, to))
+
+
+@pytest.mark.parametrize("to", ["hf", "state-spaces", "gguf"])
+def test_what_cannot_be_held_is_refused_and_nothing_is_written(tmp_path, moved, to):
+    moved(ZOH).save_pretrained(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=f"the format {to} cannot hold this model: b_discretization='zoh'"):
+        convert(tmp_path / "a", tmp_path / "b", to)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_dtype(tmp_path, moved, to):
+    """The weights become narrow; A_log, D and the step's bias do not."""
+    model = moved(PLAIN)
+    model.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", to, dtype=torch.bfloat16)
+    equal_but_A_log(
+        load_pretrained(tmp_path / "a", dtype=torch.bfloat16), load_pretrained(tmp_path / "b"), to == "gguf"
+    )
+    if to in ("hf", "anymamba"):
+        assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_shards(tmp_path, moved):
+    model = moved(PLAIN)
+    model.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", "hf", shard_bytes=10_000)
+    shards = sorted((tmp_path / "b").glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "b" / "model.safetensors").exists()
+    assert all(path.stat().st_size < 12_000 for path in shards)
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+    equal_but_A_log(model, load_pretrained(tmp_path / "b"), False)
+    convert(tmp_path / "b", tmp_path / "c", "hf")
+    before, after = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "c" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_saving_whole_over_shards_and_back(tmp_path, moved):
+    """No file of the earlier model is left to be read instead."""
+    first, second = moved(PLAIN), moved(PLAIN, seed=1)
+    save_pretrained(first, tmp_path, shard_bytes=10_000)
+    save_pretrained(second, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    equal_but_A_log(load_pretrained(tmp_path), second, False)
+    save_pretrained(first, tmp_path, shard_bytes=10_000)
+    assert not (tmp_path / "model.safetensors").exists()
+    equal_but_A_log(load_pretrained(tmp_path), first, False)
+
+
+def test_broken_shards(tmp_path, moved):
+    save_pretrained(moved(PLAIN), tmp_path, shard_bytes=10_000)
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    name, shard = next(iter(values["weight_map"].items()))
+    for table, message in (
+        (
+            values["weight_map"] | {name: "../other.safetensors"},
+            r"'\.\./other\.safetensors' in weight_map must be a file",
+        ),
+        (
+            values["weight_map"] | {name: "absent.safetensors"},
+            r"names the shard absent\.safetensors, which is not there",
+        ),
+        (values["weight_map"] | {"x": shard}, rf"{shard} lacks x, which"),
+        ([1], "weight_map must be a table"),
+    ):
+        index.write_text(json.dumps({"weight_map": table}))
+        with pytest.raises(CheckpointError, match=message):
+            load_pretrained(tmp_path)
+
+
+def test_what_is_there_is_not_overwritten(tmp_path, moved):
+    moved(PLAIN).save_pretrained(tmp_path / "a")
+    with pytest.raises(FileExistsError, match="is there already; name a folder that is not"):
+        convert(tmp_path / "a", tmp_path / "a", "gguf")
+    (tmp_path / "x.gguf").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        convert(tmp_path / "a", tmp_path / "x.gguf", "gguf")
+    assert (tmp_path / "x.gguf").read_bytes() == b"mine"
+
+
+def test_misuse(tmp_path, moved):
+    moved(PLAIN).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="unknown format 'onnx'; there are hf, state-spaces, gguf, anymamba"):
+        convert(tmp_path / "a", tmp_path / "b", "onnx")
+    with pytest.raises(ValueError, match="dtype q8_0 is for gguf, not for hf"):
+        convert(tmp_path / "a", tmp_path / "b", "hf", dtype="q8_0")
+    with pytest.raises(FileNotFoundError, match="no tokenizer at nowhere"):
+        convert(tmp_path / "a", tmp_path / "b", "hf", tokenizer="nowhere")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_tokenizer_goes_along(tmp_path, moved):
+    config = ModelConfig(d_model=8, n_layers=1, vocab_size=257)
+    save_pretrained(moved(config), tmp_path / "a", ByteTokenizer())
+    convert(tmp_path / "a", tmp_path / "b", "state-spaces")
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in (tmp_path / "b").iterdir()}
+    convert(tmp_path / "a", tmp_path / "c", "hf", without_tokenizer=True)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["eos_token_id"] == 256
+    convert(tmp_path / "c", tmp_path / "d", "hf", tokenizer=tmp_path / "a" / "tokenizer.json")
+    assert (tmp_path / "d" / "tokenizer.json").exists()
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+PEAK = """
+import sys, threading, time, torch
+from pathlib import Path
+from anymamba.models.checkpoints import convert, load_pretrained
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+action, source, out, *rest = sys.argv[1:]
+if action == "load":
+    load_pretrained(rest[0])
+else:
+    convert(rest[0], out + "-small", action)
+peak, running, before = 0, True, anonymous()
+
+def watch():
+    global peak
+    while running:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+if action == "load":
+    model = load_pretrained(source, dtype=torch.bfloat16)
+else:
+    convert(source, out, action, shard_bytes=40_000_000)
+running = False
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> Path:
+    """269 MB in float32, its largest tensor 41 MB."""
+    folder = tmp_path_factory.mktemp("big")
+    LanguageModel(ModelConfig(d_model=512, n_layers=34, vocab_size=20000)).save_pretrained(folder / "hf")
+    LanguageModel(PLAIN).save_pretrained(folder / "small")
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("source", "action"),
+    [(source, "load") for source in ("hf", "state-spaces", "gguf")]
+    + [("hf", "state-spaces"), ("state-spaces", "gguf"), ("gguf", "hf")],
+)
+def test_memory(big, tmp_path, action, source):
+    """Loading: the weights in the target dtype and one tensor. Converting: one shard (40 MB, or one tensor, 41 MB)."""
+    if not (big / source).exists():
+        convert(big / "hf", big / source, source)
+    command = [sys.executable, "-c", PEAK, action, str(big / source), str(tmp_path / "out"), str(big / "small")]
+    used = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    weights, tensor = sum(p.stat().st_size for p in (big / "hf").glob("*.safetensors")), 20000 * 512 * 4
+    allowed = weights / 2 + tensor if action == "load" else 2.2 * tensor
+    assert used < 1.1 * allowed + 8e6, f"{used / 1e6:.0f} MB; {allowed / 1e6:.0f} are allowed"
+
+
+# ------------------------------------------------------------------------------------------ the hub
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch, moved):
+    """A cache of the hub that holds one repository, offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    moved(PLAIN).save_pretrained(repository / "snapshots" / commit)
+    moved(PLAIN).save_pretrained(repository / "snapshots" / commit / "tiny.gguf", format="gguf")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return commit
+
+
+def test_a_name_on_the_hub(cached, moved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    equal_but_A_log(LanguageModel.from_pretrained("owner/tiny"), moved(PLAIN), False)
+    equal_but_A_log(LanguageModel.from_pretrained("owner/tiny", revision=cached), moved(PLAIN), False)
+    equal_but_A_log(LanguageModel.from_pretrained("owner/tiny/tiny.gguf"), moved(PLAIN), True)
+    convert("owner/tiny", "copy", "state-spaces")
+    equal_but_A_log(LanguageModel.from_pretrained("copy"), moved(PLAIN), False)
+
+
+@pytest.mark.parametrize("name", ["owner/absent", "owner/tiny/absent.gguf"])
+def test_a_name_that_is_not_in_the_cache(cached, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no model folder {name} here, and none from the hub: ") as caught:
+        LanguageModel.from_pretrained(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_wins_over_the_hub(cached, moved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    moved(PLAIN, seed=1).save_pretrained("owner/tiny")
+    equal_but_A_log(LanguageModel.from_pretrained("owner/tiny"), moved(PLAIN, seed=1), False)
+    with pytest.raises(ValueError, match="revision='main' is for names on the hub"):
+        LanguageModel.from_pretrained("owner/tiny", revision="main")
+
+
+# ------------------------------------------------------------------------------------------ damage by chance
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    from tests.models.conftest import build_moved
+
+    found = {}
+    for kind in FORMATS:
+        folder = tmp_path_factory.mktemp("good") / kind
+        build_moved(ModelConfig(d_model=4, n_layers=1, vocab_size=8)).save_pretrained(folder, format=kind)
+        found[kind] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return found
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_bytes(kind, files, tmp_path):
+    """Whatever bytes of a header or an archive change, it loads or it is refused in one line; nothing else happens."""
+
+    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.data())
+    def attempt(data):
+        name = data.draw(st.sampled_from(sorted(files[kind])))
+        content = bytearray(files[kind][name])
+        for _ in range(data.draw(st.integers(1, 4))):
+            near_end = data.draw(st.booleans()) and name.endswith(".bin")
+            place = data.draw(st.integers(max(0, len(content) - 1500) if near_end else 0, min(len(content), 10**9) - 1))
+            place = place if near_end else place % 2500 % len(content)
+            content[place] = data.draw(st.integers(0, 255))
+        if data.draw(st.booleans()):
+            content = content[: data.draw(st.integers(0, len(content)))]
+        for path, good in files[kind].items():
+            (tmp_path / path).write_bytes(bytes(content) if path == name else good)
+        try:
+            load_pretrained(tmp_path)
+        except (CheckpointError, FileNotFoundError) as error:
+            assert str(error) and "\n" not in str(error)
+
+    attempt()
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 40) | st.floats(allow_nan=True) | st.text(max_size=4) | st.just(10**30),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("kind", ["hf", "state-spaces", "anymamba"])
+def test_damaged_configs(kind, files, tmp_path):
+    """Any value in any field of config.json: it loads or is refused in one line."""
+    good = json.loads(files[kind]["config.json"])
+    for path, content in files[kind].items():
+        (tmp_path / path).write_bytes(content)
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.sampled_from(sorted(good)), JSON_VALUES, st.booleans())
+    def attempt(key, value, without_ours):
+        values = good | {key: value}
+        if without_ours and kind == "hf":
+            values.pop("anymamba", None)
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        try:
+            load_pretrained(tmp_path)
+        except CheckpointError as error:
+            assert str(error) and "\n" not in str(error)
+
+    attempt()
