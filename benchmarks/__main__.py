@@ -13,6 +13,7 @@ BENCHMARKS = {
     "Time and memory of the scan against the length": "scan_length",
     "The 130m backbone against its own matrix products": "backbone_vs_products",
     "The 130m backbone against transformers": "backbone_vs_transformers",
+    "transformers' backbone with our operators dropped in": "drop_in",
     "One layer against mambapy": "layer_vs_mambapy",
     "1,000 packed documents against one sequence": "packing",
     "Time of a token against the context": "decode_context",

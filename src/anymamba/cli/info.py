@@ -43,6 +43,7 @@ def collect() -> dict[str, Any]:
     """Everything that `info` tells."""
     import torch
 
+    from anymamba.compat import drop_in
     from anymamba.ops import dispatch
 
     return {
@@ -53,6 +54,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: installed_version(name) for name in DEPENDENCIES},
         "devices": devices(),
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
+        "drop-in": drop_in.status(),
         "backends": [status._asdict() for status in dispatch.report()],
     }
 
@@ -80,6 +82,7 @@ def readable(facts: dict[str, Any]) -> dict[str, str]:
     lines |= {name: found or "not installed" for name, found in facts["packages"].items()}
     for i, device in enumerate(facts["devices"]):
         lines["device" if i == 0 else f"device {i + 1}"] = device
+    lines |= facts["drop-in"]
     lines["threads"] = f"{facts['threads']['torch']} of {facts['threads']['cores']} cores"
     for status in facts["backends"]:
         mark = "chosen" if status["chosen"] else "available" if status["available"] else "missing"

@@ -31,6 +31,14 @@ def foreign_options(config: ModelConfig) -> list[str]:
     return options
 
 
+def representable(config: ModelConfig) -> ModelConfig:
+    """The same config; raises CheckpointError, naming the options, where this format cannot hold it."""
+    options = foreign_options(config)
+    if options:
+        raise CheckpointError(f"the format state-spaces cannot hold this model: {', '.join(options)}")
+    return config
+
+
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """The contents of config.json."""
     plain = MambaOptions()

@@ -1,0 +1,19 @@
+"""The package `causal_conv1d`, interface 1.6.1, over anymamba's operators, on any device."""
+
+from anymamba.compat.causal_conv1d.causal_conv1d_interface import (
+    causal_conv1d_fn,
+    causal_conv1d_ref,
+    causal_conv1d_update,
+    causal_conv1d_update_ref,
+)
+from anymamba.compat.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
+
+__version__ = "1.6.1"
+
+__all__ = [
+    "causal_conv1d_fn",
+    "causal_conv1d_ref",
+    "causal_conv1d_update",
+    "causal_conv1d_update_ref",
+    "causal_conv1d_varlen_states",
+]

@@ -1,0 +1,142 @@
+"""Makes `import mamba_ssm` and `import causal_conv1d` mean anymamba's, in this process.
+
+Either the distribution in `compat/` is installed, whose packages call `provide` when they are imported, or a program
+calls `activate`. The modules are those of `anymamba.compat`, under the other names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
+from types import ModuleType
+from typing import Any
+
+HOME = "anymamba.compat"
+PACKAGES = ("mamba_ssm", "causal_conv1d")
+REAL = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+"""The packages, and the distributions that the originals come in."""
+OURS = "anymamba-compat"
+
+
+def provide(package: str) -> None:
+    """Put anymamba's modules in the place of a package that is being imported.
+
+    Raises ImportError where the original is installed, too, saying how to remove one.
+    """
+    real = installed(REAL[package])
+    if real is not None:
+        raise ImportError(
+            f"{REAL[package]} {real} and {OURS} are both installed and share the folder {package}; to keep anymamba's: "
+            f"pip uninstall {REAL[package]}, then install {OURS} again; to keep the original: pip uninstall {OURS}, "
+            f"then install {REAL[package]} again"
+        )
+    _alias(package)
+
+
+def activate() -> None:
+    """Have `mamba_ssm` and `causal_conv1d` mean anymamba's from now on in this process, installed or not.
+
+    transformers' models that were imported before are patched to take our operators.
+    Raises RuntimeError where an original was imported before, or where a version of transformers cannot be patched.
+    """
+    for package in PACKAGES:
+        module = sys.modules.get(package)
+        if module is not None and not is_ours(module):
+            place = getattr(module, "__file__", None)
+            raise RuntimeError(
+                f"{package} from {place} is already imported; call anymamba.compat.activate() before that"
+            )
+    for package in PACKAGES:
+        _alias(package)
+    patch_transformers()
+
+
+def is_ours(module: ModuleType) -> bool:
+    """Whether a module is anymamba's, under whichever name."""
+    return module.__name__.startswith(f"{HOME}.")
+
+
+def status() -> dict[str, str]:
+    """For each package what `import` of it would give, in words, without importing it."""
+    return {package: _status(package) for package in PACKAGES}
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return distribution(name).version
+    except PackageNotFoundError:
+        return None
+
+
+def _status(package: str) -> str:
+    module = sys.modules.get(package)
+    if module is not None:
+        return "anymamba's, active" if is_ours(module) else "the original, active"
+    real, ours = installed(REAL[package]), installed(OURS)
+    if real is not None and ours is not None:
+        return f"conflict: {REAL[package]} {real} and {OURS} {ours} are both installed; remove one"
+    if real is not None:
+        return f"the original, {real}"
+    if ours is not None:
+        return f"anymamba's, by {OURS} {ours}"
+    return "not installed; pip install ./compat, or anymamba.compat.activate() in a process, gives anymamba's"
+
+
+def _alias(package: str) -> None:
+    root = importlib.import_module(f"{HOME}.{package}")
+    found = pkgutil.walk_packages(root.__path__, prefix=f"{root.__name__}.")
+    for name in (root.__name__, *(entry.name for entry in found)):
+        sys.modules[name.removeprefix(f"{HOME}.")] = importlib.import_module(name)
+
+
+# ------------------------------------------------------------------------------------------ transformers
+
+
+def patch_transformers() -> list[str]:
+    """Resolve the operators of transformers' imported models anew; returns the names `module.function` that changed.
+
+    transformers looks for the packages when a model's file is imported and keeps what it finds.
+    Raises RuntimeError where an imported model with such operators keeps them in another way.
+    """
+    changed = []
+    for module in _models_imported():
+        functions = dict(_resolved_operators(module))
+        if not functions:
+            raise RuntimeError(
+                f"{module.__name__} was imported before and this version of transformers cannot be patched; call "
+                "anymamba.compat.activate() before importing its models"
+            )
+        for name, resolve in functions.items():
+            setattr(module, name, resolve())
+            changed.append(f"{module.__name__}.{name}")
+    return changed
+
+
+def _models_imported() -> Iterator[ModuleType]:
+    """The imported files of transformers' models that name one of the packages."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.models.") and ".modeling_" in name and module is not None:
+            source = inspect.getsource(module)
+            if any(f'"{package}"' in source or f"import {package}" in source for package in PACKAGES):
+                yield module
+
+
+def _resolved_operators(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The functions that transformers' decorator has made, each with a call that makes it anew."""
+    try:
+        from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback as decorator
+    except ImportError:  # before version 5
+        return
+    for name, value in list(vars(module).items()):
+        original = getattr(value, "__wrapped__", None)
+        if original is None or not inspect.isfunction(value):
+            continue
+        kept = inspect.getclosurevars(value).nonlocals
+        if kept.get("package") in PACKAGES and "func_name" in kept:
+            yield name, partial(decorator(kept["func_name"], kept["package"]), original)

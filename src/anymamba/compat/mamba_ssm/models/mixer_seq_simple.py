@@ -1,0 +1,291 @@
+"""Language models of blocks, under the names of `mamba_ssm`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anymamba.compat.mamba_ssm.models.config_mamba import MambaConfig
+from anymamba.compat.mamba_ssm.modules.block import Block
+from anymamba.compat.mamba_ssm.modules.mamba_simple import Mamba
+from anymamba.compat.mamba_ssm.modules.mlp import GatedMLP
+from anymamba.compat.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn
+from anymamba.compat.mamba_ssm.utils.generation import GenerationMixin
+from anymamba.models.checkpoints import open_checkpoint, state_spaces
+from anymamba.models.checkpoints.names import to_state_spaces
+
+CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
+
+
+def _accepting_version_1(names: tuple[str, ...], is_version_1: Callable[[tuple[Any, ...], dict[str, Any]], bool]):
+    """Have a function take the positional arguments of version 1, which has no d_intermediate and no attention.
+
+    Args:
+        names: version 1's, in order.
+        is_version_1: tells from the arguments of a call.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            if is_version_1(arguments, options):
+                return function(**dict(zip(names, arguments, strict=False)), **options)
+            return function(*arguments, **options)
+
+        return call
+
+    return decorate
+
+
+_BLOCK_1 = (
+    "d_model",
+    "ssm_cfg",
+    "norm_epsilon",
+    "rms_norm",
+    "residual_in_fp32",
+    "fused_add_norm",
+    "layer_idx",
+    "device",
+)
+_MIXER_1 = ("self", "d_model", "n_layer", "vocab_size", "ssm_cfg", "norm_epsilon", "rms_norm", "initializer_cfg")
+
+
+def _is_block_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Where version 2 has the integer d_intermediate, version 1 has ssm_cfg."""
+    return len(arguments) > 1 and not isinstance(arguments[1], int)
+
+
+def _is_mixer_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Version 2 has two integers behind n_layer, d_intermediate and vocab_size, version 1 the second alone."""
+    if len(arguments) == 4:
+        return "vocab_size" not in options
+    return len(arguments) > 4 and not isinstance(arguments[4], int)
+
+
+@_accepting_version_1((*_BLOCK_1, "device", "dtype"), _is_block_1)
+def create_block(
+    d_model: int,
+    d_intermediate: int = 0,
+    ssm_cfg: dict[str, Any] | None = None,
+    attn_layer_idx: list[int] | None = None,
+    attn_cfg: dict[str, Any] | None = None,
+    norm_epsilon: float = 1e-5,
+    rms_norm: bool = False,
+    residual_in_fp32: bool = False,
+    fused_add_norm: bool = False,
+    layer_idx: int | None = None,
+    device=None,
+    dtype=None,
+) -> Block:
+    """One block; the positional arguments of version 1, without d_intermediate, are taken, too.
+
+    Raises ValueError for layers that are not Mamba (S6): attention and Mamba-2.
+    """
+    options = dict(ssm_cfg or {})
+    layer = options.pop("layer", "Mamba1")
+    if layer != "Mamba1":
+        raise ValueError(f"ssm_cfg['layer'] must be 'Mamba1', got {layer!r}")
+    if layer_idx is not None and layer_idx in (attn_layer_idx or []):
+        raise ValueError(
+            f"attn_layer_idx asks for attention (attn_cfg={attn_cfg!r}) in block {layer_idx}; there is Mamba only"
+        )
+    like: dict[str, Any] = {"device": device, "dtype": dtype}
+    mixer = partial(Mamba, layer_idx=layer_idx, **options, **like)
+    norm = partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **like)
+    mlp: Any = nn.Identity
+    if d_intermediate:
+        mlp = partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **like)
+    block = Block(d_model, mixer, mlp, norm, fused_add_norm=fused_add_norm, residual_in_fp32=residual_in_fp32)
+    return block
+
+
+def _init_weights(
+    module: nn.Module,
+    n_layer: int,
+    initializer_range: float = 0.02,
+    rescale_prenorm_residual: bool = True,
+    n_residuals_per_layer: int = 1,
+) -> None:
+    """Zero biases, N(0, initializer_range) embeddings, and output projections drawn anew and scaled down by depth."""
+    if isinstance(module, nn.Linear):
+        if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=initializer_range)
+    if rescale_prenorm_residual:
+        for name, parameter in module.named_parameters():
+            if name in ("out_proj.weight", "fc2.weight"):
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                with torch.no_grad():
+                    parameter.div_(math.sqrt(n_residuals_per_layer * n_layer))
+
+
+class MixerModel(nn.Module):
+    """Embedding, blocks, norm; the positional arguments of version 1, without d_intermediate, are taken, too."""
+
+    @_accepting_version_1((*_MIXER_1, "fused_add_norm", "residual_in_fp32", "device", "dtype"), _is_mixer_1)
+    def __init__(
+        self,
+        d_model: int,
+        n_layer: int,
+        d_intermediate: int = 0,
+        vocab_size: int | None = None,
+        ssm_cfg: dict[str, Any] | None = None,
+        attn_layer_idx: list[int] | None = None,
+        attn_cfg: dict[str, Any] | None = None,
+        norm_epsilon: float = 1e-5,
+        rms_norm: bool = False,
+        initializer_cfg: dict[str, Any] | None = None,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if vocab_size is None:
+            raise TypeError("MixerModel needs vocab_size")
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
+        self.embedding = nn.Embedding(vocab_size, d_model, **like)
+        self.layers: Any = nn.ModuleList(
+            create_block(
+                d_model,
+                d_intermediate=d_intermediate,
+                ssm_cfg=ssm_cfg,
+                attn_layer_idx=attn_layer_idx,
+                attn_cfg=attn_cfg,
+                norm_epsilon=norm_epsilon,
+                rms_norm=rms_norm,
+                residual_in_fp32=residual_in_fp32,
+                fused_add_norm=fused_add_norm,
+                layer_idx=i,
+                **like,
+            )
+            for i in range(n_layer)
+        )
+        self.norm_f: Any = (RMSNorm if rms_norm else nn.LayerNorm)(d_model, eps=norm_epsilon, **like)
+        per_layer = 2 if d_intermediate else 1
+        self.apply(partial(_init_weights, n_layer=n_layer, **(initializer_cfg or {}), n_residuals_per_layer=per_layer))
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> dict[int, Any]:
+        """The zero states of every layer."""
+        return {
+            i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+            for i, layer in enumerate(self.layers)
+        }
+
+    def forward(self, input_ids: Tensor, inference_params=None, **mixer_kwargs) -> Tensor:
+        """(batch, length) ids to the normed output (batch, length, d_model)."""
+        hidden, residual = self.embedding(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, inference_params=inference_params, **mixer_kwargs)
+        norm = self.norm_f
+        if not self.fused_add_norm:
+            total = hidden if residual is None else hidden + residual
+            return norm(total.to(norm.weight.dtype))
+        return layer_norm_fn(
+            hidden,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            residual=residual,
+            is_rms_norm=isinstance(norm, RMSNorm),
+        ).to(norm.weight.dtype)
+
+
+class MambaLMHeadModel(nn.Module, GenerationMixin):
+    """A language model as published.
+
+    Args:
+        config: sizes and options.
+        initializer_cfg: keyword arguments of `_init_weights`.
+    """
+
+    def __init__(
+        self, config: MambaConfig, initializer_cfg: dict[str, Any] | None = None, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        multiple = config.pad_vocab_size_multiple
+        rows = -(-config.vocab_size // multiple) * multiple
+        self.backbone = MixerModel(
+            d_model=config.d_model,
+            n_layer=config.n_layer,
+            d_intermediate=config.d_intermediate,
+            vocab_size=rows,
+            ssm_cfg=config.ssm_cfg,
+            attn_layer_idx=config.attn_layer_idx,
+            attn_cfg=config.attn_cfg,
+            rms_norm=config.rms_norm,
+            initializer_cfg=initializer_cfg,
+            fused_add_norm=config.fused_add_norm,
+            residual_in_fp32=config.residual_in_fp32,
+            device=device,
+            dtype=dtype,
+        )
+        self.lm_head = nn.Linear(config.d_model, rows, bias=False, device=device, dtype=dtype)
+        self.apply(partial(_init_weights, n_layer=config.n_layer, **(initializer_cfg or {})))
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """The head shares the embedding's weight where the config says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> dict[int, Any]:
+        """The zero states of every layer, {layer: (conv_state, ssm_state)}."""
+        return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+
+    def forward(
+        self, input_ids: Tensor, position_ids=None, inference_params=None, num_last_tokens: int = 0, **mixer_kwargs
+    ) -> Any:
+        """Logits (batch, length or num_last_tokens, padded vocabulary) in a named tuple.
+
+        position_ids mean nothing to a recurrence; generation passes them.
+        """
+        hidden = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
+        if num_last_tokens > 0:
+            hidden = hidden[:, -num_last_tokens:]
+        return CausalLMOutput(logits=self.lm_head(hidden))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name: str, device=None, dtype=None, **kwargs) -> MambaLMHeadModel:
+        """Load a published model: a folder, a .gguf file, or a name on the hub, in any format that anymamba reads.
+
+        A_log and D are float32 whatever the dtype is. kwargs go to the constructor.
+        Raises CheckpointError for a model that these classes cannot be (FalconMamba, say).
+        """
+        checkpoint = open_checkpoint(pretrained_model_name)
+        values = state_spaces.config_to_json(state_spaces.representable(checkpoint.config))
+        config = MambaConfig(**values)
+        tensors = {}
+        for name, tensor in checkpoint.tensors():
+            key = to_state_spaces(name)
+            target = torch.float32 if key.endswith(("A_log", ".D")) else dtype or torch.float32
+            tensors[key] = (tensor[:, None] if key.endswith("conv1d.weight") else tensor).to(target, copy=True)
+        model = cls(config, device="meta", dtype=dtype, **kwargs)
+        if config.tie_embeddings:
+            tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+        model.load_state_dict(tensors, assign=True)
+        model.tie_weights()
+        for layer in model.backbone.layers:
+            layer.mixer.mark_parameters()
+        return model if device is None else model.to(device)
+
+    def save_pretrained(self, save_directory: str) -> None:
+        """Write pytorch_model.bin and config.json."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), folder / "pytorch_model.bin")
+        text = json.dumps(dataclasses.asdict(self.config), indent=4)
+        (folder / "config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,189 @@
+"""Norms fused with the addition of the residual, as `mamba_ssm` offers them; plain torch here, on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, optionally of x + residual and with dropout of x."""
+
+    bias: None
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.drop = nn.Dropout(dropout_p) if dropout_p > 0 else None
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
+    ) -> Any:
+        """out, or (out, x + residual) with prenorm."""
+        return rms_norm_fn(
+            x,
+            self.weight,
+            None,
+            residual=residual,
+            eps=self.eps,
+            dropout_p=self.drop.p if self.drop is not None and self.training else 0.0,
+            prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32,
+        )
+
+
+def layer_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    return_dropout_mask: bool = False,
+) -> Any:
+    """norm(dropout(x rowscale) + dropout(x1) + residual), one or two norms of the same sum.
+
+    Args:
+        x, residual, x1: (..., hidden_size).
+        weight, bias, weight1, bias1: (hidden_size,) of the first and the second norm.
+        eps: of both.
+        dropout_p: of x and x1.
+        rowscale: (...), factors of the rows of x.
+        prenorm: return the sum, too, in float32 with residual_in_fp32 or in the residual's dtype.
+        is_rms_norm: RMS instead of layer norm.
+        return_dropout_mask: return the masks of x and x1 (None without dropout), too.
+    Returns out, then the second norm's where there is one, then the sum, then the masks; alone if it is only one.
+    """
+    if rowscale is not None:
+        x = x * rowscale.unsqueeze(-1).to(x.dtype)
+    x, mask = _dropout(x, dropout_p)
+    x1, mask1 = (None, None) if x1 is None else _dropout(x1, dropout_p)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(wide)
+    for other in (x1, residual):
+        total = total if other is None else total + other.to(wide)
+    results: list[Any] = [_norm(total, weight, bias, eps, is_rms_norm).to(x.dtype)]
+    if weight1 is not None:
+        results.append(_norm(total, weight1, bias1, eps, is_rms_norm).to(x.dtype))
+    if prenorm:
+        narrow = residual.dtype if residual is not None else x.dtype
+        results.append(total.to(wide if residual_in_fp32 else narrow))
+    if return_dropout_mask:
+        results += [mask, mask1]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def rms_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Any:
+    """`layer_norm_fn` with the RMS norm."""
+    return layer_norm_fn(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True,
+        return_dropout_mask,
+    )  # fmt: skip
+
+
+def layer_norm_linear_fn(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> Any:
+    """linear(norm(x + residual)), and the sum with prenorm."""
+    normed = layer_norm_fn(
+        x,
+        norm_weight,
+        norm_bias,
+        residual=residual,
+        eps=eps,
+        prenorm=prenorm,
+        residual_in_fp32=residual_in_fp32,
+        is_rms_norm=is_rms_norm,
+    )
+    hidden = normed[0] if prenorm else normed
+    bias = None if linear_bias is None else linear_bias.to(linear_weight.dtype)
+    out = F.linear(hidden.to(linear_weight.dtype), linear_weight, bias)
+    return (out, normed[1]) if prenorm else out
+
+
+def layer_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+) -> Any:
+    """`layer_norm_fn` without the options of its kernels."""
+    return layer_norm_fn(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm)
+
+
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+) -> Any:
+    """`rms_norm_fn` without the options of its kernels."""
+    return rms_norm_fn(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm)
+
+
+def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    if p <= 0:
+        return x, None
+    mask = torch.rand(x.shape, device=x.device) >= p
+    return x * mask.to(x.dtype) / (1 - p), mask
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    shape, weight = weight.shape, weight.to(x.dtype)
+    if not rms:
+        return F.layer_norm(x, shape, weight, None if bias is None else bias.to(x.dtype), eps)
+    y = F.rms_norm(x, shape, weight, eps)
+    return y if bias is None else y + bias.to(x.dtype)

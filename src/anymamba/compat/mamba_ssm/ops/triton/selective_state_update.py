@@ -1,0 +1,84 @@
+"""`selective_state_update` of `mamba_ssm` 2.3: one token, the state changed in place."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from anymamba.ops.selective_scan import selective_scan_step
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Int[Tensor, " batch"] | None = None,
+) -> Tensor:
+    """One token of the selective scan.
+
+    Args:
+        state: (batch, dim, dstate) or (batch, nheads, dim, dstate), of any dtype, changed in place; the arithmetic is
+            in float32 and the output is that of the state before it is rounded.
+        x, dt, z: (batch, dim) or (batch, nheads, dim).
+        A: (dim, dstate) or (nheads, dim, dstate).
+        B, C: (batch, dstate) or (batch, ngroups, dstate).
+        D, dt_bias: (dim,) or (nheads, dim).
+        state_batch_indices: (batch,) the row of `state` for each row of x; negative is padding: its output is 0 and no
+            state changes.
+    Returns out, like x. Raises ValueError for shapes.
+    Source: the interface of mamba-ssm 2.3.2.
+    """
+    if state.ndim not in (3, 4):
+        raise ValueError(f"state must be (batch, [nheads,] dim, dstate), got {tuple(state.shape)}")
+    rows, valid = state, None
+    if state_batch_indices is not None:
+        valid = state_batch_indices >= 0
+        rows = state[state_batch_indices.clamp_min(0).long()]
+    flat = rows.flatten(1, -2)  # heads are channels; the groups of B and C divide them in order
+    y, new = selective_scan_step(
+        flat.to(torch.promote_types(flat.dtype, torch.float32)),
+        x.flatten(1),
+        dt.flatten(1),
+        A.flatten(0, -2),
+        _grouped(B),
+        _grouped(C),
+        None if D is None else D.flatten(),
+        None if z is None else z.flatten(1),
+        None if dt_bias is None else dt_bias.flatten(),
+        delta_softplus=dt_softplus,
+    )
+    out, new = y.view(x.shape), new.view(rows.shape)
+    if valid is None or state_batch_indices is None:
+        state.copy_(new)
+        return out
+    state[state_batch_indices[valid].long()] = new[valid].to(state.dtype)
+    return out.masked_fill(~valid.view(-1, *[1] * (x.ndim - 1)), 0)
+
+
+def selective_state_update_ref(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """`selective_state_update` without state_batch_indices."""
+    return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def _grouped(M: Tensor) -> Tensor:
+    """(batch, dstate) as one group."""
+    return M[:, None] if M.ndim == 2 else M
