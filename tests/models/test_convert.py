@@ -121,6 +121,24 @@ def test_what_is_there_is_not_overwritten(tmp_path, moved):
     assert (tmp_path / "x.gguf").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, moved, to):
+    """Here on a full disk, in the middle of the tensors."""
+    moved(PLAIN).save_pretrained(tmp_path / "a")
+
+    def full(done: int, total: int) -> None:
+        if done > total / 2:
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "b").mkdir()
+    for out in ("b", "c", *(("d.gguf",) if to == "gguf" else ())):
+        with pytest.raises(OSError, match="No space left"):
+            convert(tmp_path / "a", tmp_path / out, to, progress=full)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"] and not list((tmp_path / "b").iterdir())
+    convert(tmp_path / "a", tmp_path / "b", to)
+    assert load_pretrained(tmp_path / "b").config == PLAIN
+
+
 def test_misuse(tmp_path, moved):
     moved(PLAIN).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="unknown format 'onnx'; there are hf, state-spaces, gguf, anymamba"):
@@ -240,6 +258,16 @@ def test_a_name_that_is_not_in_the_cache(cached, name, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"no model folder {name} here, and none from the hub: ") as caught:
         LanguageModel.from_pretrained(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_repository_of_gguf_files_only(cached, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "hub" / "models--owner--tiny" / "snapshots" / cached).glob("*"):
+        if path.suffix != ".gguf":
+            path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a GGUF file is named owner/tiny/NAME\.gguf"):
+        LanguageModel.from_pretrained("owner/tiny")
+    assert LanguageModel.from_pretrained("owner/tiny/tiny.gguf").config == PLAIN
 
 
 def test_a_folder_wins_over_the_hub(cached, moved, tmp_path, monkeypatch):

@@ -278,7 +278,18 @@ def disguised_pickle(folder: Path) -> None:
 
 
 EMBEDDING = "backbone.embeddings.weight"
+
+
+def claim(length: int, shape: list[int], end: int):
+    """A safetensors header that claims its own length, and a tensor of a shape and an end."""
+    header = json.dumps({EMBEDDING: {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+    return lambda f: (f / "model.safetensors").write_bytes((length or len(header)).to_bytes(8, "little") + header)
+
+
 BROKEN = {
+    "header of terabytes": (claim(2**42, [32, 16], 2048), "is truncated or not a safetensors file"),
+    "tensor of terabytes": (claim(0, [2**20, 2**20], 2**42), "is truncated or not a safetensors file"),
+    "shape of terabytes": (claim(0, [2**20, 2**20], 0), "is truncated or not a safetensors file"),
     "truncated": (truncate, r"model\.safetensors is truncated or not a safetensors file"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is truncated or not a safetensors file"),
     "pickle in disguise": (disguised_pickle, "is truncated or not a safetensors file"),

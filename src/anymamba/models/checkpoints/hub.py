@@ -42,5 +42,7 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
         allowed = [*SMALL_FILES, pattern]
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=allowed))
         if any(folder.glob(pattern)):
-            break
-    return folder
+            return folder
+    raise FileNotFoundError(
+        f"{repository} has neither {' nor '.join(WEIGHTS)}; a GGUF file is named {repository}/NAME.gguf"
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -157,22 +159,39 @@ def convert(
         specification = read_json(Path(tokenizer))
     elif not without_tokenizer:
         specification = checkpoint.tokenizer()
-    write(
-        checkpoint,
-        out,
-        to,
-        dtype=dtype,
-        token_ids=checkpoint.token_ids,
-        tokenizer=specification,
-        shard_bytes=shard_bytes,
-        progress=progress,
-    )
-    if specification is not None and out.is_dir():
-        text = json.dumps(specification, ensure_ascii=False, indent=2)
-        (out / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-        for name in BESIDE if tokenizer is None and checkpoint.path.is_dir() else ():
-            if (checkpoint.path / name).is_file():
-                shutil.copyfile(checkpoint.path / name, out / name)
+    with _complete_or_absent(out) as new:
+        write(
+            checkpoint,
+            new,
+            to,
+            dtype=dtype,
+            token_ids=checkpoint.token_ids,
+            tokenizer=specification if to == "gguf" else None,
+            shard_bytes=shard_bytes,
+            progress=progress,
+        )
+        if specification is not None and new.is_dir():
+            text = json.dumps(specification, ensure_ascii=False, indent=2)
+            (new / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+            for name in BESIDE if tokenizer is None and checkpoint.path.is_dir() else ():
+                if (checkpoint.path / name).is_file():
+                    shutil.copyfile(checkpoint.path / name, new / name)
+
+
+@contextmanager
+def _complete_or_absent(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well, else goes; a .gguf file as it is."""
+    if out.suffix == ".gguf":
+        yield out
+        return
+    new = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        yield new
+        if out.exists():
+            out.rmdir()
+        os.replace(new, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write(
