@@ -151,7 +151,19 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
         """The normed output of the last block, and the state."""
         _require_ids(input_ids, 2, "(batch, length)")
-        residual = self._residual(self.embedding(input_ids))
+        embedded = self.embedding(input_ids)
+        return self.hidden_of_embedded(embedded, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+
+    def hidden_of_embedded(
+        self,
+        embedded: Float[Tensor, "batch length d_model"],
+        state: LanguageModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
+        """`hidden` for vectors that stand in place of the tokens' embeddings."""
+        residual = self._residual(embedded)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         states = []
         for i, block in enumerate(self.blocks):
@@ -184,7 +196,7 @@ class LanguageModel(nn.Module):
             if num_last_logits < 0:
                 raise ValueError(f"num_last_logits must be at least 0, got {num_last_logits}")
             x = x[:, max(0, x.shape[1] - num_last_logits) :]
-        return LanguageModelOutput(self._logits(x), state)
+        return LanguageModelOutput(self.logits(x), state)
 
     def step(self, token_ids: Int[Tensor, " batch"], state: LanguageModelState) -> LanguageModelOutput:
         """One token per row: logits (batch, padded_vocab) and the new state, in constant time."""
@@ -194,7 +206,7 @@ class LanguageModel(nn.Module):
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             residual, new = block.step(residual, layer_state)
             states.append(new)
-        return LanguageModelOutput(self._logits(self.norm(residual)), LanguageModelState(tuple(states)))
+        return LanguageModelOutput(self.logits(self.norm(residual)), LanguageModelState(tuple(states)))
 
     def loss(
         self,
@@ -230,11 +242,12 @@ class LanguageModel(nn.Module):
         wide = torch.promote_types(embedded.dtype, torch.float32)
         return embedded.to(wide) if self.config.residual_in_fp32 else embedded
 
-    def _logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
+    def logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
+        """The head, on what `hidden` returns."""
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     def _cross_entropy(self, x: Float[Tensor, "tokens d_model"], labels: Int[Tensor, " tokens"]) -> Tensor:
-        logits = self._logits(x)
+        logits = self.logits(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), labels, ignore_index=-100, reduction="sum")
 

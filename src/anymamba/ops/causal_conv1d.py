@@ -88,8 +88,9 @@ def causal_conv1d_step(
     _check(x[:, None], weight, bias, activation, state, None)
     name = dispatch.resolve(OP, x.device.type, backend)
     name = dispatch.of_step(name, state, x, weight, bias)
-    dispatch.calls[OP, name, "step"] += 1
-    return dispatch.kernel(OP, name).step(state, x, weight, bias, activation == "silu")
+    dispatch.count_step(OP, name)
+    y, last_state = dispatch.kernel(OP, name).step(state, x, weight, bias, activation == "silu")
+    return y, last_state.contiguous()  # as it came: a compiled step guards on strides
 
 
 def _check(

@@ -94,6 +94,12 @@ def of_step(backend: str, *tensors: Tensor | None) -> str:
     return "portable" if opaque else backend
 
 
+def count_step(op: str, backend: str) -> None:
+    """Count a step, unless it is traced: compiled code would guard on the number and be compiled anew each time."""
+    if not torch.compiler.is_compiling():
+        calls[op, backend, "step"] += 1
+
+
 def kernel(op: str, backend: str) -> ModuleType:
     """The module of a backend that `resolve` has named."""
     return KERNELS[op][backend]

@@ -131,7 +131,7 @@ def selective_scan_step(
     _check(u_long, delta_long, A, B_long, C_long, D, z_long, delta_bias, b_discretization, None, None)
     name = dispatch.resolve(OP, u.device.type, backend, is_complex=A.is_complex())
     name = dispatch.of_step(name, state, u, delta, A, B, C, D, z, delta_bias)
-    dispatch.calls[OP, name, "step"] += 1
+    dispatch.count_step(OP, name)
     with torch.autocast(u.device.type, enabled=False):
         return dispatch.kernel(OP, name).step(
             state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization

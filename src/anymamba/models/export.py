@@ -1,0 +1,95 @@
+"""A model outside Python: the one-token step as an ONNX file, and programs of `torch.export` as files.
+
+`torch.export.export` takes a model, with a dynamic batch and length, as it is; `torch.export.save` and `load` want this
+module imported, for the names of our outputs and of the scan.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree  # its error message says to register there
+
+from anymamba.layers.state import MambaState, map_state, state_tensors
+from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
+
+ONE_FILE = 2_000_000_000  # bytes; a message of protobuf, which an ONNX file is, cannot exceed 2 GiB
+
+
+def state_names(state: Any, prefix: str = "state") -> Iterator[str]:
+    """A name for each tensor of a state, in the order of `state_tensors`: "state.layers.0.conv" and so on."""
+    if isinstance(state, Tensor):
+        yield prefix
+        return
+    for name, entry in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
+        yield from state_names(entry, f"{prefix}.{name}")
+
+
+class _Step(nn.Module):
+    """`LanguageModel.step` on tensors alone; logits of the ids that exist."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+        self.template = model.init_state(1)
+        self.training = False  # here alone, so that the exporter is content and the model is as it was
+
+    def forward(self, token_ids: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        given = iter(state)
+        before: LanguageModelState = map_state(lambda _: next(given), self.template)
+        output = self.model.step(token_ids, before)
+        return output.logits[:, : self.model.config.vocab_size], *state_tensors(output.state)
+
+
+def export_step_onnx(model: LanguageModel, path: str | Path) -> None:
+    """Write an ONNX file that reads one token for each row and returns the logits of the next and the new state.
+
+    Inputs are `token_ids` (batch,) int64 and, for each layer i, `state.layers.i.conv` (batch, d_conv - 1, d_inner) and
+    `state.layers.i.ssm` (batch, d_inner, d_state), zeros before the first token. Outputs are `logits` (batch,
+    vocab_size) and the same names with `new_` in front. The batch may be of any size, everything is float32.
+
+    Args:
+        model: in float32, with a real A.
+        path: of the file; the weights of a model beyond 2 GB go into a second one beside it, path + ".data".
+    Raises ValueError for a model that ONNX cannot express, ImportError without onnx and onnxscript.
+    """
+    _require_expressible(model)
+    for name in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"exporting to ONNX needs {name}, which is not installed; pip install onnx onnxscript")
+    device = model.embedding.weight.device
+    state = model.init_state(2)
+    tokens = torch.zeros(2, dtype=torch.int64, device=device)
+    names = list(state_names(state))
+    batch = torch.export.Dim("batch", min=1)
+    tensors = tuple(state_tensors(state))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    with torch.no_grad():
+        torch.onnx.export(
+            _Step(model),
+            (tokens, *tensors),
+            str(path),
+            dynamo=True,
+            dynamic_shapes={"token_ids": {0: batch}, "state": tuple({0: batch} for _ in tensors)},
+            input_names=["token_ids", *names],
+            output_names=["logits", *(f"new_{name}" for name in names)],
+            external_data=size > ONE_FILE,
+            verbose=False,
+        )
+
+
+def _require_expressible(model: LanguageModel) -> None:
+    if model.config.mamba.is_complex:
+        raise ValueError('ONNX has no complex arithmetic, which A_init="s4d-lin" needs; this model cannot be exported')
+    dtype = model.embedding.weight.dtype
+    if dtype != torch.float32:
+        raise ValueError(f"the ONNX file is written in float32, got a model in {dtype}; use model.float()")
+
+
+for _type in (MambaState, LanguageModelState, LanguageModelOutput):
+    pytree._register_namedtuple(_type, serialized_type_name=f"{_type.__module__}.{_type.__qualname__}")
