@@ -18,11 +18,12 @@ VERBS = {
     "train": "train a language model on your files, fine-tune one, or resume a run",
     "generate": "continue prompts with a model",
     "eval": "measure a model on files: bits per byte, nats per token, perplexity",
+    "lm-eval": "run tasks of lm-eval (EleutherAI's evaluation harness) on a model",
     "convert": "write a checkpoint in another format: hf, state-spaces, gguf",
     "info": "versions, device, threads, and which backend of each operator runs here",
     "demo": "train on the standard library for about three minutes, then compare and generate",
 }
-MODULES = {verb: f"anymamba.cli.{'evaluate' if verb == 'eval' else verb}" for verb in VERBS}
+MODULES = {verb: f"anymamba.cli.{'evaluate' if verb == 'eval' else verb.replace('-', '_')}" for verb in VERBS}
 
 DONE, FAILED, MISUSE = 0, 1, 2
 MISUSED = (ValueError, TypeError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,26 +75,16 @@ def load_model(model: Path, runtime: Runtime) -> LanguageModel:
 def load_model_tokenizer(model: Path, given: Path | None, vocab_size: int) -> Tokenizer:
     """The tokenizer that a flag gives, else the model's own, else bytes for a model of bytes."""
     from anymamba.data.tokenizer import load_tokenizer
-    from anymamba.models.checkpoints import local_path, open_checkpoint
+    from anymamba.models.checkpoints import model_tokenizer
 
     if given is not None:
         return load_tokenizer(given)
-    path = local_path(model)
-    folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").exists():
-        return load_tokenizer(folder)
-    if path.suffix == ".gguf" or not (folder / "config.json").exists():
-        specification = open_checkpoint(path).tokenizer()
-        if specification is not None:
-            with tempfile.TemporaryDirectory() as own:  # its name is the tokenizer's
-                file = Path(own) / f"{path.stem}.json"
-                file.write_text(json.dumps(specification), encoding="utf-8")
-                return load_tokenizer(file)
-    if vocab_size not in (256, 257):
+    own = model_tokenizer(model)
+    if own is None and vocab_size not in (256, 257):
         raise FileNotFoundError(
             f"{model} has no tokenizer.json and a vocabulary of {vocab_size}; name one with --tokenizer PATH"
         )
-    return load_tokenizer(None)
+    return own or load_tokenizer(None)
 
 
 @contextmanager

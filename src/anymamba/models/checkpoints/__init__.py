@@ -3,6 +3,7 @@
 from anymamba.models.checkpoints.errors import CheckpointError
 from anymamba.models.checkpoints.hub import local_path
 from anymamba.models.checkpoints.reading import load_pretrained, open_checkpoint
+from anymamba.models.checkpoints.tokenizers import model_tokenizer
 from anymamba.models.checkpoints.writing import FORMATS, convert, save_pretrained
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "convert",
     "load_pretrained",
     "local_path",
+    "model_tokenizer",
     "open_checkpoint",
     "save_pretrained",
 ]

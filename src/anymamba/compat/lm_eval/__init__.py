@@ -1,0 +1,294 @@
+"""Our language models as the model type `anymamba` of lm-eval (EleutherAI's evaluation harness).
+
+Importing this registers it: `simple_evaluate(model="anymamba", model_args={"pretrained": "runs/x"}, ...)`. Scores are
+those of the type `hf` on the same weights, in batches of any size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anymamba.compat.lm_eval.loading import find_tokenizer, ids_before_texts, load_model, special_id
+from anymamba.compat.lm_eval.scoring import PASS_TOKENS, Row, batches, score
+from anymamba.data.tokenizer import Tokenizer
+from anymamba.generation.generate import generate
+from anymamba.generation.sampling import SamplingConfig
+from anymamba.layers.state import state_bytes
+from anymamba.models.language_model import LanguageModel
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(f'lm-eval is needed here ({error}); pip install "anymamba[lm-eval]"') from error
+
+STATE_BYTES = 1 << 28
+"""States held at once, about, where the batch size is "auto"."""
+GENERATED_ROWS = 64
+"""Prompts continued at once, at most, where the batch size is "auto"."""
+HARNESS_DEVICE = "cuda:0"
+"""What lm-eval's command line asks for unless told otherwise, on machines without a GPU, too."""
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
+"""Generation options that are handed on as they are."""
+
+eval_logger = logging.getLogger("lm_eval.models.anymamba")  # below theirs, whose handler and level it shares
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""What lm-eval asks for: the texts (None for a window of a longer text), the context's and the continuation's ids."""
+
+
+@register_model("anymamba")
+class AnymambaLM(TemplateLM):
+    """A `LanguageModel` that lm-eval can ask.
+
+    Args:
+        pretrained: a model folder, a .gguf file, a name on the Hugging Face hub, or a LanguageModel, which stays where
+            and as it is.
+        tokenizer: a tokenizer.json, a folder that holds one, or a Tokenizer; absent means the model's own.
+        dtype: of the weights: "float32", "bfloat16", "float16", "float64" or "auto", that of the file; absent means
+            float32.
+        device: cpu, cuda, cuda:1, mps, ...; absent means a GPU if there is one.
+        batch_size: requests in one pass at most; "auto": what fits. Results do not depend on it.
+        max_batch_size: bounds "auto".
+        max_length: tokens that the model sees at most, as in `hf`: longer contexts lose their beginning, longer texts
+            are cut into windows. The model itself has no such limit.
+        max_gen_toks: tokens to generate unless a task says otherwise.
+        add_bos_token: begin every text with the beginning-of-text id, or with nothing; absent means as tokenizer.json
+            does.
+        prefix_token_id: stands for an empty context; absent means the beginning-of-text id, else the end-of-text id.
+        revision: of a repository on the hub.
+    Raises ValueError for options out of range, FileNotFoundError and CheckpointError as `from_pretrained` does.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | LanguageModel,
+        tokenizer: str | Path | Tokenizer | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        batch_size: int | str = "auto",
+        max_batch_size: int | None = None,
+        max_length: int = 2048,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size if batch_size == "auto" else _at_least_one("batch_size", batch_size)
+        self.max_batch_size = None if max_batch_size is None else _at_least_one("max_batch_size", max_batch_size)
+        self.max_length = _at_least_one("max_length", max_length)
+        self.max_gen_toks = _at_least_one("max_gen_toks", max_gen_toks)
+        self.model = load_model(pretrained, dtype, device, revision).eval()
+        self._device = self.model.embedding.weight.device
+        self.tokenizer: Any = find_tokenizer(tokenizer, pretrained, revision, self.model.config.vocab_size)
+        self._eos_id = special_id(self.tokenizer, "eos_token", self.tokenizer.eos_id)
+        bos_id = special_id(self.tokenizer, "bos_token", self._eos_id)
+        self._prefix_id = bos_id if prefix_token_id is None else prefix_token_id
+        if add_bos_token is None:
+            self._before_texts = ids_before_texts(self.tokenizer)
+        else:
+            self._before_texts = [_required(bos_id, self.tokenizer)] if add_bos_token else []
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> AnymambaLM:
+        """From `--model_args` and from what lm-eval adds (batch_size, max_batch_size, device); the former win."""
+        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if added.get("device") == HARNESS_DEVICE and not torch.cuda.is_available():
+            del added["device"]
+        return cls(**{**added, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> AnymambaLM:
+        """The same from `name=value,name=value`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    # --------------------------------------------------------------------------------------------- tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text. Raises ValueError where the tokenizer has none."""
+        return _required(self._eos_id, self.tokenizer)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that stands for an empty context. Raises ValueError where there is none."""
+        return _required(self._prefix_id, self.tokenizer)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the mapping from text to ids, for caches."""
+        return f"{self.tokenizer.name}-{self.tokenizer.fingerprint[:16]}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        """The ids of a text, behind what texts begin with, if anything: unless it is there, or False is given."""
+        ids = self.tokenizer.encode(string)
+        before = [] if add_special_tokens is False else self._before_texts
+        return ids if ids[: len(before)] == before else before + ids
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Raises ValueError: lm-eval asks for it only where one is to be applied."""
+        raise ValueError("the model type anymamba has no chat templates; leave --apply_chat_template out")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes beside the results."""
+        weight = self.model.embedding.weight
+        return {"model_num_parameters": self.model.n_parameters(), "model_dtype": str(weight.dtype)}
+
+    # --------------------------------------------------------------------------------------------- likelihoods
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts in nats, in windows of max_length tokens; each token is predicted once."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for number, (log_probability, _) in zip(owners, answers, strict=True):
+            totals[number] += log_probability
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """For each request the continuation's log-probability in nats, and whether greedy decoding gives it."""
+        rows = [self._cut(number, *request) for number, request in enumerate(requests)]
+        n_cut = sum(len(row.context) < len(request[1]) for row, request in zip(rows, requests, strict=True))
+        if n_cut:
+            eval_logger.warning(
+                f"{n_cut} of {len(rows)} contexts lose their beginning: with the continuation they exceed max_length="
+                f"{self.max_length}; the model has no such limit, --model_args max_length=N raises it"
+            )
+        answers: list[tuple[float, bool]] = []
+        with tqdm(total=len(rows), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+            for batch in batches(rows, self._most_rows):
+                for answer in score(self.model, batch):
+                    texts = requests[len(answers)][0]
+                    answers.append(answer)
+                    if texts is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts, answer)
+                bar.update(len(batch))
+        return answers
+
+    def _cut(self, number: int, texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Row:
+        """A request of which the model sees at most max_length tokens; what is too much is cut off on the left."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise ValueError(
+                f"continuation {'' if texts is None else repr(texts[1][:40])} of request {number} must have 1 to "
+                f"max_length={self.max_length} tokens, got {len(continuation)}; --model_args max_length=N raises that"
+            )
+        return Row(context[-(self.max_length + 1 - len(continuation)) :], continuation)
+
+    @property
+    def _most_rows(self) -> int:
+        """Rows of one pass."""
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        fit = max(1, STATE_BYTES // max(1, state_bytes(self.model.init_state(1))))
+        return min(fit, self.max_batch_size or fit)
+
+    # --------------------------------------------------------------------------------------------- generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context up to a stop string, the end-of-text id or max_gen_toks tokens.
+
+        Greedy unless a temperature above 0 is asked for; what a request draws then depends on torch's seed (`--seed`)
+        and on its number, not on its batch. Raises ValueError for generation options that are not known.
+        """
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        order = Collator(
+            [(number, request.args[1]) for number, request in enumerate(requests)],
+            sort_fn=lambda item: -len(prompts[item[0]]),
+            group_fn=lambda item: item[1],
+            group_by="gen_kwargs",
+        )
+        rows = self._most_rows if self.batch_size != "auto" else min(self._most_rows, GENERATED_ROWS)
+        texts: list[str] = []
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+            for batch in order.get_batched(n=rows):
+                numbers = [number for number, _ in batch]
+                new = self._continue([prompts[number] for number in numbers], numbers, batch[0][1])
+                for number, text in zip(numbers, new, strict=True):
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                texts += new
+                bar.update(len(batch))
+        return order.get_original(texts)
+
+    def _continue(self, prompts: list[list[int]], numbers: list[int], gen_kwargs: dict[str, Any]) -> list[str]:
+        """The texts after prompts that share their options."""
+        n_tokens, stop, sampling = generation_options(gen_kwargs, self.max_gen_toks)
+        room = self.max_length - n_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks must be below max_length={self.max_length}, got {n_tokens}; --model_args max_length=N "
+                "raises that"
+            )
+        output = generate(
+            self.model,
+            [prompt[-room:] for prompt in prompts],
+            self.tokenizer,
+            max_new_tokens=n_tokens,
+            sampling=sampling,
+            eos_id=self._eos_id,
+            stop=stop,
+            seed=[(torch.initial_seed() + number) % (1 << 64) for number in numbers],
+            prefill_chunk=max(1, PASS_TOKENS // len(prompts)),
+        )
+        assert output.texts is not None, "there is a tokenizer"
+        return output.texts
+
+
+def generation_options(gen_kwargs: dict[str, Any], max_gen_toks: int) -> tuple[int, list[str], SamplingConfig]:
+    """Tokens to generate at most, stop strings and sampling, from the generation_kwargs of a task.
+
+    Raises ValueError, naming it, for an option that there is not.
+    """
+    options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
+    stop = handle_stop_sequences(options.pop("until"), eos=None)
+    n_tokens, do_sample = options.pop("max_gen_toks"), options.pop("do_sample")
+    temperature = float(options.pop("temperature", 0.0))
+    if do_sample and temperature == 0:
+        raise ValueError("do_sample=True needs a temperature above 0; give one, or leave do_sample out to be greedy")
+    sampling = {name: options.pop(name) for name in SAMPLING if name in options}
+    if sampling.get("top_k") == 0:  # how transformers says that there is no such filter
+        del sampling["top_k"]
+    if options.get("num_beams") == 1:  # how tasks say that there are no beams
+        del options["num_beams"]
+    if options:
+        known = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *SAMPLING))
+        raise ValueError(f"unknown generation options {', '.join(options)}; anymamba has {known}")
+    return n_tokens, stop, SamplingConfig(temperature=temperature, **sampling)
+
+
+def _at_least_one(name: str, value: int | str) -> int:
+    """A count; lm-eval's command line gives batch_size as a string."""
+    if not str(value).isdecimal() or int(value) < 1:
+        other = ' or "auto"' if name == "batch_size" else ""
+        raise ValueError(f"{name} must be an integer of at least 1{other}, got {value!r}")
+    return int(value)
+
+
+def _required(token: int | None, tokenizer: Tokenizer) -> int:
+    if token is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has no token that texts begin or end with; give the id of one, "
+            f"prefix_token_id=N"
+        )
+    return token

@@ -1,0 +1,181 @@
+"""Log-probabilities of continuations, packed: no padding, a context that neighbours share read once, memory bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anymamba.layers.state import select_rows
+from anymamba.models.language_model import LOSS_CHUNK_ELEMENTS, LanguageModel, LanguageModelState
+
+PASS_TOKENS = 4096
+"""Tokens of contexts, and of continuations, that are run at once; results do not depend on it."""
+
+
+class Row(NamedTuple):
+    """Wanted is log p(continuation | context); neither is empty."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+class Wanted(NamedTuple):
+    """A token of a continuation."""
+
+    owner: int
+    """The row that it belongs to."""
+    sequence: int
+    """The one of the packed sequences that predicts it,"""
+    position: int
+    """and where in it."""
+    token: int
+
+
+class Scores(NamedTuple):
+    """Of single tokens."""
+
+    log_probabilities: NDArray[np.float64]
+    """In nats."""
+    greedy: NDArray[np.bool_]
+    """Whether the token is the likeliest one."""
+
+
+def batches(rows: Sequence[Row], most_rows: int) -> Iterator[list[Row]]:
+    """Cut rows into runs of neighbours for `score`.
+
+    A run has most_rows at most, contexts of PASS_TOKENS together, where one that neighbours share counts once, and as
+    many tokens of continuations; a row that is longer still has a run of its own.
+    """
+    batch: list[Row] = []
+    n_context = n_continuation = 0
+    for row in rows:
+        new = 0 if batch and batch[-1].context == row.context else len(row.context)
+        too_long = (new and n_context + new > PASS_TOKENS) or n_continuation + len(row.continuation) > PASS_TOKENS
+        if batch and (too_long or len(batch) == most_rows):
+            yield batch
+            batch, n_context, n_continuation, new = [], 0, 0, len(row.context)
+        batch.append(row)
+        n_context += new
+        n_continuation += len(row.continuation)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def score(model: LanguageModel, rows: list[Row]) -> list[tuple[float, bool]]:
+    """For each row the continuation's log-probability in nats, and whether greedy decoding gives it.
+
+    A context that one row has is read with its continuation. One that neighbours share is read once: it predicts the
+    first token of each continuation, and what follows starts from copies of its state.
+
+    Raises ValueError for ids outside the vocabulary, RuntimeError when a log-probability is not a number.
+    """
+    trunks: list[list[int]] = []
+    branches: list[list[int]] = []
+    origins: list[int] = []  # the trunk of each branch
+    in_trunks: list[Wanted] = []
+    in_branches: list[Wanted] = []
+    for context, group in groupby(enumerate(rows), key=lambda item: item[1].context):
+        members = list(group)
+        whole = members[0][1].continuation if len(members) == 1 else []
+        for owner, (_, continuation) in members:
+            in_trunk = continuation[: max(1, len(whole))]
+            in_trunks += _wanted(owner, len(trunks), len(context) - 1, in_trunk)
+            if len(continuation) > len(in_trunk):
+                in_branches += _wanted(owner, len(branches), 0, continuation[1:])
+                branches.append(continuation[:-1])
+                origins.append(len(trunks))
+        trunks.append(context + whole[:-1])
+    scores, state = _read(model, trunks, in_trunks)
+    parts = [scores]
+    if branches:
+        forks = select_rows(state, torch.tensor(origins, device=_device(model)))
+        parts.append(_read(model, branches, in_branches, forks)[0])
+    return _sums(len(rows), in_trunks + in_branches, _join(parts))
+
+
+def _wanted(owner: int, sequence: int, start: int, tokens: list[int]) -> list[Wanted]:
+    """Tokens that the positions of a sequence from start on predict."""
+    return [Wanted(owner, sequence, start + i, token) for i, token in enumerate(tokens)]
+
+
+def _read(
+    model: LanguageModel, sequences: list[list[int]], wanted: list[Wanted], state: LanguageModelState | None = None
+) -> tuple[Scores, LanguageModelState]:
+    """Run sequences packed along one row, each from its state; the scores of what is wanted, and the states after."""
+    if len(sequences) == 1 and len(sequences[0]) > PASS_TOKENS:
+        return _read_in_pieces(model, sequences[0], wanted, state)
+    device = _device(model)
+    borders = np.cumsum([0, *map(len, sequences)])
+    places = torch.tensor([int(borders[w.sequence]) + w.position for w in wanted], dtype=torch.int64, device=device)
+    tokens = torch.tensor([w.token for w in wanted], dtype=torch.int64, device=device)
+    ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)
+    _check(model, ids)
+    _check(model, tokens)
+    packing = None if len(sequences) == 1 else torch.tensor(borders, dtype=torch.int32, device=device)
+    x, state = model.hidden(ids[None], state, cu_seqlens=packing)
+    return _scores(model, x[0, places], tokens), state
+
+
+def _read_in_pieces(
+    model: LanguageModel, sequence: list[int], wanted: list[Wanted], state: LanguageModelState | None
+) -> tuple[Scores, LanguageModelState]:
+    """`_read` of one long sequence, whose activations are held a piece at a time; wanted is in order of position."""
+    parts = []
+    for start in range(0, len(sequence), PASS_TOKENS):
+        stop = start + PASS_TOKENS
+        inside = [w._replace(position=w.position - start) for w in wanted if start <= w.position < stop]
+        scores, state = _read(model, [sequence[start:stop]], inside, state)
+        parts.append(scores)
+    assert state is not None, "a long sequence has pieces"
+    return _join(parts), state
+
+
+def _scores(model: LanguageModel, x: Float[Tensor, "n d_model"], tokens: Int[Tensor, " n"]) -> Scores:
+    """Log-probabilities over all columns of the checkpoint's vocabulary; a part of the logits is held at a time."""
+    size = max(1, LOSS_CHUNK_ELEMENTS // model.config.padded_vocab_size)
+    log_probabilities, greedy = [], []
+    for part, ids in zip(x.split(size), tokens.split(size), strict=True):
+        logits = model.logits(part)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        log_probabilities.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
+        greedy.append(logits.argmax(-1) == ids)
+    return Scores(torch.cat(log_probabilities).cpu().double().numpy(), torch.cat(greedy).cpu().numpy())
+
+
+def _join(parts: list[Scores]) -> Scores:
+    return Scores(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _sums(n_rows: int, wanted: list[Wanted], scores: Scores) -> list[tuple[float, bool]]:
+    """Scores of tokens, in the order of wanted, as scores of the rows that own them."""
+    if not np.isfinite(scores.log_probabilities).all():
+        raise RuntimeError(
+            "the model's log-probabilities are not finite; its weights are broken, or their dtype overflows (float32 "
+            "does not)"
+        )
+    owners = [w.owner for w in wanted]
+    sums, greedy = np.zeros(n_rows), np.ones(n_rows, bool)
+    np.add.at(sums, owners, scores.log_probabilities)
+    np.logical_and.at(greedy, owners, scores.greedy)
+    return list(zip(sums.tolist(), greedy.tolist(), strict=True))
+
+
+def _check(model: LanguageModel, ids: Int[Tensor, " n"]) -> None:
+    n_ids = model.config.padded_vocab_size
+    if ids.numel() and int(ids.max()) >= n_ids:
+        raise ValueError(
+            f"the tokenizer gives the id {int(ids.max())}, outside the model's vocabulary of {n_ids}; give the model's "
+            f"own with tokenizer=PATH"
+        )
+
+
+def _device(model: LanguageModel) -> torch.device:
+    return model.embedding.weight.device
