@@ -20,24 +20,9 @@ from anymamba.layers import init
 from anymamba.layers.conv import ShortConvolution
 from anymamba.layers.norm import RMSNorm, build_norm
 from anymamba.layers.padding import Alignment
+from anymamba.layers.parameters import WideParameters
 from anymamba.layers.state import MambaState
 from anymamba.ops.selective_scan import B_DISCRETIZATIONS, selective_scan, selective_scan_step
-
-
-class WideParameters(nn.Module):
-    """A module whose floating-point parameters are never narrower than float32, whatever `.to()` is called.
-
-    `.double()` widens them; a narrower dtype moves them to the device only. Gradients and buffers follow.
-    """
-
-    def _apply(self, fn, recurse: bool = True):
-        def keep_wide(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.is_floating_point() and torch.finfo(result.dtype).bits < 32:
-                return tensor.to(device=result.device, dtype=torch.float32)
-            return result
-
-        return super()._apply(keep_wide, recurse)
 
 
 class SSMParameters(WideParameters):
@@ -58,7 +43,7 @@ class SSMParameters(WideParameters):
         dtype=None,
     ) -> None:
         super().__init__()
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        wide = self.wide(dtype)
         self.A_init, self.dt_range = A_init, dt_range
         self.is_complex = A_init == "s4d-lin"
 

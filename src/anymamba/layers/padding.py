@@ -1,23 +1,60 @@
-"""Padded batches: rows whose real tokens are marked by a mask are brought to the left, so that padding only follows."""
+"""Padded and packed batches as rows of one kind: real tokens first, padding only after them.
+
+A layer that runs on such rows serves `attention_mask` (padding anywhere) and `cu_seqlens` (sequences packed along the
+length of one row) by the same code.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from anymamba.ops.checks import n_sequences, require_borders
 
-class Alignment:
+
+class Rows(ABC):
+    """Rows of real tokens followed by padding, made of a batch of another arrangement and brought back to it."""
+
+    mask: Bool[Tensor, "rows row_length"]
+    """True at the real tokens of the rows."""
+    lengths: Int[Tensor, " rows"]
+    """Real tokens in each row."""
+
+    @abstractmethod
+    def align(self, x: Float[Tensor, "batch length channels"]) -> Float[Tensor, "rows row_length channels"]:
+        """The rows, real tokens first; what stands at their padding is of no meaning."""
+
+    @abstractmethod
+    def restore(self, x: Float[Tensor, "rows row_length channels"]) -> Float[Tensor, "batch length channels"]:
+        """The inverse of `align`."""
+
+    def zero_padding(self, x: Float[Tensor, "rows row_length channels"]) -> Float[Tensor, "rows row_length channels"]:
+        """Rows with zeros at the padding."""
+        return x.masked_fill(~self.mask[..., None], 0)
+
+    def last(
+        self,
+        x: Float[Tensor, "rows row_length channels"],
+        before: Float[Tensor, "rows n_last channels"] | None,
+        n_last: int,
+    ) -> Float[Tensor, "rows n_last channels"]:
+        """The last n_last real tokens of each row, reaching into what came before the row (or zeros)."""
+        if before is None:
+            before = x.new_zeros(x.shape[0], n_last, x.shape[-1])
+        stream = torch.cat([before.to(x.dtype), x], 1)
+        index = self.lengths[:, None] + torch.arange(n_last, device=x.device)
+        return stream.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class Alignment(Rows):
     """Moves the real tokens of each row to its start, in order, and back.
 
     Args:
         attention_mask: (batch, length), true or nonzero where a token is real. Padding may lie anywhere.
     """
-
-    mask: Bool[Tensor, "batch length"]
-    """True at the real tokens of the aligned rows."""
-    lengths: Int[Tensor, " batch"]
-    """Real tokens in each row."""
 
     def __init__(self, attention_mask: Tensor, batch: int, length: int) -> None:
         if tuple(attention_mask.shape) != (batch, length):
@@ -38,19 +75,40 @@ class Alignment:
         """The inverse of `align`."""
         return x.gather(1, self._place[..., None].expand(-1, -1, x.shape[-1]))
 
-    def zero_padding(self, x: Float[Tensor, "batch length channels"]) -> Float[Tensor, "batch length channels"]:
-        """An aligned tensor with zeros at the padding."""
-        return x.masked_fill(~self.mask[..., None], 0)
 
-    def last(
-        self,
-        x: Float[Tensor, "batch length channels"],
-        before: Float[Tensor, "batch n_last channels"] | None,
-        n_last: int,
-    ) -> Float[Tensor, "batch n_last channels"]:
-        """The last n_last real tokens of each aligned row, reaching into what came before the row (or zeros)."""
-        if before is None:
-            before = x.new_zeros(x.shape[0], n_last, x.shape[-1])
-        stream = torch.cat([before.to(x.dtype), x], 1)
-        index = self.lengths[:, None] + torch.arange(n_last, device=x.device)
-        return stream.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+class Packing(Rows):
+    """The sequences packed along one row as a row each, and back.
+
+    Args:
+        cu_seqlens: int32, (n + 1,): the borders, rising from 0 to length.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, batch: int, length: int) -> None:
+        n_sequences(batch, cu_seqlens)
+        require_borders(cu_seqlens, length)
+        borders = cu_seqlens.long()
+        self.lengths = borders[1:] - borders[:-1]
+        place = torch.arange(int(self.lengths.max()), device=borders.device)
+        self.mask = place < self.lengths[:, None]
+        self._source = (borders[:-1, None] + place).clamp(max=max(0, length - 1))
+        token = torch.arange(length, device=borders.device)
+        self._row = torch.searchsorted(borders[1:], token, right=True)
+        self._place = token - borders[self._row]
+
+    def align(self, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "rows row_length channels"]:
+        return x[0, self._source]
+
+    def restore(self, x: Float[Tensor, "rows row_length channels"]) -> Float[Tensor, "1 length channels"]:
+        return x[self._row, self._place][None]
+
+
+def as_rows(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Rows | None:
+    """How a batch (batch, length, ...) becomes rows of real tokens; None where it is that already.
+
+    Raises ValueError when both are given, or one does not fit the batch.
+    """
+    if attention_mask is not None and cu_seqlens is not None:
+        raise ValueError("give attention_mask or cu_seqlens, not both; packed sequences need no padding")
+    if attention_mask is not None:
+        return Alignment(attention_mask, *x.shape[:2])
+    return None if cu_seqlens is None else Packing(cu_seqlens, *x.shape[:2])

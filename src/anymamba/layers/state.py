@@ -1,7 +1,8 @@
 """State of recurrent layers: NamedTuples of tensors whose first dimension is the batch, and what one does with them.
 
 A state goes in and comes out of every layer; nothing is remembered on a module. Every function here works on any nest
-of (named) tuples of tensors, so that a model's state is handled like a layer's.
+of (named) tuples of tensors, so that a model's state is handled like a layer's. A state that grows with the sequence (a
+cache) keeps in a tensor of its own how much of it each row has filled, so that rows of any length can be joined.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -49,17 +51,38 @@ def select_rows(state: StateT, index: Int[Tensor, " rows"]) -> StateT:
     return map_state(lambda t: t.index_select(0, index), state)
 
 
+class NoState(NamedTuple):
+    """State of a layer that looks at one token at a time."""
+
+
 def concatenate_rows(states: Sequence[StateT]) -> StateT:
-    """Join states of the same model along the batch."""
+    """Join states of the same model along the batch; caches of different lengths are padded at their ends."""
     if not states:
         raise ValueError("concatenate_rows needs at least one state, got none")
-    return map_state(lambda *tensors: torch.cat(tensors), *states)
+    return map_state(lambda *tensors: torch.cat(_of_one_shape(tensors)), *states)
+
+
+def _of_one_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors with zeros at the ends of all dimensions but the first, up to the largest size."""
+    sizes = [max(dimension) for dimension in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    return [
+        t
+        if list(t.shape[1:]) == sizes
+        else F.pad(t, _padding([n - m for n, m in zip(sizes, t.shape[1:], strict=True)]))
+        for t in tensors
+    ]
+
+
+def _padding(missing: Sequence[int]) -> list[int]:
+    """What F.pad takes for so many missing entries at the end of each dimension but the first."""
+    return [n for size in reversed(missing) for n in (0, size)]
 
 
 def where_rows(mask: Bool[Tensor, " batch"], chosen: StateT, other: StateT) -> StateT:
     """Row by row: `chosen` where mask is true, `other` elsewhere."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
+        a, b = _of_one_shape([a, b])
         return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
 
     return map_state(pick, chosen, other)

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anymamba.layers.mamba import Mamba, SSMParameters
+from anymamba.layers.mamba import Mamba
 from anymamba.layers.norm import build_norm
+from anymamba.layers.parameters import WideParameters
 from anymamba.layers.state import MambaState
 from anymamba.models.config import ModelConfig
 
@@ -262,7 +263,7 @@ class LanguageModel(nn.Module):
         names = set()
         for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(prefix, recurse=False):
-                if isinstance(module, SSMParameters) or parameter.ndim < 2:
+                if isinstance(module, WideParameters) or parameter.ndim < 2:
                     names.add(name)
         return names
 

@@ -1,0 +1,33 @@
+"""Parameters that are kept in float32 or wider and that weight decay must not touch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class WideParameters(nn.Module):
+    """A module whose floating-point parameters are never narrower than float32, whatever `.to()` is called.
+
+    `.double()` widens them; a narrower dtype moves them to the device only. Gradients and buffers follow. Its
+    parameters are not weight-decayed.
+    """
+
+    def _apply(self, fn, recurse: bool = True):
+        def keep_wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.is_floating_point() and torch.finfo(result.dtype).bits < 32:
+                return tensor.to(device=result.device, dtype=torch.float32)
+            return result
+
+        return super()._apply(keep_wide, recurse)
+
+    @staticmethod
+    def wide(dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of these parameters in a layer whose weights have `dtype` (None: torch's default)."""
+        return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+
+
+class KernelParameters(WideParameters):
+    """Parameters of a time-invariant kernel (S4, S4D, Hyena's filter): optimised at a rate of their own, 1e-3 in the
+    papers, whatever the rate of the other weights is."""
