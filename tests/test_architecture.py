@@ -29,7 +29,7 @@ SHARED = {
     *("data.documents", "data.table", "data.tokenizer"),
     *("ops.dispatch", "ops.checks"),
     *("layers.state", "layers.init", "layers.norm", "layers.conv", "layers.padding"),
-    *("layers.sequence", "layers.parameters"),
+    *("layers.sequence", "layers.parameters", "layers.s6"),
     *("models.config", "models.language_model", "models.checkpoints"),
     *("generation.sampling", "generation.prompts", "generation.stops"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),

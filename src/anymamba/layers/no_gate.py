@@ -1,0 +1,61 @@
+"""A map of sequences without a gate: the S4 block with a linear mix in place of its GLU.
+
+    y = out_proj(gelu(inner(x)))
+
+The paper's "no gate" architecture (arXiv:2312.00752, table 1) does not say how it is wired; this is the block of S4
+(arXiv:2111.00396) less its multiplicative branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class NoGate(nn.Module):
+    """`inner`, GELU, and a linear mix of the channels.
+
+    Args:
+        d_model: width of the input and output.
+        inner: makes the map of sequences from its number of channels, d_model.
+        bias: of the mix.
+    """
+
+    def __init__(
+        self, d_model: int, inner: Callable[[int], nn.Module], bias: bool = True, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.inner: Any = inner(d_model)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, in the order of construction."""
+        self.inner.reset_parameters()
+        self.out_proj.reset_parameters()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> Any:
+        """The inner layer's."""
+        return self.inner.init_state(batch, dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length d_model"],
+        state: Any = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "batch length d_model"], Any]:
+        """Run over a sequence; arguments as in `SequenceLayer.forward`."""
+        y, state = self.inner(x, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        return self.out_proj(F.gelu(y)), state
+
+    def step(self, x: Float[Tensor, "batch d_model"], state: Any) -> tuple[Float[Tensor, "batch d_model"], Any]:
+        """One token."""
+        y, state = self.inner.step(x, state)
+        return self.out_proj(F.gelu(y)), state

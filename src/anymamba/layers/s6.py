@@ -1,0 +1,334 @@
+"""The selective state space model (S6): Δ, B and C come from the input, and a scan runs them.
+
+    [dt, B, C] = x_proj(u);   delta = softplus(dt_proj(dt) + delta_bias);   y = scan(u, delta, A, B, C, D)
+
+Source: Mamba (arXiv:2312.00752), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anymamba.layers import init
+from anymamba.layers.norm import RMSNorm
+from anymamba.layers.padding import Alignment
+from anymamba.layers.parameters import WideParameters
+from anymamba.ops.selective_scan import B_DISCRETIZATIONS, ScanOutput, selective_scan, selective_scan_step
+
+
+class SSMParameters(WideParameters):
+    """What discretisation needs: A, D, the step's bias, and B and C where they are constant.
+
+    A = -exp(A_log) + i A_imag. None of them is to be weight-decayed.
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int,
+        A_init: str,
+        constant_B: bool,
+        constant_C: bool,
+        dt_range: tuple[float, float, float],
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        wide = self.wide(dtype)
+        self.A_init, self.dt_range = A_init, dt_range
+        self.is_complex = A_init == "s4d-lin"
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=wide))
+
+        parts = (2,) if self.is_complex else ()  # real and imaginary parts are last
+        self.delta_bias = parameter(d_inner)
+        self.A_log = parameter(d_inner, d_state)
+        self.A_imag = parameter(d_inner, d_state) if self.is_complex else None
+        self.D = parameter(d_inner)
+        self.B = parameter(d_inner, d_state, *parts) if constant_B else None
+        self.C = parameter(d_inner, d_state, *parts) if constant_C else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """delta_bias, A, D as published; constant B is 1, constant C is (complex) standard normal, as in S4D."""
+        d_inner, d_state = self.A_log.shape
+        device = self.A_log.device
+        self.delta_bias.copy_(init.delta_bias(d_inner, *self.dt_range, device=device))
+        A_log, A_imag = init.initial_A(self.A_init, d_inner, d_state, device)
+        self.A_log.copy_(A_log)
+        if self.A_imag is not None and A_imag is not None:
+            self.A_imag.copy_(A_imag)
+        self.D.fill_(1)
+        if self.B is not None:
+            self.B.fill_(1)
+            if self.is_complex:
+                self.B[..., 1] = 0
+        if self.C is not None:
+            self.C.normal_(std=math.sqrt(0.5) if self.is_complex else 1.0)
+
+    def A(self) -> Tensor:
+        """(d_inner, d_state), real or complex."""
+        real = -torch.exp(self.A_log)
+        return real if self.A_imag is None else torch.complex(real, self.A_imag)
+
+    def constant(self, name: str) -> Tensor:
+        """Constant "B" or "C" as (d_inner, d_state)."""
+        matrix = getattr(self, name)
+        return torch.view_as_complex(matrix) if self.is_complex else matrix
+
+
+class SelectiveSSM(nn.Module):
+    """What `S6` and `Mamba` are made of; the parameters are direct members of either."""
+
+    def _build_selection(
+        self,
+        width: int,
+        *,
+        d_state: int,
+        dt_rank: int,
+        dt_range: tuple[float, float, float],
+        dt_init: str,
+        dt_scale: float,
+        b_discretization: str,
+        selective: tuple[bool, bool, bool],
+        A_init: str,
+        norms: tuple[bool, float] | None,
+        like: dict[str, Any],
+    ) -> None:
+        """Make the parameters.
+
+        Args:
+            dt_range: the initial step is log-uniform between the first two, at least the third.
+            selective: whether Δ, B and C depend on the input.
+            norms: RMS norms on dt, B and C: whether they have weights, and their epsilon.
+        """
+        require_sizes(d_state=d_state, dt_rank=dt_rank)
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f'dt_init must be "random" or "constant", got {dt_init!r}')
+        if b_discretization not in B_DISCRETIZATIONS:
+            raise ValueError(f'b_discretization must be "euler" or "zoh", got {b_discretization!r}')
+        self.d_state, self.dt_rank, self.dt_init, self.dt_scale = d_state, dt_rank, dt_init, dt_scale
+        self.b_discretization = b_discretization
+        self.selective_delta, self.selective_B, self.selective_C = selective
+        matrix_rows = 2 * d_state if A_init == "s4d-lin" else d_state
+        sizes = (dt_rank, matrix_rows, matrix_rows)
+        self.x_proj_rows = [size if chosen else 0 for size, chosen in zip(sizes, selective, strict=True)]
+        rows = sum(self.x_proj_rows)
+        self.x_proj = nn.Linear(width, rows, bias=False, **like) if rows else None
+        self.dt_proj = self._build_dt_proj(width, like) if self.selective_delta else None
+        self.ssm = SSMParameters(width, d_state, A_init, not self.selective_B, not self.selective_C, dt_range, **like)
+        self.dt_norm, self.B_norm, self.C_norm = (
+            RMSNorm(rows, norms[1], weight=norms[0], **like) if norms is not None and rows else None
+            for rows in self.x_proj_rows
+        )
+
+    def _build_dt_proj(self, width: int, like: dict[str, Any]) -> nn.Linear:
+        projection = nn.Linear(self.dt_rank, width, bias=True, **like)
+        projection.register_parameter(
+            "bias", None
+        )  # drawn, as the published module draws it, then dropped: it is ssm.delta_bias
+        self._init_dt_weight(projection)
+        return projection
+
+    @torch.no_grad()
+    def _init_dt_weight(self, projection: nn.Linear) -> None:
+        scale = self.dt_rank**-0.5 * self.dt_scale
+        if self.dt_init == "constant":
+            projection.weight.fill_(scale)
+        else:
+            projection.weight.uniform_(-scale, scale)
+
+    @torch.no_grad()
+    def _reset_selection(self) -> None:
+        """Draw every parameter anew, in the order of construction."""
+        if self.x_proj is not None:
+            self.x_proj.reset_parameters()
+        if self.dt_proj is not None:
+            self.dt_proj.reset_parameters()
+            bound = self.dt_rank**-0.5
+            torch.empty_like(self.ssm.delta_bias, dtype=self.dt_proj.weight.dtype).uniform_(-bound, bound)
+            self._init_dt_weight(self.dt_proj)
+        self.ssm.reset_parameters()
+        for norm in (self.dt_norm, self.B_norm, self.C_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def _init_ssm_state(self, batch: int) -> Float[Tensor, "batch width d_state"]:
+        A_log = self.ssm.A_log
+        dtype = A_log.dtype.to_complex() if self.ssm.is_complex else A_log.dtype
+        return torch.zeros(batch, *A_log.shape, device=A_log.device, dtype=dtype)
+
+    def _scan(
+        self,
+        u: Float[Tensor, "batch length width"],
+        z: Float[Tensor, "batch length width"] | None,
+        state: Tensor | None,
+        padding: Alignment | None,
+        cu_seqlens: Tensor | None,
+    ) -> ScanOutput:
+        """The scan over a sequence, gated by z where given; padding leaves the state as it is."""
+        delta, B, C = self._selection(u)
+        if padding is not None:  # softplus(-inf) = 0 freezes the state
+            delta = delta.masked_fill(~padding.mask[..., None], -math.inf)
+        return selective_scan(
+            u,
+            delta,
+            self.ssm.A(),
+            B,
+            C,
+            self.ssm.D,
+            z,
+            self.ssm.delta_bias,
+            delta_softplus=True,
+            b_discretization=self.b_discretization,
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def _scan_step(
+        self, u: Float[Tensor, "batch width"], z: Float[Tensor, "batch width"] | None, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`_scan` of one token: y and the new state."""
+        delta, B, C = self._selection(u)
+        return selective_scan_step(
+            state,
+            u,
+            delta,
+            self.ssm.A(),
+            B[:, None] if self.selective_B else B,
+            C[:, None] if self.selective_C else C,
+            self.ssm.D,
+            z,
+            self.ssm.delta_bias,
+            delta_softplus=True,
+            b_discretization=self.b_discretization,
+        )
+
+    def _selection(self, u: Float[Tensor, "... width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """delta before its bias and softplus, B and C: from the input where selective, else the parameters."""
+        projected = u.new_empty(*u.shape[:-1], 0) if self.x_proj is None else self.x_proj(u)
+        dt, B, C = projected.split(self.x_proj_rows, dim=-1)
+        if self.dt_norm is not None:
+            dt = self.dt_norm(dt)
+        delta = torch.zeros_like(u) if self.dt_proj is None else self.dt_proj(dt)
+        B = self._matrix(B, self.B_norm) if self.selective_B else self.ssm.constant("B")
+        C = self._matrix(C, self.C_norm) if self.selective_C else self.ssm.constant("C")
+        return delta, B, C
+
+    def _matrix(self, M: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Selective B or C (..., d_state) from its projected rows; a complex one has real and imaginary halves."""
+        if norm is not None:
+            M = norm(M)
+        if not self.ssm.is_complex:
+            return M
+        real, imaginary = M.to(torch.promote_types(M.dtype, torch.float32)).chunk(2, dim=-1)
+        return torch.complex(real, imaginary)
+
+
+class S6State(NamedTuple):
+    """State of an S6 layer."""
+
+    ssm: Float[Tensor, "batch width d_state"]
+    """h, in float32 or wider; complex for a complex A."""
+
+
+class S6(SelectiveSSM):
+    """The selective state space model alone: `width` channels in and out, no projections around it.
+
+    Args:
+        width: channels of the input and output.
+        d_state, dt_rank, dt_min, dt_max, dt_init_floor, dt_init, dt_scale, b_discretization, A_init, selective_delta,
+        selective_B, selective_C: as in `Mamba`; dt_rank None means ceil(width / 16).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        d_state: int = 16,
+        dt_rank: int | None = None,
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        b_discretization: str = "euler",
+        selective_delta: bool = True,
+        selective_B: bool = True,
+        selective_C: bool = True,
+        A_init: str = "s4d-real",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        require_sizes(width=width)
+        self.width = width
+        self._build_selection(
+            width,
+            d_state=d_state,
+            dt_rank=math.ceil(width / 16) if dt_rank is None else dt_rank,
+            dt_range=(dt_min, dt_max, dt_init_floor),
+            dt_init=dt_init,
+            dt_scale=dt_scale,
+            b_discretization=b_discretization,
+            selective=(selective_delta, selective_B, selective_C),
+            A_init=A_init,
+            norms=None,
+            like={"device": device, "dtype": dtype},
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, in the order of construction."""
+        self._reset_selection()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> S6State:
+        """Zeros; the state's dtype is that of A, whatever the activations' is."""
+        return S6State(self._init_ssm_state(batch))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length width"],
+        state: S6State | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "batch length width"], S6State]:
+        """Run over a sequence from a state; arguments as in `Mamba.forward`."""
+        padding = alignment(x, attention_mask, cu_seqlens)
+        before = None if state is None else state.ssm
+        if padding is None:
+            scan = self._scan(x, None, before, None, cu_seqlens)
+            return scan.y, S6State(scan.last_state)
+        scan = self._scan(padding.zero_padding(padding.align(x)), None, before, padding, None)
+        return padding.restore(scan.y), S6State(scan.last_state)
+
+    def step(self, x: Float[Tensor, "batch width"], state: S6State) -> tuple[Float[Tensor, "batch width"], S6State]:
+        """One token: `forward` at length one, in constant time."""
+        y, ssm = self._scan_step(x, None, state.ssm)
+        return y, S6State(ssm)
+
+
+def alignment(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Alignment | None:
+    """How padded rows are aligned; None without a mask. A scan takes packed sequences as they are.
+
+    Raises ValueError where both are given.
+    """
+    if attention_mask is None:
+        return None
+    if cu_seqlens is not None:
+        raise ValueError("give attention_mask or cu_seqlens, not both; packed sequences need no padding")
+    return Alignment(attention_mask, *x.shape[:2])
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise ValueError unless every size is at least 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
