@@ -29,11 +29,14 @@ SHARED = {
     *("data.documents", "data.table", "data.tokenizer"),
     *("ops.dispatch", "ops.checks"),
     *("layers.state", "layers.init", "layers.norm", "layers.conv", "layers.padding"),
-    *("layers.sequence", "layers.parameters", "layers.s6"),
-    *("models.config", "models.language_model", "models.checkpoints"),
+    *("layers.sequence", "layers.parameters", "layers.s6", "layers.rotary", "layers.cache", "layers.fft_conv"),
+    *("models.config", "models.options", "models.schema", "models.mixers"),
+    *("models.language_model", "models.checkpoints"),
     *("generation.sampling", "generation.prompts", "generation.stops"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *("training.interrupts", "training.steps", "training.tables"),
+    *("experiments.experiment", "experiments.results", "experiments.running", "experiments.charts"),
+    "experiments.optimizing",
     *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
 }
 

@@ -20,6 +20,7 @@ VERBS = {
     "eval": "measure a model on files: bits per byte, nats per token, perplexity",
     "lm-eval": "run tasks of lm-eval (EleutherAI's evaluation harness) on a model",
     "convert": "write a checkpoint in another format: hf, state-spaces, gguf",
+    "experiment": "run one of the paper's experiments: results, charts and a report",
     "info": "versions, device, threads, and which backend of each operator runs here",
     "demo": "train on the standard library for about three minutes, then compare and generate",
 }

@@ -1,0 +1,77 @@
+"""`anymamba experiment`: runs one of the paper's experiments and writes its results, charts and report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from anymamba.cli.flags import read_flags
+from anymamba.cli.output import print_json, progress_bar, say
+
+
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """Run an experiment: selective-copying, induction-heads, associative-recall, selection-ablation, speed.
+
+    Results are written after every arm. The same command goes on after an interruption and measures only what is
+    missing.
+    """
+
+    name: tyro.conf.Positional[str]
+    """Which experiment; `list` prints what each shows."""
+    scale: Literal["toy", "cpu", "gpu", "paper"] = "cpu"
+    """toy: seconds, to try it. cpu: an hour a seed on two cores. gpu: one GPU. paper: as published."""
+    seeds: int | None = None
+    """How often every arm is measured; absent means as often as the experiment says."""
+    arms: tuple[str, ...] = ()
+    """Names of the arms to run; absent means all."""
+    out: Path | None = None
+    """Folder of the results; absent means runs/experiments/NAME-SCALE."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps, ...; absent means a GPU if there is one."""
+    threads: int | None = None
+    """CPU threads; absent means torch's choice."""
+    json: bool = False
+    """Print the results as one JSON object."""
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run `anymamba experiment`."""
+    options = read_flags(ExperimentOptions, "experiment", arguments)
+    from anymamba.experiments import EXPERIMENTS, load_experiment
+
+    if options.name == "list":
+        for name, shows in EXPERIMENTS.items():
+            print(f"{name:<20} {shows}")
+        return
+    experiment = load_experiment(options.name)
+    from anymamba.cli.runtime import choose_device, set_threads
+    from anymamba.experiments.results import as_json
+    from anymamba.experiments.running import run_experiment
+
+    set_threads(options.threads)
+    folder = options.out or Path("runs/experiments") / f"{options.name}-{options.scale}"
+    with progress_bar(options.name) as show:
+        try:
+            results = run_experiment(
+                experiment,
+                options.scale,
+                folder,
+                seeds=options.seeds,
+                only=options.arms,
+                device=choose_device(options.device),
+                progress=lambda arm, done, total, text: show(done, total, f"{arm}: {text}"),
+            )
+        except KeyboardInterrupt as end:
+            raise type(end)(f"go on with: anymamba experiment {shlex.join(arguments)}") from None
+    if options.json:
+        print_json(as_json(results))
+    else:
+        sys.stdout.write((folder / "report.md").read_text(encoding="utf-8"))
+    say(f"wrote {folder / 'report.md'}")

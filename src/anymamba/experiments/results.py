@@ -1,0 +1,138 @@
+"""Results on disk. Every finished arm is a file of its own, written whole or not at all; results.json gathers them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anymamba.experiments.experiment import Arm, Scale
+from anymamba.models.checkpoints.files import atomic_file
+from anymamba.models.schema import config_to_dict
+
+
+@dataclass(frozen=True)
+class Record:
+    """One arm measured with one seed."""
+
+    arm: str
+    seed: int
+    settings: dict[str, Any]
+    values: dict[str, Any]
+    seconds: float
+    machine: str
+    date: str
+
+    @property
+    def key(self) -> str:
+        """Its file's name without suffix."""
+        return f"{self.arm}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an experiment has measured at a scale, complete or not."""
+
+    experiment: str
+    scale: Scale
+    records: tuple[Record, ...]
+    planned: tuple[str, ...] = field(default=())
+    """Keys of all arms and seeds of the run, finished or not."""
+
+    def of(self, arm: str) -> list[Record]:
+        """The records of an arm, by seed."""
+        return sorted((r for r in self.records if r.arm == arm), key=lambda r: r.seed)
+
+    def values(self, arm: str, name: str) -> list[Any]:
+        """One value of an arm for each seed."""
+        return [record.values[name] for record in self.of(arm)]
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms that have records, in the order of the plan."""
+        return list(dict.fromkeys(record.arm for record in self.records))
+
+
+class ResultStore:
+    """A folder of results of one experiment at one scale."""
+
+    def __init__(self, folder: Path, experiment: str, scale: Scale) -> None:
+        self.folder, self.experiment, self.scale = folder, experiment, scale
+        self.arms_folder = folder / "arms"
+
+    def finished(self, arm: Arm, seed: int) -> Record | None:
+        """The record of an arm, or None where there is none that can be read.
+
+        Raises ValueError where there is one of other settings: it is never overwritten unasked.
+        """
+        path = self.arms_folder / f"{arm.name}-seed{seed}.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            record = Record(**values["record"])
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+            return None  # absent, or the torn file of another program: it is measured (again)
+        found = (values.get("experiment"), values.get("scale"))
+        if found != (self.experiment, self.scale):
+            raise ValueError(
+                f"{path} is of {found[0]} at scale {found[1]}, not {self.experiment} at {self.scale}; "
+                "choose another folder with --out"
+            )
+        if record.settings != as_json(arm.settings):
+            raise ValueError(
+                f"{path} was measured with other settings; choose another folder with --out, or delete the file to "
+                "measure the arm again"
+            )
+        return record
+
+    def add(self, record: Record) -> None:
+        """Write a finished arm, whole or not at all."""
+        self.arms_folder.mkdir(parents=True, exist_ok=True)
+        values = {"experiment": self.experiment, "scale": self.scale, "record": as_json(record)}
+        write_text(self.arms_folder / f"{record.key}.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+    def load(self, arms: Sequence[Arm], seeds: dict[str, int]) -> Results:
+        """The finished ones of these arms, with this many seeds each, in this order."""
+        wanted = [(arm, seed) for arm in arms for seed in range(seeds[arm.name])]
+        records = [record for arm, seed in wanted if (record := self.finished(arm, seed)) is not None]
+        planned = tuple(f"{arm.name}-seed{seed}" for arm, seed in wanted)
+        return Results(self.experiment, self.scale, tuple(records), planned)
+
+    def write_summary(self, results: Results) -> None:
+        """results.json: all records in one file."""
+        write_text(self.folder / "results.json", json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
+
+
+def as_json(values: Any) -> Any:
+    """A dataclass or plain values as JSON has them: tuples are lists."""
+    return json.loads(json.dumps(config_to_dict(values), allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def machine(device: torch.device) -> str:
+    """The processor or GPU, threads, Python and torch, in a line."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    where = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+    )
+    return f"{where}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def today() -> str:
+    """The date, in UTC."""
+    return datetime.now(UTC).date().isoformat()
