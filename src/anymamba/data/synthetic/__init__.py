@@ -1,0 +1,1 @@
+"""Synthetic tasks, made on the fly."""
