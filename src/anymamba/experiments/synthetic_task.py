@@ -18,8 +18,8 @@ from anymamba.models.language_model import LanguageModel
 MakeBatch = Callable[[torch.Generator, int], Batch]
 """Makes that many rows: token ids (rows, length) and labels (rows, length), -100 where none counts."""
 
-VALIDATION_SEED = 1 << 40
-"""Far from every training seed, and the same for all of them: one validation set for all arms and seeds."""
+VALIDATION_SEED = (1 << 32) - 1
+"""Far from every training seed (torch takes 32 bits of it), and the same for all: one set for all arms and seeds."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""Learning a task of tokens: the score of right and wrong predictors, the streams, and the optimiser behind them."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from anymamba.experiments.experiment import Context
+from anymamba.experiments.optimizing import Optimization, build_optimizer, set_rates, train
+from anymamba.experiments.synthetic_task import (
+    build_model,
+    evaluate,
+    finite,
+    learn,
+    training_stream,
+    validation_set,
+)
+from anymamba.models.config import ModelConfig
+
+SYMBOLS = 6
+
+
+class Says(nn.Module):
+    """A model whose logits at each position say what `answer` makes of the token ids."""
+
+    config = SimpleNamespace(vocab_size=SYMBOLS)
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def hidden(self, ids):
+        return 20.0 * nn.functional.one_hot(self.answer(ids), 8).float(), None
+
+    def logits(self, x):
+        return x
+
+
+def make(generator: torch.Generator, rows: int):
+    """The answer, at the last three of eight positions, is the token itself."""
+    ids = torch.randint(0, SYMBOLS, (rows, 8), generator=generator)
+    labels = torch.full_like(ids, -100)
+    labels[:, 5:] = ids[:, 5:]
+    return ids, labels
+
+
+def context(seed: int = 0) -> Context:
+    return Context(torch.device("cpu"), seed, lambda *told: None)
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_perfect_predictor():
+    score = evaluate(Says(lambda ids: ids), validation_set(make, 20, CPU), rows=7)
+    assert (score.tokens, score.sequences, score.n_tokens, score.n_sequences) == (1, 1, 60, 20)
+    assert score.loss < 1e-6
+
+
+def test_a_wrong_predictor():
+    score = evaluate(Says(lambda ids: (ids + 1) % SYMBOLS), validation_set(make, 20, CPU))
+    assert (score.tokens, score.sequences) == (0, 0)
+    assert score.loss == pytest.approx(20, rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_a_predictor_that_errs_at_one_position_of_some_rows(rows):
+    def answer(ids):
+        wrong = ids.clone()
+        wrong[:, 6] = torch.where(ids[:, 0] < 3, ids[:, 6], (ids[:, 6] + 1) % SYMBOLS)
+        return wrong
+
+    ids, labels = validation_set(make, 50, CPU)
+    good = int((ids[:, 0] < 3).sum())
+    score = evaluate(Says(answer), (ids, labels), rows)
+    assert 0 < good < 50
+    assert score.sequences == good / 50 and score.tokens == (100 + good) / 150
+
+
+def test_rows_without_labels_do_not_count():
+    ids, labels = validation_set(make, 10, CPU)
+    labels[:4] = -100
+    score = evaluate(Says(lambda ids: ids), (ids, labels))
+    assert (score.sequences, score.n_sequences, score.n_tokens) == (1, 6, 18)
+    with pytest.raises(ValueError, match="all labels are -100"):
+        evaluate(Says(lambda ids: ids), (ids, torch.full_like(labels, -100)))
+
+
+def test_padding_of_the_vocabulary_is_never_an_answer():
+    class Beyond(Says):
+        def logits(self, x):
+            return x + 100 * (torch.arange(8) >= SYMBOLS)
+
+    assert evaluate(Beyond(lambda ids: ids), validation_set(make, 5, CPU)).tokens == 1
+
+
+def test_evaluation_keeps_the_mode_and_makes_no_graph():
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, validation_set(make, 4, CPU))
+        assert model.training is training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_validation_set_is_one_and_the_stream_is_the_seeds():
+    assert torch.equal(validation_set(make, 9, CPU)[0], validation_set(make, 9, CPU)[0])
+    streams = [training_stream(make, 4, context(seed)) for seed in (0, 0, 1)]
+    first, same, other = ([stream(step)[0] for step in (1, 2)] for stream in streams)
+    assert all(map(torch.equal, first, same)) and not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], validation_set(make, 4, CPU)[0])
+
+
+def test_learning_an_easy_task():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(d_model=16, n_layers=1, vocab_size=SYMBOLS), context())
+    told = []
+    on = Context(CPU, 0, lambda *words: told.append(words))
+    values = learn(model, Optimization(45, 8, 1e-2), make, validation_set(make, 32, CPU), on, every=20)
+    assert [point[0] for point in values["curve"]] == [20, 40, 45]
+    assert values["accuracy"] == values["curve"][-1][2] == 1 and values["sequence_accuracy"] == 1
+    assert values["curve"][0][1] > values["curve"][2][1] > values["validation_loss"] > 0
+    assert values["steps"] == 45 and values["parameters"] == model.n_parameters()
+    assert told[-1][:2] == (45, 45) and "accuracy" in told[-1][2]
+
+
+def test_enough_ends_the_learning():
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    validation = validation_set(make, 4, CPU)
+    values = learn(model, Optimization(50, 2, 1e-3), make, validation, context(), every=5, enough=lambda s: True)
+    assert values["steps"] == 5 and len(values["curve"]) == 1
+
+
+def test_a_loss_that_is_not_finite_is_none():
+    assert [finite(x) for x in (1.5, math.inf, math.nan)] == [1.5, None, None]
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    nn.init.constant_(model.embedding.weight, math.nan)
+    values = learn(model, Optimization(1, 2, 1e-3), make, validation_set(make, 4, CPU), context(), every=1)
+    assert values["validation_loss"] is None and values["curve"][0][1] is None
+
+
+# ------------------------------------------------------------------------------------------------- optimising
+
+
+def rates(config: Optimization, steps: list[int]) -> list[float]:
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "peak": 2.0}], lr=1.0)
+    found = []
+    for step in steps:
+        set_rates(optimizer, config, step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_rates_of_warm_up_constant_and_cosine():
+    constant = Optimization(10, 1, 1e-3, warmup_steps=4)
+    assert rates(constant, [1, 2, 4, 5, 10]) == [0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = Optimization(12, 1, 1e-3, warmup_steps=4, cosine=True)
+    assert rates(cosine, [2, 4, 8, 12]) == pytest.approx([1.0, 2.0, 1.0, 0.0])
+    assert rates(Optimization(10, 1, 1e-3), [1, 10]) == [2.0, 2.0]
+
+
+def test_groups_of_the_optimiser():
+    model = build_model(ModelConfig(d_model=8, n_layers=2, vocab_size=8, mixers=("mamba", "s4d")), context())
+    optimizer = build_optimizer(model, Optimization(1, 1, 3e-3, weight_decay=0.1, kernel_learning_rate=1e-3))
+    group = {id(p): (g["peak"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    got = {name: group.pop(id(p)) for name, p in model.named_parameters()}
+    assert not group and len(got) == len(list(model.parameters()))
+    decayed, plain, kernel = (3e-3, 0.1), (3e-3, 0.0), (1e-3, 0.0)
+    assert got["embedding.weight"] == got["blocks.0.mixer.in_proj.weight"] == decayed
+    assert got["norm.weight"] == got["blocks.0.norm.weight"] == plain
+    assert all(v == plain for n, v in got.items() if n.endswith(("A_log", "delta_bias")) and "blocks.0" in n)
+    inner = {n: v for n, v in got.items() if n.startswith("blocks.1.mixer.inner")}
+    assert inner and set(inner.values()) == {kernel}
+
+
+def test_training_stops_when_told_and_clips():
+    def run(**options):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+        stream = training_stream(make, 2, context())
+        return model, train(model, Optimization(6, 2, 1e-2, **options), stream, stop=lambda step: step == 4)
+
+    model, (steps, seconds, losses) = run()
+    assert steps == 4 == len(losses) and seconds > 0
+    again = run()[0]
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    run(clip_norm=1e-12)
+    assert max(p.grad.abs().max() for p in run(clip_norm=1e-3)[0].parameters() if p.grad is not None) <= 1e-3
