@@ -1,0 +1,132 @@
+"""Linear attention: a positive feature map in place of the softmax, so that sums of fixed size are all it keeps.
+
+    S[t] = S[t-1] + φ(k[t]) v[t]ᵀ;  z[t] = z[t-1] + φ(k[t]);  y[t] = S[t]ᵀ φ(q[t]) / (φ(q[t])·z[t] + ε)
+
+Source: Linear Transformers (arXiv:2006.16236), sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anymamba.layers.padding import Rows
+from anymamba.layers.sequence import SequenceLayer
+
+FEATURE_MAPS = {"elu+1": lambda x: F.elu(x) + 1, "relu": F.relu}
+EPSILON = 1e-6
+CHUNK = 64  # tokens whose scores are a matrix; the sums S cost as much as the scores where d_head is about this
+
+
+class LinearAttentionState(NamedTuple):
+    """State of linear attention; its size does not depend on how many tokens it has seen."""
+
+    S: Float[Tensor, "batch n_heads d_head d_head"]
+    """The sum of φ(k) vᵀ, in float32 or wider."""
+    z: Float[Tensor, "batch n_heads d_head"]
+    """The sum of φ(k), in float32 or wider."""
+
+
+class LinearAttention(SequenceLayer):
+    """Causal linear attention with several heads.
+
+    Args:
+        d_model: width of the input and output.
+        n_heads: heads of d_model / n_heads channels.
+        feature_map: φ: "elu+1", as published, or "relu".
+        bias: biases of the projections.
+    Raises ValueError for sizes that do not fit and for a feature map that does not exist.
+    """
+
+    def __init__(
+        self, d_model: int, n_heads: int, *, feature_map: str = "elu+1", bias: bool = False, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        if n_heads < 1 or d_model < 1 or d_model % n_heads:
+            raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}; change either")
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
+        self.d_model, self.n_heads, self.d_head = d_model, n_heads, d_model // n_heads
+        self.feature_map = feature_map
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, in the order of construction: PyTorch's default for linear layers."""
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> LinearAttentionState:
+        """Zeros, float32 or wider whatever the activations are."""
+        weight = self.in_proj.weight
+        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        z = torch.zeros(batch, self.n_heads, self.d_head, device=weight.device, dtype=wide)
+        return LinearAttentionState(z.new_zeros(*z.shape, self.d_head), z)
+
+    def run(
+        self, x: Float[Tensor, "rows length d_model"], state: LinearAttentionState | None, rows: Rows | None
+    ) -> tuple[Float[Tensor, "rows length d_model"], LinearAttentionState]:
+        """Chunks in parallel; see `SequenceLayer.run`."""
+        q, k, v = self._features(x)
+        if rows is not None:  # padding adds nothing to the sums
+            k, v = (t.masked_fill(~rows.mask[..., None, None], 0) for t in (k, v))
+        y, after = chunked_linear_attention(q, k, v, state or self.init_state(x.shape[0], x.dtype))
+        return self.out_proj(y.flatten(-2).to(x.dtype)), after
+
+    def step(
+        self, x: Float[Tensor, "batch d_model"], state: LinearAttentionState
+    ) -> tuple[Float[Tensor, "batch d_model"], LinearAttentionState]:
+        """One token, in time and memory that do not grow."""
+        q, k, v = self._features(x)
+        S = state.S + k[..., None] * v[..., None, :]
+        z = state.z + k
+        y = torch.einsum("bhk,bhkv->bhv", q, S) / ((q * z).sum(-1, keepdim=True) + EPSILON)
+        return self.out_proj(y.flatten(-2).to(x.dtype)), LinearAttentionState(S, z)
+
+    def _features(self, x: Float[Tensor, "... d_model"]) -> tuple[Tensor, Tensor, Tensor]:
+        """φ(q), φ(k) and v, each (..., n_heads, d_head) in float32 or wider."""
+        qkv = self.in_proj(x)
+        qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))  # sums of many terms follow
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, self.d_head)).unbind(-3)
+        feature_map = FEATURE_MAPS[self.feature_map]
+        return feature_map(q), feature_map(k), v
+
+
+def chunked_linear_attention(
+    q: Float[Tensor, "batch length n_heads d_head"],
+    k: Float[Tensor, "batch length n_heads d_head"],
+    v: Float[Tensor, "batch length n_heads d_head"],
+    state: LinearAttentionState,
+) -> tuple[Float[Tensor, "batch length n_heads d_head"], LinearAttentionState]:
+    """Linear attention of features q and k: scores as masked matrices inside chunks, sums carried between them.
+
+    Costs length * (CHUNK + d_head) * d_head multiplications a head, and memory of length * (CHUNK + d_head).
+    """
+    length = q.shape[1]
+    if length == 0:
+        return v, state
+    n_chunks = math.ceil(length / CHUNK)
+    chunk = min(CHUNK, length)
+    q, k, v = (
+        rearrange(F.pad(t, (0, 0, 0, 0, 0, n_chunks * chunk - length)), "b (c t) h d -> b c h t d", c=n_chunks)
+        for t in (q, k, v)
+    )
+    S, S_after = _sums_before(torch.einsum("bchtk,bchtv->bchkv", k, v), state.S)
+    z, z_after = _sums_before(k.sum(-2), state.z)
+    scores = torch.einsum("bchtk,bchsk->bchts", q, k).tril()
+    values = scores @ v + q @ S
+    weights = scores.sum(-1, keepdim=True) + q @ z[..., None]
+    y = rearrange(values / (weights + EPSILON), "b c h t d -> b (c t) h d")[:, :length]
+    return y, LinearAttentionState(S_after, z_after)
+
+
+def _sums_before(terms: Float[Tensor, "batch n_chunks *sizes"], start: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum at the beginning of each chunk, and that after the last one."""
+    sums = torch.cat([start[:, None].to(terms.dtype), terms], 1).cumsum(1)
+    return sums[:, :-1], sums[:, -1]
