@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all lint format bench sanitize clean
+.PHONY: demo test test-all experiments-smoke lint format bench sanitize clean
 
 $(VENV)/installed-demo: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ test: $(VENV)/installed-test
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test-all]"
 	$(BIN)/python -m pytest
+
+# Every experiment at toy size: files, resumption, charts.
+experiments-smoke: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/experiments/test_smoke.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -1,0 +1,106 @@
+"""Copying: remember tokens that lie among noise, and write them down, in order, when asked.
+
+A row is n_noise + 2 M tokens long. M tokens to remember, drawn from 1 to A - 2, and n_noise times the noise token 0
+come first; M times the marker A - 1 follow, and the answer at the i-th marker is the i-th token.
+
+- Selective copying: the tokens lie at random places among the noise, in order. What lies where has to be read off the
+  content, which no map that treats all tokens alike can do.
+- Plain copying: the tokens are the first M. A fixed delay of n_noise + M solves it.
+
+Source: the copying data set of the S4 repository (`variable=True` for the selective one), which the authors of Mamba
+(arXiv:2312.00752, section 4.1.1) name as theirs; so 14 of 16 symbols carry data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import factorial
+
+import torch
+from torch import Tensor
+
+NOISE = 0
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Copying:
+    """Sizes of the task."""
+
+    n_noise: int
+    """Noise tokens in a row."""
+    n_tokens: int
+    """M: tokens to remember."""
+    alphabet: int = 16
+    """A: noise, marker, and A - 2 symbols that carry data."""
+    selective: bool = True
+    """The tokens lie at random places; else they come first."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_noise", 0), ("n_tokens", 1), ("alphabet", 3)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def marker(self) -> int:
+        """The token that asks for the next answer."""
+        return self.alphabet - 1
+
+    @property
+    def n_symbols(self) -> int:
+        """Symbols that carry data."""
+        return self.alphabet - 2
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return self.n_noise + 2 * self.n_tokens
+
+
+def copying_batch(task: Copying, generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, both (rows, length); the labels are -100 but at the markers."""
+    before = task.n_noise + task.n_tokens
+    tokens = torch.randint(1, task.alphabet - 1, (rows, task.n_tokens), generator=generator)
+    ids = torch.full((rows, task.length), NOISE)
+    ids.scatter_(1, places(task, generator, rows), tokens)
+    ids[:, before:] = task.marker
+    labels = torch.full((rows, task.length), NO_LABEL)
+    labels[:, before:] = tokens
+    return ids, labels
+
+
+def places(task: Copying, generator: torch.Generator, rows: int) -> Tensor:
+    """Where the tokens lie, in order, (rows, M): a random choice of the places before the markers, or the first."""
+    if not task.selective:
+        return torch.arange(task.n_tokens).expand(rows, -1)
+    draws = torch.rand((rows, task.n_noise + task.n_tokens), generator=generator)
+    return draws.topk(task.n_tokens, dim=1).indices.sort(dim=1).values
+
+
+def guess_accuracy(task: Copying) -> float:
+    """Expected accuracy of a guess that knows nothing."""
+    return 1 / task.n_symbols
+
+
+def histogram_accuracy(task: Copying) -> float:
+    """Expected accuracy of one that knows which tokens there are but not their order, and answers the commonest.
+
+    It is E[largest count] / M for M draws from n_symbols, exactly: no count exceeds c in M! [x^M] (sum of x^k / k! for
+    k up to c) ^ n_symbols of the n_symbols ^ M rows.
+    """
+    M, rows = task.n_tokens, task.n_symbols**task.n_tokens
+    at_most = [factorial(M) * power_coefficient(c, task.n_symbols, M) / rows for c in range(M)]
+    return float(sum(1 - share for share in at_most) / M)
+
+
+def power_coefficient(largest: int, power: int, degree: int) -> Fraction:
+    """[x^degree] of (sum of x^k / k! for k from 0 to largest) ^ power."""
+    factor = [Fraction(1, factorial(k)) for k in range(largest + 1)]
+    product = [Fraction(1)] + [Fraction(0)] * degree
+    for _ in range(power):
+        product = [
+            sum((factor[k] * product[n - k] for k in range(min(n, largest) + 1)), Fraction(0))
+            for n in range(degree + 1)
+        ]
+    return product[degree]

@@ -1,0 +1,97 @@
+"""The cells of table 1, their settings at each scale, and what must come out, written before anything was run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from anymamba.data.synthetic.copying import Copying
+from anymamba.experiments.experiment import Arm, Scale
+from anymamba.experiments.optimizing import Optimization
+
+# Set before running. Every seed must hold them.
+SELECTIVE_AT_LEAST = 0.95
+"""Accuracy of a cell with S6."""
+GAP_AT_LEAST = 0.25
+"""How far a cell with a time-invariant layer lies below the cell with S6 in the same block."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of table 1."""
+
+    mixer: str
+    """Its name in `models/mixers.py`, and that of its arm."""
+    block: str
+    layer: str
+    paper: float
+    """Accuracy at a noise length of 4096, 16 tokens, 400,000 steps."""
+    selective: str
+    """The cell with S6 in the same block: itself, or what it is compared with."""
+
+
+CELLS = (
+    Cell("s4", "no gate", "S4", 0.183, "s6"),
+    Cell("s6", "no gate", "S6", 0.970, "s6"),
+    Cell("h3-s4", "H3", "S4", 0.570, "h3-s6"),
+    Cell("h3-hyena-filter", "H3", "Hyena", 0.301, "h3-s6"),
+    Cell("h3-s6", "H3", "S6", 0.997, "h3-s6"),
+    Cell("mamba-s4", "Mamba", "S4", 0.564, "mamba"),
+    Cell("mamba-hyena-filter", "Mamba", "Hyena", 0.284, "mamba"),
+    Cell("mamba", "Mamba", "S6", 0.998, "mamba"),
+)
+CELL = {cell.mixer: cell for cell in CELLS}
+CONTROLS = ("s4", "s6")
+"""Cells that also learn plain copying, in arms named plain-..."""
+CPU_CELLS = ("s4", "s6", "mamba-s4", "mamba", "h3-s6")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides, with the seed, what an arm gives."""
+
+    mixer: str
+    task: Copying
+    optimization: Optimization
+    d_model: int = 64
+    n_layers: int = 2
+    validation_rows: int = 256
+    judge_every: int = 200
+    """Steps between two looks at the validation set."""
+
+
+BASES: dict[Scale, Settings] = {
+    "toy": Settings(
+        mixer="",
+        task=Copying(n_noise=8, n_tokens=2),
+        optimization=Optimization(steps=4, batch_size=4, learning_rate=3e-3),
+        d_model=8,
+        validation_rows=16,
+        judge_every=2,
+    ),
+    "cpu": Settings(
+        mixer="",
+        task=Copying(n_noise=128, n_tokens=8),
+        optimization=Optimization(steps=4000, batch_size=32, learning_rate=3e-3, warmup_steps=100),
+    ),
+    "gpu": Settings(
+        mixer="",
+        task=Copying(n_noise=1024, n_tokens=16),
+        optimization=Optimization(steps=20_000, batch_size=64, learning_rate=1e-3, warmup_steps=200),
+        judge_every=500,
+    ),
+    "paper": Settings(
+        mixer="",
+        task=Copying(n_noise=4096, n_tokens=16),
+        optimization=Optimization(steps=400_000, batch_size=64, learning_rate=1e-4, clip_norm=None),
+        judge_every=5000,
+    ),
+}
+"""Settings of every arm at a scale, but for the mixer. The paper names Adam, a constant rate and no clipping."""
+
+
+def arms_at(scale: Scale) -> list[Arm]:
+    """The cells, then the controls."""
+    base, seeds = BASES[scale], 3 if scale == "cpu" else 1
+    cells = [Arm(c.mixer, replace(base, mixer=c.mixer), seeds) for c in CELLS if scale != "cpu" or c.mixer in CPU_CELLS]
+    plain = replace(base, task=replace(base.task, selective=False))
+    return cells + [Arm(f"plain-{mixer}", replace(plain, mixer=mixer), seeds) for mixer in CONTROLS]

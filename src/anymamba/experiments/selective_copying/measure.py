@@ -1,0 +1,32 @@
+"""Trains one cell and judges it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from anymamba.data.synthetic.copying import copying_batch
+from anymamba.experiments.experiment import Context
+from anymamba.experiments.selective_copying.arms import Settings
+from anymamba.experiments.synthetic_task import build_model, learn, validation_set
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import HyenaOptions
+
+
+def measure(settings: Settings, context: Context) -> dict[str, Any]:
+    """What `learn` returns of an arm."""
+    make = partial(copying_batch, settings.task)
+    validation = validation_set(make, settings.validation_rows, context.device)
+    model = build_model(model_config(settings), context)
+    return learn(model, settings.optimization, make, validation, context, every=settings.judge_every)
+
+
+def model_config(settings: Settings) -> ModelConfig:
+    """Blocks of one mixer; Hyena's filter with the positional features of its authors' synthetic tasks."""
+    return ModelConfig(
+        d_model=settings.d_model,
+        n_layers=settings.n_layers,
+        vocab_size=settings.task.alphabet,
+        mixers=(settings.mixer,),
+        hyena=HyenaOptions(max_length=settings.task.length, emb_dim=5, w=10.0),
+    )
