@@ -1,0 +1,94 @@
+"""Induction heads: recall the token that followed a special one.
+
+A sequence is of ordinary tokens, drawn uniformly and independently, but for a trigger that occurs twice: somewhere
+early or anywhere, and at the very end. The answer is the token behind the first trigger:
+
+    7 2 T 9 4 ... 0 3 T  ->  9
+
+With `n_tokens` ordinary ids 0 ... n_tokens - 1 the trigger is the id n_tokens: "vocabulary 16" are 16 ordinary tokens,
+17 ids, and a guess is right once in 16.
+
+Source: the task as in H3 (arXiv:2212.14052, section 3.1) and Mamba (arXiv:2312.00752, section 4.1.2). The latter does
+not say where the first trigger stands; both choices that are known are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Placement = Literal["uniform", "first-ten"]
+"""Of the first trigger: at any position that leaves room for the answer, or at one of the first ten."""
+EARLY = 10
+
+
+@dataclass(frozen=True)
+class InductionSequences:
+    """Some sequences that are made piece by piece, so that a million tokens need no memory."""
+
+    length: int
+    n_tokens: int
+    first: Tensor
+    """(rows,) where the first trigger stands."""
+    answers: Tensor
+    """(rows,) the token behind it."""
+    generator: torch.Generator
+    """At the state from which the tokens are drawn."""
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """The sequences in order, (rows, at most size) ids at a time; the size does not change them. Only once."""
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        rows = torch.arange(len(self.first))
+        for start in range(0, self.length, size):
+            end = min(start + size, self.length)
+            # position after position, so that the stream of draws does not depend on the size
+            ids = torch.randint(self.n_tokens, (end - start, len(rows)), generator=self.generator).T.contiguous()
+            for where, what in ((self.first, self.n_tokens), (self.first + 1, self.answers)):
+                here = (where >= start) & (where < end)
+                ids[rows[here], where[here] - start] = what if isinstance(what, int) else what[here]
+            if end == self.length:
+                ids[:, -1] = self.n_tokens
+            yield ids
+
+
+def induction_sequences(
+    generator: torch.Generator, rows: int, length: int, *, n_tokens: int = 16, placement: Placement = "uniform"
+) -> InductionSequences:
+    """Sequences of `length` ids, the last trigger included; the answer is not part of them.
+
+    Args:
+        generator: decides everything; it moves on while the sequences are read.
+        length: at least 3: a trigger, the answer, a trigger.
+        n_tokens: ordinary tokens; the trigger is the id n_tokens.
+        placement: of the first trigger.
+    Raises ValueError for sizes or placements that do not exist.
+    """
+    if length < 3:
+        raise ValueError(f"length must be at least 3 (trigger, answer, trigger), got {length}")
+    if n_tokens < 1 or rows < 1:
+        raise ValueError(f"n_tokens and rows must be at least 1, got {n_tokens} and {rows}")
+    if placement not in ("uniform", "first-ten"):
+        raise ValueError(f"placement must be uniform or first-ten, got {placement!r}")
+    places = length - 2 if placement == "uniform" else min(EARLY, length - 2)
+    first = torch.randint(places, (rows,), generator=generator)
+    answers = torch.randint(n_tokens, (rows,), generator=generator)
+    return InductionSequences(length, n_tokens, first, answers, generator)
+
+
+def induction_batch(
+    generator: torch.Generator, rows: int, length: int, *, n_tokens: int = 16, placement: Placement = "uniform"
+) -> tuple[Tensor, Tensor]:
+    """Whole sequences, as `induction_sequences` makes them, and labels: the answer at the last position, else -100.
+
+    Returns ids and labels, both (rows, length).
+    """
+    sequences = induction_sequences(generator, rows, length, n_tokens=n_tokens, placement=placement)
+    (ids,) = sequences.chunks(length)
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = sequences.answers
+    return ids, labels

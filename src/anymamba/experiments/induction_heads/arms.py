@@ -1,0 +1,203 @@
+"""The arms, their settings at each scale, the paper's numbers, and what must come out, written before any run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from anymamba.data.synthetic.induction import Placement
+from anymamba.experiments.experiment import Arm, Scale
+from anymamba.experiments.optimizing import Optimization
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import AttentionOptions, H3Options, HyenaOptions, S4DOptions
+
+# Set before running. Every seed must hold them.
+MINUTES_AT_MOST = 15.0
+"""Of training until the validation set is answered without a mistake: Mamba, first ten, on two cores."""
+PERFECT = 1.0
+"""Accuracy of Mamba at every length, and of every arm on the validation set."""
+BEYOND = 4
+"""Times the training length from which on no other arm may be perfect."""
+ATTENTION_FAR, ATTENTION_AT_MOST = 16, 0.15
+"""Times the training length at which attention must be nearly guessing, and its accuracy there."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of table 11 of the paper."""
+
+    label: str
+    parameters: str
+    accuracy: tuple[float, ...]
+    """In percent, at 2^6, 2^7, ...; the paper's check mark is 100."""
+
+
+PAPER = {
+    "attention-absolute": Published("attention, absolute", "137K", (100, 99.6, 100, 58.6, 26.6, 18.8, 9.8, 10.9, 7.8)),
+    "attention-rotary": Published("attention, rotary", "137K", (100, 100, 100, 83.6, 31.3, 18.4, 8.6, 9.0, 5.5)),
+    "attention-xpos": Published("attention, xPos", "137K", (100, 100, 100, 99.6, 67.6, 25.4, 7.0, 9.0, 7.8)),
+    "h3": Published("H3", "153K", (100, 100, 100, 80.9, 39.5, 23.8, 14.8, 8.2, 5.9, 6.6, 8.2, 4.7, 8.2, 6.3, 7.4)),
+    "hyena": Published("Hyena", "69M", (97.7, 100, 100, 100, 44.1, 12.5, 6.6, 5.1, 7.0, 5.9, 6.6, 6.6, 5.9, 6.3, 9.8)),
+    "mamba": Published("Mamba", "74K", (100,) * 15),
+}
+"""By system; the lengths of the last test of attention are bounded by memory."""
+PAPER_FIRST = 6
+"""Its accuracies begin at 2^6."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides, with the seed, what an arm gives."""
+
+    system: str
+    """Its row in table 11."""
+    placement: Placement
+    """Of the first trigger, in training, validation and tests."""
+    model: ModelConfig
+    optimization: Optimization
+    test_lengths: tuple[int, ...]
+    train_length: int = 256
+    lengths_before: tuple[int, ...] = ()
+    """Shorter lengths that training begins with, each with as many steps at most. The paper has none."""
+    grow_at: float = 0.95
+    """Accuracy on the validation set of a shorter length that leads to the next."""
+    n_tokens: int = 16
+    """Ordinary tokens; the trigger is one more id."""
+    validation_rows: int = 256
+    judge_every: int = 500
+    """Steps between two looks at the validation set."""
+    perfect_in_a_row: int = 5
+    """Judgements without a mistake, one after another, that end the training."""
+    test_rows: int = 256
+    long_rows: int = 16
+    """Test sequences at lengths beyond long_beyond."""
+    long_beyond: int = 1 << 14
+    test_tokens: int = 1 << 16
+    """Tokens that a test reads at once; whole sequences are read by models whose state grows, however long they are."""
+
+    def rows_at(self, length: int) -> int:
+        """Test sequences at a length."""
+        return self.test_rows if length <= self.long_beyond else self.long_rows
+
+
+def powers(first: int, last: int) -> tuple[int, ...]:
+    """2^first, ..., 2^last."""
+    return tuple(1 << i for i in range(first, last + 1))
+
+
+N_TOKENS = 16
+LONGEST, LONGEST_ATTENTION = 20, 14
+
+
+WIDE = 0.15
+"""Standard deviation of the weights of projections in Mamba at scale cpu."""
+
+
+def mamba(width: int = 64) -> ModelConfig:
+    """Two Mamba blocks as published."""
+    return ModelConfig(d_model=width, n_layers=2, vocab_size=N_TOKENS + 1)
+
+
+def attention(positions: str, longest: int, width: int = 128, heads: int = 8) -> ModelConfig:
+    """Two attention blocks without MLPs, LayerNorm, biases, an untied head: what has the paper's 137K parameters."""
+    options = AttentionOptions(n_heads=heads, positions=positions, max_positions=longest, bias=True)  # type: ignore[arg-type]
+    return replace(mamba(width), mixers=("attention",), norm="layernorm", tie_embeddings=False, attention=options)
+
+
+def h3(width: int = 128) -> ModelConfig:
+    """Two H3 blocks without MLPs."""
+    return replace(
+        mamba(width), mixers=("h3-s4d",), norm="layernorm", h3=H3Options(d_head=1), s4d=S4DOptions(d_state=64)
+    )
+
+
+def hyena(longest: int, width: int = 128) -> ModelConfig:
+    """Two Hyena blocks without MLPs; the filter is defined up to the longest test."""
+    return replace(mamba(width), mixers=("hyena",), norm="layernorm", hyena=HyenaOptions(max_length=longest))
+
+
+def arms_at(scale: Scale) -> list[Arm]:
+    """Mamba with both placements, then the others; attention is asked as far as memory allows."""
+    return {"toy": toy_arms, "cpu": cpu_arms, "gpu": gpu_arms, "paper": paper_arms}[scale]()
+
+
+def mamba_arms(base: Settings, seeds: int = 1) -> list[Arm]:
+    """Both placements of the trigger."""
+    first, anywhere = replace(base, placement="first-ten"), replace(base, placement="uniform")
+    return [Arm("mamba-first-ten", first, seeds), Arm("mamba-uniform", anywhere, seeds)]
+
+
+def toy_arms() -> list[Arm]:
+    """A few steps at length 16, to try the machinery."""
+    base = Settings(
+        "mamba",
+        "uniform",
+        mamba(8),
+        Optimization(steps=4, batch_size=4, learning_rate=1e-3),
+        powers(3, 6),
+        train_length=16,
+        lengths_before=(8,),
+        validation_rows=16,
+        judge_every=2,
+        test_rows=8,
+        long_rows=2,
+        long_beyond=32,
+        test_tokens=64,
+    )
+    others = {"attention-rotary": attention("rotary", 32, 8, 2), "h3": h3(8), "hyena": hyena(64, 8)}
+    arms = [Arm(name, replace(base, system=name, model=model)) for name, model in others.items()]
+    arms[0] = Arm(arms[0].name, replace(arms[0].settings, test_lengths=powers(3, 5)))
+    return mamba_arms(base) + arms
+
+
+def cpu_arms() -> list[Arm]:
+    """Mamba from wider weights than the published ones, and rotary attention to 2^12."""
+    base = Settings(
+        "mamba",
+        "uniform",
+        replace(mamba(), weight_std=WIDE),
+        Optimization(steps=20_000, batch_size=16, learning_rate=2e-3),
+        powers(6, LONGEST),
+        lengths_before=(32, 64, 128),
+        judge_every=100,
+    )
+    rotary = replace(
+        base,
+        system="attention-rotary",
+        model=attention("rotary", 1 << 12),
+        optimization=Optimization(steps=20_000, batch_size=16, learning_rate=5e-4, warmup_steps=500),
+        test_lengths=powers(6, 12),
+    )
+    return [*mamba_arms(base), Arm("attention-rotary", rotary)]
+
+
+def gpu_arms() -> list[Arm]:
+    """All systems at the paper's learning rates, with larger batches and fewer steps."""
+    return all_arms(batch_size=64, steps={"mamba": 20_000, "attention": 50_000, "h3": 20_000, "hyena": 20_000})
+
+
+def paper_arms() -> list[Arm]:
+    """As published: batches of 8, and the steps after which table 11 was measured."""
+    steps = {"mamba": 204_800, "attention-absolute": 204_800, "attention": 409_600, "h3": 81_920, "hyena": 81_920}
+    return all_arms(batch_size=8, steps=steps)
+
+
+def all_arms(batch_size: int, steps: dict[str, int]) -> list[Arm]:
+    """Mamba with both placements and its rate 1e-3, the others with uniform triggers at 2e-4; constant rates."""
+    optimization = Optimization(steps["mamba"], batch_size, learning_rate=1e-3, clip_norm=None)
+    base = Settings(
+        "mamba", "uniform", mamba(), optimization, powers(6, LONGEST), judge_every=1000, test_tokens=1 << 20
+    )
+    others = {
+        **{f"attention-{p}": attention(p, 1 << LONGEST_ATTENTION) for p in ("absolute", "rotary", "xpos")},
+        "h3": h3(),
+        "hyena": hyena(1 << LONGEST),
+    }
+    arms = mamba_arms(base)
+    for system, model in others.items():
+        n = steps.get(system) or steps[system.partition("-")[0]]
+        own = replace(optimization, steps=n, learning_rate=2e-4, kernel_learning_rate=2e-4)
+        longest = LONGEST_ATTENTION if "attention" in system else LONGEST
+        arms.append(
+            Arm(system, replace(base, system=system, model=model, optimization=own, test_lengths=powers(6, longest)))
+        )
+    return arms
