@@ -30,13 +30,14 @@ SHARED = {
     *("ops.dispatch", "ops.checks"),
     *("layers.state", "layers.init", "layers.norm", "layers.conv", "layers.padding"),
     *("layers.sequence", "layers.parameters", "layers.s6", "layers.rotary", "layers.cache", "layers.fft_conv"),
+    "layers.diagonal",
     *("models.config", "models.options", "models.schema", "models.mixers"),
     *("models.language_model", "models.checkpoints"),
     *("generation.sampling", "generation.prompts", "generation.stops"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *("training.interrupts", "training.steps", "training.tables"),
     *("experiments.experiment", "experiments.results", "experiments.running", "experiments.charts"),
-    "experiments.optimizing",
+    *("experiments.optimizing", "experiments.synthetic_task"),
     *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
 }
 

@@ -7,8 +7,9 @@ import torch
 
 from anymamba.layers.mamba import Mamba
 from anymamba.layers.state import map_state
-from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.options import MambaOptions
 from anymamba.ops.causal_conv1d import causal_conv1d
 from anymamba.ops.selective_scan import selective_scan
 

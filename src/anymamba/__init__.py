@@ -19,7 +19,7 @@ _HOME = {
     "ConvOutput": "anymamba.ops.causal_conv1d",
     "Mamba": "anymamba.layers.mamba",
     "MambaState": "anymamba.layers.state",
-    "MambaOptions": "anymamba.models.config",
+    "MambaOptions": "anymamba.models.options",
     "ModelConfig": "anymamba.models.config",
     "LanguageModel": "anymamba.models.language_model",
     "preset": "anymamba.models.presets",
@@ -44,8 +44,9 @@ __all__ = [
 if TYPE_CHECKING:
     from anymamba.layers.mamba import Mamba
     from anymamba.layers.state import MambaState
-    from anymamba.models.config import MambaOptions, ModelConfig
+    from anymamba.models.config import ModelConfig
     from anymamba.models.language_model import LanguageModel
+    from anymamba.models.options import MambaOptions
     from anymamba.models.presets import preset
     from anymamba.ops.causal_conv1d import ConvOutput, causal_conv1d, causal_conv1d_step
     from anymamba.ops.selective_scan import ScanOutput, selective_scan, selective_scan_step

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from anymamba import LanguageModel
-from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import MambaOptions
 
 pytest.importorskip("transformers", reason="the wrapper needs transformers", minversion="5")
 peft = pytest.importorskip("peft", reason="adapters need peft")

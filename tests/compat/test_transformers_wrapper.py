@@ -17,7 +17,8 @@ from anymamba import LanguageModel
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.generation.generate import generate
 from anymamba.generation.sampling import SamplingConfig
-from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import MambaOptions
 from anymamba.training.config import OptimizerConfig
 from anymamba.training.optimizer import build_optimizer
 

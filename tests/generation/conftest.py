@@ -4,8 +4,9 @@ import pytest
 import torch
 from hash_model import HashModel
 
-from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.options import MambaOptions
 
 
 @pytest.fixture

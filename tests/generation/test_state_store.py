@@ -13,8 +13,9 @@ from anymamba.generation.prompts import read_prompts
 from anymamba.generation.state_store import load_state, save_state
 from anymamba.layers.state import state_tensors
 from anymamba.models.checkpoints import CheckpointError
-from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.options import MambaOptions
 
 
 def test_a_saved_state_goes_on_as_the_original(mamba, tmp_path):
@@ -68,3 +69,13 @@ def test_a_state_of_another_model_is_not_saved(mamba, tmp_path):
     with pytest.raises(ValueError, match=r"model.layers.2.conv is missing"):
         save_state(tmp_path / "s", read_prompts(mamba, [[1]]), deeper)
     assert not list(tmp_path.iterdir())
+
+
+def test_caches_of_any_length_are_saved_too(tmp_path):
+    config = ModelConfig(d_model=16, n_layers=3, vocab_size=9, mixers=("mamba", "attention", "mlp"))
+    model = LanguageModel(config).eval()
+    state = generate(model, [[1, 2, 3], [4]], max_new_tokens=4, seed=1).state
+    save_state(tmp_path / "s", state, model)
+    loaded = load_state(tmp_path / "s", model)
+    goes_on = [generate(model, [[5], [6]], max_new_tokens=8, seed=2, state=s).ids for s in (state, loaded)]
+    assert goes_on[0] == goes_on[1]

@@ -9,8 +9,21 @@ import sys
 
 import pytest
 
-from anymamba.models.config import MambaOptions, ModelConfig, config_from_dict, config_to_dict
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import (
+    AttentionOptions,
+    GAUOptions,
+    H3Options,
+    HyenaOptions,
+    LinearAttentionOptions,
+    MambaOptions,
+    MLPOptions,
+    RetentionOptions,
+    S4DOptions,
+    S4Options,
+)
 from anymamba.models.presets import PRESETS
+from anymamba.models.schema import config_from_dict, config_to_dict
 
 BIG = ModelConfig(
     d_model=48,
@@ -22,6 +35,20 @@ BIG = ModelConfig(
     norm_eps=1e-6,
     residual_in_fp32=False,
     mixers=("mamba", "mamba"),
+    attention_layers=(1,),
+    weight_std=0.01,
+    s4=S4Options(d_state=6, n_ssm=2, dt_min=0.01, dt_max=0.2),
+    s4d=S4DOptions(d_state=6, init="s4d-inv", discretization="bilinear", dt_min=0.01, dt_max=0.2),
+    hyena=HyenaOptions(order=3, max_length=100, emb_dim=5, d_filter=16, w=1.5, learn_positions=True),
+    h3=H3Options(d_head=2, d_shift=4),
+    attention=AttentionOptions(
+        n_heads=4, n_kv_heads=2, d_head=6, positions="xpos", max_positions=50, rotary_base=100.0, d_conv=3, window=9,
+        bias=True,
+    ),
+    mlp=MLPOptions(kind="gelu", d_hidden=20, bias=True),
+    gau=GAUOptions(expand=1.5, d_key=16),
+    linear_attention=LinearAttentionOptions(n_heads=2),
+    retention=RetentionOptions(n_heads=2, d_value=24),
     mamba=MambaOptions(
         d_state=8, d_conv=3, expand=1.5, dt_rank=5, dt_min=0.01, dt_max=0.2, dt_init="constant", dt_scale=2.0,
         dt_init_floor=1e-3, conv_bias=False, bias=True, b_discretization="zoh", selective_delta=False,
@@ -32,7 +59,9 @@ BIG = ModelConfig(
 
 
 def test_the_case_below_changes_every_field():
-    for ours, plain in ((BIG, ModelConfig()), (BIG.mamba, MambaOptions())):
+    nested = [value for value in vars(BIG).values() if dataclasses.is_dataclass(value)]
+    assert len(nested) == 10
+    for ours, plain in ((BIG, ModelConfig()), *((value, type(value)()) for value in nested)):
         assert [f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) == getattr(plain, f.name)] == []
 
 
@@ -60,7 +89,7 @@ def test_derived_sizes():
     [
         ({"d_modle": 1}, ValueError, "unknown key 'd_modle' in ModelConfig; did you mean 'd_model'?"),
         ({"mamba": {"dstate": 1}}, ValueError, "unknown key 'dstate' in mamba; did you mean 'd_state'?"),
-        ({"qqq": 1}, ValueError, "unknown key 'qqq' in ModelConfig; it has d_model, mamba, mixers"),
+        ({"qqq": 1}, ValueError, "unknown key 'qqq' in ModelConfig; it has attention, attention_layers, d_model"),
         ({"d_model": "64"}, TypeError, "d_model must be int, got '64'"),
         ({"d_model": 64.0}, TypeError, "d_model must be int, got 64.0"),
         ({"d_model": True}, TypeError, "d_model must be int, got True"),

@@ -11,7 +11,8 @@ import torch
 from anymamba import LanguageModel
 from anymamba.layers.state import state_tensors
 from anymamba.models import export
-from anymamba.models.config import MambaOptions, ModelConfig
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import MambaOptions
 
 OPTIONS = {
     "plain": MambaOptions(),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
-
-    from anymamba.experiments.results import Results
 
 Scale = Literal["toy", "cpu", "gpu", "paper"]
 """toy: seconds, for tests. cpu: an hour a seed on two cores. gpu: one accelerator. paper: as published."""
@@ -38,6 +36,48 @@ class Context:
     seed: int
     progress: Callable[[float, float, str], None]
     """Told now and then: how much is done, of how much, and words."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One arm measured with one seed."""
+
+    arm: str
+    seed: int
+    settings: dict[str, Any]
+    values: dict[str, Any]
+    seconds: float
+    machine: str
+    date: str
+
+    @property
+    def key(self) -> str:
+        """Its file's name without suffix."""
+        return f"{self.arm}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an experiment has measured at a scale, complete or not."""
+
+    experiment: str
+    scale: Scale
+    records: tuple[Record, ...]
+    planned: tuple[str, ...] = field(default=())
+    """Keys of all arms and seeds of the run, finished or not."""
+
+    def of(self, arm: str) -> list[Record]:
+        """The records of an arm, by seed."""
+        return sorted((r for r in self.records if r.arm == arm), key=lambda r: r.seed)
+
+    def values(self, arm: str, name: str) -> list[Any]:
+        """One value of an arm for each seed."""
+        return [record.values[name] for record in self.of(arm)]
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms that have records, in the order of the plan."""
+        return list(dict.fromkeys(record.arm for record in self.records))
 
 
 class Experiment(ABC):

@@ -6,58 +6,15 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anymamba.experiments.experiment import Arm, Scale
+from anymamba.experiments.experiment import Arm, Record, Results, Scale
 from anymamba.models.checkpoints.files import atomic_file
 from anymamba.models.schema import config_to_dict
-
-
-@dataclass(frozen=True)
-class Record:
-    """One arm measured with one seed."""
-
-    arm: str
-    seed: int
-    settings: dict[str, Any]
-    values: dict[str, Any]
-    seconds: float
-    machine: str
-    date: str
-
-    @property
-    def key(self) -> str:
-        """Its file's name without suffix."""
-        return f"{self.arm}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Results:
-    """What an experiment has measured at a scale, complete or not."""
-
-    experiment: str
-    scale: Scale
-    records: tuple[Record, ...]
-    planned: tuple[str, ...] = field(default=())
-    """Keys of all arms and seeds of the run, finished or not."""
-
-    def of(self, arm: str) -> list[Record]:
-        """The records of an arm, by seed."""
-        return sorted((r for r in self.records if r.arm == arm), key=lambda r: r.seed)
-
-    def values(self, arm: str, name: str) -> list[Any]:
-        """One value of an arm for each seed."""
-        return [record.values[name] for record in self.of(arm)]
-
-    @property
-    def arms(self) -> list[str]:
-        """Names of the arms that have records, in the order of the plan."""
-        return list(dict.fromkeys(record.arm for record in self.records))
 
 
 class ResultStore:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from anymamba.experiments.charts import save_figure
-from anymamba.experiments.experiment import Arm, Context, Experiment, Scale
-from anymamba.experiments.results import Record, Results, ResultStore, as_json, machine, today, write_text
+from anymamba.experiments.experiment import Arm, Context, Experiment, Record, Results, Scale
+from anymamba.experiments.results import ResultStore, as_json, machine, today, write_text
 
 Progress = Callable[[str, float, float, str], None]
 """Told now and then: the arm, how much of it is done, of how much, and words."""

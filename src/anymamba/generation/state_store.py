@@ -20,8 +20,8 @@ from anymamba.generation.prompts import GenerationState
 from anymamba.layers.state import map_state
 from anymamba.models.checkpoints import CheckpointError
 from anymamba.models.checkpoints.files import atomic_file
-from anymamba.models.config import config_to_dict
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.schema import config_to_dict
 
 KIND = "anymamba-state"
 
@@ -92,9 +92,10 @@ def _mismatch(tensors: dict[str, Tensor], model: LanguageModel) -> str | None:
         return f"{odd[0]} is {'missing' if odd[0] in wanted else 'not part of it'}"
     batch = tensors["logits"].shape[:1]
     for name, like in wanted.items():
-        shape = (*batch, *like.shape[1:])
-        if tuple(tensors[name].shape) != shape:
-            return f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}"
+        got, shape = tuple(tensors[name].shape), (*batch, *like.shape[1:])
+        grows = 0 in shape[1:]  # a cache, which is empty before the first token: of any length
+        if len(got) != len(shape) or any(a != b and not (grows and b == 0) for a, b in zip(got, shape, strict=True)):
+            return f"{name} must have shape {shape}, got {got}"
         if _kind(tensors[name]) != _kind(like):
             return f"{name} must be {like.dtype}, got {tensors[name].dtype}"
     return None

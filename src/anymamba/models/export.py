@@ -83,7 +83,17 @@ def export_step_onnx(model: LanguageModel, path: str | Path) -> None:
         )
 
 
+EXPRESSIBLE = {"mamba", "s6", "mlp"}
+"""Mixers whose step is real arithmetic on a state of fixed size."""
+
+
 def _require_expressible(model: LanguageModel) -> None:
+    others = sorted(set(model.config.layer_mixers) - EXPRESSIBLE)
+    if others:
+        raise ValueError(
+            f"the ONNX step is written for {', '.join(sorted(EXPRESSIBLE))}, got the mixer {others[0]!r}; "
+            "torch.export takes every model"
+        )
     if model.config.mamba.is_complex:
         raise ValueError('ONNX has no complex arithmetic, which A_init="s4d-lin" needs; this model cannot be exported')
     dtype = model.embedding.weight.dtype

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -14,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anymamba.layers.mamba import Mamba
 from anymamba.layers.norm import build_norm
 from anymamba.layers.parameters import WideParameters
-from anymamba.layers.state import MambaState
+from anymamba.layers.positions import LearnedPositions
 from anymamba.models.config import ModelConfig
+from anymamba.models.mixers import build_mixer
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
@@ -27,9 +26,11 @@ LOSS_CHUNK_ELEMENTS = 1 << 23  # logits held at once by the loss: 32 MiB in floa
 
 
 class LanguageModelState(NamedTuple):
-    """State of all blocks; its size does not depend on how many tokens it has seen."""
+    """State of all blocks. Recurrent ones have a size that does not depend on how many tokens they have seen."""
 
-    layers: tuple[MambaState, ...]
+    layers: tuple[Any, ...]
+    positions: Any = ()
+    """How many tokens each row has seen, in models with a table of positions."""
 
 
 class LanguageModelOutput(NamedTuple):
@@ -50,38 +51,25 @@ class LossOutput(NamedTuple):
     state: LanguageModelState
 
 
-def _build_mamba(config: ModelConfig, device: Any, dtype: Any) -> nn.Module:
-    options = {f.name: getattr(config.mamba, f.name) for f in dataclasses.fields(config.mamba)}
-    return Mamba(config.d_model, **options, device=device, dtype=dtype)
-
-
-MIXERS: dict[str, Callable[[ModelConfig, Any, Any], nn.Module]] = {"mamba": _build_mamba}
-"""Builders of the mixers that a config may name."""
-
-
 class Block(nn.Module):
     """residual + mixer(norm(residual)); the residual stays in float32 where the config says so."""
 
-    def __init__(self, config: ModelConfig, mixer: str, device=None, dtype=None) -> None:
+    def __init__(self, config: ModelConfig, index: int, like: dict[str, Any]) -> None:
         super().__init__()
-        if mixer not in MIXERS:
-            raise ValueError(f"unknown mixer {mixer!r} in mixers; there are {', '.join(MIXERS)}")
-        self.norm = build_norm(config.norm, config.d_model, config.norm_eps, device=device, dtype=dtype)
-        self.mixer: Any = MIXERS[mixer](config, device, dtype)
+        self.norm = build_norm(config.norm, config.d_model, config.norm_eps, **like)
+        self.mixer: Any = build_mixer(config.layer_mixers[index], config, index, like)
 
     def forward(
         self,
         residual: Float[Tensor, "batch length d_model"],
-        state: MambaState | None,
+        state: Any,
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Float[Tensor, "batch length d_model"], MambaState]:
+    ) -> tuple[Float[Tensor, "batch length d_model"], Any]:
         y, state = self.mixer(self.norm(residual), state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         return residual + y, state
 
-    def step(
-        self, residual: Float[Tensor, "batch d_model"], state: MambaState
-    ) -> tuple[Float[Tensor, "batch d_model"], MambaState]:
+    def step(self, residual: Float[Tensor, "batch d_model"], state: Any) -> tuple[Float[Tensor, "batch d_model"], Any]:
         y, state = self.mixer.step(self.norm(residual), state)
         return residual + y, state
 
@@ -102,7 +90,12 @@ class LanguageModel(nn.Module):
         """Recompute the activations of each block in backward instead of keeping them."""
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **like)
-        self.blocks: Any = nn.ModuleList(Block(config, mixer, **like) for mixer in config.layer_mixers)
+        self.positions = (
+            LearnedPositions(config.attention.max_positions, config.d_model, **like)
+            if config.has_absolute_positions
+            else None
+        )
+        self.blocks: Any = nn.ModuleList(Block(config, index, like) for index in range(config.n_layers))
         self.norm = build_norm(config.norm, config.d_model, config.norm_eps, **like)
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False, **like)
@@ -114,20 +107,33 @@ class LanguageModel(nn.Module):
         """What a model changes of its layers' own initialisation.
 
         The embedding is N(0, 0.02), biases of projections are 0, and the output projections are drawn anew and divided
-        by sqrt(n_layers), so that the residual's variance does not grow with depth (one addition per block).
+        by sqrt(n_layers), so that the residual's variance does not grow with depth (one addition per block). With
+        `weight_std` all projections are normal.
         """
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
+        for name, module in self._projections():
+            if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for name, weight in self.named_parameters():
-            if name.endswith("out_proj.weight"):
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                weight.div_(math.sqrt(self.config.n_layers))
+            is_output = name.endswith("out_proj")
+            if self.config.weight_std is not None and not name.endswith("dt_proj"):
+                nn.init.normal_(module.weight, std=self.config.weight_std)
+            elif is_output:
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if is_output:
+                module.weight.div_(math.sqrt(self.config.n_layers))
+
+    def _projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Linear modules by name, but for those that make kernels or that start at zero: these keep what they drew."""
+        own = {m for wide in self.modules() if isinstance(wide, WideParameters) for m in wide.modules()}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and module not in own and not getattr(module, "starts_at_zero", False):
+                yield name, module
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew; after `to_empty` it completes a model made on the meta device."""
         self.embedding.reset_parameters()
+        if self.positions is not None:
+            self.positions.reset_parameters()
         for block in self.blocks:
             block.norm.reset_parameters()
             block.mixer.reset_parameters()
@@ -140,7 +146,8 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> LanguageModelState:
         """The state before the first token of each of `batch` sequences."""
-        return LanguageModelState(tuple(block.mixer.init_state(batch, dtype) for block in self.blocks))
+        layers = tuple(block.mixer.init_state(batch, dtype) for block in self.blocks)
+        return LanguageModelState(layers, () if self.positions is None else self.positions.init_state(batch, dtype))
 
     def hidden(
         self,
@@ -164,6 +171,10 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
         """`hidden` for vectors that stand in place of the tokens' embeddings."""
+        where: Any = ()
+        if self.positions is not None:
+            before = None if state is None else state.positions
+            embedded, where = self.positions(embedded, before, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         residual = self._residual(embedded)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         states = []
@@ -171,7 +182,7 @@ class LanguageModel(nn.Module):
             inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens)
             residual, new = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             states.append(new)
-        return self.norm(residual), LanguageModelState(tuple(states))
+        return self.norm(residual), LanguageModelState(tuple(states), where)
 
     def forward(
         self,
@@ -202,12 +213,15 @@ class LanguageModel(nn.Module):
     def step(self, token_ids: Int[Tensor, " batch"], state: LanguageModelState) -> LanguageModelOutput:
         """One token per row: logits (batch, padded_vocab) and the new state, in constant time."""
         _require_ids(token_ids, 1, "(batch,)")
-        residual = self._residual(self.embedding(token_ids))
+        embedded, where = self.embedding(token_ids), state.positions
+        if self.positions is not None:
+            embedded, where = self.positions.step(embedded, where)
+        residual = self._residual(embedded)
         states = []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             residual, new = block.step(residual, layer_state)
             states.append(new)
-        return LanguageModelOutput(self.logits(self.norm(residual)), LanguageModelState(tuple(states)))
+        return LanguageModelOutput(self.logits(self.norm(residual)), LanguageModelState(tuple(states), where))
 
     def loss(
         self,

@@ -1,10 +1,84 @@
-"""Named sizes of language models. The published ones are of arXiv:2312.00752, table 3; the others are for CPUs."""
+"""Named sizes of language models.
+
+Sizes are those of arXiv:2312.00752, tables 3 and 12, and of arXiv:2212.14052 for H3; the small ones are for CPUs. A
+layer of a Transformer is two blocks here, attention and MLP; a Mamba of the same size has as many blocks.
+"""
 
 from __future__ import annotations
 
-from anymamba.models.config import ModelConfig
+from dataclasses import replace
 
-PRESETS: dict[str, ModelConfig] = {
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import AttentionOptions, H3Options, MLPOptions
+
+SIZES = {
+    "125m": (12, 768, 12),
+    "350m": (24, 1024, 16),
+    "760m": (24, 1536, 16),
+    "1.3b": (24, 2048, 32),
+}
+"""Layers, d_model and attention heads."""
+
+
+def transformer(n_layers: int, d_model: int, n_heads: int, vocab_size: int = 50277) -> ModelConfig:
+    """The Transformer of GPT-3's shapes: learned positions, LayerNorm, GELU, biases everywhere."""
+    return ModelConfig(
+        d_model=d_model,
+        n_layers=2 * n_layers,
+        vocab_size=vocab_size,
+        norm="layernorm",
+        mixers=("attention", "mlp"),
+        weight_std=0.02,
+        attention=AttentionOptions(n_heads=n_heads, positions="absolute", bias=True),
+        mlp=MLPOptions(kind="gelu", bias=True),
+    )
+
+
+def transformer_plus_plus(n_layers: int, d_model: int, n_heads: int, vocab_size: int = 50277) -> ModelConfig:
+    """Transformer++: rotary positions, RMSNorm, SwiGLU, no biases."""
+    return ModelConfig(
+        d_model=d_model,
+        n_layers=2 * n_layers,
+        vocab_size=vocab_size,
+        mixers=("attention", "mlp"),
+        weight_std=0.02,
+        attention=AttentionOptions(n_heads=n_heads, positions="rotary"),
+        mlp=MLPOptions(kind="swiglu"),
+    )
+
+
+def h3(n_layers: int, d_model: int, n_heads: int, attention_at: tuple[int, ...] = ()) -> ModelConfig:
+    """H3 with S4D and an MLP in each layer; Hybrid-H3 where attention stands in for H3 in the layers named."""
+    return ModelConfig(
+        d_model=d_model,
+        n_layers=2 * n_layers,
+        norm="layernorm",
+        mixers=("h3-s4d", "mlp"),
+        attention_layers=tuple(2 * layer for layer in attention_at),
+        weight_std=0.02,
+        attention=AttentionOptions(n_heads=n_heads, positions="none", bias=True),
+        mlp=MLPOptions(kind="gelu", bias=True),
+    )
+
+
+def h3_plus_plus(n_layers: int, d_model: int) -> ModelConfig:
+    """H3++: half as many layers again, the MLP's expansion 2, heads of 8, RMSNorm, no biases in the MLP."""
+    return ModelConfig(
+        d_model=d_model,
+        n_layers=2 * (n_layers * 3 // 2),
+        mixers=("h3-s4d", "mlp"),
+        weight_std=0.02,
+        h3=H3Options(d_head=8),
+        mlp=MLPOptions(kind="gelu", d_hidden=2 * d_model),
+    )
+
+
+def spread(n_blocks: int, n_attention: int) -> tuple[int, ...]:
+    """Blocks for n_attention attention layers among n_blocks, evenly spread, neither first nor last."""
+    return tuple(round((i + 1) * n_blocks / (n_attention + 1)) for i in range(n_attention))
+
+
+MAMBA: dict[str, ModelConfig] = {
     "nano": ModelConfig(d_model=64, n_layers=2, vocab_size=257),
     "tiny": ModelConfig(d_model=128, n_layers=4, vocab_size=257),
     "small": ModelConfig(d_model=256, n_layers=6, vocab_size=257),
@@ -14,6 +88,18 @@ PRESETS: dict[str, ModelConfig] = {
     "mamba-790m": ModelConfig(d_model=1536, n_layers=48),
     "mamba-1.4b": ModelConfig(d_model=2048, n_layers=48),
     "mamba-2.8b": ModelConfig(d_model=2560, n_layers=64),
+}
+
+PRESETS: dict[str, ModelConfig] = {
+    **MAMBA,
+    **{f"transformer-{name}": transformer(*size) for name, size in SIZES.items()},
+    **{f"transformer++-{name}": transformer_plus_plus(*size) for name, size in SIZES.items()},
+    **{f"h3-{name}": h3(*size) for name, size in SIZES.items()},
+    **{f"hybrid-h3-{name}": h3(*size, attention_at=(size[0] // 2,)) for name, size in SIZES.items()},
+    **{f"h3++-{name}": h3_plus_plus(*size[:2]) for name, size in SIZES.items()},
+    # about one block in ten attends (arXiv:2405.21060, table 2), or every second one is an MLP
+    "mamba-attention-130m": replace(MAMBA["mamba-130m"], attention_layers=spread(24, 2)),
+    "mamba-mlp-130m": replace(MAMBA["mamba-130m"], mixers=("mamba", "mlp")),
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from anymamba.models.config import ModelConfig, require_at_least, require_positive
+from anymamba.models.config import ModelConfig
+from anymamba.models.schema import require_at_least, require_positive
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class TrainConfig:
         require_at_least("eval_tokens", self.eval_tokens, 0)
         if self.threads is not None:
             require_at_least("threads", self.threads, 1)
+        if self.carry_state and self.model.growing_mixers:
+            raise ValueError(
+                f"carry_state would let the caches of {', '.join(self.model.growing_mixers)} grow from batch to batch; "
+                "set carry_state to false, or give attention a window"
+            )
 
     @property
     def tokens_per_step(self) -> int:

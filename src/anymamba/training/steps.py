@@ -63,13 +63,18 @@ def held_out_nats(
     batch_size: int,
     context: int,
     max_tokens: int,
+    carry_state: bool = True,
 ) -> float:
-    """Mean nats per label over the beginning of a table (always the same batches), with carried state."""
+    """Mean nats per label over the beginning of a table, always the same batches.
+
+    Without carry_state every row begins anew.
+    """
     stream = BatchStream(table, batch_size=batch_size, context=context, eos_id=eos_id, seed=0)
     n_batches = max(1, math.ceil(min(max_tokens, table.n_tokens) / (batch_size * context)))
     total, count, carried = 0.0, 0, None
     batches: Iterator[Batch] = islice(iter(stream), n_batches)
     for batch in batches:
-        nats, n_tokens, carried = batch_loss(model, model.loss, batch, carried)
+        nats, n_tokens, state = batch_loss(model, model.loss, batch, carried)
+        carried = state if carry_state else None
         total, count = total + nats.item(), count + int(n_tokens)
     return total / max(1, count)

@@ -27,8 +27,8 @@ from anymamba.data.tokenizer import Tokenizer
 from anymamba.layers.state import map_state, state_tensors
 from anymamba.models.checkpoints import CheckpointError
 from anymamba.models.checkpoints.files import atomic_file
-from anymamba.models.config import config_from_dict, config_to_dict
 from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.models.schema import config_from_dict, config_to_dict
 from anymamba.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -313,6 +313,7 @@ class _Trainer:
             batch_size=config.batch_size,
             context=config.context,
             max_tokens=config.eval_tokens,
+            carry_state=config.carry_state,
         )
         self.held_out_bits_per_byte = self._bits_per_byte(nats)
         line = {

@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 
 from anymamba.compat.transformers.config import AnyMambaConfig
 from anymamba.compat.transformers.generating import AnyMambaCache, ExistingIds
-from anymamba.models.config import config_to_dict
 from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.models.schema import config_to_dict
 
 
 @dataclass

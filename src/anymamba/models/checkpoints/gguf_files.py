@@ -20,7 +20,9 @@ from anymamba.models.checkpoints.files import StoredTensor
 from anymamba.models.checkpoints.gguf_bounds import check_header
 from anymamba.models.checkpoints.huggingface import expansion, foreign_mamba_options
 from anymamba.models.checkpoints.names import is_wide, to_gguf
-from anymamba.models.config import MambaOptions, ModelConfig, config_from_dict, config_to_dict
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import MambaOptions
+from anymamba.models.schema import config_from_dict, config_to_dict
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter, ReaderTensor

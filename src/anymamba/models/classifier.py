@@ -1,0 +1,155 @@
+"""A model of whole sequences: the backbone of a language model, pooled, and a head for classes or numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anymamba.models.checkpoints.files import atomic_file
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
+from anymamba.models.schema import config_from_dict, config_to_dict, require_at_least
+
+HEAD_FILE, CONFIG_FILE = "classifier.safetensors", "classifier.json"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What a sequence is mapped to, and from what."""
+
+    n_outputs: int
+    """Classes, or numbers to predict."""
+    task: Literal["classification", "regression"] = "classification"
+    """Cross-entropy over classes, or squared error of numbers."""
+    pooling: Literal["last", "mean", "masked"] = "last"
+    """The last real position; the mean of all real ones; the mean of those that a pool_mask names."""
+    d_input: int | None = None
+    """Size of input vectors in place of token ids, which a linear map embeds; absent means token ids."""
+
+    def __post_init__(self) -> None:
+        require_at_least("n_outputs", self.n_outputs, 1)
+        if self.d_input is not None:
+            require_at_least("d_input", self.d_input, 1)
+
+
+class SequenceClassifier(nn.Module):
+    """A sequence to class logits or to numbers.
+
+    Args:
+        model: the backbone: its config, or a language model (pretrained or not) that becomes part of this one.
+        config: outputs, task, pooling, inputs.
+        device, dtype: of new weights.
+    """
+
+    def __init__(self, model: ModelConfig | LanguageModel, config: ClassifierConfig, device=None, dtype=None) -> None:
+        super().__init__()
+        self.config = config
+        if isinstance(model, LanguageModel):
+            weight = model.embedding.weight
+            device, dtype = device or weight.device, dtype or weight.dtype
+        else:
+            model = LanguageModel(model, device=device, dtype=dtype)
+        self.backbone = model
+        d_model, like = self.backbone.config.d_model, {"device": device, "dtype": dtype}
+        self.embed = None if config.d_input is None else nn.Linear(config.d_input, d_model, **like)
+        self.head = nn.Linear(d_model, config.n_outputs, **like)
+
+    def forward(
+        self,
+        inputs: Int[Tensor, "batch length"] | Float[Tensor, "batch length d_input"],
+        *,
+        attention_mask: Bool[Tensor, "batch length"] | None = None,
+        pool_mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch n_outputs"]:
+        """Logits of the classes, or the numbers.
+
+        Args:
+            inputs: token ids, or vectors where the config has d_input.
+            attention_mask: true at real positions; padding on either side changes nothing.
+            pool_mask: for pooling "masked", true at the positions that count.
+        Raises ValueError where inputs are of the other kind, or where a row has no position to pool.
+        """
+        wanted = 2 if self.embed is None else 3
+        if inputs.ndim != wanted:
+            words = "token ids (batch, length)" if wanted == 2 else "vectors (batch, length, d_input)"
+            raise ValueError(f"inputs must be {words}, got shape {tuple(inputs.shape)}; d_input decides which")
+        if self.embed is None:
+            hidden, _ = self.backbone.hidden(inputs, attention_mask=attention_mask)
+        else:
+            hidden, _ = self.backbone.hidden_of_embedded(self.embed(inputs), attention_mask=attention_mask)
+        return self.head(self._pooled(hidden, self._counted(hidden, attention_mask, pool_mask)))
+
+    def _counted(self, hidden: Tensor, attention_mask: Tensor | None, pool_mask: Tensor | None) -> Tensor:
+        """True at the positions that pooling looks at."""
+        if (pool_mask is None) == (self.config.pooling == "masked"):
+            raise ValueError(f"pool_mask goes with pooling 'masked' and no other, got pooling {self.config.pooling!r}")
+        real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        for mask in (attention_mask, pool_mask):
+            if mask is not None:
+                real = real & mask.bool()
+        if not real.any(1).all():
+            raise ValueError("every row needs a position to pool, got one without; drop it, or mend its mask")
+        return real
+
+    def _pooled(self, hidden: Float[Tensor, "batch length d_model"], counted: Bool[Tensor, "batch length"]) -> Tensor:
+        if self.config.pooling == "last":
+            place = torch.arange(hidden.shape[1], device=hidden.device)
+            last = torch.where(counted, place, -1).argmax(1)
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        summed = hidden.to(wide).masked_fill(~counted[..., None], 0).sum(1)
+        return (summed / counted.sum(1, keepdim=True)).to(hidden.dtype)
+
+    def loss(self, inputs: Tensor, targets: Tensor, **masks: Tensor | None) -> Float[Tensor, ""]:
+        """The mean loss of a batch: nats a row, or the squared error a number.
+
+        Args:
+            targets: (batch,) classes, or (batch, n_outputs) numbers.
+            masks: attention_mask and pool_mask, as in `forward`.
+        """
+        outputs = self(inputs, **masks)
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        if self.config.task == "classification":
+            return F.cross_entropy(outputs, targets)
+        if targets.shape != outputs.shape:
+            raise ValueError(f"targets must be like the outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}")
+        return F.mse_loss(outputs, targets.to(outputs.dtype))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the backbone as `LanguageModel` does, and the head beside it, each file atomically."""
+        path = Path(path)
+        self.backbone.save_pretrained(path)
+        own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        with atomic_file(path / HEAD_FILE) as temporary:
+            save_file(own, temporary)
+        with atomic_file(path / CONFIG_FILE) as temporary:
+            temporary.write_text(json.dumps(config_to_dict(self.config), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device=None, dtype=None) -> SequenceClassifier:
+        """Load what `save_pretrained` wrote.
+
+        Raises FileNotFoundError where the folder has no head: then give `LanguageModel.from_pretrained` to a new one.
+        """
+        path = Path(path)
+        if not (path / CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path} has no {CONFIG_FILE}: it is no classifier; SequenceClassifier(LanguageModel.from_pretrained("
+                "...), ClassifierConfig(...)) puts a new head on a language model"
+            )
+        values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        backbone = LanguageModel.from_pretrained(path, device=device, dtype=dtype)
+        model = cls(backbone, config_from_dict(ClassifierConfig, values))
+        missing, unexpected = model.load_state_dict(load_file(path / HEAD_FILE), strict=False)
+        wrong = [name for name in missing if not name.startswith("backbone.")] + unexpected
+        if wrong:
+            raise ValueError(f"{path / HEAD_FILE} does not fit {CONFIG_FILE}: {wrong[0]} is missing or not part of it")
+        return model

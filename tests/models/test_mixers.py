@@ -1,0 +1,203 @@
+"""Every mixer that a config may name, in a model: one function however it is cut, hybrids, presets, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from anymamba import LanguageModel, MambaOptions, ModelConfig, preset
+from anymamba.generation.generate import generate
+from anymamba.generation.sampling import SamplingConfig
+from anymamba.layers.state import concatenate_rows, select_rows
+from anymamba.models.mixers import MIXERS
+from anymamba.models.options import AttentionOptions, H3Options, HyenaOptions, MLPOptions, S4DOptions
+from anymamba.models.presets import PRESETS
+from anymamba.training.config import TrainConfig
+
+HYBRID = ("mamba", "attention", "h3-s4d", "mlp", "hyena")
+"""One of each kind of state: fixed, growing, none."""
+
+
+def model_of(*mixers: str, **options) -> LanguageModel:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        d_model=16,
+        n_layers=len(mixers),
+        vocab_size=20,
+        mixers=mixers,
+        mamba=MambaOptions(d_state=4),
+        hyena=HyenaOptions(max_length=64, emb_dim=5, d_filter=8),
+        s4d=S4DOptions(d_state=8),
+        **{"attention": AttentionOptions(n_heads=2), **options},
+    )
+    return LanguageModel(config).double().eval()
+
+
+def ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 20, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*MIXERS, HYBRID], ids=str)
+def test_whole_is_pieces_is_steps(name):
+    model = model_of(*([name, name] if isinstance(name, str) else name))
+    tokens = ids(3, 17)
+    whole = model(tokens).logits
+    first = model(tokens[:, :9])
+    rest = model(tokens[:, 9:], first.state)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-9, atol=1e-9)
+    state, logits = model.init_state(3), []
+    for t in range(17):
+        out = model.step(tokens[:, t], state)
+        state = out.state
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.stack(logits, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_parameter_learns(name):
+    model = model_of(name, name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # weights that start at zero hide others
+    model.loss(ids(2, 12), ids(2, 12, seed=2)).loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent, f"without a gradient: {silent}"
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_reset_parameters_draws_as_construction_does(name):
+    """Also where nothing was drawn before: a model made on the meta device is complete after it."""
+    torch.manual_seed(0)
+    built = model_of(name, name).float()
+    empty = LanguageModel(built.config, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in empty.parameters():
+            parameter.fill_(math.nan)
+    empty.reset_parameters()
+    for (n, p), q in zip(built.named_parameters(), empty.parameters(), strict=True):
+        assert q.isfinite().all(), n
+        if p.numel() > 60:
+            assert q.std().item() == pytest.approx(p.std().item(), rel=0.4, abs=1e-6), n
+    empty.load_state_dict(built.state_dict())
+    with torch.no_grad():
+        assert torch.equal(empty.eval()(ids(2, 9)).logits, built(ids(2, 9)).logits)
+
+
+@torch.no_grad()
+def test_states_of_rows_of_different_lengths_are_joined():
+    model = model_of(*HYBRID, attention=AttentionOptions(n_heads=2, positions="absolute", max_positions=40))
+    short, long = ids(1, 5), ids(1, 11, seed=2)
+    alone = [model(tokens).state for tokens in (short, long)]
+    together = concatenate_rows(alone)
+    token = torch.tensor([3, 4])
+    stepped = model.step(token, together)
+    for i, state in enumerate(alone):
+        torch.testing.assert_close(stepped.logits[i : i + 1], model.step(token[i : i + 1], state).logits)
+    swapped = model.step(token.flip(0), select_rows(together, torch.tensor([1, 0])))
+    torch.testing.assert_close(swapped.logits.flip(0), stepped.logits)
+
+
+@torch.no_grad()
+def test_padded_and_packed_rows_of_a_hybrid():
+    model = model_of(*HYBRID, attention=AttentionOptions(n_heads=2, positions="absolute", max_positions=40))
+    parts = [ids(1, 6), ids(1, 3, seed=2)]
+    alone = [model(part).logits[0] for part in parts]
+    padded = torch.cat([parts[0], torch.cat([torch.zeros(1, 3, dtype=torch.int64), parts[1]], 1)])
+    mask = torch.ones(2, 6)
+    mask[1, :3] = 0
+    logits = model(padded, attention_mask=mask).logits
+    torch.testing.assert_close(logits[0], alone[0])
+    torch.testing.assert_close(logits[1, 3:], alone[1])
+    packed = model(torch.cat(parts, 1), cu_seqlens=torch.tensor([0, 6, 9], dtype=torch.int32)).logits[0]
+    torch.testing.assert_close(packed, torch.cat(alone))
+
+
+def test_generation_with_prompts_of_different_lengths():
+    from anymamba.data.tokenizer import load_tokenizer
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(preset("nano"), n_layers=4, mixers=("mamba", "attention"))
+    model, tokenizer = LanguageModel(config).eval(), load_tokenizer(None)
+    prompts = [tokenizer.encode(text) for text in ("def f", "import numpy as np", "x")]
+    greedy = SamplingConfig(temperature=0)
+    together = generate(model, prompts, tokenizer, max_new_tokens=12, sampling=greedy)
+    alone = [generate(model, [p], tokenizer, max_new_tokens=12, sampling=greedy).texts[0] for p in prompts]
+    assert list(together.texts) == alone
+
+
+@torch.no_grad()
+def test_a_hybrid_is_saved_and_loaded(tmp_path):
+    model = model_of(*HYBRID, attention=AttentionOptions(n_heads=2, positions="absolute", max_positions=40)).float()
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path).eval()
+    assert again.config == model.config
+    assert torch.equal(again(ids(2, 9)).logits, model(ids(2, 9)).logits)
+
+
+def test_attention_among_mamba_by_index_or_pattern():
+    assert model_of("mamba", "mamba", "mamba", attention_layers=(1,)).config.layer_mixers == (
+        "mamba",
+        "attention",
+        "mamba",
+    )
+    config = ModelConfig(n_layers=4, mixers=("mamba", "mlp"))
+    assert config.layer_mixers == ("mamba", "mlp") * 2
+    with pytest.raises(ValueError, match="attention_layers must lie in 0 to n_layers - 1 = 3, got 4"):
+        ModelConfig(n_layers=4, attention_layers=(1, 4))
+
+
+def test_a_name_that_does_not_exist_lists_those_that_do():
+    with pytest.raises(ValueError, match="unknown mixer 'mamba3' in mixers; there are mamba, s4, "):
+        model_of("mamba3")
+
+
+def test_a_head_that_does_not_divide_the_width():
+    with pytest.raises(ValueError, match=r"multiple of h3.d_head, got 16 and 5"):
+        model_of("h3-s4d", h3=H3Options(d_head=5))
+
+
+def test_a_sequence_longer_than_the_table_of_positions():
+    model = model_of("attention", attention=AttentionOptions(n_heads=2, positions="absolute", max_positions=8))
+    with pytest.raises(ValueError, match="max_positions"):
+        model(ids(1, 9))
+
+
+def test_training_with_carried_state_wants_states_that_do_not_grow():
+    for mixers in (("mamba", "attention"), ("hyena",), ("gau",)):
+        with pytest.raises(ValueError, match="set carry_state to false"):
+            TrainConfig(model=ModelConfig(n_layers=2, mixers=mixers))
+        TrainConfig(model=ModelConfig(n_layers=2, mixers=mixers), carry_state=False)
+    windowed = ModelConfig(n_layers=1, mixers=("attention",), attention=AttentionOptions(window=64))
+    TrainConfig(model=windowed)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "125m" in name or "130m" in name])
+def test_presets_have_the_size_in_their_name(name):
+    model = LanguageModel(preset(name), device="meta")
+    millions = int(name.split("-")[-1].removesuffix("m"))
+    assert 0.75 * millions < model.n_parameters() / 1e6 < 1.45 * millions, model.n_parameters()
+
+
+def test_the_attention_model_of_the_induction_heads_has_its_printed_size():
+    """137K: two attention blocks of width 128 without MLPs, biases, LayerNorm, an untied head."""
+    attention = AttentionOptions(n_heads=8, positions="rotary", bias=True)
+    config = ModelConfig(
+        d_model=128,
+        n_layers=2,
+        vocab_size=16,
+        tie_embeddings=False,
+        norm="layernorm",
+        mixers=("attention",),
+        attention=attention,
+    )
+    assert round(LanguageModel(config, device="meta").n_parameters(), -3) == 137_000
+
+
+def test_mlp_and_attention_of_transformer_plus_plus_have_no_biases():
+    model = LanguageModel(preset("transformer++-125m"), device="meta")
+    assert [n for n, _ in model.named_parameters() if n.endswith("bias")] == []
+    assert MLPOptions().kind == "swiglu" and model.config.attention.positions == "rotary"
