@@ -190,6 +190,8 @@ def test_the_report_of_a_success():
     assert "fail" not in text and "not measured" not in text and "short of the threshold" not in text
     assert "| no gate | S4 | 31,000 | 25.0 (24.0 to 26.0) | 0.0 (0.0 to 0.0) | 18.3 |" in text
     assert "Rows of 144 tokens: 8 to remember, of 14 symbols, at random places among 128 of noise" in text
+    assert ("constant (at most" in text) is not BASES["cpu"].optimization.cosine
+    assert "The learning rate is the better of 1e-3 and 3e-3" in text
     assert "Guessing gives 7.1 %" in text and "gives 26.9 % with 8 tokens of 14 symbols" in text
     assert "(20.4 % with the paper's 16 of 14)" in text
     assert "| no gate: S4: points below no gate: S6 | 25 | 70.0 | holds |" in text  # 96 - 26: the worst seeds

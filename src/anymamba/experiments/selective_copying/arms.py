@@ -71,12 +71,12 @@ BASES: dict[Scale, Settings] = {
     "cpu": Settings(
         mixer="",
         task=Copying(n_noise=128, n_tokens=8),
-        optimization=Optimization(steps=4000, batch_size=32, learning_rate=3e-3, warmup_steps=100),
+        optimization=Optimization(steps=4000, batch_size=32, learning_rate=3e-3, warmup_steps=100, cosine=True),
     ),
     "gpu": Settings(
         mixer="",
         task=Copying(n_noise=1024, n_tokens=16),
-        optimization=Optimization(steps=20_000, batch_size=64, learning_rate=1e-3, warmup_steps=200),
+        optimization=Optimization(steps=20_000, batch_size=64, learning_rate=1e-3, warmup_steps=200, cosine=True),
         judge_every=500,
     ),
     "paper": Settings(
@@ -87,6 +87,13 @@ BASES: dict[Scale, Settings] = {
     ),
 }
 """Settings of every arm at a scale, but for the mixer. The paper names Adam, a constant rate and no clipping."""
+
+SWEEPS: dict[str, str] = {
+    "cpu": "The learning rate is the better of 1e-3 and 3e-3 for Mamba with S6 on a smaller task (noise 24, 4 tokens, "
+    "batch 16, a cosine of 1,400 steps): after 600 steps 82.4 % and 97.9 %. The other arms have the same, unswept.",
+    "gpu": "The learning rate is not swept.",
+}
+"""How the rate was chosen, by scale; that of the paper's scale is the paper's."""
 
 
 def arms_at(scale: Scale) -> list[Arm]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from anymamba.data.synthetic.copying import Copying, guess_accuracy, histogram_accuracy
 from anymamba.experiments.charts import spread, table
 from anymamba.experiments.experiment import Results
-from anymamba.experiments.selective_copying.arms import CELL, CELLS, CONTROLS, GAP_AT_LEAST, SELECTIVE_AT_LEAST, Cell
+from anymamba.experiments.selective_copying.arms import (
+    CELL,
+    CELLS,
+    CONTROLS,
+    GAP_AT_LEAST,
+    SELECTIVE_AT_LEAST,
+    SWEEPS,
+    Cell,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ def report(results: Results) -> str:
     """The Markdown between title and provenance."""
     if not results.records:
         return "Nothing has been measured yet."
-    parts = [verdict(results), protocol(results), cells_table(results), baseline_words(results)]
+    words = [verdict(results), protocol(results), SWEEPS.get(results.scale, "")]
+    parts = [part for part in words if part] + [cells_table(results), baseline_words(results)]
     return "\n\n".join([*parts, "## Thresholds", thresholds_table(results), "## What came out", remarks(results)])
 
 
@@ -83,15 +92,16 @@ def protocol(results: Results) -> str:
     settings, task = results.records[0].settings, task_of(results)
     how = settings["optimization"]
     warmup = f" after {how['warmup_steps']} steps of warm-up" if how["warmup_steps"] else ""
+    course = "down to none in half a cosine" if how["cosine"] else "constant"
     clip = f"clipped at norm {how['clip_norm']:g}" if how["clip_norm"] is not None else "not clipped"
     return (
         f"Rows of {task.length} tokens: {task.n_tokens} to remember, of {task.n_symbols} symbols, at random places "
         f"among {task.n_noise} of noise, then {task.n_tokens} markers where they are asked for in order. Models of "
         f"{settings['n_layers']} blocks, d_model {settings['d_model']}, S6 with 16 states a channel, S4 with 64. Every "
         f"arm: AdamW without decay, {how['steps']:,} steps of {how['batch_size']} fresh rows, learning rate "
-        f"{how['learning_rate']:g}{warmup}, constant (at most {how['kernel_learning_rate']:g} for kernels), gradients "
-        f"{clip}. {settings['validation_rows']} validation rows, the same for all. The paper's numbers are for 16 "
-        "tokens in noise of 4096 and 400,000 steps at 1e-4."
+        f"{how['learning_rate']:g}{warmup}, {course} (at most {how['kernel_learning_rate']:g} for kernels), "
+        f"gradients {clip}. {settings['validation_rows']} validation rows, the same for all. The paper's numbers are "
+        "for 16 tokens in noise of 4096 and 400,000 steps at 1e-4."
     )
 
 
