@@ -1,0 +1,262 @@
+"""Causal multi-head attention, with a cache of keys and values as its state.
+
+    [q, k, v] = in_proj(x), optionally through a short causal convolution;  q, k = rotated by their positions
+    y[t] = out_proj(concat over heads h of sum over s <= t of softmax_s(q[h, t] . k[h, s] / sqrt(d_head)) v[h, s])
+
+Source: the Transformer (arXiv:1706.03762), section 3.2; grouped keys and values: arXiv:2305.13245; rotary positions:
+arXiv:2104.09864; xPos: arXiv:2212.10554; the convolution: Mamba's Transformer++ (arXiv:2312.00752, appendix E.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from anymamba.layers.cache import Cache, GrowingState
+from anymamba.layers.conv import ShortConvolution
+from anymamba.layers.padding import Rows
+from anymamba.layers.rotary import rotate, xpos_scale
+from anymamba.layers.sequence import SequenceLayer
+from anymamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+
+POSITIONS = ("none", "rotary", "xpos")
+MOST_QUERIES = 1024
+"""Queries that share a mask, and for xPos an origin of positions: zeta_0 ** (-1024 / 512) = 12 fits any float."""
+
+
+class _AttentionTensors(NamedTuple):
+    keys: Float[Tensor, "batch n_kv_heads cache_length d_head"]
+    """Oldest first, after their rotation."""
+    values: Float[Tensor, "batch n_kv_heads cache_length d_head"]
+    n_seen: Int[Tensor, " batch"]
+    """Tokens that each row has seen; its cached keys are the last min(count, window - 1) of them."""
+    conv: Float[Tensor, "batch d_conv_minus_1 d_qkv"]
+    """The last inputs of the short convolution; no rows without one."""
+
+
+class AttentionState(_AttentionTensors, GrowingState):
+    """State of `Attention`."""
+
+
+class Attention(SequenceLayer):
+    """Causal multi-head attention.
+
+    Args:
+        d_model: width of the input and output.
+        n_heads: heads of the queries.
+        n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads; absent means n_heads.
+        d_head: size of a head; absent means d_model / n_heads.
+        positions: "none", "rotary" or "xpos". Absolute ones are `LearnedPositions` at the model's input.
+        rotary_base: base of the rotations' frequencies.
+        d_conv: width of a depthwise causal convolution of queries, keys and values; absent means none.
+        bias: of the two projections.
+        window: keys that a query sees, its own included; no more are kept. Absent means all.
+    Raises ValueError for sizes and names that do not fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        d_head: int | None = None,
+        positions: str = "none",
+        rotary_base: float = 10000.0,
+        d_conv: int | None = None,
+        bias: bool = False,
+        window: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        sizes = {"d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+        optional = {"d_head": d_head, "d_conv": d_conv, "window": window}
+        _require_sizes(**sizes, **{name: size for name, size in optional.items() if size is not None})
+        if d_head is None:
+            if d_model % n_heads:
+                raise ValueError(
+                    f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}; change either or give d_head"
+                )
+            d_head = d_model // n_heads
+        if n_heads % n_kv_heads:
+            raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}; change either")
+        if positions not in POSITIONS:
+            raise ValueError(
+                f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}; "
+                f"absolute ones are LearnedPositions at the model's input"
+            )
+        if positions != "none" and d_head % 2:
+            raise ValueError(f"{positions} positions need an even d_head, got {d_head}; change d_head or n_heads")
+        self.d_model, self.n_heads, self.n_kv_heads, self.d_head = d_model, n_heads, n_kv_heads, d_head
+        self.positions, self.rotary_base, self.d_conv, self.window = positions, rotary_base, d_conv, window
+        self.d_qkv = (n_heads + 2 * n_kv_heads) * d_head
+        self.in_proj = nn.Linear(d_model, self.d_qkv, bias, device, dtype)
+        # only its weights are used: the convolution of queries, keys and values has no SiLU
+        self.conv = None if d_conv is None else ShortConvolution(self.d_qkv, d_conv, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(n_heads * d_head, d_model, bias, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's defaults, in the order of construction."""
+        for module in (self.in_proj, self.conv, self.out_proj):
+            if module is not None:
+                module.reset_parameters()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> AttentionState:
+        """An empty cache."""
+        weight = self.in_proj.weight
+        like: dict[str, Any] = {"device": weight.device, "dtype": dtype or weight.dtype}
+        keys = torch.zeros(batch, self.n_kv_heads, 0, self.d_head, **like)
+        count = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return AttentionState(
+            keys, torch.zeros_like(keys), count, torch.zeros(batch, (self.d_conv or 1) - 1, self.d_qkv, **like)
+        )
+
+    def run(
+        self, x: Float[Tensor, "rows length d_model"], state: AttentionState | None, rows: Rows | None
+    ) -> tuple[Float[Tensor, "rows length d_model"], AttentionState]:
+        if state is None:
+            state = self.init_state(x.shape[0], x.dtype)
+        x = x if rows is None else rows.zero_padding(x)
+        q, k, v, conv = self._project(x, state, rows)
+        before = self._cache(state)
+        lengths = None if rows is None else rows.lengths
+        cache = before.append((k, v), lengths)
+        y = self._attend(q, (k, v) if before.length == 0 else cache.tensors, before)
+        cache = (cache if rows is None else cache.trimmed()).keep_last(self._most_kept(cache))
+        after = state.n_seen + (x.shape[1] if lengths is None else lengths)
+        keys, values = cache.tensors
+        new = AttentionState(keys, values, after, conv)
+        new.remember(cache)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), new
+
+    def step(
+        self, x: Float[Tensor, "batch d_model"], state: AttentionState
+    ) -> tuple[Float[Tensor, "batch d_model"], AttentionState]:
+        y, state = self.run(x[:, None], state, None)
+        return y[:, 0], state
+
+    def _most_kept(self, cache: Cache) -> int:
+        """Entries that a later query may see."""
+        return cache.length if self.window is None else self.window - 1
+
+    def _cache(self, state: AttentionState) -> Cache:
+        if state.cache is not None:
+            return state.cache
+        filled = state.n_seen if self.window is None else state.n_seen.clamp(max=self.window - 1)
+        return Cache((state.keys, state.values), filled)
+
+    def _project(
+        self, x: Float[Tensor, "batch length d_model"], state: AttentionState, rows: Rows | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (batch, heads, length, d_head), rotated, and the convolution's state."""
+        qkv = self.in_proj(x)
+        qkv, conv = self._convolve(qkv, state.conv, rows)
+        heads = qkv.unflatten(-1, (-1, self.d_head))
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
+        if self.positions != "none":
+            positions = state.n_seen[:, None] + torch.arange(x.shape[1], device=x.device)
+            q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), conv
+
+    def _convolve(self, qkv: Tensor, state: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
+        """The short convolution and its state, the last real inputs."""
+        if self.conv is None:
+            return qkv, state
+        state = state.to(qkv.dtype)
+        if qkv.shape[1] == 1 and rows is None:
+            y, state = causal_conv1d_step(state, qkv[:, 0], self.conv.weight, self.conv.bias)
+            return y[:, None], state
+        y, last = causal_conv1d(qkv, self.conv.weight, self.conv.bias, initial_state=state)
+        return y, last if rows is None else rows.last(qkv, state, state.shape[1])
+
+    def _attend(
+        self, q: Float[Tensor, "batch n_heads length d_head"], keys_values: tuple[Tensor, ...], before: Cache
+    ) -> Float[Tensor, "batch n_heads length d_head"]:
+        """Softmax attention of queries whose keys lie in each row behind the entries that `before` has filled."""
+        k, v = keys_values
+        length, xpos = q.shape[2], self.positions == "xpos"
+        if before.length == 0 and self.window is None and (length <= MOST_QUERIES or not xpos) and length > 0:
+            if xpos:
+                q, k = _scaled(q, k, 0)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_heads != self.n_kv_heads)
+        if length == 1:
+            return self._attend_one(q, k, v, before)
+        parts = [self._attend_block(q, k, v, before, *block) for block in self._blocks(length)]
+        return torch.cat(parts, 2) if parts else q
+
+    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, before: Cache) -> Float[Tensor, "batch n_heads 1 d_head"]:
+        """One query: heads that share keys become rows of one product, and even rows need no mask."""
+        mask = None
+        if not before.is_even:
+            mask = (torch.arange(k.shape[2], device=k.device) <= before.filled[:, None])[:, None, None]
+        if self.positions == "xpos":
+            q, k = _scaled(q, k, -(before.length if before.is_even else before.filled))
+        y = F.scaled_dot_product_attention(q.unflatten(1, (self.n_kv_heads, -1))[:, :, :, 0], k, v, attn_mask=mask)
+        return y.flatten(1, 2)[:, :, None]
+
+    def _attend_block(
+        self, q: Tensor, k: Tensor, v: Tensor, before: Cache, start: int, stop: int
+    ) -> Float[Tensor, "batch n_heads block d_head"]:
+        """Queries start .. stop - 1 under a mask of their own, against the keys that some of them may see."""
+        first, last = 0, k.shape[2]
+        filled: int | Tensor = before.filled
+        if before.is_even:
+            filled, last = before.length, before.length + stop
+            first = 0 if self.window is None else max(0, filled + start - self.window + 1)
+        q, k, v = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
+        mask = _visible(filled, start, stop, first, k, self.window)
+        if self.positions == "xpos":
+            q, k = _scaled(q, k, first - (filled + start))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_heads != self.n_kv_heads)
+
+    def _blocks(self, length: int) -> Iterator[tuple[int, int]]:
+        """Ranges of queries: with a window about as many as it is wide, so that time and memory are linear."""
+        size = MOST_QUERIES if self.window is None else min(MOST_QUERIES, max(128, self.window))
+        return ((start, min(length, start + size)) for start in range(0, length, size))
+
+
+def _visible(
+    filled: int | Int[Tensor, " batch"], start: int, stop: int, first: int, keys: Tensor, window: int | None
+) -> Bool[Tensor, "batch_or_1 1 queries keys"]:
+    """Which of the keys first, first + 1, ... of each row its queries start .. stop - 1 see."""
+    place = torch.arange(start, stop, device=keys.device)[:, None]
+    place = place + (filled if isinstance(filled, int) else filled[:, None, None])
+    key = torch.arange(first, first + keys.shape[2], device=keys.device)
+    mask = key <= place
+    if window is not None:
+        mask = mask & (key > place - window)
+    return mask.reshape(-1, 1, *mask.shape[-2:])
+
+
+def _scaled(
+    q: Float[Tensor, "batch n_heads queries d_head"],
+    k: Float[Tensor, "batch n_kv_heads keys d_head"],
+    k_offset: int | Int[Tensor, " batch"],
+) -> tuple[Tensor, Tensor]:
+    """xPos's decay: queries times zeta ** n, keys times zeta ** -n, positions counted from the first query.
+
+    Counted from the sequence's beginning the factors would leave float32 beyond position 36 000, and the cache with
+    them. So keys are cached without a factor, and get it when they are read: old keys less than 1, which may underflow,
+    and those of the block at most 12.
+    """
+
+    def offsets(first: int | Tensor, n: int) -> Int[Tensor, "batch_or_1 n"]:
+        first = torch.as_tensor(first, device=q.device).reshape(-1, 1)
+        return first + torch.arange(n, device=q.device)
+
+    q = xpos_scale(q.transpose(1, 2), offsets(0, q.shape[2])).transpose(1, 2)
+    k = xpos_scale(k.transpose(1, 2), -offsets(k_offset, k.shape[2])).transpose(1, 2)
+    return q, k
+
+
+def _require_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")

@@ -1,0 +1,90 @@
+"""The MLP between other mixers: two projections, a nonlinearity, and in gated kinds a product.
+
+    gelu:    y = out_proj(gelu(in_proj(x)))
+    swiglu:  y = out_proj(u * silu(g)),  [u, g] = in_proj(x);  geglu and glu have gelu and sigmoid in place of silu
+
+Source: the Transformer (arXiv:1706.03762), section 3.3; the gated kinds are those of arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anymamba.layers.padding import Rows
+from anymamba.layers.sequence import SequenceLayer
+from anymamba.layers.state import NoState
+
+_gelu = partial(F.gelu, approximate="tanh")
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "gelu": (_gelu, False),
+    "swiglu": (F.silu, True),
+    "geglu": (_gelu, True),
+    "glu": (torch.sigmoid, True),
+}
+"""The nonlinearity of each kind, and whether it gates."""
+
+
+class MLP(SequenceLayer):
+    """An MLP on each token; it has no state.
+
+    Args:
+        d_model: width of the input and output.
+        kind: "gelu" (tanh form), "swiglu", "geglu" or "glu".
+        d_hidden: width inside; absent means 4 d_model for "gelu", 8/3 d_model rounded up to a multiple of 128 for the
+            gated kinds, whose three matrices then weigh about as much.
+        bias: of both projections; absent means that "gelu" has them and the gated kinds do not.
+    Raises ValueError for sizes below 1 and kinds that do not exist.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        kind: str = "swiglu",
+        d_hidden: int | None = None,
+        bias: bool | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if kind not in ACTIVATIONS:
+            raise ValueError(f"kind must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
+        self.activation, self.gated = ACTIVATIONS[kind]
+        if d_hidden is None:
+            d_hidden = -(-8 * d_model // (3 * 128)) * 128 if self.gated else 4 * d_model
+        for name, size in (("d_model", d_model), ("d_hidden", d_hidden)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.d_model, self.kind, self.d_hidden = d_model, kind, d_hidden
+        bias = not self.gated if bias is None else bias
+        self.in_proj = nn.Linear(d_model, (2 if self.gated else 1) * d_hidden, bias, device, dtype)
+        self.out_proj = nn.Linear(d_hidden, d_model, bias, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default for linear maps, in the order of construction."""
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> NoState:
+        return NoState()
+
+    def run(
+        self, x: Float[Tensor, "rows length d_model"], state: NoState | None, rows: Rows | None
+    ) -> tuple[Float[Tensor, "rows length d_model"], NoState]:
+        return self._map(x), NoState()
+
+    def step(self, x: Float[Tensor, "batch d_model"], state: NoState) -> tuple[Float[Tensor, "batch d_model"], NoState]:
+        return self._map(x), NoState()
+
+    def _map(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        hidden = self.in_proj(x)
+        if not self.gated:
+            return self.out_proj(self.activation(hidden))
+        u, gate = hidden.chunk(2, dim=-1)
+        return self.out_proj(u * self.activation(gate))
