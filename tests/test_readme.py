@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = sorted((ROOT / "docs" / "layers").glob("*.md"))
 MAP = re.search(r"^## File map\n.*?^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -59,6 +60,28 @@ def test_python_examples_run(number, tmp_path, monkeypatch, capsys):
         return
     namespace: dict[str, object] = {}
     exec(compile(PYTHON_BLOCKS[number], f"README.md, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_pages_of_the_layers_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks, f"{page.name} shows no Python"
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), {})
+
+
+def test_every_mixer_is_on_a_page():
+    from anymamba.models.mixers import MIXERS
+
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in MIXERS if f'"{name}"' not in text] == []
+
+
+def test_the_table_of_layers_is_what_the_code_counts():
+    from benchmarks.layer_costs import run
+
+    assert run() in README
 
 
 def test_command_line_examples_name_real_flags():

@@ -46,7 +46,7 @@ BIG = ModelConfig(
         bias=True,
     ),
     mlp=MLPOptions(kind="gelu", d_hidden=20, bias=True),
-    gau=GAUOptions(expand=1.5, d_key=16),
+    gau=GAUOptions(expand=1.5, d_key=16, max_distance=9),
     linear_attention=LinearAttentionOptions(n_heads=2),
     retention=RetentionOptions(n_heads=2, d_value=24),
     mamba=MambaOptions(

@@ -14,7 +14,7 @@ CONFIG = ModelConfig(
     n_layers=1,
     mamba=MambaOptions(d_state=16),
     attention=AttentionOptions(n_heads=4, positions="none"),
-    mlp=MLPOptions(kind="gelu", d_hidden=64),
+    mlp=MLPOptions(kind="gelu", d_hidden=64, bias=False),
 )
 
 

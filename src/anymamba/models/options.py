@@ -185,12 +185,12 @@ class AttentionOptions:
 class MLPOptions:
     """Options of the MLP between other mixers."""
 
-    kind: Literal["gelu", "swiglu"] = "swiglu"
-    """GELU of one product, or SiLU of one product times another."""
+    kind: Literal["gelu", "swiglu", "geglu", "glu"] = "swiglu"
+    """GELU of one product; or SiLU, GELU or sigmoid of one product times another."""
     d_hidden: int | None = None
-    """Width inside; absent means 4 d_model for gelu, 8/3 d_model rounded up to a multiple of 128 for swiglu."""
-    bias: bool = False
-    """Biases of the projections."""
+    """Width inside; absent means 4 d_model for gelu, 8/3 d_model rounded up to a multiple of 128 for the others."""
+    bias: bool | None = None
+    """Biases of the projections; absent means for gelu only."""
 
     def __post_init__(self) -> None:
         if self.d_hidden is not None:
@@ -205,10 +205,13 @@ class GAUOptions:
     """Width of values and gate over d_model."""
     d_key: int = 128
     """Size of the queries and keys."""
+    max_distance: int = 128
+    """Entries of the learned bias by distance; further tokens share the last."""
 
     def __post_init__(self) -> None:
         require_positive("expand", self.expand)
-        require_at_least("d_key", self.d_key, 1)
+        for name in ("d_key", "max_distance"):
+            require_at_least(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def transformer(n_layers: int, d_model: int, n_heads: int, vocab_size: int = 502
         mixers=("attention", "mlp"),
         weight_std=0.02,
         attention=AttentionOptions(n_heads=n_heads, positions="absolute", bias=True),
-        mlp=MLPOptions(kind="gelu", bias=True),
+        mlp=MLPOptions(kind="gelu"),
     )
 
 
@@ -57,7 +57,7 @@ def h3(n_layers: int, d_model: int, n_heads: int, attention_at: tuple[int, ...] 
         attention_layers=tuple(2 * layer for layer in attention_at),
         weight_std=0.02,
         attention=AttentionOptions(n_heads=n_heads, positions="none", bias=True),
-        mlp=MLPOptions(kind="gelu", bias=True),
+        mlp=MLPOptions(kind="gelu"),
     )
 
 
@@ -69,7 +69,7 @@ def h3_plus_plus(n_layers: int, d_model: int) -> ModelConfig:
         mixers=("h3-s4d", "mlp"),
         weight_std=0.02,
         h3=H3Options(d_head=8),
-        mlp=MLPOptions(kind="gelu", d_hidden=2 * d_model),
+        mlp=MLPOptions(kind="gelu", d_hidden=2 * d_model, bias=False),
     )
 
 
