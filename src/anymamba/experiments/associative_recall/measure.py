@@ -1,0 +1,84 @@
+"""Trains a system on rows of all its tasks and judges it on each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from anymamba.data.synthetic.recall import Recall, recall_batch
+from anymamba.experiments.associative_recall.arms import Settings
+from anymamba.experiments.experiment import Context
+from anymamba.experiments.optimizing import Batch
+from anymamba.experiments.synthetic_task import Score, build_model, evaluate, learn, validation_set
+from anymamba.layers.state import state_bytes
+from anymamba.models.language_model import LanguageModel
+
+TEST_SEED = (1 << 32) - 2
+"""Far from the training seeds and not that of the validation set."""
+
+
+def measure(settings: Settings, context: Context) -> dict[str, Any]:
+    """What `learn` returns of the best learning rate, and what came out of it.
+
+    `tests`: for each task its score on the test rows. `state_bytes`: of one sequence after a row. `learning_rate`: the
+    best. `sweep`: [rate, recall on the validation set] of each that was tried.
+    """
+    tried: list[tuple[dict[str, Any], LanguageModel]] = []
+    sweep: list[list[float]] = []
+    for rate in (settings.optimization.learning_rate, *settings.more_learning_rates):
+        torch.manual_seed(context.seed)  # every rate starts from the same weights
+        model = build_model(settings.model, context)
+        tried.append((learn_at_rate(model, rate, settings, context), model))
+        sweep.append([rate, tried[-1][0]["accuracy"]])
+        if sweep[-1][1] >= settings.enough:
+            break
+    best = max(range(len(sweep)), key=lambda i: sweep[i][1])
+    learned, model = tried[best]
+    tests = [{**asdict(task), **asdict(test(model, task, settings, context))} for task in settings.tasks]
+    size = bytes_after_a_row(model, settings.tasks[0], context)
+    return {**learned, "tests": tests, "state_bytes": size, "learning_rate": sweep[best][0], "sweep": sweep}
+
+
+def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context: Context) -> dict[str, Any]:
+    """What `learn` returns."""
+    make = partial(mixed_batch, settings.tasks)
+    return learn(
+        model,
+        replace(settings.optimization, learning_rate=rate),
+        make,
+        validation_set(make, settings.validation_rows, context.device),
+        context,
+        every=settings.judge_every,
+        enough=partial(_reaches, settings.enough),
+    )
+
+
+def _reaches(wanted: float, score: Score) -> bool:
+    return score.tokens >= wanted
+
+
+def mixed_batch(tasks: tuple[Recall, ...], generator: torch.Generator, rows: int) -> Batch:
+    """Rows of all tasks, one task after another, with about as many queries of each; the rest are of the last task."""
+    shares = [1 / task.n_pairs for task in tasks]
+    counts = [max(1, round(rows * share / sum(shares))) for share in shares[:-1]]
+    counts.append(rows - sum(counts))
+    if counts[-1] < 1:
+        raise ValueError(f"batch_size must give each of {len(tasks)} tasks a row, got {rows}; raise it")
+    parts = [recall_batch(task, generator, count) for task, count in zip(tasks, counts, strict=True)]
+    return torch.cat([ids for ids, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def test(model: LanguageModel, task: Recall, settings: Settings, context: Context) -> Score:
+    """How well the task's test rows are answered."""
+    ids, labels = recall_batch(task, torch.Generator().manual_seed(TEST_SEED), settings.test_rows)
+    return evaluate(model, (ids.to(context.device), labels.to(context.device)))
+
+
+@torch.no_grad()
+def bytes_after_a_row(model: LanguageModel, task: Recall, context: Context) -> int:
+    """The bytes that a model carries for one sequence after a row of the task, all tensors of its state."""
+    ids, _ = recall_batch(task, torch.Generator().manual_seed(TEST_SEED), 1)
+    return state_bytes(model.hidden(ids.to(context.device))[1])
