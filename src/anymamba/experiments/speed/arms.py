@@ -1,0 +1,170 @@
+"""Lengths, sizes and caps at each scale, the paper's numbers, and what must come out, written before any run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from anymamba.experiments.experiment import Arm, Scale
+from anymamba.models.config import ModelConfig
+from anymamba.models.presets import preset, transformer_plus_plus
+
+# Set before running. Every run must hold them; lengths below FROM_LENGTH are mostly the cost of a call.
+FROM_LENGTH = 2048
+SLOPE = (0.9, 1.1)
+"""Of log time over log length of the fused scan."""
+OVER_UNFUSED = 10.0
+"""Times that the fused scan is faster than the unfused one (the paper: 35 to 42)."""
+OVER_CONVOLUTION = 2.0
+"""Times that it is faster than the convolution by FFT (the paper: 2.3 to 3.4)."""
+FASTER_THAN_ATTENTION_FROM = 8192.0
+"""Length from which on it is faster than attention, at most (the paper: 2,048)."""
+DECODE_FLAT = 1.1
+"""Mamba's time a token after the longest context over that after the shortest, at most."""
+DECODE_GROWS = 2.0
+"""The same of Transformer++, at least."""
+DECODE_SPAN = 64
+"""Times that the longest context is as long as the shortest, at least: else neither is judged."""
+
+PAPER: dict[int, tuple[float | None, float | None, float | None, float]] = {
+    1 << 9: (0.066, 0.120, 1.40, 0.040),
+    1 << 10: (0.060, 0.147, 2.44, 0.060),
+    1 << 11: (0.108, 0.248, 4.58, 0.110),
+    1 << 12: (0.327, 0.602, 9.03, 0.226),
+    1 << 13: (1.04, 1.17, 18.4, 0.445),
+    1 << 14: (3.91, 2.76, 38.0, 1.07),
+    1 << 15: (15.0, 5.65, 78.5, 2.11),
+    1 << 16: (59.1, 12.3, 158, 4.25),
+    1 << 17: (242, 29.0, 300, 8.50),
+    1 << 18: (1022, 55.2, None, 17.1),
+    1 << 19: (4213, None, None, 34.6),
+}
+"""Figure 8, left, in ms by length: attention, convolution, unfused and fused scan (A100, D 1024, N 16, bfloat16)."""
+
+OPERATORS = ("attention", "convolution", "unfused", "scan")
+"""In the order of PAPER."""
+PASSES = ("prefill", "training", "decoding")
+MODELS = ("mamba", "transformer")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long and how large a measurement may be."""
+
+    call_seconds: float
+    """A candidate that is estimated to take longer for one call is over the cap."""
+    memory_bytes: int
+    """A candidate that is estimated to hold more is over the cap."""
+    candidate_seconds: float
+    """A candidate's turns end when they have taken this long,"""
+    most_turns: int
+    """or when there were so many;"""
+    least_turns: int = 2
+    """but not before there were so many."""
+    turn_seconds: float = 0.005
+    """Calls in a turn are so many that it takes at least about this long."""
+    seconds_before: float = 0.1
+    """Each candidate runs this long before its turns begin: clocks rise, caches and pools fill."""
+
+
+@dataclass(frozen=True)
+class OperatorSettings:
+    """What decides the times of the operators at a length."""
+
+    length: int
+    width: int
+    """Channels of every operator; attention has width / d_head heads."""
+    dtype: Literal["float32", "bfloat16"]
+    limits: Limits
+    d_state: int = 16
+    d_head: int = 64
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What decides the times of the models at a context."""
+
+    context: int
+    mamba: ModelConfig
+    transformer: ModelConfig
+    dtype: Literal["float32", "bfloat16"]
+    limits: Limits
+    tokens: int = 16
+    """Tokens written in a turn, after the context."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """An experiment at a scale: lengths are powers of two, from the first to the last exponent."""
+
+    operators: OperatorSettings
+    lengths: tuple[int, int]
+    models: ModelSettings
+    contexts: tuple[int, int]
+    seeds: int = 1
+
+
+GIB = 1 << 30
+TOY = Limits(
+    call_seconds=1.0, memory_bytes=GIB, candidate_seconds=0.01, most_turns=2, turn_seconds=1e-4, seconds_before=0
+)
+CPU = Limits(call_seconds=60.0, memory_bytes=6 * GIB, candidate_seconds=1.5, most_turns=15)
+GPU = Limits(call_seconds=10.0, memory_bytes=64 * GIB, candidate_seconds=1.0, most_turns=20, turn_seconds=0.01)
+
+SCALES: dict[Scale, Sizes] = {
+    "toy": Sizes(
+        OperatorSettings(0, 16, "float32", TOY, d_state=4, d_head=8),
+        (5, 7),
+        ModelSettings(
+            0,
+            ModelConfig(d_model=16, n_layers=2, vocab_size=32),
+            transformer_plus_plus(1, 16, 2, vocab_size=32),
+            "float32",
+            TOY,
+            tokens=2,
+        ),
+        (4, 6),
+    ),
+    "cpu": Sizes(
+        OperatorSettings(0, 256, "float32", CPU),
+        (9, 17),
+        ModelSettings(
+            0,
+            ModelConfig(d_model=256, n_layers=4, vocab_size=257),
+            transformer_plus_plus(2, 256, 4, vocab_size=257),
+            "float32",
+            CPU,
+        ),
+        (7, 15),
+        seeds=3,
+    ),
+    "gpu": Sizes(
+        OperatorSettings(0, 1024, "bfloat16", GPU),
+        (9, 19),
+        ModelSettings(0, preset("mamba-130m"), preset("transformer++-125m"), "bfloat16", GPU),
+        (7, 15),
+    ),
+    "paper": Sizes(
+        OperatorSettings(0, 1024, "bfloat16", GPU),
+        (9, 19),
+        ModelSettings(0, preset("mamba-1.4b"), preset("transformer++-1.3b"), "bfloat16", GPU),
+        (7, 15),
+    ),
+}
+"""A layer of Transformer++ is two blocks here and has about the parameters of two Mamba blocks."""
+
+
+def arms_at(scale: Scale) -> list[Arm]:
+    """A length of the operators each, then a context of the models each."""
+    sizes = SCALES[scale]
+    operators = [replace(sizes.operators, length=length) for length in powers(*sizes.lengths)]
+    models = [replace(sizes.models, context=context) for context in powers(*sizes.contexts)]
+    return [
+        *(Arm(f"operators-{settings.length}", settings, sizes.seeds) for settings in operators),
+        *(Arm(f"models-{settings.context}", settings, sizes.seeds) for settings in models),
+    ]
+
+
+def powers(first: int, last: int) -> list[int]:
+    """2^first, ..., 2^last."""
+    return [1 << i for i in range(first, last + 1)]

@@ -1,0 +1,75 @@
+"""Charts, all log-log: times of the operators, ratios to the scan beside the paper's, times of the models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from anymamba.experiments.charts import new_figure
+from anymamba.experiments.experiment import Results
+from anymamba.experiments.speed.arms import MODELS, OPERATORS, PAPER, PASSES
+from anymamba.experiments.speed.reading import Series, medians, ratios, records_by_size, seconds
+from anymamba.experiments.speed.report import MODEL_WORDS, PASS_WORDS, SCAN, WORDS, paper_ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """`operators`, `ratios` and `models`, of what is measured."""
+    found: dict[str, Figure] = {}
+    if records_by_size(results, "operators"):
+        found |= {"operators": operators(results), "ratios": operator_ratios(results)}
+    if records_by_size(results, "models"):
+        found["models"] = models(results)
+    return found
+
+
+def operators(results: Results) -> Figure:
+    """Milliseconds against the length; the paper's are dashed."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for i, name in enumerate(OPERATORS):
+        times = seconds(results, Series("operators", name))
+        axes.plot(list(times), [1e3 * t for t in times.values()], "o-", color=f"C{i}", label=WORDS[name])
+        paper = {size: ms for size, row in PAPER.items() if (ms := row[i]) is not None}
+        label = "paper (A100, 1,024 channels)" if name == "scan" else None
+        axes.plot(list(paper), list(paper.values()), "--", color=f"C{i}", linewidth=0.8, label=label)
+    finish(axes, "length", "ms, forward")
+    return figure
+
+
+def operator_ratios(results: Results) -> Figure:
+    """Times of the others over the scan's; above 1 the scan is faster."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for i, name in enumerate(OPERATORS[:-1]):
+        ours = medians(ratios(results, Series("operators", name), SCAN))
+        axes.plot(list(ours), list(ours.values()), "o-", color=f"C{i}", label=WORDS[name])
+        paper = {size: ratio for size in PAPER if (ratio := paper_ratio(name, size)) is not None}
+        axes.plot(list(paper), list(paper.values()), "--", color=f"C{i}", linewidth=0.8, label=f"{WORDS[name]}, paper")
+    axes.axhline(1, color="gray", linewidth=1)
+    finish(axes, "length", "time over that of the scan")
+    return figure
+
+
+def models(results: Results) -> Figure:
+    """Milliseconds of each pass against the context."""
+    figure = new_figure(width=11.0, height=3.8)
+    for axes, name in zip(figure.subplots(1, len(PASSES)), PASSES, strict=True):
+        for i, model in enumerate(MODELS):
+            times = seconds(results, Series("models", model, name))
+            axes.plot(list(times), [1e3 * t for t in times.values()], "o-", color=f"C{i}", label=MODEL_WORDS[model])
+        axes.set_title(PASS_WORDS[name], fontsize=10)
+        finish(axes, "context", "ms")
+    return figure
+
+
+def finish(axes: Axes, x: str, y: str) -> None:
+    """Logarithmic axes, labels, grid and legend."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, linewidth=0.3)
+    axes.legend(fontsize=8)

@@ -1,0 +1,124 @@
+"""What results say: times by length, ratios within one run, where two curves cross."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from anymamba.experiments.experiment import Record, Results
+
+
+@dataclass(frozen=True)
+class Series:
+    """Which numbers: those of one candidate in one kind of arm."""
+
+    kind: str
+    """operators or models: how the arms' names begin."""
+    candidate: str
+    within: str | None = None
+    """The pass, for models."""
+
+    def timing(self, record: Record) -> dict[str, Any]:
+        """What a record has of it."""
+        times = record.values["times"]
+        return (times if self.within is None else times[self.within])[self.candidate]
+
+
+def size_of(record: Record) -> int:
+    """The length or context of a record."""
+    return record.settings.get("length") or record.settings["context"]
+
+
+def records_by_size(results: Results, kind: str) -> dict[int, list[Record]]:
+    """The records of a kind of arm by length or context, from the shortest."""
+    arms = [arm for arm in results.arms if arm.startswith(f"{kind}-")]
+    return dict(sorted((size_of(results.of(arm)[0]), results.of(arm)) for arm in arms))
+
+
+def seconds(results: Results, series: Series) -> dict[int, float]:
+    """The median of the runs at each length where it ran."""
+    found = {}
+    for size, records in records_by_size(results, series.kind).items():
+        values = [t for record in records if (t := series.timing(record)["seconds"]) is not None]
+        if values:
+            found[size] = median(values)
+    return found
+
+
+def missing(results: Results, series: Series) -> dict[int, str]:
+    """Why it did not run, at each length where it never did."""
+    found = {}
+    for size, records in records_by_size(results, series.kind).items():
+        timings = [series.timing(record) for record in records]
+        if all(timing["seconds"] is None for timing in timings):
+            found[size] = why(timings[0])
+    return found
+
+
+def why(timing: dict[str, Any]) -> str:
+    """Why something did not run, with the estimate that says so."""
+    if timing["missing"] == "over the time cap":
+        return f"over the cap: about {timing['estimated_seconds']:,.0f} s"
+    if timing["missing"] == "over the memory cap":
+        return f"over the cap: about {timing['estimated_bytes'] / 2**30:,.1f} GiB"
+    return timing["missing"]
+
+
+def ratios(results: Results, other: Series, ours: Series) -> dict[int, list[float]]:
+    """Time of the other over ours, each of one run, at every length where both ran."""
+    found = {}
+    for size, records in records_by_size(results, ours.kind).items():
+        pairs = [(other.timing(record)["seconds"], ours.timing(record)["seconds"]) for record in records]
+        values = [a / b for a, b in pairs if a is not None and b is not None]
+        if values:
+            found[size] = values
+    return found
+
+
+def medians(values: dict[int, list[float]]) -> dict[int, float]:
+    """The median at each length."""
+    return {size: median(several) for size, several in values.items()}
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a ratio passes 1."""
+
+    length: float
+    faster: bool
+    """Ours is the faster one beyond it."""
+
+
+def crossings(ratio: dict[int, float]) -> list[Crossing]:
+    """Where the ratio passes 1, straight lines between lengths in log-log; 1 itself counts as faster."""
+    points = sorted((math.log(size), math.log(value)) for size, value in ratio.items())
+    found = []
+    for (x, y), (next_x, next_y) in itertools.pairwise(points):
+        if (y >= 0) != (next_y >= 0):
+            found.append(Crossing(math.exp(x + (next_x - x) * y / (y - next_y)), next_y >= 0))
+    return found
+
+
+def faster_from(ratio: dict[int, float]) -> float:
+    """The length from which on ours is faster up to the longest: the shortest if always, infinity if not at the end."""
+    if ratio[max(ratio)] < 1:
+        return math.inf
+    found = crossings(ratio)
+    return found[-1].length if found else float(min(ratio))
+
+
+def slope(times: dict[int, float]) -> float | None:
+    """Of log time over log length, by least squares; None for fewer than two lengths."""
+    if len(times) < 2:
+        return None
+    xs, ys = [math.log(size) for size in times], [math.log(value) for value in times.values()]
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def from_length(values: dict[int, Any], least: int) -> dict[int, Any]:
+    """Those of lengths of at least so many."""
+    return {size: value for size, value in values.items() if size >= least}

@@ -1,0 +1,131 @@
+"""Whole models: reading a prompt, a training step, and writing one token after a context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymamba.experiments.experiment import Context
+from anymamba.experiments.speed.arms import MODELS, ModelSettings
+from anymamba.experiments.speed.timing import Call, Candidate, Timing, as_values, compare, seconds_of, take_turns
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.ops import dispatch
+
+NUMBERS_A_BLOCK = 24
+"""Numbers that a block holds for each token and unit of width at most, while it runs or for its backward pass."""
+EXPONENTS = {"mamba": 1.0, "transformer": 2.0}
+
+
+def measure_models(settings: ModelSettings, context: Context) -> dict[str, Any]:
+    """Times of both models in the three passes at a context; those of decoding are seconds a token."""
+    device, dtype = context.device, getattr(torch, settings.dtype)
+    configs = {"mamba": settings.mamba, "transformer": settings.transformer}
+    models = {name: LanguageModel(config, dtype=dtype).to(device) for name, config in configs.items()}
+    told = lambda words: context.progress(0, 1, words)  # noqa: E731
+    with torch.no_grad():  # caches are appended to in place
+        found, prompts = compare(candidates(models, prompt_of), settings.context, settings.limits, device, told)
+        decoding = measure_decoding(prompts, found, settings, device, told)
+    prompts.clear()  # lets go of the states
+    training, _ = compare(candidates(models, training_step_of), settings.context, settings.limits, device, told)
+    times = {"prefill": as_values(found), "training": as_values(training), "decoding": as_values(decoding)}
+    return {
+        "times": times,
+        "parameters": {name: model.n_parameters() for name, model in models.items()},
+        "backend": dispatch.resolve("selective_scan", device.type, None),
+    }
+
+
+def candidates(models: dict[str, LanguageModel], make: Callable[[LanguageModel, int], Call]) -> dict[str, Candidate]:
+    """Both models in one pass."""
+    training = make is training_step_of
+    return {
+        name: Candidate(
+            partial(make, model),
+            partial(model_bytes, model, training=training),
+            EXPONENTS[name],
+        )
+        for name, model in models.items()
+    }
+
+
+def model_bytes(model: LanguageModel, length: int, training: bool) -> int:
+    """About what a pass over a row holds: activations of all blocks in training, else of one, and caches; weights."""
+    config: ModelConfig = model.config
+    size = model.embedding.weight.itemsize
+    a_block = NUMBERS_A_BLOCK * length * config.d_model * size
+    caches = 2 * config.n_layers * length * config.d_model * size
+    passes = a_block * config.n_layers if training else a_block + caches
+    return passes + (2 if training else 1) * model.n_parameters() * size
+
+
+class Prompt:
+    """Reads a prompt each time it is called and keeps the state after it."""
+
+    def __init__(self, model: LanguageModel, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+        self.state: LanguageModelState | None = None
+
+    def __call__(self) -> None:
+        self.state = None
+        self.state = self.model(self.ids, num_last_logits=1).state
+
+
+def prompt_of(model: LanguageModel, length: int) -> Prompt:
+    """A model and a random prompt."""
+    return Prompt(model, random_ids(model, length))
+
+
+def training_step_of(model: LanguageModel, length: int) -> Call:
+    """Forward and backward over a row of random tokens."""
+    ids, labels = random_ids(model, length), random_ids(model, length)
+
+    def step() -> None:
+        with torch.enable_grad():
+            model.loss(ids, labels).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def random_ids(model: LanguageModel, length: int) -> Tensor:
+    """Token ids (1, length)."""
+    return torch.randint(model.config.vocab_size, (1, length)).to(model.embedding.weight.device)
+
+
+def measure_decoding(
+    prompts: dict[str, Any],
+    prefill: dict[str, Timing],
+    settings: ModelSettings,
+    device: torch.device,
+    told: Callable[[str], None],
+) -> dict[str, Timing]:
+    """Seconds a token after the prompts, whose states are what reading them left."""
+    turns = {name: decoding_turn(prompt, settings.tokens, device) for name, prompt in prompts.items()}
+    found = take_turns(turns, settings.limits, told)
+    return {name: found.get(name, Timing(None, 0, prefill[name].missing)) for name in MODELS}
+
+
+def decoding_turn(prompt: Prompt, tokens: int, device: torch.device) -> Callable[[], float]:
+    """Seconds a token of `tokens` tokens after the prompt.
+
+    Every turn starts from the prompt's own state, so that the context is the one stated. A first token, untimed,
+    gives a cache its room; the others are appended to it in place.
+    """
+    token = random_ids(prompt.model, tokens + 1)[0]
+
+    def turn() -> float:
+        assert prompt.state is not None
+        state = [prompt.model.step(token[:1], prompt.state).state]
+
+        def write() -> None:
+            for i in range(1, tokens + 1):
+                state[0] = prompt.model.step(token[i : i + 1], state[0]).state
+
+        return seconds_of(write, 1, device) / tokens
+
+    return turn
