@@ -181,7 +181,7 @@ def operator_words(results: Results) -> str:
         f"(`scaled_dot_product_attention`, causal) with heads of {s['d_head']}; the kernel of the convolution is "
         "given and its generation not counted, as in the paper. The unfused scan holds the state of every step and is "
         "a work-efficient associative scan in torch operations, not a loop over time. The paper: A100-80GB, 1,024 "
-        "channels, 16 states, bfloat16. Equal widths are the paper's comparison; in a Mamba block the scan has twice the "
+        "channels, 16 states, bfloat16. Equal widths are its comparison; in a Mamba block the scan has twice the "
         "channels that attention has in a Transformer of the same width."
     )
 
