@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from anymamba.layers.mamba import Mamba
 from anymamba.layers.state import map_state
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
-from anymamba.models.options import MambaOptions
+from anymamba.models.mixers import MIXERS
+from anymamba.models.options import AttentionOptions, MambaOptions
 from anymamba.ops.causal_conv1d import causal_conv1d
 from anymamba.ops.selective_scan import selective_scan
 
@@ -103,3 +106,26 @@ def test_training_under_bfloat16_autocast_learns() -> None:
         optimizer.zero_grad()
         losses.append((out.loss / out.n_tokens).item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_in_a_model(name: str) -> None:
+    """Losses and gradients of padded rows, and steps, as on the CPU."""
+    torch.manual_seed(0)
+    attention = AttentionOptions(n_heads=4, positions="absolute", max_positions=100)
+    model = LanguageModel(ModelConfig(d_model=32, n_layers=2, vocab_size=20, mixers=(name,), attention=attention))
+    there = copy.deepcopy(model).cuda()
+    ids, mask = torch.randint(0, 20, (3, 50)), torch.ones(3, 50)
+    mask[1, :7] = 0
+    losses = [m.loss(i, i, attention_mask=k) for m, i, k in ((model, ids, mask), (there, ids.cuda(), mask.cuda()))]
+    for loss in losses:
+        loss.loss.backward()
+    assert_close(losses[1].loss, losses[0].loss)
+    for p, q in zip(model.parameters(), there.parameters(), strict=True):
+        scale = p.grad.abs().max().clamp(min=1e-6)
+        assert_close(q.grad / scale.cuda(), p.grad / scale, 1e-3)
+    with torch.no_grad():
+        whole, out = there(ids.cuda()).logits, there(ids[:, :45].cuda())
+        for t in range(45, 50):
+            out = there.step(ids[:, t].cuda(), out.state)
+            assert_close(out.logits, whole[:, t].cpu())
