@@ -1,0 +1,162 @@
+"""The arms, their settings at each scale, the paper's numbers, and what must come out, written before any run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import log
+
+from anymamba.data.synthetic.copying import Copying
+from anymamba.experiments.experiment import Arm, Scale
+from anymamba.experiments.optimizing import Optimization
+from anymamba.models.config import ModelConfig
+from anymamba.models.options import MambaOptions
+from anymamba.models.presets import transformer_plus_plus
+
+# Set before running; means over the seeds.
+TIE = 0.01
+"""Nats a byte: a smaller difference is none."""
+ORDER = (("none", "B"), ("B", "C"), ("C", "delta"), ("delta", "all"))
+"""Losses of the language model fall in each pair from left to right; B and C may be alike, the others not."""
+MAY_TIE = ("B", "C")
+SELECTIVE_AT_LEAST = 0.95
+"""Accuracy of selective copying with everything selective."""
+WITHOUT_BELOW = 0.25
+"""How far selective copying with nothing selective lies below that."""
+STATE_RATIO = 5.0
+"""What N = 1 to 16 gains with selective B and C, at least so many times the gain with constant ones."""
+
+SELECTIVE: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "B": frozenset({"B"}),
+    "C": frozenset({"C"}),
+    "delta": frozenset({"delta"}),
+    "all": frozenset({"delta", "B", "C"}),
+}
+"""Rows of table 7: which of Δ, B and C depend on the input."""
+PAPER_7 = {"none": 10.93, "B": 10.15, "C": 9.98, "delta": 9.81, "all": 8.71}
+"""Perplexities of table 7."""
+STATES = (1, 2, 4, 8, 16)
+PAPER_10 = {
+    "constant": {1: 9.88, 2: 9.86, 4: 9.82, 8: 9.82, 16: 9.81},
+    "selective": {1: 9.73, 2: 9.40, 4: 9.09, 8: 8.84, 16: 8.71},
+}
+"""Perplexities of table 10 by B and C and by N; Δ is selective in all."""
+KINDS = {"constant": "delta", "selective": "all"}
+"""What is selective in each half of table 10."""
+TRANSFORMER = "transformer"
+
+
+def paper_gap(above: float, below: float) -> float:
+    """Nats between two perplexities."""
+    return log(above / below)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides, with the seed, what an arm gives."""
+
+    model: ModelConfig
+    optimization: Optimization
+    copying: Copying | None = None
+    """The task; absent means the language model."""
+    window: int = 256
+    """Bytes that the language model sees at once."""
+    validation_rows: int = 256
+    judge_every: int = 200
+    """Steps between two looks at the validation set."""
+
+
+def mamba(d_model: int, n_layers: int, vocab_size: int, selective: str, d_state: int = 16) -> ModelConfig:
+    """Mamba in which only some of Δ, B and C are selective."""
+    chosen = SELECTIVE[selective]
+    options = MambaOptions(
+        d_state=d_state,
+        selective_delta="delta" in chosen,
+        selective_B="B" in chosen,
+        selective_C="C" in chosen,
+    )
+    return ModelConfig(d_model=d_model, n_layers=n_layers, vocab_size=vocab_size, mamba=options)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the arms of a scale share."""
+
+    copying: Settings
+    language: Settings
+    width: int
+    n_layers: int
+    """Of the Mambas of the language model; the Transformer++ has half as many layers of attention and MLP."""
+    n_heads: int
+    seeds: int = 1
+
+
+def language_settings(steps: int, batch_size: int, rate: float, window: int, rows: int, every: int) -> Settings:
+    """Of the language model: a tenth of the steps is warm-up, as in the paper."""
+    how = Optimization(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=rate,
+        weight_decay=0.1,
+        warmup_steps=steps // 10,
+        cosine=True,
+        betas=(0.9, 0.95),
+    )
+    return Settings(PLACEHOLDER, how, window=window, validation_rows=rows, judge_every=every)
+
+
+def copying_settings(task: Copying, steps: int, batch_size: int, rate: float, warmup: int, every: int) -> Settings:
+    """Of selective copying."""
+    how = Optimization(steps=steps, batch_size=batch_size, learning_rate=rate, warmup_steps=warmup, cosine=True)
+    return Settings(PLACEHOLDER, how, task, judge_every=every)
+
+
+PLACEHOLDER = ModelConfig(d_model=8, n_layers=2, vocab_size=8)
+
+
+def base_at(scale: Scale) -> Base:
+    """The settings of a scale."""
+    if scale == "toy":
+        copying = replace(copying_settings(Copying(8, 2), 2, 4, 3e-3, 0, 1), validation_rows=8)
+        return Base(copying, language_settings(2, 2, 3e-3, 16, 4, 1), width=16, n_layers=2, n_heads=2)
+    if scale == "cpu":
+        copying = copying_settings(Copying(64, 8), 2500, 32, 3e-3, 100, 250)
+        return Base(copying, language_settings(1500, 8, 4e-3, 256, 256, 300), width=64, n_layers=4, n_heads=2, seeds=3)
+    copying = copying_settings(Copying(1024, 16), 20_000, 64, 1e-3, 200, 1000)
+    if scale == "gpu":
+        return Base(copying, language_settings(6000, 16, 2e-3, 1024, 512, 500), width=384, n_layers=12, n_heads=6)
+    copying = copying_settings(Copying(4096, 16), 400_000, 64, 1e-4, 1000, 10_000)
+    return Base(copying, language_settings(13_500, 256, 1.5e-3, 2048, 512, 1000), width=1024, n_layers=48, n_heads=16)
+
+
+def arms_at(scale: Scale) -> list[Arm]:
+    """Table 7 on selective copying, then both tables on the language model, then the Transformer++."""
+    base = base_at(scale)
+    arms = [Arm(f"copying-{name}", copying_arm(base, name), base.seeds) for name in SELECTIVE]
+    arms += [Arm(f"lm-{name}-n16", language_arm(base, name, 16), base.seeds) for name in SELECTIVE]
+    smaller = [(kind, n) for kind in KINDS.values() for n in STATES[:-1]]
+    arms += [Arm(f"lm-{name}-n{n}", language_arm(base, name, n), base.seeds) for name, n in smaller]
+    return [*arms, Arm(f"lm-{TRANSFORMER}", replace(base.language, model=transformer(base)), base.seeds)]
+
+
+def copying_arm(base: Base, selective: str) -> Settings:
+    """Two blocks of width 64, as in the paper's task (of the toy's width at toy scale)."""
+    assert base.copying.copying is not None
+    return replace(base.copying, model=mamba(min(64, base.width), 2, base.copying.copying.alphabet, selective))
+
+
+def language_arm(base: Base, selective: str, d_state: int) -> Settings:
+    """A Mamba of the scale."""
+    return replace(base.language, model=mamba(base.width, base.n_layers, 256, selective, d_state))
+
+
+def transformer(base: Base) -> ModelConfig:
+    """Transformer++ whose MLPs are as wide as gives it the parameters of the Mamba with everything selective.
+
+    A layer of attention and MLP, 4 D^2 + 3 D H parameters, stands against two blocks of Mamba.
+    """
+    config = transformer_plus_plus(base.n_layers // 2, base.width, base.n_heads, vocab_size=256)
+    d, inner, rank = base.width, 2 * base.width, -(-base.width // 16)
+    block = 3 * d * inner + inner * (2 * rank + 3 * 16 + 7)
+    hidden = round((2 * block - 4 * d * d) / (3 * d))
+    return replace(config, mlp=replace(config.mlp, d_hidden=hidden))

@@ -1,0 +1,52 @@
+"""Windows of bytes of the standard library's files: random ones to learn from, fixed ones to be judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from anymamba.data.stdlib_corpus import is_held_out, standard_library_files
+from anymamba.experiments.optimizing import Batch
+
+VOCABULARY = 256
+
+
+@cache
+def corpus_bytes(held_out: bool) -> Tensor:
+    """The files of one side, one after another in the order of their names, as uint8."""
+    files = [path for path in standard_library_files() if is_held_out(path) is held_out]
+    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+
+
+def random_windows(text: Tensor, length: int) -> Callable[[torch.Generator, int], Batch]:
+    """Makes batches of windows from anywhere in the text; every byte is to be predicted from those before it."""
+    require_length(text, length)
+
+    def make(generator: torch.Generator, rows: int) -> Batch:
+        return windows(text, torch.randint(len(text) - length, (rows,), generator=generator), length)
+
+    return make
+
+
+def fixed_windows(text: Tensor, length: int, rows: int) -> Batch:
+    """That many windows, spread evenly from the first byte to the last."""
+    require_length(text, length)
+    starts = torch.linspace(0, len(text) - length - 1, rows, dtype=torch.float64).long()
+    return windows(text, starts, length)
+
+
+def windows(text: Tensor, starts: Tensor, length: int) -> Batch:
+    """The bytes from each start, and those that follow each of them."""
+    found = text[starts[:, None] + torch.arange(length + 1)].long()
+    return found[:, :-1], found[:, 1:]
+
+
+def require_length(text: Tensor, length: int) -> None:
+    """Raises ValueError where no window fits."""
+    if len(text) <= length:
+        raise ValueError(
+            f"the text must be longer than a window of {length} bytes, got {len(text)}; shorten the window"
+        )

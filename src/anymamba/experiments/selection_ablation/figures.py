@@ -1,0 +1,84 @@
+"""Charts: tables 7 and 10 beside the paper's, and how the language models learned."""
+
+from __future__ import annotations
+
+from math import log
+from typing import TYPE_CHECKING
+
+from anymamba.experiments.charts import new_figure
+from anymamba.experiments.experiment import Results
+from anymamba.experiments.selection_ablation.arms import (
+    KINDS,
+    PAPER_7,
+    PAPER_10,
+    SELECTIVE,
+    STATES,
+    TRANSFORMER,
+    paper_gap,
+)
+from anymamba.experiments.selection_ablation.report import WORDS, loss, losses
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """`selection` and `state`; nothing where nothing is measured."""
+    return {"selection": selection(results), "state": state(results)} if results.records else {}
+
+
+def selection(results: Results) -> Figure:
+    """Table 7: accuracy of copying, and nats of the language model above the arm with everything selective."""
+    figure = new_figure(width=10.0)
+    left, right = figure.subplots(1, 2)
+    for i, name in enumerate(SELECTIVE):
+        ours = [100 * a for a in results.values(f"copying-{name}", "accuracy")]
+        bars(left, i, ours, "C0")
+    left.set(ylabel="selective copying, answers that are right, %", ylim=(0, 103), xlabel="selective")
+    base = loss(results, "all-n16")
+    for i, name in enumerate(SELECTIVE):
+        bars(
+            right, i - 0.2, [value - base for value in losses(results, f"{name}-n16")] if base is not None else [], "C0"
+        )
+    papers = [paper_gap(PAPER_7[name], PAPER_7["all"]) for name in SELECTIVE]
+    right.bar([i + 0.2 for i in range(len(papers))], papers, width=0.35, color="C3", alpha=0.6, label="paper, a token")
+    right.set(ylabel="nats above Δ, B and C selective", xlabel="selective")
+    right.axhline(0, color="gray", linewidth=1)
+    for axes in (left, right):
+        axes.set_xticks(range(len(SELECTIVE)), [WORDS[name] for name in SELECTIVE])
+        axes.legend(fontsize=8)
+    return figure
+
+
+def bars(axes: Axes, x: float, values: list[float], color: str) -> None:
+    """A bar of the mean, a dot for each seed; the legend names the first of the axes."""
+    if values:
+        new = not axes.containers
+        axes.bar(x, sum(values) / len(values), width=0.35, color=color, alpha=0.6, label="ours" if new else None)
+        axes.plot([x] * len(values), values, "k.", label="one seed" if new else None)
+
+
+def state(results: Results) -> Figure:
+    """Table 10: nats against N, ours and the paper's as they differ from N = 1 with constant B and C."""
+    figure = new_figure(width=10.0)
+    left, right = figure.subplots(1, 2)
+    for i, (kind, name) in enumerate(KINDS.items()):
+        found = {n: value for n in STATES if (value := loss(results, f"{name}-n{n}")) is not None}
+        left.plot(list(found), list(found.values()), "o-", color=f"C{i}", label=f"{kind} B and C")
+        for n in found:
+            own = losses(results, f"{name}-n{n}")
+            left.plot([n] * len(own), own, ".", color=f"C{i}", alpha=0.6)
+        theirs = [log(PAPER_10[kind][n]) for n in STATES]
+        right.plot(STATES, theirs, "D--", color=f"C{i}", label=f"{kind} B and C")
+    transformer = loss(results, TRANSFORMER)
+    if transformer is not None:
+        left.axhline(transformer, color="gray", linestyle="--", label="Transformer++")
+    left.set(title="here", ylabel="held-out nats a byte")
+    right.set(title="paper (350M, the Pile)", ylabel="nats a token")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(STATES, [str(n) for n in STATES])
+        axes.set_xlabel("N, states per channel")
+        axes.legend(fontsize=8)
+    return figure
