@@ -196,15 +196,13 @@ def growing_words(settings: dict[str, Any]) -> str:
 def arms_table(results: Results) -> str:
     """Sizes, settings and training of each arm."""
     header = (
-        *("arm", "parameters (paper)", "d_model", "weights", "trigger", "batch", "learning rate"),
+        *("arm", "parameters (paper)", "d_model", "initial weights", "trigger", "batch", "learning rate"),
         *("steps", "minutes", "validation, %"),
     )
     rows = []
     for arm in results.arms:
         s, how = results.of(arm)[0].settings, results.of(arm)[0].settings["optimization"]
         paper = PAPER[s["system"]].parameters
-        std = s["model"]["weight_std"]
-        weights = "as the layers draw them" if std is None else f"N(0, {std:g})"
         minutes = [seconds / 60 for seconds in results.values(arm, "training_seconds")]
         rows.append(
             [
@@ -212,13 +210,20 @@ def arms_table(results: Results) -> str:
                     label(arm),
                     f"{results.values(arm, 'parameters')[0]:,} ({paper})",
                     str(s["model"]["d_model"]),
-                    weights,
+                    drawn(s),
                 ),
                 *(s["placement"], str(how["batch_size"]), rate(how), spread(results.values(arm, "steps"), digits=0)),
                 *(spread(minutes), spread(results.values(arm, "accuracy"), scale=100)),
             ]
         )
     return table(header, rows)
+
+
+def drawn(settings: dict[str, Any]) -> str:
+    """How the weights of projections are drawn, and Mamba's steps."""
+    std, mamba = settings["model"]["weight_std"], settings["model"]["mamba"]
+    words = "as the layers draw them" if std is None else f"N(0, {std:g})"
+    return words + (f", Δ {mamba['dt_min']:g} to {mamba['dt_max']:g}" if settings["system"] == "mamba" else "")
 
 
 def rate(how: dict[str, object]) -> str:
