@@ -1,0 +1,148 @@
+"""What the powers of a diagonal matrix give: kernels, free responses and last states of diagonal state spaces.
+
+A power base^t with t = q * block + r is base^(block q) base^r. So a sum over the states for every t, or over every t
+for the states, is a matrix product of two small tables of powers, and no tensor of (width, length, d_state) exists:
+memory grows as the square root of the length. Tables are made in float64 by doubling, so that there is no logarithm
+of a zero and an error of one rounding does not grow with t as it would in float32; products run in the layer's dtype.
+
+A complex base stands for itself and its conjugate: sums over states are then 2 Re(...).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64, in which systems are discretised and their powers taken; float32 on Apple GPUs, which lack float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def exponential_sums(
+    weights: Num[Tensor, "rows width n_states"], base: Num[Tensor, "width n_states"], length: int
+) -> Float[Tensor, "rows width length"]:
+    """sums[t] = sum over the states of weights base^t, for t < length, in the weights' precision."""
+    rows, width, _ = weights.shape
+    block = _block(rows, length)
+    fine, jump = _powers(base, block)
+    coarse, _ = _powers(jump, _smallest_power_of_two(-(-length // block)))
+    coarse = coarse[:, : -(-length // block)].to(weights.dtype)
+    left = (weights[:, :, None] * coarse).transpose(0, 1)  # (width, rows, blocks, n_states)
+    sums = _summands(left).flatten(1, 2) @ _parts(fine.to(weights.dtype)).transpose(1, 2)
+    return sums.view(width, rows, coarse.shape[1] * block)[..., :length].transpose(0, 1)
+
+
+def accumulate(
+    u: Float[Tensor, "rows length width"], base: Num[Tensor, "width n_states"]
+) -> Num[Tensor, "rows width n_states"]:
+    """sum over t of base^(length - 1 - t) u[t]: the last state that the inputs leave, in u's precision."""
+    rows, length, width = u.shape
+    block = _block(rows, length)
+    blocks = -(-length // block)
+    fine, jump = _powers(base, block)
+    coarse, _ = _powers(jump, _smallest_power_of_two(blocks))
+    u = F.pad(u, (0, 0, blocks * block - length, 0)).view(rows * blocks, block, width)
+    sums = u.permute(2, 0, 1) @ _parts(in_precision(fine.flip(1), u.dtype))  # (width, rows * blocks, parts)
+    sums = _join(sums, base.is_complex()).view(width, rows, blocks, base.shape[1])
+    return (sums * in_precision(coarse[:, :blocks].flip(1), u.dtype)[:, None]).sum(2).transpose(0, 1)
+
+
+def elapsed(
+    base: Num[Tensor, "width n_states"], length: int, lengths: Int[Tensor, " rows"] | None
+) -> Num[Tensor, "rows width n_states"]:
+    """base^lengths of each row, by squaring; lengths None: one row of base^length, for all."""
+    exponents = torch.full((1,), length, device=base.device) if lengths is None else lengths
+    result = torch.ones_like(base)[None]
+    for bit in range(length.bit_length()):
+        odd = (exponents >> bit) & 1
+        result = torch.where(odd.bool()[:, None, None], result * base, result)
+        base = base * base
+    return result
+
+
+def right_aligned(
+    x: Float[Tensor, "rows length width"], lengths: Int[Tensor, " rows"] | None
+) -> Float[Tensor, "rows length width"]:
+    """Rows moved so that their last real token is last, with zeros before the first; lengths None: they are."""
+    if lengths is None:
+        return x
+    place = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths)[:, None]
+    moved = x.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
+    return moved.masked_fill((place < 0)[..., None], 0)
+
+
+def in_precision(x: Num[Tensor, "..."], real_dtype: torch.dtype) -> Num[Tensor, "..."]:
+    """x, real or complex as it is, in the precision of a real dtype."""
+    return x.to(real_dtype.to_complex() if x.is_complex() else real_dtype)
+
+
+def real_sum(x: Num[Tensor, "... n_states"]) -> Float[Tensor, "..."]:
+    """The sum over states and, where they are complex, their conjugates."""
+    return 2 * x.real.sum(-1) if x.is_complex() else x.sum(-1)
+
+
+def require_sizes(width: int, d_state: int, pairs: bool) -> None:
+    """Raise ValueError unless both are at least 1 and d_state is even where states come in conjugate pairs."""
+    if width < 1 or d_state < 1:
+        raise ValueError(f"width and d_state must be at least 1, got {width} and {d_state}")
+    if pairs and d_state % 2:
+        raise ValueError(
+            f"d_state counts real numbers and complex states come in conjugate pairs: it must be even, got {d_state}; "
+            f"take {d_state + 1}, or real states"
+        )
+
+
+@torch.no_grad()
+def draw_log_dt(log_dt: Float[Tensor, " width"], dt_min: float, dt_max: float) -> None:
+    """Fill log_dt so that the steps are log-uniform on [dt_min, dt_max]."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f"dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+    log_dt.uniform_(math.log(dt_min), math.log(dt_max))
+
+
+def recomputed(fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args), whose inner results are computed again for its gradient instead of kept."""
+    if not torch.is_grad_enabled():
+        return fn(*args)
+    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _powers(base: Num[Tensor, "width n_states"], count: int) -> tuple[Num[Tensor, "width count n_states"], Tensor]:
+    """base^0 ... base^(count - 1) and base^count, for count a power of two."""
+    table = torch.ones_like(base)[:, None]
+    while table.shape[1] < count:
+        table = torch.cat([table, table * base[:, None]], 1)
+        base = base * base
+    return table, base
+
+
+def _block(rows: int, length: int) -> int:
+    """The block for which the tables, of block and rows * length / block entries, are smallest: near the root."""
+    return _smallest_power_of_two(min(length, round((max(1, rows) * length) ** 0.5)))
+
+
+def _smallest_power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
+def _parts(x: Num[Tensor, "... n_states"]) -> Float[Tensor, "... n_parts"]:
+    """Real and imaginary parts side by side; a real tensor as it is."""
+    return torch.cat([x.real, x.imag], -1) if x.is_complex() else x
+
+
+def _summands(x: Num[Tensor, "... n_states"]) -> Float[Tensor, "... n_parts"]:
+    """What, times `_parts(y)` and summed, is real_sum(x y)."""
+    return torch.cat([2 * x.real, -2 * x.imag], -1) if x.is_complex() else x
+
+
+def _join(x: Float[Tensor, "... n_parts"], is_complex: bool) -> Num[Tensor, "... n_states"]:
+    """The inverse of `_parts`."""
+    return torch.complex(*x.chunk(2, -1)) if is_complex else x

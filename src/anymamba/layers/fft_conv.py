@@ -1,0 +1,118 @@
+"""Causal convolution with a kernel as long as the sequence, by FFT; what every time-invariant layer trains with.
+
+    y[t] = sum over j <= t of kernel[j] u[t - j]
+
+O(length log length) per channel. Sequence and kernel are padded with zeros so that the circular convolution of the
+FFT is the causal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
+"""Padded numbers that are transformed at a time: few MB on a processor, which stay in its cache between the passes."""
+
+
+def fft_conv(
+    u: Float[Tensor, "batch length width"], kernel: Float[Tensor, "width kernel_length"]
+) -> Float[Tensor, "batch length width"]:
+    """Convolve each channel with its own kernel, causally.
+
+    Args:
+        u: (batch, length, width), real.
+        kernel: (width, kernel_length), real; what exceeds the sequence is not used.
+    Returns (batch, length, width) in u's dtype, computed in float32 or wider. Gradients flow to both; the backward pass
+    transforms u again rather than keep its spectrum, and has no derivative itself.
+    Raises ValueError when the shapes disagree or a tensor is complex.
+    """
+    if u.ndim != 3 or kernel.ndim != 2 or kernel.shape[0] != u.shape[-1] or kernel.shape[1] < 1:
+        raise ValueError(
+            "fft_conv wants u (batch, length, width) and kernel (width, kernel_length) with kernel_length at least 1, "
+            f"got {tuple(u.shape)} and {tuple(kernel.shape)}"
+        )
+    if u.is_complex() or kernel.is_complex():
+        raise ValueError(
+            f"fft_conv is real, got u of {u.dtype} and kernel of {kernel.dtype}; convolve the real and imaginary parts"
+        )
+    return _FFTConv.apply(u, kernel[:, : max(1, u.shape[1])])
+
+
+def fast_fft_size(at_least: int) -> int:
+    """The smallest even product of 2s, 3s and 5s from `at_least` on: FFT libraries have code for these factors."""
+    best = 2 ** max(1, (at_least - 1).bit_length())
+    five = 1
+    while five < best:
+        odd = five
+        while odd < best:
+            twos = max(1, (-(-at_least // odd) - 1).bit_length())
+            best = min(best, odd << twos)
+            odd *= 3
+        five *= 5
+    return best
+
+
+class _FFTConv(torch.autograd.Function):
+    """Rows and channels go through in blocks, so that the padded copies and spectra stay small."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(u, kernel)
+        length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
+        kernel_spectrum = torch.fft.rfft(kernel.to(wide), size)
+        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        for rows, channels in _blocks(u, size):
+            product = _spectrum(u[rows, :, channels], size, wide) * kernel_spectrum[channels]
+            y[rows, :, channels] = torch.fft.irfft(product, size)[..., :length].transpose(1, 2)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Both gradients are correlations: products with a conjugate spectrum."""
+        u, kernel = ctx.saved_tensors
+        length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
+        kernel_spectrum = torch.fft.rfft(kernel.to(wide), size).conj()
+        du = torch.empty_like(u, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        correlation = torch.zeros_like(kernel_spectrum)
+        for rows, channels in _blocks(u, size):
+            dy_spectrum = _spectrum(dy[rows, :, channels], size, wide)
+            if ctx.needs_input_grad[1]:
+                u_spectrum = _spectrum(u[rows, :, channels], size, wide)
+                correlation[channels] += (dy_spectrum * u_spectrum.conj()).sum(0)
+            if du is not None:
+                product = dy_spectrum * kernel_spectrum[channels]
+                du[rows, :, channels] = torch.fft.irfft(product, size)[..., :length].transpose(1, 2)
+        if not ctx.needs_input_grad[1]:
+            return du, None
+        return du, torch.fft.irfft(correlation, size)[:, : kernel.shape[1]].to(kernel.dtype)
+
+
+def _spectrum(x: Float[Tensor, "rows length width"], size: int, wide: torch.dtype) -> Tensor:
+    """(rows, width, frequencies): time goes last first, where the FFT reads it in order."""
+    return torch.fft.rfft(x.transpose(1, 2).to(wide, memory_format=torch.contiguous_format), size)
+
+
+def _fft_size(u: Tensor, kernel: Tensor) -> int:
+    return fast_fft_size(max(1, u.shape[1]) + kernel.shape[1] - 1)
+
+
+def _wide(u: Tensor, kernel: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(u.dtype, kernel.dtype), torch.float32)
+
+
+def _blocks(u: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the rows and the channels; they depend on the shapes only."""
+    batch, _, width = u.shape
+    limit = CPU_BLOCK if u.device.type == "cpu" else GPU_BLOCK
+    channels = min(width, max(1, limit // size))
+    rows = max(1, limit // (size * max(1, channels)))
+    if u.numel():
+        for row in range(0, batch, rows):
+            for channel in range(0, width, channels):
+                yield slice(row, row + rows), slice(channel, channel + channels)

@@ -1,0 +1,160 @@
+"""H3: a shift, two multiplications, and any map of sequences between them.
+
+    [q, k, v] = in_proj(input)
+    k = shift(k) + D k                                a learned filter over the last d_shift keys
+    y = out_proj(sum over i of q_i inner(k_i v_j))    per head; i, j run over its d_head channels
+
+With d_head = 1 this is q * inner(k * v). The published layer has a diagonal state space model as `inner`.
+
+Source: H3 (arXiv:2212.14052), section 3.1 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anymamba.layers.padding import Rows
+from anymamba.layers.parameters import KernelParameters
+from anymamba.layers.s6 import require_sizes
+from anymamba.layers.sequence import SequenceLayer
+from anymamba.layers.state import map_state
+from anymamba.ops.causal_conv1d import causal_conv1d
+
+
+class ShiftSSM(KernelParameters):
+    """The state space model whose A shifts its d_shift states by one: a causal filter of that length, and a skip.
+
+        y[t] = sum over j < d_shift of C[j] u[t - j] + D u[t]
+
+    B is the first unit vector, as where the published layer starts: B and C enter only as their correlation.
+    """
+
+    def __init__(self, d_model: int, d_shift: int, device=None, dtype=None) -> None:
+        super().__init__()
+        wide = self.wide(dtype)
+        # the last column is the present, as in `causal_conv1d`
+        self.C = nn.Parameter(torch.empty(d_model, d_shift, device=device, dtype=wide))
+        self.D = nn.Parameter(torch.empty(d_model, device=device, dtype=wide))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """C uniform on ±d_shift^-0.5 (Kaiming's with a = sqrt(5)), D standard normal."""
+        bound = self.C.shape[1] ** -0.5
+        nn.init.uniform_(self.C, -bound, bound)
+        nn.init.normal_(self.D)
+
+    def forward(
+        self, u: Float[Tensor, "batch length d_model"], state: Float[Tensor, "batch d_shift_minus_1 d_model"] | None
+    ) -> tuple[Tensor, Tensor]:
+        """y in the dtype of u, and the last d_shift - 1 inputs."""
+        y, state = causal_conv1d(u, self.C, initial_state=state)
+        return (y + self.D * u).to(u.dtype), state
+
+
+class H3State(NamedTuple):
+    """State of an H3 layer."""
+
+    shift: Float[Tensor, "batch d_shift_minus_1 d_model"]
+    """The last keys before the shift, oldest first."""
+    inner: Any
+    """The inner layer's for each product of two channels of a head: its tensors are (batch, d_head^2, ...)."""
+
+
+class H3(SequenceLayer):
+    """The H3 layer around any map of sequences.
+
+    Args:
+        d_model: width of the input and output.
+        inner: a `SequenceLayer` over n_heads = d_model / d_head channels; each of the d_head^2 products of a key and a
+            value channel runs through it, a row of its batch.
+        d_head: channels of a head.
+        d_shift: length of the filter on the keys; 64 in the paper.
+        bias: of the projections.
+    Raises ValueError for sizes that do not exist or do not fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        inner: nn.Module,
+        *,
+        d_head: int = 1,
+        d_shift: int = 64,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        require_sizes(d_model=d_model, d_head=d_head, d_shift=d_shift)
+        if d_model % d_head:
+            raise ValueError(f"d_model must be a multiple of d_head, got {d_model} and {d_head}; change one of them")
+        self.d_model, self.d_head, self.n_heads, self.d_shift = d_model, d_head, d_model // d_head, d_shift
+        width = getattr(inner, "width", self.n_heads)
+        if width != self.n_heads:
+            raise ValueError(
+                f"inner must have n_heads = d_model / d_head = {self.n_heads} channels, got {width}; "
+                "build it with that width"
+            )
+        self.inner: Any = inner
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
+        self.shift = ShiftSSM(d_model, d_shift, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, in the order of construction."""
+        for module in (self.inner, self.in_proj, self.shift, self.out_proj):
+            module.reset_parameters()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> H3State:
+        """The shift's zeros, and the inner layer's beginning."""
+        weight = self.in_proj.weight
+        dtype = dtype or weight.dtype
+        shift = torch.zeros(batch, self.d_shift - 1, self.d_model, device=weight.device, dtype=dtype)
+        return H3State(shift, self._unfold(self.inner.init_state(batch * self.d_head**2, dtype), batch))
+
+    def run(
+        self, x: Float[Tensor, "rows length d_model"], state: H3State | None, rows: Rows | None
+    ) -> tuple[Tensor, H3State]:
+        """The layer over rows of real tokens."""
+        qkv = self.in_proj(x)
+        q, k, v = (qkv if rows is None else rows.zero_padding(qkv)).chunk(3, dim=-1)
+        before = None if state is None else state.shift
+        shifted, shift = self.shift(k, before)
+        if rows is not None:
+            shift = rows.last(k, before, self.d_shift - 1)
+        mask = None if rows is None else rows.mask.repeat_interleave(self.d_head**2, 0)
+        folded = None if state is None else map_state(lambda t: t.flatten(0, 1), state.inner)
+        products, inner = self.inner(self._outer(shifted, v), folded, attention_mask=mask)
+        return self.out_proj(self._contract(q, products)), H3State(shift, self._unfold(inner, x.shape[0]))
+
+    def step(self, x: Float[Tensor, "batch d_model"], state: H3State) -> tuple[Tensor, H3State]:
+        """One token."""
+        q, k, v = self.in_proj(x)[:, None].chunk(3, dim=-1)
+        k, shift = self.shift(k, state.shift)
+        folded = map_state(lambda t: t.flatten(0, 1), state.inner)
+        products, inner = self.inner.step(self._outer(k, v)[:, 0], folded)
+        y = self.out_proj(self._contract(q, products[:, None])[:, 0])
+        return y, H3State(shift, self._unfold(inner, x.shape[0]))
+
+    def _outer(
+        self, k: Float[Tensor, "batch length d_model"], v: Float[Tensor, "batch length d_model"]
+    ) -> Float[Tensor, "products length n_heads"]:
+        """The products of key and value channels of each head: row (batch, i, j) holds k_i v_j of all heads."""
+        k, v = (t.unflatten(-1, (self.n_heads, self.d_head)).permute(0, 3, 1, 2) for t in (k, v))
+        return (k[:, :, None] * v[:, None]).flatten(0, 2)
+
+    def _contract(
+        self, q: Float[Tensor, "batch length d_model"], products: Float[Tensor, "products length n_heads"]
+    ) -> Float[Tensor, "batch length d_model"]:
+        """Sum over i of q_i times row (batch, i, j) of the products, back in the order of channels."""
+        q = q.unflatten(-1, (self.n_heads, self.d_head)).permute(0, 3, 1, 2)
+        y = (q[:, :, None] * products.unflatten(0, (q.shape[0], self.d_head, self.d_head))).sum(1)
+        return y.permute(0, 2, 3, 1).flatten(2)
+
+    def _unfold(self, inner: Any, batch: int) -> Any:
+        """The inner layer's state with the batch first, its rows of products second."""
+        return map_state(lambda t: t.reshape(batch, self.d_head**2, *t.shape[1:]), inner)

@@ -1,0 +1,329 @@
+"""Hyena: long convolutions whose filters are functions of the position, between gates.
+
+    h[c](t) = (MLP(features(t))[c]) (exp(-t |decay[c]|) + shift)          the implicit filter
+    y[t] = sum over s <= t of h[t - s] x[s] + bias x[t]                   the long convolution
+
+A convolution with a filter of any shape has no recurrence: its state is every input so far.
+
+Source: Hyena (arXiv:2302.10866), section 3; the filter's features and sizes are those of its published models.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from anymamba.layers.conv import ShortConvolution
+from anymamba.layers.fft_conv import fft_conv
+from anymamba.layers.padding import Rows
+from anymamba.layers.parameters import KernelParameters
+from anymamba.layers.s6 import require_sizes
+from anymamba.layers.sequence import SequenceLayer
+from anymamba.ops.causal_conv1d import causal_conv1d
+
+
+class FilterOptions(TypedDict, total=False):
+    """Options of `ImplicitFilter`, which has their meanings and defaults."""
+
+    max_length: int
+    emb_dim: int
+    d_filter: int
+    n_inner: int
+    w: float
+    learn_positions: bool
+    slow_decay: float
+    fast_decay: float
+    decay_target: float
+    shift: float
+
+
+class ImplicitFilter(KernelParameters):
+    """n_filters filters of `width` channels, functions of t = n / (max_length - 1) in [0, 1].
+
+        features(n) = [t, cos(f θ), -sin(f θ)],  θ = 2 π n / max_length,  f = linspace(1e-4, K - 1, K)
+        h(n) = Linear(sin(a Linear(... sin(a Linear(features))))) * (exp(-t |decay|) + shift)
+
+    K = (emb_dim - 1) / 2; a, one number a unit, is shared by all layers; decay runs from log(target) / slow to
+    log(target) / fast over the channels of each filter. The bias of the convolution lives here, too.
+
+    Args:
+        width, n_filters: channels of a filter, and filters that share the network.
+        max_length: positions that the filters are defined on: the most tokens of a sequence, its state included.
+        emb_dim: features of a position, odd.
+        d_filter, n_inner: width of the network, and its layers between the first and the last.
+        w: initial frequency a of the sines.
+        learn_positions: the features become parameters (max_length, emb_dim) that start as above.
+        slow_decay, fast_decay, decay_target: part of max_length after which the window of the slowest and the fastest
+            channel has fallen to decay_target.
+        shift: what the window never falls below.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        n_filters: int = 1,
+        *,
+        max_length: int = 1024,
+        emb_dim: int = 33,
+        d_filter: int = 64,
+        n_inner: int = 2,
+        w: float = 14.0,
+        learn_positions: bool = False,
+        slow_decay: float = 1.5,
+        fast_decay: float = 0.3,
+        decay_target: float = 0.01,
+        shift: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        like: dict[str, Any] = {"device": device, "dtype": self.wide(dtype)}
+        require_sizes(width=width, max_length=max_length, d_filter=d_filter)
+        if emb_dim < 3 or emb_dim % 2 == 0:
+            raise ValueError(f"emb_dim must be odd and at least 3 (t, cosines, sines), got {emb_dim}")
+        if n_inner < 0:
+            raise ValueError(f"n_inner must be at least 0, got {n_inner}")
+        if not (slow_decay > 0 and fast_decay > 0 and 0 < decay_target < 1):
+            raise ValueError(
+                "slow_decay and fast_decay must be positive and decay_target between 0 and 1, "
+                f"got {slow_decay}, {fast_decay} and {decay_target}"
+            )
+        self.width, self.n_filters, self.max_length, self.emb_dim, self.w = width, n_filters, max_length, emb_dim, w
+        self.decay_range = (math.log(decay_target) / slow_decay, math.log(decay_target) / fast_decay)
+        self.shift = shift
+        sizes = [emb_dim, *[d_filter] * (n_inner + 1)]
+        self.layers = nn.ModuleList([nn.Linear(a, b, **like) for a, b in pairwise(sizes)])
+        self.output = nn.Linear(d_filter, n_filters * width, bias=False, **like)
+        self.frequency = nn.Parameter(torch.empty(d_filter, **like))
+        self.positions = nn.Parameter(torch.empty(max_length, emb_dim, **like)) if learn_positions else None
+        self.bias = nn.Parameter(torch.empty(n_filters, width, **like))
+        self._reset_vectors()
+
+    def reset_parameters(self) -> None:
+        """Linear layers as torch draws them, a = w, features as in the equation, bias standard normal."""
+        for layer in (*self.layers, self.output):
+            layer.reset_parameters()
+        self._reset_vectors()
+
+    @torch.no_grad()
+    def _reset_vectors(self) -> None:
+        self.frequency.fill_(self.w)
+        if self.positions is not None:
+            self.positions.copy_(self._features(self.max_length))
+        self.bias.normal_()
+
+    def _times(self, length: int) -> Float[Tensor, " length"]:
+        return torch.arange(length, device=self.bias.device, dtype=self.bias.dtype) / max(1, self.max_length - 1)
+
+    def _features(self, length: int) -> Float[Tensor, "length emb_dim"]:
+        n_bands = (self.emb_dim - 1) // 2
+        like: dict[str, Any] = {"device": self.bias.device, "dtype": self.bias.dtype}
+        angle = torch.arange(length, **like)[:, None] * (2 * math.pi / self.max_length)
+        angle = angle * torch.linspace(1e-4, n_bands - 1, n_bands, **like)
+        return torch.cat([self._times(length)[:, None], torch.cos(angle), -torch.sin(angle)], 1)
+
+    def forward(self, length: int) -> Float[Tensor, "n_filters width length"]:
+        """The first `length` values of every filter, in float32 or wider also under autocast."""
+        with torch.autocast(self.bias.device.type, enabled=False):
+            x = self._features(length) if self.positions is None else self.positions[:length]
+            for layer in self.layers:
+                x = torch.sin(self.frequency * layer(x))
+            slowest, fastest = self.decay_range
+            decay = torch.linspace(slowest, fastest, self.width, device=x.device, dtype=x.dtype).abs()
+            window = torch.exp(-decay[:, None] * self._times(length)) + self.shift
+            return self.output(x).T.unflatten(0, (self.n_filters, self.width)) * window
+
+
+class HyenaFilterState(NamedTuple):
+    """State of a long convolution: what it was given so far. May share memory with the inputs."""
+
+    inputs: Float[Tensor, "batch most_filled width"]
+    """Oldest first; zeros from the row's `filled` on."""
+    filled: Int[Tensor, " batch"]
+    """Inputs of each row."""
+
+
+class HyenaFilter(SequenceLayer):
+    """The long convolution alone: `width` channels in and out, each with its own implicit filter.
+
+    Args:
+        width: channels of the input and output.
+        filter_options: max_length and the others of `ImplicitFilter`.
+    Raises ValueError for sizes that do not exist and for sequences beyond max_length.
+    """
+
+    def __init__(self, width: int, *, device=None, dtype=None, **filter_options: Unpack[FilterOptions]) -> None:
+        super().__init__()
+        self.width = width
+        self.filter = ImplicitFilter(width, device=device, dtype=dtype, **filter_options)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        self.filter.reset_parameters()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> HyenaFilterState:
+        """No inputs."""
+        return _nothing_yet(batch, self.width, self.filter.bias, dtype)
+
+    def run(
+        self, x: Float[Tensor, "rows length width"], state: HyenaFilterState | None, rows: Rows | None
+    ) -> tuple[Tensor, HyenaFilterState]:
+        """The convolution over what came before and x."""
+        state = self.init_state(x.shape[0], x.dtype) if state is None else state
+        needed = _tokens(x, state, rows, self.filter.max_length)
+        return _convolve(x, self.filter(needed)[0], self.filter.bias[0], state, rows)
+
+    def step(self, x: Float[Tensor, "batch width"], state: HyenaFilterState) -> tuple[Tensor, HyenaFilterState]:
+        """One token, in time proportional to the tokens so far."""
+        y, state = self.run(x[:, None], state, None)
+        return y[:, 0], state
+
+
+class HyenaState(NamedTuple):
+    """State of a Hyena operator."""
+
+    conv: Float[Tensor, "batch short_width_minus_1 all_channels"]
+    """The last inputs of the short convolution, (order + 1) * d_model channels, oldest first."""
+    filters: tuple[HyenaFilterState, ...]
+    """Of each long convolution, in the order in which they run."""
+
+
+class Hyena(SequenceLayer):
+    """The Hyena operator of any order: gates and long convolutions in turn.
+
+        [x_0, ..., x_(order - 1), v] = short_conv(in_proj(input))
+        v = long_conv(v * x_i)    for i = order - 1, ..., 1
+        y = out_proj(v * x_0)
+
+    Args:
+        d_model: width of the input and output.
+        order: gates, at least 2; there are order - 1 long convolutions. One network makes all their filters.
+        short_width: of the depthwise causal convolution behind the input projection.
+        bias: of the projections and the short convolution.
+        filter_options: max_length and the others of `ImplicitFilter`.
+    Raises ValueError for sizes that do not exist and for sequences beyond max_length.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        order: int = 2,
+        short_width: int = 3,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        **filter_options: Unpack[FilterOptions],
+    ) -> None:
+        super().__init__()
+        require_sizes(d_model=d_model, short_width=short_width)
+        if order < 2:
+            raise ValueError(f"order must be at least 2 (two gates around one long convolution), got {order}")
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_model, self.order, self.short_width = d_model, order, short_width
+        self.in_proj = nn.Linear(d_model, (order + 1) * d_model, bias=bias, **like)
+        self.conv = ShortConvolution((order + 1) * d_model, short_width, bias, **like)
+        self.filter = ImplicitFilter(d_model, order - 1, **like, **filter_options)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias, **like)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, in the order of construction."""
+        for module in (self.in_proj, self.conv, self.filter, self.out_proj):
+            module.reset_parameters()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> HyenaState:
+        """Zeros for the short convolution, no inputs for the long ones."""
+        weight, channels = self.in_proj.weight, (self.order + 1) * self.d_model
+        conv = torch.zeros(batch, self.short_width - 1, channels, device=weight.device, dtype=dtype or weight.dtype)
+        return HyenaState(conv, (_nothing_yet(batch, self.d_model, weight, dtype),) * (self.order - 1))
+
+    def run(
+        self, x: Float[Tensor, "rows length d_model"], state: HyenaState | None, rows: Rows | None
+    ) -> tuple[Tensor, HyenaState]:
+        """The operator over rows of real tokens."""
+        u = self.in_proj(x)
+        u = u if rows is None else rows.zero_padding(u)
+        state = self.init_state(u.shape[0], u.dtype) if state is None else state
+        needed = _tokens(u, state.filters[0], rows, self.filter.max_length)
+        short = causal_conv1d(u, self.conv.weight, self.conv.bias, initial_state=state.conv)
+        *gates, v = short.y.chunk(self.order + 1, dim=-1)
+        kernels, after = self.filter(needed), []
+        for gate, kernel, bias, before in zip(gates[:0:-1], kernels, self.filter.bias, state.filters, strict=True):
+            v, inputs = _convolve(v * gate, kernel, bias, before, rows)
+            after.append(inputs)
+        conv = short.last_state if rows is None else rows.last(u, state.conv, self.short_width - 1)
+        return self.out_proj(v * gates[0]), HyenaState(conv, tuple(after))
+
+    def step(self, x: Float[Tensor, "batch d_model"], state: HyenaState) -> tuple[Tensor, HyenaState]:
+        """One token, in time proportional to the tokens so far."""
+        y, state = self.run(x[:, None], state, None)
+        return y[:, 0], state
+
+
+# ------------------------------------------------------------------------- a convolution whose state is all its inputs
+
+
+def _nothing_yet(batch: int, width: int, like: Tensor, dtype: torch.dtype | None) -> HyenaFilterState:
+    inputs = torch.zeros(batch, 0, width, device=like.device, dtype=dtype or like.dtype)
+    return HyenaFilterState(inputs, torch.zeros(batch, device=like.device, dtype=torch.int64))
+
+
+def _tokens(x: Tensor, state: HyenaFilterState, rows: Rows | None, max_length: int) -> int:
+    """Tokens of the longest row, those before x included: as many values of the filter are needed.
+
+    Raises ValueError when there are more than max_length, or the state has other rows than x.
+    """
+    batch, length = x.shape[:2]
+    if state.filled.shape[0] != batch:
+        raise ValueError(f"the state must have a row per sequence, got {state.filled.shape[0]} rows for {batch}")
+    needed = state.inputs.shape[1] + length
+    if batch and (rows is not None or needed > max_length):  # the shapes are but a bound: a look at the rows is needed
+        after = state.filled + (length if rows is None else rows.lengths)
+        needed = max(1, int(after.max()))
+    if needed > max_length:
+        raise ValueError(
+            f"the filter is defined on max_length = {max_length} positions, got a sequence of {needed}; "
+            f"build the layer with a max_length of at least {needed}"
+        )
+    return needed
+
+
+def _convolve(
+    x: Float[Tensor, "rows length width"],
+    kernel: Float[Tensor, "width needed"],
+    bias: Float[Tensor, " width"],
+    state: HyenaFilterState,
+    rows: Rows | None,
+) -> tuple[Tensor, HyenaFilterState]:
+    """y at the tokens of x, in the dtype of x, and the inputs so far with those of x behind them."""
+    if not x.numel():
+        return x, state
+    x = x if rows is None else rows.zero_padding(x)
+    stream, place = _append(state, x)
+    if x.shape[1] == 1:  # one output: a sum does
+        lag = (state.filled[:, None] - torch.arange(stream.shape[1], device=x.device)).clamp(0, kernel.shape[1] - 1)
+        y = (kernel.T[lag] * stream).sum(1, keepdim=True)  # what is beyond the present is zero
+    else:
+        y = fft_conv(stream, kernel)
+        y = y if place is None else y.gather(1, place)
+    filled = state.filled + (x.shape[1] if rows is None else rows.lengths)
+    after = HyenaFilterState(stream[:, : kernel.shape[1]].contiguous(), filled)
+    return (y + bias * x).to(x.dtype), after
+
+
+def _append(
+    state: HyenaFilterState, x: Float[Tensor, "rows length width"]
+) -> tuple[Float[Tensor, "rows stream width"], Int[Tensor, "rows length width"] | None]:
+    """Each row's inputs so far, then x, then zeros; and where the tokens of x lie in it, None if at the start."""
+    if not state.inputs.shape[1]:
+        return x, None
+    length = x.shape[1]
+    place = state.filled[:, None] + torch.arange(length, device=x.device)
+    place = place[..., None].expand(x.shape)
+    return F.pad(state.inputs.to(x.dtype), (0, 0, 0, length)).scatter(1, place, x), place

@@ -1,0 +1,191 @@
+"""S4D: a time-invariant state space model per channel, with a diagonal A.
+
+    h'(τ) = A h(τ) + u(τ),   y(τ) = 2 Re(C . h(τ)) + D u(τ)          discretised with a step of the channel's own
+
+A sequence is a convolution with the kernel K[t] = 2 Re(sum over n of C Bbar Abar^t), a token is a step of the
+recurrence h = Abar h + Bbar u: the same function.
+
+Source: S4D (arXiv:2206.11893), sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from anymamba.kernels.elementwise import expm1_ratio
+from anymamba.layers import diagonal
+from anymamba.layers.fft_conv import fft_conv
+from anymamba.layers.padding import Rows
+from anymamba.layers.parameters import KernelParameters
+from anymamba.layers.sequence import SequenceLayer
+
+INITS = ("s4d-lin", "s4d-inv", "s4d-real")
+DISCRETIZATIONS = ("zoh", "bilinear")
+
+
+class S4DState(NamedTuple):
+    """State of an S4D layer; its size does not depend on how many tokens it has seen."""
+
+    h: Num[Tensor, "batch width n_states"]
+    """Complex with d_state / 2 entries, conjugates implied, or real with d_state; float32 or wider."""
+
+
+class DiagonalSystem(NamedTuple):
+    """A discretised system, in float64: h = Abar h + Bbar u, y = C . h + D u with real_sum for the dot."""
+
+    Abar: Num[Tensor, "width n_states"]
+    Bbar: Num[Tensor, "width n_states"]
+    C: Num[Tensor, "width n_states"]
+    D: Float[Tensor, " width"]
+
+    def kernel(self, length: int, dtype: torch.dtype) -> Float[Tensor, "width length"]:
+        """K[t] = C . Abar^t Bbar, and D, which is one more term of K[0]."""
+        weights = diagonal.in_precision(self.C * self.Bbar, dtype)
+        K = diagonal.exponential_sums(weights[None], self.Abar, length)[0]
+        return torch.cat([K[:, :1] + self.D[:, None].to(dtype), K[:, 1:]], 1)
+
+    def free_response(self, h: Num[Tensor, "batch width n_states"], length: int) -> Float[Tensor, "batch length width"]:
+        """C . Abar^(t + 1) h: what a state adds to the outputs that follow it."""
+        weights = (self.C * self.Abar).to(h.dtype) * h
+        return diagonal.exponential_sums(weights, self.Abar, length).transpose(1, 2)
+
+
+class S4D(SequenceLayer):
+    """S4D as a map of `width` channels, without projections or activation.
+
+    Args:
+        width: channels; each has a state space of its own.
+        d_state: real numbers of state per channel: "s4d-lin" and "s4d-inv" keep d_state / 2 complex ones.
+        init: A[n] = -1/2 + π n i ("s4d-lin"), -1/2 + N/π (N/(2n + 1) - 1) i with N = d_state ("s4d-inv"), or -(n + 1)
+            ("s4d-real").
+        discretization: "zoh", Abar = exp(ΔA) and Bbar = (exp(ΔA) - 1)/A, or "bilinear",
+            Abar = (1 + ΔA/2) / (1 - ΔA/2) and Bbar = Δ / (1 - ΔA/2).
+        dt_min, dt_max: the initial step Δ is log-uniform between them, one draw per channel.
+    Raises ValueError for sizes and names that cannot be.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        d_state: int = 64,
+        *,
+        init: str = "s4d-lin",
+        discretization: str = "zoh",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.width, self.d_state = width, d_state
+        self.kernel = S4DKernel(width, d_state, init, discretization, (dt_min, dt_max), device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        self.kernel.reset_parameters()
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None) -> S4DState:
+        """Zeros in the precision of the kernel's parameters, whatever the activations' is."""
+        A_log = self.kernel.A_log
+        return S4DState(torch.zeros(batch, *A_log.shape, device=A_log.device, dtype=self.kernel.state_dtype))
+
+    def run(
+        self, x: Float[Tensor, "rows length width"], state: S4DState | None, rows: Rows | None
+    ) -> tuple[Tensor, S4DState]:
+        """Convolution mode: O(length (log length + d_state)) operations and O(length) numbers a channel."""
+        length, lengths = x.shape[1], None if rows is None else rows.lengths
+        if not length:
+            return x, self.init_state(x.shape[0]) if state is None else state
+        with torch.autocast(x.device.type, enabled=False):
+            u = x if rows is None else rows.zero_padding(x)
+            u = u.to(torch.promote_types(x.dtype, self.kernel.D.dtype))
+            system = self.kernel.discretise()
+            y = fft_conv(u, diagonal.recomputed(system.kernel, length, u.dtype))
+            u = diagonal.right_aligned(u, lengths)
+            h = system.Bbar * diagonal.recomputed(diagonal.accumulate, u, system.Abar)
+            if state is not None:
+                y = y + diagonal.recomputed(system.free_response, state.h, length)
+                h = h + diagonal.elapsed(system.Abar, length, lengths) * state.h
+            return y.to(x.dtype), S4DState(h.to(self.kernel.state_dtype))
+
+    def step(self, x: Float[Tensor, "batch width"], state: S4DState) -> tuple[Float[Tensor, "batch width"], S4DState]:
+        """Recurrent mode, O(d_state) a channel. In float64: Abar rounded to float32 is off more with every token."""
+        with torch.autocast(x.device.type, enabled=False):
+            system = self.kernel.discretise()
+            u = x.to(system.D.dtype)
+            h = system.Abar * state.h + system.Bbar * u[..., None]
+            y = diagonal.real_sum(system.C * h) + system.D * u
+            return y.to(x.dtype), S4DState(h.to(self.kernel.state_dtype))
+
+
+class S4DKernel(KernelParameters):
+    """log Δ, A = -exp(A_log) + i A_imag, C and D. B is 1: a factor of B is one of C."""
+
+    def __init__(
+        self,
+        width: int,
+        d_state: int,
+        init: str,
+        discretization: str,
+        dt_range: tuple[float, float],
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if discretization not in DISCRETIZATIONS:
+            raise ValueError(f"discretization must be one of {', '.join(DISCRETIZATIONS)}, got {discretization!r}")
+        is_complex = init != "s4d-real"
+        diagonal.require_sizes(width, d_state, pairs=is_complex)
+        self.init, self.discretization, self.dt_range = init, discretization, dt_range
+        n_states = d_state // 2 if is_complex else d_state
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=self.wide(dtype)))
+
+        self.log_dt = parameter(width)
+        self.A_log = parameter(width, n_states)
+        self.A_imag = parameter(width, n_states) if is_complex else None
+        self.C = parameter(width, n_states, 2) if is_complex else parameter(width, n_states)
+        self.D = parameter(width)
+        self.reset_parameters()
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Complex or real, in the parameters' precision."""
+        return self.A_log.dtype if self.A_imag is None else self.A_log.dtype.to_complex()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """log Δ, A, C (complex) standard normal, D standard normal, in this order."""
+        diagonal.draw_log_dt(self.log_dt, *self.dt_range)
+        n = torch.arange(self.A_log.shape[1], dtype=torch.float64, device="cpu")
+        if self.A_imag is None:
+            self.A_log.copy_(torch.log(n + 1))
+        else:
+            self.A_log.fill_(math.log(0.5))
+            N = 2 * len(n)
+            self.A_imag.copy_(math.pi * n if self.init == "s4d-lin" else N / math.pi * (N / (2 * n + 1) - 1))
+        self.C.normal_(std=1 if self.A_imag is None else math.sqrt(0.5))
+        self.D.normal_()
+
+    def discretise(self) -> DiagonalSystem:
+        """The system at the channels' steps."""
+        exact = diagonal.exact_dtype(self.D.device)
+        A = -torch.exp(self.A_log.to(exact))
+        C = self.C.to(exact)
+        if self.A_imag is not None:
+            A, C = torch.complex(A, self.A_imag.to(exact)), torch.view_as_complex(C)
+        dt = torch.exp(self.log_dt.to(exact))[:, None]
+        if self.discretization == "zoh":
+            Abar, Bbar = torch.exp(dt * A), dt * expm1_ratio(dt * A)
+        else:
+            inverse = 1 / (1 - dt / 2 * A)
+            Abar, Bbar = (1 + dt / 2 * A) * inverse, dt * inverse
+        return DiagonalSystem(Abar, Bbar, C, self.D.to(exact))

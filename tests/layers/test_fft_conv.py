@@ -1,0 +1,96 @@
+"""The long convolution by FFT is the sum that defines it, forward and backward, in whatever blocks it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import close
+from torch import Tensor
+
+from anymamba.layers import fft_conv as module
+from anymamba.layers.fft_conv import fast_fft_size, fft_conv
+
+SHAPES = [(2, 1, 3, 1), (2, 2, 3, 2), (1, 7, 1, 3), (3, 33, 2, 33), (2, 8, 3, 20), (1, 101, 2, 64)]
+
+
+def naive(u: Tensor, kernel: Tensor) -> Tensor:
+    """The sum, term by term."""
+    y = torch.zeros_like(u)
+    for t in range(u.shape[1]):
+        for j in range(min(t + 1, kernel.shape[1])):
+            y[:, t] += kernel[:, j] * u[:, t - j]
+    return y
+
+
+@pytest.mark.parametrize(("batch", "length", "width", "kernel_length"), SHAPES)
+@pytest.mark.parametrize("block", [1, 64, 2**20])
+def test_it_is_the_causal_sum(batch, length, width, kernel_length, block, monkeypatch):
+    monkeypatch.setattr(module, "CPU_BLOCK", block)
+    u = torch.randn(batch, length, width, dtype=torch.float64)
+    kernel = torch.randn(width, kernel_length, dtype=torch.float64)
+    close(fft_conv(u, kernel), naive(u, kernel), "float64", 1e-13)
+    close(fft_conv(u.float(), kernel.float()), naive(u, kernel).float(), "float32", 1e-5)
+    strided = u.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(fft_conv(strided, kernel), fft_conv(u, kernel))
+
+
+@pytest.mark.parametrize("block", [16, 2**20])
+@pytest.mark.parametrize("kernel_length", [3, 6, 9])
+def test_gradients(kernel_length, block, monkeypatch):
+    monkeypatch.setattr(module, "CPU_BLOCK", block)
+    u = torch.randn(3, 6, 2, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(2, kernel_length, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(fft_conv, (u, kernel))
+    assert torch.autograd.gradcheck(fft_conv, (u, kernel.detach()))
+    assert torch.autograd.gradcheck(fft_conv, (u.detach(), kernel))
+
+
+def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
+    u, kernel = torch.randn(2, 50, 3, requires_grad=True), torch.randn(3, 50, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        fft_conv(u, kernel)
+    assert sum(kept) == u.numel() + kernel.numel()
+
+
+def test_a_second_derivative_is_refused():
+    u = torch.randn(1, 4, 1, requires_grad=True)
+    (du,) = torch.autograd.grad(fft_conv(u, u[0].T).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        du.sum().backward()
+
+
+def test_bfloat16_is_computed_in_float32():
+    u, kernel = torch.randn(2, 300, 3).bfloat16(), torch.randn(3, 300)
+    y = fft_conv(u, kernel)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, fft_conv(u.float(), kernel).bfloat16())
+
+
+def test_empty():
+    for shape in ((0, 5, 2), (2, 0, 2)):
+        u = torch.zeros(shape, requires_grad=True)
+        kernel = torch.randn(2, 5, requires_grad=True)
+        fft_conv(u, kernel).sum().backward()
+        assert u.grad is not None and u.grad.shape == shape
+        assert not kernel.grad.any()
+
+
+def test_fft_sizes_are_the_smallest_fast_ones():
+    def is_fast(n: int) -> bool:
+        for prime in (2, 3, 5):
+            while n % prime == 0:
+                n //= prime
+        return n == 1
+
+    for n in [*range(1, 300), 1999, 8191]:
+        assert fast_fft_size(n) == next(m for m in range(n, 3 * n + 2) if m % 2 == 0 and is_fast(m))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"got \(2, 5, 3\) and \(4, 5\)"):
+        fft_conv(torch.zeros(2, 5, 3), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="at least 1"):
+        fft_conv(torch.zeros(2, 5, 3), torch.zeros(3, 0))
+    with pytest.raises(ValueError, match="convolve the real and imaginary parts"):
+        fft_conv(torch.zeros(2, 5, 3), torch.zeros(3, 5, dtype=torch.complex64))
