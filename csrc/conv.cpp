@@ -45,7 +45,8 @@ ANYMAMBA_INLINE Vector<T> sum_of_taps(const ConvArgs& a, DType dtype, const char
     return sum;
 }
 
-// U steps from `place` in y on, of channels [c, c + count): each input and weight is read once for all of them.
+// U steps from `place` in y on, of channels [c, c + count): each input and weight is read once for all of them. The
+// inputs of the U steps after these, behind those in `taps`, are fetched meanwhile.
 template <typename T, int K, int U>
 ANYMAMBA_INLINE void forward_block(const ConvArgs& a, DType dtype, const char* const* taps, int64_t place, int64_t c,
                                    int count) {
@@ -56,6 +57,7 @@ ANYMAMBA_INLINE void forward_block(const ConvArgs& a, DType dtype, const char* c
         y[0] = sum_of_taps<T, K>(a, dtype, taps, c, count);
     } else {
         V x[K - 1 + U], weight[K];
+        const char* y_ahead = static_cast<const char*>(a.y.data) + (place + U * a.y.length_stride) * item_size(dtype);
         const V bias = a.bias ? read_row<T>(a.bias, OWN_DTYPE<T>, c, count) : V{};
 #pragma GCC unroll 16
         for (int i = 0; i < K; i++) weight[i] = read_row<T>(a.weight, OWN_DTYPE<T>, i * a.d_inner + c, count);
@@ -63,16 +65,21 @@ ANYMAMBA_INLINE void forward_block(const ConvArgs& a, DType dtype, const char* c
         for (int i = 0; i < K - 1 + U; i++) x[i] = read_row<T>(taps[i], dtype, c, count);
 #pragma GCC unroll 16
         for (int j = 0; j < U; j++) {
-            y[j] = bias;
-#pragma GCC unroll 16
-            for (int i = 0; i < K; i++) y[j] += weight[i] * x[i + j];
+            __builtin_prefetch(taps[K - 1 + U + j] + c * item_size(dtype), 0, 2);
+            __builtin_prefetch(y_ahead + (j * a.y.length_stride + c) * item_size(dtype), 1, 2);
         }
-    }
 #pragma GCC unroll 16
-    for (int j = 0; j < U; j++) {
-        if (a.silu) y[j] *= sigmoid(y[j]);
-        write_row<T>(a.y.data, dtype, place + j * a.y.length_stride + c, count, y[j]);
+        for (int j = 0; j < U; j++) y[j] = bias;
+#pragma GCC unroll 16
+        for (int i = 0; i < K; i++)
+#pragma GCC unroll 16
+            for (int j = 0; j < U; j++) y[j] += weight[i] * x[i + j];
     }
+    if (a.silu)
+#pragma GCC unroll 16
+        for (int j = 0; j < U; j++) y[j] = silu(y[j]);
+#pragma GCC unroll 16
+    for (int j = 0; j < U; j++) write_row<T>(a.y.data, dtype, place + j * a.y.length_stride + c, count, y[j]);
 }
 
 template <typename T, int K, int U, DType X>
@@ -98,12 +105,13 @@ void forward_chunk(const ConvArgs& a, int64_t row, int64_t first, int64_t last) 
     constexpr int U = K ? ANYMAMBA_VECTOR_BYTES / 16 : 1;  // as the registers allow
     const Inputs inputs(a, row);
     const int64_t size = item_size(a.x.type()), n_states = a.width - 1;
-    std::vector<const char*> taps(n_states + U);
+    std::vector<const char*> taps(n_states + 2 * U);
     for (const Piece& p : pieces_of(a, row, first, last)) {
         int64_t t = p.first;
         const auto steps = [&](auto n) {
             for (; t + n() <= p.last; t += n()) {
-                for (int64_t i = 0; i < n_states + n(); i++) taps[i] = inputs.at(p, t - n_states + i);
+                for (int64_t i = 0; i < n_states + 2 * n(); i++)
+                    taps[i] = inputs.at(p, std::min(t - n_states + i, a.length - 1));
                 forward_steps<T, K, n()>(a, taps.data(), a.y.at(row, t));
             }
         };

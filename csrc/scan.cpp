@@ -70,7 +70,7 @@ class ForwardTask : Task<T> {
             V y = load<T>(k.y + t * W);
             if (a.z.data) {
                 const V z = read_row<T>(a.z.data, a.z.type(), a.z.at(row, first + t) + k.channel, k.count);
-                y *= z * sigmoid(z);
+                y *= silu(z);
             }
             write_row<T>(a.y.data, a.y.type(), a.y.at(row, first + t) + k.channel, k.count, y);
         }

@@ -224,14 +224,22 @@ ANYMAMBA_INLINE Rate<float> make_rate(float rate) {
 }
 ANYMAMBA_INLINE Rate<double> make_rate(double rate) { return {rate, 0.0}; }
 
+// exp(x rate) = power 2^(f / TABLE_SIZE).
+struct Exponential {
+    vfloat power, f;
+    ANYMAMBA_INLINE Exponential(vfloat x, vfloat high, vfloat low, const Powers<float>& powers) {
+        const vfloat magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds to an integer, in the lowest bits
+        const vfloat rounded = x * high + magic;
+        f = x * low + multiply_subtract(x, high, rounded - magic);
+        power = powers.of((vint)rounded);
+    }
+};
+
 // exp(x rate) where |x high| < LARGEST_EXPONENT.
 template <vfloat polynomial(vfloat) = power_polynomial>
 ANYMAMBA_INLINE vfloat exp_product_inside(vfloat x, vfloat high, vfloat low, const Powers<float>& powers) {
-    const vfloat magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds to an integer, kept in the lowest bits
-    const vfloat rounded = x * high + magic;
-    const vfloat f = x * low + multiply_subtract(x, high, rounded - magic);
-    const vfloat power = powers.of((vint)rounded);
-    return power * (f * polynomial(f)) + power;
+    const Exponential e(x, high, low, powers);
+    return e.power * (e.f * polynomial(e.f)) + e.power;
 }
 
 // exp(x rate), by its root where that is outside.
@@ -259,10 +267,12 @@ ANYMAMBA_INLINE vdouble exp_product_inside(vdouble x, vdouble high, vdouble low,
     return exp_product(x, high, low, powers);
 }
 
+// log2(e) TABLE_SIZE in two parts.
+constexpr float RATE_HIGH = 1.44269502f * TABLE_SIZE, RATE_LOW = 1.92596303e-8f * TABLE_SIZE;
+
 // exp(x) for x in [-87, 87]; a NaN stays one.
 ANYMAMBA_INLINE vfloat exp_inside(vfloat x) {
-    const vfloat high = broadcast(1.44269502f * TABLE_SIZE), low = broadcast(1.92596303e-8f * TABLE_SIZE);
-    return exp_product_inside<fine_power_polynomial>(x, high, low, Powers<float>());
+    return exp_product_inside<fine_power_polynomial>(x, broadcast(RATE_HIGH), broadcast(RATE_LOW), Powers<float>());
 }
 
 // (exp(x rate) - 1) / (x rate) and its limit 1 at 0, without a difference that cancels.
@@ -337,6 +347,15 @@ ANYMAMBA_INLINE vdouble sigmoid(vdouble x) {
     return by_lane(x, [](double v) { return 1 / (1 + std::exp(-v)); });
 }
 
+// x / (1 + exp(-x)), by one division in place of a reciprocal with its corrections. From -88.7228 down exp(-x) is
+// infinity, so that all but -inf give 0.
+ANYMAMBA_INLINE vfloat silu(vfloat x) {
+    const vfloat bounded = at_least(-88.7228394f, at_most(87.0f, x));
+    const Exponential e(bounded, broadcast(-RATE_HIGH), broadcast(-RATE_LOW), Powers<float>());
+    return x / (e.power * (e.f * fine_power_polynomial(e.f) + 1.0f) + 1.0f);
+}
+ANYMAMBA_INLINE vdouble silu(vdouble x) { return x * sigmoid(x); }
+
 // The larger size of each lane so far; a NaN is larger than all.
 ANYMAMBA_INLINE vfloat larger_size(vfloat so_far, vfloat x) {
     const vint size = (vint)x & INT32_MAX, known = (vint)so_far;
@@ -349,16 +368,45 @@ ANYMAMBA_INLINE vdouble larger_size(vdouble so_far, vdouble) { return so_far; } 
 typedef uint16_t vhalf __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES / 2)));  // the bits of as many 16-bit floats
 typedef uint32_t vbits __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES)));
 
-ANYMAMBA_INLINE vfloat from_bfloat16(vhalf bits) { return (vfloat)(__builtin_convertvector(bits, vbits) << 16); }
+// Compilers know these two, but not that they are one instruction.
+ANYMAMBA_INLINE vbits widen(vhalf bits) {
+#if defined(__AVX512F__)
+    return (vbits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
+#elif defined(__AVX2__)
+    return (vbits)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+    return __builtin_convertvector(bits, vbits);
+#endif
+}
+ANYMAMBA_INLINE vhalf narrow(vbits bits) {
+#if defined(__AVX512F__)
+    return (vhalf)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits);
+#else
+    return __builtin_convertvector(bits, vhalf);
+#endif
+}
+
+ANYMAMBA_INLINE vfloat from_bfloat16(vhalf bits) { return (vfloat)(widen(bits) << 16); }
 
 ANYMAMBA_INLINE vhalf to_bfloat16(vfloat value) {  // to the nearest, ties to even; a NaN stays one
     const vbits bits = (vbits)value;
     const vbits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(value == value ? rounded : (bits >> 16) | 0x40, vhalf);
+    return narrow(value == value ? rounded : (bits >> 16) | 0x40);
 }
 
+#if defined(__AVX512F__)
+ANYMAMBA_INLINE vfloat from_float16(vhalf bits) { return (vfloat)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }
+ANYMAMBA_INLINE vhalf to_float16(vfloat value) {
+    return (vhalf)_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(__F16C__) && defined(__AVX2__)
+ANYMAMBA_INLINE vfloat from_float16(vhalf bits) { return (vfloat)_mm256_cvtph_ps((__m128i)bits); }
+ANYMAMBA_INLINE vhalf to_float16(vfloat value) {
+    return (vhalf)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
 ANYMAMBA_INLINE vfloat from_float16(vhalf bits) {
-    const vbits wide = __builtin_convertvector(bits, vbits), sign = (wide & 0x8000) << 16, magnitude = wide & 0x7fff;
+    const vbits wide = widen(bits), sign = (wide & 0x8000) << 16, magnitude = wide & 0x7fff;
     const vfloat subnormal = __builtin_convertvector((vint)magnitude, vfloat) * 5.9604644775390625e-8f;
     const vbits normal = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : (magnitude << 13) + 0x38000000;
     return (vfloat)(sign | (magnitude < 0x400 ? (vbits)subnormal : normal));
@@ -371,8 +419,9 @@ ANYMAMBA_INLINE vhalf to_float16(vfloat value) {
     vbits result = bits < 0x38800000 ? subnormal : normal;
     result = bits >= 0x477ff000 ? vbits{} + 0x7c00 : result;  // rounds to infinity
     result = bits > 0x7f800000 ? vbits{} + 0x7e00 : result;   // NaN
-    return __builtin_convertvector(sign | result, vhalf);
+    return narrow(sign | result);
 }
+#endif
 
 template <typename T>
 constexpr DType OWN_DTYPE = sizeof(T) == 4 ? DType::float32 : DType::float64;
