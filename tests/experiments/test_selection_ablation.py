@@ -196,6 +196,7 @@ def test_the_report_of_a_success():
     assert "Mamba is ahead by 0.050 nats a byte." in text and "wins" not in text
     assert "Selective copying reaches 95 % with these selective: Δ; Δ, B, C." in text
     assert "gains +0.007 nats a byte over N = 1, a tie (paper +0.007 a token)" in text
+    assert "Initial weights of selective copying were chosen" in text
     assert "12,000,000 to learn from, 600,000 in held-out files" in text
 
 

@@ -8,6 +8,7 @@ from math import inf, isfinite, log
 from anymamba.experiments.charts import spread, table
 from anymamba.experiments.experiment import Record, Results
 from anymamba.experiments.selection_ablation.arms import (
+    CHOSEN,
     KINDS,
     MAY_TIE,
     ORDER,
@@ -180,7 +181,7 @@ def protocol(results: Results) -> str:
     paper = (
         "The paper: 350M parameters, 7B tokens of the Pile, contexts of 2048; its gaps are ln of ratios of perplexity."
     )
-    return "\n\n".join([part for part in parts if part] + [paper])
+    return "\n\n".join(part for part in [*parts, CHOSEN.get(results.scale, ""), paper] if part)
 
 
 def optimization_words(how: dict) -> str:
@@ -188,7 +189,7 @@ def optimization_words(how: dict) -> str:
     return (
         f"{how['steps']:,} steps of {how['batch_size']}, AdamW, learning rate {how['learning_rate']:g} after "
         f"{how['warmup_steps']} steps of warm-up, {'half a cosine' if how['cosine'] else 'constant'}, weight decay "
-        f"{how['weight_decay']:g}; the rate is not swept"
+        f"{how['weight_decay']:g}"
     )
 
 
