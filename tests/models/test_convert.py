@@ -139,6 +139,49 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, moved, to):
     assert load_pretrained(tmp_path / "b").config == PLAIN
 
 
+FULL = """
+import sys
+from anymamba.cli import main
+sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_disk_that_is_full(tmp_path, to):
+    """A real one, of 2 MB, in a namespace of mounts: one line, and nothing is left. A mapping would end the process."""
+    LanguageModel(ModelConfig(d_model=128, n_layers=4, vocab_size=2000)).save_pretrained(tmp_path / "a")
+    (tmp_path / "full").mkdir()
+    script = (
+        'disk=$1; mount -t tmpfs -o size=2M none "$disk" || exit 77; shift; "$@"; code=$?; ls -A "$disk"; exit $code'
+    )
+    out = tmp_path / "full" / "out"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(out.parent)]
+    try:
+        done = subprocess.run(
+            [*command, sys.executable, "-c", FULL, str(tmp_path / "a"), str(out), "--to", to],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    except FileNotFoundError:
+        pytest.skip("needs unshare of util-linux")
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 1 and done.stdout == "", done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and ("No space left" in last or "is the disk full?" in last), done.stderr
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_path_without_a_name(tmp_path, moved, name, monkeypatch):
+    moved(PLAIN).save_pretrained(tmp_path / "a")
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    with pytest.raises(ValueError, match="has no name of its own; name a folder that is not there yet"):
+        convert(tmp_path / "a", name, "hf")
+    assert not list((tmp_path / "here" / "below").iterdir())
+
+
 def test_misuse(tmp_path, moved):
     moved(PLAIN).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="unknown format 'onnx'; there are hf, state-spaces, gguf, anymamba"):

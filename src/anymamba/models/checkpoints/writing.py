@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -149,7 +150,12 @@ def convert(
     Raises FileExistsError when `out` holds something, CheckpointError when the source is broken or the format cannot
         hold the model, naming the options.
     """
-    checkpoint, out = open_checkpoint(source), Path(out)
+    out = Path(out)
+    if out.name in ("", ".."):
+        raise ValueError(
+            f"{out} has no name of its own; name a folder that is not there yet, {out / 'NAME'} for example"
+        )
+    checkpoint = open_checkpoint(source)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already; name a folder that is not, or remove it")
     specification = None
@@ -237,6 +243,19 @@ def tokenizer_specification(tokenizer: Tokenizer) -> dict[str, Any]:
         return json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
 
 
+@contextmanager
+def _failures_told(name: str) -> Iterator[None]:
+    """Have a library that reports a full disk in words of its own name the file, as an OSError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (SafetensorError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise OSError(f"{name} could not be written ({error}); is the disk full?") from error
+
+
 # ------------------------------------------------------------------------------------------ safetensors
 
 
@@ -250,7 +269,7 @@ def _write_safetensors(weights: _Cast, folder: Path, to: Format, shard_bytes: in
     for file, names in zip(files, shards, strict=True):
         part = dict(_named(to, tensors, len(names)))
         table |= dict.fromkeys(part, file)
-        with atomic_file(folder / file) as temporary:
+        with atomic_file(folder / file) as temporary, _failures_told(file):
             save_file(part, temporary, metadata={"format": "pt"})
         del part
     index = folder / f"{SAFETENSORS}.index.json"
@@ -300,16 +319,16 @@ def _write_torch_archive(weights: _Cast, folder: Path) -> None:
             table[to_state_spaces(name)] = mapped
         if weights.config.tie_embeddings:
             table["lm_head.weight"] = table["backbone.embedding.weight"]
-        with atomic_file(folder / TORCH) as temporary:
+        with atomic_file(folder / TORCH) as temporary, _failures_told(TORCH):
             torch.save(table, temporary)
         del table, mapped
 
 
 def _to_mapped_file(tensor: Tensor, path: Path) -> Tensor:
     """The tensor in a file of its own, mapped: its pages need no memory when it is scarce."""
-    options: dict[str, Any] = {"shared": True, "size": tensor.numel(), "dtype": tensor.dtype}
-    torch.from_file(str(path), **options).copy_(tensor.flatten())
-    return torch.from_file(str(path), **options).view(tensor.shape)  # mapped anew: none of its pages are in memory
+    with open(path, "wb") as file:  # not through the mapping: where the disk is full that would end the process
+        file.write(tensor.flatten().view(torch.uint8).numpy())
+    return torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
 
 def _write_gguf(
@@ -323,5 +342,5 @@ def _write_gguf(
         if dtype not in kinds:
             raise CheckpointError(f"the format gguf cannot hold {dtype}; take float32, bfloat16, float16 or q8_0")
         kind = kinds[dtype]
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, _failures_told(path.name):
         gguf_files.write(temporary, weights.config, weights.stored, weights.tensors(), kind, token_ids, tokenizer)
