@@ -189,7 +189,7 @@ def test_create_block_of_both_versions():
     )
     for made in (first, second, named):
         assert isinstance(made.norm, RMSNorm) and made.norm.eps == 1e-3 and made.mlp is None
-        assert made.mixer.d_state == 8 and made.mixer.layer_idx == 4
+        assert made.mixer.d_state == 8 and made.mixer.layer_idx == made.layer_idx == 4
         assert made.residual_in_fp32 and made.fused_add_norm
     assert create_block(16, None, 1e-3).norm.eps == 1e-3
     assert create_block(16, 32).mlp.fc2.weight.shape == (16, 128)
