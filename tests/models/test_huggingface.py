@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anymamba import LanguageModel, MambaOptions, ModelConfig
-from anymamba.models.checkpoints import CheckpointError, files, huggingface, load_pretrained, save_pretrained, writing
+from anymamba.models.checkpoints import (
+    CheckpointError,
+    convert,
+    files,
+    huggingface,
+    load_pretrained,
+    save_pretrained,
+    writing,
+)
 
 PLAIN = {"d_model": 16, "n_layers": 2, "vocab_size": 29}
 ODD = MambaOptions(d_state=8, d_conv=3, dt_rank=5, bias=True)
@@ -149,25 +157,38 @@ transformers = pytest.importorskip("transformers", reason="the extra 'test' inst
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transformers_reads_ours(tmp_path, name):
-    ours = build(CONFIGS[name])
+    ours = livelier(build(CONFIGS[name]))
     save_pretrained(ours, tmp_path)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(theirs).__name__ == CLASS[MODEL_TYPE[name]]
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     theirs.eval()
-    ids = torch.randint(29, (2, 13))
-    with torch.no_grad():
-        want, got = theirs(ids).logits, ours(ids).logits
-        assert (got - want).abs().max() < 1e-4
-        prompt = ids[:1, :5]
-        theirs.generation_config.pad_token_id = 0
-        there = theirs.generate(prompt, max_new_tokens=128, min_new_tokens=128, do_sample=False)[0, 5:].tolist()
-        logits, state = ours(prompt, num_last_logits=1)
-        here = [logits[0, -1].argmax().item()]
-        while len(here) < 128:
-            logits, state = ours.step(torch.tensor(here[-1:]), state)
-            here.append(logits[0].argmax().item())
-    assert here == there
+    assert_same_function(ours, theirs, 29)
+
+
+@torch.no_grad()
+def livelier(model: torch.nn.Module):
+    """Mixers that outweigh the embedding: with a tied head a small model else repeats its last token."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("out_proj.weight"):
+            parameter.mul_(12)
+    return model
+
+
+@torch.no_grad()
+def assert_same_function(ours: LanguageModel, theirs, vocab_size: int) -> None:
+    """Logits, and 128 greedy tokens that are not all alike."""
+    ids = torch.randint(vocab_size, (2, 13))
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+    prompts = torch.randint(vocab_size, (3, 5))
+    options = {"max_new_tokens": 128, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    there = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **options)[:, 5:]
+    logits, state = ours(prompts, num_last_logits=1)
+    here = [logits[:, -1].argmax(-1)]
+    while len(here) < 128:
+        logits, state = ours.step(here[-1], state)
+        here.append(logits.argmax(-1))
+    assert torch.equal(torch.stack(here, dim=1), there) and len(there.unique()) > 5, there
 
 
 THEIRS = {
@@ -197,15 +218,34 @@ def test_we_read_what_transformers_writes(tmp_path, name, shard_size):
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    livelier(theirs).save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "10KB")
     ours = load_pretrained(tmp_path)
     assert ours.config.padded_vocab_size == 31
-    ids = torch.randint(31, (2, 13))
-    with torch.no_grad():
-        assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+    assert_same_function(ours, theirs, 31)
     save_pretrained(ours, tmp_path / "again")
     assert_equal_models(load_pretrained(tmp_path / "again"), ours)
+
+
+@pytest.mark.parametrize("spelling", ["an older name", "no head"])
+def test_other_spellings_that_transformers_reads(tmp_path, spelling):
+    """The embedding's older name, and the names that a model without a head has."""
+    theirs = transformers.MambaModel(transformers.MambaConfig(vocab_size=31, hidden_size=20, num_hidden_layers=2))
+    if spelling == "no head":
+        theirs.save_pretrained(tmp_path)
+        assert "embeddings.weight" in load_file(tmp_path / "model.safetensors")
+    else:
+        theirs.config.save_pretrained(tmp_path)
+        older = {f"backbone.{name.replace('embeddings', 'embedding')}": t for name, t in theirs.state_dict().items()}
+        save_file(older, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = load_pretrained(tmp_path)
+    ids = torch.randint(31, (1, 9))
+    with torch.no_grad():
+        hidden = theirs.eval()(ids).last_hidden_state
+        assert (ours.hidden(ids)[0] - hidden).abs().max() < 1e-5
+        assert (ours(ids).logits - hidden @ theirs.embeddings.weight.T).abs().max() < 1e-4
+    convert(tmp_path, tmp_path / "again", "hf")
+    assert EMBEDDING in load_file(tmp_path / "again" / "model.safetensors")
 
 
 def test_ours_through_transformers_and_back(tmp_path):

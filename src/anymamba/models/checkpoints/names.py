@@ -51,6 +51,11 @@ def to_huggingface(name: str) -> str:
     return HUGGINGFACE_TOP.get(name) or "backbone.layers.{}.{}".format(*_layer(name, LAYER_NAMES))
 
 
+def huggingface_spellings(key: str) -> tuple[str, ...]:
+    """Hugging Face's name, and those that its readers take for it: an older one, and that of a model without a head."""
+    return key, key.replace("backbone.embeddings.", "backbone.embedding."), key.removeprefix("backbone.")
+
+
 def to_state_spaces(name: str) -> str:
     """The name of one of our parameters in the original format."""
     return STATE_SPACES_TOP.get(name) or "backbone.layers.{}.{}".format(*_layer(name, LAYER_NAMES))

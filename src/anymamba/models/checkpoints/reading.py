@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from anymamba.models.checkpoints.errors import CheckpointError
 from anymamba.models.checkpoints.files import StoredTensor, TensorFile, open_weights, read_json
 from anymamba.models.checkpoints.gguf_files import GGUFFile
 from anymamba.models.checkpoints.hub import local_path
-from anymamba.models.checkpoints.names import is_wide, to_gguf, to_huggingface, to_state_spaces
+from anymamba.models.checkpoints.names import huggingface_spellings, is_wide, to_gguf, to_huggingface, to_state_spaces
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 
@@ -48,7 +48,7 @@ class Checkpoint:
                 "its config"
             )
         shapes = parameter_shapes(self.config, self.path)
-        keys = {name: self._key(name) for name in shapes}
+        keys = {name: self._key(name, stored) for name in shapes}
         _require_names(self, set(stored) - ({TIED[self.format]} if self._tied else set()), set(keys.values()))
         for name, key in keys.items():
             shape = _without_middle(name, stored[key].shape)
@@ -58,15 +58,17 @@ class Checkpoint:
         dtypes = {name: stored[key].dtype if is_wide(name) else narrow for name, key in keys.items()}
         found = {name: StoredTensor(shape, dtypes[name]) for name, shape in shapes.items()}
         object.__setattr__(self, "stored", found)
+        object.__setattr__(self, "_names", {key: name for name, key in keys.items()})
 
     stored: dict[str, StoredTensor] = field(init=False, repr=False)
     """Our names, shapes and dtypes: the embedding's dtype for all but A_log, D and the step's bias."""
+    _names: dict[str, str] = field(init=False, repr=False)
+    """The file's names, and ours."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `stored`, in its order; each is good until the next one is asked for."""
-        names = {self._key(name): name for name in self.stored}
-        for key, tensor in self.file.read(names):
-            name = names[key]
+        for key, tensor in self.file.read(self._names):
+            name = self._names[key]
             if self.format == "gguf" and name.endswith("A_log"):
                 tensor = gguf_files.to_A_log(tensor, f"{self.file.path}: {key}")
             yield name, tensor.to(self.stored[name].dtype).view(self.stored[name].shape)
@@ -82,10 +84,13 @@ class Checkpoint:
     def _tied(self) -> bool:
         return self.config.tie_embeddings and self.format in TIED
 
-    def _key(self, name: str) -> str:
+    def _key(self, name: str, stored: Container[str]) -> str:
         """The file's name of one of our parameters."""
         rules = {"hf": to_huggingface, "state-spaces": to_state_spaces, "gguf": to_gguf}
-        return rules[self.format](name) if self.format in rules else name
+        key = rules[self.format](name) if self.format in rules else name
+        if self.format == "hf":
+            return next((other for other in huggingface_spellings(key) if other in stored), key)
+        return key
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
@@ -164,7 +169,8 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _only_gguf(folder: Path) -> Path:
     found = sorted(folder.glob("*.gguf"))
     if len(found) > 1:
-        raise FileNotFoundError(X)
+        names = ", ".join(path.name for path in found[:3]) + (", ..." if len(found) > 3 else "")
+        raise FileNotFoundError(f"{folder} has several GGUF files ({names}); give the path of one of them")
     if not found:
         raise FileNotFoundError(
             f"{folder} has no {CONFIG}: it is not a model folder, or a run without a checkpoint yet"
