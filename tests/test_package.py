@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
+import dis
+import importlib
 import importlib.metadata
+import pkgutil
 import subprocess
 import sys
 import time
 from importlib import resources
 from pathlib import Path
+from types import CodeType, ModuleType
 
 import anymamba
 
@@ -35,6 +40,31 @@ def test_public_names_resolve():
     for name in anymamba.__all__:
         assert getattr(anymamba, name) is not None
     assert set(anymamba.__all__) <= set(dir(anymamba))
+
+
+def undefined_names(module: ModuleType) -> set[str]:
+    """Names that functions of a module look up and that neither it nor Python has."""
+    assert module.__file__ is not None
+    code = [compile(Path(module.__file__).read_text(encoding="utf-8"), module.__file__, "exec")]
+    names: set[str] = set()
+    while code:
+        block = code.pop()
+        names |= {i.argval for i in dis.get_instructions(block) if i.opname == "LOAD_GLOBAL"}
+        code += [constant for constant in block.co_consts if isinstance(constant, CodeType)]
+    return {name for name in names if not hasattr(module, name) and not hasattr(builtins, name)}
+
+
+def test_every_name_is_defined(tmp_path):
+    """Linters leave names alone, as shapes in annotations look like some; branches that no test takes hide them."""
+    for found in pkgutil.walk_packages(anymamba.__path__, f"{anymamba.__name__}."):
+        if found.name.rsplit(".", 1)[-1] == "__main__" or found.name == "anymamba._native":
+            continue
+        undefined = undefined_names(importlib.import_module(found.name))
+        assert not undefined, f"{found.name}: {undefined}"
+    example = ModuleType("example")
+    example.__file__ = str(tmp_path / "example.py")
+    Path(example.__file__).write_text("def f():\n    raise ValueError(X)\n")
+    assert undefined_names(example) == {"X"}
 
 
 def test_import_does_not_import_torch():
