@@ -1,6 +1,6 @@
 """Run by test_drop_in in a process of its own: transformers' models before and after activate(), and what differs.
 
-python tests/compat/dropped_in.py MODEL DTYPE prints one JSON object.
+python tests/compat/dropped_in.py MODEL DTYPE [lora] prints one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
 CONFIGS = {
     "mamba": lambda: transformers.MambaConfig(**SIZES, state_size=8, conv_kernel=3),
     "falcon_mamba": lambda: transformers.FalconMambaConfig(**SIZES, mixer_rms_eps=1e-3),
+    "mamba2": lambda: transformers.Mamba2Config(
+        **SIZES, num_heads=8, head_dim=8, n_groups=2, state_size=8, chunk_size=8
+    ),
     "jamba": lambda: transformers.JambaConfig(
         **SIZES,
         intermediate_size=64,
@@ -35,7 +38,7 @@ CONFIGS = {
 
 
 def measure(model: torch.nn.Module) -> dict:
-    """Loss and gradients of a left-padded batch in training, its logits, and greedy tokens."""
+    """Loss and gradients of a left-padded batch in training, its logits, those of steps after it, and greedy tokens."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(1, 50, (2, 19), generator=generator)
     mask = torch.ones_like(ids)
@@ -50,7 +53,22 @@ def measure(model: torch.nn.Module) -> dict:
         tokens = model.generate(
             ids, attention_mask=mask, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0
         )
-    return {"loss": loss.detach(), "grads": grads, "logits": logits, "tokens": tokens}
+        steps = steps_after(model, ids, mask)
+    return {"loss": loss.detach(), "grads": grads, "logits": logits, "steps": steps, "tokens": tokens}
+
+
+def steps_after(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, count: int = 6) -> torch.Tensor:
+    """Logits of given tokens, one at a time behind the cache of a left-padded batch."""
+    found = []
+    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    given = torch.randint(1, 50, (count, len(ids)), generator=torch.Generator().manual_seed(3))
+
+    def teacher(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found.append(scores.float().clone())
+        return torch.full_like(scores, -torch.inf).scatter(1, given[len(found) - 1][:, None], 0)
+
+    model.generate(ids, attention_mask=mask, logits_processor=[teacher], **options)
+    return torch.stack(found, dim=1)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -67,7 +85,7 @@ def adapters(model: torch.nn.Module) -> dict[str, float]:
     return {n: p.grad.norm().item() for n, p in model.named_parameters() if "lora_B" in n and p.grad is not None}
 
 
-def main(name: str, dtype: torch.dtype) -> dict:
+def main(name: str, dtype: torch.dtype, lora: bool) -> dict:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
     with torch.no_grad():
@@ -83,9 +101,9 @@ def main(name: str, dtype: torch.dtype) -> dict:
     result = {
         "kernels": kernels,
         "tokens": torch.equal(before["tokens"], after["tokens"]),
-        "lora": adapters(model) if name == "mamba" and dtype == torch.float32 else {},
+        "lora": adapters(model) if lora else {},
     }
-    for key in ("loss", "logits"):
+    for key in ("loss", "logits", "steps"):
         result[key] = difference(after[key], before[key])
         result[f"{key} error"] = difference(after[key], exact[key])
         result[f"{key} error before"] = difference(before[key], exact[key])
@@ -98,4 +116,4 @@ def main(name: str, dtype: torch.dtype) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], getattr(torch, sys.argv[2]))))
+    print(json.dumps(main(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3:] == ["lora"])))

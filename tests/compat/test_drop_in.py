@@ -168,22 +168,34 @@ def test_transformers_takes_our_operators(distribution):
     assert resolved("import transformers.models.mamba.modeling_mamba\n" + activate) == OPERATORS
 
 
+def dropped_in(*arguments: str) -> dict:
+    """What changes in a model of transformers when our operators come."""
+    command = [sys.executable, str(Path(__file__).with_name("dropped_in.py")), *arguments]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "jamba"])
 def test_the_same_outputs(name, dtype):
     """Training and generation of a left-padded batch; in bfloat16 as near to float32 as without our operators."""
     pytest.importorskip("peft", reason="the extra 'test' installs peft")
-    command = [sys.executable, str(Path(__file__).with_name("dropped_in.py")), name, dtype]
-    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
+    result = dropped_in(name, dtype, *(["lora"] if dtype == "float32" and name != "jamba" else []))
     kernels = result["kernels"]
     for op in ("selective_scan", "causal_conv1d"):
         assert {f"{op} cpu {part}" for part in ("forward", "backward", "step")} <= set(kernels), kernels
-    for key in ("loss", "logits", "grads"):
+    for key in ("loss", "logits", "steps", "grads"):
         if dtype == "float32":
             assert result[key] < 1e-5, f"{key} differ by {result[key]:.1e}"
         else:
             got, before = result[f"{key} error"], result[f"{key} error before"]
             assert got < 1.5 * before + 1e-3, f"error of {key}: {got:.1e}, without our operators {before:.1e}"
     assert result["tokens"] or dtype == "bfloat16"
-    if name == "mamba" and dtype == "float32":
+    if dtype == "float32" and name != "jamba":
         assert len(result["lora"]) == 4 and all(norm > 0 for norm in result["lora"].values())
+
+
+def test_a_model_that_takes_some_of_our_operators():
+    """Mamba-2 takes the convolution and the step, with heads and groups; its own scan stays."""
+    result = dropped_in("mamba2", "float32")
+    assert {"causal_conv1d cpu forward", "causal_conv1d cpu step", "selective_scan cpu step"} <= set(result["kernels"])
+    assert all(result[key] < 1e-5 for key in ("loss", "logits", "steps", "grads")) and result["tokens"], result

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -16,6 +20,7 @@ from anymamba import LanguageModel, ModelConfig
 from anymamba.compat.lm_eval import AnymambaLM
 from anymamba.compat.lm_eval.scoring import Row, batches, score
 from anymamba.data.tokenizer import ByteTokenizer
+from anymamba.models.checkpoints import convert
 from tests.compat.lm_eval_local import TASKS, write_model, write_tasks
 
 
@@ -119,6 +124,32 @@ def test_generation_options(ours):
         asked(length_penalty=2.0)
     with pytest.raises(ValueError, match="max_gen_toks must be below max_length=512, got 512"):
         asked(max_gen_toks=512)
+
+
+THEIR_TYPE = """
+import json, sys
+import anymamba.compat
+anymamba.compat.activate()
+from lm_eval.api.instance import Instance
+from lm_eval.models.mamba_lm import MambaLMWrapper
+model, tokenizer, pairs, prompt = json.loads(sys.argv[1])
+harness = MambaLMWrapper(pretrained=model, tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=1)
+asked = [Instance("loglikelihood", {}, tuple(pair), i) for i, pair in enumerate(pairs)]
+free = Instance("generate_until", {}, (prompt, {"max_gen_toks": 12, "until": ["\\n\\n"]}), 0)
+print(json.dumps([harness.loglikelihood(asked), harness.generate_until([free])]))
+"""
+
+
+def test_its_own_type_for_mamba_ssm_runs_on_the_drop_in(tmp_path, folder, ours):
+    convert(folder, tmp_path / "original", "state-spaces")
+    pairs, prompt = [("The capital of France is", " Paris"), ("a b c", " d e f"), ("x", " yes")], "def f(x):"
+    given = json.dumps([str(tmp_path / "original"), str(folder), pairs, prompt])
+    done = subprocess.run([sys.executable, "-c", THEIR_TYPE, given], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    likelihoods, texts = json.loads(done.stdout.strip().splitlines()[-1])
+    want = ours.loglikelihood(requests("loglikelihood", *pairs))
+    assert [a[0] for a in likelihoods] == pytest.approx([b[0] for b in want], abs=1e-3)
+    assert texts == ours.generate_until(requests("generate_until", (prompt, {"max_gen_toks": 12, "until": ["\n\n"]})))
 
 
 def test_packed_scores_are_those_of_single_sequences():
