@@ -327,7 +327,7 @@ def _write_torch_archive(weights: _Cast, folder: Path) -> None:
 def _to_mapped_file(tensor: Tensor, path: Path) -> Tensor:
     """The tensor in a file of its own, mapped: its pages need no memory when it is scarce."""
     with open(path, "wb") as file:  # not through the mapping: where the disk is full that would end the process
-        file.write(tensor.flatten().view(torch.uint8).numpy())
+        file.write(tensor.flatten().view(torch.uint8).numpy().data)
     return torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
 

@@ -21,6 +21,9 @@ class Block(nn.Module):
         residual_in_fp32: the residual is kept in float32.
     """
 
+    layer_idx: int | None
+    """Its number in the model; `create_block` sets it."""
+
     def __init__(
         self,
         dim: int,
