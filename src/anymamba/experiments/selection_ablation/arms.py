@@ -51,8 +51,8 @@ WIDE = 0.15
 CHOSEN: dict[str, str] = {
     "cpu": "Initial weights of selective copying were chosen by two runs of 1,250 steps with everything selective: "
     "19.0 % from the layers' own initialisation, 84.4 % with projections N(0, 0.15), which all of its arms have. The "
-    "learning rate of the language model is the better of 4e-3 and 1e-2 for nothing and for everything selective: 1.337 "
-    "and 1.315, 1.330 and 1.292 nats a byte. The other arms, Transformer++ too, have the same, unswept.",
+    "learning rate of the language model is the better of 4e-3 and 1e-2 for nothing and for everything selective: "
+    "1.337 and 1.315, 1.330 and 1.292 nats a byte. The other arms, Transformer++ too, have the same, unswept.",
     "gpu": "Learning rates are not swept.",
 }
 """How the settings of a scale were chosen, where more was tried than what is reported."""
