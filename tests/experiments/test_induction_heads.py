@@ -216,7 +216,10 @@ def test_the_report_of_a_success():
     assert "Mamba, first-ten answers every sequence at every length, to 4096 times training." in text
     assert "| 2^12 | 256 | 100.0 | 100 | 100.0 | 9.0 | 8.6 |" in text
     assert "| 2^20 | 16 | 100.0 | 100 | 100.0 |  |  |" in text
-    assert "| 67,008 (74K) | 64 | N(0, 0.1), Δ 1e-05 to 0.1 | first-ten | 8 | 0.002 | 1000 | 10.0 | 100.0 |" in text
+    assert "The training of Mamba, first-ten takes all its steps, with Adam's epsilon at 1e-16" in text
+    assert "The training of attention, rotary ends at 10 judgements without a mistake" in text
+    assert "| 67,008 (74K) | 64 | N(0, 0.1), Δ 1e-05 to 0.1 | first-ten | 8 | 0.002, half a cosine to 0 |" in text
+    assert "half a cosine to 0 | 1000 | 10.0 | 100.0 |" in text
     assert "**Not as in the paper:** training begins at the lengths 32, 64, 128" in text
     assert "attention, rotary makes mistakes at 2^9, 2^10, 2^11, 2^12; the longest without is 2^8." in text
 

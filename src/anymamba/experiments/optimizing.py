@@ -28,6 +28,9 @@ class Optimization:
     kernel_learning_rate: float = 1e-3
     """Largest rate of the parameters of time-invariant kernels (S4, S4D, Hyena's filter)."""
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    """Added to the root of the second moment. Gradients below it teach nothing: a task whose loss goes to nothing, but
+    whose solution is to get better still, needs a smaller one."""
 
 
 Batch = tuple[Tensor, Tensor]
@@ -88,7 +91,7 @@ def build_optimizer(model: LanguageModel, config: Optimization) -> torch.optim.A
         },
     ]
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
     )
 
 

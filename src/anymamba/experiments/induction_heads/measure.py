@@ -67,14 +67,14 @@ def _reaches(wanted: float, score: Score) -> bool:
     return score.sequences >= wanted
 
 
-def perfect_in_a_row(wanted: int) -> Callable[[Score], bool]:
-    """Says that it is enough when that many judgements one after another were without a mistake."""
+def perfect_in_a_row(wanted: int | None) -> Callable[[Score], bool]:
+    """Says that it is enough when that many judgements one after another were without a mistake; None: never."""
     in_a_row = 0
 
     def enough(score: Score) -> bool:
         nonlocal in_a_row
         in_a_row = in_a_row + 1 if score.sequences == 1 else 0
-        return in_a_row >= wanted
+        return wanted is not None and in_a_row >= wanted
 
     return enough
 

@@ -19,6 +19,9 @@ from anymamba.experiments.induction_heads.arms import (
 )
 from anymamba.experiments.results import Record, Results
 
+USUAL_EPS = 1e-8
+"""Adam's."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -175,12 +178,30 @@ def protocol(results: Results) -> str:
         "trigger occurs twice, the second time at the end; the answer is the token behind the first. It stands at any "
         "position that leaves room (uniform), or at one of the first ten (first-ten), in training as in the tests: the "
         f"paper does not say. Guessing gives {100 * chance(results):g} %. The loss is that of the last position. "
-        f"Training ends when {s['validation_rows']} fixed sequences are answered without a mistake at "
-        f"{s['perfect_in_a_row']} judgements one after another, {s['judge_every']} steps apart, or with the last step. "
+        f"{s['validation_rows']} fixed sequences judge the model every {s['judge_every']} steps. "
         "Models whose state has a fixed size read the test sequences in pieces, with the state carried, in the same "
         "memory at every length; arms of one placement are asked the same sequences. AdamW without decay."
         + (f" {growing_words(s)}" if s["lengths_before"] else "")
+        + "".join(f" {words}" for words in map(partial(end_words, results), results.arms))
     )
+
+
+def end_words(results: Results, arm: str) -> str:
+    """When the training of an arm ends, and what keeps it going."""
+    settings = results.of(arm)[0].settings
+    in_a_row, eps = settings["perfect_in_a_row"], settings["optimization"]["eps"]
+    ends = (
+        "takes all its steps"
+        if in_a_row is None
+        else f"ends at {in_a_row} judgements without a mistake, one after another, or with its last step"
+    )
+    words = f"The training of {label(arm)} {ends}"
+    if eps < USUAL_EPS:
+        words += (
+            f", with Adam's epsilon at {eps:g}: once all answers are right, gradients are below the usual "
+            f"{USUAL_EPS:g}, which would end the learning there, before answers are held for longer than in training"
+        )
+    return words + "."
 
 
 def growing_words(settings: dict[str, Any]) -> str:
@@ -189,7 +210,8 @@ def growing_words(settings: dict[str, Any]) -> str:
     return (
         f"**Not as in the paper:** training begins at the lengths {before}, and goes on to the next, Adam anew, when "
         f"{percent(settings['grow_at'])} of that length's validation set are right; every arm does. Steps and minutes "
-        "are those of all lengths."
+        "are those of all lengths. Rate, initial weights, steps and epsilon of Mamba were chosen by looking at answers "
+        "at longer lengths, on other sequences than those of the tests, with triggers among the first ten and seed 0."
     )
 
 
