@@ -28,5 +28,6 @@ def model_config(settings: Settings) -> ModelConfig:
         n_layers=settings.n_layers,
         vocab_size=settings.task.alphabet,
         mixers=(settings.mixer,),
+        weight_std=settings.weight_std,
         hyena=HyenaOptions(max_length=settings.task.length, emb_dim=5, w=10.0),
     )
