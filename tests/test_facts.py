@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anymamba import LanguageModel, Mamba, ModelConfig, preset, selective_scan
-from anymamba.models.presets import PRESETS
+from anymamba.models.presets import MAMBA
 
 
 def gated_recurrence(rule: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +86,7 @@ def test_presets_have_the_papers_sizes(name, layers, width, millions):
     assert round(model.n_parameters() / 1e6) == millions
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {n for n in PRESETS if n.startswith("mamba-")}))
+@pytest.mark.parametrize("name", sorted(set(MAMBA) - {n for n in MAMBA if n.startswith("mamba-")}))
 def test_small_presets_hold_what_the_formula_says(name):
     config = preset(name)
     model = LanguageModel(config, device="meta")

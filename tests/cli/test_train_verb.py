@@ -63,6 +63,20 @@ def test_presets(name):
     assert options("--data", "a", "--out", "x", "--preset", name).train.model == PRESETS[name]
 
 
+def test_a_preset_with_caches_says_how_it_trains(refused):
+    err = refused(2, "train", "--data", "a", "--out", "x", "--preset", "transformer-125m")
+    assert "let the caches of attention grow from batch to batch; set carry_state to false (--no-carry-state)" in err
+
+
+def test_a_hybrid_trains_and_is_evaluated_from_the_command_line(run, texts, tmp_path):
+    small = ["--model.d-model", 16, "--model.n-layers", 2, "--model.mixers", "mamba", "attention"]
+    words = ["--steps", 3, "--context", 32, "--batch-size", 2, "--eval-every", 2, "--no-carry-state"]
+    code, _, err = run("train", "--data", texts, "--out", tmp_path / "run", *small, *words)
+    assert code == 0, err
+    code, _, err = run("generate", "--model", tmp_path / "run", "--prompt", "a", "--max-new-tokens", 4)
+    assert code == 0, err
+
+
 def test_model_flags_override_the_preset():
     model = options("--data", "a", "--out", "x", "--preset=small", "--model.n-layers", 3).train.model
     assert (model.d_model, model.n_layers) == (PRESETS["small"].d_model, 3)

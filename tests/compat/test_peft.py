@@ -87,7 +87,7 @@ def test_steps_use_the_adapters(model, ids):
     want = lora.generate(input_ids=ids, use_cache=False, **options)
     assert torch.equal(lora.generate(input_ids=ids, **options), want)
     first = lora(ids[:, :7])
-    step = lora(ids[:, 7:8], cache_params=first.cache_params)
+    step = lora(ids[:, 7:8], cache=first.cache)
     torch.testing.assert_close(step.logits[:, 0], lora(ids).logits[:, 7], rtol=1e-4, atol=1e-5)
 
 

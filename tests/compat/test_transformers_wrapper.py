@@ -87,7 +87,7 @@ def test_wrapped_logits_loss_and_states_are_those_of_the_model(model, ids):
     loss = model.loss(ids[:, :-1], ids[:, 1:])
     torch.testing.assert_close(output.loss, loss.loss / loss.n_tokens)
     torch.testing.assert_close(wrapped(ids, labels=ids, num_items_in_batch=7).loss, loss.loss / 7)
-    for got, wanted in zip(output.cache_params.state.layers, want.state.layers, strict=True):
+    for got, wanted in zip(output.cache.state.layers, want.state.layers, strict=True):
         assert torch.equal(got.ssm, wanted.ssm) and torch.equal(got.conv, wanted.conv)
 
 
@@ -108,8 +108,8 @@ def test_a_step_and_a_longer_piece_go_on_from_the_cache(model, ids):
     wrapped = wrap(model).eval()
     want = model(ids).logits
     first = wrapped(ids[:, :6])
-    step = wrapped(ids[:, 6:7], cache_params=first.cache_params)
-    rest = wrapped(ids[:, 7:], cache_params=step.cache_params, attention_mask=torch.ones_like(ids))
+    step = wrapped(ids[:, 6:7], cache=first.cache)
+    rest = wrapped(ids[:, 7:], cache=step.cache, attention_mask=torch.ones_like(ids))
     torch.testing.assert_close(torch.cat([first.logits, step.logits, rest.logits], 1), want, rtol=1e-4, atol=1e-5)
 
 
@@ -129,11 +129,11 @@ def test_inputs_as_vectors_positions_of_logits_hidden_states_and_tuples(plain, i
     assert len(want.hidden_states) == plain.config.n_layers + 1
     assert torch.equal(want.hidden_states[0], plain.embedding(ids))
     assert torch.equal(want.hidden_states[-1], plain.hidden(ids)[0])
-    one_more = wrapped(ids[:, :1], cache_params=want.cache_params, output_hidden_states=True)
+    one_more = wrapped(ids[:, :1], cache=want.cache, output_hidden_states=True)
     assert one_more.hidden_states[-1].shape == (3, 1, 32)
     logits, cache = wrapped(ids, return_dict=False)
-    assert torch.equal(logits, want.logits) and type(cache) is type(want.cache_params)
-    assert wrapped(ids, use_cache=False).cache_params is None and wrapped.train()(ids).cache_params is None
+    assert torch.equal(logits, want.logits) and type(cache) is type(want.cache)
+    assert wrapped(ids, use_cache=False).cache is None and wrapped.train()(ids).cache is None
 
 
 def test_what_the_model_has_not_is_refused(plain, ids):
@@ -288,9 +288,9 @@ def test_generation_goes_on_from_a_state_and_from_vectors(plain, ids):
     wrapped = wrap(plain).eval()
     want = greedy(wrapped, ids)
     first = wrapped(ids[:, :5])
-    result = greedy(wrapped, ids[:, 5:], cache_params=first.cache_params, return_dict_in_generate=True)
+    result = greedy(wrapped, ids[:, 5:], cache=first.cache, return_dict_in_generate=True)
     assert torch.equal(result.sequences[:, 6:], want[:, 11:])
-    more = greedy(wrapped, want[:, -1:], 3, cache_params=result.past_key_values)  # the state before the last token
+    more = greedy(wrapped, want[:, -1:], 3, cache=result.cache)  # the state before the last token
     assert torch.equal(more[:, 1:], greedy(wrapped, want, 3)[:, 20:])
     vectors = wrapped.get_input_embeddings()(ids)
     assert torch.equal(wrapped.generate(inputs_embeds=vectors, max_new_tokens=9, do_sample=False), want[:, 11:])

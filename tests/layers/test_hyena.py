@@ -177,6 +177,8 @@ def test_the_tokens_count_and_not_the_slots():
     _, long = layer(torch.randn(1, 35, 3, dtype=torch.float64))
     _, short = layer(x[:, :2])
     short = select_rows(concatenate_rows([long, short]), torch.tensor([1]))
+    y, _ = layer(x[:, 2:12], short)
+    close(y, whole[:, 2:12], "35 slots, 2 of them filled, and 10 tokens", 1e-11)
     mask = torch.tensor([[True] * 30 + [False] * 40])
     padded = torch.cat([x[:, 2:32], torch.full((1, 40, 3), math.nan, dtype=torch.float64)], 1)
     y, state = layer(padded, short, attention_mask=mask)

@@ -262,8 +262,8 @@ def test_bad_input(call, error, message):
 
 
 def test_an_unknown_mixer():
-    with pytest.raises(ValueError, match="unknown mixer 'attention' in mixers; there are mamba"):
-        build(mixers=("mamba", "attention"))
+    with pytest.raises(ValueError, match="unknown mixer 'atention' in mixers; there are mamba"):
+        build(mixers=("mamba", "atention"))
 
 
 # ------------------------------------------------------------------------------------------ parameters

@@ -16,6 +16,7 @@ from anymamba.models.mixers import MIXERS
 from anymamba.models.options import AttentionOptions, H3Options, HyenaOptions, MLPOptions, S4DOptions
 from anymamba.models.presets import PRESETS
 from anymamba.training.config import TrainConfig
+from anymamba.training.trainer import train
 
 HYBRID = ("mamba", "attention", "h3-s4d", "mlp", "hyena")
 """One of each kind of state: fixed, growing, none."""
@@ -166,13 +167,11 @@ def test_a_sequence_longer_than_the_table_of_positions():
         model(ids(1, 9))
 
 
-def test_training_with_carried_state_wants_states_that_do_not_grow():
+def test_training_with_carried_state_wants_states_that_do_not_grow(tmp_path):
     for mixers in (("mamba", "attention"), ("hyena",), ("gau",)):
         with pytest.raises(ValueError, match="set carry_state to false"):
-            TrainConfig(model=ModelConfig(n_layers=2, mixers=mixers))
-        TrainConfig(model=ModelConfig(n_layers=2, mixers=mixers), carry_state=False)
-    windowed = ModelConfig(n_layers=1, mixers=("attention",), attention=AttentionOptions(window=64))
-    TrainConfig(model=windowed)
+            train(TrainConfig(model=ModelConfig(n_layers=2, mixers=mixers)), tmp_path / "run")
+    assert ModelConfig(n_layers=1, mixers=("attention",), attention=AttentionOptions(window=64)).growing_mixers == ()
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "125m" in name or "130m" in name])

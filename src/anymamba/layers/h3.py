@@ -120,8 +120,7 @@ class H3(SequenceLayer):
         self, x: Float[Tensor, "rows length d_model"], state: H3State | None, rows: Rows | None
     ) -> tuple[Tensor, H3State]:
         """The layer over rows of real tokens."""
-        qkv = self.in_proj(x)
-        q, k, v = (qkv if rows is None else rows.zero_padding(qkv)).chunk(3, dim=-1)
+        q, k, v = self.in_proj(x).chunk(3, dim=-1)  # what the padding holds reaches no real token: it comes after them
         before = None if state is None else state.shift
         shifted, shift = self.shift(k, before)
         if rows is not None:

@@ -123,11 +123,6 @@ class TrainConfig:
         require_at_least("eval_tokens", self.eval_tokens, 0)
         if self.threads is not None:
             require_at_least("threads", self.threads, 1)
-        if self.carry_state and self.model.growing_mixers:
-            raise ValueError(
-                f"carry_state would let the caches of {', '.join(self.model.growing_mixers)} grow from batch to batch; "
-                "set carry_state to false, or give attention a window"
-            )
 
     @property
     def tokens_per_step(self) -> int:

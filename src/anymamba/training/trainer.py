@@ -101,11 +101,13 @@ class TrainResult:
 def train(config: TrainConfig, run: str | Path, report: Report | None = None) -> TrainResult:
     """Train from the beginning into a new run folder.
 
-    Raises FileExistsError when the folder holds anything; whatever else goes wrong leaves the last good checkpoint.
+    Raises FileExistsError when the folder holds anything, ValueError when the model's state would grow without end;
+        whatever else goes wrong leaves the last good checkpoint.
     """
     run = Path(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise FileExistsError(f"{run} exists; resume it (--resume {run}) or choose another folder (--out)")
+    _require_bounded_state(config)
     report = report or Silent()
     tokenizer, training, held_out = open_tables(config.data, report.on_tables)
     config = _complete(config, tokenizer)
@@ -113,6 +115,15 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
     with atomic_file(run / TRAIN_CONFIG) as temporary:
         temporary.write_text(json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8")
     return _Trainer(config, run, tokenizer, training, held_out, report).run_to_end()
+
+
+def _require_bounded_state(config: TrainConfig) -> None:
+    growing = config.model.growing_mixers
+    if config.carry_state and growing:
+        raise ValueError(
+            f"carry_state would let the caches of {', '.join(growing)} grow from batch to batch; set carry_state to "
+            "false (--no-carry-state), or give attention a window (--model.attention.window)"
+        )
 
 
 def resume(run: str | Path, report: Report | None = None) -> TrainResult:

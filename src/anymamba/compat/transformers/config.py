@@ -25,7 +25,7 @@ class AnyMambaConfig(PretrainedConfig):
     """
 
     model_type = "anymamba"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache_params"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
 
     def __init__(
         self,

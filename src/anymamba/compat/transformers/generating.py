@@ -21,6 +21,8 @@ class AnyMambaCache:
 
     is_compileable = False
     is_croppable = False
+    is_linear = (True,)
+    """For each layer whether it is without positions; `generate` drops no ids for those."""
 
     def __init__(self, state: LanguageModelState) -> None:
         self.state = state

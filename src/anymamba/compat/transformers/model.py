@@ -26,7 +26,7 @@ class AnyMambaOutput(ModelOutput):
     loss: Float[Tensor, ""] | None = None
     """In nats a label; absent without labels."""
     logits: Float[Tensor, "batch length padded_vocab"] | None = None
-    cache_params: AnyMambaCache | None = None
+    cache: AnyMambaCache | None = None
     """The state after the sequence."""
     hidden_states: tuple[Float[Tensor, "batch length d_model"], ...] | None = None
     """The residual before each block, and the normed output of the last."""
@@ -69,7 +69,7 @@ class AnyMambaForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "batch length"] | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Float[Tensor, "batch length d_model"] | None = None,
-        cache_params: AnyMambaCache | None = None,
+        cache: AnyMambaCache | None = None,
         labels: Int[Tensor, "batch length"] | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -84,7 +84,7 @@ class AnyMambaForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds: exactly one of them.
             attention_mask: (batch, length), nonzero at real tokens, padding on any side; columns of earlier calls may
                 come before.
-            cache_params: the state to go on from; absent means the beginning.
+            cache: the state to go on from; absent means the beginning.
             labels: like input_ids, not shifted; -100 is not counted.
             use_cache: return the state; absent means the config's `use_cache`, and never in training.
             output_hidden_states: return them; absent means the config's.
@@ -98,7 +98,7 @@ class AnyMambaForCausalLM(PreTrainedModel, GenerationMixin):
         _require_one_place(getattr(self, "hf_device_map", {}))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        config, state = self.config, None if cache_params is None else cache_params.state
+        config, state = self.config, None if cache is None else cache.state
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         mask = _mask_of(attention_mask, input_ids if inputs_embeds is None else inputs_embeds, state is not None)
@@ -118,8 +118,8 @@ class AnyMambaForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, vocab_size=size, num_items_in_batch=num_items_in_batch)
         if use_cache is None:
             use_cache = config.use_cache and not self.training
-        cache = AnyMambaCache(state) if use_cache else None
-        output = AnyMambaOutput(loss, logits, cache, hidden_states)
+        after = AnyMambaCache(state) if use_cache else None
+        output = AnyMambaOutput(loss, logits, after, hidden_states)
         return output.to_tuple() if (config.return_dict if return_dict is None else return_dict) is False else output
 
     def _hidden(
