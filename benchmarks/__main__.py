@@ -1,37 +1,59 @@
-"""Run every benchmark in a process of its own and write benchmarks/RESULTS.md: python -m benchmarks."""
+"""Run every benchmark, or those named, in a process of its own and write benchmarks/RESULTS.md.
+
+python -m benchmarks [NAME ...]
+"""
 
 from __future__ import annotations
 
+import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.timing import machine
-
 BENCHMARKS = {
-    "The compiled kernels against the machine": "cpu_kernels",
-    "Time and memory of the scan against the length": "scan_length",
-    "The 130m backbone against its own matrix products": "backbone_vs_products",
-    "The 130m backbone against transformers": "backbone_vs_transformers",
-    "transformers' backbone with our operators dropped in": "drop_in",
-    "One layer against mambapy": "layer_vs_mambapy",
-    "1,000 packed documents against one sequence": "packing",
-    "Time of a token against the context": "decode_context",
-    "Start-up": "startup",
+    "cpu_kernels": "The compiled kernels against the machine",
+    "scan_length": "Time and memory of the scan against the length",
+    "backbone_vs_products": "The 130m backbone against its own matrix products",
+    "backbone_vs_transformers": "The 130m backbone against transformers",
+    "drop_in": "transformers' backbone with our operators dropped in",
+    "layer_vs_mambapy": "One layer against mambapy",
+    "packing": "1,000 packed documents against one sequence",
+    "decode_context": "Time of a token against the context",
+    "startup": "Start-up",
 }
+RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def main() -> None:
-    results = Path(__file__).with_name("RESULTS.md")
-    sections = [f"# Results\n\nWritten by `make bench`. {machine()}.\n"]
-    for title, name in BENCHMARKS.items():
-        print(f"{title} ...", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; absent: all")
+    names = parser.parse_args().names or list(BENCHMARKS)
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"there is no benchmark {sorted(unknown)[0]!r}")
+    sections = sections_of(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for name in names:
+        print(f"{BENCHMARKS[name]} ...", file=sys.stderr)
         command = [sys.executable, "-m", f"benchmarks.{name}"]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        sections.append(f"## {title}\n\n{printed.split(chr(10), 2)[2].strip()}\n")  # without the machine's line
-        print(sections[-1])
-    results.write_text("\n".join(sections), encoding="utf-8")
-    print(f"written to {results}", file=sys.stderr)
+        machine, rest = printed.split("\n", 1)
+        sections[BENCHMARKS[name]] = f"{machine.strip()}.\n\n{rest.strip()}"
+        print(sections[BENCHMARKS[name]])
+    RESULTS.write_text(document(sections), encoding="utf-8")
+    print(f"written to {RESULTS}", file=sys.stderr)
+
+
+def sections_of(text: str) -> dict[str, str]:
+    """What stands below each title; a benchmark that is run again replaces its own."""
+    parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)[1:]
+    return {title: body.strip() for title, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def document(sections: dict[str, str]) -> str:
+    """The sections in the order of the benchmarks, each with the machine and the date that it was run on."""
+    known = [title for title in BENCHMARKS.values() if title in sections]
+    body = "\n".join(f"## {title}\n\n{sections[title]}\n" for title in known)
+    return f"# Results\n\nWritten by `make bench`; `python -m benchmarks NAME` runs one anew.\n\n{body}"
 
 
 if __name__ == "__main__":
