@@ -21,7 +21,7 @@ HEADER = [
     "times as fast",
     "outputs differ by (relative)",
 ]
-NOTE = "Random weights over 24 layers amplify a rounding a thousandfold, in either; the tests compare both with float64."
+NOTE = "Random weights over 24 layers amplify a rounding a thousandfold; the tests compare both with float64."
 PARTS = {"float32": 3.5, "bfloat16": 3.5, "step": 10.0}
 """What is measured, each in a process of its own, and how many times as fast it is to be."""
 
