@@ -162,7 +162,7 @@ def test_memory_does_not_grow_with_length_times_d_state():
 
 
 def test_training_keeps_little_more_than_the_input():
-    layer, x, kept = S4D(8, 64), torch.randn(4, 1024, 8, requires_grad=True), {}
+    layer, x, kept = S4D(8, 64), torch.randn(8, 1024, 8, requires_grad=True), {}  # far larger than the parameters
 
     def keep(t: Tensor) -> Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -170,7 +170,7 @@ def test_training_keeps_little_more_than_the_input():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y, _ = layer(x)
-    assert sum(kept.values()) < 2.5 * x.numel() * 4  # the input, the kernel, and what is as large as the parameters
+    assert sum(kept.values()) < 2 * x.numel() * 4
     y.sum().backward()
 
 
