@@ -187,7 +187,7 @@ def as_published() -> dict[str, float | None]:
 def test_the_report_of_a_success():
     text = EXPERIMENT.report(made_up(as_published()))
     assert text.startswith("**7 of 7 expectations hold.**")
-    assert "fails" not in text and "not measured" not in text and "not run" not in text
+    assert "fails" not in text and "not judged" not in text and "not run" not in text
     assert "| Δ | 97.0 | 150,000 | 2.283 | 3.294 | +0.119 | +0.119 | 9.81 |" in text
     assert "| selective | 16 | 150,000 | 2.164 | 3.123 | +0.111 | +0.111 | 8.71 |" in text
     assert "| constant | 16 | 150,000 | 2.283 | 3.294 | +0.007 | +0.007 | 9.81 |" in text

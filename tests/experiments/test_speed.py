@@ -20,7 +20,7 @@ from anymamba.experiments.speed import timing, whole_models
 from anymamba.experiments.speed.arms import OPERATORS, PAPER, PASSES, SCALES, TOY, OperatorSettings
 from anymamba.experiments.speed.operators import UNFUSED_COPIES, associative_scan, operators, scan, unfused_scan
 from anymamba.experiments.speed.reading import Crossing, crossings, faster_from, slope
-from anymamba.experiments.speed.report import Check, duel, number, paper_ratio
+from anymamba.experiments.speed.report import duel, number, paper_ratio, within
 from anymamba.experiments.speed.timing import Candidate, compare, estimated, take_turns
 from anymamba.models.language_model import LanguageModel
 from anymamba.ops.selective_scan import selective_scan
@@ -286,13 +286,13 @@ def test_numbers_have_three_digits():
 
 
 def test_thresholds_hold_within_their_bounds():
-    words = lambda got, least=0.9, most=1.1: Check("x", least, most, got).verdict  # noqa: E731
+    words = lambda got, least=0.9, most=1.1: within("x", least, most, got).verdict  # noqa: E731
     assert [words(v) for v in (0.89, 0.9, 1.1, 1.11, None)] == [
         "**fails**",
         "holds",
         "holds",
         "**fails**",
-        "not measured",
+        "not judged",
     ]
     assert words(math.inf, None, 8192) == "**fails**" and words(5, 10, None) == "**fails**"
 
@@ -381,7 +381,7 @@ def made_up(times, scale="cpu", backend="cpu", only="", speeds=(1.0, 1.5, 2.0)) 
 def test_the_report_of_a_success():
     text = EXPERIMENT.report(made_up(GOOD))
     assert text.startswith("**6 of 6 thresholds hold.**")
-    assert "fail" not in text and "not measured" not in text and "Not as wanted" not in text
+    assert "fail" not in text and "not judged" not in text and "Not as wanted" not in text
     assert "plain torch in chunks" not in text and "Of 3 runs the median" in text
     # 2^9: 1.5e-9 * 2^18 s; ratios are of one run: the speeds cancel
     assert (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anymamba.experiments.associative_recall.arms import (
     ATTENTION_AT_LEAST,
@@ -21,6 +21,7 @@ from anymamba.experiments.associative_recall.arms import (
     WITHOUT_ATTENTION,
 )
 from anymamba.experiments.charts import spread, table
+from anymamba.experiments.checks import WORST_SEED, Check, checks_table, verdict
 from anymamba.experiments.experiment import Results
 
 
@@ -46,29 +47,14 @@ class Point:
         return sum(self.recall) / len(self.recall)
 
 
-@dataclass(frozen=True)
-class Check:
-    """A threshold and what came out; `holds` is None where an arm is not measured."""
-
-    words: str
-    wanted: str
-    got: str = ""
-    holds: bool | None = None
-
-    @property
-    def verdict(self) -> str:
-        """holds, fails, or not measured."""
-        return "not measured" if self.holds is None else "holds" if self.holds else "**fails**"
-
-
 def report(results: Results) -> str:
     """The Markdown between title and provenance."""
     if not results.records:
         return "Nothing has been measured yet."
-    parts = [part for part in (verdict(results), protocol(results), CHOSEN.get(results.scale, "")) if part]
+    parts = [part for part in (verdict(checks(results)), protocol(results), CHOSEN.get(results.scale, "")) if part]
     for width in widths(results):
         parts += [f"## Recall, %, width {width}", recall_table(results, width)]
-    parts += [baseline_words(results), PUBLISHED, "## Thresholds", thresholds_table(results)]
+    parts += [baseline_words(results), PUBLISHED, "## Thresholds", WORST_SEED, checks_table(checks(results), "%")]
     return "\n\n".join([*parts, "## What came out", remarks(results)])
 
 
@@ -153,7 +139,7 @@ Points = dict[str, dict[int, Point]]
 
 def named(check: Check, width: int) -> Check:
     """The check with its width."""
-    return Check(f"width {width}: {check.words}", check.wanted, check.got, check.holds)
+    return replace(check, words=f"width {width}: {check.words}")
 
 
 def attention_check(of: Points) -> Check:
@@ -209,25 +195,8 @@ def state_checks(of: Points) -> list[Check]:
 
 def judged(words: str, wanted: str, got: float | None, holds: Callable[[float], bool]) -> Check:
     """A check of a share, shown in percent."""
-    return Check(words, wanted) if got is None else Check(words, wanted, f"{100 * got:.1f}", holds(got))
-
-
-def verdict(results: Results) -> str:
-    """One line that says how many thresholds hold."""
-    found = checks(results)
-    held, failed = [c for c in found if c.holds], [c for c in found if c.holds is False]
-    words = [f"**{len(held)} of {len(found)} thresholds hold.**"]
-    if failed:
-        words.append("These fail: " + "; ".join(c.words for c in failed) + ".")
-    if unknown := len(found) - len(held) - len(failed):
-        words.append(f"{unknown} cannot be judged, their arms are not measured.")
-    return " ".join(words)
-
-
-def thresholds_table(results: Results) -> str:
-    """Every threshold with what came out."""
-    rows = [[c.words, c.wanted, c.got, c.verdict] for c in checks(results)]
-    return "Set before running; the worst seed counts.\n\n" + table(("what", "wanted, %", "got, %", ""), rows)
+    check = Check(words, wanted)
+    return check if got is None else check.judged(f"{100 * got:.1f}", holds(got))
 
 
 # -------------------------------------------------------------------------------------------------------------- words

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from math import inf, isfinite, log
 
 from anymamba.experiments.charts import spread, table
+from anymamba.experiments.checks import TIED, Check, checks_table, verdict
 from anymamba.experiments.experiment import Record, Results
 from anymamba.experiments.selection_ablation.arms import (
     CHOSEN,
@@ -26,26 +27,17 @@ from anymamba.experiments.selection_ablation.arms import (
 
 WORDS = {"none": "none", "B": "B", "C": "C", "delta": "Δ", "all": "Δ, B, C"}
 LOG_2 = log(2)
-
-
-@dataclass(frozen=True)
-class Check:
-    """An expectation and what came out."""
-
-    words: str
-    wanted: str
-    got: str = ""
-    verdict: str = "not measured"
-    """holds, tie, **fails** or not measured; a tie does not hold."""
+MEANS_COUNT = f"Set before running, for means over the seeds; a difference of at most {TIE:g} nats is a tie."
 
 
 def report(results: Results) -> str:
     """The Markdown between title and provenance."""
     if not results.records:
         return "Nothing has been measured yet."
-    parts = [verdict(results), protocol(results), "## Table 7: what is selective", table_7(results)]
+    parts = [verdict(checks(results), "expectations"), protocol(results)]
+    parts += ["## Table 7: what is selective", table_7(results)]
     parts += ["## Table 10: the size of the state", table_10(results), "## Transformer++", transformer_words(results)]
-    parts += ["## Expectations", checks_table(results), "## What came out", remarks(results)]
+    parts += ["## Expectations", MEANS_COUNT, checks_table(checks(results)), "## What came out", remarks(results)]
     return "\n\n".join(parts)
 
 
@@ -103,9 +95,9 @@ def copying_checks(results: Results) -> list[Check]:
     first = Check(f"copying: accuracy, {WORDS['all']} selective, %", f"at least {100 * SELECTIVE_AT_LEAST:.0f}")
     second = Check("copying: points that none lies below it", f"at least {100 * WITHOUT_BELOW:.0f}")
     if whole is not None:
-        first = judged(first, f"{100 * whole:.1f}", whole >= SELECTIVE_AT_LEAST)
+        first = first.judged(f"{100 * whole:.1f}", whole >= SELECTIVE_AT_LEAST)
         if without is not None:
-            second = judged(second, f"{100 * (whole - without):.1f}", whole - without >= WITHOUT_BELOW)
+            second = second.judged(f"{100 * (whole - without):.1f}", whole - without >= WITHOUT_BELOW)
     return [first, second]
 
 
@@ -120,8 +112,8 @@ def order_check(results: Results, above: str, below: str) -> Check:
     if got is None:
         return check
     if not alike and abs(got) <= TIE:
-        return Check(check.words, check.wanted, signed(got), "tie")
-    return judged(check, signed(got), got > -TIE)
+        return replace(check, got=signed(got), verdict=TIED)
+    return check.judged(signed(got), got > -TIE)
 
 
 def gain(results: Results, kind: str) -> float | None:
@@ -138,38 +130,12 @@ def state_check(results: Results) -> Check:
     if selective is None or constant is None:
         return check
     holds = selective > TIE and selective >= STATE_RATIO * constant
-    return judged(check, f"{signed(selective)}, {signed(constant)}", holds)
+    return check.judged(f"{signed(selective)}, {signed(constant)}", holds)
 
 
 def paper_gain(kind: str) -> float:
     """The paper's."""
     return paper_gap(PAPER_10[kind][STATES[0]], PAPER_10[kind][STATES[-1]])
-
-
-def judged(check: Check, got: str, holds: bool) -> Check:
-    """The check with what came out."""
-    return Check(check.words, check.wanted, got, "holds" if holds else "**fails**")
-
-
-def verdict(results: Results) -> str:
-    """One line that says how many hold."""
-    found = checks(results)
-    count = {word: [c for c in found if c.verdict == word] for word in ("holds", "tie", "**fails**", "not measured")}
-    words = [f"**{len(count['holds'])} of {len(found)} expectations hold.**"]
-    if count["**fails**"]:
-        words.append("These fail: " + "; ".join(c.words for c in count["**fails**"]) + ".")
-    if count["tie"]:
-        words.append("These are ties: " + "; ".join(c.words for c in count["tie"]) + ".")
-    if count["not measured"]:
-        words.append(f"{len(count['not measured'])} cannot be judged, their arms are not measured.")
-    return " ".join(words)
-
-
-def checks_table(results: Results) -> str:
-    """Every expectation with what came out."""
-    rows = [[c.words, c.wanted, c.got, c.verdict] for c in checks(results)]
-    intro = f"Set before running, for means over the seeds; a difference of at most {TIE:g} nats is a tie."
-    return f"{intro}\n\n{table(('what', 'wanted', 'got', ''), rows)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

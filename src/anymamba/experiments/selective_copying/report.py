@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from anymamba.data.synthetic.copying import Copying, guess_accuracy, histogram_accuracy
 from anymamba.experiments.charts import spread, table
+from anymamba.experiments.checks import WORST_SEED, Check, checks_table, verdict
 from anymamba.experiments.experiment import Results
 from anymamba.experiments.selective_copying.arms import (
     CELL,
@@ -18,27 +17,14 @@ from anymamba.experiments.selective_copying.arms import (
 )
 
 
-@dataclass(frozen=True)
-class Check:
-    """A threshold and what came out; `got` is None where an arm is not measured."""
-
-    words: str
-    at_least: float
-    got: float | None
-
-    @property
-    def verdict(self) -> str:
-        """holds, fails, or not measured."""
-        return "not measured" if self.got is None else "holds" if self.got >= self.at_least else "**fails**"
-
-
 def report(results: Results) -> str:
     """The Markdown between title and provenance."""
     if not results.records:
         return "Nothing has been measured yet."
-    words = [verdict(results), protocol(results), SWEEPS.get(results.scale, "")]
+    words = [verdict(checks(results)), protocol(results), SWEEPS.get(results.scale, "")]
     parts = [part for part in words if part] + [cells_table(results), baseline_words(results)]
-    return "\n\n".join([*parts, "## Thresholds", thresholds_table(results), "## What came out", remarks(results)])
+    parts += ["## Thresholds", WORST_SEED, checks_table(checks(results), "%"), "## What came out", remarks(results)]
+    return "\n\n".join(parts)
 
 
 def label(arm: str) -> str:
@@ -68,23 +54,16 @@ def check(cell: Cell, results: Results) -> Check:
     """The threshold of a cell."""
     own = results.values(cell.mixer, "accuracy")
     if cell.mixer == cell.selective:
-        return Check(f"{label(cell.mixer)}: accuracy", SELECTIVE_AT_LEAST, min(own, default=None))
+        return at_least(f"{label(cell.mixer)}: accuracy", SELECTIVE_AT_LEAST, min(own, default=None))
     other = results.values(cell.selective, "accuracy")
     gap = min(other) - max(own) if own and other else None
-    return Check(f"{label(cell.mixer)}: points below {label(cell.selective)}", GAP_AT_LEAST, gap)
+    return at_least(f"{label(cell.mixer)}: points below {label(cell.selective)}", GAP_AT_LEAST, gap)
 
 
-def verdict(results: Results) -> str:
-    """One line that says how many thresholds hold."""
-    found = checks(results)
-    held, failed = ([c for c in found if c.verdict == word] for word in ("holds", "**fails**"))
-    unknown = len(found) - len(held) - len(failed)
-    words = [f"**{len(held)} of {len(found)} thresholds hold.**"]
-    if failed:
-        words.append("These fail: " + "; ".join(c.words for c in failed) + ".")
-    if unknown:
-        words.append(f"{unknown} cannot be judged, their arms are not measured.")
-    return " ".join(words)
+def at_least(words: str, least: float, got: float | None) -> Check:
+    """The check of a share, shown in percent."""
+    check = Check(words, f"at least {100 * least:.0f}")
+    return check if got is None else check.judged(f"{100 * got:.1f}", got >= least)
 
 
 def protocol(results: Results) -> str:
@@ -129,18 +108,9 @@ def baseline_words(results: Results) -> str:
     )
 
 
-def thresholds_table(results: Results) -> str:
-    """Every threshold with what came out."""
-    rows = [
-        [c.words, f"{100 * c.at_least:.0f}", "" if c.got is None else f"{100 * c.got:.1f}", c.verdict]
-        for c in checks(results)
-    ]
-    return "Set before running; the worst seed counts.\n\n" + table(("what", "at least, %", "got, %", ""), rows)
-
-
 def remarks(results: Results) -> str:
     """What the numbers say, each sentence computed from them."""
-    lines = [*failures(results), *baseline_remarks(results), *gate_remarks(results), *control_remarks(results)]
+    lines = [*baseline_remarks(results), *gate_remarks(results), *control_remarks(results)]
     return "\n".join(f"- {line}" for line in lines) or "Too few arms are measured to compare any."
 
 
@@ -148,17 +118,6 @@ def mean(results: Results, arm: str) -> float | None:
     """Mean accuracy of an arm, None where it is not measured."""
     values = results.values(arm, "accuracy")
     return sum(values) / len(values) if values else None
-
-
-def failures(results: Results) -> list[str]:
-    """A sentence for each threshold that does not hold."""
-    lines = []
-    for c in checks(results):
-        if c.got is not None and c.got < c.at_least:
-            lines.append(
-                f"{c.words}: {100 * c.got:.1f} is {100 * (c.at_least - c.got):.1f} points short of the threshold."
-            )
-    return lines
 
 
 def baseline_remarks(results: Results) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from anymamba.experiments.charts import table
+from anymamba.experiments.checks import FAILS, Check, checks_table, verdict
 from anymamba.experiments.experiment import Results
 from anymamba.experiments.speed.arms import (
     DECODE_FLAT,
@@ -42,41 +42,22 @@ FUSED = ("cpu", "triton")
 SCAN = Series("operators", "scan")
 
 
-@dataclass(frozen=True)
-class Check:
-    """A threshold and what came out; `got` is None where it is not measured."""
-
-    words: str
-    least: float | None
-    most: float | None
-    got: float | None
-
-    @property
-    def wanted(self) -> str:
-        """The threshold in words."""
-        if self.least is not None and self.most is not None:
-            return f"{self.least:g} to {self.most:g}"
-        return f"at least {self.least:g}" if self.most is None else f"at most {self.most:,g}"
-
-    @property
-    def verdict(self) -> str:
-        """holds, fails, or not measured."""
-        if self.got is None:
-            return "not measured"
-        low, high = (-math.inf if self.least is None else self.least, math.inf if self.most is None else self.most)
-        return "holds" if low <= self.got <= high and math.isfinite(self.got) else "**fails**"
-
-
 def report(results: Results) -> str:
     """The Markdown between title and provenance."""
     if not results.records:
         return "Nothing has been measured yet."
-    parts = [verdict(results), how_measured(results), backend_words(results)]
+    parts = [verdict(checks(results)), how_measured(results), backend_words(results)]
     if records_by_size(results, "operators"):
         parts += ["## Operators", operator_words(results), operator_table(results)]
     if records_by_size(results, "models"):
         parts += ["## Models", model_words(results), model_table(results)]
-    parts += ["## Thresholds", thresholds_table(results), "## Where curves cross", remarks(results)]
+    parts += [
+        "## Thresholds",
+        "Set before running.",
+        checks_table(checks(results)),
+        "## Where curves cross",
+        remarks(results),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -90,18 +71,30 @@ def checks(results: Results) -> list[Check]:
     over = {name: medians(ratios(results, Series("operators", name), SCAN)) for name in OPERATORS}
     attention = over["attention"]
     return [
-        Check(f"scan: slope of log time over log length, {far}", *SLOPE, slope(times)),
-        Check(f"unfused scan over scan, {far}, least", OVER_UNFUSED, None, least_ratio(results, "unfused")),
-        Check(f"FFT convolution over scan, {far}, least", OVER_CONVOLUTION, None, least_ratio(results, "convolution")),
-        Check(
+        within(f"scan: slope of log time over log length, {far}", *SLOPE, slope(times)),
+        within(f"unfused scan over scan, {far}, least", OVER_UNFUSED, None, least_ratio(results, "unfused")),
+        within(f"FFT convolution over scan, {far}, least", OVER_CONVOLUTION, None, least_ratio(results, "convolution")),
+        within(
             "length from which on the scan is faster than attention",
             None,
             FASTER_THAN_ATTENTION_FROM,
             faster_from(attention) if attention and max(attention) >= FROM_LENGTH else None,
         ),
-        Check(growth_words("mamba"), None, DECODE_FLAT, judged_growth(results, "mamba")),
-        Check(growth_words("transformer"), DECODE_GROWS, None, judged_growth(results, "transformer")),
+        within(growth_words("mamba"), None, DECODE_FLAT, judged_growth(results, "mamba")),
+        within(growth_words("transformer"), DECODE_GROWS, None, judged_growth(results, "transformer")),
     ]
+
+
+def within(words: str, least: float | None, most: float | None, got: float | None) -> Check:
+    """The check of a number that must not leave its bounds; it must be finite, too."""
+    if least is not None and most is not None:
+        wanted = f"{least:g} to {most:g}"
+    else:
+        wanted = f"at least {least:g}" if most is None else f"at most {most:,g}"
+    if got is None:
+        return Check(words, wanted)
+    low, high = (-math.inf if least is None else least, math.inf if most is None else most)
+    return Check(words, wanted).judged(number(got), low <= got <= high and math.isfinite(got))
 
 
 def least_ratio(results: Results, name: str) -> float | None:
@@ -125,24 +118,6 @@ def growth(results: Results, model: str) -> float | None:
     """Time a token after the longest context over that after the shortest; None where there is one context at most."""
     times = seconds(results, Series("models", model, "decoding"))
     return times[max(times)] / times[min(times)] if len(times) > 1 else None
-
-
-def verdict(results: Results) -> str:
-    """One line that says how many thresholds hold."""
-    found = checks(results)
-    held, failed, unknown = ([c for c in found if c.verdict == word] for word in ("holds", "**fails**", "not measured"))
-    words = [f"**{len(held)} of {len(found)} thresholds hold.**"]
-    if failed:
-        words.append("These fail: " + "; ".join(c.words for c in failed) + ".")
-    if unknown:
-        words.append(f"{len(unknown)} cannot be judged: what they need is not measured.")
-    return " ".join(words)
-
-
-def thresholds_table(results: Results) -> str:
-    """Every threshold with what came out."""
-    rows = [[c.words, c.wanted, number(c.got), c.verdict] for c in checks(results)]
-    return "Set before running.\n\n" + table(("what", "wanted", "got", ""), rows)
 
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -284,11 +259,7 @@ def remarks(results: Results) -> str:
 
 def failures(results: Results) -> list[str]:
     """A sentence for each threshold that does not hold."""
-    return [
-        f"Not as wanted: {c.words}: {number(c.got)}, wanted {c.wanted}."
-        for c in checks(results)
-        if c.verdict == "**fails**"
-    ]
+    return [f"Not as wanted: {c.words}: {c.got}, wanted {c.wanted}." for c in checks(results) if c.verdict == FAILS]
 
 
 def duel(ours: str, other: str, ratio: dict[int, float]) -> list[str]:
