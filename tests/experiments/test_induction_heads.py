@@ -96,18 +96,30 @@ def test_training_ends_after_judgements_without_a_mistake_in_a_row():
 def test_a_shorter_length_is_left_when_enough_is_right_and_the_last_one_is_not(monkeypatch):
     told = []
 
-    def learn(model, optimization, make, validation, context, *, every, enough):
+    rates = []
+
+    def learn(model, optimization, make, validation, context, *, every, enough, generator):
         length = validation[0].shape[1]
+        rates.append((optimization.learning_rate, make(generator, 3)[0].sum().item()))
         told.append((length, enough(Score(0.94, 0.94, 0, 1, 1)), enough(Score(0.95, 0.95, 0, 1, 1))))
         return {"steps": length, "training_seconds": 1.0, "curve": [[length, 2.0, 0.5]], "accuracy": length}
 
     monkeypatch.setattr(sys.modules[learn_growing.__module__], "learn", learn)
-    settings = replace(TOY["mamba-uniform"].settings, lengths_before=(4, 8), grow_at=0.95)
+    how = TOY["mamba-uniform"].settings.optimization
+    settings = replace(
+        TOY["mamba-uniform"].settings,
+        lengths_before=(4, 8),
+        grow_at=0.95,
+        optimization_before=replace(how, learning_rate=how.learning_rate / 2),
+        cycles=2,
+    )
     values = learn_growing(None, settings, Context(CPU, 0, lambda *_: None))  # type: ignore[arg-type]
-    assert told == [(4, False, True), (8, False, True), (16, False, False)]
-    assert values["stages"] == [[4, 4], [8, 8], [16, 16]]
-    assert (values["steps"], values["training_seconds"], values["accuracy"]) == (28, 3.0, 16)
-    assert [point[0] for point in values["curve"]] == [4, 12, 28]
+    assert told == [(4, False, True), (8, False, True), (16, False, False), (16, False, False)]
+    assert [2 * rate / how.learning_rate for rate, _ in rates] == [1, 1, 2, 2]
+    assert rates[2] != rates[3]  # the second round sees other rows
+    assert values["stages"] == [[4, 4], [8, 8], [16, 16], [16, 16]]
+    assert (values["steps"], values["training_seconds"], values["accuracy"]) == (44, 4.0, 16)
+    assert [point[0] for point in values["curve"]] == [4, 12, 28, 44]
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -155,8 +167,8 @@ def test_a_toy_run_writes_its_files_and_an_interrupted_arm_alone_is_measured_aga
     for name in ("report.md", "results.json", "lengths.png", "lengths.svg", "learning.png", "learning.svg"):
         assert (tmp_path / name).stat().st_size > 500
     record = results.of("mamba-first-ten")[0]
-    assert record.values["stages"] == [[8, 4], [16, 4]] and record.values["steps"] == 8
-    assert [point[0] for point in record.values["curve"]] == [2, 4, 6, 8]
+    assert record.values["stages"] == [[8, 4], [16, 4], [16, 4]] and record.values["steps"] == 12
+    assert [point[0] for point in record.values["curve"]] == [2, 4, 6, 8, 10, 12]
     assert [t["length"] for t in record.values["tests"]] == [8, 16, 32, 64]
     assert [t["sequences"] for t in record.values["tests"]] == [8, 8, 8, 2]
 
@@ -194,7 +206,7 @@ def made_up(name: str, shares: dict[int, float], *, validation: float = 1.0, min
         "training_seconds": 60 * minutes,
         "parameters": 67_008,
         "curve": [[100, 2.0, 1.0], [500, 2.7, 0.1], [800, 0.1, validation], [1000, 0.1, validation]],
-        "stages": [[32, 100], [256, 900]],
+        "stages": [[32, 100], [256, 500], [256, 400]],
         "tests": tests,
     }
     return Record(name, 0, as_json(settings), values, 100.0, "a machine", "2026-01-01")
@@ -217,9 +229,9 @@ def test_the_report_of_a_success():
     assert "Mamba, first-ten answers every sequence at every length, to 4096 times training." in text
     assert "| 2^12 | 256 | 100.0 | 100 | 100.0 | 9.0 | 8.6 |" in text
     assert "| 2^20 | 16 | 100.0 | 100 | 100.0 |  |  |" in text
-    assert "The training of Mamba, first-ten takes all its steps, with Adam's epsilon at 1e-16" in text
+    assert "The training of Mamba, first-ten takes all its steps: 30 rounds of 500 steps at the training" in text
     assert "The training of attention, rotary ends at 10 judgements without a mistake" in text
-    assert "| 67,008 (74K) | 64 | N(0, 0.1), Δ 1e-05 to 0.1 | first-ten | 8 | 0.002, half a cosine to 0 |" in text
+    assert "| 67,008 (74K) | 64 | N(0, 0.1), Δ 1e-05 to 0.1 | first-ten | 8 | 0.005, half a cosine to 0 |" in text
     assert "half a cosine to 0 | 1000 | 10.0 | 100.0 |" in text
     assert "**Not as in the paper:** training begins at the lengths 32, 64, 128" in text
     assert "attention, rotary makes mistakes at 2^9, 2^10, 2^11, 2^12; the longest without is 2^8." in text

@@ -52,7 +52,9 @@ def test_sizes_of_the_scales(scale, n_noise, n_tokens, n_cells):
     assert [arm.name for arm in arms[:n_cells]] == [arm.name for arm in cells] and len(cells) == n_cells
     assert all(arm.settings.task == Copying(n_noise, n_tokens, 16, True) for arm in cells)
     assert all(arm.settings.mixer == arm.name for arm in cells)
-    assert {arm.seeds for arm in arms} == {3 if scale == "cpu" else 1}
+    assert {arm.name: arm.seeds for arm in arms} == {
+        arm.name: 3 if scale == "cpu" and arm.name != "mamba-s4" else 1 for arm in arms
+    }
 
 
 def test_the_papers_scale_is_the_papers():
@@ -187,15 +189,15 @@ GOOD = {
 def test_the_report_of_a_success():
     text = EXPERIMENT.report(made_up(GOOD))
     assert text.startswith("**5 of 5 thresholds hold.**")
-    assert "fail" not in text and "not measured" not in text and "short of the threshold" not in text
+    assert "fail" not in text and "not judged" not in text
     assert "| no gate | S4 | 31,000 | 25.0 (24.0 to 26.0) | 0.0 (0.0 to 0.0) | 18.3 |" in text
     assert "Rows of 144 tokens: 8 to remember, of 14 symbols, at random places among 128 of noise" in text
     assert ("constant (at most" in text) is not BASES["cpu"].optimization.cosine
     assert "The learning rate is the better of 1e-3 and 3e-3" in text
     assert "Guessing gives 7.1 %" in text and "gives 26.9 % with 8 tokens of 14 symbols" in text
     assert "(20.4 % with the paper's 16 of 14)" in text
-    assert "| no gate: S4: points below no gate: S6 | 25 | 70.0 | holds |" in text  # 96 - 26: the worst seeds
-    assert "| Mamba: S4: points below Mamba: S6 | 25 | 34.8 | holds |" in text
+    assert "| no gate: S4: points below no gate: S6 | at least 25 | 70.0 | holds |" in text  # 96 - 26: the worst seeds
+    assert "| Mamba: S4: points below Mamba: S6 | at least 25 | 34.8 | holds |" in text
     assert "No better than the histogram baseline: no gate: S4." in text
     assert "so they learned some of the order: Mamba: S4 (by 33.1 points)" in text
     assert "The block of Mamba changes S4 by +35.0 points (paper: +38.1)." in text
@@ -206,17 +208,15 @@ def test_the_report_of_a_failure():
     bad = {**GOOD, "mamba": [0.99, 0.94, 0.99], "mamba-s4": [0.1, 0.2, 0.80], "s4": [0.7]}
     text = EXPERIMENT.report(made_up(bad))
     assert text.startswith("**3 of 5 thresholds hold.** These fail: Mamba: S4: points below Mamba: S6; Mamba: S6: acc")
-    assert "Mamba: S6: accuracy | 95 | 94.0 | **fails**" in text
-    assert "Mamba: S4: points below Mamba: S6 | 25 | 14.0 | **fails**" in text
-    assert "- Mamba: S6: accuracy: 94.0 is 1.0 points short of the threshold." in text
-    assert "- Mamba: S4: points below Mamba: S6: 14.0 is 11.0 points short of the threshold." in text
+    assert "| Mamba: S6: accuracy | at least 95 | 94.0 | **fails** |" in text
+    assert "| Mamba: S4: points below Mamba: S6 | at least 25 | 14.0 | **fails** |" in text
     assert "The block of Mamba changes S4 by -33.3 points (paper: +38.1)." in text
 
 
 def test_the_report_of_half_a_run():
     text = EXPERIMENT.report(made_up({"s4": [0.2], "mamba": [0.5]}))
     assert text.startswith("**0 of 5 thresholds hold.** These fail: Mamba: S6: accuracy. 4 cannot be judged")
-    assert "| no gate: S4: points below no gate: S6 | 25 |  | not measured |" in text
+    assert "| no gate: S4: points below no gate: S6 | at least 25 |  | not judged |" in text
     assert EXPERIMENT.report(made_up({})) == "Nothing has been measured yet."
     assert EXPERIMENT.figures(made_up({})) == {}
 
@@ -224,7 +224,7 @@ def test_the_report_of_half_a_run():
 def test_thresholds_of_all_eight_cells():
     text = EXPERIMENT.report(made_up({cell.mixer: [cell.paper] for cell in CELLS}, scale="gpu"))
     assert text.startswith("**8 of 8 thresholds hold.**")
-    assert "| H3: Hyena: points below H3: S6 | 25 | 69.6 | holds |" in text
+    assert "| H3: Hyena: points below H3: S6 | at least 25 | 69.6 | holds |" in text
 
 
 def test_the_figures_name_what_they_show():
@@ -239,4 +239,4 @@ def test_the_figures_name_what_they_show():
     (lines,) = figures["learning"].axes
     assert lines.get_xlabel() == "step"
     curves = [line for line in lines.get_lines() if list(line.get_xdata()) == [200, 400]]
-    assert len(curves) == 21  # seven arms of three seeds
+    assert len(curves) == 21  # seven arms of three

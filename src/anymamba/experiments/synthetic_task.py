@@ -47,9 +47,16 @@ def validation_set(make: MakeBatch, rows: int, device: torch.device) -> Batch:
     return ids.to(device), labels.to(device)
 
 
-def training_stream(make: MakeBatch, rows: int, context: Context) -> Callable[[int], Batch]:
-    """Fresh rows on every call, decided by the seed alone: every arm sees the same."""
-    generator = torch.Generator().manual_seed(context.seed)
+def training_generator(context: Context) -> torch.Generator:
+    """What decides the rows of training, by the seed alone: every arm sees the same."""
+    return torch.Generator().manual_seed(context.seed)
+
+
+def training_stream(
+    make: MakeBatch, rows: int, context: Context, generator: torch.Generator | None = None
+) -> Callable[[int], Batch]:
+    """Fresh rows on every call, decided by the generator, which is that of the context where none is given."""
+    generator = generator or training_generator(context)
 
     def next_batch(_: int) -> Batch:
         ids, labels = make(generator, rows)
@@ -95,14 +102,17 @@ def learn(
     *,
     every: int,
     enough: Callable[[Score], bool] = lambda score: False,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
     """Train a model on a task and judge it now and then.
 
     Args:
-        make: makes batches; the stream is decided by the context's seed.
+        make: makes batches.
         validation: the fixed set that the model is judged by.
         every: steps between two judgements; the last step is judged, too.
         enough: asked at each judgement whether to stop before the last step.
+        generator: decides the batches; given by the caller where one training is a continuation of another and must
+            see fresh rows, else made from the context's seed.
     Returns a JSON-able dictionary: `accuracy` (tokens), `sequence_accuracy` and `validation_loss` at the end, `steps`
     and `training_seconds` (judgements included), `parameters`, and `curve`, a list of [step, training loss since the
     one before, token accuracy]. A loss that is not finite is None.
@@ -124,7 +134,7 @@ def learn(
         since.clear()
         return enough(scores[-1])
 
-    stream = training_stream(make, optimization.batch_size, context)
+    stream = training_stream(make, optimization.batch_size, context, generator)
     steps, seconds, _ = train(model, optimization, stream, stop=judge, progress=after_step)
     return {
         "accuracy": scores[-1].tokens,

@@ -27,7 +27,7 @@ FAILS_BELOW = 0.90
 """Recall under which the report says that a system fails."""
 
 
-WIDE = 0.15
+WIDE = 0.3
 """Standard deviation of the weights of projections at scale cpu, in every arm."""
 
 
@@ -94,10 +94,11 @@ class Settings:
 
 
 CHOSEN: dict[str, str] = {
-    "cpu": "Rate, initial weights and the share of rows with few pairs were chosen by short runs of Mamba with N = 16: "
-    "from the layers' own initialisation, with as many rows of 4, 8 and 16 pairs, it did not get beyond a guess "
-    "in 1,500 steps at 3e-3; with weights of 0.15 and this mixture it answers 31.3 % of the validation set after 1,750 "
-    "steps at 3e-3 and 25.6 % at 8e-3. The other arms have the same, unswept.",
+    "cpu": "Initial weights and the share of rows with few pairs were chosen by runs of Mamba with N = 16. At most "
+    "6,000 steps at 3e-3 end at these shares of the validation set, for projections drawn N(0, 0.05), N(0, 0.1), "
+    "N(0, 0.15) and N(0, 0.3): 23.7 %, 72.7 %, 26.9 % (another seed 98.8 %) and 99.4 %, the last after 1,200 steps. "
+    "From N(0, 0.15) the rates 1e-3 and 6e-3 end at 25.7 % and 99.5 %, batches of 120 at 99.7 %: a state that is large "
+    "enough does not mean that training finds how to use it. All arms have N(0, 0.3) and 3e-3, unswept.",
 }
 """How the settings of a scale were chosen, where more was tried than what is reported."""
 

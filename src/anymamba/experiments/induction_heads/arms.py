@@ -56,8 +56,12 @@ class Settings:
     optimization: Optimization
     test_lengths: tuple[int, ...]
     train_length: int = 256
+    cycles: int = 1
+    """Rounds of training at the training length. In each, Adam and its rate begin anew; the model does not."""
     lengths_before: tuple[int, ...] = ()
-    """Shorter lengths that training begins with, each with as many steps at most. The paper has none."""
+    """Shorter lengths that training begins with, one round each. The paper has none."""
+    optimization_before: Optimization | None = None
+    """That of a round at a shorter length; absent: as at the training length."""
     grow_at: float = 0.95
     """Accuracy on the validation set of a shorter length that leads to the next."""
     n_tokens: int = 16
@@ -88,11 +92,16 @@ N_TOKENS = 16
 LONGEST, LONGEST_ATTENTION = 20, 14
 
 
-ADAM_EPS = 1e-16
-"""Mamba at scale cpu. What holds an answer over 2^20 tokens is how far the step closes on ordinary ones, and training
-at 256 asks for little of it: after a thousand steps the loss is 1e-7, the gradients are below Adam's usual 1e-8, and
-nothing is learned any more, with answers lost from 2^12 on. With a smaller epsilon the same training goes on, and the
-margin of the answer grows at all lengths."""
+RESTARTS = Optimization(steps=500, batch_size=8, learning_rate=5e-3, cosine=True, clip_norm=None, eps=1e-16)
+"""One of many rounds of Mamba at scale cpu (warm restarts, arXiv:1608.03983). Hundreds of steps after the start every
+answer at 256 is right by so much that the loss is 1e-7: what is left of the gradients only scales the logits up, and
+answers are lost from 2^10 on, after ten thousand further steps as well. The answers are held where the weights can be
+moved without losing them: each restart moves all weights by the rate, since Adam's first steps have the size of the
+rate whatever the gradients are, and of the solutions that stay right under such moves, ordinary tokens hardly open the
+step. With Adam's usual epsilon gradients as small as these do not move anything."""
+
+BEFORE = replace(RESTARTS, steps=5000, learning_rate=2e-3, cosine=False)
+"""At the shorter lengths, which are left as soon as they are learned."""
 
 WIDE, SMALLEST_STEP = 0.1, 1e-5
 """Mamba at scale cpu: standard deviation of the projections' weights, so that what the state holds is not lost beside
@@ -143,6 +152,7 @@ def toy_arms() -> list[Arm]:
         Optimization(steps=4, batch_size=4, learning_rate=1e-3),
         powers(3, 6),
         train_length=16,
+        cycles=2,
         lengths_before=(8,),
         validation_rows=16,
         judge_every=2,
@@ -158,15 +168,17 @@ def toy_arms() -> list[Arm]:
 
 
 def cpu_arms() -> list[Arm]:
-    """Mamba from wider weights and steps than the published ones, and rotary attention to 2^12; lengths grow."""
+    """Mamba in short rounds, from wider weights and steps than the published ones; rotary attention to 2^12."""
     base = Settings(
         "mamba",
         "uniform",
         replace(mamba(), weight_std=WIDE, mamba=MambaOptions(dt_min=SMALLEST_STEP, dt_init_floor=SMALLEST_STEP / 10)),
-        Optimization(steps=10_000, batch_size=8, learning_rate=2e-3, cosine=True, eps=ADAM_EPS),
+        RESTARTS,
         powers(6, LONGEST),
+        cycles=30,
         lengths_before=(32, 64, 128),
-        judge_every=200,
+        optimization_before=BEFORE,
+        judge_every=250,
         perfect_in_a_row=None,
     )
     rotary = replace(
@@ -174,6 +186,8 @@ def cpu_arms() -> list[Arm]:
         system="attention-rotary",
         model=attention("rotary", 1 << 12),
         optimization=Optimization(steps=10_000, batch_size=8, learning_rate=5e-4, warmup_steps=200),
+        optimization_before=None,
+        cycles=1,
         perfect_in_a_row=10,
         test_lengths=powers(6, 12),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from anymamba.data.synthetic.induction import InductionSequences, induction_batch, induction_sequences
 from anymamba.experiments.experiment import Context
 from anymamba.experiments.induction_heads.arms import Settings
-from anymamba.experiments.synthetic_task import Score, build_model, learn, validation_set
+from anymamba.experiments.synthetic_task import Score, build_model, learn, training_generator, validation_set
 from anymamba.models.language_model import LanguageModel
 
 TEST_SEED = 1 << 31
@@ -28,23 +28,18 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
 
 
 def learn_growing(model: LanguageModel, settings: Settings, context: Context) -> dict[str, Any]:
-    """Train at the shorter lengths, if there are any, then at the training length.
+    """Train at the shorter lengths, if there are any, then round after round at the training length.
 
-    Returns what `learn` does of the last length, with the steps, seconds and curve of all, and `stages`: the length and
+    Returns what `learn` does of the last round, with the steps, seconds and curve of all, and `stages`: the length and
     the steps of each.
     """
-    stages: list[dict[str, Any]] = []
-    for length in settings.lengths_before:
-        enough = partial(_reaches, settings.grow_at)
-        stages.append(learn_at(model, length, settings, context, enough))
-    stages.append(
-        learn_at(model, settings.train_length, settings, context, perfect_in_a_row(settings.perfect_in_a_row))
-    )
+    lengths = (*settings.lengths_before, *[settings.train_length] * settings.cycles)
+    generator = training_generator(context)
+    stages = [learn_at(model, length, settings, context, generator) for length in lengths]
     curve, before = [], 0
     for stage in stages:
         curve += [[before + step, *rest] for step, *rest in stage["curve"]]
         before += stage["steps"]
-    lengths = (*settings.lengths_before, settings.train_length)
     return {
         **stages[-1],
         "steps": before,
@@ -55,12 +50,15 @@ def learn_growing(model: LanguageModel, settings: Settings, context: Context) ->
 
 
 def learn_at(
-    model: LanguageModel, length: int, settings: Settings, context: Context, enough: Callable[[Score], bool]
+    model: LanguageModel, length: int, settings: Settings, context: Context, generator: torch.Generator
 ) -> dict[str, Any]:
-    """What `learn` returns of one length."""
+    """What `learn` returns of one round at a length, on the next rows of the generator."""
     make = partial(induction_batch, length=length, n_tokens=settings.n_tokens, placement=settings.placement)
     validation = validation_set(make, settings.validation_rows, context.device)
-    return learn(model, settings.optimization, make, validation, context, every=settings.judge_every, enough=enough)
+    how, enough = settings.optimization, perfect_in_a_row(settings.perfect_in_a_row)
+    if length < settings.train_length:
+        how, enough = settings.optimization_before or how, partial(_reaches, settings.grow_at)
+    return learn(model, how, make, validation, context, every=settings.judge_every, enough=enough, generator=generator)
 
 
 def _reaches(wanted: float, score: Score) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from anymamba.experiments.charts import spread, table
+from anymamba.experiments.checks import HOLDS, WORST_SEED, Check, checks_table, verdict
 from anymamba.experiments.induction_heads.arms import (
     ATTENTION_AT_MOST,
     ATTENTION_FAR,
@@ -19,31 +19,14 @@ from anymamba.experiments.induction_heads.arms import (
 )
 from anymamba.experiments.results import Record, Results
 
-USUAL_EPS = 1e-8
-"""Adam's."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """A threshold and what came out; `holds` is None where it cannot be judged."""
-
-    words: str
-    wanted: str
-    got: str
-    holds: bool | None
-
-    @property
-    def verdict(self) -> str:
-        """holds, fails, or not judged."""
-        return "not judged" if self.holds is None else "holds" if self.holds else "**fails**"
-
 
 def report(results: Results) -> str:
     """The Markdown between title and provenance."""
     if not results.records:
         return "Nothing has been measured yet."
-    parts = [verdict(results), protocol(results), arms_table(results), "## Accuracy at each length, %"]
-    parts += [lengths_table(results), "## Thresholds", thresholds_table(results), "## What came out", remarks(results)]
+    parts = [verdict(checks(results)), protocol(results), arms_table(results), "## Accuracy at each length, %"]
+    parts += [lengths_table(results), "## Thresholds", WORST_SEED, checks_table(checks(results))]
+    parts += ["## What came out", remarks(results)]
     return "\n\n".join(parts)
 
 
@@ -105,7 +88,7 @@ def mamba_checks(arm: str, records: list[Record]) -> list[Check]:
     learned = learned_check(arm, records)
     least = min((a for r in records for a in accuracies(r).values()), default=None)
     found = [learned, share_check(f"{label(arm)}: accuracy at its worst length", "all", least, least == PERFECT)]
-    return [*found, time_check(arm, records if learned.holds else [])] if arm == "mamba-first-ten" else found
+    return [*found, time_check(arm, records if learned.verdict == HOLDS else [])] if arm == "mamba-first-ten" else found
 
 
 def time_check(arm: str, records: list[Record]) -> Check:
@@ -113,9 +96,9 @@ def time_check(arm: str, records: list[Record]) -> Check:
     words = f"{label(arm)}: minutes of training until the validation set is right"
     wanted = f"at most {MINUTES_AT_MOST:g}"
     if not records:
-        return Check(words, wanted, "", None)
+        return Check(words, wanted)
     minutes = max(minutes_to_learn(record) for record in records)
-    return Check(words, wanted, f"{minutes:.1f}", minutes <= MINUTES_AT_MOST)
+    return Check(words, wanted).judged(f"{minutes:.1f}", minutes <= MINUTES_AT_MOST)
 
 
 def minutes_to_learn(record: Record) -> float:
@@ -124,7 +107,7 @@ def minutes_to_learn(record: Record) -> float:
     Those at shorter lengths, which come before, last shorter: it was no later than that.
     """
     values = record.values
-    before = values["steps"] - values["stages"][-1][1]
+    before = sum(steps for length, steps in values["stages"] if length < record.settings["train_length"])
     first = next(step for step, _, accuracy in values["curve"] if step > before and accuracy == 1)
     return values["training_seconds"] / 60 * first / values["steps"]
 
@@ -132,7 +115,7 @@ def minutes_to_learn(record: Record) -> float:
 def other_checks(arm: str, records: list[Record]) -> list[Check]:
     """It learns, and is not perfect far beyond; attention nearly guesses at 16 times the training length."""
     learned = learned_check(arm, records)
-    judged = records if learned.holds else []  # one that has not learned shows nothing by failing far beyond
+    judged = records if learned.verdict == HOLDS else []  # one that has not learned shows nothing by failing far beyond
     most = max((a for r in judged for a in beyond(r, BEYOND)), default=None)
     words = f"{label(arm)}: best accuracy from {BEYOND} times the training length on"
     found = [learned, share_check(words, "not all", most, most is not None and most < PERFECT)]
@@ -157,7 +140,7 @@ def learned_check(arm: str, records: list[Record]) -> Check:
 
 def share_check(words: str, wanted: str, value: float | None, holds: bool) -> Check:
     """A threshold on an accuracy; one that is not measured is not judged."""
-    return Check(words, wanted, "", None) if value is None else Check(words, wanted, percent(value), holds)
+    return Check(words, wanted) if value is None else Check(words, wanted).judged(percent(value), holds)
 
 
 def percent(share: float) -> str:
@@ -166,19 +149,6 @@ def percent(share: float) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- words
-
-
-def verdict(results: Results) -> str:
-    """One line that says how many thresholds hold."""
-    found = checks(results)
-    held, failed = sum(c.holds is True for c in found), [c.words for c in found if c.holds is False]
-    unknown = len(found) - held - len(failed)
-    words = [f"**{held} of {len(found)} thresholds hold.**"]
-    if failed:
-        words.append("These fail: " + "; ".join(failed) + ".")
-    if unknown:
-        words.append(f"{unknown} cannot be judged: what they need is not measured.")
-    return " ".join(words)
 
 
 def protocol(results: Results) -> str:
@@ -201,17 +171,17 @@ def protocol(results: Results) -> str:
 def end_words(results: Results, arm: str) -> str:
     """When the training of an arm ends, and what keeps it going."""
     settings = results.of(arm)[0].settings
-    in_a_row, eps = settings["perfect_in_a_row"], settings["optimization"]["eps"]
+    in_a_row, cycles, how = settings["perfect_in_a_row"], settings["cycles"], settings["optimization"]
     ends = (
         "takes all its steps"
         if in_a_row is None
         else f"ends at {in_a_row} judgements without a mistake, one after another, or with its last step"
     )
     words = f"The training of {label(arm)} {ends}"
-    if eps < USUAL_EPS:
+    if cycles > 1:
         words += (
-            f", with Adam's epsilon at {eps:g}: once all answers are right, gradients are below the usual "
-            f"{USUAL_EPS:g}, which would end the learning there, before answers are held for longer than in training"
+            f": {cycles} rounds of {how['steps']} steps at the training length, with Adam and its rate begun anew in "
+            f"each (warm restarts) and its epsilon at {how['eps']:g}"
         )
     return words + "."
 
@@ -222,8 +192,9 @@ def growing_words(settings: dict[str, Any]) -> str:
     return (
         f"**Not as in the paper:** training begins at the lengths {before}, and goes on to the next, Adam anew, when "
         f"{percent(settings['grow_at'])} of that length's validation set are right; every arm does. Steps and minutes "
-        "are those of all lengths. Rate, initial weights, steps and epsilon of Mamba were chosen by looking at answers "
-        "at longer lengths, on other sequences than those of the tests, with triggers among the first ten and seed 0."
+        "are those of all lengths. Rate, initial weights, epsilon and restarts of Mamba were chosen by looking at "
+        "answers at longer lengths, on other sequences than those of the tests, with triggers among the first ten and "
+        "seed 0."
     )
 
 
@@ -296,12 +267,6 @@ def theirs(system: str, length: int) -> str:
     """The paper's accuracy in percent."""
     value = published(system, length)
     return "" if value is None else f"{value:g}"
-
-
-def thresholds_table(results: Results) -> str:
-    """Every threshold with what came out."""
-    rows = [[c.words, c.wanted, c.got, c.verdict] for c in checks(results)]
-    return "Set before running; the worst seed counts.\n\n" + table(("what", "wanted", "got", ""), rows)
 
 
 def remarks(results: Results) -> str:
