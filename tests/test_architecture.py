@@ -37,7 +37,7 @@ SHARED = {
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *("training.interrupts", "training.steps", "training.tables"),
     *("experiments.experiment", "experiments.results", "experiments.running", "experiments.charts"),
-    *("experiments.optimizing", "experiments.synthetic_task"),
+    *("experiments.optimizing", "experiments.synthetic_task", "experiments.checks"),
     *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
 }
 
