@@ -5,8 +5,8 @@ then asks for each key once (`data/synthetic/recall.py`): what must be remembere
 nothing in it can be skipped.
 
 Protocol. Rows are made on the fly; a model learns from the answers alone, with the same rows, optimiser and number of
-steps in every arm of one task, and stops early when 99 % of the answers of a validation set are right. It is judged by
-the share of right answers (recall) on 256 test rows for each number of pairs, the same for all arms and seeds, that
+steps in every arm of one task, and stops early when 99.8 % of the answers of a validation set are right. It is judged
+by the share of right answers (recall) on 256 test rows for each number of pairs, the same for all arms and seeds, that
 neither training nor stopping has seen. Blocks have no MLP. Attention has rotary positions and a short convolution of
 width 4 on queries, keys and values, as Mamba has on its input: without one a first layer is spent on joining a key to
 its value. Where several learning rates are tried the best on the validation set counts, as the task's authors do it.

@@ -77,7 +77,7 @@ class Settings:
     optimization: Optimization
     more_learning_rates: tuple[float, ...] = ()
     """Tried, too, one after another; the best on the validation set counts."""
-    enough: float = 0.99
+    enough: float = 0.998
     """Recall on the validation set that ends the training, and the search for a rate."""
     validation_rows: int = 240
     """Of all tasks together, mixed like a batch."""
@@ -94,12 +94,14 @@ class Settings:
 
 
 CHOSEN: dict[str, str] = {
-    "cpu": "Initial weights and the share of rows with few pairs were chosen by runs of Mamba with N = 16. At most "
-    "6,000 steps at 3e-3 end at these shares of the validation set, for projections drawn N(0, 0.05), N(0, 0.1), "
-    "N(0, 0.15) and N(0, 0.3): 23.7 %, 72.7 %, 26.9 % (another seed 98.8 %) and 99.4 %, the last after 1,200 steps. "
-    "From N(0, 0.15) the rates 1e-3 and 6e-3 end at 25.7 % and 99.5 %, batches of 120 at 99.7 %: a state that is large "
-    "enough does not mean that training finds how to use it. All arms have N(0, 0.3) and 3e-3, unswept. "
-    "(On a GPU, one seed each; N(0, 0.15) at 3e-3 on a CPU.)",
+    "cpu": "The size of the task and the initial weights were chosen by runs with seed 0, most of them on a GPU. At "
+    "width 64, with Mamba of N = 16 and at most 6,000 steps at 3e-3, projections drawn N(0, 0.05), N(0, 0.1), N(0, 0.15) and "
+    "N(0, 0.3) end at 23.7 %, 72.7 %, 26.9 % (seed 1: 98.8 %) and 99.4 % of the validation set. From N(0, 0.15) the "
+    "rates 1e-3 and 6e-3 end at 25.7 % and 99.5 %, batches of 120 at 99.7 %: a state that is large enough does not "
+    "mean that training finds how to use it. There, from N(0, 0.3), 16 pairs are not too many for any state: N = 4 answers "
+    "93.6 %, N = 16 98.4 %, N = 64 96.2 %. With 32 pairs in 128 tokens they answer 4.9 %, 48.2 % and, unfinished, "
+    "less than 15 %, and one attention beside Mamba 87.7 %. Half the width was taken instead, where the same 16 pairs "
+    "gave 14.6 %, 40.5 % and 27.2 %, attention 99.4 %. All arms have N(0, 0.3) and 3e-3, unswept.",
 }
 """How the settings of a scale were chosen, where more was tried than what is reported."""
 
@@ -147,8 +149,8 @@ def cpu_arms() -> list[Arm]:
     """Short rows of a small vocabulary, all numbers of pairs learned together by two blocks (four)."""
     tasks = tuple(Recall(n, 64, 64) for n in (2, 4, 8, 16))
     how = Optimization(steps=6000, batch_size=30, learning_rate=3e-3, warmup_steps=100, cosine=True)
-    base = Settings("", build_config(SYSTEMS["attention"], 64, tasks[0]), tasks, how)
-    return together(base, 64, WIDE, 3)
+    base = Settings("", build_config(SYSTEMS["attention"], 32, tasks[0]), tasks, how)
+    return together(base, 32, WIDE, 3)
 
 
 PAPER_SIZES = tuple(Recall(n, length, random_filler=True) for length, n in ((64, 4), (128, 8), (256, 16), (512, 64)))

@@ -221,7 +221,7 @@ def protocol(results: Results) -> str:
         f"{how['steps']:,} steps of {how['batch_size']} fresh rows, learning rate {rates}"
         f"{' (the best on the validation set counts)' if settings['more_learning_rates'] else ''}{warmup}, "
         f"{'down to none in half a cosine' if how['cosine'] else 'constant'}, weight decay {how['weight_decay']:g} "
-        f"(kernels at most at {how['kernel_learning_rate']:g}); training ends at {100 * settings['enough']:.0f} % on "
+        f"(kernels at most at {how['kernel_learning_rate']:g}); training ends at {100 * settings['enough']:g} % on "
         f"the validation set. {settings['test_rows']} test rows for each number of pairs, the same for all arms."
     )
 
