@@ -209,7 +209,7 @@ def made_up(recalls: dict[str, list[float]], scale="cpu", seeds=1) -> Results:
 
 
 GOOD = {
-    "attention": [1.0, 1.0, 1.0, 0.999],
+    "attention": [1.0, 1.0, 1.0, 0.995],
     "mamba-n4": [0.99, 0.8, 0.5, 0.20],
     "mamba-n16": [1.0, 0.95, 0.8, 0.40],
     "mamba-n64": [1.0, 0.99, 0.92, 0.70],
