@@ -15,6 +15,7 @@ from anymamba.experiments import load_experiment
 from anymamba.experiments.associative_recall.arms import (
     CHOSEN,
     MAMBA_BY_STATE,
+    SLOW,
     SYSTEMS,
     TIME_INVARIANT,
     WITHOUT_ATTENTION,
@@ -54,7 +55,7 @@ def test_arms_of_one_task_differ_in_the_model_alone(scale):
 
 def test_sizes_of_the_scales():
     cpu = EXPERIMENT.arms("cpu")
-    assert [arm.name for arm in cpu] == list(SYSTEMS) and {arm.seeds for arm in cpu} == {3}
+    assert [arm.name for arm in cpu] == list(SYSTEMS) and {arm.seeds for arm in cpu if arm.name not in SLOW} == {3}
     assert [task.n_pairs for task in cpu[0].settings.tasks][-3:] == [4, 8, 16]
     for scale, widths in (("gpu", {64, 128}), ("paper", {64, 128, 256})):
         arms = EXPERIMENT.arms(scale)
@@ -203,6 +204,7 @@ def made_up(recalls: dict[str, list[float]], scale="cpu", seeds=1) -> Results:
                 "tests": tests,
                 "parameters": 70_000,
                 "steps": 6000,
+                "learning_rate": 6e-3,
                 "state_bytes": STATE_BYTES.get(settings.system, 20_000),
             }
             records.append(Record(arm.name, seed, as_json(settings), values, 60.0, "abacus", "2026-01-01"))
@@ -226,7 +228,7 @@ def test_the_report_of_a_success():
     text = EXPERIMENT.report(made_up(GOOD))
     assert text.startswith("**8 of 8 thresholds hold.**")
     assert "fails" not in text and "not judged" not in text
-    assert "| Mamba, N = 4 | 70,000 | 4,096 | 6,000 | 99.0 | 80.0 | 50.0 | 20.0 |" in text
+    assert "| Mamba, N = 4 | 70,000 | 4,096 | 0.006 | 6,000 | 99.0 | 80.0 | 50.0 | 20.0 |" in text
     assert "| attention: recall at its worst | at least 99 | 99.5 | holds |" in text
     assert "| Hyena: points below attention at the most pairs | at least 25 | 94.5 | holds |" in text
     assert (
@@ -274,7 +276,7 @@ def test_arms_of_several_widths_and_sizes():
     text = EXPERIMENT.report(results)
     assert text.startswith("**4 of 16 thresholds hold.** These fail: width 64: Mamba, N = 4: points below attention")
     assert "## Recall, %, width 64" in text and "## Recall, %, width 128" in text
-    assert "| Hyena | 70,000 | 20,000 | 6,000 | 50.0 | 50.0 | 50.0 | 50.0 |" in text
+    assert "| Hyena | 70,000 | 20,000 | 0.006 | 6,000 | 50.0 | 50.0 | 50.0 | 50.0 |" in text
     assert "4 in 64, 8 in 128, 16 in 256, 64 in 512 (an arm for each)" in text
     panels = EXPERIMENT.figures(results)
     assert [len(panels[name].axes) for name in ("state", "pairs")] == [4, 2]

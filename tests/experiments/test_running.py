@@ -198,6 +198,15 @@ def test_only_some_arms_in_the_order_of_the_plan(dice, tmp_path):
     assert dice.measured == [("one", 0), ("three", 0)] and results.arms == ["one", "three"]
 
 
+def test_the_report_is_of_all_that_the_folder_holds(dice, tmp_path):
+    run_experiment(dice, "cpu", tmp_path, only=["two"], seeds=2)
+    results = run_experiment(dice, "cpu", tmp_path, only=["one"])
+    assert dice.measured == [("two", 0), ("two", 1), ("one", 0)]  # the arm that was asked for
+    assert [record.key for record in results.records] == ["one-seed0", "two-seed0", "two-seed1"]
+    assert list(results.planned) == [record.key for record in results.records]
+    assert "Rolled 3 of 3." in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_seeds_for_every_arm_and_more_of_them_later(dice, tmp_path):
     run_experiment(dice, "cpu", tmp_path, seeds=1)
     assert dice.measured == [("one", 0), ("two", 0), ("three", 0)]

@@ -48,6 +48,12 @@ class ResultStore:
             )
         return record
 
+    def seeds_of(self, arm: Arm) -> int:
+        """How many seeds the finished ones of an arm are counted by: the largest and one."""
+        names = [path.stem.rpartition("-seed")[::2] for path in self.arms_folder.glob(f"{arm.name}-seed*.json")]
+        seeds = [int(seed) for name, seed in names if name == arm.name and seed.isdecimal()]
+        return max((seed + 1 for seed in seeds if self.finished(arm, seed) is not None), default=0)
+
     def add(self, record: Record) -> None:
         """Write a finished arm, whole or not at all."""
         self.arms_folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,8 @@ def run_experiment(
 ) -> Results:
     """Measure what is missing in the folder and write results.json, the charts and report.md there.
 
-    An arm that is finished is never measured again; after an interruption the same call goes on.
+    An arm that is finished is never measured again; after an interruption the same call goes on. The report is of all
+    that the folder holds, also of arms and seeds that this call does not ask for.
 
     Args:
         seeds: of every arm; absent means as many as the arm says.
@@ -41,11 +42,13 @@ def run_experiment(
     if min(counts.values()) < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     store, device = ResultStore(folder, experiment.name, scale), torch.device(device)
+    every = experiment.arms(scale)
+    shown = {arm.name: max(counts.get(arm.name, 0), store.seeds_of(arm)) for arm in every}
     missing = [(a, s) for a in arms for s in range(counts[a.name]) if store.finished(a, s) is None]
     for i, (arm, seed) in enumerate(missing):
         label = f"{arm.name}, seed {seed} ({i + 1} of {len(missing)})"
         store.add(measure(experiment, arm, seed, device, lambda *told, label=label: progress(label, *told)))
-    return write_report(experiment, store, arms, counts)
+    return write_report(experiment, store, [arm for arm in every if shown[arm.name]], shown)
 
 
 def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:

@@ -12,7 +12,7 @@ from anymamba.data.synthetic.recall import Recall, recall_batch
 from anymamba.experiments.associative_recall.arms import Settings
 from anymamba.experiments.experiment import Context
 from anymamba.experiments.optimizing import Batch
-from anymamba.experiments.synthetic_task import Score, build_model, evaluate, learn, validation_set
+from anymamba.experiments.synthetic_task import Score, build_model, evaluate, finite, learn, validation_set
 from anymamba.layers.state import state_bytes
 from anymamba.models.language_model import LanguageModel
 
@@ -37,7 +37,7 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
             break
     best = max(range(len(sweep)), key=lambda i: sweep[i][1])
     learned, model = tried[best]
-    tests = [{**asdict(task), **asdict(test(model, task, settings, context))} for task in settings.tasks]
+    tests = [test_values(model, task, settings, context) for task in settings.tasks]
     size = bytes_after_a_row(model, settings.tasks[0], context)
     return {**learned, "tests": tests, "state_bytes": size, "learning_rate": sweep[best][0], "sweep": sweep}
 
@@ -69,6 +69,12 @@ def mixed_batch(tasks: tuple[Recall, ...], generator: torch.Generator, rows: int
         raise ValueError(f"batch_size must give each of {len(tasks)} tasks a row, got {rows}; raise it")
     parts = [recall_batch(task, generator, count) for task, count in zip(tasks, counts, strict=True)]
     return torch.cat([ids for ids, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def test_values(model: LanguageModel, task: Recall, settings: Settings, context: Context) -> dict[str, Any]:
+    """The task and the model's score on it; a loss that is not finite is None."""
+    score = asdict(test(model, task, settings, context))
+    return {**asdict(task), **score, "loss": finite(score["loss"])}
 
 
 def test(model: LanguageModel, task: Recall, settings: Settings, context: Context) -> Score:

@@ -39,7 +39,9 @@ class Point:
     state_bytes: int
     parameters: int
     steps: tuple[int, ...]
-    """Of each seed."""
+    """Of each seed, at its best rate."""
+    rates: tuple[float, ...]
+    """The best of each seed."""
 
     @property
     def mean(self) -> float:
@@ -87,6 +89,7 @@ def points(results: Results) -> list[Point]:
                     state_bytes=values["state_bytes"],
                     parameters=values["parameters"],
                     steps=tuple(record.values["steps"] for record in records),
+                    rates=tuple(record.values["learning_rate"] for record in records),
                 )
             )
     return found
@@ -211,6 +214,8 @@ def protocol(results: Results) -> str:
     filler = "drawn from the whole vocabulary" if tasks[0]["random_filler"] else "0"
     rates = ", ".join(f"{rate:g}" for rate in (how["learning_rate"], *settings["more_learning_rates"]))
     mixed = "learned together, about as many queries of each in a batch" if len(tasks) > 1 else "an arm for each"
+    tried = " (tried in turn until training ends early; the best on the validation set counts)"
+    tried = tried if settings["more_learning_rates"] else ""
     warmup = f" after {how['warmup_steps']} steps of warm-up" if how["warmup_steps"] else ""
     drawn = f", projections N(0, {std:g}) in all" if std is not None else ""
     return (
@@ -219,7 +224,7 @@ def protocol(results: Results) -> str:
         f"a = {tasks[0]['power']:g}, labels at queries alone, filler {filler}. Blocks without MLPs{drawn}; attention "
         "with 2 heads, rotary positions and a short convolution of width 4. Every arm: AdamW, at most "
         f"{how['steps']:,} steps of {how['batch_size']} fresh rows, learning rate {rates}"
-        f"{' (the best on the validation set counts)' if settings['more_learning_rates'] else ''}{warmup}, "
+        f"{tried}{warmup}, "
         f"{'down to none in half a cosine' if how['cosine'] else 'constant'}, weight decay {how['weight_decay']:g} "
         f"(kernels at most at {how['kernel_learning_rate']:g}); training ends at {100 * settings['enough']:g} % on "
         f"the validation set. {settings['test_rows']} test rows for each number of pairs, the same for all arms."
@@ -229,17 +234,19 @@ def protocol(results: Results) -> str:
 def recall_table(results: Results, width: int) -> str:
     """Recall by system and number of pairs, with parameters and bytes of state after a row."""
     asked = pairs(results)
-    header = ("system", "parameters", "state, bytes", "steps", *(f"{n} pairs" for n in asked))
+    header = ("system", "parameters", "state, bytes", "best rate", "steps", *(f"{n} pairs" for n in asked))
     rows = []
     for system in SYSTEMS:
         found = by_pairs(results, system, width)
         if found:
             sizes = [span(p.parameters for p in found.values()), span(p.state_bytes for p in found.values())]
+            sizes.append(", ".join(f"{rate:g}" for rate in sorted({r for p in found.values() for r in p.rates})))
             sizes.append(span(step for p in found.values() for step in p.steps))
             shown = [spread(found[n].recall, scale=100) if n in found else "" for n in asked]
             rows.append([label(system), *sizes, *shown])
     note = (
-        "State: all tensors that one sequence carries after a row; those of attention and Hyena grow with it. Fewer "
+        "State: all tensors that one sequence carries after a row; those of attention and Hyena grow with it. The rate "
+        "and the steps are those of the rate that did best, by seeds; the seconds below are those of all rates. Fewer "
         "steps than allowed mean that the validation set was answered before. What falls short had too small a state "
         "or too few steps: arms that differ in the state alone tell the two apart, others do not."
     )
