@@ -253,7 +253,7 @@ def test_the_report_of_a_failure():
         in text
     )
     assert "| attention, rotary: accuracy at 16 times the training length | at most 15 % | 50.0 % | **fails** |" in text
-    assert "Mamba, first-ten falls short of the paper by more than five points at 2^19 (50.0 against 100)" in text
+    assert "Mamba, first-ten falls short of the paper by more than 5 points at 2^19 (50.0 against 100)" in text
     assert "answers every sequence" not in text
 
 

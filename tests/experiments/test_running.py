@@ -15,7 +15,7 @@ from anymamba.cli import main
 from anymamba.experiments import EXPERIMENTS, load_experiment
 from anymamba.experiments.charts import new_figure, save_figure, spread, table
 from anymamba.experiments.experiment import SCALES, Arm, Experiment, Record, Results
-from anymamba.experiments.running import provenance, run_experiment
+from anymamba.experiments.running import duration, provenance, run_experiment
 
 NAME = "dice"
 
@@ -105,7 +105,7 @@ def test_the_report_has_title_words_chart_and_provenance(dice, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert report.startswith("# Dice\n\nRolled 5 of 5.\n\n![rolls](rolls.png)\n\n## How it was run")
     assert "`anymamba experiment dice --scale cpu`" in report
-    assert "| two | 3 | 0.0 |" in report and "Not measured yet" not in report
+    assert "| two | 3 | 0.0 s |" in report and "Not measured yet" not in report
     assert f"torch {torch.__version__}" in report
 
 
@@ -193,6 +193,37 @@ def test_another_scale_or_experiment_in_the_folder_raises(dice, tmp_path):
         run_experiment(dice, "cpu", tmp_path)
 
 
+def test_a_folder_of_another_experiment_with_other_arms_is_left_alone(dice, tmp_path):
+    run_experiment(dice, "cpu", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    speed = load_experiment("speed")
+    with pytest.raises(ValueError, match=r"is of dice at scale cpu, not speed at toy; choose another folder"):
+        run_experiment(speed, "toy", tmp_path, only=["operators-64"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(dice, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        run_experiment(dice, "cpu", tmp_path / "file" / "results")
+    assert dice.measured == []
+
+
+def test_missing_matplotlib_is_told_before_anything_is_measured(dice, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "anymamba\[experiments\]"'):
+        run_experiment(dice, "cpu", tmp_path)
+    assert dice.measured == []
+
+
+def test_the_summary_is_of_what_was_finished_before_an_interruption(dice, tmp_path):
+    dice.fail_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(dice, "cpu", tmp_path)
+    summary = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [(record["arm"], record["seed"]) for record in summary["records"]] == ALL[:2]
+
+
 def test_only_some_arms_in_the_order_of_the_plan(dice, tmp_path):
     results = run_experiment(dice, "cpu", tmp_path, only=["three", "one"])
     assert dice.measured == [("one", 0), ("three", 0)] and results.arms == ["one", "three"]
@@ -203,8 +234,8 @@ def test_the_report_is_of_all_that_the_folder_holds(dice, tmp_path):
     results = run_experiment(dice, "cpu", tmp_path, only=["one"])
     assert dice.measured == [("two", 0), ("two", 1), ("one", 0)]  # the arm that was asked for
     assert [record.key for record in results.records] == ["one-seed0", "two-seed0", "two-seed1"]
-    assert list(results.planned) == [record.key for record in results.records]
-    assert "Rolled 3 of 3." in (tmp_path / "report.md").read_text(encoding="utf-8")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Rolled 3 of 5." in text and "Not measured yet: two-seed2, three-seed0." in text
 
 
 def test_seeds_for_every_arm_and_more_of_them_later(dice, tmp_path):
@@ -230,8 +261,9 @@ def test_an_arm_that_does_not_exist(dice, tmp_path):
 def test_what_is_missing_is_named():
     record = Record("one", 0, {}, {}, 90.0, "abacus", "2026-01-01")
     text = provenance(Dice(), Results(NAME, "cpu", (record,), ("one-seed0", "two-seed0", "two-seed1")))
-    assert "| one | 1 | 1.5 | abacus | 2026-01-01 |" in text
+    assert "| one | 1 | 1.5 min | abacus | 2026-01-01 |" in text
     assert "Not measured yet: two-seed0, two-seed1." in text
+    assert [duration(seconds) for seconds in (0.04, 59.9, 60, 614)] == ["0.0 s", "59.9 s", "1.0 min", "10.2 min"]
 
 
 # ------------------------------------------------------------------------------------------------- names

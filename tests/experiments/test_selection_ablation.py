@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from anymamba.experiments import load_experiment
+from anymamba.experiments.charts import save_figure
 from anymamba.experiments.experiment import SCALES, Context, Record, Results
 from anymamba.experiments.results import as_json
 from anymamba.experiments.running import run_experiment
@@ -256,3 +257,16 @@ def test_the_figures_show_what_was_measured():
     ]
     assert all(axes.get_xlabel() and axes.get_ylabel() for figure in figures.values() for axes in figure.axes)
     assert here.get_xscale() == paper.get_xscale() == "log"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("arm", ["lm-transformer", "lm-all-n16", "lm-delta-n2", "copying-B"])
+def test_figures_of_one_arm_alone(arm, tmp_path):
+    for name, figure in EXPERIMENT.figures(made_up({arm: 0.5})).items():
+        assert save_figure(figure, tmp_path, name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_of_an_arm_that_diverged(tmp_path):
+    for name, figure in EXPERIMENT.figures(made_up({**as_published(), "lm-all-n16": None})).items():
+        assert save_figure(figure, tmp_path, name)

@@ -174,6 +174,33 @@ def test_running_out_of_memory_costs_one_candidate_alone():
     assert found["a"].missing == "out of memory" and calls == {}
 
 
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+@pytest.mark.parametrize("longest", [1, 32])
+def test_inputs_that_do_not_fit_cost_one_candidate_alone(error, longest):
+    def prepare(length):
+        if length > longest:
+            raise error
+        return lambda: None
+
+    candidates = {"a": Candidate(prepare, lambda length: 0, 1), "b": Candidate(lambda n: lambda: None, lambda n: 0, 1)}
+    found, calls = compare(candidates, 64, LIMITS, CPU)
+    assert found["a"].missing == "out of memory" and found["a"].seconds is None
+    assert found["b"].seconds is not None and set(calls) == {"b"}
+
+
+def test_other_errors_of_a_candidate_are_not_hidden():
+    def prepare(length):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        compare({"a": Candidate(prepare, lambda length: 0, 1)}, 64, LIMITS, CPU)
+
+
+def test_the_cap_of_memory_is_never_more_than_the_machine_has():
+    candidate = Candidate(lambda length: lambda: None, lambda length: 1 << 60, 1)
+    assert estimated(candidate, 64, replace(LIMITS, memory_bytes=1 << 61), CPU).missing == "over the memory cap"
+
+
 def test_all_calls_of_a_turn_are_counted():
     seconds = timing.seconds_of(lambda: time.sleep(0.002), 5, CPU)
     assert 0.002 <= seconds < 0.02
@@ -286,15 +313,10 @@ def test_numbers_have_three_digits():
 
 
 def test_thresholds_hold_within_their_bounds():
-    words = lambda got, least=0.9, most=1.1: within("x", least, most, got).verdict  # noqa: E731
-    assert [words(v) for v in (0.89, 0.9, 1.1, 1.11, None)] == [
-        "**fails**",
-        "holds",
-        "holds",
-        "**fails**",
-        "not judged",
-    ]
+    words = lambda got, least=0.9, most=1.1: within("x", least, most, [1.0, got]).verdict  # noqa: E731
+    assert [words(v) for v in (0.89, 0.9, 1.1, 1.11, None)] == ["**fails**", "holds", "holds", "**fails**", "holds"]
     assert words(math.inf, None, 8192) == "**fails**" and words(5, 10, None) == "**fails**"
+    assert within("x", 0.9, 1.1, [None, None]).verdict == "not judged"
 
 
 # ------------------------------------------------------------------------------------------------- running
@@ -433,8 +455,14 @@ def test_the_worst_run_counts():
     for record in results.of("operators-4096")[1:2]:
         record.values["times"]["unfused"]["seconds"] /= 4  # one run of three: the median is as before
     text = EXPERIMENT.report(results)
-    assert "| unfused scan over scan, from length 2,048 on, least | at least 10 | 5.00 | **fails** |" in text
+    assert "| unfused scan over scan, from length 2,048 on, least | at least 10 | 5.00 to 20.0 | **fails** |" in text
     assert "20.0 (5.00 to 20.0)" in text
+    results = made_up(GOOD)
+    for length, factor in ((2048, 3.0), (131072, 0.5)):
+        results.of(f"operators-{length}")[1].values["times"]["scan"]["seconds"] *= factor
+    text = EXPERIMENT.report(results)
+    assert "| scan: slope of log time over log length, from length 2,048 on | 0.9 to 1.1 | 0.7" in text
+    assert "to 1.00 | **fails** |" in text and "every run must hold them" in text
 
 
 def test_a_backend_that_is_not_fused_is_named():

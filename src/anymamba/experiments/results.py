@@ -24,23 +24,44 @@ class ResultStore:
         self.folder, self.experiment, self.scale = folder, experiment, scale
         self.arms_folder = folder / "arms"
 
-    def finished(self, arm: Arm, seed: int) -> Record | None:
-        """The record of an arm, or None where there is none that can be read.
+    def check(self) -> None:
+        """Refuse a folder of another experiment or scale, whose report would be overwritten.
 
-        Raises ValueError where there is one of other settings: it is never overwritten unasked.
+        Raises ValueError that names a file of it.
         """
-        path = self.arms_folder / f"{arm.name}-seed{seed}.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            record = Record(**values["record"])
-        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-            return None  # absent, or the torn file of another program: it is measured (again)
+        for path in sorted(self.arms_folder.glob("*.json")):
+            if (values := read_json(path)) is not None and "experiment" in values:
+                self._check_owner(path, values)
+
+    def _check_owner(self, path: Path, values: dict[str, Any]) -> None:
         found = (values.get("experiment"), values.get("scale"))
         if found != (self.experiment, self.scale):
             raise ValueError(
                 f"{path} is of {found[0]} at scale {found[1]}, not {self.experiment} at {self.scale}; "
                 "choose another folder with --out"
             )
+
+    def prepare(self) -> None:
+        """Make the folder and try to write there. Raises OSError where that is impossible."""
+        self.arms_folder.mkdir(parents=True, exist_ok=True)
+        probe = self.arms_folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+
+    def finished(self, arm: Arm, seed: int) -> Record | None:
+        """The record of an arm, or None where there is none that can be read.
+
+        Raises ValueError where there is one of other settings: it is never overwritten unasked.
+        """
+        path = self.arms_folder / f"{arm.name}-seed{seed}.json"
+        values = read_json(path)
+        try:
+            record = Record(**values["record"]) if values is not None else None
+        except (KeyError, TypeError):
+            record = None
+        if values is None or record is None:
+            return None  # absent, or the torn file of another program: it is measured (again)
+        self._check_owner(path, values)
         if record.settings != as_json(arm.settings):
             raise ValueError(
                 f"{path} was measured with other settings; choose another folder with --out, or delete the file to "
@@ -70,6 +91,15 @@ class ResultStore:
     def write_summary(self, results: Results) -> None:
         """results.json: all records in one file."""
         write_text(self.folder / "results.json", json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none, or none that can be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def as_json(values: Any) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from anymamba.experiments.charts import save_figure
+from anymamba.experiments.charts import new_figure, save_figure
 from anymamba.experiments.experiment import Arm, Context, Experiment, Record, Results, Scale
 from anymamba.experiments.results import ResultStore, as_json, machine, today, write_text
 
@@ -30,25 +29,30 @@ def run_experiment(
     """Measure what is missing in the folder and write results.json, the charts and report.md there.
 
     An arm that is finished is never measured again; after an interruption the same call goes on. The report is of all
-    that the folder holds, also of arms and seeds that this call does not ask for.
+    arms of the scale that the folder holds, also of those that this call does not ask for, and names the others.
 
     Args:
         seeds: of every arm; absent means as many as the arm says.
         only: names of arms; empty means all.
-    Raises ValueError for a name that no arm has, or where the folder holds results of other settings.
+    Raises ValueError for a name that no arm has, or where the folder holds results of other settings; ImportError where
+    matplotlib is missing; OSError where the folder cannot be written: all before anything is measured.
     """
-    arms = chosen(experiment.arms(scale), only)
-    counts = {arm.name: arm.seeds if seeds is None else seeds for arm in arms}
+    every = experiment.arms(scale)
+    counts = {arm.name: arm.seeds if seeds is None else seeds for arm in every}
     if min(counts.values()) < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     store, device = ResultStore(folder, experiment.name, scale), torch.device(device)
-    every = experiment.arms(scale)
-    shown = {arm.name: max(counts.get(arm.name, 0), store.seeds_of(arm)) for arm in every}
-    missing = [(a, s) for a in arms for s in range(counts[a.name]) if store.finished(a, s) is None]
+    store.check()
+    missing = [(a, s) for a in chosen(every, only) for s in range(counts[a.name]) if store.finished(a, s) is None]
+    planned = {arm.name: max(counts[arm.name], store.seeds_of(arm)) for arm in every}
+    if missing:
+        store.prepare()
+        new_figure()
     for i, (arm, seed) in enumerate(missing):
         label = f"{arm.name}, seed {seed} ({i + 1} of {len(missing)})"
         store.add(measure(experiment, arm, seed, device, lambda *told, label=label: progress(label, *told)))
-    return write_report(experiment, store, [arm for arm in every if shown[arm.name]], shown)
+        store.write_summary(store.load(every, planned))
+    return write_report(experiment, store, every, planned)
 
 
 def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
@@ -89,18 +93,23 @@ def provenance(experiment: Experiment, results: Results) -> str:
         f"`anymamba experiment {experiment.name} --scale {results.scale}`. Settings of every arm are in "
         "[results.json](results.json).",
         "",
-        "| arm | seeds | minutes a seed | machine | date |",
+        "| arm | seeds | time a seed | machine | date |",
         "| --- | --- | --- | --- | --- |",
     ]
     for arm in results.arms:
         records = results.of(arm)
-        minutes = sorted(record.seconds / 60 for record in records)
-        span = (
-            f"{minutes[0]:.1f}" if math.isclose(minutes[0], minutes[-1]) else f"{minutes[0]:.1f} to {minutes[-1]:.1f}"
-        )
+        times = sorted(record.seconds for record in records)
+        span = " to ".join(dict.fromkeys(duration(seconds) for seconds in (times[0], times[-1])))
         machines, dates = ({getattr(r, name) for r in records} for name in ("machine", "date"))
         lines.append(f"| {arm} | {len(records)} | {span} | {'; '.join(machines)} | {', '.join(sorted(dates))} |")
+    if results.scale == "cpu":
+        lines += ["", "The plan: three seeds of an arm that takes less than five minutes, one of the others."]
     missing = [key for key in results.planned if key not in {record.key for record in results.records}]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """A time in seconds, or from a minute on in minutes."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"

@@ -10,7 +10,7 @@ from anymamba.experiments.optimizing import Optimization
 from anymamba.models.config import ModelConfig
 from anymamba.models.options import AttentionOptions, HyenaOptions, MambaOptions
 
-# Set before running. Every seed must hold them, at every width.
+# Set before running. Every seed must hold them, at every width; the two about the state are of means.
 ATTENTION_AT_LEAST = 0.99
 """Recall of attention at every number of pairs."""
 HYBRID_WITHIN = 0.02

@@ -182,13 +182,13 @@ def state_checks(of: Points) -> list[Check]:
     gain = means[-1] - means[0] if whole else None
     return [
         judged(
-            "Mamba: least change of recall from one state to the next larger, at the most pairs",
+            "Mamba, means of the seeds: least change of recall from one state to the next larger, at the most pairs",
             f"at least {-100 * STATE_TIE:.0f}",
             step,
             lambda got: got >= -STATE_TIE,
         ),
         judged(
-            "Mamba: what the largest state gains over the smallest, at the most pairs",
+            "Mamba, means of the seeds: what the largest state gains over the smallest, at the most pairs",
             f"at least {100 * STATE_GAIN:.0f}",
             gain,
             lambda got: got >= STATE_GAIN,

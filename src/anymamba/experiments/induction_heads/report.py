@@ -276,19 +276,25 @@ def remarks(results: Results) -> str:
     return "\n".join(f"- {line}" for arm in results.arms for line in arm_remarks(results, arm))
 
 
+SHORT = 5.0
+"""Points below the paper that are told, where the paper's number is itself that much above guessing."""
+
+
 def arm_remarks(results: Results, arm: str) -> Iterable[str]:
     """How far the arm answers without a mistake, where it falls short of the paper, and how fast it was asked."""
     yield reach(results, arm)
     system = system_of(results, arm)
+    chance = 100 / results.of(arm)[0].settings["n_tokens"]
     short = [
         f"2^{length.bit_length() - 1} ({100 * value:.1f} against {paper:g})"
         for length in accuracies(results.of(arm)[0])
         if (paper := published(system, length)) is not None
         and (value := worst(results, arm, length)) is not None
-        and 100 * value < paper - 5
+        and 100 * value < paper - SHORT
+        and paper > chance + SHORT
     ]
     if short:
-        yield f"{label(arm)} falls short of the paper by more than five points at {', '.join(short)}."
+        yield f"{label(arm)} falls short of the paper by more than {SHORT:g} points at {', '.join(short)}."
     tests = [t for r in results.of(arm) for t in r.values["tests"]]
     seconds = sum(t["seconds"] for t in tests)
     if seconds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import inf, isfinite, log
 from typing import TYPE_CHECKING
 
 from anymamba.experiments.charts import new_figure
@@ -47,16 +47,24 @@ def selection(results: Results) -> Figure:
     right.axhline(0, color="gray", linewidth=1)
     for axes in (left, right):
         axes.set_xticks(range(len(SELECTIVE)), [WORDS[name] for name in SELECTIVE])
-        axes.legend(fontsize=8)
+        if axes.containers:
+            axes.legend(fontsize=8)
     return figure
 
 
 def bars(axes: Axes, x: float, values: list[float], color: str) -> None:
-    """A bar of the mean, a dot for each seed; the legend names the first of the axes."""
+    """A bar of the mean, a dot for each seed, of those that did not diverge; the legend names the first of the axes."""
+    values = [value for value in values if isfinite(value)]
     if values:
         new = not axes.containers
         axes.bar(x, sum(values) / len(values), width=0.35, color=color, alpha=0.6, label="ours" if new else None)
         axes.plot([x] * len(values), values, "k.", label="one seed" if new else None)
+
+
+def mean_loss(results: Results, arm: str) -> float:
+    """The mean of an arm's losses; infinite where it is not measured, too."""
+    value = loss(results, arm)
+    return inf if value is None else value
 
 
 def state(results: Results) -> Figure:
@@ -64,20 +72,21 @@ def state(results: Results) -> Figure:
     figure = new_figure(width=10.0)
     left, right = figure.subplots(1, 2)
     for i, (kind, name) in enumerate(KINDS.items()):
-        found = {n: value for n in STATES if (value := loss(results, f"{name}-n{n}")) is not None}
+        found = {n: value for n in STATES if isfinite(value := mean_loss(results, f"{name}-n{n}"))}
         left.plot(list(found), list(found.values()), "o-", color=f"C{i}", label=f"{kind} B and C")
         for n in found:
             own = losses(results, f"{name}-n{n}")
             left.plot([n] * len(own), own, ".", color=f"C{i}", alpha=0.6)
         theirs = [log(PAPER_10[kind][n]) for n in STATES]
         right.plot(STATES, theirs, "D--", color=f"C{i}", label=f"{kind} B and C")
-    transformer = loss(results, TRANSFORMER)
-    if transformer is not None:
+    transformer = mean_loss(results, TRANSFORMER)
+    if isfinite(transformer):
         left.axhline(transformer, color="gray", linestyle="--", label="Transformer++")
     left.set(title="here", ylabel="held-out nats a byte")
     right.set(title="paper (350M, the Pile)", ylabel="nats a token")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
+        axes.set_xlim(STATES[0] / 1.3, STATES[-1] * 1.3)  # also where nothing is measured
         axes.set_xticks(STATES, [str(n) for n in STATES])
         axes.set_xlabel("N, states per channel")
         axes.legend(fontsize=8)

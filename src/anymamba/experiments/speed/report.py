@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from anymamba.experiments.charts import table
 from anymamba.experiments.checks import FAILS, Check, checks_table, verdict
@@ -53,7 +56,7 @@ def report(results: Results) -> str:
         parts += ["## Models", model_words(results), model_table(results)]
     parts += [
         "## Thresholds",
-        "Set before running.",
+        "Set before running; every run must hold them.",
         checks_table(checks(results)),
         "## Where curves cross",
         remarks(results),
@@ -65,42 +68,59 @@ def report(results: Results) -> str:
 
 
 def checks(results: Results) -> list[Check]:
-    """Every threshold; of ratios the worst run and length count, of the rest the medians of the runs."""
+    """Every threshold, which each run must hold."""
     far = f"from length {FROM_LENGTH:,} on"
-    times = from_length(seconds(results, SCAN), FROM_LENGTH)
-    over = {name: medians(ratios(results, Series("operators", name), SCAN)) for name in OPERATORS}
-    attention = over["attention"]
-    return [
-        within(f"scan: slope of log time over log length, {far}", *SLOPE, slope(times)),
-        within(f"unfused scan over scan, {far}, least", OVER_UNFUSED, None, least_ratio(results, "unfused")),
-        within(f"FFT convolution over scan, {far}, least", OVER_CONVOLUTION, None, least_ratio(results, "convolution")),
-        within(
-            "length from which on the scan is faster than attention",
+    bounds: dict[str, tuple[float | None, float | None, Callable[[Results], float | None]]] = {
+        f"scan: slope of log time over log length, {far}": (*SLOPE, scan_slope),
+        f"unfused scan over scan, {far}, least": (OVER_UNFUSED, None, partial(least_ratio, name="unfused")),
+        f"FFT convolution over scan, {far}, least": (OVER_CONVOLUTION, None, partial(least_ratio, name="convolution")),
+        "length from which on the scan is faster than attention": (
             None,
             FASTER_THAN_ATTENTION_FROM,
-            faster_from(attention) if attention and max(attention) >= FROM_LENGTH else None,
+            faster_than_attention_from,
         ),
-        within(growth_words("mamba"), None, DECODE_FLAT, judged_growth(results, "mamba")),
-        within(growth_words("transformer"), DECODE_GROWS, None, judged_growth(results, "transformer")),
-    ]
+        growth_words("mamba"): (None, DECODE_FLAT, partial(judged_growth, model="mamba")),
+        growth_words("transformer"): (DECODE_GROWS, None, partial(judged_growth, model="transformer")),
+    }
+    every = runs(results)
+    return [within(words, least, most, [of(run) for run in every]) for words, (least, most, of) in bounds.items()]
 
 
-def within(words: str, least: float | None, most: float | None, got: float | None) -> Check:
-    """The check of a number that must not leave its bounds; it must be finite, too."""
+def runs(results: Results) -> list[Results]:
+    """The results of each run alone."""
+    seeds = sorted({record.seed for record in results.records})
+    return [replace(results, records=tuple(r for r in results.records if r.seed == seed)) for seed in seeds]
+
+
+def within(words: str, least: float | None, most: float | None, several: Sequence[float | None]) -> Check:
+    """The check of a number of each run that must not leave its bounds; it must be finite, too."""
     if least is not None and most is not None:
         wanted = f"{least:g} to {most:g}"
     else:
         wanted = f"at least {least:g}" if most is None else f"at most {most:,g}"
-    if got is None:
+    got = sorted(value for value in several if value is not None)
+    if not got:
         return Check(words, wanted)
     low, high = (-math.inf if least is None else least, math.inf if most is None else most)
-    return Check(words, wanted).judged(number(got), low <= got <= high and math.isfinite(got))
+    holds = all(low <= value <= high and math.isfinite(value) for value in got)
+    return Check(words, wanted).judged(" to ".join(dict.fromkeys(number(v) for v in (got[0], got[-1]))), holds)
+
+
+def scan_slope(results: Results) -> float | None:
+    """Of log time over log length, at the lengths that count."""
+    return slope(from_length(seconds(results, SCAN), FROM_LENGTH))
 
 
 def least_ratio(results: Results, name: str) -> float | None:
-    """The least of all runs and lengths that count."""
+    """The least time of an operator over the scan's at the lengths that count."""
     values = from_length(ratios(results, Series("operators", name), SCAN), FROM_LENGTH)
     return min((min(several) for several in values.values()), default=None)
+
+
+def faster_than_attention_from(results: Results) -> float | None:
+    """The length from which on the scan is faster; None where no length is long enough to tell."""
+    over = medians(ratios(results, Series("operators", "attention"), SCAN))
+    return faster_from(over) if over and max(over) >= FROM_LENGTH else None
 
 
 def growth_words(model: str) -> str:

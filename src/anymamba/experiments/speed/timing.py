@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +20,7 @@ SHORTER = 4
 """Estimates come from lengths so many times shorter."""
 LEAST_LENGTH = 16
 """The shortest length that an estimate begins with."""
+FULL = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,11 @@ def compare(
     for name, candidate in candidates.items():
         told(f"{name}: estimating")
         found[name] = estimated(candidate, length, limits, device)
-        if found[name].missing is None:
-            calls[name] = candidate.prepare(length)
+        call = in_memory(partial(candidate.prepare, length)) if found[name].missing is None else None
+        if found[name].missing is None and call is None:
+            found[name] = replace(found[name], seconds=None, missing=FULL)
+        elif call is not None:
+            calls[name] = call
             seconds = max(found[name].estimated_seconds or 0.0, 1e-7)
             turns[name] = partial(seconds_of, calls[name], max(1, int(limits.turn_seconds / seconds)), device)
     for name, timing in take_turns(turns, limits, told).items():
@@ -72,23 +78,52 @@ def compare(
 def estimated(candidate: Candidate, length: int, limits: Limits, device: torch.device) -> Timing:
     """Whether a candidate may run at a length: its memory, then its time from ever longer lengths up to a quarter."""
     n_bytes = candidate.n_bytes(length)
-    if n_bytes > limits.memory_bytes:
+    if n_bytes > min(limits.memory_bytes, memory_of(device)):
         return Timing(None, 0, "over the memory cap", estimated_bytes=n_bytes)
     at = length // SHORTER
     while at // SHORTER >= LEAST_LENGTH:
         at //= SHORTER
     at, seconds = max(1, at), 0.0
-    try:
-        while at < length:
-            call = candidate.prepare(at)
-            seconds = min(seconds_of(call, 1, device) for _ in range(2)) * (length / at) ** candidate.exponent
-            next_one = seconds / (length / min(length, at * SHORTER)) ** candidate.exponent
-            if next_one > limits.call_seconds:
-                return Timing(None, 0, "over the time cap", seconds, n_bytes)
-            at *= SHORTER
-    except torch.OutOfMemoryError:
-        return Timing(None, 0, "out of memory", estimated_bytes=n_bytes)
+    while at < length:
+        once = in_memory(partial(time_twice, candidate, at, device))
+        if once is None:
+            return Timing(None, 0, FULL, estimated_bytes=n_bytes)
+        seconds = once * (length / at) ** candidate.exponent
+        next_one = seconds / (length / min(length, at * SHORTER)) ** candidate.exponent
+        if next_one > limits.call_seconds:
+            return Timing(None, 0, "over the time cap", seconds, n_bytes)
+        at *= SHORTER
     return Timing(None, 0, None, seconds, n_bytes)
+
+
+def time_twice(candidate: Candidate, length: int, device: torch.device) -> float:
+    """The better one of two calls: the first may compile."""
+    call = candidate.prepare(length)
+    return min(seconds_of(call, 1, device) for _ in range(2))
+
+
+T = TypeVar("T")
+
+
+def in_memory(call: Callable[[], T]) -> T | None:
+    """What the call returns, which is never None; None where the device's memory, or the processor's, is full."""
+    try:
+        return call()
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+    except RuntimeError as error:  # what torch's allocator for the processor raises
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        return None
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has; without bound where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return sys.maxsize
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def take_turns(
@@ -117,10 +152,11 @@ def take_turns(
         for name in open_ones:
             told(f"{name}: turn {len(best[name]) + 1}")
             start = time.perf_counter()
-            try:
-                best[name].append(turns[name]())
-            except torch.OutOfMemoryError:
-                missing[name] = "out of memory"
+            took = in_memory(turns[name])
+            if took is None:
+                missing[name] = FULL
+            else:
+                best[name].append(took)
             spent[name] += time.perf_counter() - start
     return {
         name: Timing(None, 0, missing[name]) if name in missing else Timing(min(seconds), len(seconds))
@@ -131,11 +167,8 @@ def take_turns(
 def warm_up(turn: Callable[[], float], seconds: float) -> None:
     """Run a candidate for so long, at least once where that is more than nothing."""
     end = time.perf_counter() + seconds
-    try:
-        while time.perf_counter() < end:
-            turn()
-    except torch.OutOfMemoryError:
-        pass  # its first turn says so
+    while time.perf_counter() < end and in_memory(turn) is not None:
+        pass  # where memory is full its first turn says so
 
 
 def seconds_of(call: Call, n_calls: int, device: torch.device) -> float:
