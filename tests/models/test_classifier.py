@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from anymamba import LanguageModel, ModelConfig
 from anymamba.models.classifier import ClassifierConfig, SequenceClassifier
+from anymamba.training.config import OptimizerConfig
+from anymamba.training.optimizer import build_optimizer
 
 SMALL = ModelConfig(d_model=16, n_layers=2, vocab_size=20)
 
@@ -77,6 +81,23 @@ def test_regression_of_vectors():
     assert model.embed is not None and model.embed.weight.grad is not None
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_vectors_every_trainable_parameter_learns(tied):
+    backbone = replace(SMALL, tie_embeddings=tied)
+    model = SequenceClassifier(backbone, ClassifierConfig(2, task="regression", d_input=3))
+    model.loss(torch.randn(4, 7, 3), torch.randn(4, 2)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_optimizer_of_the_trainer_takes_it():
+    model = SequenceClassifier(SMALL, ClassifierConfig(3))
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    decayed = {p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert model.head.weight in decayed
+    exempt = {p for name, p in model.named_parameters() if name.endswith(("A_log", ".D", "bias", "norm.weight"))}
+    assert exempt and not exempt & decayed
+
+
 @torch.no_grad()
 def test_a_pretrained_backbone_and_files(tmp_path):
     torch.manual_seed(0)
@@ -100,8 +121,18 @@ def test_what_a_caller_can_get_wrong(tmp_path):
         classifier(pooling="masked")(ids())
     with pytest.raises(ValueError, match="a position to pool"):
         model(ids(), attention_mask=torch.zeros(4, 9))
-    with pytest.raises(ValueError, match="targets must be like the outputs"):
+    for name, mask in (("attention_mask", torch.ones(4, 8)), ("pool_mask", torch.ones(9))):
+        with pytest.raises(ValueError, match=rf"{name} must be \(batch, length\) = \(4, 9\)"):
+            classifier(pooling="masked")(ids(), **{"pool_mask": torch.ones(4, 9), name: mask})
+    with pytest.raises(ValueError, match=r"targets must be \(batch, n_outputs\) = \(4, 3\), got \(4,\)$"):
         classifier(task="regression").loss(ids(), torch.zeros(4))
+    one = SequenceClassifier(SMALL, ClassifierConfig(1, task="regression"))
+    with pytest.raises(ValueError, match=r"got \(4,\); give targets\[:, None\]"):
+        one.loss(ids(), torch.zeros(4))
+    with pytest.raises(ValueError, match="pooling must be one of last, mean, masked, got 'max'"):
+        ClassifierConfig(3, pooling="max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="task must be one of classification, regression, got 'ranking'"):
+        ClassifierConfig(3, task="ranking")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="n_outputs must be an integer of at least 1"):
         ClassifierConfig(0)
     LanguageModel(SMALL).save_pretrained(tmp_path)

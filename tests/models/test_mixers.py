@@ -196,6 +196,13 @@ def test_the_attention_model_of_the_induction_heads_has_its_printed_size():
     assert round(LanguageModel(config, device="meta").n_parameters(), -3) == 137_000
 
 
+def test_h3_plus_plus_has_no_linear_biases():
+    model = LanguageModel(preset("h3++-125m"), device="meta")
+    assert [n for n, _ in model.named_parameters() if n.endswith("bias")] == []
+    model = LanguageModel(preset("h3-125m"), device="meta")
+    assert "blocks.0.mixer.in_proj.bias" in dict(model.named_parameters())
+
+
 def test_mlp_and_attention_of_transformer_plus_plus_have_no_biases():
     model = LanguageModel(preset("transformer++-125m"), device="meta")
     assert [n for n, _ in model.named_parameters() if n.endswith("bias")] == []

@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from anymamba.layers.parameters import KernelParameters, WideParameters
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.mixers import MIXERS
 from anymamba.models.options import MambaOptions
 from anymamba.models.schema import config_from_dict, config_to_dict
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
-from anymamba.training.optimizer import build_optimizer, learning_rate
+from anymamba.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 
 def test_decay_groups_by_name() -> None:
@@ -35,6 +37,29 @@ def test_decay_groups_by_name() -> None:
         "blocks.0.mixer.out_proj.weight",
     }
     assert {decays[name] for name in decays if name not in decayed} == {0.0}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_wide_parameters_never_decay_and_kernels_have_their_own_rate(mixer: str) -> None:
+    config = OptimizerConfig(learning_rate=4e-3, kernel_learning_rate=1e-3, weight_decay=0.3)
+    model = LanguageModel(ModelConfig(d_model=16, n_layers=1, vocab_size=11, mixers=(mixer,)))
+    optimizer = build_optimizer(model, config)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == set(model.parameters())
+    inside = {p for m in model.modules() if isinstance(m, WideParameters) for p in m.parameters()}
+    kernels = {p for m in model.modules() if isinstance(m, KernelParameters) for p in m.parameters()}
+    assert all(groups[p]["weight_decay"] == 0 for p in inside)
+    for rate in (None, 2e-3, 1e-4):
+        if rate is not None:
+            set_learning_rate(optimizer, rate)
+        for p, group in groups.items():
+            assert group["lr"] == pytest.approx((rate or 4e-3) * (0.25 if p in kernels else 1))
+
+
+def test_a_kernels_rate_is_never_above_that_of_the_others() -> None:
+    model = LanguageModel(ModelConfig(d_model=16, n_layers=1, vocab_size=11, mixers=("s4d",)))
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=5e-4))
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-4}
 
 
 def test_linear_warm_up_and_cosine() -> None:
@@ -80,6 +105,7 @@ def test_bad_values_name_the_field(field: str, value: int) -> None:
     [
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
+        ("kernel_learning_rate", 0.0),
         ("min_learning_rate", -1.0),
         ("min_learning_rate", 1.0),
         ("warmup_steps", -1),

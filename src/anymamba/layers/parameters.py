@@ -31,3 +31,14 @@ class WideParameters(nn.Module):
 class KernelParameters(WideParameters):
     """Parameters of a time-invariant kernel (S4, S4D, Hyena's filter): optimised at a rate of their own, 1e-3 in the
     papers, whatever the rate of the other weights is."""
+
+
+def without_decay(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of a model that weight decay must not touch: all of `WideParameters`, every bias, every norm."""
+    inside = {p for module in model.modules() if isinstance(module, WideParameters) for p in module.parameters()}
+    return inside | {p for p in model.parameters() if p.ndim < 2}
+
+
+def kernel_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of a model's time-invariant kernels."""
+    return {p for module in model.modules() if isinstance(module, KernelParameters) for p in module.parameters()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.schema import config_from_dict, config_to_dict, require_at_least
 
+Task = Literal["classification", "regression"]
+Pooling = Literal["last", "mean", "masked"]
 HEAD_FILE, CONFIG_FILE = "classifier.safetensors", "classifier.json"
 
 
@@ -27,9 +29,9 @@ class ClassifierConfig:
 
     n_outputs: int
     """Classes, or numbers to predict."""
-    task: Literal["classification", "regression"] = "classification"
+    task: Task = "classification"
     """Cross-entropy over classes, or squared error of numbers."""
-    pooling: Literal["last", "mean", "masked"] = "last"
+    pooling: Pooling = "last"
     """The last real position; the mean of all real ones; the mean of those that a pool_mask names."""
     d_input: int | None = None
     """Size of input vectors in place of token ids, which a linear map embeds; absent means token ids."""
@@ -38,6 +40,9 @@ class ClassifierConfig:
         require_at_least("n_outputs", self.n_outputs, 1)
         if self.d_input is not None:
             require_at_least("d_input", self.d_input, 1)
+        for name, known in (("task", get_args(Task)), ("pooling", get_args(Pooling))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 class SequenceClassifier(nn.Module):
@@ -60,6 +65,10 @@ class SequenceClassifier(nn.Module):
         self.backbone = model
         d_model, like = self.backbone.config.d_model, {"device": device, "dtype": dtype}
         self.embed = None if config.d_input is None else nn.Linear(config.d_input, d_model, **like)
+        if self.embed is not None:
+            self.backbone.embedding.requires_grad_(False)  # there are no token ids
+        if self.backbone.head is not None:
+            self.backbone.head.requires_grad_(False)  # and none to predict
         self.head = nn.Linear(d_model, config.n_outputs, **like)
 
     def forward(
@@ -92,7 +101,11 @@ class SequenceClassifier(nn.Module):
         if (pool_mask is None) == (self.config.pooling == "masked"):
             raise ValueError(f"pool_mask goes with pooling 'masked' and no other, got pooling {self.config.pooling!r}")
         real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        for mask in (attention_mask, pool_mask):
+        for name, mask in (("attention_mask", attention_mask), ("pool_mask", pool_mask)):
+            if mask is not None and mask.shape != real.shape:
+                raise ValueError(
+                    f"{name} must be (batch, length) = {tuple(real.shape)} like the inputs, got {tuple(mask.shape)}"
+                )
             if mask is not None:
                 real = real & mask.bool()
         if not real.any(1).all():
@@ -120,7 +133,10 @@ class SequenceClassifier(nn.Module):
         if self.config.task == "classification":
             return F.cross_entropy(outputs, targets)
         if targets.shape != outputs.shape:
-            raise ValueError(f"targets must be like the outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}")
+            way_out = "; give targets[:, None]" if targets.shape == outputs.shape[:1] and outputs.shape[1] == 1 else ""
+            raise ValueError(
+                f"targets must be (batch, n_outputs) = {tuple(outputs.shape)}, got {tuple(targets.shape)}{way_out}"
+            )
         return F.mse_loss(outputs, targets.to(outputs.dtype))
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anymamba.layers.norm import build_norm
-from anymamba.layers.parameters import WideParameters
+from anymamba.layers.parameters import WideParameters, without_decay
 from anymamba.layers.positions import LearnedPositions
 from anymamba.models.config import ModelConfig
 from anymamba.models.mixers import build_mixer
@@ -274,12 +274,8 @@ class LanguageModel(nn.Module):
 
     def no_decay_parameter_names(self) -> set[str]:
         """Parameters that weight decay must not touch: those of the SSM, every bias, every norm."""
-        names = set()
-        for prefix, module in self.named_modules():
-            for name, parameter in module.named_parameters(prefix, recurse=False):
-                if isinstance(module, WideParameters) or parameter.ndim < 2:
-                    names.add(name)
-        return names
+        exempt = without_decay(self)
+        return {name for name, parameter in self.named_parameters() if parameter in exempt}
 
     # --------------------------------------------------------------------------------------------- files
 

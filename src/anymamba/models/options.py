@@ -143,6 +143,8 @@ class H3Options:
     """Size of a head: keys and values meet in d_head x d_head products."""
     d_shift: int = 64
     """Length of the learned filter (the shift SSM) on the keys."""
+    bias: bool = True
+    """Biases of the projections."""
 
     def __post_init__(self) -> None:
         for name in ("d_head", "d_shift"):

@@ -62,13 +62,13 @@ def h3(n_layers: int, d_model: int, n_heads: int, attention_at: tuple[int, ...] 
 
 
 def h3_plus_plus(n_layers: int, d_model: int) -> ModelConfig:
-    """H3++: half as many layers again, the MLP's expansion 2, heads of 8, RMSNorm, no biases in the MLP."""
+    """H3++: half as many layers again, the MLP's expansion 2, heads of 8, RMSNorm, no linear biases."""
     return ModelConfig(
         d_model=d_model,
         n_layers=2 * (n_layers * 3 // 2),
         mixers=("h3-s4d", "mlp"),
         weight_std=0.02,
-        h3=H3Options(d_head=8),
+        h3=H3Options(d_head=8, bias=False),
         mlp=MLPOptions(kind="gelu", d_hidden=2 * d_model, bias=False),
     )
 

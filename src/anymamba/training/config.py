@@ -40,6 +40,8 @@ class OptimizerConfig:
 
     learning_rate: float = 2e-3
     """Peak learning rate."""
+    kernel_learning_rate: float = 1e-3
+    """Largest peak of the parameters of time-invariant kernels (S4, S4D, H3's shift, Hyena's filter)."""
     min_learning_rate: float = 1e-5
     """Learning rate at the last step."""
     warmup_steps: int = 100
@@ -54,7 +56,7 @@ class OptimizerConfig:
     """Largest norm of the whole gradient."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps", "clip_norm"):
+        for name in ("learning_rate", "kernel_learning_rate", "eps", "clip_norm"):
             require_positive(name, getattr(self, name))
         require_at_least("warmup_steps", self.warmup_steps, 0)
         for name in ("min_learning_rate", "weight_decay"):

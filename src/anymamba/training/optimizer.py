@@ -7,23 +7,38 @@ import math
 import torch
 from torch import nn
 
-from anymamba.models.language_model import LanguageModel
+from anymamba.layers.parameters import kernel_parameters, without_decay
 from anymamba.training.config import OptimizerConfig
 
 
-def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices decay; A_log, D, the step's bias, other biases and norms do not."""
-    exempt = model.no_decay_parameter_names()
-    decayed = [p for name, p in model.named_parameters() if name not in exempt and p.requires_grad]
-    plain = [p for name, p in model.named_parameters() if name in exempt and p.requires_grad]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over three groups: matrices, which decay; A_log, D, the step's bias, other biases and norms, which do not;
+    time-invariant kernels, which do not either and have a smaller rate.
+
+    Any model of this package's layers will do. What does not require a gradient is left out.
+    """
+    kernels = kernel_parameters(model)
+    exempt = without_decay(model) - kernels
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p not in exempt and p not in kernels]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay, "rate": 1.0},
+        {"params": [p for p in trained if p in exempt], "weight_decay": 0.0, "rate": 1.0},
+        {
+            "params": [p for p in trained if p in kernels],
+            "weight_decay": 0.0,
+            "rate": min(1.0, config.kernel_learning_rate / config.learning_rate),
+        },
+    ]
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+    set_learning_rate(optimizer, config.learning_rate)
+    return optimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -36,9 +51,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group."""
+    """Set the rate of every group: that of kernels is the same share of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate"]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
