@@ -184,6 +184,18 @@ def test_other_settings_in_the_folder_raise_and_nothing_is_overwritten(dice, tmp
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_an_arm_measured_before_a_setting_existed_is_of_its_default(dice, tmp_path):
+    run_experiment(dice, "cpu", tmp_path)
+    path = tmp_path / "arms" / "one-seed0.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values["record"]["settings"]["shape"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    results = run_experiment(dice, "cpu", tmp_path)
+    assert len(dice.measured) == 5 and results.of("one")[0].settings["shape"] == [2, 3]
+    with pytest.raises(ValueError, match="measured with other settings"):
+        run_experiment(Dice(Settings(shape=(4,))), "cpu", tmp_path)
+
+
 def test_another_scale_or_experiment_in_the_folder_raises(dice, tmp_path):
     run_experiment(dice, "cpu", tmp_path)
     with pytest.raises(ValueError, match=r"is of dice at scale cpu, not dice at gpu; choose another folder"):

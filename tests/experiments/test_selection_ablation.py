@@ -241,7 +241,11 @@ def test_the_report_of_half_a_run_and_of_one_that_diverged():
 def test_several_seeds_are_a_mean_and_its_span():
     results = made_up(as_published(), seeds=2)
     results.records[1].values["accuracy"] = 0.5  # copying-none, seed 1
-    assert "| none | 40.0 (30.0 to 50.0) |" in EXPERIMENT.report(results)
+    results.of("lm-B-n16")[1].values["validation_loss"] += 0.023
+    text = EXPERIMENT.report(results)
+    assert "| none | 40.0 (30.0 to 50.0) |" in text
+    assert "Seeds of one Mamba lie up to 0.023 nats a byte apart" in text
+    assert "Seeds of one Mamba" not in EXPERIMENT.report(made_up(as_published()))
 
 
 def test_the_figures_show_what_was_measured():

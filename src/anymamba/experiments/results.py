@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from anymamba.experiments.experiment import Arm, Record, Results, Scale
 from anymamba.models.checkpoints.files import atomic_file
-from anymamba.models.schema import config_to_dict
+from anymamba.models.schema import config_from_dict, config_to_dict
 
 
 class ResultStore:
@@ -62,12 +63,12 @@ class ResultStore:
         if values is None or record is None:
             return None  # absent, or the torn file of another program: it is measured (again)
         self._check_owner(path, values)
-        if record.settings != as_json(arm.settings):
+        if not same_settings(arm.settings, record.settings):
             raise ValueError(
                 f"{path} was measured with other settings; choose another folder with --out, or delete the file to "
                 "measure the arm again"
             )
-        return record
+        return replace(record, settings=as_json(arm.settings))
 
     def seeds_of(self, arm: Arm) -> int:
         """How many seeds the finished ones of an arm are counted by: the largest and one."""
@@ -91,6 +92,14 @@ class ResultStore:
     def write_summary(self, results: Results) -> None:
         """results.json: all records in one file."""
         write_text(self.folder / "results.json", json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
+
+
+def same_settings(settings: Any, written: dict[str, Any]) -> bool:
+    """Whether settings are those of a file; one that is older than a setting had its default."""
+    try:
+        return config_from_dict(type(settings), written) == settings
+    except (TypeError, ValueError):
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -246,6 +246,7 @@ def transformer_words(results: Results) -> str:
 def remarks(results: Results) -> str:
     """What the numbers say, each sentence computed from them."""
     lines = [*gap_remarks(results), *order_remarks(results), *copying_remarks(results), *state_remarks(results)]
+    lines += spread_remarks(results)
     lines += [f"{record.key} diverged: its loss is not finite." for record in results.records if diverged(record)]
     return "\n".join(f"- {line}" for line in lines) or "Too few arms are measured to compare any."
 
@@ -274,6 +275,18 @@ def order_remarks(results: Results) -> list[str]:
     paper = [WORDS[name] for name in sorted(PAPER_7, key=lambda name: -PAPER_7[name])]
     same = "as in the paper" if ours == paper else f"the paper has {' > '.join(paper)}"
     return [f"Losses from the highest: {' > '.join(ours)} ({same}; those within {TIE:g} nats are ties)."]
+
+
+def spread_remarks(results: Results) -> list[str]:
+    """How far seeds of one Mamba lie apart: what that leaves of the gaps."""
+    arms = {r.arm.removeprefix("lm-") for r in results.records if r.arm.startswith("lm-")} - {TRANSFORMER}
+    spans = [max(own) - min(own) for arm in arms if len(own := losses(results, arm)) > 1 and isfinite(max(own))]
+    if not spans:
+        return []
+    return [
+        f"Seeds of one Mamba lie up to {max(spans):.3f} nats a byte apart: gaps between means that are not well above "
+        "that are not told from chance by so few seeds."
+    ]
 
 
 def copying_remarks(results: Results) -> list[str]:
