@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +36,8 @@ def check_contract(layer: nn.Module, width: int, tolerance: float = 1e-9, length
     check_padded(layer, width, tolerance)
     check_causal(layer, width)
     check_empty(layer, width)
+    check_rows_of_the_state(layer, width)
+    check_kind_of_the_state(layer, width)
 
 
 def check_pieces(layer: nn.Module, x: Tensor, tolerance: float) -> None:
@@ -125,6 +128,37 @@ def check_empty(layer: nn.Module, width: int) -> None:
     y, _ = layer(torch.zeros(0, 5, width, dtype=torch.float64))
     assert y.shape == (0, 5, width)
     assert all(t.shape[0] == 0 for t in state_tensors(select_rows(state, torch.zeros(0, dtype=torch.int64))))
+
+
+def check_rows_of_the_state(layer: nn.Module, width: int) -> None:
+    """A state of another number of rows raises, and is not taken for one of all rows."""
+    packed = torch.tensor([0, 2, 5], dtype=torch.int32)
+    for rows in (1, 3):
+        x = torch.randn(2, 4, width, dtype=torch.float64)
+        state = layer(torch.randn(rows, 4, width, dtype=torch.float64))[1]
+        if not list(state_tensors(state)):
+            return
+        for call in (
+            lambda x=x, state=state: layer(x, state),
+            lambda x=x, state=state: layer.step(x[:, 0], state),
+            lambda x=x, state=state: layer(x[:1].repeat(1, 2, 1)[:, :5], state, cu_seqlens=packed),
+        ):
+            with pytest.raises(ValueError, match=f"the state must have a row per sequence, got {rows} rows for 2; sel"):
+                call()
+
+
+class AnotherState(NamedTuple):
+    """Of no layer."""
+
+    h: Tensor
+
+
+def check_kind_of_the_state(layer: nn.Module, width: int) -> None:
+    """Another layer's state is refused by its name."""
+    x, state = torch.randn(2, 4, width, dtype=torch.float64), AnotherState(torch.zeros(2, 1))
+    for call in (lambda: layer(x, state), lambda: layer.step(x[:, 0], state)):
+        with pytest.raises(TypeError, match=r"the state must be a \w+State, got a AnotherState; init_state"):
+            call()
 
 
 def check_gradients(layer: nn.Module, width: int, length: int = 6) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from contract import check_contract, check_gradients, close
+from contract import check_contract, check_gradients, check_kind_of_the_state, check_rows_of_the_state, close
+from torch import Tensor
 
 from anymamba import Mamba
 from anymamba.layers.mamba import MambaBlock
 from anymamba.layers.no_gate import NoGate
 from anymamba.layers.s6 import S6
+from anymamba.layers.sequence import SequenceLayer
 
 OPTIONS = {
     "default": {},
@@ -41,19 +44,138 @@ def test_s6_is_one_function_however_it_is_cut(options):
     check_gradients(layer, 10)
 
 
-def test_s6_is_its_recurrence():
-    torch.manual_seed(1)
-    layer = moved(S6(6, d_state=4, dt_rank=2))
-    u = torch.randn(2, 9, 6, dtype=torch.float64)
-    dt, B, C = (u @ layer.x_proj.weight.T).split([2, 4, 4], -1)
-    delta = F.softplus(dt @ layer.dt_proj.weight.T + layer.ssm.delta_bias)
-    A, h, rows = -layer.ssm.A_log.exp(), torch.zeros(2, 6, 4, dtype=torch.float64), []
-    for t in range(9):
-        for channel in range(6):
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def linear(x: Tensor, layer: torch.nn.Linear) -> Tensor:
+    y = x @ layer.weight.T
+    return y if layer.bias is None else y + layer.bias
+
+
+def naive_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise and causal, term by term; the last column of the weight is the present."""
+    y = torch.zeros_like(x) if bias is None else bias.expand_as(x).clone()
+    width = weight.shape[1]
+    for t in range(x.shape[1]):
+        for lag in range(min(width, t + 1)):
+            y[:, t] += weight[:, width - 1 - lag] * x[:, t - lag]
+    return y
+
+
+def naive_selection(layer: S6 | Mamba, u: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The step (batch, length, width) after softplus, and B and C (batch, length, width, d_state)."""
+    ssm, N, at, matrices = layer.ssm, layer.d_state, 0, []
+    rows = torch.empty(*u.shape[:2], 0, dtype=u.dtype) if layer.x_proj is None else linear(u, layer.x_proj)
+    dt = torch.zeros_like(u)
+    if layer.selective_delta:
+        dt, at = rows[..., : layer.dt_rank] @ layer.dt_proj.weight.T, layer.dt_rank
+    for name, selective in (("B", layer.selective_B), ("C", layer.selective_C)):
+        size = 2 * N if ssm.is_complex else N
+        if selective:
+            M, at = rows[..., at : at + size], at + size
+            M = torch.complex(M[..., :N], M[..., N:]) if ssm.is_complex else M
+            M = M[:, :, None]
+        else:
+            M = getattr(ssm, name)
+            M = torch.complex(M[..., 0], M[..., 1]) if ssm.is_complex else M
+        matrices.append(M.expand(*u.shape, N))
+    assert at == rows.shape[-1], "x_proj has rows that nobody reads"
+    return torch.log(1 + torch.exp(dt + ssm.delta_bias)), matrices
+
+
+def naive_s6(layer: S6 | Mamba, u: Tensor) -> Tensor:
+    """Algorithm 2 by its recurrence, one channel at a time."""
+    delta, (B, C) = naive_selection(layer, u)
+    A = -torch.exp(layer.ssm.A_log)
+    A = torch.complex(A, layer.ssm.A_imag) if layer.ssm.is_complex else A
+    y = torch.zeros_like(u)
+    for channel in range(u.shape[2]):
+        h = torch.zeros(u.shape[0], layer.d_state, dtype=A.dtype)
+        for t in range(u.shape[1]):
             step = delta[:, t, channel, None]
-            h[:, channel] = torch.exp(step * A[channel]) * h[:, channel] + step * B[:, t] * u[:, t, channel, None]
-        rows.append((h * C[:, t, None]).sum(-1) + layer.ssm.D * u[:, t])
-    close(layer(u)[0], torch.stack(rows, 1), "S6", 1e-12)
+            decay = torch.exp(step * A[channel])
+            drive = step if layer.b_discretization == "euler" else (decay - 1) / A[channel]
+            h = decay * h + drive * B[:, t, channel] * u[:, t, channel, None]
+            read = (C[:, t, channel] * h).sum(-1)
+            y[:, t, channel] = (2 * read.real if A.is_complex() else read) + layer.ssm.D[channel] * u[:, t, channel]
+    return y
+
+
+def naive_gated(layer: Mamba | MambaBlock, x: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
+    """Figure 3: projections, convolution, a map, the gate."""
+    u, z = linear(x, layer.in_proj).split(layer.d_inner, -1)
+    u = silu(naive_convolution(u, layer.conv.weight, layer.conv.bias))
+    return linear(inner(u) * silu(z), layer.out_proj)
+
+
+SELECTIONS = list(itertools.product([True, False], repeat=3))
+INITS = ["s4d-real", "s4d-lin", "constant", "random"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["euler", "zoh"])
+@pytest.mark.parametrize("A_init", INITS)
+def test_s6_is_its_recurrence(A_init, rule):
+    torch.manual_seed(1)
+    u = torch.randn(2, 9, 6, dtype=torch.float64)
+    for selection in SELECTIONS:
+        selective = dict(zip(("selective_delta", "selective_B", "selective_C"), selection, strict=True))
+        layer = moved(S6(6, d_state=4, dt_rank=2, A_init=A_init, b_discretization=rule, **selective))
+        close(layer(u)[0], naive_s6(layer, u), f"S6, selective {selection}", 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biases", [(True, False), (False, True)], ids=["published", "reversed"])
+@pytest.mark.parametrize("rule", ["euler", "zoh"])
+@pytest.mark.parametrize("A_init", INITS)
+def test_mamba_is_its_figure(A_init, rule, biases):
+    torch.manual_seed(5)
+    x = torch.randn(2, 8, 5, dtype=torch.float64)
+    for selection in SELECTIONS:
+        selective = dict(zip(("selective_delta", "selective_B", "selective_C"), selection, strict=True))
+        sizes = {"d_state": 3, "d_conv": 3, "dt_rank": 2, "conv_bias": biases[0], "bias": biases[1]}
+        layer = moved(Mamba(5, **sizes, A_init=A_init, b_discretization=rule, **selective))
+        expected = naive_gated(layer, x, lambda u, layer=layer: naive_s6(layer, u))
+        close(layer(x)[0], expected, f"Mamba, selective {selection}", 1e-12)
+
+
+class RunningSum(SequenceLayer):
+    """An inner map whose output is known without it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def run(self, x, state, rows):
+        return x.cumsum(1), (x.sum(1),)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biases", [(True, False), (False, True)], ids=["published", "reversed"])
+def test_the_mamba_block_is_its_figure_around_any_map(biases):
+    torch.manual_seed(6)
+    layer = moved(MambaBlock(5, RunningSum, d_conv=3, expand=1.6, conv_bias=biases[0], bias=biases[1]))
+    x = torch.randn(2, 8, 5, dtype=torch.float64)
+    close(layer(x)[0], naive_gated(layer, x, lambda u: u.cumsum(1)), "MambaBlock", 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_gate_is_a_map_and_a_linear_mix(bias):
+    torch.manual_seed(7)
+    layer = moved(NoGate(5, RunningSum, bias=bias))
+    x = torch.randn(2, 8, 5, dtype=torch.float64)
+    mapped = x.cumsum(1)
+    mapped = mapped * (1 + torch.erf(mapped / math.sqrt(2))) / 2  # the exact GELU
+    close(layer(x)[0], linear(mapped, layer.out_proj), "NoGate", 1e-12)
+
+
+@torch.no_grad()
+def test_mamba_refuses_states_that_do_not_fit():
+    layer = moved(Mamba(6, d_state=3))
+    check_rows_of_the_state(layer, 6)
+    check_kind_of_the_state(layer, 6)
 
 
 def test_the_mamba_block_around_s6_is_mamba():

@@ -44,10 +44,6 @@ class Average(SequenceLayer):
             y.append(h)
         return (torch.stack(y, 1) if y else x), AverageState(h)
 
-    def step(self, x, state):
-        y, state = self.run(x[:, None], state, None)
-        return y[:, 0], state
-
 
 INNER = {
     "average": Average,

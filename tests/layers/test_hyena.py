@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from contract import check_contract, check_gradients, close
+from contract import check_contract, check_gradients, close, states_close
 
 from anymamba.layers.hyena import Hyena, HyenaFilter, ImplicitFilter
 from anymamba.layers.state import concatenate_rows, select_rows, state_bytes
@@ -126,7 +126,7 @@ def test_initialisation():
     assert abs(f.bias.mean()) < 0.2 and abs(f.bias.std() - 1) < 0.1
     assert f.layers[1].weight.abs().max().item() == pytest.approx(1 / 8, rel=0.01)
     learned = HyenaFilter(4, learn_positions=True, w=10.0).filter
-    close(learned.positions, learned._features(1024), "positions", 0.0)
+    close(learned.positions, learned._features(1024, torch.float64).float(), "positions", 0.0)
     assert (learned.frequency == 10).all()
 
 
@@ -256,3 +256,34 @@ def test_autocast_leaves_the_filter_alone():
     expected = f(4096)
     with torch.autocast("cpu", torch.bfloat16):
         close(f(4096), expected, "the filter under autocast", 0.0)
+
+
+@torch.no_grad()
+def test_a_float32_filter_is_that_of_float64_at_every_length():
+    torch.manual_seed(11)
+    f = ImplicitFilter(16, max_length=1024)
+    whole = f(1024)
+    exact = ImplicitFilter(16, max_length=1024).double()
+    exact.load_state_dict({name: p.double() for name, p in f.state_dict().items()})
+    assert whole.dtype == torch.float32
+    close(whole.double(), exact(1024), "float64", 1e-6)
+    for length in (1, 5, 100, 999):
+        close(f(length), whole[..., :length], f"length {length}", 1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [HyenaFilter, Hyena])
+def test_float32_modes_agree_over_a_long_sequence(kind):
+    torch.manual_seed(12)
+    layer, x = kind(4), torch.randn(1, 300, 4) + 0.5
+    whole, last = layer(x)
+    first, state = layer(x[:, :133])
+    second, after = layer(x[:, 133:], state)
+    close(torch.cat([first, second], 1), whole, "two pieces", 6e-7)
+    states_close(after, last, "two pieces", 6e-7)
+    stepped, state = [], layer.init_state(1)
+    for t in range(x.shape[1]):
+        y, state = layer.step(x[:, t], state)
+        stepped.append(y)
+    close(torch.stack(stepped, 1), whole, "steps", 6e-7)
+    states_close(state, last, "steps", 6e-7)

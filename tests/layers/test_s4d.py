@@ -181,7 +181,7 @@ def test_made_without_memory_first():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"must be even, got 7; take 8"):
+    with pytest.raises(ValueError, match=r'must be even, got 7; take 8, or init="s4d-real", whose states are real$'):
         S4D(3, 7)
     assert S4D(3, 7, init="s4d-real").init_state(1).h.shape == (1, 3, 7)
     with pytest.raises(ValueError, match="at least 1, got 0 and 8"):

@@ -40,7 +40,7 @@ BIG = ModelConfig(
     s4=S4Options(d_state=6, n_ssm=2, dt_min=0.01, dt_max=0.2),
     s4d=S4DOptions(d_state=6, init="s4d-inv", discretization="bilinear", dt_min=0.01, dt_max=0.2),
     hyena=HyenaOptions(order=3, max_length=100, emb_dim=5, d_filter=16, w=1.5, learn_positions=True),
-    h3=H3Options(d_head=2, d_shift=4),
+    h3=H3Options(d_head=2, d_shift=4, bias=False),
     attention=AttentionOptions(
         n_heads=4, n_kv_heads=2, d_head=6, positions="xpos", max_positions=50, rotary_base=100.0, d_conv=3, window=9,
         bias=True,
@@ -142,6 +142,24 @@ def test_fields_of_the_model(field, value, message):
 def test_fields_of_the_layer(values, message):
     with pytest.raises(ValueError, match=message):
         MambaOptions(**values)
+
+
+def test_lists_become_tuples():
+    config = ModelConfig(n_layers=2, mixers=["mamba", "mlp"], attention_layers=[1])  # type: ignore[arg-type]
+    assert config == ModelConfig(n_layers=2, mixers=("mamba", "mlp"), attention_layers=(1,))
+    assert hash(config.mixers) and config.layer_mixers == ("mamba", "attention")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mixers": "mamba"}, r"""mixers must be a tuple, got 'mamba'; for example \("mamba",\)"""),
+        ({"attention_layers": 3}, r"attention_layers must be a tuple, got 3; for example \(3,\)"),
+    ],
+)
+def test_what_is_no_tuple(values, message):
+    with pytest.raises(TypeError, match=message):
+        ModelConfig(**values)
 
 
 def test_a_layer_without_channels():

@@ -12,7 +12,7 @@ from anymamba import LanguageModel
 from anymamba.layers.state import state_tensors
 from anymamba.models import export
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
+from anymamba.models.options import AttentionOptions, MambaOptions
 
 OPTIONS = {
     "plain": MambaOptions(),
@@ -97,6 +97,20 @@ def test_one_graph_serves_all_steps(name):
                     [got.logits, *state_tensors(got.state)], [want.logits, *state_tensors(want.state)], 1e-5
                 )
                 theirs, ours = got.state, want.state
+
+
+def test_layers_that_look_at_their_states_rows_are_one_graph():
+    """`SequenceLayer` compares them with the batch."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mixers = ("linear-attention", "attention", "retention", "hyena", "rwkv")
+    model = LanguageModel(ModelConfig(d_model=32, n_layers=5, vocab_size=257, mixers=mixers)).eval()
+    with torch.no_grad():
+        state = model(tokens(2, 5)).state
+        for function, ids in ((model, tokens(2, 7)), (model.step, tokens(2))):
+            got = torch.compile(function, fullgraph=True, backend="aot_eager")(ids, state)
+            want = function(ids, state)
+            assert_all_close([got.logits, *state_tensors(got.state)], [want.logits, *state_tensors(want.state)], 1e-5)
 
 
 def test_inductor():
@@ -226,6 +240,9 @@ def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
 def test_what_onnx_cannot_express_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'complex arithmetic, which A_init="s4d-lin" needs'):
         export.export_step_onnx(build("complex"), tmp_path / "step.onnx")
+    config = ModelConfig(d_model=32, n_layers=1, vocab_size=9, attention=AttentionOptions(positions="absolute"))
+    with pytest.raises(ValueError, match=r"a table of absolute positions ends; torch.export takes every model"):
+        export.export_step_onnx(LanguageModel(config), tmp_path / "step.onnx")
     with pytest.raises(ValueError, match=r"float32, got a model in torch.bfloat16; use model.float"):
         export.export_step_onnx(build("plain").bfloat16(), tmp_path / "step.onnx")
 

@@ -24,6 +24,7 @@ from anymamba.models.checkpoints import (
     save_pretrained,
     writing,
 )
+from anymamba.models.options import AttentionOptions
 
 PLAIN = {"d_model": 16, "n_layers": 2, "vocab_size": 29}
 ODD = MambaOptions(d_state=8, d_conv=3, dt_rank=5, bias=True)
@@ -47,6 +48,7 @@ FOREIGN = {
     "output_norm": ModelConfig(**PLAIN, mamba=MambaOptions(output_norm="layernorm")),
     "inner_norms": ModelConfig(**PLAIN, mamba=MambaOptions(inner_norms=True)),
     "norm": ModelConfig(**PLAIN, norm="layernorm"),
+    "positions": ModelConfig(**PLAIN, attention=AttentionOptions(positions="absolute", max_positions=9)),
 }
 
 

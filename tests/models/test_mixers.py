@@ -156,6 +156,23 @@ def test_a_name_that_does_not_exist_lists_those_that_do():
         model_of("mamba3")
 
 
+def test_mambas_block_with_s6_is_called_mamba():
+    with pytest.raises(ValueError, match="unknown mixer 'mamba-s6' in mixers; Mamba's block with S6 is \"mamba\""):
+        model_of("mamba-s6")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["linear-attention", "mlp"])
+def test_absolute_positions_are_added_whatever_the_mixers(mixer):
+    positions = AttentionOptions(positions="absolute", max_positions=10)
+    model = model_of(mixer, attention=positions)
+    same = torch.full((1, 10), 3)
+    logits = model(same).logits[0]
+    assert (logits[1:] - logits[0]).abs().amax(1).min() > 1e-6
+    with pytest.raises(ValueError, match="a sequence of 11 tokens is longer than the table of 10 absolute positions"):
+        model(torch.full((1, 11), 3))
+
+
 def test_a_head_that_does_not_divide_the_width():
     with pytest.raises(ValueError, match=r"multiple of h3.d_head, got 16 and 5"):
         model_of("h3-s4d", h3=H3Options(d_head=5))

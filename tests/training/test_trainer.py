@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from anymamba.models.checkpoints import CheckpointError
+from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.mixers import MIXERS
 from anymamba.training import trainer
 from anymamba.training.checkpoint import checkpoint_folder, checkpoints
 from anymamba.training.config import TrainConfig
@@ -64,6 +66,30 @@ def test_a_run_leaves_a_model_a_config_metrics_events_and_a_plot(config: TrainCo
     assert list((run / "tensorboard").glob("events*"))
     assert [path.name for path in checkpoints(run)] == ["step-00000010", "step-00000012"]
     assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".metadata", ".distcp")]
+
+
+def test_the_carried_states_of_all_bounded_layers_are_resumed(config: TrainConfig, tmp_path: Path) -> None:
+    names = [name for name in MIXERS if not ModelConfig(n_layers=1, mixers=(name,)).growing_mixers]
+    model = replace(config.model, n_layers=len(names), mixers=tuple(names), weight_std=0.02)
+    config = replace(config, model=model, steps=4, eval_every=100, checkpoint_every=2)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config, tmp_path / "run", StopAt(3))
+    assert resume(tmp_path / "run").steps == 4
+    train(config, tmp_path / "straight")
+    assert_same_run(tmp_path / "run", tmp_path / "straight", 4)
+
+
+def test_a_run_from_before_kernels_had_a_rate_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    run, model = tmp_path / "run", replace(config.model, mixers=("mamba", "s4d"))
+    with pytest.raises(RuntimeError, match="crash"):
+        train(replace(config, model=model, checkpoint_every=4), run, StopAt(6))
+    values = json.loads((run / "train_config.json").read_text())
+    del values["optimizer"]["kernel_learning_rate"]
+    (run / "train_config.json").write_text(json.dumps(values))
+    assert resume(run).steps == 12
+    assert read_config(run).optimizer.kernel_learning_rate == 1e-3
+    train(replace(config, model=model, checkpoint_every=4), tmp_path / "straight")
+    assert_same_run(run, tmp_path / "straight", 12)
 
 
 def test_it_learns(config: TrainConfig, tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ class Attention(SequenceLayer):
     Raises ValueError for sizes and names that do not fit.
     """
 
+    state_type = AttentionState
+
     def __init__(
         self,
         d_model: int,
@@ -135,12 +137,6 @@ class Attention(SequenceLayer):
         new = AttentionState(keys, values, after, conv)
         new.remember(cache)
         return self.out_proj(y.transpose(1, 2).flatten(2)), new
-
-    def step(
-        self, x: Float[Tensor, "batch d_model"], state: AttentionState
-    ) -> tuple[Float[Tensor, "batch d_model"], AttentionState]:
-        y, state = self.run(x[:, None], state, None)
-        return y[:, 0], state
 
     def _most_kept(self, cache: Cache) -> int:
         """Entries that a later query may see."""

@@ -89,14 +89,17 @@ def real_sum(x: Num[Tensor, "... n_states"]) -> Float[Tensor, "..."]:
     return 2 * x.real.sum(-1) if x.is_complex() else x.sum(-1)
 
 
-def require_sizes(width: int, d_state: int, pairs: bool) -> None:
-    """Raise ValueError unless both are at least 1 and d_state is even where states come in conjugate pairs."""
+def require_sizes(width: int, d_state: int, pairs: bool, instead: str = "") -> None:
+    """Raise ValueError unless both are at least 1 and d_state is even where states come in conjugate pairs.
+
+    `instead` is the end of the message: what there is besides pairs.
+    """
     if width < 1 or d_state < 1:
         raise ValueError(f"width and d_state must be at least 1, got {width} and {d_state}")
     if pairs and d_state % 2:
         raise ValueError(
             f"d_state counts real numbers and complex states come in conjugate pairs: it must be even, got {d_state}; "
-            f"take {d_state + 1}, or real states"
+            f"take {d_state + 1}{instead}"
         )
 
 

@@ -52,6 +52,8 @@ class GAU(SequenceLayer):
     Raises ValueError for sizes below 1.
     """
 
+    state_type = GAUState
+
     def __init__(
         self,
         d_model: int,
@@ -120,12 +122,6 @@ class GAU(SequenceLayer):
         new = GAUState(keys, values, cache.filled)
         new.remember(cache)
         return y, new
-
-    def step(
-        self, x: Float[Tensor, "batch d_model"], state: GAUState
-    ) -> tuple[Float[Tensor, "batch d_model"], GAUState]:
-        y, state = self.run(x[:, None], state, None)
-        return y[:, 0], state
 
     def _read(
         self, q: Float[Tensor, "batch queries d_key"], keys: Tensor, values: Tensor, before: Cache, start: int

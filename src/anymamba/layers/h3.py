@@ -77,6 +77,8 @@ class H3(SequenceLayer):
     Raises ValueError for sizes that do not exist or do not fit.
     """
 
+    state_type = H3State
+
     def __init__(
         self,
         d_model: int,
@@ -130,7 +132,7 @@ class H3(SequenceLayer):
         products, inner = self.inner(self._outer(shifted, v), folded, attention_mask=mask)
         return self.out_proj(self._contract(q, products)), H3State(shift, self._unfold(inner, x.shape[0]))
 
-    def step(self, x: Float[Tensor, "batch d_model"], state: H3State) -> tuple[Tensor, H3State]:
+    def run_step(self, x: Float[Tensor, "batch d_model"], state: H3State) -> tuple[Tensor, H3State]:
         """One token."""
         q, k, v = self.in_proj(x)[:, None].chunk(3, dim=-1)
         k, shift = self.shift(k, state.shift)

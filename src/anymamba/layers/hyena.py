@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from anymamba.layers import diagonal
 from anymamba.layers.conv import ShortConvolution
 from anymamba.layers.fft_conv import fft_conv
 from anymamba.layers.padding import Rows
@@ -115,29 +116,36 @@ class ImplicitFilter(KernelParameters):
     def _reset_vectors(self) -> None:
         self.frequency.fill_(self.w)
         if self.positions is not None:
-            self.positions.copy_(self._features(self.max_length))
+            self.positions.copy_(self._features(self.max_length, diagonal.exact_dtype(self.bias.device)))
         self.bias.normal_()
 
-    def _times(self, length: int) -> Float[Tensor, " length"]:
-        return torch.arange(length, device=self.bias.device, dtype=self.bias.dtype) / max(1, self.max_length - 1)
+    def _times(self, length: int, dtype: torch.dtype) -> Float[Tensor, " length"]:
+        return torch.arange(length, device=self.bias.device, dtype=dtype) / max(1, self.max_length - 1)
 
-    def _features(self, length: int) -> Float[Tensor, "length emb_dim"]:
+    def _features(self, length: int, dtype: torch.dtype) -> Float[Tensor, "length emb_dim"]:
         n_bands = (self.emb_dim - 1) // 2
-        like: dict[str, Any] = {"device": self.bias.device, "dtype": self.bias.dtype}
+        like: dict[str, Any] = {"device": self.bias.device, "dtype": dtype}
         angle = torch.arange(length, **like)[:, None] * (2 * math.pi / self.max_length)
         angle = angle * torch.linspace(1e-4, n_bands - 1, n_bands, **like)
-        return torch.cat([self._times(length)[:, None], torch.cos(angle), -torch.sin(angle)], 1)
+        return torch.cat([self._times(length, dtype)[:, None], torch.cos(angle), -torch.sin(angle)], 1)
 
     def forward(self, length: int) -> Float[Tensor, "n_filters width length"]:
-        """The first `length` values of every filter, in float32 or wider also under autocast."""
+        """The first `length` values of every filter, in float32 or wider also under autocast.
+
+        The sines are taken in float64: each of frequency a multiplies the roundings before it by up to a, so that in
+        float32 a filter would be off by 1e-4, and would depend on the length that is asked for.
+        """
         with torch.autocast(self.bias.device.type, enabled=False):
-            x = self._features(length) if self.positions is None else self.positions[:length]
+            exact = diagonal.exact_dtype(self.bias.device)
+            x = self._features(length, exact) if self.positions is None else self.positions[:length].to(exact)
             for layer in self.layers:
-                x = torch.sin(self.frequency * layer(x))
+                weight, bias = (parameter.to(exact) for parameter in layer.parameters())
+                x = torch.sin(self.frequency.to(exact) * F.linear(x, weight, bias))
+            x = self.output(x.to(self.bias.dtype))
             slowest, fastest = self.decay_range
             decay = torch.linspace(slowest, fastest, self.width, device=x.device, dtype=x.dtype).abs()
-            window = torch.exp(-decay[:, None] * self._times(length)) + self.shift
-            return self.output(x).T.unflatten(0, (self.n_filters, self.width)) * window
+            window = torch.exp(-decay[:, None] * self._times(length, x.dtype)) + self.shift
+            return x.T.unflatten(0, (self.n_filters, self.width)) * window
 
 
 class HyenaFilterState(NamedTuple):
@@ -157,6 +165,8 @@ class HyenaFilter(SequenceLayer):
         filter_options: max_length and the others of `ImplicitFilter`.
     Raises ValueError for sizes that do not exist and for sequences beyond max_length.
     """
+
+    state_type = HyenaFilterState
 
     def __init__(self, width: int, *, device=None, dtype=None, **filter_options: Unpack[FilterOptions]) -> None:
         super().__init__()
@@ -178,11 +188,6 @@ class HyenaFilter(SequenceLayer):
         state = self.init_state(x.shape[0], x.dtype) if state is None else state
         needed = _tokens(x, state, rows, self.filter.max_length)
         return _convolve(x, self.filter(needed)[0], self.filter.bias[0], state, rows)
-
-    def step(self, x: Float[Tensor, "batch width"], state: HyenaFilterState) -> tuple[Tensor, HyenaFilterState]:
-        """One token, in time proportional to the tokens so far."""
-        y, state = self.run(x[:, None], state, None)
-        return y[:, 0], state
 
 
 class HyenaState(NamedTuple):
@@ -209,6 +214,8 @@ class Hyena(SequenceLayer):
         filter_options: max_length and the others of `ImplicitFilter`.
     Raises ValueError for sizes that do not exist and for sequences beyond max_length.
     """
+
+    state_type = HyenaState
 
     def __init__(
         self,
@@ -260,11 +267,6 @@ class Hyena(SequenceLayer):
         conv = short.last_state if rows is None else rows.last(u, state.conv, self.short_width - 1)
         return self.out_proj(v * gates[0]), HyenaState(conv, tuple(after))
 
-    def step(self, x: Float[Tensor, "batch d_model"], state: HyenaState) -> tuple[Tensor, HyenaState]:
-        """One token, in time proportional to the tokens so far."""
-        y, state = self.run(x[:, None], state, None)
-        return y[:, 0], state
-
 
 # ------------------------------------------------------------------------- a convolution whose state is all its inputs
 
@@ -277,11 +279,9 @@ def _nothing_yet(batch: int, width: int, like: Tensor, dtype: torch.dtype | None
 def _tokens(x: Tensor, state: HyenaFilterState, rows: Rows | None, max_length: int) -> int:
     """Tokens of the longest row, those before x included: as many values of the filter are needed.
 
-    Raises ValueError when there are more than max_length, or the state has other rows than x.
+    Raises ValueError when there are more than max_length.
     """
     batch, length = x.shape[:2]
-    if state.filled.shape[0] != batch:
-        raise ValueError(f"the state must have a row per sequence, got {state.filled.shape[0]} rows for {batch}")
     needed = state.inputs.shape[1] + length
     if batch and (rows is not None or needed > max_length):  # the shapes are but a bound: a look at the rows is needed
         after = state.filled + (length if rows is None else rows.lengths)

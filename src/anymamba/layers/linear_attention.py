@@ -44,6 +44,8 @@ class LinearAttention(SequenceLayer):
     Raises ValueError for sizes that do not fit and for a feature map that does not exist.
     """
 
+    state_type = LinearAttentionState
+
     def __init__(
         self, d_model: int, n_heads: int, *, feature_map: str = "elu+1", bias: bool = False, device=None, dtype=None
     ) -> None:
@@ -79,7 +81,7 @@ class LinearAttention(SequenceLayer):
         y, after = chunked_linear_attention(q, k, v, state or self.init_state(x.shape[0], x.dtype))
         return self.out_proj(y.flatten(-2).to(x.dtype)), after
 
-    def step(
+    def run_step(
         self, x: Float[Tensor, "batch d_model"], state: LinearAttentionState
     ) -> tuple[Float[Tensor, "batch d_model"], LinearAttentionState]:
         """One token, in time and memory that do not grow."""
@@ -106,7 +108,8 @@ def chunked_linear_attention(
 ) -> tuple[Float[Tensor, "batch length n_heads d_head"], LinearAttentionState]:
     """Linear attention of features q and k: scores as masked matrices inside chunks, sums carried between them.
 
-    Costs length * (CHUNK + d_head) * d_head multiplications a head, and memory of length * (CHUNK + d_head).
+    Costs length * (CHUNK + d_head) * d_head multiplications a head, and memory of length * (CHUNK + d_head +
+    d_head**2 / CHUNK): scores, values and the sums before the chunks.
     """
     length = q.shape[1]
     if length == 0:

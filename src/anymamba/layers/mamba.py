@@ -23,7 +23,8 @@ from anymamba.layers.conv import ShortConvolution
 from anymamba.layers.norm import build_norm
 from anymamba.layers.padding import Alignment
 from anymamba.layers.s6 import SelectiveSSM, alignment, require_sizes
-from anymamba.layers.state import MambaState
+from anymamba.layers.state import MambaState, require_state
+from anymamba.ops.checks import n_sequences
 
 
 class GatedBlock(nn.Module):
@@ -76,9 +77,12 @@ class GatedBlock(nn.Module):
             attention_mask: (batch, length), true at real tokens; padding, wherever it lies, changes neither the outputs
                 at real tokens nor the state. Outputs at padding mean nothing.
             cu_seqlens: int32 borders of sequences packed along the length of one row.
-        Raises ValueError when both a mask and cu_seqlens are given, or shapes disagree.
+        Raises ValueError when both a mask and cu_seqlens are given, or shapes disagree, TypeError for another layer's
+            state.
         """
         padding = alignment(x, attention_mask, cu_seqlens)
+        if state is not None:
+            require_state(state, MambaState, n_sequences(x.shape[0], cu_seqlens))
         if padding is not None:
             x = padding.align(x)
         u, z = self.in_proj(x).chunk(2, dim=-1)
@@ -96,6 +100,7 @@ class GatedBlock(nn.Module):
         self, x: Float[Tensor, "batch d_model"], state: MambaState
     ) -> tuple[Float[Tensor, "batch d_model"], MambaState]:
         """One token: `forward` at length one, in constant time."""
+        require_state(state, MambaState, x.shape[0])
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, conv_state = self.conv.step(u, state.conv)
         y, after = self._map_step(u, z, state.ssm)

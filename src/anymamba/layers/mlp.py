@@ -43,6 +43,8 @@ class MLP(SequenceLayer):
     Raises ValueError for sizes below 1 and kinds that do not exist.
     """
 
+    state_type = NoState
+
     def __init__(
         self,
         d_model: int,
@@ -79,7 +81,9 @@ class MLP(SequenceLayer):
     ) -> tuple[Float[Tensor, "rows length d_model"], NoState]:
         return self._map(x), NoState()
 
-    def step(self, x: Float[Tensor, "batch d_model"], state: NoState) -> tuple[Float[Tensor, "batch d_model"], NoState]:
+    def run_step(
+        self, x: Float[Tensor, "batch d_model"], state: NoState
+    ) -> tuple[Float[Tensor, "batch d_model"], NoState]:
         return self._map(x), NoState()
 
     def _map(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:

@@ -29,8 +29,8 @@ class WideParameters(nn.Module):
 
 
 class KernelParameters(WideParameters):
-    """Parameters of a time-invariant kernel (S4, S4D, Hyena's filter): optimised at a rate of their own, 1e-3 in the
-    papers, whatever the rate of the other weights is."""
+    """Parameters of a time-invariant kernel (S4, S4D, H3's shift, Hyena's filter): optimised at the rate of the other
+    weights, but with a peak of at most 1e-3, as in the papers."""
 
 
 def without_decay(model: nn.Module) -> set[nn.Parameter]:

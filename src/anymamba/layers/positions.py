@@ -32,6 +32,8 @@ class LearnedPositions(SequenceLayer):
     Raises ValueError for sizes below 1, and for a sequence that leaves the table.
     """
 
+    state_type = PositionsState
+
     def __init__(self, max_positions: int, d_model: int, device=None, dtype=None) -> None:
         super().__init__()
         for name, size in (("max_positions", max_positions), ("d_model", d_model)):
@@ -65,12 +67,6 @@ class LearnedPositions(SequenceLayer):
         if rows is not None:  # padding may lie past the end of the table
             positions = positions.masked_fill(~rows.mask, 0)
         return x + F.embedding(positions, self.table).to(x.dtype), PositionsState(after)
-
-    def step(
-        self, x: Float[Tensor, "batch d_model"], state: PositionsState
-    ) -> tuple[Float[Tensor, "batch d_model"], PositionsState]:
-        y, state = self.run(x[:, None], state, None)
-        return y[:, 0], state
 
     def _require_room(self, length: int) -> None:
         if length > self.max_positions:

@@ -49,6 +49,8 @@ class Retention(SequenceLayer):
     Raises ValueError for sizes that do not fit.
     """
 
+    state_type = RetentionState
+
     def __init__(
         self,
         d_model: int,
@@ -106,7 +108,7 @@ class Retention(SequenceLayer):
         o, S = chunked_retention(q, k, v, log_decay(self.n_heads, q), state.S, lengths)
         return self._output(x, o), RetentionState(S, state.position + lengths)
 
-    def step(
+    def run_step(
         self, x: Float[Tensor, "batch d_model"], state: RetentionState
     ) -> tuple[Float[Tensor, "batch d_model"], RetentionState]:
         """One token, in time and memory that do not grow."""

@@ -81,6 +81,8 @@ class RWKVTimeMix(SequenceLayer):
     Raises ValueError for sizes that do not fit.
     """
 
+    state_type = RWKVTimeMixState
+
     def __init__(self, d_model: int, *, layer: int = 0, n_layers: int = 1, device=None, dtype=None) -> None:
         super().__init__()
         _require_sizes(d_model, d_model, layer, n_layers)
@@ -132,7 +134,7 @@ class RWKVTimeMix(SequenceLayer):
         after = (_last(x, state.previous, rows), _last(average, state.average, rows))
         return y, RWKVTimeMixState(*after, _last(weight, state.log_weight, rows))
 
-    def step(
+    def run_step(
         self, x: Float[Tensor, "batch d_model"], state: RWKVTimeMixState
     ) -> tuple[Float[Tensor, "batch d_model"], RWKVTimeMixState]:
         """One token, in time and memory that do not grow."""
@@ -167,6 +169,8 @@ class RWKVChannelMix(SequenceLayer):
         layer, n_layers: which of how many layers it is, from 0; the initialisation depends on the depth.
     Raises ValueError for sizes that do not fit.
     """
+
+    state_type = RWKVChannelMixState
 
     def __init__(
         self,
@@ -209,7 +213,7 @@ class RWKVChannelMix(SequenceLayer):
         state = state or self.init_state(x.shape[0], x.dtype)
         return self._mixed(x, _before(x, state.previous)), RWKVChannelMixState(_last(x, state.previous, rows))
 
-    def step(
+    def run_step(
         self, x: Float[Tensor, "batch d_model"], state: RWKVChannelMixState
     ) -> tuple[Float[Tensor, "batch d_model"], RWKVChannelMixState]:
         """One token."""

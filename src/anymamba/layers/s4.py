@@ -107,6 +107,8 @@ class S4(SequenceLayer):
     Raises ValueError for sizes that cannot be.
     """
 
+    state_type = S4State
+
     def __init__(
         self,
         width: int,
@@ -156,7 +158,7 @@ class S4(SequenceLayer):
                 h = h + diagonal.elapsed(system.Gamma, length, lengths) * state.h
             return y.to(x.dtype), S4State(h.to(self.kernel.state_dtype))
 
-    def step(self, x: Float[Tensor, "batch width"], state: S4State) -> tuple[Float[Tensor, "batch width"], S4State]:
+    def run_step(self, x: Float[Tensor, "batch width"], state: S4State) -> tuple[Float[Tensor, "batch width"], S4State]:
         """Recurrent mode, O(d_state) a channel. In float64: Γ rounded to float32 is off more with every token."""
         with torch.autocast(x.device.type, enabled=False):
             system = self.kernel.discretise()

@@ -69,6 +69,8 @@ class S4D(SequenceLayer):
     Raises ValueError for sizes and names that cannot be.
     """
 
+    state_type = S4DState
+
     def __init__(
         self,
         width: int,
@@ -113,7 +115,9 @@ class S4D(SequenceLayer):
                 h = h + diagonal.elapsed(system.Abar, length, lengths) * state.h
             return y.to(x.dtype), S4DState(h.to(self.kernel.state_dtype))
 
-    def step(self, x: Float[Tensor, "batch width"], state: S4DState) -> tuple[Float[Tensor, "batch width"], S4DState]:
+    def run_step(
+        self, x: Float[Tensor, "batch width"], state: S4DState
+    ) -> tuple[Float[Tensor, "batch width"], S4DState]:
         """Recurrent mode, O(d_state) a channel. In float64: Abar rounded to float32 is off more with every token."""
         with torch.autocast(x.device.type, enabled=False):
             system = self.kernel.discretise()
@@ -142,7 +146,7 @@ class S4DKernel(KernelParameters):
         if discretization not in DISCRETIZATIONS:
             raise ValueError(f"discretization must be one of {', '.join(DISCRETIZATIONS)}, got {discretization!r}")
         is_complex = init != "s4d-real"
-        diagonal.require_sizes(width, d_state, pairs=is_complex)
+        diagonal.require_sizes(width, d_state, is_complex, ', or init="s4d-real", whose states are real')
         self.init, self.discretization, self.dt_range = init, discretization, dt_range
         n_states = d_state // 2 if is_complex else d_state
 

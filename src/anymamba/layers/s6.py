@@ -18,6 +18,8 @@ from anymamba.layers import init
 from anymamba.layers.norm import RMSNorm
 from anymamba.layers.padding import Alignment
 from anymamba.layers.parameters import WideParameters
+from anymamba.layers.state import require_state
+from anymamba.ops.checks import n_sequences
 from anymamba.ops.selective_scan import B_DISCRETIZATIONS, ScanOutput, selective_scan, selective_scan_step
 
 
@@ -302,6 +304,8 @@ class S6(SelectiveSSM):
     ) -> tuple[Float[Tensor, "batch length width"], S6State]:
         """Run over a sequence from a state; arguments as in `Mamba.forward`."""
         padding = alignment(x, attention_mask, cu_seqlens)
+        if state is not None:
+            require_state(state, S6State, n_sequences(x.shape[0], cu_seqlens))
         before = None if state is None else state.ssm
         if padding is None:
             scan = self._scan(x, None, before, None, cu_seqlens)
@@ -311,6 +315,7 @@ class S6(SelectiveSSM):
 
     def step(self, x: Float[Tensor, "batch width"], state: S6State) -> tuple[Float[Tensor, "batch width"], S6State]:
         """One token: `forward` at length one, in constant time."""
+        require_state(state, S6State, x.shape[0])
         y, ssm = self._scan_step(x, None, state.ssm)
         return y, S6State(ssm)
 

@@ -46,6 +46,21 @@ def state_tensors(state: Any) -> Iterator[Tensor]:
             yield from state_tensors(entry)
 
 
+def require_state(state: Any, kind: type, n_sequences: int) -> None:
+    """Raise TypeError unless a state is of this kind, ValueError unless it has a row for each sequence."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"the state must be a {kind.__name__}, got a {type(state).__name__}; init_state of the layer that is to go "
+            "on makes one, and its forward and step return one"
+        )
+    for tensor in state_tensors(state):
+        if tensor.shape[0] != n_sequences:
+            raise ValueError(
+                f"the state must have a row per sequence, got {tensor.shape[0]} rows for {n_sequences}; select_rows "
+                "repeats or drops rows, init_state makes new ones"
+            )
+
+
 def select_rows(state: StateT, index: Int[Tensor, " rows"]) -> StateT:
     """Rows of a state by index: reorder (beam search), repeat (fork) or drop them."""
     return map_state(lambda t: t.index_select(0, index), state)

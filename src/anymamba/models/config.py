@@ -69,6 +69,11 @@ class ModelConfig:
     """Options of retention."""
 
     def __post_init__(self) -> None:
+        for name, example in (("mixers", '("mamba",)'), ("attention_layers", "(3,)")):
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list):
+                raise TypeError(f"{name} must be a tuple, got {values!r}; for example {example}")
+            object.__setattr__(self, name, tuple(values))
         for name in ("d_model", "n_layers", "vocab_size", "pad_vocab_multiple"):
             require_at_least(name, getattr(self, name), 1)
         require_positive("norm_eps", self.norm_eps)
@@ -108,8 +113,8 @@ class ModelConfig:
 
     @property
     def has_absolute_positions(self) -> bool:
-        """Whether a table of positions is added to the embeddings."""
-        return self.attention.positions == "absolute" and "attention" in self.layer_mixers
+        """Whether a table of positions is added to the embeddings, which every mixer then sees."""
+        return self.attention.positions == "absolute"
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:

@@ -94,6 +94,10 @@ def _require_expressible(model: LanguageModel) -> None:
             f"the ONNX step is written for {', '.join(sorted(EXPRESSIBLE))}, got the mixer {others[0]!r}; "
             "torch.export takes every model"
         )
+    if model.positions is not None:
+        raise ValueError(
+            "the ONNX step cannot tell when a table of absolute positions ends; torch.export takes every model"
+        )
     if model.config.mamba.is_complex:
         raise ValueError('ONNX has no complex arithmetic, which A_init="s4d-lin" needs; this model cannot be exported')
     dtype = model.embedding.weight.dtype

@@ -112,6 +112,8 @@ def build_mixer(name: str, config: ModelConfig, index: int, like: Like) -> nn.Mo
 
     Raises ValueError for a name that does not exist.
     """
+    if name == "mamba-s6":
+        raise ValueError("unknown mixer 'mamba-s6' in mixers; Mamba's block with S6 is \"mamba\"")
     if name not in MIXERS:
         raise ValueError(f"unknown mixer {name!r} in mixers; there are {', '.join(MIXERS)}")
     return MIXERS[name](config, index, like)

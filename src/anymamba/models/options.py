@@ -162,7 +162,8 @@ class AttentionOptions:
     d_head: int | None = None
     """Size of a head; absent means d_model / n_heads."""
     positions: Literal["none", "absolute", "rotary", "xpos"] = "rotary"
-    """Absolute: a learned table added to the embeddings. Rotary and xPos: rotations of queries and keys."""
+    """Absolute: a learned table added to the embeddings, in models without attention, too. Rotary and xPos: rotations
+    of queries and keys."""
     max_positions: int = 2048
     """Rows of the table of absolute positions; a longer sequence is an error."""
     rotary_base: float = 10000.0

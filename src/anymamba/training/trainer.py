@@ -364,7 +364,8 @@ class _Trainer:
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.model, self.optimizer).items()}
         if self.carried is not None:
-            tensors |= {f"carried.{i}": t for i, t in enumerate(state_tensors(self.carried))}
+            carried = enumerate(state_tensors(self.carried))  # may be views, which safetensors refuses
+            tensors |= {f"carried.{i}": t.clone(memory_format=torch.contiguous_format) for i, t in carried}
         tensors["random.torch"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()

@@ -38,6 +38,8 @@ def foreign_mamba_options(config: ModelConfig) -> list[str]:
         options.append("A_init='s4d-lin' (complex A)")
     if set(config.layer_mixers) != {"mamba"}:
         options.append(f"mixers={config.mixers!r}")
+    if config.has_absolute_positions:
+        options.append("positions='absolute'")
     return options
 
 
