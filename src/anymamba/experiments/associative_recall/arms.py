@@ -61,7 +61,7 @@ SYSTEMS = {
 MAMBA_BY_STATE = ("mamba-n4", "mamba-n16", "mamba-n64")
 """The same but for the state, smallest first."""
 TIME_INVARIANT = ("h3", "hyena")
-SLOW = ("mamba-deep", "h3")
+SLOW = (*MAMBA_BY_STATE, "mamba-deep", "h3")
 """Take more than five minutes at scale cpu, and have one seed there."""
 WITHOUT_ATTENTION = {"hybrid-1": "mamba-n16", "hybrid-2": "mamba-deep"}
 """A hybrid, and what it is with Mamba in the place of attention."""
