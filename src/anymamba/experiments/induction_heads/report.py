@@ -196,7 +196,10 @@ def growing_words(settings: dict[str, Any]) -> str:
         "answers at longer lengths, on other sequences than those of the tests, with triggers among the first ten and "
         "seed 0. Seeds differ: a trial with seed 1 and these rounds was stopped after 7 of them and made mistakes from "
         "2^10 on; whether 30 suffice there is not known. Other courses were tried and left: a constant rate, one "
-        "cosine, label smoothing, softer logits, weight decay."
+        "cosine, label smoothing, softer logits, weight decay. Mistakes of Mamba with triggers anywhere were looked at "
+        "apart (seed 0, trained again, 4,096 or 8,192 sequences of each length from 16 to 256): of 69, 66 are where "
+        "the answer stands right before the last trigger and 3 where one token lies between. Training at 256 shows "
+        "that first case to one sequence in 254; a test at 64 asks it of one in 62."
     )
 
 
