@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anymamba.layers.parameters import kernel_parameters, without_decay
+from anymamba.layers.parameters import parameter_groups
 from anymamba.models.language_model import LanguageModel
 
 
@@ -75,11 +75,7 @@ def train(
 
 def build_optimizer(model: LanguageModel, config: Optimization) -> torch.optim.AdamW:
     """AdamW in three groups: matrices that decay, those that do not, and kernels at a rate of their own."""
-    own_rate, exempt = kernel_parameters(model), without_decay(model)
-    kernels = [p for p in model.parameters() if p in own_rate]
-    rest = [p for p in model.parameters() if p not in own_rate]
-    decayed = [p for p in rest if p not in exempt]
-    plain = [p for p in rest if p in exempt]
+    decayed, plain, kernels = parameter_groups(model)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay, "peak": config.learning_rate},
         {"params": plain, "weight_decay": 0.0, "peak": config.learning_rate},

@@ -39,6 +39,11 @@ def without_decay(model: nn.Module) -> set[nn.Parameter]:
     return inside | {p for p in model.parameters() if p.ndim < 2}
 
 
-def kernel_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters of a model's time-invariant kernels."""
-    return {p for module in model.modules() if isinstance(module, KernelParameters) for p in module.parameters()}
+def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters of a model, in its order: those that decay, those that do not, and those of kernels, which
+    do not either."""
+    inside = {p for module in model.modules() if isinstance(module, KernelParameters) for p in module.parameters()}
+    exempt = without_decay(model) - inside
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p not in exempt and p not in inside]
+    return decayed, [p for p in trained if p in exempt], [p for p in trained if p in inside]

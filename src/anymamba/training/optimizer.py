@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from anymamba.layers.parameters import kernel_parameters, without_decay
+from anymamba.layers.parameters import parameter_groups
 from anymamba.training.config import OptimizerConfig
 
 
@@ -17,18 +17,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
     Any model of this package's layers will do. What does not require a gradient is left out.
     """
-    kernels = kernel_parameters(model)
-    exempt = without_decay(model) - kernels
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p not in exempt and p not in kernels]
+    decayed, plain, kernels = parameter_groups(model)
+    kernel_rate = min(1.0, config.kernel_learning_rate / config.learning_rate)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay, "rate": 1.0},
-        {"params": [p for p in trained if p in exempt], "weight_decay": 0.0, "rate": 1.0},
-        {
-            "params": [p for p in trained if p in kernels],
-            "weight_decay": 0.0,
-            "rate": min(1.0, config.kernel_learning_rate / config.learning_rate),
-        },
+        {"params": plain, "weight_decay": 0.0, "rate": 1.0},
+        {"params": kernels, "weight_decay": 0.0, "rate": kernel_rate},
     ]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
