@@ -12,6 +12,7 @@ from anymamba import LanguageModel
 from anymamba.layers.state import state_tensors
 from anymamba.models import export
 from anymamba.models.config import ModelConfig
+from anymamba.models.mixers import MIXERS
 from anymamba.models.options import AttentionOptions, MambaOptions
 
 OPTIONS = {
@@ -99,12 +100,12 @@ def test_one_graph_serves_all_steps(name):
                 theirs, ours = got.state, want.state
 
 
-def test_layers_that_look_at_their_states_rows_are_one_graph():
-    """`SequenceLayer` compares them with the batch."""
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_is_one_graph(mixer):
+    """From a state, a sequence and a step."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    mixers = ("linear-attention", "attention", "retention", "hyena", "rwkv")
-    model = LanguageModel(ModelConfig(d_model=32, n_layers=5, vocab_size=257, mixers=mixers)).eval()
+    model = LanguageModel(ModelConfig(d_model=32, n_layers=1, vocab_size=257, mixers=(mixer,))).eval()
     with torch.no_grad():
         state = model(tokens(2, 5)).state
         for function, ids in ((model, tokens(2, 7)), (model.step, tokens(2))):

@@ -20,6 +20,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from anymamba.kernels.elementwise import complex_dtype
+
 
 def exact_dtype(device: torch.device) -> torch.dtype:
     """float64, in which systems are discretised and their powers taken; float32 on Apple GPUs, which lack float64."""
@@ -81,7 +83,7 @@ def right_aligned(
 
 def in_precision(x: Num[Tensor, "..."], real_dtype: torch.dtype) -> Num[Tensor, "..."]:
     """x, real or complex as it is, in the precision of a real dtype."""
-    return x.to(real_dtype.to_complex() if x.is_complex() else real_dtype)
+    return x.to(complex_dtype(real_dtype) if x.is_complex() else real_dtype)
 
 
 def real_sum(x: Num[Tensor, "... n_states"]) -> Float[Tensor, "..."]:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
+from anymamba.kernels.elementwise import complex_dtype
 from anymamba.layers import diagonal
 from anymamba.layers.fft_conv import fast_fft_size, fft_conv
 from anymamba.layers.padding import Rows
@@ -197,7 +198,7 @@ class S4Kernel(KernelParameters):
     @property
     def state_dtype(self) -> torch.dtype:
         """Complex, in the parameters' precision."""
-        return self.D.dtype.to_complex()
+        return complex_dtype(self.D.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from anymamba.kernels.elementwise import expm1_ratio
+from anymamba.kernels.elementwise import complex_dtype, expm1_ratio
 from anymamba.layers import diagonal
 from anymamba.layers.fft_conv import fft_conv
 from anymamba.layers.padding import Rows
@@ -163,7 +163,7 @@ class S4DKernel(KernelParameters):
     @property
     def state_dtype(self) -> torch.dtype:
         """Complex or real, in the parameters' precision."""
-        return self.A_log.dtype if self.A_imag is None else self.A_log.dtype.to_complex()
+        return self.A_log.dtype if self.A_imag is None else complex_dtype(self.A_log.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

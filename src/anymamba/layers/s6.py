@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anymamba.kernels.elementwise import complex_dtype
 from anymamba.layers import init
 from anymamba.layers.norm import RMSNorm
 from anymamba.layers.padding import Alignment
@@ -164,7 +165,7 @@ class SelectiveSSM(nn.Module):
 
     def _init_ssm_state(self, batch: int) -> Float[Tensor, "batch width d_state"]:
         A_log = self.ssm.A_log
-        dtype = A_log.dtype.to_complex() if self.ssm.is_complex else A_log.dtype
+        dtype = complex_dtype(A_log.dtype) if self.ssm.is_complex else A_log.dtype
         return torch.zeros(batch, *A_log.shape, device=A_log.device, dtype=dtype)
 
     def _scan(
