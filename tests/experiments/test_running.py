@@ -274,8 +274,19 @@ def test_what_is_missing_is_named():
     record = Record("one", 0, {}, {}, 90.0, "abacus", "2026-01-01")
     text = provenance(Dice(), Results(NAME, "cpu", (record,), ("one-seed0", "two-seed0", "two-seed1")))
     assert "| one | 1 | 1.5 min | abacus | 2026-01-01 |" in text
+    assert "One seed of all these arms, one after another: 1.5 min." in text
     assert "Not measured yet: two-seed0, two-seed1." in text
     assert [duration(seconds) for seconds in (0.04, 59.9, 60, 614)] == ["0.0 s", "59.9 s", "1.0 min", "10.2 min"]
+
+
+def test_times_of_arms_with_several_seeds():
+    records = tuple(
+        Record(arm, seed, {}, {}, seconds, "abacus", "2026-01-01")
+        for arm, seed, seconds in (("one", 0, 90.0), ("one", 1, 60.0), ("two", 0, 30.0))
+    )
+    text = provenance(Dice(), Results(NAME, "cpu", records, ()))
+    assert "| one | 2 | 1.0 min to 1.5 min |" in text
+    assert "One seed of all these arms, one after another: 1.5 min to 2.0 min." in text
 
 
 # ------------------------------------------------------------------------------------------------- names

@@ -98,16 +98,22 @@ def provenance(experiment: Experiment, results: Results) -> str:
     ]
     for arm in results.arms:
         records = results.of(arm)
-        times = sorted(record.seconds for record in records)
-        span = " to ".join(dict.fromkeys(duration(seconds) for seconds in (times[0], times[-1])))
+        span = time_span([record.seconds for record in records])
         machines, dates = ({getattr(r, name) for r in records} for name in ("machine", "date"))
         lines.append(f"| {arm} | {len(records)} | {span} | {'; '.join(machines)} | {', '.join(sorted(dates))} |")
+    whole = [sum(choose(r.seconds for r in results.of(arm)) for arm in results.arms) for choose in (min, max)]
+    lines += ["", f"One seed of all these arms, one after another: {time_span(whole)}."]
     if results.scale == "cpu":
         lines += ["", "The plan: three seeds of an arm that takes less than five minutes, one of the others."]
     missing = [key for key in results.planned if key not in {record.key for record in results.records}]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     return "\n".join(lines)
+
+
+def time_span(seconds: Sequence[float]) -> str:
+    """The least and the greatest time, or the one that there is."""
+    return " to ".join(dict.fromkeys(duration(end) for end in (min(seconds), max(seconds))))
 
 
 def duration(seconds: float) -> str:
