@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from scan_cases import TENSORS, assert_close, run_scan, scan_inputs
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
@@ -223,3 +225,64 @@ def test_memory_at_length_65536_is_linear_and_below_16_times_u():
     whole, half = (peak_in_units_of_u(length, 256, 16) for length in (65536, 32768))
     assert whole < 16, f"{whole:.1f} times u"
     assert whole < 1.1 * half + 1, f"{whole:.1f} times u at 65,536, {half:.1f} at 32,768: it is not linear"
+
+
+# ------------------------------------------------------------------------------ past torch's dispatcher, and not
+
+
+def plain_inputs() -> dict[str, torch.Tensor]:
+    inputs = scan_inputs(batch=2, length=7, dtype=torch.float32)
+    return {name: inputs[name] for name in ("u", "delta", "A", "B", "C", "z")}
+
+
+def test_eager_inference_is_unseen_and_gives_the_same_bits():
+    values = plain_inputs()
+    assert dispatch.unseen(*values.values())
+    got = selective_scan(**values)
+    tensors = [values[name] for name in ("u", "delta", "A")] + [values[name][:, :, None] for name in ("B", "C")]
+    want = scan_module._forward_op(*tensors, None, values["z"], None, False, "euler", None, None, False, "cpu")
+    assert torch.equal(got.y, want[0])
+    assert torch.equal(got.last_state, want[1])
+    assert not dispatch.unseen(values["u"].requires_grad_())
+    assert not dispatch.unseen(torch.ones(2).as_subclass(Marked))
+
+
+class Marked(torch.Tensor):
+    """Any subclass."""
+
+
+def test_a_profiler_sees_the_ops():
+    values = plain_inputs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        selective_scan(**values)
+        causal_conv1d(values["u"], torch.ones(values["u"].shape[2], 4))
+    names = {event.key for event in profile.key_averages()}
+    assert {"anymamba::selective_scan", "anymamba::causal_conv1d"} <= names
+
+
+def test_a_tracer_and_a_fake_mode_see_the_ops():
+    values = plain_inputs()
+    graph = make_fx(lambda u: selective_scan(**{**values, "u": u}).y)(values["u"])
+    assert torch.ops.anymamba.selective_scan.default in {node.target for node in graph.graph.nodes}
+    with FakeTensorMode() as mode:
+        y = selective_scan(**{name: mode.from_tensor(value) for name, value in values.items()}).y
+    assert isinstance(y, FakeTensor)
+    assert y.shape == values["u"].shape
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_a_loop():
+    values = plain_inputs()
+    got = torch.func.vmap(lambda u: selective_scan(**{**values, "u": u}).y)(torch.stack([values["u"], 2 * values["u"]]))
+    want = [selective_scan(**{**values, "u": u}).y for u in (values["u"], 2 * values["u"])]
+    assert torch.equal(got, torch.stack(want))
+
+
+def test_a_default_device_does_not_move_the_outputs():
+    values = plain_inputs()
+    want = selective_scan(**values)
+    with torch.device("meta"):
+        got = selective_scan(**values)
+        conv = causal_conv1d(values["u"], torch.ones(values["u"].shape[2], 4, device="cpu"))
+    assert torch.equal(got.y, want.y)
+    assert conv.y.device.type == conv.last_state.device.type == "cpu"

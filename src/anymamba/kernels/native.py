@@ -68,7 +68,7 @@ LARGE = 1 << 22  # bytes from which a tensor gets large pages
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised dense tensor on the CPU, of the shape and dtype of another one unless they are given."""
-    tensor = torch.empty(shape or like.shape, dtype=dtype or like.dtype)
+    tensor = torch.empty(shape or like.shape, dtype=dtype or like.dtype, device="cpu")
     if tensor.nbytes >= LARGE:
         module().use_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
@@ -105,7 +105,8 @@ class Call:
         """Pass tensors as dense ones of the working dtype."""
         for name, tensor in tensors.items():
             if tensor is not None:
-                self.pointers(**{name: tensor.to(self.dtype).contiguous()})
+                ready = tensor.dtype == self.dtype and tensor.is_contiguous()
+                self.pointers(**{name: tensor if ready else tensor.to(self.dtype).contiguous()})
 
     def pointers(self, **tensors: Tensor | None) -> None:
         """Pass dense tensors as they are; null where one is absent."""

@@ -64,6 +64,8 @@ def causal_conv1d(
         require_borders(cu_seqlens, x.shape[1])
         dispatch.calls[OP, name, "forward"] += 1
         y, last_state = dispatch.kernel(OP, name).forward(x, weight, bias, silu, initial_state, cu_seqlens)
+    elif dispatch.unseen(x, weight, bias, initial_state, cu_seqlens):
+        y, last_state = _forward(x, weight, bias, silu, initial_state, cu_seqlens, name)
     else:
         y, last_state = _forward_op(x, weight, bias, silu, initial_state, cu_seqlens, name)
     return ConvOutput(y, last_state)
@@ -124,8 +126,7 @@ def _check(
 # ------------------------------------------------------------------------------------------ registration
 
 
-@torch.library.custom_op("anymamba::causal_conv1d", mutates_args=())
-def _forward_op(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -137,6 +138,9 @@ def _forward_op(
     require_borders(cu_seqlens, x.shape[1])
     dispatch.calls[OP, backend, "forward"] += 1
     return dispatch.kernel(OP, backend).forward(x, weight, bias, silu, initial_state, cu_seqlens)
+
+
+_forward_op = torch.library.custom_op("anymamba::causal_conv1d", _forward, mutates_args=())
 
 
 @_forward_op.register_fake

@@ -7,11 +7,12 @@ and says why.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anymamba.kernels import native
 from anymamba.kernels.causal_conv1d import cpu as conv_cpu
@@ -27,6 +28,9 @@ KERNELS: dict[str, dict[str, ModuleType]] = {
     "selective_scan": {"cpu": scan_cpu, "portable": scan_portable, "reference": scan_reference},
     "causal_conv1d": {"cpu": conv_cpu, "portable": conv_portable, "reference": conv_reference},
 }
+
+PLAIN = (Tensor, nn.Parameter)
+"""Types of tensors that are what they seem."""
 
 _NO_NATIVE = native.reason()  # asked once, so that torch.compile can trace `resolve`
 
@@ -86,6 +90,27 @@ def unavailable(op: str, backend: str, device_type: str, *, is_complex: bool = F
 def differentiable(*tensors: Tensor | None) -> bool:
     """Whether gradients may be asked of what is computed from these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def unseen(*tensors: Tensor | None) -> bool:
+    """Whether nobody but the caller sees an op on these: no gradient, tracer, profiler, transform, mode or subclass.
+
+    Then its code is called as it is. torch's Python wrappers of an op cost as much again as all of its own Python where
+    caches are cold, as they are after a matrix product.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or differentiable(*tensors)
+    ) and all(t is None or type(t) in PLAIN for t in tensors)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which operations keep the dtypes of their operands."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def of_step(backend: str, *tensors: Tensor | None) -> str:

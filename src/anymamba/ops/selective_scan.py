@@ -3,6 +3,7 @@
 Which code runs is decided by `ops.dispatch`; the maths is `kernels/selective_scan/reference.py`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from anymamba.ops.checks import (
 )
 
 OP = "selective_scan"
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 B_DISCRETIZATIONS = ("euler", "zoh")
 
 
@@ -82,18 +84,16 @@ def selective_scan(
     name = dispatch.resolve(OP, u.device.type, backend, is_complex=A.is_complex())
     tensors = [resolved(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
     initial_state = resolved(initial_state)
+    options = (delta_softplus, b_discretization, initial_state, cu_seqlens)
     if name == "reference":  # plain PyTorch, differentiable to any order
         require_borders(cu_seqlens, u.shape[1])
         dispatch.calls[OP, name, "forward"] += 1
-        with torch.autocast(u.device.type, enabled=False):
-            y, last_state, _ = dispatch.kernel(OP, name).forward(
-                *tensors, delta_softplus, b_discretization, initial_state, cu_seqlens
-            )
+        with dispatch.without_autocast(u.device.type):
+            y, last_state, _ = dispatch.kernel(OP, name).forward(*tensors, *options)
     else:
         save = dispatch.differentiable(*tensors, initial_state)
-        y, last_state, _ = _forward_op(
-            *tensors, delta_softplus, b_discretization, initial_state, cu_seqlens, save, name
-        )
+        forward: Forward = _forward if dispatch.unseen(*tensors, initial_state, cu_seqlens) else _forward_op
+        y, last_state, _ = forward(*tensors, *options, save, name)
     return ScanOutput(y, last_state)
 
 
@@ -132,7 +132,7 @@ def selective_scan_step(
     name = dispatch.resolve(OP, u.device.type, backend, is_complex=A.is_complex())
     name = dispatch.of_step(name, state, u, delta, A, B, C, D, z, delta_bias)
     dispatch.count_step(OP, name)
-    with torch.autocast(u.device.type, enabled=False):
+    with dispatch.without_autocast(u.device.type):
         return dispatch.kernel(OP, name).step(
             state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization
         )
@@ -229,8 +229,7 @@ def working_dtype(u: Tensor, delta: Tensor, A: Tensor) -> torch.dtype:
 # ------------------------------------------------------------------------------------------ registration
 
 
-@torch.library.custom_op("anymamba::selective_scan", mutates_args=())
-def _forward_op(
+def _forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -248,10 +247,13 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_borders(cu_seqlens, u.shape[1])
     dispatch.calls[OP, backend, "forward"] += 1
-    with torch.autocast(u.device.type, enabled=False):
+    with dispatch.without_autocast(u.device.type):
         return dispatch.kernel(OP, backend).forward(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state, cu_seqlens, save
         )
+
+
+_forward_op = torch.library.custom_op("anymamba::selective_scan", _forward, mutates_args=())
 
 
 @_forward_op.register_fake
@@ -304,7 +306,7 @@ def _backward_op(
     backend: str,
 ) -> list[Tensor]:
     dispatch.calls[OP, backend, "backward"] += 1
-    with torch.autocast(u.device.type, enabled=False):
+    with dispatch.without_autocast(u.device.type):
         grads = dispatch.kernel(OP, backend).backward(
             dy,
             dlast_state,

@@ -58,19 +58,27 @@ def forward(
     """y (b, l, d), last_state (b or n_sequences, d, n), and the states before each tile, for backward (or nothing)."""
     call = _Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state, cu_seqlens)
     batch, length, d_inner = u.shape
-    y = native.empty(u)
-    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    last_state = u.new_zeros(rows, d_inner, A.shape[1], dtype=call.dtype)
-    if initial_state is not None:
-        last_state.copy_(initial_state)  # what an empty sequence passes through
-    shape = saved_shape(batch, length, d_inner, A.shape[1], call.n_groups) if save else (0,)
-    saved = native.empty(u, *shape, dtype=call.dtype)
-    saved[-(-length // TILE) :] = 0
+    y, saved = native.empty(u), None
+    last_state = _initial_states(call, u, A.shape, initial_state, cu_seqlens)
+    if save:
+        saved = native.empty(u, *saved_shape(batch, length, d_inner, A.shape[1], call.n_groups), dtype=call.dtype)
+        saved[-(-length // TILE) :] = 0
     if y.numel():
         call.rows(y=y)
-        call.pointers(last_state=last_state, saved=saved if save else None)
+        call.pointers(last_state=last_state, saved=saved)
         native.module().scan_forward(call.args)
-    return y, last_state, saved
+    return y, last_state, native.empty(u, 0, dtype=call.dtype) if saved is None else saved
+
+
+def _initial_states(
+    call: _Call, u: Tensor, matrix: torch.Size, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Where the last states go, filled where a sequence may be empty: its state passes through."""
+    if cu_seqlens is None and u.numel():
+        return native.empty(u, u.shape[0], *matrix, dtype=call.dtype)
+    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    states = u.new_zeros(rows, *matrix, dtype=call.dtype)
+    return states if initial_state is None else states.copy_(initial_state)
 
 
 def backward(
