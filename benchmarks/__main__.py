@@ -21,6 +21,7 @@ BENCHMARKS = {
     "packing": "1,000 packed documents against one sequence",
     "decode_context": "Time of a token against the context",
     "startup": "Start-up",
+    "experiment_times": "How long the experiments take",
 }
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

@@ -1,0 +1,72 @@
+"""How long the two longest experiments take at scale cpu: seconds a step of each arm, times the steps that it took.
+
+Their reports were measured beside other work. The steps are those of the committed results, all learning rates
+together.
+
+python -m benchmarks.experiment_times [--steps 40]
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from anymamba.experiments import load_experiment
+from anymamba.experiments.experiment import Arm, Context, Experiment, Record
+from anymamba.experiments.results import ResultStore
+from benchmarks.timing import machine, table
+
+NAMES = ("selective-copying", "associative-recall")
+FOLDER = Path(__file__).parents[1] / "docs" / "experiments"
+LIMIT = 60
+"""Minutes of one seed of all arms."""
+
+
+def seconds_per_step(experiment: Experiment, arm: Arm, steps: int) -> float:
+    """The better of two short trainings. Each is judged once, more often than in a long one: an upper bound."""
+    settings: Any = arm.settings
+    short = replace(settings, optimization=replace(settings.optimization, steps=steps))
+    if hasattr(settings, "more_learning_rates"):
+        short = replace(short, more_learning_rates=())
+    context = Context(torch.device("cpu"), 0, lambda done, total, words: None)
+    trained = min(experiment.measure(Arm(arm.name, short), context)["training_seconds"] for _ in range(2))
+    return trained / steps
+
+
+def steps_taken(arm: Arm, record: Record) -> int:
+    """Of all learning rates that were tried; each but one that ended early takes all its steps."""
+    settings: Any = arm.settings
+    n_rates = len(record.values.get("sweep", [None]))
+    return (n_rates - 1) * settings.optimization.steps + record.values["steps"]
+
+
+def measured(name: str, steps: int) -> list[list[str]]:
+    """Rows of the table: each arm, and their sum."""
+    experiment = load_experiment(name)
+    store = ResultStore(FOLDER / name, name, "cpu")
+    rows, total = [], 0.0
+    for arm in experiment.arms("cpu"):
+        records = [record for seed in range(store.seeds_of(arm)) if (record := store.finished(arm, seed))]
+        taken = mean(steps_taken(arm, record) for record in records)
+        seconds = seconds_per_step(experiment, arm, steps)
+        total += seconds * taken / 60
+        rows.append([name, arm.name, f"{1000 * seconds:.0f}", f"{taken:,.0f}", f"{seconds * taken / 60:.1f}"])
+    return [*rows, [name, "all", "", "", f"**{total:.1f}** (limit {LIMIT})"]]
+
+
+def run(steps: int = 40) -> str:
+    """Measure and return the Markdown of the results."""
+    header = ["experiment", "arm", "ms a step", "steps of a seed", "minutes"]
+    return table(header, [row for name in NAMES for row in measured(name, steps)]) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=40)
+    print(machine(), "\n")
+    print(run(parser.parse_args().steps))
