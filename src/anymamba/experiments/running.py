@@ -103,7 +103,7 @@ def provenance(experiment: Experiment, results: Results) -> str:
         lines.append(f"| {arm} | {len(records)} | {span} | {'; '.join(machines)} | {', '.join(sorted(dates))} |")
     whole = [sum(choose(r.seconds for r in results.of(arm)) for arm in results.arms) for choose in (min, max)]
     lines += ["", f"One seed of all these arms, one after another: {time_span(whole)}."]
-    if results.scale == "cpu":
+    if results.scale in ("cpu", "gpu"):
         lines += ["", "The plan: three seeds of an arm that takes less than five minutes, one of the others."]
     missing = [key for key in results.planned if key not in {record.key for record in results.records}]
     if missing:
