@@ -199,7 +199,11 @@ def growing_words(settings: dict[str, Any]) -> str:
         "cosine, label smoothing, softer logits, weight decay. Mistakes of Mamba with triggers anywhere were looked at "
         "apart (seed 0, trained again, 4,096 or 8,192 sequences of each length from 16 to 256): of 69, 66 are where "
         "the answer stands right before the last trigger and 3 where one token lies between. Training at 256 shows "
-        "that first case to one sequence in 254; a test at 64 asks it of one in 62."
+        "that first case to one sequence in 254; a test at 64 asks it of one in 62. In batches of 32, four times the "
+        "sequences (seed 0), that case is learned: of 67 mistakes in 40,960 sequences 66 are where one token lies "
+        "between and none where none does, and tests are answered without a mistake from 2^6 to 2^12; but 3.1 % are "
+        "lost at 2^13, 11.7 % at 2^14 and 15 of 16 at 2^20. More sequences learn the seldom cases and, at this rate, "
+        "lose the long ones."
     )
 
 
