@@ -10,6 +10,8 @@ import torch
 from scan_cases import TENSORS, assert_close, run_scan, scan_inputs
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
@@ -251,6 +253,32 @@ class Marked(torch.Tensor):
     """Any subclass."""
 
 
+class CallNames(TorchDispatchMode):
+    """The ops that reach the dispatcher."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionNames(TorchFunctionMode):
+    """The functions that are called."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [CallNames, FunctionNames])
+def test_a_mode_sees_the_ops(mode):
+    values = plain_inputs()
+    with mode() as seen:
+        selective_scan(**values)
+        causal_conv1d(values["u"], torch.ones(values["u"].shape[2], 4))
+    for name in ("selective_scan", "causal_conv1d"):
+        assert f"anymamba.{name}.default" in seen.names
+
+
 def test_a_profiler_sees_the_ops():
     values = plain_inputs()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -286,3 +314,22 @@ def test_a_default_device_does_not_move_the_outputs():
         conv = causal_conv1d(values["u"], torch.ones(values["u"].shape[2], 4, device="cpu"))
     assert torch.equal(got.y, want.y)
     assert conv.y.device.type == conv.last_state.device.type == "cpu"
+
+
+def test_an_exported_step_is_not_autocast_either():
+    """Where autocast is on later and was off at the export."""
+
+    class Step(torch.nn.Module):
+        def forward(self, state, u, delta, A, B, C):
+            return selective_scan_step(state, u, delta, A, B, C, delta_softplus=True)
+
+    values = plain_inputs()
+    state = torch.randn(2, *values["A"].shape)
+    arguments = (
+        state,
+        *(values[n][:, 0] for n in ("u", "delta")),
+        values["A"],
+        *(values[n][:, :1] for n in ("B", "C")),
+    )
+    graph = torch.export.export(Step(), arguments).graph
+    assert torch.ops.higher_order.wrap_with_autocast in {node.target for node in graph.nodes}

@@ -1,5 +1,6 @@
 """The causal depthwise convolution: its contract, its checks, its registration with torch and its gradient."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,10 +65,10 @@ def causal_conv1d(
         require_borders(cu_seqlens, x.shape[1])
         dispatch.calls[OP, name, "forward"] += 1
         y, last_state = dispatch.kernel(OP, name).forward(x, weight, bias, silu, initial_state, cu_seqlens)
-    elif dispatch.unseen(x, weight, bias, initial_state, cu_seqlens):
-        y, last_state = _forward(x, weight, bias, silu, initial_state, cu_seqlens, name)
     else:
-        y, last_state = _forward_op(x, weight, bias, silu, initial_state, cu_seqlens, name)
+        unseen = dispatch.unseen(x, weight, bias, initial_state, cu_seqlens)
+        forward: Callable[..., tuple[Tensor, Tensor]] = _forward if unseen else _forward_op
+        y, last_state = forward(x, weight, bias, silu, initial_state, cu_seqlens, name)
     return ConvOutput(y, last_state)
 
 

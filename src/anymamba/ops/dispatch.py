@@ -103,14 +103,16 @@ def unseen(*tensors: Tensor | None) -> bool:
         or torch.jit.is_tracing()
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or differentiable(*tensors)
     ) and all(t is None or type(t) in PLAIN for t in tensors)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which operations keep the dtypes of their operands."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    """A context in which operations keep the dtypes of their operands; what is exported keeps it for autocast later."""
+    needed = torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if needed else nullcontext()
 
 
 def of_step(backend: str, *tensors: Tensor | None) -> str:

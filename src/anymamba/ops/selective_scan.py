@@ -21,7 +21,6 @@ from anymamba.ops.checks import (
 )
 
 OP = "selective_scan"
-Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 B_DISCRETIZATIONS = ("euler", "zoh")
 
 
@@ -92,7 +91,8 @@ def selective_scan(
             y, last_state, _ = dispatch.kernel(OP, name).forward(*tensors, *options)
     else:
         save = dispatch.differentiable(*tensors, initial_state)
-        forward: Forward = _forward if dispatch.unseen(*tensors, initial_state, cu_seqlens) else _forward_op
+        unseen = dispatch.unseen(*tensors, initial_state, cu_seqlens)
+        forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _forward if unseen else _forward_op
         y, last_state, _ = forward(*tensors, *options, save, name)
     return ScanOutput(y, last_state)
 

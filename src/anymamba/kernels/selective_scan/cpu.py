@@ -58,16 +58,17 @@ def forward(
     """y (b, l, d), last_state (b or n_sequences, d, n), and the states before each tile, for backward (or nothing)."""
     call = _Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state, cu_seqlens)
     batch, length, d_inner = u.shape
-    y, saved = native.empty(u), None
+    y = native.empty(u)
     last_state = _initial_states(call, u, A.shape, initial_state, cu_seqlens)
+    shape = saved_shape(batch, length, d_inner, A.shape[1], call.n_groups) if save else (0,)
+    saved = native.empty(u, *shape, dtype=call.dtype)
     if save:
-        saved = native.empty(u, *saved_shape(batch, length, d_inner, A.shape[1], call.n_groups), dtype=call.dtype)
         saved[-(-length // TILE) :] = 0
     if y.numel():
         call.rows(y=y)
-        call.pointers(last_state=last_state, saved=saved)
+        call.pointers(last_state=last_state, saved=saved if save else None)
         native.module().scan_forward(call.args)
-    return y, last_state, native.empty(u, 0, dtype=call.dtype) if saved is None else saved
+    return y, last_state, saved
 
 
 def _initial_states(
