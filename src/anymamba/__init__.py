@@ -23,6 +23,7 @@ _HOME = {
     "ModelConfig": "anymamba.models.config",
     "LanguageModel": "anymamba.models.language_model",
     "preset": "anymamba.models.presets",
+    "backend": "anymamba.ops.dispatch",
 }
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "ScanOutput",
     "__version__",
+    "backend",
     "causal_conv1d",
     "causal_conv1d_step",
     "preset",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from anymamba.models.options import MambaOptions
     from anymamba.models.presets import preset
     from anymamba.ops.causal_conv1d import ConvOutput, causal_conv1d, causal_conv1d_step
+    from anymamba.ops.dispatch import backend
     from anymamba.ops.selective_scan import ScanOutput, selective_scan, selective_scan_step
 
 

@@ -64,21 +64,6 @@ def test_scan_with_segments(monkeypatch, options):
     torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_complex": True, "rule": "zoh"}, {"lengths": [3, 0, 2]}])
-def test_second_derivatives_by_the_reference(options):
-    inputs = scan_inputs(1, 5, 2, 2, **options)
-    call, leaves = function_of_tensors(inputs, selective_scan, None, backend="reference")
-    torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
-
-
-def test_second_derivatives_by_portable_are_refused_not_wrong(fast):
-    inputs = scan_inputs(1, 5, 2, 2)
-    call, leaves = function_of_tensors(inputs, selective_scan, 0, backend=fast)
-    (du,) = torch.autograd.grad(call(*leaves).sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd formula"):
-        torch.autograd.grad(du.sum(), leaves[1])
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"rule": "zoh"}, {"is_complex": True, "rule": "zoh"}, {"B": "constant", "C": 2}]
 )

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 from anymamba.ops import causal_conv1d as conv_module
-from anymamba.ops import dispatch
+from anymamba.ops import dispatch, observers
 from anymamba.ops import selective_scan as scan_module
 
 OPTIONS = {
@@ -237,16 +237,16 @@ def plain_inputs() -> dict[str, torch.Tensor]:
     return {name: inputs[name] for name in ("u", "delta", "A", "B", "C", "z")}
 
 
-def test_eager_inference_is_unseen_and_gives_the_same_bits():
+def test_eager_inference_is_unobserved_and_gives_the_same_bits():
     values = plain_inputs()
-    assert dispatch.unseen(*values.values())
+    assert observers.way(*values.values()) == "kernel"
     got = selective_scan(**values)
     tensors = [values[name] for name in ("u", "delta", "A")] + [values[name][:, :, None] for name in ("B", "C")]
     want = scan_module._forward_op(*tensors, None, values["z"], None, False, "euler", None, None, False, "cpu")
     assert torch.equal(got.y, want[0])
     assert torch.equal(got.last_state, want[1])
-    assert not dispatch.unseen(values["u"].requires_grad_())
-    assert not dispatch.unseen(torch.ones(2).as_subclass(Marked))
+    assert observers.way(values["u"].requires_grad_()) == "function"
+    assert observers.way(torch.ones(2).as_subclass(Marked)) == "op"
 
 
 class Marked(torch.Tensor):

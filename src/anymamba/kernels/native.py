@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The numbers of csrc/args.h."""
@@ -63,6 +63,31 @@ def description() -> str:
     return f"{build_info.COMPILER}, {module().instruction_set()} (also {others or 'none'}), {threads}"
 
 
+PLAIN = (Tensor, nn.Parameter)
+"""Types of tensors that are what they seem: anything else may have no memory, or other values than its memory holds."""
+
+
+def address(name: str, tensor: Tensor) -> int:
+    """Where a dense tensor's values lie. Every pointer that compiled code gets comes from here.
+
+    Raises TypeError for a tensor whose memory does not hold its values: of a tracer or a fake mode, a subclass, one on
+    another device, a sparse or lazily conjugated one.
+    """
+    dense = tensor.is_cpu and tensor.layout is torch.strided and not (tensor.is_conj() or tensor.is_neg())
+    place = tensor.data_ptr() if dense and (type(tensor) in PLAIN or _computes_as_a_tensor(type(tensor))) else 0
+    if not dense or (place == 0 and tensor.numel() > 0):  # nor has what a tracer or a fake mode makes an address
+        raise TypeError(
+            f"{name} must be a dense tensor with values in memory for compiled code, got {type(tensor).__name__} on "
+            f'{tensor.device}, {tensor.layout}; take backend "portable"'
+        )
+    return place
+
+
+def _computes_as_a_tensor(kind: type[Tensor]) -> bool:
+    """Whether a subclass leaves what operations compute to torch, and only names or wraps their results."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 LARGE = 1 << 22  # bytes from which a tensor gets large pages
 
 
@@ -70,7 +95,7 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     """An uninitialised dense tensor on the CPU, of the shape and dtype of another one unless they are given."""
     tensor = torch.empty(shape or like.shape, dtype=dtype or like.dtype, device="cpu")
     if tensor.nbytes >= LARGE:
-        module().use_large_pages(tensor.data_ptr(), tensor.nbytes)
+        module().use_large_pages(address("a result", tensor), tensor.nbytes)
     return tensor
 
 
@@ -98,7 +123,7 @@ class Call:
                 strides = tensor.stride()
             self._alive.append(tensor)
             group = strides[2] if len(strides) == 4 else 0
-            place = (tensor.data_ptr(), DTYPES[tensor.dtype], strides[0], strides[1], group)
+            place = (address(name, tensor), DTYPES[tensor.dtype], strides[0], strides[1], group)
             setattr(self.args, name, module().Rows(*place))
 
     def vectors(self, **tensors: Tensor | None) -> None:
@@ -113,7 +138,7 @@ class Call:
         for name, tensor in tensors.items():
             if tensor is not None:
                 self._alive.append(tensor)
-                setattr(self.args, name, tensor.data_ptr())
+                setattr(self.args, name, address(name, tensor))
 
     def borders(self, cu_seqlens: Tensor | None) -> None:
         """Pass the borders of packed sequences."""

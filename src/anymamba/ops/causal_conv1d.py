@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anymamba.ops import dispatch
+from anymamba.ops import dispatch, functions, observers
 from anymamba.ops.checks import (
     n_sequences,
     require_borders,
@@ -16,6 +16,7 @@ from anymamba.ops.checks import (
     require_shape,
     resolved,
 )
+from anymamba.ops.functions import Tensors
 
 OP = "causal_conv1d"
 
@@ -52,24 +53,16 @@ def causal_conv1d(
         activation: None or "silu".
         initial_state: (n_sequences, width - 1, d_inner), oldest first; n_sequences is batch, or what cu_seqlens packs.
         cu_seqlens: int32 borders of sequences packed along the length of one row, as in `selective_scan`.
-        backend: a name, or None for the best there is.
-    Returns y, like x, and last_state; gradients flow to every tensor, through both.
+        backend: as in `selective_scan`.
+    Returns y, like x, and last_state; gradients flow to every tensor, through both. Derivatives in forward mode, and
+    second and higher ones, run as torch operations, those of backend "reference".
     Raises ValueError for shapes and names, TypeError for dtypes, RuntimeError when a named backend cannot serve.
     Source: the short convolution of the Mamba block (arXiv:2312.00752, section 3.4).
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
     name = dispatch.resolve(OP, x.device.type, backend)
-    x, weight, bias, initial_state = resolved(x), resolved(weight), resolved(bias), resolved(initial_state)
-    silu = activation == "silu"
-    if name == "reference":  # plain PyTorch, differentiable to any order
-        require_borders(cu_seqlens, x.shape[1])
-        dispatch.calls[OP, name, "forward"] += 1
-        y, last_state = dispatch.kernel(OP, name).forward(x, weight, bias, silu, initial_state, cu_seqlens)
-    else:
-        unseen = dispatch.unseen(x, weight, bias, initial_state, cu_seqlens)
-        forward: Callable[..., tuple[Tensor, Tensor]] = _forward if unseen else _forward_op
-        y, last_state = forward(x, weight, bias, silu, initial_state, cu_seqlens, name)
-    return ConvOutput(y, last_state)
+    tensors = [resolved(t) for t in (x, weight, bias, initial_state)]
+    return ConvOutput(*_run((*tensors, cu_seqlens), ConvOptions(activation == "silu", name)))
 
 
 def causal_conv1d_step(
@@ -91,7 +84,7 @@ def causal_conv1d_step(
     _check(x[:, None], weight, bias, activation, state, None)
     name = dispatch.resolve(OP, x.device.type, backend)
     name = dispatch.of_step(name, state, x, weight, bias)
-    dispatch.count_step(OP, name)
+    dispatch.count(OP, name, "step")
     y, last_state = dispatch.kernel(OP, name).step(state, x, weight, bias, activation == "silu")
     return y, last_state.contiguous()  # as it came: a compiled step guards on strides
 
@@ -124,6 +117,63 @@ def _check(
     require_same_device(OP, x=x, weight=weight, bias=bias, initial_state=initial_state)
 
 
+# ------------------------------------------------------------------------------------------ the ways to run
+
+
+class ConvOptions(NamedTuple):
+    """What a convolution takes besides tensors."""
+
+    silu: bool
+    backend: str
+
+
+def _run(tensors: Tensors, options: ConvOptions) -> tuple[Tensor, Tensor]:
+    """y and the last state of x, weight, bias, initial_state and cu_seqlens."""
+    way = observers.way(*tensors)
+    if way == "operations" or options.backend == "reference":
+        return _operations(tensors, options)
+    if way == "function":
+        return functions.apply(RULE, options, *tensors)
+    return _call(_forward if way == "kernel" else _forward_op, tensors, options)
+
+
+def _operations(tensors: Tensors, options: ConvOptions) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, differentiable to any order and in any mode."""
+    x, cu_seqlens = tensors[0], tensors[-1]
+    assert x is not None
+    require_borders(cu_seqlens, x.shape[1])
+    dispatch.count(OP, "reference", "forward")
+    return _call(dispatch.kernel(OP, "reference").forward, tensors, ConvOptions(options.silu, ""))
+
+
+def _call(
+    forward: Callable[..., tuple[Tensor, Tensor]], tensors: Tensors, options: ConvOptions
+) -> tuple[Tensor, Tensor]:
+    """A kernel, or with a backend `_forward` or the registered op, which list their arguments in another order."""
+    x, weight, bias, initial_state, cu_seqlens = tensors
+    backend = (options.backend,) if options.backend else ()
+    return forward(x, weight, bias, options.silu, initial_state, cu_seqlens, *backend)
+
+
+def _rule_forward(tensors: Tensors, options: ConvOptions) -> tuple[Tensor, Tensor, Tensor]:
+    plain = observers.way(*tensors) == "kernel"
+    y, last_state = _call(_forward if plain else _forward_op, tensors, options)
+    return y, last_state, y.new_empty(0)
+
+
+def _rule_backward(
+    dy: Tensor, dlast_state: Tensor, tensors: Tensors, options: ConvOptions, saved: Tensor
+) -> list[Tensor | None]:
+    x, weight, bias, initial_state, cu_seqlens = tensors
+    plain = observers.way(dy, dlast_state, *tensors) == "kernel"
+    run: Callable[..., list[Tensor]] = _backward_kernel if plain else _backward_op
+    grads = run(dy, dlast_state, x, weight, bias, options.silu, initial_state, cu_seqlens, options.backend)
+    return [None if t is None else g for t, g in zip((x, weight, bias, initial_state), grads, strict=True)]
+
+
+RULE = functions.Rule(_rule_forward, _rule_backward, _operations)
+
+
 # ------------------------------------------------------------------------------------------ registration
 
 
@@ -137,7 +187,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     require_borders(cu_seqlens, x.shape[1])
-    dispatch.calls[OP, backend, "forward"] += 1
+    dispatch.count(OP, backend, "forward")
     return dispatch.kernel(OP, backend).forward(x, weight, bias, silu, initial_state, cu_seqlens)
 
 
@@ -159,8 +209,7 @@ def _(
     return y, x.new_empty(n_sequences(batch, cu_seqlens), weight.shape[1] - 1, d_inner)
 
 
-@torch.library.custom_op("anymamba::causal_conv1d_backward", mutates_args=())
-def _backward_op(
+def _backward_kernel(
     dy: Tensor,
     dlast_state: Tensor,
     x: Tensor,
@@ -171,9 +220,12 @@ def _backward_op(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> list[Tensor]:
-    dispatch.calls[OP, backend, "backward"] += 1
+    dispatch.count(OP, backend, "backward")
     grads = dispatch.kernel(OP, backend).backward(dy, dlast_state, x, weight, bias, silu, initial_state, cu_seqlens)
     return [x.new_empty(0) if g is None else g for g in grads]
+
+
+_backward_op = torch.library.custom_op("anymamba::causal_conv1d_backward", _backward_kernel, mutates_args=())
 
 
 @_backward_op.register_fake

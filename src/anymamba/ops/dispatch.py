@@ -7,12 +7,13 @@ and says why.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anymamba.kernels import native
 from anymamba.kernels.causal_conv1d import cpu as conv_cpu
@@ -21,6 +22,7 @@ from anymamba.kernels.causal_conv1d import reference as conv_reference
 from anymamba.kernels.selective_scan import cpu as scan_cpu
 from anymamba.kernels.selective_scan import portable as scan_portable
 from anymamba.kernels.selective_scan import reference as scan_reference
+from anymamba.ops import observers
 
 ORDER = ("cpu", "triton", "portable", "reference")
 
@@ -29,13 +31,35 @@ KERNELS: dict[str, dict[str, ModuleType]] = {
     "causal_conv1d": {"cpu": conv_cpu, "portable": conv_portable, "reference": conv_reference},
 }
 
-PLAIN = (Tensor, nn.Parameter)
-"""Types of tensors that are what they seem."""
+TRANSPARENT = ("portable", "reference")
+"""Backends whose steps are torch operations."""
 
 _NO_NATIVE = native.reason()  # asked once, so that torch.compile can trace `resolve`
 
 calls: Counter[tuple[str, str, str]] = Counter()
 """How often (op, backend, pass) ran; pass is "forward", "backward" or "step"."""
+
+
+_insisted: list[str] = []
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Insist on a backend for every op that runs inside: of layers, models, drop-ins and transformers' models, too.
+
+    A `backend` argument of an op goes first; of nested contexts the inner one does. The setting is the process's, as
+    torch's own choices of backends are. The derivatives that a backend does not have run as they do without it.
+
+    Args:
+        name: "cpu", "triton", "portable" or "reference".
+    Raises ValueError at once for an unknown name, and where an op runs RuntimeError if the backend cannot serve it.
+    """
+    _require_known(name)
+    _insisted.append(name)
+    try:
+        yield
+    finally:
+        _insisted.pop()
 
 
 class BackendStatus(NamedTuple):
@@ -56,16 +80,12 @@ def resolve(op: str, device_type: str, backend: str | None, *, is_complex: bool 
     Args:
         op: a key of KERNELS.
         device_type: `tensor.device.type`.
-        backend: a name to insist on, or None for the best there is.
+        backend: a name to insist on; None takes that of the context `backend`, or the best there is.
         is_complex: whether A is.
     Raises ValueError for an unknown name, RuntimeError for a backend that cannot serve, both saying what can.
     """
-    if backend is None:
-        for name in ORDER:
-            if unavailable(op, name, device_type, is_complex=is_complex) is None:
-                return name
-    if backend not in ORDER:
-        raise ValueError(f"unknown backend {backend!r} for {op}; there are {', '.join(ORDER)}")
+    backend = backend or _default(op, device_type, is_complex)
+    _require_known(backend, f" for {op}")
     why = unavailable(op, backend, device_type, is_complex=is_complex)
     if why is not None:
         serve = (name for name in ORDER if unavailable(op, name, device_type, is_complex=is_complex) is None)
@@ -74,6 +94,18 @@ def resolve(op: str, device_type: str, backend: str | None, *, is_complex: bool 
             f"backend {backend!r} cannot serve {op} on {device_type}: {why}; leave backend=None or take one of {usable}"
         )
     return backend
+
+
+def _require_known(name: str, use: str = "") -> None:
+    if name not in ORDER:
+        raise ValueError(f"unknown backend {name!r}{use}; there are {', '.join(ORDER)}")
+
+
+def _default(op: str, device_type: str, is_complex: bool = False) -> str:
+    """The backend that a context insists on, else the best there is."""
+    if _insisted:
+        return _insisted[-1]
+    return next(name for name in ORDER if unavailable(op, name, device_type, is_complex=is_complex) is None)
 
 
 def unavailable(op: str, backend: str, device_type: str, *, is_complex: bool = False) -> str | None:
@@ -87,44 +119,27 @@ def unavailable(op: str, backend: str, device_type: str, *, is_complex: bool = F
     return "this version has no Triton kernels" if device_type == "cuda" else "it serves tensors on a GPU"
 
 
-def differentiable(*tensors: Tensor | None) -> bool:
-    """Whether gradients may be asked of what is computed from these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def unseen(*tensors: Tensor | None) -> bool:
-    """Whether nobody but the caller sees an op on these: no gradient, tracer, profiler, transform, mode or subclass.
-
-    Then its code is called as it is. torch's Python wrappers of an op cost as much again as all of its own Python where
-    caches are cold, as they are after a matrix product.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch.autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or differentiable(*tensors)
-    ) and all(t is None or type(t) in PLAIN for t in tensors)
-
-
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context in which operations keep the dtypes of their operands; what is exported keeps it for autocast later."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
     needed = torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if needed else nullcontext()
 
 
 def of_step(backend: str, *tensors: Tensor | None) -> str:
-    """The backend for a step: plain torch operations where autograd or a tracer must see through it."""
-    opaque = backend == "cpu" and (torch.compiler.is_compiling() or differentiable(*tensors))
-    return "portable" if opaque else backend
+    """The backend for a step: plain torch operations where autograd, a transform or a tracer must see through it."""
+    opaque = backend not in TRANSPARENT
+    seen = opaque and (
+        not observers.plain(*tensors) or observers.differentiable(*tensors) or observers.has_tangent(*tensors)
+    )
+    return "portable" if seen else backend
 
 
-def count_step(op: str, backend: str) -> None:
-    """Count a step, unless it is traced: compiled code would guard on the number and be compiled anew each time."""
+def count(op: str, backend: str, what: str) -> None:
+    """Count a pass, unless it is traced: compiled code would guard on the number and be compiled anew each time."""
     if not torch.compiler.is_compiling():
-        calls[op, backend, "step"] += 1
+        calls[op, backend, what] += 1
 
 
 def kernel(op: str, backend: str) -> ModuleType:
@@ -143,7 +158,7 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
     }
     lines = []
     for op in KERNELS:
-        chosen = resolve(op, device_type, None)
+        chosen = _default(op, device_type)
         for backend in ORDER:
             why = unavailable(op, backend, device_type)
             reason = what.get(backend, "") if why is None else why

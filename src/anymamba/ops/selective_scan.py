@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from anymamba.ops import dispatch
+from anymamba.ops import dispatch, functions, observers
 from anymamba.ops.checks import (
     n_sequences,
     require_borders,
@@ -19,6 +19,7 @@ from anymamba.ops.checks import (
     require_shape,
     resolved,
 )
+from anymamba.ops.functions import Tensors
 
 OP = "selective_scan"
 B_DISCRETIZATIONS = ("euler", "zoh")
@@ -73,28 +74,18 @@ def selective_scan(
             packs.
         cu_seqlens: int32 borders 0 = c[0] <= c[1] <= ... <= length of sequences packed along the length of one row; the
             state starts afresh at each. A sequence may be empty.
-        backend: "cpu", "triton", "portable" or "reference"; absent means the best there is.
+        backend: "cpu", "triton", "portable" or "reference"; defaults to that of the context `anymamba.backend`, or to
+            the best there is.
     Returns y, like u, and last_state (n_sequences, d_inner, d_state). Gradients flow to every tensor, through both.
-    Second derivatives need backend="reference".
+    Derivatives in forward mode, and second and higher ones, run as torch operations, those of backend "reference",
+    whichever backend computes the values: they hold (batch, length, d_inner, d_state) tensors.
     Raises ValueError for shapes and names, TypeError for dtypes, RuntimeError when a named backend cannot serve.
     Source: Mamba (arXiv:2312.00752), section 2 and Algorithm 2; B as in the published checkpoints.
     """
     B, C = _check(u, delta, A, B, C, D, z, delta_bias, b_discretization, initial_state, cu_seqlens)
     name = dispatch.resolve(OP, u.device.type, backend, is_complex=A.is_complex())
-    tensors = [resolved(t) for t in (u, delta, A, B, C, D, z, delta_bias)]
-    initial_state = resolved(initial_state)
-    options = (delta_softplus, b_discretization, initial_state, cu_seqlens)
-    if name == "reference":  # plain PyTorch, differentiable to any order
-        require_borders(cu_seqlens, u.shape[1])
-        dispatch.calls[OP, name, "forward"] += 1
-        with dispatch.without_autocast(u.device.type):
-            y, last_state, _ = dispatch.kernel(OP, name).forward(*tensors, *options)
-    else:
-        save = dispatch.differentiable(*tensors, initial_state)
-        unseen = dispatch.unseen(*tensors, initial_state, cu_seqlens)
-        forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _forward if unseen else _forward_op
-        y, last_state, _ = forward(*tensors, *options, save, name)
-    return ScanOutput(y, last_state)
+    tensors = [resolved(t) for t in (u, delta, A, B, C, D, z, delta_bias, initial_state)]
+    return ScanOutput(*_run((*tensors, cu_seqlens), ScanOptions(delta_softplus, b_discretization, name)))
 
 
 def selective_scan_step(
@@ -116,7 +107,7 @@ def selective_scan_step(
 
     Args: as there, without the length; B and C are (d_inner, d_state) constant or (batch, n_groups, d_state) selective.
     Returns y (batch, d_inner) in the dtype of u, and the state (batch, d_inner, d_state), a new tensor.
-    Differentiable; under export it is traced as plain torch operations.
+    Differentiable to any order; under export it is traced as plain torch operations.
     """
     if A.ndim != 2:
         raise ValueError(f"A must be (d_inner, d_state), got {tuple(A.shape)}")
@@ -131,7 +122,7 @@ def selective_scan_step(
     _check(u_long, delta_long, A, B_long, C_long, D, z_long, delta_bias, b_discretization, None, None)
     name = dispatch.resolve(OP, u.device.type, backend, is_complex=A.is_complex())
     name = dispatch.of_step(name, state, u, delta, A, B, C, D, z, delta_bias)
-    dispatch.count_step(OP, name)
+    dispatch.count(OP, name, "step")
     with dispatch.without_autocast(u.device.type):
         return dispatch.kernel(OP, name).step(
             state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization
@@ -226,6 +217,71 @@ def working_dtype(u: Tensor, delta: Tensor, A: Tensor) -> torch.dtype:
     return torch.promote_types(torch.float32, torch.promote_types(A.dtype, torch.promote_types(u.dtype, delta.dtype)))
 
 
+# ------------------------------------------------------------------------------------------ the ways to run
+
+
+class ScanOptions(NamedTuple):
+    """What a scan takes besides tensors."""
+
+    delta_softplus: bool
+    b_discretization: str
+    backend: str
+
+
+def _run(tensors: Tensors, options: ScanOptions) -> tuple[Tensor, Tensor]:
+    """y and the last state of u, delta, A, B, C, D, z, delta_bias, initial_state and cu_seqlens."""
+    way = observers.way(*tensors)
+    if way == "operations" or options.backend == "reference":
+        return _operations(tensors, options)
+    if way == "function":
+        return functions.apply(RULE, options, *tensors)
+    run = _forward if way == "kernel" else _forward_op
+    save = observers.differentiable(*tensors) and not torch.jit.is_tracing()  # a trace must not depend on its mode
+    return _call(run, tensors, options, save)[:2]
+
+
+def _operations(tensors: Tensors, options: ScanOptions) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, differentiable to any order and in any mode."""
+    *values, initial_state, cu_seqlens = tensors
+    u, softplus, rule = tensors[0], options.delta_softplus, options.b_discretization
+    assert u is not None
+    require_borders(cu_seqlens, u.shape[1])
+    dispatch.count(OP, "reference", "forward")
+    with dispatch.without_autocast(u.device.type):
+        forward = dispatch.kernel(OP, "reference").forward
+        y, last_state, _ = forward(*values, softplus, rule, initial_state, cu_seqlens)
+    return y, last_state
+
+
+def _call(
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]], tensors: Tensors, options: ScanOptions, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_forward` or the registered op, which list their arguments in an order of their own."""
+    *values, initial_state, cu_seqlens = tensors
+    softplus, rule, backend = options
+    return forward(*values, softplus, rule, initial_state, cu_seqlens, save, backend)
+
+
+def _rule_forward(tensors: Tensors, options: ScanOptions) -> tuple[Tensor, Tensor, Tensor]:
+    plain = observers.way(*tensors) == "kernel"
+    return _call(_forward if plain else _forward_op, tensors, options, save=True)
+
+
+def _rule_backward(
+    dy: Tensor, dlast_state: Tensor, tensors: Tensors, options: ScanOptions, saved: Tensor
+) -> list[Tensor | None]:
+    *values, initial_state, cu_seqlens = tensors
+    softplus, rule, backend = options
+    plain = observers.way(dy, dlast_state, saved, *tensors) == "kernel"
+    run: Callable[..., list[Tensor]] = _backward_kernel if plain else _backward_op
+    grads = run(dy, dlast_state, *values, softplus, rule, initial_state, cu_seqlens, saved, backend)
+    present = (*values, initial_state)
+    return [None if t is None else g for t, g in zip(present, grads, strict=True)]
+
+
+RULE = functions.Rule(_rule_forward, _rule_backward, _operations)
+
+
 # ------------------------------------------------------------------------------------------ registration
 
 
@@ -246,7 +302,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_borders(cu_seqlens, u.shape[1])
-    dispatch.calls[OP, backend, "forward"] += 1
+    dispatch.count(OP, backend, "forward")
     with dispatch.without_autocast(u.device.type):
         return dispatch.kernel(OP, backend).forward(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state, cu_seqlens, save
@@ -286,8 +342,7 @@ def _(
     )
 
 
-@torch.library.custom_op("anymamba::selective_scan_backward", mutates_args=())
-def _backward_op(
+def _backward_kernel(
     dy: Tensor,
     dlast_state: Tensor,
     u: Tensor,
@@ -305,7 +360,7 @@ def _backward_op(
     saved: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    dispatch.calls[OP, backend, "backward"] += 1
+    dispatch.count(OP, backend, "backward")
     with dispatch.without_autocast(u.device.type):
         grads = dispatch.kernel(OP, backend).backward(
             dy,
@@ -325,6 +380,9 @@ def _backward_op(
             saved,
         )
     return [u.new_empty(0) if g is None else g for g in grads]
+
+
+_backward_op = torch.library.custom_op("anymamba::selective_scan_backward", _backward_kernel, mutates_args=())
 
 
 @_backward_op.register_fake
