@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -192,9 +193,12 @@ def test_from_arrays():
     assert (table.n_documents, table.n_tokens, table.n_bytes, table.n_empty) == (2, 3, 6, 1)
     assert list(table.names) == ["x", "z"] and table.read(0, 0, 2).tolist() == [1, 300]
     assert list(TokenTable.from_arrays([[1], [], [2]]).names) == ["document 0", "document 2"]
-    for bad in ([[1.5]], [[[1]]]):
-        with pytest.raises(ValueError, match="document 0 must be a row of integers"):
-            TokenTable.from_arrays(bad)
+    forms = TokenTable.from_arrays([torch.tensor([1, 300]), range(3), np.array([2], np.uint16)])
+    assert [forms.read(i, 0, n).tolist() for i, n in enumerate(forms.lengths)] == [[1, 300], [0, 1, 2], [2]]
+    with pytest.raises(TypeError, match=r"document 0 must hold integer token ids, got 1\.5"):
+        TokenTable.from_arrays([[1.5]])
+    with pytest.raises(ValueError, match="document 0 must be a list of token ids, got a list in it; give one row"):
+        TokenTable.from_arrays([[[1]]])
     with pytest.raises(ValueError, match="1 documents, 2 byte_lengths and 1 names"):
         TokenTable.from_arrays([[1]], byte_lengths=[1, 2])
 

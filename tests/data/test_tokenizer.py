@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 
+import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
@@ -70,6 +72,29 @@ def test_ids_outside_the_vocabulary_are_refused(token, byte_file):
         ByteTokenizer().decode([97, token])
     with pytest.raises(ValueError, match=rf"token id {token} "):
         JsonTokenizer(byte_file).decode([97, token])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [tuple, np.array, torch.tensor, lambda ids: torch.tensor(ids, dtype=torch.int32), iter],
+    ids=["tuple", "array", "tensor", "int32", "iterator"],
+)
+@pytest.mark.parametrize("which", ["bytes", "byte-level", "pieces"])
+def test_ids_are_decoded_in_any_form(request, which, form, byte_file):
+    pieces = request.getfixturevalue("spaces_and_byte_fallback")
+    tokenizer = {"bytes": ByteTokenizer(), "byte-level": JsonTokenizer(byte_file), "pieces": pieces}[which]
+    ids = tokenizer.encode("the cats é")
+    assert tokenizer.decode(form(ids)) == tokenizer.decode(ids) != ""
+    assert tokenizer.decode_bytes(form(ids)) == tokenizer.decode_bytes(ids)
+    stream = StreamDecoder(tokenizer)
+    assert stream.push(form(ids)) + stream.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("ids", [[1.5], [True], np.array([1.5]), torch.tensor([1.5]), torch.tensor([True])], ids=repr)
+def test_ids_that_are_no_integers_are_refused(ids, byte_file):
+    for tokenizer in (ByteTokenizer(), JsonTokenizer(byte_file)):
+        with pytest.raises(TypeError, match="ids must hold integer token ids, got"):
+            tokenizer.decode(ids)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "<|endoftext|>" not in text))

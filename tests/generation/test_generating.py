@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hash_model import HashModel
 from test_prompts import LENGTHS, prompts_of
 
 from anymamba.data.tokenizer import ByteTokenizer
+from anymamba.generation.beam import beam_search
 from anymamba.generation.generate import generate, stream, stream_text
 from anymamba.generation.prompts import read_prompts
 from anymamba.generation.sampling import SamplingConfig
@@ -39,6 +41,40 @@ def test_greedy_takes_the_likeliest_token_each_time(hash_model):
         ids.append(token)
     assert output.finish_reasons == ["length"]
     assert output.texts is None
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [torch.tensor([[1, 2, 3], [4, 5, 6]]), [torch.tensor([1, 2, 3]), range(4, 7)], np.array([[1, 2, 3], [4, 5, 6]])],
+    ids=["tensor", "mixed", "array"],
+)
+def test_every_entry_takes_prompts_in_any_form(hash_model, prompts):
+    lists = [[1, 2, 3], [4, 5, 6]]
+    options = {"max_new_tokens": 5, "sampling": GREEDY}
+    assert generate(hash_model, prompts, **options).ids == generate(hash_model, lists, **options).ids
+    steps = stream(hash_model, prompts, **options)
+    assert steps.n_prompts == 2 and steps.n_prompt_tokens == 6
+    assert [step.ids for step in steps] == [step.ids for step in stream(hash_model, lists, **options)]
+    found = [beam_search(hash_model, p, num_beams=3, max_new_tokens=np.int64(4)) for p in (prompts, lists)]
+    assert found[0] == found[1]
+
+
+def test_a_text_stream_takes_text_or_its_ids(byte_model):
+    options = {"max_new_tokens": 9, "sampling": GREEDY}
+    wanted = list(stream_text(byte_model, ByteTokenizer(), "abc", **options))
+    for prompt in (b"abc", list(b"abc"), torch.tensor(list(b"abc")), np.frombuffer(b"abc", np.uint8)):
+        steps = stream_text(byte_model, ByteTokenizer(), prompt, **options)
+        assert steps.n_prompt_tokens == 3 and list(steps) == wanted
+    with pytest.raises(TypeError, match=r"prompt 0 must hold integer token ids, got torch\.float32"):
+        stream_text(byte_model, ByteTokenizer(), torch.tensor([1.0]))
+
+
+def test_numbers_of_numpy_are_options(hash_model):
+    plain = generate(hash_model, [[1], [2]], max_new_tokens=6, sampling=SamplingConfig(top_k=4), seed=7)
+    numpy = generate(
+        hash_model, [[1], [2]], max_new_tokens=np.int32(6), sampling=SamplingConfig(top_k=np.int64(4)), seed=np.uint8(7)
+    )
+    assert numpy.ids == plain.ids
 
 
 def test_greedy_with_a_real_model_equals_running_over_everything_again(mamba):

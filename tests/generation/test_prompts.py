@@ -84,6 +84,59 @@ def test_a_state_can_be_trained_through(mamba):
     mamba.zero_grad()
 
 
+ROWS = [[3, 1, 2], [0, 12, 4]]
+FORMS = {
+    "lists": ROWS,
+    "tuples": tuple(map(tuple, ROWS)),
+    "numpy's integers in lists": [[np.int64(3), np.uint8(1), 2], np.array(ROWS[1]).tolist()],
+    "tensors of no dimension in lists": [[torch.tensor(3), torch.tensor(1), 2], list(torch.tensor(ROWS[1]))],
+    "a 2-D array": np.array(ROWS),
+    "arrays": [np.array(row, np.uint16) for row in ROWS],
+    "arrays of objects": [np.array(row, object) for row in ROWS],
+    "parts of an array": list(np.array(ROWS)[:, ::-1][:, ::-1]),
+    "a 2-D tensor": torch.tensor(ROWS),
+    "a 2-D tensor that is transposed": torch.tensor(ROWS).T.contiguous().T,
+    "a tensor and a list": [torch.tensor(ROWS[0]), ROWS[1]],
+    "a generator": iter(ROWS),
+    **{
+        str(dtype): [torch.tensor(row, dtype=dtype) for row in ROWS]
+        for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.uint64)
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prompts_are_what_tensors_arrays_and_lists_can_be(hash_model, form):
+    prompts = FORMS[form]
+    assert torch.equal(read_prompts(hash_model, prompts).logits, read_prompts(hash_model, ROWS).logits)
+
+
+def test_ragged_prompts_of_every_kind_at_once(hash_model):
+    mixed = [range(2, 9), torch.tensor([5]), np.array([1, 2], np.int16), [7, 7, 7]]
+    want = read_prompts(hash_model, [list(range(2, 9)), [5], [1, 2], [7, 7, 7]])
+    assert torch.equal(read_prompts(hash_model, mixed).logits, want.logits)
+    nested = torch.nested.nested_tensor([torch.tensor([5]), torch.tensor([1, 2])], layout=torch.jagged)
+    assert torch.equal(read_prompts(hash_model, nested).logits, want.logits[1:3])
+
+
+def test_empty_tensors_are_empty_prompts(hash_model):
+    state = read_prompts(hash_model, [[1], [2]])
+    for empty in (torch.tensor([]), np.array([]), torch.zeros(0, dtype=torch.int64), range(0)):
+        again = read_prompts(hash_model, [empty, torch.tensor([3])], state=state)
+        assert torch.equal(again.logits[0], state.logits[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which is not here")
+def test_prompts_on_a_gpu(hash_model):
+    for prompts in (
+        torch.tensor(ROWS).cuda(),
+        [torch.tensor(row).cuda() for row in ROWS],
+        [list(torch.tensor(ROWS[0]).cuda())],
+    ):
+        want = read_prompts(hash_model, ROWS[: len(prompts)])
+        assert torch.equal(read_prompts(hash_model, prompts).logits, want.logits)
+
+
 @pytest.mark.parametrize(
     ("prompts", "error", "words"),
     [
@@ -91,8 +144,35 @@ def test_a_state_can_be_trained_through(mamba):
         ([[0], [4, -1]], ValueError, "prompt 1 has the id -1 at position 1"),
         ([], ValueError, "no prompts"),
         ([[1], []], ValueError, "prompt 1 is empty and there is no eos_id"),
-        ([[1.5]], TypeError, "prompt 0 must hold integer token ids, got float64"),
-        ([3, 4], ValueError, "prompts is a list of lists"),
+        ([[1.5]], TypeError, r"prompt 0 must hold integer token ids, got 1\.5"),
+        ([np.array([1.5])], TypeError, "prompt 0 must hold integer token ids, got float64"),
+        (
+            torch.ones(1, 2, dtype=torch.bfloat16),
+            TypeError,
+            r"prompt 0 must hold integer token ids, got torch\.bfloat16",
+        ),
+        ([[3], [2, True]], TypeError, "prompt 1 must hold integer token ids, got True"),
+        ([torch.tensor([True])], TypeError, r"prompt 0 must hold integer token ids, got torch\.bool"),
+        (np.ones((1, 2), bool), TypeError, "prompt 0 must hold integer token ids, got bool"),
+        ([[1, None]], TypeError, "prompt 0 must hold integer token ids, got None"),
+        ([[1, 2**70]], ValueError, "prompt 0 has the id 1180591620717411303424, which no vocabulary holds"),
+        ([torch.tensor([4, -1])], ValueError, "prompt 0 has the id -1 at position 1"),
+        (np.array([[0, 5, 13]], np.uint8), ValueError, "prompt 0 has the id 13 at position 2"),
+        ([3, 4], ValueError, "prompt 0 must be a list of token ids, got 3; prompts is a list of lists: write .ids."),
+        (torch.tensor([3, 4]), ValueError, r"prompt 0 must be a list of token ids, got tensor\(3\); prompts is"),
+        (
+            [torch.tensor([[3, 4]])],
+            ValueError,
+            r"prompt 0 must be a list of token ids, got shape \(1, 2\); give one row",
+        ),
+        ([[[3], [4]]], ValueError, "prompt 0 must be a list of token ids, got a list in it; give one row"),
+        ("ab", TypeError, "prompts is a list of lists of token ids, got str"),
+        (["ab"], TypeError, "prompt 0 must hold integer token ids, got text; encode it with the tokenizer"),
+        ([b"ab"], TypeError, "prompt 0 must hold integer token ids, got bytes; encode them with the tokenizer"),
+        (3, TypeError, "prompts is a list of lists of token ids, got int"),
+        ({"input_ids": [[1]]}, TypeError, "prompts is a list of lists of token ids, got dict"),
+        ([{"input_ids": [1]}], TypeError, "prompt 0 must hold integer token ids, got a dict; give its 'input_ids'"),
+        (torch.zeros(2, 0, dtype=torch.int64), ValueError, "prompt 0 is empty and there is no eos_id"),
     ],
 )
 def test_bad_prompts(hash_model, prompts, error, words):

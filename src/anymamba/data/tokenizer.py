@@ -1,13 +1,18 @@
-"""Tokenizers: bytes, or any `tokenizer.json`; and text streamed from tokens without splitting a character."""
+"""Tokenizers: bytes, or any `tokenizer.json`; rows of ids in any form; text streamed from tokens, whole characters only."""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 END_OF_DOCUMENT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -33,11 +38,11 @@ class Tokenizer(Protocol):
         """`encode` of each text, in parallel where that helps."""
         ...
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
         """The bytes of a row of ids, those of special tokens included; they may end inside a character."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
         """The text of a row of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
@@ -80,11 +85,11 @@ class ByteTokenizer:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
         """The bytes back; 256 is written out as `<|endoftext|>`."""
-        return b"".join(map(self.token_bytes, ids))
+        return b"".join(map(self.token_bytes, row_of_ids(ids).tolist()))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
         """The bytes as UTF-8; what is not becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
@@ -129,16 +134,16 @@ class JsonTokenizer:
         """`encode` of each text, on all cores."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
         """The bytes of the ids where the file is a byte-level one, else its text in UTF-8."""
-        ids = list(ids)
+        ids = row_of_ids(ids).tolist()
         if self._bytes_of is None:
             return self.decode(ids).encode("utf-8")
         return b"".join(self.token_bytes(token) or b"" for token in ids)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: ArrayLike | Iterable[int]) -> str:
         """The text of the ids; what is not UTF-8 becomes U+FFFD."""
-        ids = list(ids)
+        ids = row_of_ids(ids).tolist()
         if self._bytes_of is not None:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
         for token in ids:
@@ -192,9 +197,9 @@ class StreamDecoder:
         self._ids: list[int] = []  # the last tokens; those before _read have been given out
         self._read = 0
 
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: ArrayLike | Iterable[int]) -> str:
         """The text that these tokens complete."""
-        return "".join(map(self._push, ids))
+        return "".join(map(self._push, row_of_ids(ids).tolist()))
 
     def flush(self) -> str:
         """What is left at the end; an unfinished character becomes U+FFFD."""
@@ -218,6 +223,58 @@ class StreamDecoder:
     def _rest(self) -> str:
         given = self._tokenizer.decode(self._ids[: self._read]) if self._read else ""
         return self._tokenizer.decode(self._ids)[len(given) :] if self._ids else ""
+
+
+def row_of_ids(ids: ArrayLike | Iterable[int], what: str = "ids") -> Int[np.ndarray, " length"]:
+    """One row of token ids as an array of integers, in whatever form a caller has it.
+
+    Args:
+        ids: a list, range, array or tensor of any integer type, on any device, or any other iterable of integers; those
+            of a list may be Python's, numpy's, or tensors of no dimension.
+        what: the name of the row in messages.
+    Raises ValueError for anything but one dimension, TypeError for values that are not integers, such as booleans.
+    """
+    if isinstance(ids, str):
+        raise TypeError(f"{what} must hold integer token ids, got text; encode it with the tokenizer first")
+    if isinstance(ids, Mapping):
+        raise TypeError(f"{what} must hold integer token ids, got a {type(ids).__name__}; give its 'input_ids'")
+    array = _as_array(ids, what)
+    if array.ndim != 1:
+        raise ValueError(f"{what} must be a list of token ids, got shape {array.shape}; give one row")
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{what} must hold integer token ids, got {array.dtype}")
+    return array if array.size else array.astype(np.int64)
+
+
+def _as_array(ids: Any, what: str) -> np.ndarray:
+    """Ids as an array in a type of their own."""
+    if hasattr(ids, "detach"):  # a tensor: numpy reads those of the CPU only, and has no bfloat16
+        if ids.dim() and ids.numel() and not _holds_integers(ids):
+            raise TypeError(f"{what} must hold integer token ids, got {ids.dtype}")
+        return ids.detach().cpu().numpy() if _holds_integers(ids) else np.empty(tuple(ids.shape))
+    if hasattr(ids, "__array__") and np.asarray(ids).dtype != object:
+        return np.asarray(ids)
+    return _list_as_array(list(ids), what) if isinstance(ids, Iterable) else np.asarray(ids)
+
+
+def _list_as_array(values: list[Any], what: str) -> np.ndarray:
+    """A list of integers; numpy alone would take booleans for numbers and round large ids."""
+    kinds = set(map(type, values))
+    for value in values if kinds - {int} else ():
+        if getattr(value, "ndim", 0) or isinstance(value, list | tuple | range):
+            raise ValueError(f"{what} must be a list of token ids, got a {type(value).__name__} in it; give one row")
+        if isinstance(value, bool | np.bool_) or not (isinstance(value, int | np.integer) or _holds_integers(value)):
+            raise TypeError(f"{what} must hold integer token ids, got {value!r}")
+    numbers = values if kinds <= {int} else list(map(operator.index, values))
+    try:
+        return np.array(numbers, np.int64)
+    except OverflowError:
+        raise ValueError(f"{what} has the id {max(numbers, key=abs)}, which no vocabulary holds") from None
+
+
+def _holds_integers(values: Any) -> bool:
+    """Whether an array or a tensor is of an integer type."""
+    return str(getattr(values, "dtype", "")).removeprefix("torch.").startswith(("int", "uint"))
 
 
 def _check_id(token: int, tokenizer: Tokenizer) -> None:

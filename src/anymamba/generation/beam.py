@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from anymamba.data.tokenizer import Tokenizer
-from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, prefill
+from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
+from anymamba.generation.sampling import is_integer
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.layers.state import select_rows
 from anymamba.models.language_model import LanguageModel
@@ -41,7 +41,7 @@ class Hypothesis(NamedTuple):
 
 def beam_search(
     model: LanguageModel,
-    prompts: Sequence[ArrayLike],
+    prompts: Prompts,
     tokenizer: Tokenizer | None = None,
     *,
     num_beams: int,
@@ -58,7 +58,7 @@ def beam_search(
 
     Args:
         model: a language model.
-        prompts: token ids of each; they may differ in length, and none depends on the others.
+        prompts: token ids of each, in any form that `generate` takes; none depends on the others.
         tokenizer: makes text of tokens, finds stop strings, gives the end-of-sequence id; None: tokens only.
         num_beams: beginnings that are kept at every length; 1 with early_stopping is greedy.
         max_new_tokens: tokens at most.
@@ -76,9 +76,10 @@ def beam_search(
     _check_options(num_beams, max_new_tokens, n_best, length_penalty, stop, tokenizer)
     eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
     rules = _Rules(num_beams, max_new_tokens, length_penalty, early_stopping, _end_test(eos_id, tokenizer, stop))
-    searches = [_Search(rules) for _ in prompts]
+    rows = prompt_rows(prompts)
+    searches = [_Search(rules) for _ in rows]
     with torch.inference_mode():
-        read = prefill(model, prompts, eos_id, state, prefill_chunk)
+        read = prefill(model, rows, eos_id, state, prefill_chunk)
         _run(model, read, searches, tokenizer)
     return [[_with_text(h, tokenizer, stop) for h in search.best(n_best)] for search in searches]
 
@@ -240,7 +241,7 @@ def _check_options(
         ("max_new_tokens", max_new_tokens, 0),
         ("n_best", n_best, 1),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if not is_integer(value) or value < minimum:
             raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     if n_best > num_beams:
         raise ValueError(f"n_best must be at most num_beams, got {n_best} and {num_beams}; raise num_beams")

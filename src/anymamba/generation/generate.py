@@ -11,15 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from anymamba.data.tokenizer import Tokenizer
-from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, prefill
-from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
+from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
+from anymamba.generation.sampling import RowDraws, SamplingConfig, is_integer, sample
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.layers.state import concatenate_rows, map_state, select_rows
 from anymamba.models.language_model import LanguageModel, LanguageModelState
@@ -81,7 +80,7 @@ class TokenStream(Iterator[Step]):
     def __init__(
         self,
         model: LanguageModel,
-        prompts: Sequence[ArrayLike],
+        prompts: Prompts,
         tokenizer: Tokenizer | None = None,
         *,
         max_new_tokens: int = 256,
@@ -92,26 +91,29 @@ class TokenStream(Iterator[Step]):
         state: GenerationState | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        if not is_integer(max_new_tokens) or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
         if stop and tokenizer is None:
             raise ValueError("stop strings need the tokenizer that makes text of tokens; got tokenizer=None")
         self._model, self._max_new_tokens = model, max_new_tokens
         self._sampling = sampling or SamplingConfig()
         self._eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
-        self._decoders = None if tokenizer is None else [StoppingDecoder(tokenizer, stop) for _ in prompts]
+        rows = prompt_rows(prompts)
+        self._decoders = None if tokenizer is None else [StoppingDecoder(tokenizer, stop) for _ in rows]
         # Ids that may be emitted: a foreign model's vocabulary may be padded beyond its tokenizer's.
         vocab_size = model.config.vocab_size
         self._n_ids = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
-        self._draws = RowDraws(seed, len(prompts))
-        self._rows = list(range(len(prompts)))
+        self._draws = RowDraws(seed, len(rows))
+        self._rows = list(range(len(rows)))
         self._ended: list[tuple[list[int], _Running]] = []
         self._n_steps = 0
-        self.n_prompt_tokens = sum(np.size(prompt) for prompt in prompts)
+        self.n_prompts = len(rows)
+        """How many prompts there are."""
+        self.n_prompt_tokens = sum(map(len, rows))
         """Tokens of all prompts."""
         with torch.inference_mode():
-            read = prefill(model, prompts, self._eos_id, state, prefill_chunk)
-            nothing = torch.zeros(len(prompts), dtype=torch.int64, device=read.logits.device)
+            read = prefill(model, rows, self._eos_id, state, prefill_chunk)
+            nothing = torch.zeros(len(rows), dtype=torch.int64, device=read.logits.device)
             self._running = _Running(read.model, nothing, read.seen.clone())
             self._logits: Tensor | None = read.logits  # of the first token; later ones come from the step
 
@@ -203,7 +205,7 @@ class TokenStream(Iterator[Step]):
 
 def stream(
     model: LanguageModel,
-    prompts: Sequence[ArrayLike],
+    prompts: Prompts,
     tokenizer: Tokenizer | None = None,
     **options: Unpack[GenerationOptions],
 ) -> TokenStream:
@@ -213,7 +215,8 @@ def stream(
 
     Args:
         model: a language model.
-        prompts: token ids of each; they may differ in length.
+        prompts: token ids of each, which may differ in length: lists, ranges, arrays or tensors of integers, on any
+            device; or one 2-D array or tensor.
         tokenizer: makes text of tokens, finds stop strings, gives the end-of-sequence id; None: tokens only.
         options: see `GenerationOptions`.
     Raises ValueError or TypeError for prompts that the model cannot read and options out of range, RuntimeError when
@@ -250,16 +253,16 @@ class GenerationOutput:
 
 def generate(
     model: LanguageModel,
-    prompts: Sequence[ArrayLike],
+    prompts: Prompts,
     tokenizer: Tokenizer | None = None,
     **options: Unpack[GenerationOptions],
 ) -> GenerationOutput:
     """Generate until every row has ended. Args and errors as in `stream`."""
     steps = stream(model, prompts, tokenizer, **options)
-    ids: list[list[int]] = [[] for _ in prompts]
-    log_probabilities: list[list[float]] = [[] for _ in prompts]
-    texts = [""] * len(prompts)
-    reasons: list[FinishReason] = ["length"] * len(prompts)
+    ids: list[list[int]] = [[] for _ in range(steps.n_prompts)]
+    log_probabilities: list[list[float]] = [[] for _ in range(steps.n_prompts)]
+    texts = [""] * steps.n_prompts
+    reasons: list[FinishReason] = ["length"] * steps.n_prompts
     for step in steps:
         for row, token, log_probability, text, reason in zip(*step, strict=True):
             ids[row].append(token)
@@ -299,15 +302,17 @@ class TextStream(Iterator[str]):
 
 
 def stream_text(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str | bytes, **options: Unpack[GenerationOptions]
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str | bytes | ArrayLike, **options: Unpack[GenerationOptions]
 ) -> TextStream:
     """Continue a text; iterating gives its pieces, never half a character or a part of a stop string.
 
     Args:
         model: a language model.
         tokenizer: its tokenizer.
-        prompt: the text to continue; it may be empty where there is a state, or an id that documents begin with.
+        prompt: the text to continue, or its token ids; it may be empty where there is a state, or an id that documents
+            begin with.
         options: see `GenerationOptions`.
     Raises as `stream` does, and ValueError for a prompt that the tokenizer cannot encode.
     """
-    return TextStream(stream(model, [tokenizer.encode(prompt)], tokenizer, **options))
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str | bytes) else prompt
+    return TextStream(stream(model, [ids], tokenizer, **options))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +11,15 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from anymamba.data.tokenizer import row_of_ids
 from anymamba.layers.state import concatenate_rows, map_state, select_rows
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 
 PREFILL_CHUNK = 2048
 """Tokens of each prompt that are read at once unless asked otherwise."""
+
+Prompts = Sequence[ArrayLike] | NDArray[np.integer] | Tensor
+"""Token ids of each prompt: lists, ranges, arrays or tensors of integers, on any device; or one 2-D array or tensor."""
 
 
 class GenerationState(NamedTuple):
@@ -35,7 +39,7 @@ class GenerationState(NamedTuple):
 
 def read_prompts(
     model: LanguageModel,
-    prompts: Sequence[ArrayLike],
+    prompts: Prompts,
     *,
     eos_id: int | None = None,
     state: GenerationState | None = None,
@@ -45,7 +49,7 @@ def read_prompts(
 
     Args:
         model: a language model.
-        prompts: the ids of each; memory beside them depends on the chunk only.
+        prompts: the ids of each, see `Prompts`; memory beside them depends on the chunk only.
         eos_id: read in place of an empty prompt at the beginning, where documents begin with it; None: an empty
             prompt is an error.
         state: to continue from, one row a prompt; a prompt may then be empty.
@@ -53,14 +57,15 @@ def read_prompts(
     Raises ValueError for no prompts, ids outside the vocabulary, an empty prompt without eos_id or state, a state of
         another batch; TypeError for ids that are not integers.
     """
+    rows = prompt_rows(prompts)  # outside inference mode, in which nested tensors cannot be taken apart
     with torch.inference_mode():
-        result = prefill(model, prompts, eos_id, state, chunk)
+        result = prefill(model, rows, eos_id, state, chunk)
     return map_state(Tensor.clone, result)  # outside inference mode: usable by autograd, too
 
 
 def prefill(
     model: LanguageModel,
-    prompts: Sequence[ArrayLike],
+    prompts: Prompts,
     eos_id: int | None,
     state: GenerationState | None,
     chunk: int,
@@ -127,31 +132,48 @@ def _left_padded(
     return ids, mask
 
 
+def prompt_rows(prompts: Prompts) -> list[Int[np.ndarray, " length"]]:
+    """The ids of each prompt as an array.
+
+    Raises TypeError for text and for values that are not integers, ValueError for ids that are not in rows.
+    """
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts is a list of lists of token ids, got {type(prompts).__name__}")
+    if isinstance(prompts, Tensor):
+        prompts = prompts.detach().cpu()  # once, not row by row
+    return [_prompt_row(number, prompt) for number, prompt in enumerate(prompts)]
+
+
+def _prompt_row(number: int, prompt: ArrayLike) -> Int[np.ndarray, " length"]:
+    if isinstance(prompt, bytes):
+        raise TypeError(f"prompt {number} must hold integer token ids, got bytes; encode them with the tokenizer first")
+    if not isinstance(prompt, Iterable) or getattr(prompt, "ndim", 1) == 0:
+        raise ValueError(
+            f"prompt {number} must be a list of token ids, got {prompt!r}; prompts is a list of lists: write [ids] for "
+            f"one prompt"
+        )
+    return row_of_ids(prompt, f"prompt {number}")
+
+
 def check_prompts(
-    prompts: Sequence[ArrayLike], vocab_size: int, eos_id: int | None, may_be_empty: bool = False
-) -> list[NDArray[np.int64]]:
+    prompts: Prompts, vocab_size: int, eos_id: int | None, may_be_empty: bool = False
+) -> list[Int[np.ndarray, " length"]]:
     """The prompts as arrays; each id is checked against the vocabulary, an empty prompt becomes [eos_id]."""
-    if len(prompts) == 0:
+    rows = prompt_rows(prompts)
+    if not rows:
         raise ValueError("no prompts; give at least one list of token ids")
     if eos_id is not None and not 0 <= eos_id < vocab_size:
         raise ValueError(f"eos_id must be an id of the vocabulary, 0 to {vocab_size - 1}, got {eos_id}")
-    return [_check_prompt(i, prompt, vocab_size, eos_id, may_be_empty) for i, prompt in enumerate(prompts)]
+    return [_check_prompt(number, row, vocab_size, eos_id, may_be_empty) for number, row in enumerate(rows)]
 
 
 def _check_prompt(
-    number: int, prompt: ArrayLike, vocab_size: int, eos_id: int | None, may_be_empty: bool
-) -> NDArray[np.int64]:
-    ids = np.asarray(prompt)
-    if ids.ndim != 1:
-        raise ValueError(
-            f"prompt {number} must be a list of token ids, got shape {ids.shape}; prompts is a list of lists"
-        )
+    number: int, ids: Int[np.ndarray, " length"], vocab_size: int, eos_id: int | None, may_be_empty: bool
+) -> Int[np.ndarray, " length"]:
     if ids.size == 0:
         if not may_be_empty and eos_id is None:
             raise ValueError(f"prompt {number} is empty and there is no eos_id to begin with; give at least one token")
         return np.array([] if may_be_empty else [eos_id], np.int64)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"prompt {number} must hold integer token ids, got {ids.dtype}")
     outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if outside.size:
         place = int(outside[0])

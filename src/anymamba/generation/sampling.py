@@ -40,7 +40,7 @@ class SamplingConfig:
             raise ValueError(
                 f"temperature must be a number of at least 0, got {self.temperature!r}; 0 is greedy, 1 changes nothing"
             )
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k is True or self.top_k < 1):
+        if self.top_k is not None and (not is_integer(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k must be an integer of at least 1, got {self.top_k!r}; leave it out to keep all")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}; leave it out to keep all")
@@ -55,6 +55,11 @@ class SamplingConfig:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer of Python or numpy, and no boolean."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
@@ -73,7 +78,7 @@ class RowDraws:
     """
 
     def __init__(self, seed: int | Sequence[int], n_rows: int) -> None:
-        keys = [(seed, row) for row in range(n_rows)] if isinstance(seed, int) else [(s, 0) for s in seed]
+        keys = [(seed, row) for row in range(n_rows)] if isinstance(seed, int | np.integer) else [(s, 0) for s in seed]
         if len(keys) != n_rows:
             raise ValueError(f"seed must be one number or one a prompt, got {len(keys)} for {n_rows} prompts")
         for number, _ in keys:

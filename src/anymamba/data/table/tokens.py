@@ -11,6 +11,7 @@ from jaxtyping import Int
 from numpy.typing import ArrayLike, NDArray
 
 from ..documents import document_name
+from ..tokenizer import row_of_ids
 from .store import TokenStore, open_store
 
 DOCUMENTS_FILE = "documents.arrow"
@@ -78,11 +79,11 @@ class TokenTable:
         """A table in memory.
 
         Args:
-            documents: the token ids of each document.
+            documents: the token ids of each document: lists, ranges, arrays or tensors of integers.
             byte_lengths: the bytes of each; None: one a token, which is right for byte tokens.
             names: what each is called; None: "document 0", "document 1", ...
         """
-        arrays = [_token_array(i, document) for i, document in enumerate(documents)]
+        arrays = [row_of_ids(document, f"document {i}") for i, document in enumerate(documents)]
         lengths = np.array([len(array) for array in arrays], np.int64)
         sizes = lengths if byte_lengths is None else np.asarray(byte_lengths, np.int64)
         names = [f"document {i}" for i in range(len(arrays))] if names is None else list(names)
@@ -147,10 +148,3 @@ class TokenTable:
         """(documents whose name is not held out, those whose name is)."""
         out = np.fromiter((held_out(name) for name in self.names), bool, self.n_documents)
         return self.select(np.flatnonzero(~out)), self.select(np.flatnonzero(out))
-
-
-def _token_array(index: int, document: ArrayLike) -> NDArray:
-    array = np.asarray(document)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"document {index} must be a row of integers, got {array.dtype} of shape {array.shape}")
-    return array if array.size else array.astype(np.uint8)
