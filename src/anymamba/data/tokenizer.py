@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or any `tokenizer.json`; rows of ids in any form; text streamed from tokens, whole characters only."""
+"""Tokenizers: bytes, or any `tokenizer.json`; rows of ids in any form; text streamed from tokens in whole characters."""
 
 from __future__ import annotations
 
@@ -136,19 +136,19 @@ class JsonTokenizer:
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
         """The bytes of the ids where the file is a byte-level one, else its text in UTF-8."""
-        ids = row_of_ids(ids).tolist()
+        row: list[int] = row_of_ids(ids).tolist()
         if self._bytes_of is None:
-            return self.decode(ids).encode("utf-8")
-        return b"".join(self.token_bytes(token) or b"" for token in ids)
+            return self.decode(row).encode("utf-8")
+        return b"".join(self.token_bytes(token) or b"" for token in row)
 
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
         """The text of the ids; what is not UTF-8 becomes U+FFFD."""
-        ids = row_of_ids(ids).tolist()
+        row: list[int] = row_of_ids(ids).tolist()
         if self._bytes_of is not None:
-            return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        for token in ids:
+            return self.decode_bytes(row).decode("utf-8", errors="replace")
+        for token in row:
             _check_id(token, self)
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode(row, skip_special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes of one id; None where they depend on its neighbours (files that are not byte-level)."""
