@@ -284,6 +284,8 @@ BAD_DATA = {
     "a binary file": ("a.txt", b"\x7fELF\0\0\0", "not text"),
     "a missing field": ("a.jsonl", b'{"body": "x"}\n', "'body'"),
     "no JSON": ("a.jsonl", b"x\n", "JSON"),
+    "FASTA by name": ("a.fna", b">chr1\nACGT\n", "DNA and proteins are not read yet"),
+    "FASTA by content": ("a.txt", b">chr1\nACGT\n", "DNA and proteins are not read yet"),
 }
 
 
@@ -303,6 +305,8 @@ def test_no_readable_file(refused, tmp_path, model_folder, verb):
     (tmp_path / "folder").mkdir()
     assert "no readable file" in refused(2, verb, "--data", tmp_path / "folder", *rest)
     assert "matches no file" in refused(2, verb, "--data", tmp_path / "*.md", *rest)
+    (tmp_path / "folder" / "a.json").write_text("x")
+    assert "found 1 .json;" in refused(2, verb, "--data", tmp_path / "folder", *rest)
     assert not (tmp_path / "run").exists()
 
 

@@ -25,7 +25,12 @@ def zst(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
+def bgz(data: bytes) -> bytes:
+    """Gzip in several members, as bgzip writes it."""
+    return b"".join(gzip.compress(data[i : i + 60_000]) for i in range(0, max(1, len(data)), 60_000))
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bgz": bgz, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
 
 
 def rows_file(path, suffix: str, field: str = "text") -> bytes:
@@ -120,8 +125,9 @@ def test_paths_without_files(tmp_path):
     for path, message in {
         tmp_path / "missing.txt": r"no such file or folder: .*missing.txt",
         tmp_path / "*.txt": r"the pattern .*\*\.txt matches no file",
-        tmp_path / "empty": r"no readable file in .*empty: looked for .txt .md .py .jsonl .csv .parquet",
-        tmp_path: r"no readable file in",
+        tmp_path
+        / "empty": r"no readable file in .*empty: looked for .txt .md .py .jsonl .csv .parquet.*, found no file",
+        tmp_path: r"no readable file in .*, found 1 \.png",
     }.items():
         with pytest.raises(FileNotFoundError, match=message):
             find_files([path])
@@ -134,6 +140,92 @@ def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="neither a file nor a folder"):
         find_files([tmp_path / "pipe"])
+
+
+def test_a_folder_without_readable_files_tells_the_endings_that_it_has(tmp_path):
+    names = ["a.log", "b/c.LOG", "b/d.tar.gz", "e.json", "README", ".hidden.log", "b/.git/x.log"]
+    for name in names:
+        (tmp_path / "logs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "logs" / name).write_text("x")
+    seen = r"looked for .txt .md .py .jsonl .csv .parquet, also with .gz .bgz .bz2 .xz .zst, found "
+    seen += r"2 \.log, 1 without an ending, 1 \.json, 1 \.tar\.gz; a text file with another ending is read when"
+    with pytest.raises(FileNotFoundError, match=rf"no readable file in .*logs: {seen}"):
+        find_files(tmp_path / "logs")
+    for pattern in ("l*", "*[gs]"):
+        with pytest.raises(FileNotFoundError, match=rf"the pattern .* matches no readable file: {seen}"):
+            find_files(tmp_path / pattern)
+    for i in range(12):
+        (tmp_path / "logs" / f"x.kind{i:02}").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"1 \.kind04, 8 with other endings; a text"):
+        find_files(tmp_path / "logs")
+
+
+FASTA = b">chr1 test\nACGTNNacgt\nTTGA\n>chr2\nGGCC\n"
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", [".fa", ".fasta", ".fna", ".ffn", ".faa", ".frn", ".FA", ".fastq", ".fq", ".2bit"])
+def test_files_of_sequences_are_refused_by_name(tmp_path, suffix, compression):
+    path = tmp_path / f"genome{suffix}{compression}"
+    path.write_bytes(COMPRESS[compression](FASTA))
+    kind = {".fastq": "FASTQ", ".fq": "FASTQ", ".2bit": "2bit"}.get(suffix, "FASTA")
+    (tmp_path / "a.txt").write_text("x")
+    for paths in ([path], [tmp_path / "*"], [tmp_path / "a.txt", path]):
+        with pytest.raises(ValueError, match=rf"genome.* is {kind} by its name, and DNA and proteins are not read yet"):
+            find_files(paths)
+    assert find_files(tmp_path) == [tmp_path / "a.txt"], "a folder is searched for text only"
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"found 1 \{path.name[6:].lower()}; DNA and proteins \({kind}\) are not"
+    ):
+        find_files(tmp_path)
+
+
+PROTEIN = b">sp|P69905|HBA\nMVLSPADKTNVKAAWGKVGAHAGEYGAEALERMFLSFPTTKTYFPHFDLSHGSAQVKGHGK\nKVADALTNAVAHVDDMPNALSAL\n"
+SEQUENCES = {
+    "FASTA": [FASTA, FASTA.replace(b"\n", b"\r\n"), PROTEIN, b">a\n" + b"ACGT" * 1_000_000, b">a\n;note\n\nac-gt*\n"],
+    "2bit": [b"\x43\x27\x41\x1a\0\0\0\0", b"\x1a\x41\x27\x43\0\0\0\0"],
+}
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".bgz"])
+@pytest.mark.parametrize("suffix", [".txt", ".seq", ""])
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_files_of_sequences_are_refused_by_content(tmp_path, kind, suffix, compression):
+    path = tmp_path / f"genome{suffix}{compression}"
+    for data in SEQUENCES[kind]:
+        path.write_bytes(COMPRESS[compression](data))
+        with pytest.raises(
+            ValueError, match=rf"genome.* is {kind} by its content, and DNA and proteins are not read yet"
+        ):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "> a quotation\nand an answer\n",
+        ">",
+        ">\n\n",
+        "> a\n> b\n",
+        "ACGT\nACGT\n",
+        "> a\nTHE END\n",
+        " >chr1\nACGT\n",
+        "CA",
+    ],
+)
+def test_text_that_begins_like_sequences_is_text(tmp_path, text):
+    (tmp_path / "mail.txt").write_text(text)
+    assert read(tmp_path / "mail.txt") == [(str(tmp_path / "mail.txt"), text.encode())]
+
+
+def test_a_binary_file_with_an_unknown_ending_tells_the_endings_that_are_read(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4\0")
+    with pytest.raises(ValueError, match=r"a.zip is not text: NUL at byte 4.* the endings that are read are .txt .md"):
+        read(tmp_path / "a.zip")
+    (tmp_path / "a.txt").write_bytes(b"PK\3\4\0")
+    with pytest.raises(ValueError, match=r"a.txt is not text: NUL at byte 4; leave it out, .* to UTF-8$"):
+        read(tmp_path / "a.txt")
 
 
 def test_a_binary_file_as_text(tmp_path):

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or any `tokenizer.json`; rows of ids in any form; text streamed from tokens in whole characters."""
+"""Tokenizers: bytes, or any `tokenizer.json`; rows of ids in any form; text from tokens, in whole characters."""
 
 from __future__ import annotations
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from .genomes import FORMATS, refusal
+
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".csv", ".parquet")
-COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSION_SUFFIXES = (".gz", ".bgz", ".bz2", ".xz", ".zst")
+READ = f"{' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}, also with {' '.join(COMPRESSION_SUFFIXES)}"
+"""The suffixes that are read, in words."""
+_LISTED = 8  # suffixes that a message counts one by one
 
 
 def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -18,7 +24,7 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     Args:
         paths: files (any suffix; an unknown one is read as text), folders (searched for the suffixes that are known,
             hidden files and folders left out), or patterns with `*`, `?`, `[]` and `**`.
-    Raises FileNotFoundError for a path or a pattern that leads to no file.
+    Raises FileNotFoundError for a path or a pattern that leads to no file, ValueError for a file of DNA or proteins.
     """
     found: dict[str, Path] = {}
     for path in [paths] if isinstance(paths, str | Path) else paths:
@@ -26,6 +32,9 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
             found.setdefault(os.path.realpath(file), Path(os.path.abspath(file)))
     if not found:
         raise FileNotFoundError("no data files: give at least one file, folder or pattern")
+    for file in found.values():
+        if file_format(file) in FORMATS:
+            raise refusal(file, FORMATS[file_format(file)], "name")
     return sorted(found.values())
 
 
@@ -45,34 +54,61 @@ def suffixes(file: Path) -> tuple[str, str]:
 def _expand(path: Path) -> list[Path]:
     """The files that one path means."""
     if path.is_dir():
-        inside = _walk(path)
-        if not inside:
-            known = " ".join((*TEXT_SUFFIXES, *ROW_SUFFIXES))
-            raise FileNotFoundError(
-                f"no readable file in {path}: looked for {known}, also {' '.join(COMPRESSION_SUFFIXES)}"
-            )
-        return inside
+        readable, others = _walk(path)
+        if not readable:
+            raise FileNotFoundError(f"no readable file in {path}: {_sought_and_found(others)}")
+        return readable
     if path.is_file():
         return [path]
     if path.exists():
         raise ValueError(f"{path} is neither a file nor a folder; save the data to a file first")
     if not glob.has_magic(str(path)):
         raise FileNotFoundError(f"no such file or folder: {path}")
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    files = [file for match in matches for file in (_walk(match) if match.is_dir() else [match])]
+    return _matches(path)
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """The files that a pattern finds, and those in the folders that it finds."""
+    matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
+    if not matches:
+        raise FileNotFoundError(f"the pattern {pattern} matches no file")
+    files, others = [match for match in matches if not match.is_dir()], []
+    for folder in [match for match in matches if match.is_dir()]:
+        readable, rest = _walk(folder)
+        files += readable
+        others += rest
     if not files:
-        raise FileNotFoundError(f"the pattern {path} matches no file")
+        raise FileNotFoundError(f"the pattern {pattern} matches no readable file: {_sought_and_found(others)}")
     return files
 
 
-def _walk(folder: Path) -> list[Path]:
-    """The files with known suffixes below a folder, symbolic links followed, each folder once."""
-    found, seen = [], set()
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files below a folder with known suffixes, and the others.
+
+    Symbolic links are followed, each folder once; hidden files and folders are left out.
+    """
+    readable, others, seen = [], [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real not in seen:
-            files = (Path(parent, name) for name in names if not name.startswith("."))
-            found += [file for file in files if file_format(file) in TEXT_SUFFIXES + ROW_SUFFIXES and file.is_file()]
+        for file in [Path(parent, name) for name in names if real not in seen and not name.startswith(".")]:
+            if file.is_file():
+                known = file_format(file) in TEXT_SUFFIXES + ROW_SUFFIXES
+                (readable if known else others).append(file)
         seen.add(real)
-    return found
+    return readable, others
+
+
+def _sought_and_found(files: list[Path]) -> str:
+    """What a message says where no file has a known suffix: those that are read, those that there are, the way out."""
+    counts = Counter("".join(suffixes(file)) for file in set(files))  # a pattern may lead to a file by two folders
+    kinds = sorted(counts.items(), key=lambda kind: (-kind[1], kind[0]))
+    found = [f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds]
+    if len(kinds) > _LISTED:
+        found[_LISTED:] = [f"{sum(count for _, count in kinds[_LISTED:]):,} with other endings"]
+    sequences = sorted({FORMATS[file_format(file)] for file in files if file_format(file) in FORMATS})
+    refused = f"; DNA and proteins ({', '.join(sequences)}) are not read yet" if sequences else ""
+    return (
+        f"looked for {READ}, found {', '.join(found) or 'no file that is not hidden'}{refused}; a text file with "
+        f"another ending is read when it is named itself or by a pattern"
+    )

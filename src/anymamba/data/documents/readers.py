@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .files import ROW_SUFFIXES, file_format
+from .files import READ, ROW_SUFFIXES, TEXT_SUFFIXES, file_format
+from .genomes import format_by_content, refusal
 from .streams import BLOCK, import_pyarrow, open_decompressed
 
 DEFAULT_TEXT_FIELD = "text"
@@ -51,7 +52,7 @@ def iter_documents(
         files: as `find_files` gives them; the suffix says how each is read.
         text_field: the field of a row that holds its text; None: "text".
         on_read: called with the number of bytes read from disk since the last call (compressed ones where they are).
-    Raises ValueError, naming file and line, for data that is binary, damaged, malformed or without the field.
+    Raises ValueError, naming file and line, for data that is binary, damaged, malformed, without the field, or DNA.
     """
     files = list(files)
     if text_field is not None and not any(file_format(file) in ROW_SUFFIXES for file in files):
@@ -69,9 +70,14 @@ def iter_documents(
 def _read_text(file: Path, stream: BinaryIO) -> Iterator[Document]:
     """The whole file as one document."""
     first = stream.read(BLOCK)
+    sequences = format_by_content(first)
+    if sequences is not None:
+        raise refusal(file, sequences, "content")
     if b"\0" in first:
+        unknown = "" if file_format(file) in TEXT_SUFFIXES else f"; the endings that are read are {READ}"
         raise ValueError(
-            f"{file} is not text: NUL at byte {first.index(0)}; leave it out, or convert it (UTF-16 or UTF-32) to UTF-8"
+            f"{file} is not text: NUL at byte {first.index(0)}; leave it out, or convert it (UTF-16 or UTF-32) to "
+            f"UTF-8{unknown}"
         )
 
     def pieces() -> Iterator[bytes]:

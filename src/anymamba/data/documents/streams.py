@@ -30,7 +30,7 @@ def open_decompressed(file: Path, on_read: Callable[[int], None]) -> Iterator[Bi
 
 
 def _decompressor(compression: str, raw: Any) -> IO[bytes]:
-    if compression == ".gz":
+    if compression in (".gz", ".bgz"):  # bgzip writes gzip in blocks
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if compression == ".bz2":
         return bz2.BZ2File(raw)

@@ -22,7 +22,7 @@ from .tokens import DOCUMENTS_FILE, FILES_FILE, TokenTable
 
 WINDOW = 65_536  # tokens of a row at most
 _BATCH_TOKENS, _BATCH_ROWS = 64 * WINDOW, 65_536  # a record batch is written when it has either
-_FORMAT = 1  # part of the cache's key: raise it when a table of the same input would look different
+_FORMAT = 2  # part of the cache's key: raise it when a table of the same input would look different
 _META_FILE = "meta.json"
 
 
