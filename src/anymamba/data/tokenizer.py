@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
         """The text of a row of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def to_json(self) -> str:
+        """The contents of its `tokenizer.json`."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` (and `tokenizer_config.json`, which `transformers` wants) into a folder."""
         ...
@@ -63,6 +67,7 @@ def _byte_alphabet() -> list[str]:
 
 _ALPHABET = _byte_alphabet()
 _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_ALPHABET)}
+"""The byte of each character of a byte-level file."""
 
 
 class ByteTokenizer:
@@ -70,12 +75,17 @@ class ByteTokenizer:
 
     Text is only text: `<|endoftext|>` inside it is encoded as its 13 bytes. The saved `tokenizer.json` gives the same
     ids for UTF-8 text, except that there, as in every such file, `<|endoftext|>` in the text is the special token.
+
+    Args:
+        end_of_document: whether there is the id 256; models with a vocabulary of 256 have none.
     """
 
     name = "bytes"
-    vocab_size = 257
-    eos_id: int | None = 256
-    fingerprint = "bytes-257"
+
+    def __init__(self, end_of_document: bool = True) -> None:
+        self.vocab_size = 257 if end_of_document else 256
+        self.eos_id: int | None = 256 if end_of_document else None
+        self.fingerprint = f"bytes-{self.vocab_size}"
 
     def encode(self, text: str | bytes) -> list[int]:
         """The bytes of a text; a str as UTF-8, with undecodable bytes of the command line (PEP 383) as they were."""
@@ -98,19 +108,28 @@ class ByteTokenizer:
         _check_id(token, self)
         return END_OF_DOCUMENT.encode() if token == self.eos_id else bytes((token,))
 
+    def to_json(self) -> str:
+        """A byte-level BPE without merges, which `tokenizers` and `transformers` read."""
+        return json.dumps(_byte_specification(self.eos_id is not None), ensure_ascii=False, indent=2)
+
     def save(self, folder: Path) -> None:
-        """Write a byte-level BPE without merges, which `tokenizers` and `transformers` read."""
-        _write(folder, json.dumps(_byte_specification(), ensure_ascii=False, indent=2), END_OF_DOCUMENT)
+        """Write `to_json`, and the configuration that `transformers` wants."""
+        _write(folder, self.to_json(), None if self.eos_id is None else END_OF_DOCUMENT)
 
 
 class JsonTokenizer:
-    """Any `tokenizer.json` of the `tokenizers` library; truncation and padding that it asks for are switched off."""
+    """Any `tokenizer.json` of the `tokenizers` library; truncation and padding that it asks for are switched off.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: the file, or the one that `text` comes from (a .gguf file).
+        text: the contents of a `tokenizer.json`; None: those of the file.
+    """
+
+    def __init__(self, path: str | Path, text: str | None = None) -> None:
         import tokenizers
 
         self.path = Path(path)
-        self._json = self.path.read_text(encoding="utf-8")
+        self._json = self.path.read_text(encoding="utf-8") if text is None else text
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
         except Exception as error:  # the library raises bare Exception
@@ -119,12 +138,12 @@ class JsonTokenizer:
             ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.name = self.path.parent.name if self.path.name == FILE_NAME else self.path.name.removesuffix(".json")
+        self.name = self.path.parent.name if self.path.name == FILE_NAME else self.path.stem
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
         added = {token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items()}
         self.eos_id: int | None = next((added[name] for name in _EOS_NAMES if name in added), None)
-        self._bytes_of: dict[int, bytes] | None = {} if _is_byte_level(json.loads(self._json)["decoder"]) else None
+        self._bytes_of: dict[int, bytes] | None = {} if _is_byte_level(json.loads(self._json).get("decoder")) else None
 
     def encode(self, text: str | bytes) -> list[int]:
         """The ids of a text, which must be UTF-8; names of special tokens in it become these tokens."""
@@ -159,6 +178,10 @@ class JsonTokenizer:
             self._bytes_of[token] = _token_to_bytes(self._tokenizer.id_to_token(token) or "")
         return self._bytes_of[token]
 
+    def to_json(self) -> str:
+        """The contents as they were read."""
+        return self._json
+
     def save(self, folder: Path) -> None:
         """Write the file as it was read."""
         _write(folder, self._json, None if self.eos_id is None else self._tokenizer.id_to_token(self.eos_id))
@@ -176,10 +199,22 @@ def load_tokenizer(path: str | Path | None) -> ByteTokenizer | JsonTokenizer:
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer at {file}; give a tokenizer.json or a folder that holds one")
     try:
-        specification = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
-    return ByteTokenizer() if _is_byte_specification(specification) else JsonTokenizer(file)
+    return tokenizer_from_json(text, file)
+
+
+def tokenizer_from_json(text: str, path: Path) -> ByteTokenizer | JsonTokenizer:
+    """The tokenizer of the contents of a `tokenizer.json`; `path` is where they come from, for names and messages."""
+    try:
+        specification = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+    for end_of_document in (True, False):
+        if _is_byte_specification(specification, end_of_document):
+            return ByteTokenizer(end_of_document)
+    return JsonTokenizer(path, text)
 
 
 class StreamDecoder:
@@ -278,10 +313,20 @@ def _holds_integers(values: Any) -> bool:
 
 
 def _check_id(token: int, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for an id that a tokenizer does not have."""
     if not 0 <= token < tokenizer.vocab_size:
         raise ValueError(
             f"token id {token} is outside the vocabulary of {tokenizer.name}: 0 .. {tokenizer.vocab_size - 1}"
         )
+
+
+def _write(folder: Path, specification: str, eos: str | None) -> None:
+    """Write both files; the second keeps transformers from choosing a class of its own by the model's type."""
+    (Path(folder) / FILE_NAME).write_text(specification, encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if eos is not None:
+        config["eos_token"] = eos
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _utf8(text: str | bytes) -> str:
@@ -313,7 +358,7 @@ def _token_to_bytes(token: str) -> bytes:
         return token.encode("utf-8")
 
 
-def _byte_specification() -> dict[str, Any]:
+def _byte_specification(end_of_document: bool) -> dict[str, Any]:
     """The `tokenizer.json` of the bytes."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -321,7 +366,7 @@ def _byte_specification() -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": 256, "content": END_OF_DOCUMENT, **special}],
+        "added_tokens": [{"id": 256, "content": END_OF_DOCUMENT, **special}] if end_of_document else [],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,
@@ -341,27 +386,19 @@ def _byte_specification() -> dict[str, Any]:
     }
 
 
-def _is_byte_specification(specification: Any) -> bool:
+def _is_byte_specification(specification: Any, end_of_document: bool) -> bool:
     """Whether a file maps text to ids as ByteTokenizer does; fields that another version adds do not matter."""
     if not isinstance(specification, dict):
         return False
     model, before = specification.get("model") or {}, specification.get("pre_tokenizer") or {}
     added = [(token["content"], token["id"]) for token in specification.get("added_tokens") or []]
+    ends = {END_OF_DOCUMENT: 256} if end_of_document else {}
     return (
         model.get("type") == "BPE"
         and not model.get("merges")
-        and {**model.get("vocab", {}), END_OF_DOCUMENT: 256} == {**_BYTE_OF_CHARACTER, END_OF_DOCUMENT: 256}
+        and {**model.get("vocab", {}), **ends} == {**_BYTE_OF_CHARACTER, **ends}
         and specification.get("normalizer") is None
         and before.get("type") == "ByteLevel"
         and not before.get("add_prefix_space")
-        and added == [(END_OF_DOCUMENT, 256)]
+        and added == list(ends.items())
     )
-
-
-def _write(folder: Path, specification: str, eos: str | None) -> None:
-    """Write both files; the second keeps transformers from choosing a class of its own by the model's type."""
-    (Path(folder) / FILE_NAME).write_text(specification, encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if eos is not None:
-        config["eos_token"] = eos
-    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

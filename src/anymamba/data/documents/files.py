@@ -87,7 +87,9 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Symbolic links are followed, each folder once; hidden files and folders are left out.
     """
-    readable, others, seen = [], [], set()
+    readable: list[Path] = []
+    others: list[Path] = []
+    seen: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
