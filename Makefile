@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all experiments-smoke lint format bench sanitize clean
+.PHONY: demo test test-all experiments-smoke lint format docs bench sanitize clean
 
 $(VENV)/installed-demo: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +42,17 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The site is made from the sources alone: the tools are installed for it, the package and torch are not.
+$(VENV)/installed-docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+		| xargs $(BIN)/python -m pip install --quiet -c constraints.txt
+	touch $@
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir site
+	@echo "the site is in site/; open site/index.html"
+
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks
@@ -52,4 +63,4 @@ sanitize:
 	tests/native/run build/sanitize-thread -fsanitize=thread
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache

@@ -1,0 +1,49 @@
+"""What MkDocs does besides making pages: it shows files of the repository, and it refuses what must not be published.
+
+A page with `include: FILE` in its front matter ends with that file of the repository. Links in the file are written for
+the repository and are changed to lead to the same place on the site.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from names import without_page
+
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+ASSET = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=["']?(https?:)?//[^"'\s>]+""")
+
+
+def on_pre_build(config: Any) -> None:
+    """Refuse to build a site that lacks a public name."""
+    docs = Path(config.docs_dir)
+    missing = without_page(docs.parent / "src", docs)
+    if missing:
+        raise PluginError(
+            f"{len(missing)} public names have no page: {', '.join(missing)}; add `::: NAME`, or `::: MODULE` for a "
+            "whole module, to a page in docs/reference, or start the name with an underscore"
+        )
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Add the file that the page includes."""
+    if "include" not in page.meta:
+        return markdown
+    text = (Path(config.docs_dir).parent / page.meta["include"]).read_text(encoding="utf-8")
+    return f"{markdown}\n\n{LINK.sub(lambda match: f']({site_path(match[1])}', text)}"
+
+
+def site_path(target: str) -> str:
+    """Where a path of the repository is on the site: pages without `docs/`, included files by their page."""
+    return target.removeprefix("docs/") if target.startswith("docs/") else Path(target).name.lower()
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Refuse a page that loads something from another host."""
+    found = ASSET.search(output)
+    if found:
+        raise PluginError(f"{page.file.src_path} loads {found[0]}; put the file into docs/ and link it there")
+    return output
