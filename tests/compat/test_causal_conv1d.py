@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from anymamba.compat.causal_conv1d import (
     causal_conv1d_update_ref,
     causal_conv1d_varlen_states,
 )
+from anymamba.compat.causal_conv1d.causal_conv1d_interface import CausalConv1dFn
 from anymamba.compat.causal_conv1d.cpp_functions import (
     causal_conv1d_bwd_function,
     causal_conv1d_fwd_function,
@@ -70,7 +73,7 @@ def test_gradients():
     def both(x, weight, bias, before):
         return causal_conv1d_fn(x, weight, bias, None, before, return_final_states=True, activation="silu")
 
-    assert torch.autograd.gradcheck(both, (x, weight, bias, before))
+    assert torch.autograd.gradcheck(both, (x, weight, bias, before), fast_mode=True)
 
 
 def test_sequences_do_not_see_each_other():
@@ -88,7 +91,7 @@ def test_misuse():
     x, weight, bias = tensors(5, 4)
     seq_idx = torch.zeros(BATCH, 5, dtype=torch.int32)
     for arguments, message in (
-        ({"activation": "gelu"}, 'activation must be None, "silu" or "swish", got \'gelu\''),
+        ({"activation": "gelo"}, 'activation must be None, "silu" or "swish", got \'gelo\''),
         ({"seq_idx": seq_idx, "return_final_states": True}, "seq_idx cannot go with"),
         ({"seq_idx": seq_idx[:, :2]}, r"seq_idx must be \(batch, length\) = \(3, 5\), got \(3, 2\)"),
     ):
@@ -180,6 +183,127 @@ def test_functions_of_the_compiled_module():
     torch.testing.assert_close(step, oracle(x[..., :1], weight, bias, before))
 
 
+# ------------------------------------------------------------------------------------------ states and gradients
+
+
+def test_final_states_in_a_given_tensor_keep_their_gradient():
+    """The tensor gets the values, what is returned has the gradient."""
+    x, weight, bias = tensors(6, 4)
+    x.requires_grad_()
+    into = torch.empty(BATCH, DIM, 3)
+    _, last = causal_conv1d_fn(x, weight, bias, return_final_states=True, final_states_out=into)
+    assert torch.equal(into, x[..., -3:]) and not into.requires_grad
+    last.sum().backward()
+    want = torch.zeros_like(x)
+    want[..., -3:] = 1
+    assert torch.equal(x.grad, want)
+
+
+UPDATES = {
+    "one": {},
+    "circular": {"cache_seqlens": torch.tensor([0, 1, 4])},
+    "indices": {"conv_state_indices": torch.tensor([2, -1, 0])},
+    "both": {"cache_seqlens": torch.tensor([0, 1, 4]), "conv_state_indices": torch.tensor([2, -1, 0])},
+}
+
+
+@pytest.mark.parametrize("options", UPDATES.values(), ids=UPDATES)
+@pytest.mark.parametrize("length", [1, 2])
+def test_gradients_through_updates(options, length):
+    """Two updates in place and the state after them, against finite differences."""
+    x, weight, bias = (t.double().requires_grad_() for t in tensors(2 * length, 3))
+    state = torch.randn(BATCH, DIM, 4, dtype=torch.float64, requires_grad=True)
+
+    def updates(x, state, weight, bias):
+        state, seen = state.clone(), options.get("cache_seqlens")
+        first = causal_conv1d_update(x[..., :length], state, weight, bias, "silu", **options)
+        then = options if seen is None else options | {"cache_seqlens": seen + length}
+        second = causal_conv1d_update(x[..., length:], state, weight, bias, "silu", **then)
+        return first, second, state
+
+    assert torch.autograd.gradcheck(updates, (x, state, weight, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("options", UPDATES.values(), ids=UPDATES)
+def test_a_state_of_inference_mode_is_updated_outside_it(options):
+    x, weight, bias = tensors(1, 4)
+    plain = torch.randn(BATCH, DIM, 4)
+    with torch.inference_mode():
+        state = plain.clone()
+    for grad in (False, True):
+        weight.requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            want = causal_conv1d_update(x, plain, weight, bias, **options)
+            got = causal_conv1d_update(x, state, weight, bias, **options)
+        plain = plain.detach()
+        assert torch.equal(got, want) and torch.equal(state, plain) and state.is_inference()
+    got.sum().backward()
+    assert weight.grad.abs().sum() > 0
+
+
+def test_updates_compile_into_one_graph():
+    x, weight, bias = tensors(1, 4)
+    step = torch.compile(
+        lambda x, state, weight: causal_conv1d_update(x, state, weight, bias, "silu"), fullgraph=True, backend="eager"
+    )
+    for grad in (False, True):
+        state, plain = torch.ones(BATCH, DIM, 4), torch.ones(BATCH, DIM, 4)
+        with torch.set_grad_enabled(grad):
+            want = causal_conv1d_update(x, plain, weight, bias, "silu")
+            torch.testing.assert_close(step(x, state, weight), want)
+        assert torch.equal(state, plain)
+
+
+# ------------------------------------------------------------------------------------------ activations and versions
+
+
+def test_the_activation_in_its_older_places():
+    x, weight, bias = tensors(6, 4)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1]] * BATCH, dtype=torch.int32)
+    want = causal_conv1d_fn(x, weight, bias, activation="silu")
+    assert torch.equal(causal_conv1d_fn(x, weight, bias, "silu"), want)  # version 1.0
+    assert torch.equal(causal_conv1d_fn(x, weight, bias, None, "swish"), want)  # version 1.1
+    assert torch.equal(
+        causal_conv1d_fn(x, weight, bias, seq_idx, "silu"),
+        causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx, activation="silu"),
+    )
+    assert torch.equal(causal_conv1d_ref(x, weight, bias, "silu"), want)
+    assert torch.equal(CausalConv1dFn.apply(x, weight, bias, None, None, False, None, "silu"), want)
+    assert torch.equal(
+        causal_conv1d_ref(x, weight, bias, activation="silu", seq_idx=seq_idx),
+        causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu"),
+    )
+    for function in (causal_conv1d_fn, causal_conv1d_ref):
+        with pytest.raises(TypeError, match="activation was given twice, as 'silu' by place and as 'swish' by name"):
+            function(x, weight, bias, "silu", activation="swish")
+
+
+def test_activations_of_transformers():
+    """Its models pass `hidden_act`; padding stays 0 for activations that are not 0 there."""
+    activations = pytest.importorskip("transformers.activations", reason="the extra 'test' installs transformers")
+    x, weight, bias = tensors(6, 4)
+    for name in ("gelu", "relu2", "sigmoid"):
+        want = activations.ACT2FN[name](oracle(x, weight, bias))
+        torch.testing.assert_close(causal_conv1d_fn(x, weight, bias, activation=name), want)
+        step = causal_conv1d_update(x, torch.zeros(BATCH, DIM, 3), weight, bias, name)
+        torch.testing.assert_close(step, want)
+    padded = torch.full((BATCH, 6), -1, dtype=torch.int32)
+    assert not causal_conv1d_fn(x, weight, bias, padded, activation="sigmoid").any()
+    rows = torch.tensor([-1, -1, -1])
+    assert not causal_conv1d_update(x, torch.zeros(BATCH, DIM, 3), weight, bias, "sigmoid", None, rows).any()
+
+
+def test_those_activations_are_refused_without_transformers(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers.activations", raising=False)
+    x, weight, bias = tensors(6, 4)
+    for call in (
+        lambda: causal_conv1d_fn(x, weight, bias, activation="gelu"),
+        lambda: causal_conv1d_update(x, torch.zeros(BATCH, DIM, 3), weight, bias, "gelu"),
+    ):
+        with pytest.raises(ValueError, match="got 'gelu'"):
+            call()
+
+
 def test_half_precision_keeps_its_dtype():
     x, weight, bias = (t.bfloat16() for t in tensors(9, 4))
     got = causal_conv1d_fn(x, weight, bias, activation="silu")
@@ -189,4 +313,4 @@ def test_half_precision_keeps_its_dtype():
 
 
 def test_names():
-    assert package.__version__ == "1.6.1" and set(package.__all__) <= set(dir(package))
+    assert package.__version__ == "1.7.0" and set(package.__all__) <= set(dir(package))

@@ -21,6 +21,14 @@ PACKAGES = ("mamba_ssm", "causal_conv1d")
 REAL = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
 """The packages, and the distributions that the originals come in."""
 OURS = "anymamba-compat"
+CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
+COMPILED = ("causal_conv1d_fwd_function", "causal_conv1d_bwd_function", "causal_conv1d_update_function")
+HANDED_ON = {
+    "mamba_ssm.modules.mamba_simple": CONVOLUTIONS,
+    "mamba_ssm.ops.selective_scan_interface": ("causal_conv1d_fn", *COMPILED),
+    "causal_conv1d.causal_conv1d_interface": COMPILED,
+}
+"""Names of causal_conv1d that programs also import from these modules."""
 
 
 def provide(package: str) -> None:
@@ -93,6 +101,17 @@ def _alias(package: str) -> None:
     found = pkgutil.walk_packages(root.__path__, prefix=f"{root.__name__}.")
     for name in (root.__name__, *(entry.name for entry in found)):
         sys.modules[name.removeprefix(f"{HOME}.")] = importlib.import_module(name)
+    _hand_on(package)
+
+
+def _hand_on(package: str) -> None:
+    convolutions = importlib.import_module(f"{HOME}.causal_conv1d")
+    compiled = importlib.import_module(f"{HOME}.causal_conv1d.cpp_functions")
+    for name, wanted in HANDED_ON.items():
+        if name.startswith(f"{package}."):
+            module = importlib.import_module(f"{HOME}.{name}")
+            for function in wanted:
+                setattr(module, function, getattr(compiled if function in COMPILED else convolutions, function))
 
 
 # ------------------------------------------------------------------------------------------ transformers

@@ -1,4 +1,4 @@
-"""The package `causal_conv1d`, interface 1.6.1, over anymamba's operators, on any device."""
+"""The package `causal_conv1d`, interface 1.7.0, over anymamba's operators, on any device."""
 
 from anymamba.compat.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_fn,
@@ -8,7 +8,7 @@ from anymamba.compat.causal_conv1d.causal_conv1d_interface import (
 )
 from anymamba.compat.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
 
-__version__ = "1.6.1"
+__version__ = "1.7.0"
 
 __all__ = [
     "causal_conv1d_fn",

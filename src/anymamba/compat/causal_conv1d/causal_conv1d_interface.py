@@ -1,14 +1,18 @@
-"""The functions of `causal_conv1d` 1.6 over `anymamba.ops.causal_conv1d`, with its layout (batch, dim, length).
+"""The functions of `causal_conv1d` 1.7 over `anymamba.ops.causal_conv1d`, with its layout (batch, dim, length).
 
 Width and length are not limited, gradients flow through the states, and every device is served.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anymamba.ops import observers
 from anymamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
 
@@ -16,13 +20,15 @@ def causal_conv1d_fn(
     x: Float[Tensor, "batch dim length"],
     weight: Float[Tensor, "dim width"],
     bias: Float[Tensor, " dim"] | None = None,
-    seq_idx: Int[Tensor, "batch length"] | None = None,
-    initial_states: Float[Tensor, "batch dim width_minus_1"] | None = None,
+    seq_idx: Int[Tensor, "batch length"] | str | None = None,
+    initial_states: Float[Tensor, "batch dim width_minus_1"] | str | None = None,
     return_final_states: bool = False,
     final_states_out: Float[Tensor, "batch dim width_minus_1"] | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A causal depthwise convolution.
+
+    The activation may also come fourth, as in version 1.0, or fifth, as in 1.1.
 
     Args:
         x: (batch, dim, length), any strides.
@@ -31,26 +37,29 @@ def causal_conv1d_fn(
             padding, where the output is 0. Not together with states.
         initial_states: (batch, dim, width - 1), the inputs before the first, oldest first.
         return_final_states: return the last width - 1 inputs, too.
-        final_states_out: filled with them.
-        activation: None, "silu" or "swish".
-    Returns out, like x, or (out, final_states). Raises ValueError for shapes and names.
-    Source: the interface of causal-conv1d 1.6.1.
+        final_states_out: filled with them, and returned where they have no derivative to carry.
+        activation: None, "silu" or "swish"; in a process with transformers also its names of activations, which its
+            models pass on.
+    Returns out, like x, or (out, final_states); gradients flow through both. Raises ValueError for shapes and names.
+    Source: the interface of causal-conv1d 1.7.0.
     """
-    silu = _activation(activation)
+    if isinstance(seq_idx, str):
+        activation, seq_idx = _only_activation(seq_idx, activation), None
+    if isinstance(initial_states, str):
+        activation, initial_states = _only_activation(initial_states, activation), None
+    silu, after = _activation(activation)
     _require_three(x)
-    before = None if initial_states is None else initial_states.transpose(1, 2)
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
             raise ValueError("seq_idx cannot go with initial_states or return_final_states; give one of them")
-        return _separate(x, weight, bias, seq_idx, silu)
+        return _separate(x, weight, bias, seq_idx, silu, after)
+    before = None if initial_states is None else initial_states.transpose(1, 2)
     y, last = causal_conv1d(x.transpose(1, 2), weight, bias, activation=silu, initial_state=before)
-    out = y.transpose(1, 2)
+    out, last = after(y.transpose(1, 2)), last.transpose(1, 2)
     if final_states_out is not None:
-        with torch.no_grad():
-            final_states_out.copy_(last.transpose(1, 2))
-    if not return_final_states:
-        return out
-    return out, last.transpose(1, 2) if final_states_out is None else final_states_out
+        _write(final_states_out, last.detach())
+        last = last if last.requires_grad or observers.transformed(last) else final_states_out
+    return (out, last) if return_final_states else out
 
 
 def causal_conv1d_update(
@@ -71,10 +80,12 @@ def causal_conv1d_update(
         cache_seqlens: (batch,) inputs seen so far.
         conv_state_indices: (batch,) the row of conv_state for each row of x; negative is padding: its output is 0 and
             no state changes.
-    Returns out, like x. Raises ValueError for shapes and names.
-    Source: the interface of causal-conv1d 1.6.1.
+        activation: as in `causal_conv1d_fn`.
+    Returns out, like x; gradients flow through it and through the changed state.
+    Raises ValueError for shapes and names.
+    Source: the interface of causal-conv1d 1.7.0.
     """
-    silu = _activation(activation)
+    silu, after = _activation(activation)
     if x.ndim == 2:
         inputs = x[..., None]
     else:
@@ -83,30 +94,42 @@ def causal_conv1d_update(
     width, state_length = weight.shape[1], conv_state.shape[-1]
     if state_length < width - 1:
         raise ValueError(f"conv_state must hold at least width - 1 = {width - 1} inputs, got {state_length}")
-    valid, state = None, conv_state
+    valid = None
     if conv_state_indices is not None:
         valid = conv_state_indices >= 0
         state = conv_state[conv_state_indices.clamp_min(0).long()]
+    else:  # autograd may keep what the output is computed from
+        state = conv_state.clone() if torch.is_grad_enabled() else conv_state
     out, new = _advance(inputs, state, weight, bias, silu, cache_seqlens)
+    out = after(out)
     if valid is None or conv_state_indices is None:
-        conv_state.copy_(new)
+        _write(conv_state, new)
     else:
-        conv_state[conv_state_indices[valid].long()] = new[valid].to(conv_state.dtype)
+        _write(conv_state, new[valid], conv_state_indices[valid].long())
         out = out.masked_fill(~valid[:, None, None], 0)
     return out[..., 0] if x.ndim == 2 else out
+
+
+class CausalConv1dFn:
+    """The name of the original's autograd function; `apply` is `causal_conv1d_fn`."""
+
+    apply = staticmethod(causal_conv1d_fn)
 
 
 def causal_conv1d_ref(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
+    initial_states: Tensor | str | None = None,
     return_final_states: bool = False,
     final_states_out: Tensor | None = None,
     activation: str | None = None,
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`causal_conv1d_fn` without seq_idx."""
-    return causal_conv1d_fn(x, weight, bias, None, initial_states, return_final_states, final_states_out, activation)
+    """`causal_conv1d_fn` with seq_idx last; the activation may also come fourth, as in versions 1.0 and 1.1."""
+    if isinstance(initial_states, str):
+        activation, initial_states = _only_activation(initial_states, activation), None
+    return causal_conv1d_fn(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation)
 
 
 def causal_conv1d_update_ref(
@@ -121,10 +144,32 @@ def causal_conv1d_update_ref(
     return causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens)
 
 
-def _activation(name: str | None) -> str | None:
-    if name not in (None, "silu", "swish"):
+def _activation(name: str | None) -> tuple[str | None, Callable[[Tensor], Tensor]]:
+    """The activation that the operator fuses, and one to apply after it."""
+    if name in (None, "silu", "swish"):
+        return None if name is None else "silu", lambda out: out
+    activations = sys.modules.get("transformers.activations")  # a model of transformers passes its hidden_act on
+    if activations is None or name not in activations.ACT2FN:
         raise ValueError(f'activation must be None, "silu" or "swish", got {name!r}')
-    return None if name is None else "silu"
+    return None, activations.ACT2FN[name]
+
+
+def _only_activation(positional: str, named: str | None) -> str:
+    """The activation that came in the place that it has in an older version."""
+    if named is not None:
+        raise TypeError(f"activation was given twice, as {positional!r} by place and as {named!r} by name")
+    return positional
+
+
+def _write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> None:
+    """Put new values into a state, or into some of its rows; one that was made in inference mode, in that mode."""
+    if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            return _write(state, new, rows)
+    if rows is None:
+        state.copy_(new)
+    else:
+        state.index_copy_(0, rows, new.to(state.dtype))
 
 
 def _require_three(x: Tensor) -> None:
@@ -132,7 +177,14 @@ def _require_three(x: Tensor) -> None:
         raise ValueError(f"x must be (batch, dim, length), got {tuple(x.shape)}")
 
 
-def _separate(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, silu: str | None) -> Tensor:
+def _separate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor,
+    silu: str | None,
+    after: Callable[[Tensor], Tensor],
+) -> Tensor:
     """All rows as one, cut wherever the row or the sequence changes."""
     batch, dim, length = x.shape
     if seq_idx.shape != (batch, length):
@@ -140,10 +192,10 @@ def _separate(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, s
     cuts = torch.ones(batch, length, dtype=torch.bool, device=x.device)
     cuts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     starts = cuts.flatten().nonzero().flatten()
-    borders = torch.cat([starts, starts.new_tensor([batch * length])]).int()
+    offsets = torch.cat([starts, starts.new_tensor([batch * length])]).int()
     rows = x.transpose(1, 2).reshape(1, batch * length, dim)
-    y = causal_conv1d(rows, weight, bias, activation=silu, cu_seqlens=borders).y if batch * length else rows
-    y = y.view(batch, length, dim).masked_fill((seq_idx < 0)[..., None], 0)
+    y = causal_conv1d(rows, weight, bias, activation=silu, cu_seqlens=offsets).y if batch * length else rows
+    y = after(y.view(batch, length, dim)).masked_fill((seq_idx < 0)[..., None], 0)
     return y.transpose(1, 2)
 
 

@@ -13,12 +13,12 @@ def causal_conv1d_varlen_states(
 ) -> Float[Tensor, "batch dim state_len"]:
     """The last `state_len` inputs of each packed sequence, the newest last, padded with 0 on the left.
 
-    Source: the interface of causal-conv1d 1.6.1.
+    Source: the interface of causal-conv1d 1.7.0.
     """
     batch = cu_seqlens.numel() - 1
     states = x.new_zeros(batch, state_len, x.shape[1])
-    borders = cu_seqlens.tolist()
-    for row, (start, end) in enumerate(pairwise(borders)):
+    offsets = cu_seqlens.tolist()
+    for row, (start, end) in enumerate(pairwise(offsets)):
         count = min(end - start, state_len)
         if count:
             states[row, state_len - count :] = x[end - count : end]

@@ -9,18 +9,19 @@ from anymamba.compat.mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from anymamba.compat.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.compat.mamba_ssm.ops import selective_scan_interface
 from anymamba.compat.mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from anymamba.compat.mamba_ssm.refused import refusing
 
 __version__ = "2.3.2"
 
 __all__ = ["Mamba", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"]
 
-_OTHER_LAYERS = ("Mamba2", "Mamba3")
+_refuse = refusing(__name__)
 
 
 def _declined(*args: Any, **kwargs: Any) -> None:
     """What transformers gets for `mamba_inner_fn`: None sends it down its own path, through its own modules.
 
-    It would call the fused function with bare weights, past adapters on them and past the mask behind the convolution.
+    It would call the fused function with bare weights, past adapters on them and past the mask after the convolution.
     """
 
 
@@ -28,6 +29,4 @@ def __getattr__(name: str) -> Any:
     if name == "mamba_inner_fn":
         caller = sys._getframe(1).f_globals.get("__name__", "")
         return _declined if caller.startswith("transformers.") else selective_scan_interface.mamba_inner_fn
-    if name in _OTHER_LAYERS:
-        raise ImportError(f"{name} is not in anymamba's mamba_ssm, which has Mamba (S6) only; the original has it")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _refuse(name)

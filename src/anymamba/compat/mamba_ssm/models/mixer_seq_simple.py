@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,35 @@ from anymamba.compat.mamba_ssm.models.config_mamba import MambaConfig
 from anymamba.compat.mamba_ssm.modules.block import Block
 from anymamba.compat.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.compat.mamba_ssm.modules.mlp import GatedMLP
-from anymamba.compat.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn
+from anymamba.compat.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
+from anymamba.compat.mamba_ssm.refused import refusing
 from anymamba.compat.mamba_ssm.utils.generation import GenerationMixin
-from anymamba.models.checkpoints import open_checkpoint, state_spaces
+from anymamba.compat.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
+from anymamba.compat.mamba_ssm.version_1 import accepting_version_1
+from anymamba.models.checkpoints import CheckpointError, local_path, open_checkpoint, state_spaces
+from anymamba.models.checkpoints.files import SAFETENSORS, TORCH, atomic_file, open_weights, read_json
 from anymamba.models.checkpoints.names import to_state_spaces
 
+__all__ = [
+    "Block",
+    "CausalLMOutput",
+    "GatedMLP",
+    "GenerationMixin",
+    "Mamba",
+    "MambaConfig",
+    "MambaLMHeadModel",
+    "MixerModel",
+    "RMSNorm",
+    "create_block",
+    "layer_norm_fn",
+    "load_config_hf",
+    "load_state_dict_hf",
+    "rms_norm_fn",
+]
+__getattr__ = refusing(__name__)
+
+CONFIG = "config.json"
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
-
-
-def _accepting_version_1(names: tuple[str, ...], is_version_1: Callable[[tuple[Any, ...], dict[str, Any]], bool]):
-    """Have a function take the positional arguments of version 1, which has no d_intermediate and no attention.
-
-    Args:
-        names: version 1's, in order.
-        is_version_1: tells from the arguments of a call.
-    """
-
-    def decorate(function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            if is_version_1(arguments, options):
-                return function(**dict(zip(names, arguments, strict=False)), **options)
-            return function(*arguments, **options)
-
-        return call
-
-    return decorate
-
 
 _BLOCK_1 = (
     "d_model",
@@ -56,23 +58,37 @@ _BLOCK_1 = (
     "fused_add_norm",
     "layer_idx",
     "device",
+    "dtype",
 )
-_MIXER_1 = ("self", "d_model", "n_layer", "vocab_size", "ssm_cfg", "norm_epsilon", "rms_norm", "initializer_cfg")
+_MIXER_1 = (
+    "self",
+    "d_model",
+    "n_layer",
+    "vocab_size",
+    "ssm_cfg",
+    "norm_epsilon",
+    "rms_norm",
+    "initializer_cfg",
+    "fused_add_norm",
+    "residual_in_fp32",
+    "device",
+    "dtype",
+)
 
 
 def _is_block_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
     """Where version 2 has the integer d_intermediate, version 1 has ssm_cfg."""
-    return len(arguments) > 1 and not isinstance(arguments[1], int)
+    return len(arguments) > 1 and not isinstance(arguments[1], Integral)
 
 
 def _is_mixer_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Version 2 has two integers behind n_layer, d_intermediate and vocab_size, version 1 the second alone."""
+    """Version 2 has two integers after n_layer, d_intermediate and vocab_size, version 1 the second alone."""
     if len(arguments) == 4:
         return "vocab_size" not in options
-    return len(arguments) > 4 and not isinstance(arguments[4], int)
+    return len(arguments) > 4 and not isinstance(arguments[4], Integral)
 
 
-@_accepting_version_1((*_BLOCK_1, "device", "dtype"), _is_block_1)
+@accepting_version_1(_BLOCK_1, _is_block_1)
 def create_block(
     d_model: int,
     d_intermediate: int = 0,
@@ -134,7 +150,7 @@ def _init_weights(
 class MixerModel(nn.Module):
     """Embedding, blocks, norm; the positional arguments of version 1, without d_intermediate, are taken, too."""
 
-    @_accepting_version_1((*_MIXER_1, "fused_add_norm", "residual_in_fp32", "device", "dtype"), _is_mixer_1)
+    @accepting_version_1(_MIXER_1, _is_mixer_1)
     def __init__(
         self,
         d_model: int,
@@ -216,6 +232,11 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         self, config: MambaConfig, initializer_cfg: dict[str, Any] | None = None, device=None, dtype=None
     ) -> None:
         super().__init__()
+        if isinstance(config, Integral):
+            raise TypeError(
+                f"config must be a MambaConfig, got the number {config}, as mamba_ssm 1.0 took sizes; write "
+                f"MambaLMHeadModel(MambaConfig(d_model={config}, n_layer=..., vocab_size=...))"
+            )
         self.config = config
         multiple = config.pad_vocab_size_multiple
         rows = -(-config.vocab_size // multiple) * multiple
@@ -266,27 +287,83 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         A_log and D are float32 whatever the dtype is. kwargs go to the constructor.
         Raises CheckpointError for a model that these classes cannot be (FalconMamba, say).
         """
-        checkpoint = open_checkpoint(pretrained_model_name)
-        values = state_spaces.config_to_json(state_spaces.representable(checkpoint.config))
-        config = MambaConfig(**values)
-        tensors = {}
-        for name, tensor in checkpoint.tensors():
-            key = to_state_spaces(name)
-            target = torch.float32 if key.endswith(("A_log", ".D")) else dtype or torch.float32
-            tensors[key] = (tensor[:, None] if key.endswith("conv1d.weight") else tensor).to(target, copy=True)
-        model = cls(config, device="meta", dtype=dtype, **kwargs)
-        if config.tie_embeddings:
-            tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
-        model.load_state_dict(tensors, assign=True)
+        path = local_path(pretrained_model_name)
+        values = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+        if state_spaces.is_state_spaces(values):
+            model, tensors = _open_own(cls, path, values, dtype, kwargs)
+        else:
+            model, tensors = _open_other(cls, path, dtype, kwargs)
+        weights = {
+            name: tensor.to(torch.float32 if name.endswith(("A_log", ".D")) else dtype or torch.float32, copy=True)
+            for name, tensor in tensors
+        }
+        if model.config.tie_embeddings:
+            weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+        model.load_state_dict(weights, assign=True)
         model.tie_weights()
         for layer in model.backbone.layers:
             layer.mixer.mark_parameters()
         return model if device is None else model.to(device)
 
     def save_pretrained(self, save_directory: str) -> None:
-        """Write pytorch_model.bin and config.json."""
+        """Write pytorch_model.bin and config.json.
+
+        Raises ValueError for weights that are not floating point (quantised ones), and for a folder whose
+        model.safetensors readers would take before pytorch_model.bin.
+        """
         folder = Path(save_directory)
+        tensors = self.state_dict()
+        for name, tensor in tensors.items():
+            if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"{name} must be floating point to be saved, got {kind}; save before quantising")
+        if (folder / SAFETENSORS).exists():
+            raise ValueError(
+                f"{folder} holds {SAFETENSORS}, which readers take before {TORCH}; save to another folder or remove it"
+            )
+        text = json.dumps(vars(self.config), indent=4)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), folder / "pytorch_model.bin")
-        text = json.dumps(dataclasses.asdict(self.config), indent=4)
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        with atomic_file(folder / TORCH) as file:
+            torch.save(tensors, file)
+        with atomic_file(folder / CONFIG) as file:
+            file.write_text(text, encoding="utf-8")
+
+
+def _open_own(
+    kind: type[MambaLMHeadModel], path: Path, values: dict[str, Any], dtype: torch.dtype | None, options: dict[str, Any]
+) -> tuple[MambaLMHeadModel, Iterator[tuple[str, Tensor]]]:
+    """A model without weights, and the weights of a folder of the published format, every option of `MambaConfig`."""
+    names = [field.name for field in dataclasses.fields(MambaConfig)]
+    config = MambaConfig(**{name: values[name] for name in names if name in values})
+    weights = open_weights(path)
+    stored = {name: tensor.shape for name, tensor in weights.stored().items()}
+    if isinstance(config.n_layer, int) and config.n_layer > len(stored):
+        raise CheckpointError(
+            f"{path} holds {len(stored)} tensors, too few for the {config.n_layer} layers of {CONFIG}"
+        )
+    try:
+        model = kind(config, device="meta", dtype=dtype, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_embeddings:
+        stored.pop("lm_head.weight", None)
+        wanted.pop("lm_head.weight")
+    for name in sorted(wanted.keys() | stored.keys()):
+        if wanted.get(name) != stored.get(name):
+            raise CheckpointError(
+                f"{path} does not hold the model of its {CONFIG}: {name} must have shape "
+                f"{wanted.get(name, 'none, there is no such tensor')}, got {stored.get(name, 'none')}"
+            )
+    return model, weights.read(wanted)
+
+
+def _open_other(
+    kind: type[MambaLMHeadModel], path: Path, dtype: torch.dtype | None, options: dict[str, Any]
+) -> tuple[MambaLMHeadModel, Iterator[tuple[str, Tensor]]]:
+    """The same for a checkpoint of another format, if it holds a model that these classes can be."""
+    checkpoint = open_checkpoint(path)
+    values = state_spaces.config_to_json(state_spaces.representable(checkpoint.config))
+    model = kind(MambaConfig(**values), device="meta", dtype=dtype, **options)
+    renamed = ((to_state_spaces(name), tensor) for name, tensor in checkpoint.tensors())
+    return model, ((name, t[:, None] if name.endswith("conv1d.weight") else t) for name, t in renamed)

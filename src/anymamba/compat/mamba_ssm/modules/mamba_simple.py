@@ -11,17 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymamba.compat.mamba_ssm.modules import block
+from anymamba.compat.mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
+from anymamba.compat.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
+from anymamba.compat.mamba_ssm.ops.triton.selective_state_update import before_writing, selective_state_update, write
 from anymamba.layers.init import delta_bias, initial_A
 from anymamba.ops.causal_conv1d import causal_conv1d
 from anymamba.ops.selective_scan import selective_scan
+
+__all__ = [
+    "Block",
+    "Mamba",
+    "RMSNorm",
+    "layer_norm_fn",
+    "mamba_inner_fn",
+    "rms_norm_fn",
+    "selective_scan_fn",
+    "selective_state_update",
+]
 
 
 class Mamba(nn.Module):
     """The layer with the parameters, the arguments and the states of `mamba_ssm.Mamba` 2.3.
 
     The state is (batch, d_inner, d_conv) inputs of the convolution, the newest last, and h (batch, d_inner, d_state).
-    With a cache any number of tokens goes on from the state, not only one. The projections are called as modules, so
-    that adapters on them take effect.
+    With a cache any number of tokens goes on from the state, not only one. Gradients flow through the states: two
+    calls have those of one. The projections are called as modules, so that adapters on them take effect.
 
     Args: as there; use_fast_path changes nothing here, there is one path.
     """
@@ -85,33 +99,45 @@ class Mamba(nn.Module):
         """(batch, length, d_model) to the same.
 
         With inference_params the states of this layer in its key_value_memory_dict are read (unless seqlen_offset is 0,
-        the beginning) and written.
+        the beginning) and written: in place, or while gradients are recorded as new tensors that carry them.
         """
         if inference_params is None:
             return self._run(hidden_states, None)[0]
         states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
-        before = states if inference_params.seqlen_offset > 0 else None
-        out, conv_state, ssm_state = self._run(hidden_states, before)
-        states[0].copy_(conv_state)
-        states[1].copy_(ssm_state.detach())
+        before = None
+        if inference_params.seqlen_offset > 0:
+            before = before_writing(states[0]), before_writing(states[1])
+        out, *after = self._run(hidden_states, before)
+        if torch.is_grad_enabled():
+            after = [new.to(state.dtype) for state, new in zip(states, after, strict=True)]
+            inference_params.key_value_memory_dict[self.layer_idx] = tuple(after)
+        else:
+            for state, new in zip(states, after, strict=True):
+                write(state, new)
         return out
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(batch, 1, d_model) to the same; both states are changed in place and returned."""
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, got {hidden_states.shape[1]}; forward takes any number")
-        out, new_conv, new_ssm = self._run(hidden_states, (conv_state, ssm_state))
-        conv_state.copy_(new_conv)
-        ssm_state.copy_(new_ssm.detach())
-        return out, conv_state, ssm_state
+        before = before_writing(conv_state), before_writing(ssm_state)
+        out, new_conv, new_ssm = self._run(hidden_states, before)
+        return out, write(conv_state, new_conv), write(ssm_state, new_ssm)
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:
-        """Zero states; their size does not depend on max_seqlen."""
-        device = self.out_proj.weight.device
-        conv_dtype = self.conv1d.weight.dtype if dtype is None else dtype
-        ssm_dtype = self.dt_proj.weight.dtype if dtype is None else dtype
-        conv_state = torch.zeros(batch_size, self.d_inner, self.d_conv, device=device, dtype=conv_dtype)
-        return conv_state, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=ssm_dtype)
+        """Zero states; their size does not depend on max_seqlen.
+
+        Args:
+            dtype: of both; defaults to those of conv1d and dt_proj. Where their weights are quantised, the state of the
+                convolution is float32 and h as that.
+        """
+        conv_dtype = dtype or _dtype_of(self.conv1d, torch.float32)
+        ssm_dtype = dtype or _dtype_of(self.dt_proj, conv_dtype)
+        sizes = ((self.d_conv, conv_dtype), (self.d_state, ssm_dtype))
+        conv_state, ssm_state = (
+            torch.zeros(batch_size, self.d_inner, size, device=self.A_log.device, dtype=kind) for size, kind in sizes
+        )
+        return conv_state, ssm_state
 
     def _get_states_from_cache(
         self, inference_params: Any, batch_size: int, initialize_states: bool = False
@@ -123,43 +149,73 @@ class Mamba(nn.Module):
             cache[self.layer_idx] = self.allocate_inference_cache(batch_size, inference_params.max_seqlen)
         elif initialize_states:
             for state in cache[self.layer_idx]:
-                state.zero_()
+                write(state, torch.zeros_like(state))
         return cache[self.layer_idx]
 
     def _run(self, hidden_states: Tensor, states: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """The output and both new states."""
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         inputs = x
-        before = None if states is None else states[0][..., 1:].transpose(1, 2).to(x.dtype)
-        weight = self.conv1d.weight.squeeze(1)
-        x = causal_conv1d(x, weight, self.conv1d.bias, activation="silu", initial_state=before).y
+        x = self._convolve(x, None if states is None else states[0][..., 1:].transpose(1, 2).to(x.dtype))
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta, bias = self._delta(dt)
         scan = selective_scan(
             x,
             delta,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(_wide(self.A_log)),
             B,
             C,
-            self.D.float(),
+            _wide(self.D),
             z,
             bias,
             delta_softplus=True,
-            initial_state=None if states is None else states[1].float(),
+            initial_state=None if states is None else _wide(states[1]),
         )
         return self.out_proj(scan.y), self._last_inputs(inputs, states), scan.last_state
 
+    def _convolve(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """The short convolution and its SiLU, after the d_conv - 1 inputs (batch, d_conv - 1, d_inner) before x."""
+        if _is_bare(self.conv1d, nn.Conv1d):
+            weight = self.conv1d.weight.squeeze(1)
+            return causal_conv1d(x, weight, self.conv1d.bias, activation="silu", initial_state=before).y
+        whole = x if before is None else torch.cat([before, x], dim=1)
+        y = self.conv1d(whole.transpose(1, 2))  # padded on both sides: the last d_conv - 1 outputs come after the end
+        return F.silu(y[..., whole.shape[1] - x.shape[1] : whole.shape[1]].transpose(1, 2))
+
     def _delta(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The step before its softplus, and the bias that is still to be added in float32."""
-        if type(self.dt_proj) is nn.Linear:
-            return F.linear(dt, self.dt_proj.weight), self.dt_proj.bias.float()
-        return self.dt_proj(dt), None  # an adapter around it
+        """The step before its softplus, and the bias that is still to be added in float32 or wider."""
+        if _is_bare(self.dt_proj, nn.Linear):
+            bias = self.dt_proj.bias
+            return F.linear(dt, self.dt_proj.weight), None if bias is None else _wide(bias)
+        return self.dt_proj(dt), None
 
     def _last_inputs(self, x: Tensor, states: tuple[Tensor, Tensor] | None) -> Tensor:
         """The last d_conv inputs (batch, d_inner, d_conv), the newest last, after those of the state or zeros."""
-        x = x.detach().transpose(1, 2)
+        x = x.transpose(1, 2)
         before = x.new_zeros(*x.shape[:2], self.d_conv) if states is None else states[0].to(x.dtype)
         return torch.cat([before, x[..., -self.d_conv :]], dim=-1)[..., -self.d_conv :]
+
+
+def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is its weights and nothing else, so that they may be used without calling it.
+
+    An adapter, a quantised module, one with hooks, and one whose forward was put in are not.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not hooks and "forward" not in vars(module)
+
+
+def _dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype that a module computes in, as far as its weight says: quantised weights are integers or no tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1:
+        return weight.dtype
+    return default
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Block(block.Block):

@@ -13,8 +13,8 @@ class GatedMLP(nn.Module):
 
     Args:
         in_features: width of the input.
-        hidden_features: absent means 8/3 of it; rounded up to a multiple of `multiple_of`.
-        out_features: absent means in_features.
+        hidden_features: defaults to 8/3 of it; rounded up to a multiple of `multiple_of`.
+        out_features: defaults to in_features.
     """
 
     def __init__(

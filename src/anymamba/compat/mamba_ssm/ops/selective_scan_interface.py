@@ -11,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymamba.compat.mamba_ssm.ops.triton.layer_norm import layer_norm_fn
+from anymamba.compat.mamba_ssm.refused import refusing
+from anymamba.ops import observers
 from anymamba.ops.causal_conv1d import causal_conv1d
 from anymamba.ops.selective_scan import selective_scan
+
+__getattr__ = refusing(__name__)
 
 
 def selective_scan_fn(
@@ -80,7 +85,7 @@ def mamba_inner_fn(
     dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """A Mamba layer from behind its input projection: conv, projections, scan, gate, output projection.
+    """A Mamba layer after its input projection: conv, projections, scan, gate, output projection.
 
     Args:
         xz: (batch, 2 dim, length), x above z.
@@ -89,11 +94,11 @@ def mamba_inner_fn(
         delta_proj_weight: (dim, dt_rank).
         out_proj_weight, out_proj_bias: (d_model, dim), (d_model,).
         A, D, delta_bias: as in `selective_scan_fn`.
-        B, C: as there; absent means from x_proj.
+        B, C: as there; defaults to those from x_proj.
         B_proj_bias, C_proj_bias: (dstate,) added to those.
         checkpoint_lvl: 0 keeps the convolution's and the step's outputs for backward, 1 computes them again.
         b_rms_weight, c_rms_weight: (dstate,) of RMS norms on B and C.
-        dt_rms_weight: of an RMS norm on the step: (dim,) behind its projection, (dt_rank,) before it.
+        dt_rms_weight: of an RMS norm on the step: (dim,) after its projection, (dt_rank,) before it.
         b_c_dt_rms_eps: epsilon of those.
     Returns (batch, length, d_model).
     """
@@ -101,7 +106,7 @@ def mamba_inner_fn(
         *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias),
         *(B_proj_bias, C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps),
     )
-    if checkpoint_lvl and torch.is_grad_enabled():
+    if checkpoint_lvl and torch.is_grad_enabled() and not observers.transformed(*arguments[:11]):
         from torch.utils.checkpoint import checkpoint
 
         y = checkpoint(_inner, *arguments, use_reentrant=False)
@@ -133,6 +138,25 @@ def mamba_inner_ref(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias,
         A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, checkpoint_lvl=0,
     )  # fmt: skip
+
+
+def rms_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6, is_rms_norm: bool = True
+) -> Tensor:
+    """The RMS norm of x (..., dim), or the layer norm."""
+    return layer_norm_fn(x, weight, bias, eps=eps, is_rms_norm=is_rms_norm)
+
+
+class SelectiveScanFn:
+    """The name of the original's autograd function; `apply` is `selective_scan_fn`."""
+
+    apply = staticmethod(selective_scan_fn)
+
+
+class MambaInnerFn:
+    """The name of the original's autograd function; `apply` is `mamba_inner_fn`."""
+
+    apply = staticmethod(mamba_inner_fn)
 
 
 # ------------------------------------------------------------------------------------------ layouts

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymamba.compat.mamba_ssm.refused import refusing
 from anymamba.generation.sampling import keep_min_p, keep_top_k, keep_top_p
+
+__getattr__ = refusing(__name__)
 
 GenerateOutput = namedtuple("GenerateOutput", ["sequences", "scores"])
 
@@ -52,7 +55,7 @@ def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
 
 
 def modify_logit_for_repetition_penalty(
-    logits: Tensor, prev_output_tokens: Tensor, repetition_penalty: float
+    logits: Tensor, prev_output_tokens: Tensor, repetition_penalty: float = 1.0
 ) -> Tensor:
     """Logits (batch, vocab) with those of the tokens (batch, length) made less likely."""
     if repetition_penalty == 1.0:
@@ -232,7 +235,7 @@ def update_graph_cache(
 ) -> DecodingCGCache:
     """A cache whose `run(ids, position_ids, seqlen)` is a step; no graph is captured, the model runs as it is."""
     cache = cache or DecodingCGCache()
-    parameter = next(iter(model.parameters()))
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if cache.inference_params is None or cache.max_batch_size < batch_size or cache.max_seqlen < max_seqlen:
         cache.max_batch_size, cache.max_seqlen = batch_size, max_seqlen
         cache.device, cache.dtype = parameter.device, dtype or parameter.dtype

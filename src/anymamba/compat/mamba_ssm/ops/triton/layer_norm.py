@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymamba.compat.mamba_ssm.refused import refusing
+from anymamba.compat.mamba_ssm.version_1 import accepting_version_1
+
+__getattr__ = refusing(__name__)
+
+_UP_TO_RESIDUAL = ("x", "weight", "bias", "residual")
+_LAYER_NORM_1 = (*_UP_TO_RESIDUAL, "eps", "prenorm", "residual_in_fp32", "is_rms_norm")
+_RMS_NORM_1 = (*_UP_TO_RESIDUAL, "prenorm", "residual_in_fp32", "eps")
+_REF_1 = (*_UP_TO_RESIDUAL, "eps", "prenorm", "upcast")
+_MODULE_1 = ("self", "hidden_size", "eps", "device", "dtype")
+
+
+def _is_norm_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Where version 2 has the tensor x1, version 1 has eps or prenorm."""
+    return len(arguments) > 4 and isinstance(arguments[4], int | float)
+
+
+def _is_module_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Where version 2 has the number dropout_p, version 1 has the device."""
+    return len(arguments) > 3 and not isinstance(arguments[3], float | int)
+
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, optionally of x + residual and with dropout of x."""
+    """x / sqrt(mean(x^2) + eps) * weight, optionally of x + residual and with dropout of x.
+
+    The positional arguments of version 1, without dropout_p, are taken, too.
+    """
 
     bias: None
 
+    @accepting_version_1(_MODULE_1, _is_module_1)
     def __init__(self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device=None, dtype=None) -> None:
         super().__init__()
         self.eps = eps
@@ -41,6 +66,7 @@ class RMSNorm(nn.Module):
         )
 
 
+@accepting_version_1(_LAYER_NORM_1, _is_norm_1)
 def layer_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -59,6 +85,8 @@ def layer_norm_fn(
 ) -> Any:
     """norm(dropout(x rowscale) + dropout(x1) + residual), one or two norms of the same sum.
 
+    The positional arguments of version 1 (x, weight, bias, residual, eps, prenorm, ...) are taken, too.
+
     Args:
         x, residual, x1: (..., hidden_size).
         weight, bias, weight1, bias1: (hidden_size,) of the first and the second norm.
@@ -70,25 +98,16 @@ def layer_norm_fn(
         return_dropout_mask: return the masks of x and x1 (None without dropout), too.
     Returns out, then the second norm's where there is one, then the sum, then the masks; alone if it is only one.
     """
-    if rowscale is not None:
-        x = x * rowscale.unsqueeze(-1).to(x.dtype)
-    x, mask = _dropout(x, dropout_p)
-    x1, mask1 = (None, None) if x1 is None else _dropout(x1, dropout_p)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = x.to(wide)
-    for other in (x1, residual):
-        total = total if other is None else total + other.to(wide)
-    results: list[Any] = [_norm(total, weight, bias, eps, is_rms_norm).to(x.dtype)]
-    if weight1 is not None:
-        results.append(_norm(total, weight1, bias1, eps, is_rms_norm).to(x.dtype))
-    if prenorm:
-        narrow = residual.dtype if residual is not None else x.dtype
-        results.append(total.to(wide if residual_in_fp32 else narrow))
+    dropout = _Dropout(dropout_p, None, None)
+    results, masks = _norms(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout, rowscale, prenorm, residual_in_fp32, is_rms_norm
+    )
     if return_dropout_mask:
-        results += [mask, mask1]
+        results += masks
     return results[0] if len(results) == 1 else tuple(results)
 
 
+@accepting_version_1(_RMS_NORM_1, _is_norm_1)
 def rms_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -104,7 +123,7 @@ def rms_norm_fn(
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
 ) -> Any:
-    """`layer_norm_fn` with the RMS norm."""
+    """`layer_norm_fn` with the RMS norm; version 1's order is (x, weight, bias, residual, prenorm, ...)."""
     return layer_norm_fn(
         x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True,
         return_dropout_mask,
@@ -140,6 +159,19 @@ def layer_norm_linear_fn(
     return (out, normed[1]) if prenorm else out
 
 
+class LayerNormFn:
+    """The name of the original's autograd function; `apply` is `layer_norm_fn`."""
+
+    apply = staticmethod(layer_norm_fn)
+
+
+class LayerNormLinearFn:
+    """The name of the original's autograd function; `apply` is `layer_norm_linear_fn`."""
+
+    apply = staticmethod(layer_norm_linear_fn)
+
+
+@accepting_version_1(_REF_1, _is_norm_1)
 def layer_norm_ref(
     x: Tensor,
     weight: Tensor,
@@ -152,11 +184,24 @@ def layer_norm_ref(
     dropout_p: float = 0.0,
     rowscale: Tensor | None = None,
     prenorm: bool = False,
+    dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None,
+    upcast: bool = False,
 ) -> Any:
-    """`layer_norm_fn` without the options of its kernels."""
-    return layer_norm_fn(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm)
+    """`layer_norm_fn` without the options of its kernels.
+
+    Args:
+        dropout_mask, dropout_mask1: what is kept of x and x1; defaults to a draw.
+        upcast: the sum is returned in float32.
+    """
+    dropout = _Dropout(dropout_p, dropout_mask, dropout_mask1)
+    results, _ = _norms(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout, rowscale, prenorm, upcast, rms=False
+    )
+    return results[0] if len(results) == 1 else tuple(results)
 
 
+@accepting_version_1(_REF_1, _is_norm_1)
 def rms_norm_ref(
     x: Tensor,
     weight: Tensor,
@@ -169,15 +214,64 @@ def rms_norm_ref(
     dropout_p: float = 0.0,
     rowscale: Tensor | None = None,
     prenorm: bool = False,
+    dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None,
+    upcast: bool = False,
 ) -> Any:
-    """`rms_norm_fn` without the options of its kernels."""
-    return rms_norm_fn(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm)
+    """`layer_norm_ref` with the RMS norm."""
+    dropout = _Dropout(dropout_p, dropout_mask, dropout_mask1)
+    results, _ = _norms(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout, rowscale, prenorm, upcast, rms=True
+    )
+    return results[0] if len(results) == 1 else tuple(results)
 
 
-def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+class _Dropout(NamedTuple):
+    p: float
+    mask: Tensor | None
+    """What is kept of x; drawn where there is none."""
+    mask1: Tensor | None
+    """What is kept of x1."""
+
+
+def _norms(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x1: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    eps: float,
+    dropout: _Dropout,
+    rowscale: Tensor | None,
+    prenorm: bool,
+    residual_in_fp32: bool,
+    rms: bool,
+) -> tuple[list[Any], list[Tensor | None]]:
+    """One or two norms and, with prenorm, the sum; and the masks of x and x1."""
+    if rowscale is not None:
+        x = x * rowscale.unsqueeze(-1).to(x.dtype)
+    x, mask = _dropout(x, dropout.p, dropout.mask)
+    x1, mask1 = (None, None) if x1 is None else _dropout(x1, dropout.p, dropout.mask1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(wide)
+    for other in (x1, residual):
+        total = total if other is None else total + other.to(wide)
+    results: list[Any] = [_norm(total, weight, bias, eps, rms).to(x.dtype)]
+    if weight1 is not None:
+        results.append(_norm(total, weight1, bias1, eps, rms).to(x.dtype))
+    if prenorm:
+        narrow = residual.dtype if residual is not None else x.dtype
+        results.append(total.to(wide if residual_in_fp32 else narrow))
+    return results, [mask, mask1]
+
+
+def _dropout(x: Tensor, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if p <= 0:
         return x, None
-    mask = torch.rand(x.shape, device=x.device) >= p
+    if mask is None:
+        mask = torch.rand(x.shape, device=x.device) >= p
     return x * mask.to(x.dtype) / (1 - p), mask
 
 

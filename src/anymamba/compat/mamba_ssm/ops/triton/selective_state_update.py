@@ -6,7 +6,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from anymamba.compat.mamba_ssm.refused import refusing
 from anymamba.ops.selective_scan import selective_scan_step
+
+__getattr__ = refusing(__name__)
 
 
 def selective_state_update(
@@ -33,15 +36,17 @@ def selective_state_update(
         D, dt_bias: (dim,) or (nheads, dim).
         state_batch_indices: (batch,) the row of `state` for each row of x; negative is padding: its output is 0 and no
             state changes.
-    Returns out, like x. Raises ValueError for shapes.
+    Returns out, like x; gradients flow through it and through the changed state. Raises ValueError for shapes.
     Source: the interface of mamba-ssm 2.3.2.
     """
     if state.ndim not in (3, 4):
         raise ValueError(f"state must be (batch, [nheads,] dim, dstate), got {tuple(state.shape)}")
-    rows, valid = state, None
+    valid = None
     if state_batch_indices is not None:
         valid = state_batch_indices >= 0
         rows = state[state_batch_indices.clamp_min(0).long()]
+    else:
+        rows = before_writing(state)
     flat = rows.flatten(1, -2)  # heads are channels; the groups of B and C divide them in order
     y, new = selective_scan_step(
         flat.to(torch.promote_types(flat.dtype, torch.float32)),
@@ -55,11 +60,11 @@ def selective_state_update(
         None if dt_bias is None else dt_bias.flatten(),
         delta_softplus=dt_softplus,
     )
-    out, new = y.view(x.shape), new.view(rows.shape)
+    out, new = y.reshape(x.shape), new.reshape(rows.shape)
     if valid is None or state_batch_indices is None:
-        state.copy_(new)
+        write(state, new)
         return out
-    state[state_batch_indices[valid].long()] = new[valid].to(state.dtype)
+    write(state, new[valid], state_batch_indices[valid].long())
     return out.masked_fill(~valid.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
@@ -77,6 +82,24 @@ def selective_state_update_ref(
 ) -> Tensor:
     """`selective_state_update` without state_batch_indices."""
     return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def before_writing(state: Tensor) -> Tensor:
+    """A state to compute from that may be written to afterwards: a copy where autograd could keep it for backward."""
+    return state.clone() if torch.is_grad_enabled() else state
+
+
+def write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Put new values into a state, or into some of its rows; returns the state.
+
+    A state that was made in inference mode is written in that mode; it can hold no gradient.
+    """
+    if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            return write(state, new, rows)
+    if rows is None:
+        return state.copy_(new)
+    return state.index_copy_(0, rows, new.to(state.dtype))
 
 
 def _grouped(M: Tensor) -> Tensor:
