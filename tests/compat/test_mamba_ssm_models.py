@@ -107,6 +107,82 @@ def test_whole_pieces_and_steps_agree():
         torch.testing.assert_close(conv_state, inputs[..., -4:])
 
 
+def gradients(layer: Mamba, outputs: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(outputs.square().sum(), list(layer.parameters())))
+
+
+def test_gradients_through_the_states_are_those_of_the_whole():
+    """Several calls with a cache, again after a reset, and steps; nothing that backward needs is overwritten."""
+    layer = moved(Mamba(8, d_state=4, layer_idx=3)).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    want = gradients(layer, layer(x))
+
+    def pieces(params: InferenceParams) -> torch.Tensor:
+        outputs = []
+        for start, end in ((0, 2), (2, 3), (3, 9)):
+            outputs.append(layer(x[:, start:end], inference_params=params))
+            params.seqlen_offset = end
+        return torch.cat(outputs, dim=1)
+
+    params = InferenceParams(max_seqlen=20, max_batch_size=2)
+    for _ in range(2):
+        for got, wanted in zip(gradients(layer, pieces(params)), want, strict=True):
+            torch.testing.assert_close(got, wanted)
+        params.reset(20, 2)
+    states = layer.allocate_inference_cache(2, 20)
+    steps = torch.cat([layer.step(x[:, t : t + 1], *states)[0] for t in range(9)], dim=1)
+    for got, wanted in zip(gradients(layer, steps), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_states_stay_where_they_are_without_gradients():
+    """Programs hold on to the tensors of a cache; while gradients are recorded they are new ones."""
+    layer = moved(Mamba(16, layer_idx=0))
+    states = layer.allocate_inference_cache(2, 20)
+    params = InferenceParams(20, 2, key_value_memory_dict={0: states})
+    with torch.no_grad():
+        layer(torch.randn(2, 4, 16), inference_params=params)
+    assert all(a is b for a, b in zip(params.key_value_memory_dict[0], states, strict=True)) and states[1].any()
+    layer(torch.randn(2, 4, 16), inference_params=params)
+    assert all(state.requires_grad for state in params.key_value_memory_dict[0]) and not states[1].requires_grad
+
+
+def test_states_of_inference_mode_go_on_outside_it():
+    layer = moved(Mamba(16, layer_idx=0))
+    x = torch.randn(2, 9, 16)
+    params = InferenceParams(20, 2)
+    with torch.inference_mode():
+        pieces = [layer(x[:, :4], inference_params=params)]
+        states = layer.allocate_inference_cache(2, 20)
+    params.seqlen_offset = 4
+    with torch.no_grad():
+        pieces.append(layer(x[:, 4:6], inference_params=params))
+    params.seqlen_offset = 6
+    pieces.append(layer(x[:, 6:], inference_params=params))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x), atol=1e-5, rtol=1e-5)
+    pieces[-1].sum().backward()
+    steps = [layer.step(x[:, t : t + 1], *states)[0] for t in range(9)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), layer(x), atol=1e-5, rtol=1e-5)
+    assert states[0].is_inference() and layer.A_log.grad.any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_step_compiles_into_one_graph(grad):
+    layer = moved(Mamba(16))
+    step = torch.compile(lambda x, *states: layer.step(x, *states), fullgraph=True, backend="eager")
+    x = torch.randn(2, 1, 16)
+    got, want = layer.allocate_inference_cache(2, 20), layer.allocate_inference_cache(2, 20)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(step(x, *got)[0], layer.step(x, *want)[0])
+    torch.testing.assert_close(got, want)
+
+
+def test_a_double_layer_is_double_throughout():
+    layer = moved(Mamba(8, d_state=4)).double()
+    leaves = [layer.A_log, layer.D, layer.dt_proj.bias, torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True)]
+    assert torch.autograd.gradcheck(lambda *_: layer(leaves[3]), leaves, fast_mode=True)
+
+
 def test_a_short_prompt_is_padded_on_the_left():
     layer = moved(Mamba(16, layer_idx=0))
     params = InferenceParams(max_seqlen=20, max_batch_size=1)
@@ -123,6 +199,7 @@ def test_misuse_of_the_layer():
     layer = Mamba(16)
     with pytest.raises(ValueError, match="step takes one token, got 2"):
         layer.step(torch.randn(1, 2, 16), *layer.allocate_inference_cache(1, 4))
+    assert not hasattr(mamba_ssm, "Mamba2")
     with pytest.raises(ImportError, match=r"Mamba2 is not in anymamba's mamba_ssm, which has Mamba \(S6\) only"):
         from anymamba.compat.mamba_ssm import Mamba2  # noqa: F401
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -280,6 +357,82 @@ def test_files(tmp_path, options):
     assert load_config_hf(str(tmp_path / "theirs"))["n_layer"] == 2
     tensors = load_state_dict_hf(str(tmp_path / "theirs"), dtype=torch.bfloat16)
     assert tensors.keys() == theirs.state_dict().keys() and {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+
+OPTIONS = {
+    "mlp": {"d_intermediate": 64},
+    "not fused": {"fused_add_norm": False},
+    "narrow residual": {"residual_in_fp32": False},
+    "layernorm": {"rms_norm": False},
+    "untied": {"tie_embeddings": False},
+    "vocabulary": {"pad_vocab_size_multiple": 1},
+    "no such attention": {"attn_layer_idx": [7], "attn_cfg": {"num_heads": 2}},
+    "sizes": {"ssm_cfg": {"d_state": 4, "d_conv": 3, "expand": 3, "dt_rank": 5, "bias": True, "conv_bias": False}},
+    "names": {"ssm_cfg": {"layer": "Mamba1", "dt_rank": "auto", "use_fast_path": False, "dt_init": "constant"}},
+    "steps": {"ssm_cfg": {"dt_min": 0.01, "dt_max": 0.2, "dt_scale": 0.5, "dt_init_floor": 1e-3}},
+}
+REFUSED_BY_OUR_READER = {
+    "d_intermediate": "d_intermediate=64 asks for",
+    "attn_layer_idx": r"attn_layer_idx=\[7\] asks for",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_is_saved_and_read_back(tmp_path, options):
+    """The config is the same, and so is the function; our own reader reads it or names the option."""
+    model = moved(MambaLMHeadModel(MambaConfig(**(SMALL | options))))
+    model.save_pretrained(tmp_path)
+    again = MambaLMHeadModel.from_pretrained(str(tmp_path))
+    ids = torch.randint(29, (2, 7))
+    assert again.config == model.config
+    with torch.no_grad():
+        want = model(ids).logits
+        assert torch.equal(again.eval()(ids).logits, want)
+        refused = [message for name, message in REFUSED_BY_OUR_READER.items() if name in options]
+        if refused:
+            with pytest.raises(CheckpointError, match=refused[0]):
+                LanguageModel.from_pretrained(tmp_path)
+        else:
+            torch.testing.assert_close(LanguageModel.from_pretrained(tmp_path)(ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ssm_cfg": {"layer": "Mamba2"}}, r"config.json: ssm_cfg\['layer'\] must be 'Mamba1', got 'Mamba2'"),
+        ({"ssm_cfg": {"nothing": 1}}, "config.json: .*unexpected keyword argument 'nothing'"),
+        ({"attn_layer_idx": [1]}, "config.json: attn_layer_idx asks for attention"),
+        (
+            {"n_layer": 1},
+            r"backbone.layers.1.mixer.A_log must have shape none, there is no such tensor, got \(32, 16\)",
+        ),
+        ({"n_layer": 3}, "backbone.layers.2.mixer.A_log must have shape .* got none"),
+        ({"n_layer": 10**9}, "holds 23 tensors, too few for the 1000000000 layers"),
+        ({"d_model": 8}, r"embedding.weight must have shape \(32, 8\), got \(32, 16\)"),
+    ],
+)
+def test_configs_that_do_not_fit_the_file(tmp_path, change, message):
+    MambaLMHeadModel(MambaConfig(**SMALL)).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(CheckpointError, match=message):
+        MambaLMHeadModel.from_pretrained(str(tmp_path))
+
+
+def test_what_cannot_be_read_back_is_not_saved(tmp_path):
+    model = MambaLMHeadModel(MambaConfig(**SMALL))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"holds model\.safetensors, which readers take before"):
+        model.save_pretrained(tmp_path)
+    model.config.ssm_cfg["dt_min"] = torch.tensor(0.1)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        model.save_pretrained(tmp_path / "config")
+    model.backbone.layers[0].mixer.in_proj.weight = nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"in_proj.weight must be floating point to be saved, got torch.int8; save before"
+    ):
+        model.save_pretrained(tmp_path / "weights")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
 
 
 def test_dtype_of_a_loaded_model(tmp_path):

@@ -105,6 +105,7 @@ def test_gradients_through_the_output_and_the_last_state(complex_A):
             **dict(zip(names, given, strict=True)), delta_softplus=True, return_last_state=True
         ),
         leaves,
+        fast_mode=True,
     )
 
 
@@ -191,6 +192,73 @@ def test_state_indices_and_padding():
     torch.testing.assert_close(got[:1], alone)
     torch.testing.assert_close(pool[3:4], row)
     assert not got[1].any() and torch.equal(pool[[0, 1, 2, 4]], before[[0, 1, 2, 4]])
+
+
+STEP_SHAPES = {"plain": (), "indices": (), "pool": (), "heads": (2,)}
+
+
+@pytest.mark.parametrize("kind", STEP_SHAPES)
+def test_gradients_through_state_updates(kind):
+    """Two updates in place and the state after them: a whole state, rows of one, a part of another tensor."""
+    generator = torch.Generator().manual_seed(4)
+    shape, options = (*STEP_SHAPES[kind], DIM), {}
+    if kind == "indices":
+        options = {"state_batch_indices": torch.tensor([2, -1], dtype=torch.int32)}
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    rows = 3 if kind == "indices" else BATCH
+    state, x, dt, z = (
+        normal(rows, *shape, STATE),
+        normal(2, BATCH, *shape),
+        normal(2, BATCH, *shape),
+        normal(BATCH, *shape),
+    )
+    A, B, C, D, bias = normal(*shape, STATE), normal(BATCH, STATE), normal(BATCH, STATE), normal(*shape), normal(*shape)
+
+    def updates(state, x, dt, z, A, B, C, D, bias):
+        state = state.clone()
+        part = torch.stack([state, state])[1] if kind == "pool" else state
+        ys = [
+            selective_state_update(part, x[t], dt[t], -A.exp(), B, C, D, z, bias, dt_softplus=True, **options)
+            for t in range(2)
+        ]
+        return *ys, part
+
+    assert torch.autograd.gradcheck(updates, (state, x, dt, z, A, B, C, D, bias), fast_mode=True)
+
+
+def test_a_state_of_inference_mode_is_updated_outside_it():
+    values = inputs(dtype=torch.float32)
+    x, dt, B, C = (values[k][..., 0] for k in ("u", "delta", "B", "C"))
+    plain = torch.randn(BATCH, DIM, STATE)
+    with torch.inference_mode():
+        state = plain.clone()
+    rows = torch.tensor([1, -1])
+    for grad, options in ((False, {}), (True, {}), (True, {"state_batch_indices": rows})):
+        A = values["A"].clone().requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            want = selective_state_update(plain, x, dt, A, B, C, dt_softplus=True, **options)
+            got = selective_state_update(state, x, dt, A, B, C, dt_softplus=True, **options)
+        plain = plain.detach()
+        torch.testing.assert_close(got, want)
+        assert torch.equal(state, plain) and state.is_inference()
+    got.sum().backward()
+    assert A.grad.any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_state_update_compiles_into_one_graph(grad):
+    values = inputs(dtype=torch.float32)
+    x, dt, B, C = (values[k][..., 0] for k in ("u", "delta", "B", "C"))
+    step = torch.compile(
+        lambda state: selective_state_update(state, x, dt, values["A"], B, C), fullgraph=True, backend="eager"
+    )
+    got, want = torch.ones(BATCH, DIM, STATE), torch.ones(BATCH, DIM, STATE)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(step(got), selective_state_update(want, x, dt, values["A"], B, C))
+    torch.testing.assert_close(got, want)
 
 
 # ------------------------------------------------------------------------------------------ the whole layer
@@ -283,7 +351,9 @@ def test_every_tensor_of_inner_has_its_gradient():
     values |= {name: torch.rand(size, dtype=torch.float64) + 0.5 for name, size in norms.items()}
     names = list(values)
     leaves = tuple(v.clone().requires_grad_() for v in values.values())
-    assert torch.autograd.gradcheck(lambda *given: mamba_inner_fn(**dict(zip(names, given, strict=True))), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *given: mamba_inner_fn(**dict(zip(names, given, strict=True))), leaves, fast_mode=True
+    )
 
 
 def test_inner_under_autocast():
