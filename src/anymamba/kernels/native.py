@@ -55,6 +55,11 @@ def reason() -> str | None:
     return build_info.REASON or "the compiled module cannot be imported; install the package anew"
 
 
+def unavailable(device_type: str) -> str | None:
+    """Why the compiled kernels cannot serve a device, in words; None where they can."""
+    return _REASON if device_type == "cpu" else "it serves tensors on the CPU"
+
+
 def description() -> str:
     """Compiler, instruction set and threads of the loaded module."""
     build_info = importlib.import_module("anymamba._build_info")
@@ -140,8 +145,11 @@ class Call:
                 self._alive.append(tensor)
                 setattr(self.args, name, address(name, tensor))
 
-    def borders(self, cu_seqlens: Tensor | None) -> None:
-        """Pass the borders of packed sequences."""
+    def offsets(self, cu_seqlens: Tensor | None) -> None:
+        """Pass the offsets of packed sequences."""
         if cu_seqlens is not None:
             self.args.n_sequences = cu_seqlens.numel() - 1
             self.pointers(borders=cu_seqlens.to("cpu", torch.int64).contiguous())
+
+
+_REASON = reason()  # asked once, so that torch.compile can trace `unavailable`
