@@ -56,14 +56,20 @@ def resolve(op: str, device_type: str, backend: str | None, arguments: Any = Non
     """
     name = backend or (_insisted[-1] if _insisted else None)
     if name is None:
-        return next(module.NAME for module in BACKENDS[op] if _why_not(module, arguments, device_type) is None)
+        return next(_serving(op, device_type, arguments))
     why = _why_not(kernel(op, name), arguments, device_type)
     if why is not None:
-        usable = ", ".join(m.NAME for m in BACKENDS[op] if _why_not(m, arguments, device_type) is None)
+        usable = ", ".join(_serving(op, device_type, arguments))
         raise RuntimeError(
             f"backend {name!r} cannot serve {op} on {device_type}: {why}; leave backend=None or take one of {usable}"
         )
     return name
+
+
+def _serving(op: str, device_type: str, arguments: Any) -> Iterator[str]:
+    for module in BACKENDS[op]:
+        if _why_not(module, arguments, device_type) is None:
+            yield module.NAME
 
 
 def _why_not(module: Backend, arguments: Any, device_type: str) -> str | None:

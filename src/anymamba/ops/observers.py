@@ -46,23 +46,26 @@ def way(*tensors: Tensor | None) -> Way:
     """
     if torch.compiler.is_compiling():
         return "operations" if _traced_transforms() else "op"
-    active = transforms()
-    if "Jvp" in active or has_tangent(*tensors):
+    if _may(_top_transform) and (active := transforms()):
+        if "Jvp" in active:
+            return "operations"
+        if "Functionalize" in active:
+            return "operations" if len(active) > 1 else "op"
+        return "function"
+    if has_tangent(*tensors):
         return "operations"
-    if "Functionalize" in active:
-        return "operations" if len(active) > 1 else "op"
     if torch.jit.is_tracing():
         return "op"
-    if active or differentiable(*tensors):
+    if differentiable(*tensors):
         return "function"
     return "op" if _may(_profiler) or _may(_function_modes) or not plain(*tensors) else "kernel"
 
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether tensors are what they seem, so that code may read their memory: no tracer, transform or subclass."""
-    return not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or _may(_dispatch_modes) or _may(_top_transform)
-    ) and all(t is None or _has_memory(t) for t in tensors)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _may(_dispatch_modes) or _may(_top_transform):
+        return False
+    return all(map(_has_memory, tensors))
 
 
 def _may(ask: Ask) -> bool:
@@ -70,15 +73,21 @@ def _may(ask: Ask) -> bool:
     return ask is None or bool(ask())
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    if type(tensor) not in PLAIN or tensor.is_meta or _is_functional is None or _is_zero is None:
+def _has_memory(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return True
+    if _is_functional is None or _is_zero is None:
         return False
-    return not (_is_functional(tensor) or _is_zero(tensor))
+    return type(tensor) in PLAIN and not (tensor.is_meta or _is_functional(tensor) or _is_zero(tensor))
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
     """Whether gradients in reverse mode may be asked of what is computed from these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:

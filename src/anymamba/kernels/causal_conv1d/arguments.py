@@ -45,12 +45,13 @@ class ConvArguments(NamedTuple):
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        return self.n_sequences, self.width - 1, self.x.shape[2]
+        return self.n_sequences, self.weight.shape[1] - 1, self.x.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
         """Of sums and gradients of weights: float32, or float64 where x or the weights are."""
-        return torch.promote_types(torch.float32, torch.promote_types(self.x.dtype, self.weight.dtype))
+        narrow = torch.promote_types(self.x.dtype, self.weight.dtype)
+        return torch.promote_types(torch.float32, narrow)
 
     def of_sequence(self, index: int, start: int, stop: int) -> ConvArguments:
         """One packed sequence by itself."""

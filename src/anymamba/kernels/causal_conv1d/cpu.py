@@ -70,7 +70,7 @@ class _Call(native.Call):
     def __init__(self, a: ConvArguments, steps: int) -> None:
         super().__init__(native.module().ConvArgs(), a.dtype)
         args = self.args
-        (args.batch, args.length, args.d_inner), args.width = a.x.shape, a.width
+        (args.batch, args.length, args.d_inner), args.width = a.x.shape, a.weight.shape[1]
         args.chunk, args.silu = steps, a.silu
         self.rows(x=a.x)
         self.vectors(weight=a.weight.T, bias=a.bias)

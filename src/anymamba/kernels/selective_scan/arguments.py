@@ -24,6 +24,9 @@ Offsets = Int[Tensor, " n_sequences_plus_1"]
 """cu_seqlens: 0, the offset at which each packed sequence but the first begins, and the length."""
 
 
+N_TENSORS = 10
+
+
 class ScanArguments(NamedTuple):
     """Tensors and options of `anymamba.selective_scan`, in the order in which torch's registered op takes them."""
 
@@ -42,11 +45,12 @@ class ScanArguments(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:10]
+        fields: tuple[Any, ...] = self
+        return fields[:N_TENSORS]
 
     @property
     def options(self) -> tuple[Any, ...]:
-        return self[10:]
+        return self[N_TENSORS:]
 
     @property
     def batch(self) -> int:
@@ -67,7 +71,10 @@ class ScanArguments(NamedTuple):
     @property
     def n_groups(self) -> int:
         """Groups of channels that share B and C; 1 where both are constant."""
-        return next((M.shape[2] for M in (self.B, self.C) if M.ndim == 4), 1)
+        for M in (self.B, self.C):
+            if M.ndim == 4:
+                return M.shape[2]
+        return 1
 
     @property
     def n_sequences(self) -> int:
@@ -82,12 +89,14 @@ class ScanArguments(NamedTuple):
     def real_dtype(self) -> torch.dtype:
         """Of what is not a state: float32, or float64 where any of u, delta and A is that."""
         narrow = torch.promote_types(self.u.dtype, self.delta.dtype)
-        return torch.promote_types(torch.promote_types(torch.float32, narrow), self.A.real.dtype)
+        wide = torch.promote_types(torch.float32, narrow)
+        return wide if self.A.dtype == wide else torch.promote_types(wide, self.A.real.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the state: `real_dtype`, complex where A is."""
-        return torch.promote_types(self.real_dtype, self.A.dtype)
+        real = self.real_dtype
+        return real if self.A.dtype == real else torch.promote_types(real, self.A.dtype)
 
     def of_sequence(self, index: int, start: int, stop: int) -> ScanArguments:
         """One packed sequence by itself."""

@@ -52,8 +52,8 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (b, l, d), last_state (n_sequences, d, n), and the states before each tile, for backward (or nothing)."""
     call = _Call(a)
     y = native.empty(a.u)
-    last_state = _initial_states(a)
-    saved = native.empty(a.u, *(saved_shape(a) if save else (0,)), dtype=a.dtype)
+    last_state = _initial_states(a, call.dtype)
+    saved = native.empty(a.u, *(saved_shape(a) if save else (0,)), dtype=call.dtype)
     if save:
         saved[-(-a.length // TILE) :] = 0
     if y.numel():
@@ -63,12 +63,12 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y, last_state, saved
 
 
-def _initial_states(a: ScanArguments) -> Tensor:
+def _initial_states(a: ScanArguments, dtype: torch.dtype) -> Tensor:
     """Where the last states go, filled where a sequence may be empty: its state passes through."""
     shape = (a.n_sequences, *a.A.shape)
     if a.cu_seqlens is None and a.u.numel():
-        return native.empty(a.u, *shape, dtype=a.dtype)
-    states = a.u.new_zeros(shape, dtype=a.dtype)
+        return native.empty(a.u, *shape, dtype=dtype)
+    states = a.u.new_zeros(shape, dtype=dtype)
     return states if a.initial_state is None else states.copy_(a.initial_state)
 
 
@@ -123,13 +123,14 @@ class _Call(native.Call):
         super().__init__(native.module().ScanArgs(), a.dtype)
         args = self.args
         args.softplus, args.zoh = a.delta_softplus, a.zoh
-        args.batch, args.length, args.d_inner, args.d_state = a.batch, a.length, a.d_inner, a.d_state
+        batch, length, d_inner = a.u.shape
+        args.batch, args.length, args.d_inner, args.d_state = batch, length, d_inner, a.d_state
         self.n_groups = args.n_groups = a.n_groups
-        args.tile, args.range = TILE, task_channels(a.d_inner, self.n_groups)
-        args.chunk = max(TILE, task_steps(args.batch, args.length, args.d_inner, self.n_groups))
-        self.n_chunks = -(-a.length // args.chunk)
+        args.tile, args.range = TILE, task_channels(d_inner, self.n_groups)
+        chunk = args.chunk = max(TILE, task_steps(batch, length, d_inner, self.n_groups))
+        self.n_chunks = -(-length // chunk)
         if self.n_chunks > 1:
-            shape = (a.batch, self.n_chunks, *a.A.shape)
+            shape = (batch, self.n_chunks, *a.A.shape)
             self.pointers(chunk_states=a.u.new_empty(shape, dtype=self.dtype))
             self.pointers(chunk_decays=a.u.new_empty(shape, dtype=self.dtype))
         self.rows(u=a.u, delta=a.delta, z=a.z)

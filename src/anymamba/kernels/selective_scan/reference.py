@@ -7,6 +7,7 @@ Notation: b batch, l length, d channels, n state, g groups of channels that shar
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,9 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, by automatic differentiation of `forward`."""
     inputs = a.tensors[:-1]
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    fields: Any = (*leaves, a.cu_seqlens, *a.options)
     with torch.enable_grad():
-        y, last_state, _ = forward(ScanArguments(*leaves, a.cu_seqlens, *a.options), save=False)  # type: ignore[arg-type]
+        y, last_state, _ = forward(ScanArguments(*fields), save=False)
     present = [t for t in leaves if t is not None]
     pairs = [pair for pair in ((y, dy), (last_state, dlast_state)) if pair[0].requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)

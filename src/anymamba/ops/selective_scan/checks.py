@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anymamba.kernels.selective_scan.arguments import ScanArguments
-from anymamba.ops.checks import n_sequences, require_floating, require_same_device, require_shape, resolved
+from anymamba.kernels.selective_scan.arguments import N_TENSORS, ScanArguments
+from anymamba.ops.checks import n_sequences, require_floating, require_same_device, require_shape, without_lazy
 
 B_DISCRETIZATIONS = ("euler", "zoh")
+NAMES = ScanArguments._fields[:N_TENSORS]
 
 
 def checked(a: ScanArguments) -> ScanArguments:
@@ -35,16 +36,16 @@ def checked(a: ScanArguments) -> ScanArguments:
     for name, tensor in (("A", a.A), ("B", a.B), ("C", a.C), ("initial_state", a.initial_state)):
         if tensor is not None:
             _require_kind_of_A(name, tensor, a.A)
-    require_same_device("selective_scan", **{n: t for n, t in a._asdict().items() if n in DEVICE_OF and t is not None})
+    require_same_device("selective_scan", dict(zip(NAMES, a.tensors, strict=True)))
     rows = n_sequences(batch, a.cu_seqlens)
     if a.initial_state is not None:
         require_shape("initial_state", a.initial_state, (rows, d_inner, d_state), "(n_sequences, d_inner, d_state)")
-    B, C = _equal_groups(*(_grouped(n, M, batch, length, d_inner, d_state) for n, M in (("B", a.B), ("C", a.C))))
-    tensors = (resolved(t) for t in a._replace(B=B, C=C).tensors)
-    return ScanArguments(*tensors, *a.options)  # type: ignore[arg-type]
-
-
-DEVICE_OF = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+    B = _grouped("B", a.B, batch, length, d_inner, d_state)
+    C = _grouped("C", a.C, batch, length, d_inner, d_state)
+    if B is not a.B or C is not a.C or B.shape != C.shape:
+        B, C = _equal_groups(B, C)
+        a = ScanArguments(a.u, a.delta, a.A, B, C, *a[5:])
+    return without_lazy(a)
 
 
 def checked_step(a: ScanArguments) -> ScanArguments:
@@ -57,16 +58,10 @@ def checked_step(a: ScanArguments) -> ScanArguments:
     require_shape("u", a.u, (None, d_inner), "(batch, d_inner)")
     require_shape("state", state, (a.u.shape[0], d_inner, d_state), "(batch, d_inner, d_state)")
     _require_kind_of_A("state", state, a.A)
-    require_same_device("selective_scan", u=a.u, state=state)
-    return checked(
-        a._replace(
-            u=a.u[:, None],
-            delta=a.delta[:, None],
-            B=_with_length("B", a.B),
-            C=_with_length("C", a.C),
-            z=None if a.z is None else a.z[:, None],
-        )
-    )
+    require_same_device("selective_scan", {"u": a.u, "state": state})
+    B, C = _with_length("B", a.B), _with_length("C", a.C)
+    z = None if a.z is None else a.z[:, None]
+    return checked(ScanArguments(a.u[:, None], a.delta[:, None], a.A, B, C, a.D, z, *a[7:]))
 
 
 def _with_length(name: str, M: Tensor) -> Tensor:
