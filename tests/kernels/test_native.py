@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from anymamba import causal_conv1d, selective_scan
 from anymamba.kernels import native
 from anymamba.kernels.selective_scan import cpu, portable
+from anymamba.kernels.selective_scan.arguments import ScanArguments
 
 if native.load() is None:
     pytest.skip(f"no compiled kernels here: {native.reason()}", allow_module_level=True)
@@ -49,15 +50,15 @@ def matrix(value: float) -> torch.Tensor:
 def exponentials(delta: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """exp(delta A) of each channel: what one step leaves of a state of ones."""
     d_inner, zeros = len(delta), torch.zeros(1, 1, len(delta))
-    options = (None, None, None, False, "euler", torch.ones(1, d_inner, 1), None)
-    return cpu.forward(zeros, delta[None, None], A[:, None], matrix(0.0), matrix(0.0), *options)[1].flatten()
+    tensors = (zeros, delta[None, None], A[:, None], matrix(0.0), matrix(0.0))
+    arguments = ScanArguments(*tensors, initial_state=torch.ones(1, d_inner, 1))
+    return cpu.forward(arguments, save=False)[1].flatten()
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
     """The state after one step of input one from nothing."""
-    options = (None, None, None, True, "euler", None, None)
-    rates = -torch.ones(len(x), 1)
-    return cpu.forward(torch.ones(1, 1, len(x)), x[None, None], rates, matrix(1.0), matrix(0.0), *options)[1].flatten()
+    tensors = (torch.ones(1, 1, len(x)), x[None, None], -torch.ones(len(x), 1), matrix(1.0), matrix(0.0))
+    return cpu.forward(ScanArguments(*tensors, delta_softplus=True), save=False)[1].flatten()
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +129,7 @@ def test_half_floats_are_read_and_rounded_as_torch_does(dtype):
 # ------------------------------------------------------------------------------------------------- shapes
 
 
-def scan_arguments(batch, length, d_inner, d_state, lengths=None, dtype=torch.float32, seed=0) -> list:
+def scan_arguments(batch, length, d_inner, d_state, lengths=None, dtype=torch.float32, seed=0) -> ScanArguments:
     """Arguments of the kernels, gradients to come."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -136,19 +137,19 @@ def scan_arguments(batch, length, d_inner, d_state, lengths=None, dtype=torch.fl
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     rows = batch if lengths is None else len(lengths)
-    borders = None if lengths is None else torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    offsets = None if lengths is None else torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     tensors = [normal(batch, length, d_inner), normal(batch, length, d_inner), -normal(d_inner, d_state).abs()]
     tensors += [normal(batch, length, 1, d_state), normal(batch, length, 1, d_state), normal(d_inner)]
     tensors += [normal(batch, length, d_inner), normal(d_inner)]
-    return [*tensors, True, "euler", normal(rows, d_inner, d_state), borders]
+    return ScanArguments(*tensors, normal(rows, d_inner, d_state), offsets, delta_softplus=True)
 
 
 def everything(module, arguments) -> list[torch.Tensor]:
     """Outputs and gradients of one backend."""
-    y, last_state, saved = module.forward(*arguments)
+    y, last_state, saved = module.forward(arguments, save=True)
     generator = torch.Generator().manual_seed(7)
     cotangents = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, last_state)]
-    return [y, last_state, *module.backward(*cotangents, *arguments, saved)]
+    return [y, last_state, *module.backward(*cotangents, arguments, saved)]
 
 
 @pytest.mark.parametrize("lengths", [None, [5000, 0, 700, 10 * cpu.LONG // 10 - 5700]], ids=["one", "packed"])
@@ -158,7 +159,7 @@ def test_a_long_narrow_row_is_cut_in_time(length, lengths):
     if lengths is not None:
         lengths = [*lengths[:-1], length - sum(lengths[:-1])]
     arguments = scan_arguments(1, length, 3, 2, lengths, torch.float64)
-    arguments[2] = arguments[2] * 1e-3  # so slow a decay that states pass through whole chunks
+    arguments = arguments._replace(A=arguments.A * 1e-3)  # so slow a decay that states pass through whole chunks
     for got, want in zip(everything(cpu, arguments), everything(portable, arguments), strict=True):
         assert (got - want).abs().max() <= 1e-10 * (1 + want.abs().max())
 
@@ -175,7 +176,7 @@ def test_the_same_bits_for_one_two_and_seven_threads(shape, packed):
         results = []
         for n in (1, 2, 7):
             torch.set_num_threads(n)
-            results.append([cpu.forward(*arguments)[2], *everything(cpu, arguments)])
+            results.append([cpu.forward(arguments, save=True)[2], *everything(cpu, arguments)])
     finally:
         torch.set_num_threads(before)
     for again in results[1:]:
@@ -321,7 +322,7 @@ def test_a_dtype_that_the_kernels_do_not_know():
 
 def test_an_error_of_memory_is_raised_not_fatal():
     arguments = scan_arguments(1, 3, 2, 1)
-    call = cpu._Call(*arguments)
+    call = cpu._Call(arguments)
     call.args.tile = 1 << 50
     call.args.chunk = 1 << 50
     with pytest.raises(MemoryError):

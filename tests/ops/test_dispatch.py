@@ -13,9 +13,13 @@ from scan_cases import run_scan, scan_inputs
 
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 from anymamba.kernels import native
+from anymamba.kernels.backends import BACKENDS
+from anymamba.kernels.causal_conv1d.arguments import ConvArguments
+from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.ops import dispatch
 
-OPS = sorted(dispatch.KERNELS)
+OPS = sorted(BACKENDS)
+NAMES = ["cpu", "portable", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +40,22 @@ def test_a_name_is_taken(op, name):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(
-    ("name", "device", "why"),
-    [
-        ("cpu", "cuda", "it serves tensors on the CPU"),
-        ("triton", "cpu", "it serves tensors on a GPU"),
-        ("triton", "cuda", "this version has no Triton kernels"),
-    ],
-)
-def test_a_named_backend_that_cannot_serve_says_why(op, name, device, why):
-    with pytest.raises(
-        RuntimeError, match=f"backend '{name}' cannot serve {op} on {device}: {why}; .*portable, reference"
-    ):
-        dispatch.resolve(op, device, name)
+def test_a_named_backend_that_cannot_serve_says_why(op):
+    words = f"backend 'cpu' cannot serve {op} on cuda: it serves tensors on the CPU; .*portable, reference"
+    with pytest.raises(RuntimeError, match=words):
+        dispatch.resolve(op, "cuda", "cpu")
+
+
+def test_a_backend_may_refuse_arguments():
+    arguments = ScanArguments(
+        *(v for k, v in scan_inputs(is_complex=True).items() if k in ("u", "delta", "A", "B", "C"))
+    )
+    assert dispatch.resolve("selective_scan", "cpu", None, arguments) == "portable"
+    if native.load():
+        with pytest.raises(
+            RuntimeError, match=r"'cpu' cannot serve selective_scan on cpu: it is for real A; .* portable"
+        ):
+            dispatch.resolve("selective_scan", "cpu", "cpu", arguments)
 
 
 def test_native_says_why_it_is_absent():
@@ -58,11 +65,11 @@ def test_native_says_why_it_is_absent():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_report(device):
     lines = dispatch.report(device)
-    assert {(line.op, line.backend) for line in lines} == set(itertools.product(OPS, dispatch.ORDER))
+    assert {(line.op, line.backend) for line in lines} == set(itertools.product(OPS, NAMES))
     for line in lines:
         assert line.device == device and line.reason
         assert line.chosen == (dispatch.resolve(line.op, device, None) == line.backend)
-        assert line.available == (dispatch.unavailable(line.op, line.backend, device) is None)
+        assert line.available == (dispatch.kernel(line.op, line.backend).unavailable(device) is None)
     assert sum(line.chosen for line in lines) == len(OPS)
 
 
@@ -88,48 +95,60 @@ def test_the_best_backend_ran():
     assert dict(dispatch.calls) == {("selective_scan", dispatch.resolve("selective_scan", "cpu", None), "forward"): 1}
 
 
+PROTOCOL = ("unavailable", "refuses", "description", "forward", "backward", "step")
+
+
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["forward", "backward", "step"])
+@pytest.mark.parametrize("name", PROTOCOL)
 def test_backends_of_an_op_have_the_same_signatures(op, name):
-    signatures = {
-        backend: [
-            (p.name, p.annotation, p.default) for p in inspect.signature(getattr(module, name)).parameters.values()
-        ]
-        for backend, module in dispatch.KERNELS[op].items()
-    }
+    signatures = {module.NAME: inspect.signature(getattr(module, name), eval_str=True) for module in BACKENDS[op]}
     assert len(signatures) >= 2
-    first = next(iter(signatures.values()))
-    for backend, signature in signatures.items():
-        assert signature == first, backend
-    returns = {inspect.signature(getattr(m, name)).return_annotation for m in dispatch.KERNELS[op].values()}
-    assert len(returns) == 1
+    assert len(set(signatures.values())) == 1, signatures
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_says_what_it_sees_through(op):
+    for module in BACKENDS[op]:
+        assert module.TRANSPARENT.issubset({"forward", "step"})
+        assert module.description()
+    assert [m.NAME for m in BACKENDS[op] if "forward" in m.TRANSPARENT] == ["reference"]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_backends_never_import_each_other(op):
-    for backend, module in dispatch.KERNELS[op].items():
-        assert backend == module.NAME
+    for module in BACKENDS[op]:
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         modules = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
-        ours = ("anymamba.kernels.elementwise", "anymamba.kernels.native", f"{module.__name__}.")
+        ours = (*(f"anymamba.kernels.{n}" for n in ("elementwise", "native", f"{op}.arguments")), f"{module.__name__}.")
         others = {m for m in modules if m.startswith("anymamba.kernels.") and not m.startswith(ours)}
-        assert not relative and not others, backend
+        assert not relative and not others, module.NAME
+
+
+def test_the_ops_name_no_backend():
+    """Adding a backend is adding a module to one list."""
+    for path in Path(dispatch.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not words & {"portable", "reference"}, path  # "cpu" is a device, too
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_backward_of_the_reference_module_agrees_with_autograd(op):
     """`reference.backward` is not on the path of autograd; other backends may be compared with it all the same."""
-    reference, portable = dispatch.KERNELS[op]["reference"], dispatch.KERNELS[op]["portable"]
+    portable, reference = (dispatch.kernel(op, name) for name in ("portable", "reference"))
     if op == "selective_scan":
-        i = scan_inputs(2, 9, B=1, C=1)
-        arguments = list(i.values())
-        outputs = portable.forward(*arguments)
-        cotangents, saved = [torch.randn_like(t) for t in outputs[:2]], [outputs[2]]
+        arguments = ScanArguments(**scan_inputs(2, 9, B=1, C=1))
+        y, last_state, saved = portable.forward(arguments, True)
+        rest = (arguments, saved)
     else:
-        arguments = [torch.randn(2, 9, 6), torch.randn(6, 4), torch.randn(6), True, torch.randn(2, 3, 6), None]
-        cotangents, saved = [torch.randn_like(t) for t in portable.forward(*arguments)], []
-    got = portable.backward(*cotangents, *arguments, *saved)
-    want = reference.backward(*cotangents, *arguments, *saved)
+        arguments = ConvArguments(
+            torch.randn(2, 9, 6), torch.randn(6, 4), torch.randn(6), torch.randn(2, 3, 6), None, True
+        )
+        y, last_state = portable.forward(arguments)
+        rest = (arguments,)
+    cotangents = [torch.randn_like(t) for t in (y, last_state)]
+    got = portable.backward(*cotangents, *rest)
+    want = reference.backward(*cotangents, *rest)
     assert len(got) == len(want) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))

@@ -75,7 +75,7 @@ SCAN = {
     "backend": (
         {"backend": "cuda"},
         ValueError,
-        "unknown backend 'cuda' for selective_scan; there are cpu, triton, portable",
+        "unknown backend 'cuda' for selective_scan; there are cpu, portable, reference",
     ),
     "cpu-backend": (
         {"backend": "triton"},

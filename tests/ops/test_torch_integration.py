@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
-from anymamba.ops import causal_conv1d as conv_module
+from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.ops import dispatch, observers
-from anymamba.ops import selective_scan as scan_module
+from anymamba.ops.causal_conv1d.registration import forward_op as conv_op
+from anymamba.ops.selective_scan.registration import forward_op as scan_op
 
 OPTIONS = {
     "real": {"B": 1, "C": 1},
@@ -35,8 +36,8 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_opcheck_of_the_scan(options, fast):
     inputs = scan_inputs(**{"dtype": torch.float32} | options)
-    arguments = [v.requires_grad_() if k in TENSORS and v is not None else v for k, v in inputs.items()]
-    torch.library.opcheck(scan_module._forward_op, (*arguments, True, fast))
+    leaves = {k: v.requires_grad_() if k in TENSORS and v is not None else v for k, v in inputs.items()}
+    torch.library.opcheck(scan_op, (*ScanArguments(**leaves), True, fast))
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 3, 11], dtype=torch.int32)], ids=["batch", "packed"])
@@ -47,7 +48,7 @@ def test_opcheck_of_the_convolution(cu_seqlens, state, width, fast):
     weight, bias = torch.randn(5, width, requires_grad=True), torch.randn(5, requires_grad=True)
     rows = 1 if cu_seqlens is None else 3
     initial = torch.randn(rows, width - 1, 5, requires_grad=True) if state else None
-    torch.library.opcheck(conv_module._forward_op, (x, weight, bias, True, initial, cu_seqlens, fast))
+    torch.library.opcheck(conv_op, (x, weight, bias, initial, cu_seqlens, True, fast))
 
 
 def both_ops(u, delta, A, B, C, D, z, delta_bias, initial_state, weight, conv_state, cu_seqlens):
@@ -242,7 +243,8 @@ def test_eager_inference_is_unobserved_and_gives_the_same_bits():
     assert observers.way(*values.values()) == "kernel"
     got = selective_scan(**values)
     tensors = [values[name] for name in ("u", "delta", "A")] + [values[name][:, :, None] for name in ("B", "C")]
-    want = scan_module._forward_op(*tensors, None, values["z"], None, False, "euler", None, None, False, "cpu")
+    backend = dispatch.resolve("selective_scan", "cpu", None)
+    want = scan_op(*tensors, None, values["z"], None, None, None, False, "euler", False, backend)
     assert torch.equal(got.y, want[0])
     assert torch.equal(got.last_state, want[1])
     assert observers.way(values["u"].requires_grad_()) == "function"

@@ -55,6 +55,11 @@ def reason() -> str | None:
     return build_info.REASON or "the compiled module cannot be imported; install the package anew"
 
 
+def unavailable(device_type: str) -> str | None:
+    """Why the compiled kernels cannot serve a device, in words; None where they can."""
+    return _REASON if device_type == "cpu" else "it serves tensors on the CPU"
+
+
 def description() -> str:
     """Compiler, instruction set and threads of the loaded module."""
     build_info = importlib.import_module("anymamba._build_info")
@@ -68,19 +73,21 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def address(name: str, tensor: Tensor) -> int:
-    """Where a dense tensor's values lie. Every pointer that compiled code gets comes from here.
+    """Where a dense real tensor's values lie. Every pointer that compiled code gets comes from here.
 
     Raises TypeError for a tensor whose memory does not hold its values: of a tracer or a fake mode, a subclass, one on
-    another device, a sparse or lazily conjugated one.
+    another device, a sparse or lazily negated one.
     """
-    dense = tensor.is_cpu and tensor.layout is torch.strided and not (tensor.is_conj() or tensor.is_neg())
-    place = tensor.data_ptr() if dense and (type(tensor) in PLAIN or _computes_as_a_tensor(type(tensor))) else 0
-    if not dense or (place == 0 and tensor.numel() > 0):  # nor has what a tracer or a fake mode makes an address
-        raise TypeError(
-            f"{name} must be a dense tensor with values in memory for compiled code, got {type(tensor).__name__} on "
-            f'{tensor.device}, {tensor.layout}; take backend "portable"'
-        )
-    return place
+    kind = type(tensor)
+    ours = kind is Tensor or kind is nn.Parameter or _computes_as_a_tensor(kind)
+    if ours and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg():
+        place = tensor.data_ptr()
+        if place or not tensor.numel():  # what has values but no memory has the address 0
+            return place
+    raise TypeError(
+        f"{name} must be a dense tensor with values in memory for compiled code, got {kind.__name__} on "
+        f'{tensor.device}, {tensor.layout}; take backend "portable"'
+    )
 
 
 def _computes_as_a_tensor(kind: type[Tensor]) -> bool:
@@ -106,6 +113,7 @@ class Call:
         self.args = args
         self.dtype = dtype
         self._alive: list[Tensor] = []
+        self._Rows = module().Rows
         args.is_double = dtype == torch.float64
         args.n_threads = torch.get_num_threads()
 
@@ -124,14 +132,17 @@ class Call:
             self._alive.append(tensor)
             group = strides[2] if len(strides) == 4 else 0
             place = (address(name, tensor), DTYPES[tensor.dtype], strides[0], strides[1], group)
-            setattr(self.args, name, module().Rows(*place))
+            setattr(self.args, name, self._Rows(*place))
 
     def vectors(self, **tensors: Tensor | None) -> None:
         """Pass tensors as dense ones of the working dtype."""
         for name, tensor in tensors.items():
-            if tensor is not None:
-                ready = tensor.dtype == self.dtype and tensor.is_contiguous()
-                self.pointers(**{name: tensor if ready else tensor.to(self.dtype).contiguous()})
+            if tensor is None:
+                continue
+            if tensor.dtype != self.dtype or not tensor.is_contiguous():
+                tensor = tensor.to(self.dtype).contiguous()
+            self._alive.append(tensor)
+            setattr(self.args, name, address(name, tensor))
 
     def pointers(self, **tensors: Tensor | None) -> None:
         """Pass dense tensors as they are; null where one is absent."""
@@ -140,8 +151,11 @@ class Call:
                 self._alive.append(tensor)
                 setattr(self.args, name, address(name, tensor))
 
-    def borders(self, cu_seqlens: Tensor | None) -> None:
-        """Pass the borders of packed sequences."""
+    def offsets(self, cu_seqlens: Tensor | None) -> None:
+        """Pass the offsets of packed sequences."""
         if cu_seqlens is not None:
             self.args.n_sequences = cu_seqlens.numel() - 1
             self.pointers(borders=cu_seqlens.to("cpu", torch.int64).contiguous())
+
+
+_REASON = reason()  # asked once, so that torch.compile can trace `unavailable`

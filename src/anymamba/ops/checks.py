@@ -1,6 +1,6 @@
 """Checks that the operators share: each raises an error that names what, got and wanted."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,12 +10,15 @@ INTEGERS = (torch.int32, torch.int64)
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], words: str) -> None:
     """Raise ValueError unless the tensor has this shape; None stands for any size."""
-    fits = tensor.ndim == len(shape) and all(
-        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
-    )
+    got = tensor.shape
+    fits = got == shape or (len(got) == len(shape) and all(map(_fits, got, shape)))
     if not fits:
         wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
         raise ValueError(f"{name} must be {words} = {wanted}, got {tuple(tensor.shape)}")
+
+
+def _fits(got: int, wanted: int | None) -> bool:
+    return wanted is None or got == wanted
 
 
 def require_floating(name: str, tensor: Tensor, *, allow_complex: bool = False) -> None:
@@ -25,11 +28,11 @@ def require_floating(name: str, tensor: Tensor, *, allow_complex: bool = False) 
         raise TypeError(f"{name} must be {kinds}, got {tensor.dtype}")
 
 
-def require_same_device(op: str, **tensors: Tensor | None) -> None:
+def require_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
     """Raise ValueError unless all tensors lie on one device."""
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in given.items())
         raise ValueError(f"{op} wants its tensors on one device, got {places}")
 
 
@@ -64,9 +67,16 @@ def require_borders(cu_seqlens: Tensor | None, length: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {shown}")
 
 
-TensorT = TypeVar("TensorT", Tensor, None, Tensor | None)
+ArgumentsT = TypeVar("ArgumentsT")
 
 
-def resolved(tensor: TensorT) -> TensorT:
-    """The tensor without lazy conjugation or negation, which kernels do not see."""
-    return None if tensor is None else tensor.resolve_conj().resolve_neg()
+def without_lazy(arguments: ArgumentsT) -> ArgumentsT:
+    """A record of arguments whose tensors are neither conjugated nor negated lazily, which kernels do not see."""
+    fields: Any = arguments
+    if not any(map(_is_lazy, fields)):
+        return arguments
+    return type(arguments)(*(t.resolve_conj().resolve_neg() if isinstance(t, Tensor) else t for t in fields))
+
+
+def _is_lazy(field: object) -> bool:
+    return isinstance(field, Tensor) and (field.is_neg() or field.is_conj())

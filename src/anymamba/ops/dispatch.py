@@ -1,44 +1,24 @@
 """Which backend runs: one rule, one report, and counters of what ran.
 
-The rule: the first backend of ORDER that serves the device and the kind of A. A named backend that cannot serve raises
-and says why.
+The rule: the first backend in the op's list that serves the device and takes the arguments. A named backend that cannot
+serve raises and says why.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anymamba.kernels import native
-from anymamba.kernels.causal_conv1d import cpu as conv_cpu
-from anymamba.kernels.causal_conv1d import portable as conv_portable
-from anymamba.kernels.causal_conv1d import reference as conv_reference
-from anymamba.kernels.selective_scan import cpu as scan_cpu
-from anymamba.kernels.selective_scan import portable as scan_portable
-from anymamba.kernels.selective_scan import reference as scan_reference
+from anymamba.kernels.backends import BACKENDS, Backend
 from anymamba.ops import observers
-
-ORDER = ("cpu", "triton", "portable", "reference")
-
-KERNELS: dict[str, dict[str, ModuleType]] = {
-    "selective_scan": {"cpu": scan_cpu, "portable": scan_portable, "reference": scan_reference},
-    "causal_conv1d": {"cpu": conv_cpu, "portable": conv_portable, "reference": conv_reference},
-}
-
-TRANSPARENT = ("portable", "reference")
-"""Backends whose steps are torch operations."""
-
-_NO_NATIVE = native.reason()  # asked once, so that torch.compile can trace `resolve`
 
 calls: Counter[tuple[str, str, str]] = Counter()
 """How often (op, backend, pass) ran; pass is "forward", "backward" or "step"."""
-
 
 _insisted: list[str] = []
 
@@ -51,15 +31,93 @@ def backend(name: str) -> Iterator[None]:
     torch's own choices of backends are. The derivatives that a backend does not have run as they do without it.
 
     Args:
-        name: "cpu", "triton", "portable" or "reference".
+        name: a name of `anymamba info`, such as "cpu", "portable" or "reference".
     Raises ValueError at once for an unknown name, and where an op runs RuntimeError if the backend cannot serve it.
     """
-    _require_known(name)
+    known = dict.fromkeys(module.NAME for modules in BACKENDS.values() for module in modules)
+    if name not in known:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(known)}")
     _insisted.append(name)
     try:
         yield
     finally:
         _insisted.pop()
+
+
+def resolve(op: str, device_type: str, backend: str | None, arguments: Any = None) -> str:
+    """The name of the backend that serves an op.
+
+    Args:
+        op: a key of BACKENDS.
+        device_type: `tensor.device.type`.
+        backend: a name to insist on; None takes that of the context `backend`, or the best there is.
+        arguments: the op's record; None asks for the device alone.
+    Raises ValueError for an unknown name, RuntimeError for a backend that cannot serve, both saying what can.
+    """
+    name = backend or (_insisted[-1] if _insisted else None)
+    if name is None:
+        return next(_serving(op, device_type, arguments))
+    why = _why_not(kernel(op, name), arguments, device_type)
+    if why is not None:
+        usable = ", ".join(_serving(op, device_type, arguments))
+        raise RuntimeError(
+            f"backend {name!r} cannot serve {op} on {device_type}: {why}; leave backend=None or take one of {usable}"
+        )
+    return name
+
+
+def _serving(op: str, device_type: str, arguments: Any) -> Iterator[str]:
+    for module in BACKENDS[op]:
+        if _why_not(module, arguments, device_type) is None:
+            yield module.NAME
+
+
+def _why_not(module: Backend, arguments: Any, device_type: str) -> str | None:
+    return module.unavailable(device_type) or (None if arguments is None else module.refuses(arguments))
+
+
+def transparent(op: str, what: str, arguments: Any) -> str:
+    """The first backend whose "forward" or "step" is differentiable torch operations."""
+    served = (m for m in BACKENDS[op] if what in m.TRANSPARENT and m.refuses(arguments) is None)
+    return next(module.NAME for module in served)
+
+
+def kernel(op: str, backend: str) -> Any:
+    """The module of a backend.
+
+    Raises ValueError for a name that no backend of the op has.
+    """
+    for module in BACKENDS[op]:
+        if backend == module.NAME:
+            return module
+    raise ValueError(f"unknown backend {backend!r} for {op}; there are {', '.join(m.NAME for m in BACKENDS[op])}")
+
+
+def step_kernel(
+    op: str, arguments: Any, device_type: str, backend: str | None
+) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    """The step of the backend that serves; of one that autograd, transforms and tracers see through where they look."""
+    name, tensors = resolve(op, device_type, backend, arguments), arguments.tensors
+    if "step" not in kernel(op, name).TRANSPARENT and (
+        not observers.plain(*tensors) or observers.differentiable(*tensors) or observers.has_tangent(*tensors)
+    ):
+        name = transparent(op, "step", arguments)
+    count(op, name, "step")
+    return kernel(op, name).step
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which operations keep the dtypes of their operands; what is exported keeps it for autocast later."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    needed = torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if needed else nullcontext()
+
+
+def count(op: str, backend: str, what: str) -> None:
+    """Count a pass, unless it is traced: compiled code would guard on the number and be compiled anew each time."""
+    if not torch.compiler.is_compiling():
+        calls[op, backend, what] += 1
 
 
 class BackendStatus(NamedTuple):
@@ -74,95 +132,16 @@ class BackendStatus(NamedTuple):
     """Why it is not available, or what it is."""
 
 
-def resolve(op: str, device_type: str, backend: str | None, *, is_complex: bool = False) -> str:
-    """The name of the backend that serves an op on a device.
-
-    Args:
-        op: a key of KERNELS.
-        device_type: `tensor.device.type`.
-        backend: a name to insist on; None takes that of the context `backend`, or the best there is.
-        is_complex: whether A is.
-    Raises ValueError for an unknown name, RuntimeError for a backend that cannot serve, both saying what can.
-    """
-    backend = backend or _default(op, device_type, is_complex)
-    _require_known(backend, f" for {op}")
-    why = unavailable(op, backend, device_type, is_complex=is_complex)
-    if why is not None:
-        serve = (name for name in ORDER if unavailable(op, name, device_type, is_complex=is_complex) is None)
-        usable = ", ".join(serve)
-        raise RuntimeError(
-            f"backend {backend!r} cannot serve {op} on {device_type}: {why}; leave backend=None or take one of {usable}"
-        )
-    return backend
-
-
-def _require_known(name: str, use: str = "") -> None:
-    if name not in ORDER:
-        raise ValueError(f"unknown backend {name!r}{use}; there are {', '.join(ORDER)}")
-
-
-def _default(op: str, device_type: str, is_complex: bool = False) -> str:
-    """The backend that a context insists on, else the best there is."""
-    if _insisted:
-        return _insisted[-1]
-    return next(name for name in ORDER if unavailable(op, name, device_type, is_complex=is_complex) is None)
-
-
-def unavailable(op: str, backend: str, device_type: str, *, is_complex: bool = False) -> str | None:
-    """Why a backend cannot serve an op on a device; None where it can."""
-    if backend == "cpu":
-        if device_type != "cpu":
-            return "it serves tensors on the CPU"
-        return "it is for real A" if is_complex and _NO_NATIVE is None else _NO_NATIVE
-    if backend in KERNELS[op]:
-        return None
-    return "this version has no Triton kernels" if device_type == "cuda" else "it serves tensors on a GPU"
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which operations keep the dtypes of their operands; what is exported keeps it for autocast later."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    needed = torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if needed else nullcontext()
-
-
-def of_step(backend: str, *tensors: Tensor | None) -> str:
-    """The backend for a step: plain torch operations where autograd, a transform or a tracer must see through it."""
-    opaque = backend not in TRANSPARENT
-    seen = opaque and (
-        not observers.plain(*tensors) or observers.differentiable(*tensors) or observers.has_tangent(*tensors)
-    )
-    return "portable" if seen else backend
-
-
-def count(op: str, backend: str, what: str) -> None:
-    """Count a pass, unless it is traced: compiled code would guard on the number and be compiled anew each time."""
-    if not torch.compiler.is_compiling():
-        calls[op, backend, what] += 1
-
-
-def kernel(op: str, backend: str) -> ModuleType:
-    """The module of a backend that `resolve` has named."""
-    return KERNELS[op][backend]
-
-
 def report(device_type: str | None = None) -> list[BackendStatus]:
     """For each op and backend whether it runs on a device (default: the best device there is) and why not."""
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    what = {
-        "cpu": "" if _NO_NATIVE else f"compiled C++: {native.description()}",
-        "portable": "plain PyTorch, chunked",
-        "reference": "a loop over time: slow, the oracle of the tests",
-    }
     lines = []
-    for op in KERNELS:
-        chosen = _default(op, device_type)
-        for backend in ORDER:
-            why = unavailable(op, backend, device_type)
-            reason = what.get(backend, "") if why is None else why
-            if (op, backend, why) == ("selective_scan", "cpu", None):
-                reason += "; complex A goes to portable"
-            lines.append(BackendStatus(op, backend, device_type, why is None, backend == chosen, reason))
+    for op, modules in BACKENDS.items():
+        why = {module.NAME: module.unavailable(device_type) for module in modules}
+        chosen = _insisted[-1] if _insisted else resolve(op, device_type, None)
+        for module in modules:
+            reason = why[module.NAME]
+            words = module.description() if reason is None else reason
+            lines.append(BackendStatus(op, module.NAME, device_type, reason is None, chosen == module.NAME, words))
     return lines

@@ -1,7 +1,7 @@
-"""The autograd functions that run an op in reverse mode, and under `grad` and `vmap` of `torch.func`.
+"""The ways in which an op runs, and the autograd functions of one of them.
 
-Values and first derivatives come from the op's kernels. The derivative of a first derivative is that of plain torch
-operations, in turn differentiable to any order.
+Values and first derivatives come from the op's backends, in eager code and under `grad` and `vmap` of `torch.func`. The
+derivative of a first derivative is that of plain torch operations, in turn differentiable to any order.
 """
 
 from __future__ import annotations
@@ -16,33 +16,52 @@ from torch.autograd.function import Function
 from anymamba.ops import observers
 
 Tensors = Sequence[Tensor | None]
+Outputs = tuple[Tensor, Tensor, Tensor | None]
+"""y, the last state, and what the backward pass needs besides: it may be None."""
 
 
-class Rule(NamedTuple):
-    """What a function runs. Tensors are the op's, in its order; options are the op's other arguments."""
+class Op(NamedTuple):
+    """What runs in each way. `arguments` is the op's record, whose first tensor is like y."""
 
-    forward: Callable[[Tensors, Any], tuple[Tensor, Tensor, Tensor]]
-    """y, the last state, and what the backward pass needs besides."""
-    backward: Callable[[Tensor, Tensor, Tensors, Any, Tensor], list[Tensor | None]]
-    """From the gradients of y and of the last state those of all tensors; None for what has no gradient."""
-    operations: Callable[[Tensors, Any], tuple[Tensor, Tensor]]
-    """y and the last state by torch operations."""
+    record: Callable[..., Any]
+    """Makes the record from its fields: first all tensors, then the options."""
+    forward: Callable[[Any, bool, str], Outputs]
+    """(arguments, save, backend): the kernels."""
+    registered_forward: Callable[[Any, bool, str], Outputs]
+    """The same through the op that torch knows."""
+    backward: Callable[[Tensor, Tensor, Any, Tensor, str], list[Tensor]]
+    """(dy, dlast_state, arguments, saved, backend): the gradients of the record's tensors, anything for absent ones."""
+    registered_backward: Callable[[Tensor, Tensor, Any, Tensor, str], list[Tensor]]
+    operations: Callable[[Any], tuple[Tensor, Tensor]]
+    """y and the last state by differentiable torch operations."""
 
 
-def apply(rule: Rule, options: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y and the last state, differentiable."""
-    y, last_state, _ = _Run.apply(rule, options, *tensors)
+def run(op: Op, arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
+    """y and the last state by a backend, in the way that whoever looks needs."""
+    way = observers.way(*arguments.tensors)
+    if way == "operations":
+        return op.operations(arguments)
+    if way == "function":
+        y, last_state, _ = _Forward.apply(op, backend, arguments.options, *arguments.tensors)
+    elif way == "kernel":
+        y, last_state, _ = op.forward(arguments, False, backend)
+    else:
+        # A trace must not depend on the mode that it was made in: its backward pass runs forward once more.
+        save = observers.differentiable(*arguments.tensors) and not torch.jit.is_tracing()
+        y, last_state, _ = op.registered_forward(arguments, save, backend)
     return y, last_state
 
 
-class _Run(Function):
+class _Forward(Function):
     @staticmethod
-    def forward(rule: Rule, options: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return rule.forward(tensors, options)
+    def forward(op: Op, backend: str, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        forward = op.forward if observers.way(*tensors) == "kernel" else op.registered_forward
+        y, last_state, saved = forward(op.record(*tensors, *options), True, backend)
+        return y, last_state, y.new_empty(0) if saved is None else saved
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.rule, ctx.options, *tensors = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.op, ctx.backend, ctx.options, *tensors = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
         ctx.state_shape, ctx.state_dtype = output[1].shape, output[1].dtype
@@ -56,31 +75,38 @@ class _Run(Function):
             dy = torch.zeros_like(tensors[0])
         if dlast_state is None:
             dlast_state = dy.new_zeros(ctx.state_shape, dtype=ctx.state_dtype)
-        wanted = _differentiable(tensors)
         if observers.has_tangent(dy, dlast_state):
-            grads = _pull_operations(ctx.rule, ctx.options, tensors, dy, dlast_state)
+            grads = _pull_operations(ctx.op, ctx.options, tensors, dy, dlast_state)
         else:
-            grads = _Pull.apply(ctx.rule, ctx.options, dy, dlast_state, saved, *tensors)
-        return None, None, *_spread(wanted, grads, len(tensors))
+            grads = _Backward.apply(ctx.op, ctx.backend, ctx.options, dy, dlast_state, saved, *tensors)
+        return None, None, None, *_spread(_differentiable(tensors), grads, len(tensors))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _each(_Run, info.batch_size, in_dims, args)
+        return _each(_Forward, info.batch_size, in_dims, args)
 
 
-class _Pull(Function):
-    """The backward pass; the gradients of the tensors that can have one."""
+class _Backward(Function):
+    """The gradients of the tensors that can have one."""
 
     @staticmethod
     def forward(
-        rule: Rule, options: Any, dy: Tensor, dlast_state: Tensor, saved: Tensor, *tensors: Tensor | None
+        op: Op,
+        backend: str,
+        options: tuple[Any, ...],
+        dy: Tensor,
+        dlast_state: Tensor,
+        saved: Tensor,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        grads = rule.backward(dy, dlast_state, tensors, options, saved)
-        return tuple(g for i in _differentiable(tensors) if (g := grads[i]) is not None)
+        plain = observers.way(dy, dlast_state, saved, *tensors) == "kernel"
+        backward = op.backward if plain else op.registered_backward
+        grads = backward(dy, dlast_state, op.record(*tensors, *options), saved, backend)
+        return tuple(grads[i] for i in _differentiable(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rule, ctx.options, dy, dlast_state, _, *tensors = inputs
+        ctx.op, _, ctx.options, dy, dlast_state, _, *tensors = inputs
         ctx.save_for_backward(dy, dlast_state, *tensors)
 
     @staticmethod
@@ -89,27 +115,28 @@ class _Pull(Function):
         wanted = _differentiable(tensors)
 
         def pulled(dy: Tensor, dlast_state: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-            return _pull_operations(
-                ctx.rule, ctx.options, _spread(wanted, values, len(tensors), tensors), dy, dlast_state
-            )
+            replaced = _spread(wanted, values, len(tensors), tensors)
+            return _pull_operations(ctx.op, ctx.options, replaced, dy, dlast_state)
 
         pull: Any = torch.func.vjp(pulled, dy, dlast_state, *(tensors[i] for i in wanted))[1]
         ddy, ddlast_state, *grads = pull(cotangents)
-        return None, None, ddy, ddlast_state, None, *_spread(wanted, grads, len(tensors))
+        return None, None, None, ddy, ddlast_state, None, *_spread(wanted, grads, len(tensors))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _each(_Pull, info.batch_size, in_dims, args)
+        return _each(_Backward, info.batch_size, in_dims, args)
 
 
-def _pull_operations(rule: Rule, options: Any, tensors: Tensors, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor, ...]:
-    """The gradients that `_Pull` gives, by torch operations."""
+def _pull_operations(
+    op: Op, options: tuple[Any, ...], tensors: Tensors, dy: Tensor, dlast_state: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients that `_Backward` gives, by torch operations."""
     wanted = _differentiable(tensors)
 
-    def run(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return rule.operations(_spread(wanted, values, len(tensors), tensors), options)
+    def operations(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return op.operations(op.record(*_spread(wanted, values, len(tensors), tensors), *options))
 
-    pull: Any = torch.func.vjp(run, *(tensors[i] for i in wanted))[1]
+    pull: Any = torch.func.vjp(operations, *(tensors[i] for i in wanted))[1]
     return pull((dy, dlast_state), create_graph=True)  # else torch runs fused backwards that have no forward mode
 
 
@@ -134,12 +161,8 @@ def _each(
     """The function of each entry along the mapped dimensions, and the results stacked."""
 
     def entry(i: int) -> list[Any]:
-        return [
-            a if dim is None or not isinstance(a, Tensor) else a.select(dim, i)
-            for a, dim in zip(args, dims, strict=True)
-        ]
+        return [a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)]
 
-    dims = [None if isinstance(dim, tuple) else dim for dim in in_dims]
     results = [function.apply(*entry(i)) for i in range(batch_size)]
     stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)

@@ -1,22 +1,38 @@
 """Who looks at an op besides its caller: gradients, transforms, tracers, modes, profilers, subclasses of tensors.
 
 An op has four ways to run, and `way` chooses: the kernel itself, the op registered with torch, an autograd function, or
-plain torch operations. The private functions of torch that tell the cases apart are fenced in this file.
+plain torch operations. The private functions of torch that tell the cases apart are fenced in this file. A version of
+torch may lack one: then somebody may look, and the op that is registered runs.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from anymamba.kernels.native import PLAIN
 
 Way = Literal["kernel", "op", "function", "operations"]
+
+Ask = Callable[..., Any] | None
+
+
+def _private(owner: Any, name: str) -> Any:
+    return getattr(owner, name, None)
+
+
+_functorch = _private(torch._C, "_functorch")
+_top_transform: Ask = _private(_functorch, "peek_interpreter_stack")
+_all_transforms: Ask = _private(_functorch, "get_interpreter_stack")
+_dispatch_modes: Ask = _private(torch._C, "_len_torch_dispatch_stack")
+_function_modes: Ask = _private(torch._C, "_is_torch_function_mode_enabled")
+_profiler: Ask = _private(torch.autograd, "_profiler_enabled")
+_is_functional: Ask = _private(torch, "_is_functional_tensor")
+_is_zero: Ask = _private(Tensor, "_is_zerotensor")
 
 
 def way(*tensors: Tensor | None) -> Way:
@@ -30,42 +46,53 @@ def way(*tensors: Tensor | None) -> Way:
     """
     if torch.compiler.is_compiling():
         return "operations" if _traced_transforms() else "op"
-    active = transforms()
-    if TransformType.Jvp in active or has_tangent(*tensors):
+    if _may(_top_transform) and (active := transforms()):
+        if "Jvp" in active:
+            return "operations"
+        if "Functionalize" in active:
+            return "operations" if len(active) > 1 else "op"
+        return "function"
+    if has_tangent(*tensors):
         return "operations"
-    if TransformType.Functionalize in active:
-        return "operations" if len(active) > 1 else "op"
     if torch.jit.is_tracing():
         return "op"
-    if active or differentiable(*tensors):
+    if differentiable(*tensors):
         return "function"
-    seen = torch.autograd._profiler_enabled() or torch._C._is_torch_function_mode_enabled()
-    return "op" if seen or not plain(*tensors) else "kernel"
+    return "op" if _may(_profiler) or _may(_function_modes) or not plain(*tensors) else "kernel"
 
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether tensors are what they seem, so that code may read their memory: no tracer, transform or subclass."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or _functorch.peek_interpreter_stack() is not None
-    ) and all(t is None or _has_memory(t) for t in tensors)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _may(_dispatch_modes) or _may(_top_transform):
+        return False
+    return all(map(_has_memory, tensors))
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    lazy = torch._is_functional_tensor(tensor) or tensor._is_zerotensor()
-    return type(tensor) in PLAIN and not tensor.is_meta and not lazy
+def _may(ask: Ask) -> bool:
+    """Whether somebody looks, as far as torch can be asked."""
+    return ask is None or bool(ask())
+
+
+def _has_memory(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return True
+    if _is_functional is None or _is_zero is None:
+        return False
+    return type(tensor) in PLAIN and not (tensor.is_meta or _is_functional(tensor) or _is_zero(tensor))
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
     """Whether gradients in reverse mode may be asked of what is computed from these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether any of these is a dual tensor of forward mode."""
-    if forward_ad._current_level < 0:
+    if getattr(forward_ad, "_current_level", 0) < 0:
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
@@ -77,15 +104,17 @@ def transformed(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return _traced_transforms()
-    return _functorch.peek_interpreter_stack() is not None or has_tangent(*tensors)
+    return _may(_top_transform) or has_tangent(*tensors)
 
 
-def transforms() -> list[TransformType]:
-    """The active transforms of `torch.func`, outermost first."""
-    return [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or ()]
+def transforms() -> list[str]:
+    """The names of the active transforms of `torch.func`, outermost first; none where torch cannot be asked."""
+    if _all_transforms is None:
+        return []
+    return [interpreter.key().name for interpreter in _all_transforms() or ()]
 
 
 @torch.compiler.assume_constant_result
 def _traced_transforms() -> bool:
     """Whether code that torch.compile traces stands inside a transform: asked while it traces."""
-    return _functorch.peek_interpreter_stack() is not None
+    return _top_transform is not None and _top_transform() is not None

@@ -10,107 +10,99 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.elementwise import sigmoid
 
 NAME = "portable"
+TRANSPARENT = frozenset({"step"})
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y (b, l, d) and the last width - 1 inputs of each sequence; shapes are those of `anymamba.ops.causal_conv1d`."""
-    layout = _Layout(x, weight.shape[1], cu_seqlens)
-    padded = layout.pad(x, initial_state)
-    y = _taps(padded, weight, bias)
-    if silu:
+def unavailable(device_type: str) -> str | None:
+    return None
+
+
+def refuses(arguments: ConvArguments) -> str | None:
+    return None
+
+
+def description() -> str:
+    return "plain PyTorch: a multiply-add for each tap"
+
+
+def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
+    """y (b, l, d) and the last width - 1 inputs of each sequence."""
+    layout = _Layout(a)
+    padded = layout.pad(a.x, a.initial_state)
+    y = _taps(padded, a)
+    if a.silu:
         y = y.mul_(sigmoid(y))
-    return layout.tokens_of_outputs(y).to(x.dtype).contiguous(), layout.last_state(padded)
+    return layout.tokens_of_outputs(y).to(a.x.dtype).contiguous(), layout.last_state(padded)
 
 
-def backward(
-    dy: Tensor,
-    dlast_state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None where the input is absent)."""
-    layout = _Layout(x, weight.shape[1], cu_seqlens)
-    padded = layout.pad(x, initial_state)
-    dtype = _working_dtype(x, weight)
+    layout, dtype = _Layout(a), a.dtype
+    padded = layout.pad(a.x, a.initial_state)
     dy = dy.to(dtype)
-    if silu:  # at the tokens only: what lies between packed sequences must not reach their gradients, not even a NaN
-        y = layout.tokens_of_outputs(_taps(padded, weight, bias))
+    if a.silu:  # at the tokens only: what lies between packed sequences must not reach their gradients, not even a NaN
+        y = layout.tokens_of_outputs(_taps(padded, a))
         gate = sigmoid(y)
         dy = (1 - gate).mul_(y).add_(1).mul_(gate).mul_(dy)
     dtaps = layout.outputs_of_tokens(dy)
-    n_outputs, taps = dtaps.shape[1], weight.to(dtype).T
-    dpadded = torch.zeros(padded.shape, dtype=dtype, device=x.device)
-    dweight = torch.empty(taps.shape, dtype=dtype, device=x.device)
-    for i in range(weight.shape[1]):
+    n_outputs, taps = dtaps.shape[1], a.weight.to(dtype).T
+    dpadded = torch.zeros(padded.shape, dtype=dtype, device=a.x.device)
+    dweight = torch.empty(taps.shape, dtype=dtype, device=a.x.device)
+    for i in range(a.width):
         dpadded[:, i : i + n_outputs].addcmul_(dtaps, taps[i])
         dweight[i] = (dtaps * padded[:, i : i + n_outputs].to(dtype)).sum((0, 1))
     layout.add_last_state_(dpadded, dlast_state.to(dtype))
     dx, dinitial = layout.unpad(dpadded)
     return [
-        dx.to(x.dtype),
-        dweight.T.to(weight.dtype).contiguous(),
-        None if bias is None else dtaps.sum((0, 1)).to(bias.dtype),
-        None if initial_state is None else dinitial.to(initial_state.dtype),
+        dx.to(a.x.dtype),
+        dweight.T.to(a.weight.dtype).contiguous(),
+        None if a.bias is None else dtaps.sum((0, 1)).to(a.bias.dtype),
+        None if a.initial_state is None else dinitial.to(a.initial_state.dtype),
     ]
 
 
-def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
-    """One token: y (b, d) and the new state (b, width - 1, d). Plain operations, for export."""
-    dtype = _working_dtype(x, weight)
-    window = torch.cat([state.to(x.dtype), x[:, None]], 1)
-    y = (window.to(dtype) * weight.to(dtype).T).sum(1)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    if silu:
+def step(a: ConvArguments) -> tuple[Tensor, Tensor]:
+    """One token: y (b, 1, d) and the new state (b, width - 1, d). Plain operations, for export."""
+    assert a.initial_state is not None
+    window = torch.cat([a.initial_state.to(a.x.dtype), a.x], 1)
+    y = (window.to(a.dtype) * a.weight.to(a.dtype).T).sum(1, keepdim=True)
+    if a.bias is not None:
+        y = y + a.bias.to(a.dtype)
+    if a.silu:
         y = F.silu(y)
-    return y.to(x.dtype), window[:, 1:]
+    return y.to(a.x.dtype), window[:, 1:]
 
 
-def _working_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.float32, torch.promote_types(x.dtype, weight.dtype))
-
-
-def _taps(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _taps(padded: Tensor, a: ConvArguments) -> Tensor:
     """sum over taps of weight * shifted input, plus bias: (b, l', d) from (b, l' + k - 1, d)."""
-    dtype = _working_dtype(padded, weight)
-    padded, taps = padded.to(dtype), weight.to(dtype).T.contiguous()
+    padded, taps = padded.to(a.dtype), a.weight.to(a.dtype).T.contiguous()
     n_outputs = padded.shape[1] - len(taps) + 1
     y = padded[:, :n_outputs] * taps[0]
     for i in range(1, len(taps)):
         y.addcmul_(padded[:, i : i + n_outputs], taps[i])
-    return y if bias is None else y.add_(bias.to(dtype))
+    return y if a.bias is None else y.add_(a.bias.to(a.dtype))
 
 
 class _Layout:
     """Where the tokens and the states of each sequence lie in the padded stream."""
 
-    def __init__(self, x: Tensor, width: int, cu_seqlens: Tensor | None) -> None:
-        self.batch, self.length, self.d_inner = x.shape
-        self.n_states = width - 1
-        self.packed = cu_seqlens is not None
-        if cu_seqlens is not None:
-            borders = cu_seqlens.long()
-            n_sequences = borders.numel() - 1
-            lengths = borders[1:] - borders[:-1]
-            sequence = torch.arange(n_sequences, device=x.device)
+    def __init__(self, a: ConvArguments) -> None:
+        self.batch, self.length, self.d_inner = a.x.shape
+        self.n_states = a.width - 1
+        self.packed = a.cu_seqlens is not None
+        if a.cu_seqlens is not None:
+            offsets = a.cu_seqlens.long()
+            n_sequences = a.n_sequences
+            lengths = offsets[1:] - offsets[:-1]
+            sequence = torch.arange(n_sequences, device=a.x.device)
             owner = torch.repeat_interleave(sequence, lengths, output_size=self.length)
-            self.tokens = torch.arange(self.length, device=x.device) + (owner + 1) * self.n_states
-            rows = torch.arange(self.n_states, device=x.device)
-            before = borders[:-1] + sequence * self.n_states  # where the state of a sequence begins
+            self.tokens = torch.arange(self.length, device=a.x.device) + (owner + 1) * self.n_states
+            rows = torch.arange(self.n_states, device=a.x.device)
+            before = offsets[:-1] + sequence * self.n_states  # where the state of a sequence begins
             self.first = (before[:, None] + rows).flatten()
             self.last = ((before + lengths)[:, None] + rows).flatten()
             self.n_sequences, self.n_rows = n_sequences, self.length + n_sequences * self.n_states

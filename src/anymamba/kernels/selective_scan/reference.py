@@ -7,66 +7,44 @@ Notation: b batch, l length, d channels, n state, g groups of channels that shar
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, repeat
 from torch import Tensor
 
+from anymamba.kernels.selective_scan.arguments import ScanArguments
+
 NAME = "reference"
+TRANSPARENT = frozenset({"forward", "step"})
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    b_discretization: str,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (b or n_sequences, d, n) and an empty tensor, where other backends may save states.
+def unavailable(device_type: str) -> str | None:
+    return None
 
-    Shapes are those of `anymamba.ops.selective_scan`, with B and C (d, n) or (b, l, g, n).
-    """
-    if cu_seqlens is None:
-        y, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state)
-    else:
-        y, last_state = _packed_scan(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state, cu_seqlens
-        )
+
+def refuses(arguments: ScanArguments) -> str | None:
+    return None
+
+
+def description() -> str:
+    return "a loop over time: slow, the oracle of the tests"
+
+
+def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, d), last_state (n_sequences, d, n) and an empty tensor, where other backends may save states."""
+    y, last_state = _scan(a) if a.cu_seqlens is None else _packed_scan(a)
     return y, last_state, last_state.new_empty(0)
 
 
-def backward(
-    dy: Tensor,
-    dlast_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    b_discretization: str,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    saved: Tensor,
-) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, by automatic differentiation of `forward`."""
-    inputs = [u, delta, A, B, C, D, z, delta_bias, initial_state]
+    inputs = a.tensors[:-1]
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    fields: Any = (*leaves, a.cu_seqlens, *a.options)
     with torch.enable_grad():
-        options = (delta_softplus, b_discretization, leaves[8], cu_seqlens)
-        y, last_state, _ = forward(*leaves[:8], *options)  # type: ignore[arg-type, call-arg]
+        y, last_state, _ = forward(ScanArguments(*fields), save=False)
     present = [t for t in leaves if t is not None]
     pairs = [pair for pair in ((y, dy), (last_state, dlast_state)) if pair[0].requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)
@@ -74,120 +52,50 @@ def backward(
     return [None if t is None else next(grads) for t in leaves]
 
 
-def step(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    b_discretization: str,
-) -> tuple[Tensor, Tensor]:
-    """One token: y (b, d) and the new state (b, d, n); B and C (d, n) or (b, g, n)."""
-    selective_B, selective_C = (M if M.ndim == 2 else rearrange(M, "b g n -> b 1 g n") for M in (B, C))
-    y, state, _ = forward(
-        u[:, None],
-        delta[:, None],
-        A,
-        selective_B,
-        selective_C,
-        D,
-        None if z is None else z[:, None],
-        delta_bias,
-        delta_softplus,
-        b_discretization,
-        state,
-        None,
-    )
-    return y[:, 0], state
+def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
+    """One token: y (b, 1, d) and the new state (b, d, n)."""
+    return _scan(a)
 
 
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    b_discretization: str,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    batch, length, d_inner = u.shape
-    real = torch.promote_types(torch.float32, torch.promote_types(u.dtype, delta.dtype))
-    real = torch.promote_types(real, A.real.dtype)
-    dtype = torch.promote_types(real, A.dtype)
-    x, step_size, A = u.to(real), delta.to(real), A.to(dtype)
-    if delta_bias is not None:
-        step_size = step_size + delta_bias.to(real)
-    if delta_softplus:
+def _scan(a: ScanArguments) -> tuple[Tensor, Tensor]:
+    real, dtype = a.real_dtype, a.dtype
+    x, step_size, A = a.u.to(real), a.delta.to(real), a.A.to(dtype)
+    if a.delta_bias is not None:
+        step_size = step_size + a.delta_bias.to(real)
+    if a.delta_softplus:
         step_size = F.softplus(step_size)
-    B, C = (_per_channel(M.to(dtype), batch, length, d_inner) for M in (B, C))
+    B, C = (_per_channel(M.to(dtype), a) for M in (a.B, a.C))
     delta_A = einsum(step_size.to(dtype), A, "b l d, d n -> b l d n")
     decay = torch.exp(delta_A)
-    weight = step_size[..., None] if b_discretization == "euler" else expm1_ratio(delta_A) * step_size[..., None]
+    weight = expm1_ratio(delta_A) * step_size[..., None] if a.zoh else step_size[..., None]
     drive = weight * B * x[..., None]
-    h = u.new_zeros(batch, d_inner, A.shape[1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    zeros = x.new_zeros(a.batch, a.d_inner, a.d_state, dtype=dtype)
+    h = zeros if a.initial_state is None else a.initial_state.to(dtype)
     outputs = []
-    for t in range(length):
+    for t in range(a.length):
         h = decay[:, t] * h + drive[:, t]
         outputs.append(einsum(h, C[:, t], "b d n, b d n -> b d"))
-    y = torch.stack(outputs, 1) if outputs else h.new_zeros(batch, 0, d_inner)
+    y = torch.stack(outputs, 1) if outputs else h.new_zeros(a.batch, 0, a.d_inner)
     y = 2 * y.real if y.is_complex() else y  # conjugate partners are implied
-    if D is not None:
-        y = y + D.to(real) * x
-    if z is not None:
-        y = y * F.silu(z.to(real))
-    return y.to(u.dtype), h.clone() if length == 0 else h
+    if a.D is not None:
+        y = y + a.D.to(real) * x
+    if a.z is not None:
+        y = y * F.silu(a.z.to(real))
+    return y.to(a.u.dtype), h.clone() if a.length == 0 else h
 
 
-def _packed_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    b_discretization: str,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor]:
-    ys, states = [], []
-    borders = cu_seqlens.tolist()
-    for i, (start, stop) in enumerate(itertools.pairwise(borders)):
-        part = slice(start, stop)
-        y, state = _scan(
-            u[:, part],
-            delta[:, part],
-            A,
-            B if B.ndim == 2 else B[:, part],
-            C if C.ndim == 2 else C[:, part],
-            D,
-            None if z is None else z[:, part],
-            delta_bias,
-            delta_softplus,
-            b_discretization,
-            None if initial_state is None else initial_state[i : i + 1],
-        )
-        ys.append(y)
-        states.append(state)
+def _packed_scan(a: ScanArguments) -> tuple[Tensor, Tensor]:
+    assert a.cu_seqlens is not None
+    pairs = itertools.pairwise(a.cu_seqlens.tolist())
+    ys, states = zip(*(_scan(a.of_sequence(i, *pair)) for i, pair in enumerate(pairs)), strict=True)
     return torch.cat(ys, 1), torch.cat(states)
 
 
-def _per_channel(M: Tensor, batch: int, length: int, d_inner: int) -> Tensor:
+def _per_channel(M: Tensor, a: ScanArguments) -> Tensor:
     """B or C, constant (d, n) or grouped (b, l, g, n), as (b, l, d, n)."""
     if M.ndim == 2:
-        return M.expand(batch, length, *M.shape)
-    return repeat(M, "b l g n -> b l (g p) n", p=d_inner // M.shape[2])
+        return M.expand(a.batch, a.length, *M.shape)
+    return repeat(M, "b l g n -> b l (g p) n", p=a.d_inner // M.shape[2])
 
 
 def expm1_ratio(x: Tensor) -> Tensor:

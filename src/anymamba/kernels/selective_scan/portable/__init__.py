@@ -11,12 +11,36 @@ Only one block's expanded tensors exist at a time. Forward saves the state at th
 recomputes the states inside it. The split depends on shapes only.
 """
 
+from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.portable.backward import backward
 from anymamba.kernels.selective_scan.portable.forward import forward
-from anymamba.kernels.selective_scan.portable.inputs import working_dtypes
 from anymamba.kernels.selective_scan.portable.splitting import saved_shape, split
 from anymamba.kernels.selective_scan.portable.step import step
 
 NAME = "portable"
+TRANSPARENT = frozenset({"step"})
 
-__all__ = ["NAME", "backward", "forward", "saved_shape", "split", "step", "working_dtypes"]
+__all__ = [
+    "NAME",
+    "TRANSPARENT",
+    "backward",
+    "description",
+    "forward",
+    "refuses",
+    "saved_shape",
+    "split",
+    "step",
+    "unavailable",
+]
+
+
+def unavailable(device_type: str) -> str | None:
+    return None
+
+
+def refuses(arguments: ScanArguments) -> str | None:
+    return None
+
+
+def description() -> str:
+    return "plain PyTorch, chunked"

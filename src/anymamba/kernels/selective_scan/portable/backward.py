@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from anymamba.kernels.elementwise import SOFTPLUS_THRESHOLD, conj, expm1_ratio_derivative, real_part, sigmoid, silu
+from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.portable.block import Expanded, Workspace, contract, expand
 from anymamba.kernels.selective_scan.portable.inputs import Channels, Inputs, contiguous_like, prepare, write_channels
 from anymamba.kernels.selective_scan.portable.plan import Plan, Sequences
@@ -31,38 +32,22 @@ class _Gradients:
     dinitial: Tensor | None
 
 
-def backward(
-    dy: Tensor,
-    dlast_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    b_discretization: str,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    saved: Tensor,
-) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is absent)."""
-    inputs = prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state)
-    packed = cu_seqlens is not None
-    plan = Plan(u.shape[0], u.shape[1], inputs, cu_seqlens)
+    inputs = prepare(a)
+    packed = a.cu_seqlens is not None
+    plan = Plan(a.batch, a.length, inputs, a.cu_seqlens)
     dlast = rearrange(dlast_state.to(inputs.dtype), "b (g p) n -> b g n p", g=inputs.n_groups).contiguous()
     grads = _Gradients(
-        du=contiguous_like(u),
-        ddelta=contiguous_like(delta),
-        dz=None if z is None else contiguous_like(z),
+        du=contiguous_like(a.u),
+        ddelta=contiguous_like(a.delta),
+        dz=None if a.z is None else contiguous_like(a.z),
         dB=torch.zeros_like(inputs.B, memory_format=torch.contiguous_format),
         dC=torch.zeros_like(inputs.C, memory_format=torch.contiguous_format),
         dA=torch.zeros_like(inputs.A),
         dD=None if inputs.D is None else torch.zeros_like(inputs.D),
         dbias=None if inputs.delta_bias is None else torch.zeros_like(inputs.delta_bias),
-        dinitial=None if initial_state is None else dlast.clone(),  # what an empty sequence passes through
+        dinitial=None if a.initial_state is None else dlast.clone(),  # what an empty sequence passes through
     )
     scratch = Workspace(inputs.A)
     for rows in plan.row_slices:
@@ -76,7 +61,7 @@ def backward(
             backward_span.finish()
         if grads.dinitial is not None and not packed:
             grads.dinitial[rows] = dstate
-    return _as_inputs(grads, A, B, C, D, delta_bias, initial_state)
+    return _as_inputs(grads, a)
 
 
 class _BackwardSpan:
@@ -190,15 +175,7 @@ class _BackwardSpan:
             gathered[k] = torch.matmul(states, channels.to(states.dtype).transpose(-1, -2))
 
 
-def _as_inputs(
-    grads: _Gradients,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> list[Tensor | None]:
+def _as_inputs(grads: _Gradients, a: ScanArguments) -> list[Tensor | None]:
     """The gradients in the shapes and dtypes of the op's tensors."""
 
     def matrix(gradient: Tensor, like: Tensor) -> Tensor:
@@ -208,16 +185,16 @@ def _as_inputs(
         return None if gradient is None or like is None else gradient.reshape(-1).to(like.dtype)
 
     dinitial = grads.dinitial
-    if dinitial is not None and initial_state is not None:
-        dinitial = rearrange(dinitial, "b g n p -> b (g p) n").to(initial_state.dtype).contiguous()
+    if dinitial is not None and a.initial_state is not None:
+        dinitial = rearrange(dinitial, "b g n p -> b (g p) n").to(a.initial_state.dtype).contiguous()
     return [
         grads.du,
         grads.ddelta,
-        matrix(grads.dA, A),
-        matrix(grads.dB, B),
-        matrix(grads.dC, C),
-        vector(grads.dD, D),
+        matrix(grads.dA, a.A),
+        matrix(grads.dB, a.B),
+        matrix(grads.dC, a.C),
+        vector(grads.dD, a.D),
         grads.dz,
-        vector(grads.dbias, delta_bias),
+        vector(grads.dbias, a.delta_bias),
         dinitial,
     ]

@@ -7,36 +7,22 @@ from einops import rearrange
 from torch import Tensor
 
 from anymamba.kernels.elementwise import silu
+from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.portable.block import Workspace, contract, expand
 from anymamba.kernels.selective_scan.portable.inputs import Channels, Inputs, contiguous_like, prepare, write_channels
 from anymamba.kernels.selective_scan.portable.plan import Plan
 from anymamba.kernels.selective_scan.portable.splitting import saved_shape
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    b_discretization: str,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (b or n_sequences, d, n), and the states before each block, for backward (or nothing)."""
-    inputs = prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus, b_discretization, initial_state)
-    batch, length, d_inner = u.shape
-    packed = cu_seqlens is not None
-    plan = Plan(batch, length, inputs, cu_seqlens)
-    y = contiguous_like(u)
-    saved = inputs.A.new_empty(saved_shape(batch, length, d_inner, A.shape[1], len(inputs.A)) if save else 0)
+def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, d), last_state (n_sequences, d, n), and the states before each block, for backward (or nothing)."""
+    inputs = prepare(a)
+    batch, packed = a.batch, a.cu_seqlens is not None
+    plan = Plan(batch, a.length, inputs, a.cu_seqlens)
+    y = contiguous_like(a.u)
+    saved = inputs.A.new_empty(saved_shape(a) if save else 0)
     saved[sum(span.n_blocks for span in plan.spans) :] = 0
-    last_state = inputs.A.new_zeros(plan.sequences.n_sequences if packed else batch, *inputs.A.shape)
+    last_state = inputs.A.new_zeros(a.n_sequences, *inputs.A.shape)
     if inputs.initial_state is not None:
         last_state.copy_(inputs.initial_state)
     scratch = Workspace(inputs.A)

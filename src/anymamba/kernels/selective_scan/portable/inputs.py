@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from anymamba.kernels.elementwise import softplus
+from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.portable.splitting import Span
 
 
@@ -59,22 +60,9 @@ class Inputs:
         return rearrange(M[:, span.tokens].to(self.dtype), "b (k s t) g n -> k t s b g n 1", **span.sizes)
 
 
-def prepare(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    b_discretization: str,
-    initial_state: Tensor | None,
-) -> Inputs:
+def prepare(a: ScanArguments) -> Inputs:
     """The op's arguments in the layout and precision of the work."""
-    real, dtype = working_dtypes(u, delta, A)
-    n_groups = next((M.shape[2] for M in (B, C) if M.ndim == 4), 1)
+    real, dtype, n_groups = a.real_dtype, a.dtype, a.n_groups
 
     def per_group(M: Tensor) -> Tensor:
         return rearrange(M.to(dtype), "(g p) n -> g n p", g=n_groups).contiguous()
@@ -82,33 +70,26 @@ def prepare(
     def vector(v: Tensor | None) -> Tensor | None:
         return None if v is None else rearrange(v.to(real), "(g p) -> g 1 p", g=n_groups)
 
-    state = initial_state
+    state = a.initial_state
     if state is not None:
         state = rearrange(state.to(dtype), "b (g p) n -> b g n p", g=n_groups).contiguous()
-    B, C = (per_group(M) if M.ndim == 2 else M for M in (B, C))
+    B, C = (per_group(M) if M.ndim == 2 else M for M in (a.B, a.C))
     return Inputs(
-        u,
-        delta,
-        per_group(A),
-        B,
-        C,
-        vector(D),
-        z,
-        vector(delta_bias),
-        delta_softplus,
-        b_discretization == "zoh",
-        state,
-        n_groups,
-        real,
-        dtype,
+        u=a.u,
+        delta=a.delta,
+        A=per_group(a.A),
+        B=B,
+        C=C,
+        D=vector(a.D),
+        z=a.z,
+        delta_bias=vector(a.delta_bias),
+        delta_softplus=a.delta_softplus,
+        zoh=a.zoh,
+        initial_state=state,
+        n_groups=n_groups,
+        real=real,
+        dtype=dtype,
     )
-
-
-def working_dtypes(u: Tensor, delta: Tensor, A: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Real and state dtype: float32 or wider, complex where A is."""
-    real = torch.promote_types(torch.float32, torch.promote_types(u.dtype, delta.dtype))
-    real = torch.promote_types(real, A.real.dtype)
-    return real, torch.promote_types(real, A.dtype)
 
 
 class Channels:

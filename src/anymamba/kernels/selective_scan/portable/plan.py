@@ -22,15 +22,14 @@ class Sequences:
     """Where packed sequences start and end, by block. Empty sequences have neither."""
 
     def __init__(self, cu_seqlens: Tensor | None, spans: list[Span]) -> None:
-        self.n_sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
         self.starts: dict[int, Places] = {}
         self.ends: dict[int, Places] = {}
         if cu_seqlens is not None and spans:
             blocks = [(start, span.n_steps) for span in spans for start in span.block_starts()]
-            borders = cu_seqlens.long()
-            filled = (borders[1:] > borders[:-1]).nonzero().flatten()
-            self.starts = self._by_block(borders[filled], filled, blocks)
-            self.ends = self._by_block(borders[filled + 1] - 1, filled, blocks)
+            offsets = cu_seqlens.long()
+            filled = (offsets[1:] > offsets[:-1]).nonzero().flatten()
+            self.starts = self._by_block(offsets[filled], filled, blocks)
+            self.ends = self._by_block(offsets[filled + 1] - 1, filled, blocks)
 
     @staticmethod
     def _by_block(positions: Tensor, sequence: Tensor, blocks: list[tuple[int, int]]) -> dict[int, Places]:

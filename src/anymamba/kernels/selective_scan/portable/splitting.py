@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from anymamba.kernels.selective_scan.arguments import ScanArguments
+
 N_STEPS = 32  # of a segment: saved states cost d_state / 32 of u, and a block's calls are paid once in 32 tokens
 STEP = 49152  # elements of a step up to which segments are set side by side: a call then costs its work
 NARROW = 12288  # elements of a step of one row below which that pays for scanning twice
@@ -25,10 +27,10 @@ def rows_at_once(batch: int, d_inner: int, d_state: int) -> int:
     return max(1, min(batch, BLOCK // max(1, n_segments * n_steps * d_inner * d_state)))
 
 
-def saved_shape(batch: int, length: int, d_inner: int, d_state: int, n_groups: int) -> tuple[int, ...]:
+def saved_shape(a: ScanArguments) -> tuple[int, ...]:
     """Of the states that forward saves for backward, before each block (the last two may stay unused)."""
-    n_segments, n_steps = split(batch, d_inner, d_state)
-    return (length // (n_segments * n_steps) + 2, batch, n_groups, d_state, d_inner // n_groups)
+    n_segments, n_steps = split(a.batch, a.d_inner, a.d_state)
+    return (a.length // (n_segments * n_steps) + 2, a.batch, a.n_groups, a.d_state, a.d_inner // a.n_groups)
 
 
 class Span(NamedTuple):

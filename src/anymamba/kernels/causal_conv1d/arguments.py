@@ -1,0 +1,59 @@
+"""What every backend of the causal convolution is given: the op's tensors and options in one record."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Activations = Float[Tensor, "batch length d_inner"]
+"""x and y."""
+ConvState = Float[Tensor, "n_sequences width_minus_1 d_inner"]
+"""The last width - 1 inputs of each sequence, oldest first."""
+Offsets = Int[Tensor, " n_sequences_plus_1"]
+"""cu_seqlens, as in the selective scan."""
+
+
+class ConvArguments(NamedTuple):
+    """Tensors and options of `anymamba.causal_conv1d`, in the order in which torch's registered op takes them."""
+
+    x: Activations
+    weight: Float[Tensor, "d_inner width"]
+    bias: Float[Tensor, " d_inner"] | None = None
+    initial_state: ConvState | None = None
+    cu_seqlens: Offsets | None = None
+    silu: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:5]
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return self[5:]
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def n_sequences(self) -> int:
+        """Rows of the states: the batch, or what is packed into its one row."""
+        return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.n_sequences, self.weight.shape[1] - 1, self.x.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of sums and gradients of weights: float32, or float64 where x or the weights are."""
+        narrow = torch.promote_types(self.x.dtype, self.weight.dtype)
+        return torch.promote_types(torch.float32, narrow)
+
+    def of_sequence(self, index: int, start: int, stop: int) -> ConvArguments:
+        """One packed sequence by itself."""
+        state = None if self.initial_state is None else self.initial_state[index : index + 1]
+        return self._replace(x=self.x[:, start:stop], initial_state=state, cu_seqlens=None)

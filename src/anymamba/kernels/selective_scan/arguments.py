@@ -1,0 +1,113 @@
+"""What every backend of the selective scan is given: the op's tensors and options in one record, checked by the op."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+Activations = Float[Tensor, "batch length d_inner"]
+"""u, delta, z and y."""
+StateMatrix = Float[Tensor, "d_inner d_state"] | Complex[Tensor, "d_inner d_state"]
+"""A, and B and C where they are constant."""
+StepMatrix = (
+    StateMatrix | Float[Tensor, "batch length n_groups d_state"] | Complex[Tensor, "batch length n_groups d_state"]
+)
+"""B and C: constant, or one for each token and group of channels."""
+PerChannel = Float[Tensor, " d_inner"]
+"""D and delta_bias."""
+State = Float[Tensor, "n_sequences d_inner d_state"] | Complex[Tensor, "n_sequences d_inner d_state"]
+"""h of each sequence, float32 or wider."""
+Offsets = Int[Tensor, " n_sequences_plus_1"]
+"""cu_seqlens: 0, the offset at which each packed sequence but the first begins, and the length."""
+
+
+N_TENSORS = 10
+
+
+class ScanArguments(NamedTuple):
+    """Tensors and options of `anymamba.selective_scan`, in the order in which torch's registered op takes them."""
+
+    u: Activations
+    delta: Activations
+    A: StateMatrix
+    B: StepMatrix
+    C: StepMatrix
+    D: PerChannel | None = None
+    z: Activations | None = None
+    delta_bias: PerChannel | None = None
+    initial_state: State | None = None
+    cu_seqlens: Offsets | None = None
+    delta_softplus: bool = False
+    b_discretization: str = "euler"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        fields: tuple[Any, ...] = self
+        return fields[:N_TENSORS]
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return self[N_TENSORS:]
+
+    @property
+    def batch(self) -> int:
+        return self.u.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.u.shape[1]
+
+    @property
+    def d_inner(self) -> int:
+        return self.u.shape[2]
+
+    @property
+    def d_state(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of channels that share B and C; 1 where both are constant."""
+        for M in (self.B, self.C):
+            if M.ndim == 4:
+                return M.shape[2]
+        return 1
+
+    @property
+    def n_sequences(self) -> int:
+        """Rows of the states: the batch, or what is packed into its one row."""
+        return self.batch if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    @property
+    def zoh(self) -> bool:
+        return self.b_discretization == "zoh"
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        """Of what is not a state: float32, or float64 where any of u, delta and A is that."""
+        narrow = torch.promote_types(self.u.dtype, self.delta.dtype)
+        wide = torch.promote_types(torch.float32, narrow)
+        return wide if self.A.dtype == wide else torch.promote_types(wide, self.A.real.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the state: `real_dtype`, complex where A is."""
+        real = self.real_dtype
+        return real if self.A.dtype == real else torch.promote_types(real, self.A.dtype)
+
+    def of_sequence(self, index: int, start: int, stop: int) -> ScanArguments:
+        """One packed sequence by itself."""
+        tokens = slice(start, stop)
+        state = None if self.initial_state is None else self.initial_state[index : index + 1]
+        return self._replace(
+            u=self.u[:, tokens],
+            delta=self.delta[:, tokens],
+            B=self.B if self.B.ndim == 2 else self.B[:, tokens],
+            C=self.C if self.C.ndim == 2 else self.C[:, tokens],
+            z=None if self.z is None else self.z[:, tokens],
+            initial_state=state,
+            cu_seqlens=None,
+        )
