@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import io
 import re
 import runpy
@@ -219,7 +220,8 @@ sys.meta_path = [f for f in sys.meta_path if "Redirecting" not in type(f).__name
 sys.path.insert(0, "src")
 import anymamba, pytest
 assert anymamba.__file__.startswith(sys.argv[1]), anymamba.__file__
-for line in sys.argv[2:]:
+anymamba.__path__.append(sys.argv[2])
+for line in sys.argv[3:]:
     code = pytest.main([*shlex.split(line), "-q", "-x"])
     if code:
         sys.exit(f"{line}: {code}")
@@ -236,7 +238,9 @@ def test_a_page_on_how_to_add_something_can_be_followed(page, tmp_path):
     shell = "".join(block.text for block in runnable(page) if block.language == "sh")
     tests = re.findall(r"^python -m pytest (.*)$", shell, re.MULTILINE)
     assert tests, "the page runs no tests"
-    command = [sys.executable, "-c", IN_THIS_FOLDER, str(clone), *tests]
+    built = importlib.util.find_spec("anymamba._build_info")  # beside the compiled module
+    compiled = "" if built is None or built.origin is None else str(Path(built.origin).parent)
+    command = [sys.executable, "-c", IN_THIS_FOLDER, str(clone), compiled, *tests]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
 
