@@ -18,7 +18,7 @@ import torch
 
 from anymamba.experiments import load_experiment
 from anymamba.experiments.experiment import Arm, Context, Experiment, Record
-from anymamba.experiments.results import ResultStore
+from anymamba.experiments.results import read_results
 from benchmarks.timing import machine, table
 
 NAMES = ("selective-copying", "associative-recall")
@@ -34,7 +34,7 @@ def seconds_per_step(experiment: Experiment, arm: Arm, steps: int) -> float:
     if hasattr(settings, "more_learning_rates"):
         short = replace(short, more_learning_rates=())
     context = Context(torch.device("cpu"), 0, lambda done, total, words: None)
-    trained = min(experiment.measure(Arm(arm.name, short), context)["training_seconds"] for _ in range(2))
+    trained = min(experiment.measure(short, context)["training_seconds"] for _ in range(2))
     return trained / steps
 
 
@@ -48,11 +48,11 @@ def steps_taken(arm: Arm, record: Record) -> int:
 def measured(name: str, steps: int) -> list[list[str]]:
     """Rows of the table: each arm, and their sum."""
     experiment = load_experiment(name)
-    store = ResultStore(FOLDER / name, name, "cpu")
+    results = read_results(FOLDER / name)
+    assert results is not None, f"{FOLDER / name} has no results"
     rows, total = [], 0.0
     for arm in experiment.arms("cpu"):
-        records = [record for seed in range(store.seeds_of(arm)) if (record := store.finished(arm, seed))]
-        taken = mean(steps_taken(arm, record) for record in records)
+        taken = mean(steps_taken(arm, record) for record in results.of(arm.name))
         seconds = seconds_per_step(experiment, arm, steps)
         total += seconds * taken / 60
         rows.append([name, arm.name, f"{1000 * seconds:.0f}", f"{taken:,.0f}", f"{seconds * taken / 60:.1f}"])

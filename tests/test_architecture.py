@@ -37,8 +37,8 @@ SHARED = {
     *("generation.sampling", "generation.prompts", "generation.stops"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *("training.interrupts", "training.steps", "training.tables"),
-    *("experiments.experiment", "experiments.results", "experiments.running", "experiments.charts"),
-    *("experiments.optimizing", "experiments.synthetic_task", "experiments.checks"),
+    *("experiments.experiment", "experiments.results", "experiments.report", "experiments.charts"),
+    "experiments.learning",
     *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
 }
 

@@ -1,9 +1,10 @@
-"""Associative recall: its settings, recall of right and wrong predictors, a toy run, and the report."""
+"""Associative recall: its settings, recall of right and wrong predictors, thresholds, tables and charts."""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -13,21 +14,18 @@ from torch import nn
 from anymamba.data.synthetic.recall import Recall, recall_batch
 from anymamba.experiments import load_experiment
 from anymamba.experiments.associative_recall.arms import (
-    CHOSEN,
     MAMBA_BY_STATE,
     SLOW,
     SYSTEMS,
     TIME_INVARIANT,
     WITHOUT_ATTENTION,
-    Settings,
     build_config,
 )
 from anymamba.experiments.associative_recall.measure import bytes_after_a_row, measure, mixed_batch
-from anymamba.experiments.experiment import SCALES, Context, Record, Results
-from anymamba.experiments.results import as_json
-from anymamba.experiments.running import run_experiment
-from anymamba.experiments.synthetic_task import build_model, evaluate
+from anymamba.experiments.experiment import SCALES, Context, Results
+from anymamba.experiments.learning import build_model, evaluate
 from anymamba.models.mixers import MIXERS
+from tests.experiments.conftest import made_up, measured, rows, verdicts
 
 EXPERIMENT = load_experiment("associative-recall")
 CONTEXT = Context(torch.device("cpu"), 0, lambda *told: None)
@@ -147,7 +145,7 @@ def test_the_best_rate_counts_and_a_good_one_ends_the_search(monkeypatch):
 
     def learned(model, rate, settings, context):
         weights.append(model.embedding.weight.detach().clone())
-        return {"accuracy": reached[rate], "parameters": 1}
+        return {"accuracy": reached[rate]}
 
     module = importlib.import_module("anymamba.experiments.associative_recall.measure")
     monkeypatch.setattr(module, "learn_at_rate", learned)
@@ -159,56 +157,30 @@ def test_the_best_rate_counts_and_a_good_one_ends_the_search(monkeypatch):
     assert measure(settings, CONTEXT)["learning_rate"] == 3e-3
 
 
-def test_a_toy_run_and_its_resumption(tmp_path, monkeypatch):
-    only, measured = ["attention", "mamba-n4", "hybrid-1"], []
-    whole = type(EXPERIMENT).measure
-
-    def counted(self, arm, context):
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        measured.append(arm.name)
-        return whole(self, arm, context)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(EXPERIMENT), "measure", counted)
-        with pytest.raises(KeyboardInterrupt):
-            run_experiment(EXPERIMENT, "toy", tmp_path, only=only)
-        measured[:] = []
-        results = run_experiment(EXPERIMENT, "toy", tmp_path, only=only)
-        assert measured == ["hybrid-1"]
-    charts = {f"{n}.{s}" for n in ("state", "pairs") for s in ("png", "svg")}
-    assert {path.name for path in tmp_path.iterdir()} == {"arms", "results.json", "report.md"} | charts
-    assert [test["n_pairs"] for test in results.values("hybrid-1", "tests")[0]] == [1, 2]
-    again = run_experiment(EXPERIMENT, "toy", tmp_path / "again", only=["mamba-n4"])
-    numbers = [{**r.of("mamba-n4")[0].values, "training_seconds": 0} for r in (results, again)]
-    assert numbers[0] == numbers[1]  # the same settings and seed give the same numbers
-
-
-# ---------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------- results
 
 STATE_BYTES = {"mamba-n4": 4096, "mamba-n16": 16_384, "mamba-n64": 65_536, "attention": 32_768}
 
 
-def made_up(recalls: dict[str, list[float]], scale="cpu", seeds=1) -> Results:
-    """Results in which a system recalls these shares of its tasks; the others are planned and missing."""
-    arms = EXPERIMENT.arms(scale)
-    records = []
-    for arm in arms:
-        settings: Settings = arm.settings
-        for seed in range(seeds if settings.system in recalls else 0):
-            tests = [
-                {"n_pairs": t.n_pairs, "length": t.length, "vocab_size": t.vocab_size, "tokens": recall}
-                for t, recall in zip(settings.tasks, recalls[settings.system], strict=False)
-            ]
-            values = {
-                "tests": tests,
+def results_of(recalls: dict[str, list[float]], scale="cpu", seeds=1) -> Results:
+    """Results in which a system recalls these shares of its tasks."""
+    values = {}
+    for arm in EXPERIMENT.arms(scale):
+        system, tasks = arm.settings.system, arm.settings.tasks
+        values[arm.name] = [
+            {
+                "tests": [
+                    {"n_pairs": task.n_pairs, "vocab_size": task.vocab_size, "tokens": recall}
+                    for task, recall in zip(tasks, recalls[system], strict=False)
+                ],
                 "parameters": 70_000,
-                "steps": 6000,
+                "steps": 6000 - 100 * seed,
                 "learning_rate": 6e-3,
-                "state_bytes": STATE_BYTES.get(settings.system, 20_000),
+                "state_bytes": STATE_BYTES.get(system, 20_000),
             }
-            records.append(Record(arm.name, seed, as_json(settings), values, 60.0, "abacus", "2026-01-01"))
-    return Results("associative-recall", scale, tuple(records), tuple(f"{arm.name}-seed0" for arm in arms))
+            for seed in range(seeds if system in recalls else 0)
+        ]
+    return made_up(EXPERIMENT, scale, values)
 
 
 GOOD = {
@@ -224,70 +196,65 @@ GOOD = {
 }
 
 
-def test_the_report_of_a_success():
-    text = EXPERIMENT.report(made_up(GOOD))
-    assert text.startswith("**8 of 8 thresholds hold.**")
-    assert "fails" not in text and "not judged" not in text
-    assert "| Mamba, N = 4 | 70,000 | 4,096 | 0.006 | 6,000 | 99.0 | 80.0 | 50.0 | 20.0 |" in text
-    assert "| attention: recall at its worst | at least 99 | 99.5 | holds |" in text
-    assert "| Hyena: points below attention at the most pairs | at least 25 | 94.5 | holds |" in text
-    assert (
-        "| Mamba with 2 attentions, 4 blocks: points below attention at its worst | at most 2 | 1.5 | holds |" in text
-    )
-    assert "Mamba, N = 16 recalls less than 90 % from 8 pairs on: 40.0 % of 16." in text
-    assert "Hyena recalls less than 90 % from 4 pairs on: 5.0 % of 16, no better than one that knows only" in text
-    assert "attention recalls at least 90 % at every number of pairs asked." in text
-    assert "with 16 pairs: 16.0 times the bytes of state change recall by +50.0 points, from 20.0 % to 70.0 %" in text
-    assert "Mamba with 1 attention, against Mamba, N = 16, with 16 pairs: +59.0 points of recall, 20,000 bytes" in text
-    assert CHOSEN["cpu"] in text
-    assert "2 in 64, 4 in 64, 8 in 64, 16 in 64" in text and "50.0 % of 2, 25.0 % of 4" in text
+def test_thresholds_of_a_success():
+    results = results_of(GOOD)
+    assert verdicts(EXPERIMENT, results) == ["holds"] * 8
+    wanted = [0.995, 0.795, 0.005, 0.015, 0.895, 0.945, 0.2, 0.5]
+    assert list(chain.from_iterable(measured(EXPERIMENT, results))) == pytest.approx(wanted)
 
 
-def test_the_report_of_a_failure():
+def test_thresholds_of_a_failure():
     bad = {**GOOD, "attention": [1, 1, 1, 0.85], "mamba-n64": [1, 1, 1, 0.30], "hyena": [1, 1, 0.8, 0.9]}
-    text = EXPERIMENT.report(made_up({**bad, "hybrid-1": [0.9, 1, 1, 0.2]}))
-    assert text.startswith("**4 of 8 thresholds hold.** These fail: attention: recall at its worst; Mamba with 1 att")
-    assert "| attention: recall at its worst | at least 99 | 85.0 | **fails** |" in text
-    assert "| Hyena: points below attention at the most pairs | at least 25 | -5.0 | **fails** |" in text
-    assert "| Mamba with 1 attention: points below attention at its worst | at most 2 | 65.0 | **fails** |" in text
-    assert "to the next larger, at the most pairs | at least -1 | -10.0 | **fails** |" in text
-    assert "Hyena recalls less than 90 % from 8 pairs on (but not at 16): 80.0 % of 8." in text
-    assert "Mamba with 1 attention, against Mamba, N = 16, with 16 pairs: -20.0 points of recall" in text
+    results = results_of({**bad, "hybrid-1": [0.9, 1, 1, 0.2]})
+    assert verdicts(EXPERIMENT, results) == [
+        *("fails", "holds", "fails", "holds"),
+        *("holds", "fails", "fails", "holds"),
+    ]
+    got = measured(EXPERIMENT, results)
+    assert [got[i][0] for i in (0, 2, 5, 6)] == pytest.approx([0.85, 0.65, -0.05, -0.10])
 
 
 def test_the_worst_seed_counts():
-    results = made_up(GOOD, seeds=2)
+    results = results_of(GOOD, seeds=2)
     results.of("attention")[1].values["tests"][0]["tokens"] = 0.9
-    text = EXPERIMENT.report(results)
-    assert "| attention: recall at its worst | at least 99 | 90.0 | **fails** |" in text
-    assert "| 95.0 (90.0 to 100.0) |" in text
+    assert verdicts(EXPERIMENT, results)[0] == "fails" and measured(EXPERIMENT, results)[0] == [0.9]
+    (table, _) = EXPERIMENT.sections(results).values()
+    assert rows(table)[0][:6] == ["attention", "70,000", "32,768", "0.006", "5,900 to 6,000", "95.0 (90.0 to 100.0)"]
 
 
-def test_the_report_of_half_a_run():
-    text = EXPERIMENT.report(made_up({"hyena": [0.5, 0.4, 0.3, 0.2]}))
-    assert text.startswith("**0 of 8 thresholds hold.** 8 cannot be judged")
-    assert "| attention: recall at its worst | at least 99 |  | not judged |" in text
-    assert EXPERIMENT.report(made_up({})) == "Nothing has been measured yet."
-    assert EXPERIMENT.figures(made_up({})) == {}
+def test_thresholds_of_half_a_run():
+    assert verdicts(EXPERIMENT, results_of({"hyena": [0.5, 0.4, 0.3, 0.2]})) == ["not judged"] * 8
+
+
+def test_the_tables_have_baselines_and_what_state_and_attention_change():
+    recall, differences = (rows(text) for text in EXPERIMENT.sections(results_of(GOOD)).values())
+    assert recall[1] == ["Mamba, N = 4", "70,000", "4,096", "0.006", "6,000", "99.0", "80.0", "50.0", "20.0"]
+    assert [row[5:] for row in recall[-2:]] == [["50.0", "25.0", "12.5", "6.2"], ["3.12"] * 4]
+    assert [row[1:] for row in differences] == [
+        ["32", "16", "+50.0", "65,536 for 4,096 (16.0 times)"],
+        ["32", "16", "+59.0", "20,000 for 16,384 (1.2 times)"],
+        ["32", "16", "+48.0", "20,000 for 20,000 (1.0 times)"],
+    ]
 
 
 def test_arms_of_several_widths_and_sizes():
-    results = made_up({"attention": [1.0], "hyena": [0.5], "mamba-n4": [0.99]}, scale="gpu")
-    text = EXPERIMENT.report(results)
-    assert text.startswith("**4 of 16 thresholds hold.** These fail: width 64: Mamba, N = 4: points below attention")
-    assert "## Recall, %, width 64" in text and "## Recall, %, width 128" in text
-    assert "| Hyena | 70,000 | 20,000 | 0.006 | 6,000 | 50.0 | 50.0 | 50.0 | 50.0 |" in text
-    assert "4 in 64, 8 in 128, 16 in 256, 64 in 512 (an arm for each)" in text
-    panels = EXPERIMENT.figures(results)
-    assert [len(panels[name].axes) for name in ("state", "pairs")] == [4, 2]
+    results = results_of({"attention": [1.0], "hyena": [0.5], "mamba-n4": [0.99]}, scale="gpu")
+    at_a_width = ["holds", "fails", "not judged", "not judged", "not judged", "holds", "not judged", "not judged"]
+    assert verdicts(EXPERIMENT, results) == at_a_width * 2
+    assert [t.what.startswith("width 64") for t in EXPERIMENT.thresholds(results)] == [True] * 8 + [False] * 8
+    first, second, _ = EXPERIMENT.sections(results).values()
+    hyena = ["Hyena", "70,000", "20,000", "0.006", "6,000", "50.0", "50.0", "50.0", "50.0"]
+    assert rows(first)[-3] == rows(second)[-3] == hyena
+    panels = [draw(results) for draw in EXPERIMENT.figures.values()]
+    assert [len(figure.axes) for figure in panels] == [4, 2]
 
 
-def test_the_figures_show_what_was_measured():
-    figures = EXPERIMENT.figures(made_up(GOOD))
-    (lines,) = figures["pairs"].axes
+def test_the_charts_show_what_was_measured():
+    state, pairs = (draw(results_of(GOOD)) for draw in EXPERIMENT.figures.values())
+    (lines,) = pairs.axes
     curves = [line for line in lines.get_lines() if line.get_label() in {s.label for s in SYSTEMS.values()}]
     assert [[round(y / 100, 3) for y in line.get_ydata()] for line in curves] == list(GOOD.values())
     assert lines.get_xlabel() and lines.get_ylabel()
-    marks = [axes.get_lines() for axes in figures["state"].axes]
+    marks = [axes.get_lines() for axes in state.axes]
     assert all(len(found) == len(SYSTEMS) + 1 for found in marks)  # and what knows the values, not whose
-    assert all(axes.get_xscale() == "log" and axes.get_xlabel() for axes in figures["state"].axes)
+    assert all(axes.get_xscale() == "log" and axes.get_xlabel() for axes in state.axes)

@@ -1,23 +1,23 @@
-"""Induction heads: asking in pieces, counting, settings of each scale, a toy run, and a report that tells the truth."""
+"""Induction heads: asking in pieces, counting, settings of each scale, a toy arm, thresholds, tables and charts."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from anymamba.data.synthetic.induction import induction_sequences
-from anymamba.experiments.experiment import SCALES, Context
+from anymamba.experiments.experiment import SCALES, Context, Results
 from anymamba.experiments.induction_heads import EXPERIMENT, measure
 from anymamba.experiments.induction_heads.arms import PAPER, arms_at
 from anymamba.experiments.induction_heads.measure import count_right, last_predictions, learn_growing, perfect_in_a_row
-from anymamba.experiments.results import Record, Results, as_json
-from anymamba.experiments.running import run_experiment
-from anymamba.experiments.synthetic_task import Score
+from anymamba.experiments.learning import Score
 from anymamba.models.language_model import LanguageModel
+from tests.experiments.conftest import made_up, measured, rows, verdicts
 
 TOY = {arm.name: arm for arm in arms_at("toy")}
 CPU = torch.device("cpu")
@@ -158,123 +158,87 @@ def test_the_scales_are_those_of_the_protocol():
     assert (steps["mamba-uniform"], steps["attention-rotary"], steps["hyena"]) == (204_800, 409_600, 81_920)
 
 
-# ----------------------------------------------------------------------------------------------------------- a toy run
+def test_a_toy_arm_is_trained_in_rounds_and_asked_at_every_length():
+    values = measure(TOY["mamba-first-ten"].settings, Context(CPU, 0, lambda *told: None))
+    assert values["stages"] == [[8, 4], [16, 4], [16, 4]] and values["steps"] == 12
+    assert [point[0] for point in values["curve"]] == [2, 4, 6, 8, 10, 12]
+    assert [(t["length"], t["sequences"]) for t in values["tests"]] == [(8, 8), (16, 8), (32, 8), (64, 2)]
 
 
-def test_a_toy_run_writes_its_files_and_an_interrupted_arm_alone_is_measured_again(tmp_path, monkeypatch):
-    names = ["mamba-first-ten", "attention-rotary"]
-    results = run_experiment(EXPERIMENT, "toy", tmp_path, only=names)
-    for name in ("report.md", "results.json", "lengths.png", "lengths.svg", "learning.png", "learning.svg"):
-        assert (tmp_path / name).stat().st_size > 500
-    record = results.of("mamba-first-ten")[0]
-    assert record.values["stages"] == [[8, 4], [16, 4], [16, 4]] and record.values["steps"] == 12
-    assert [point[0] for point in record.values["curve"]] == [2, 4, 6, 8, 10, 12]
-    assert [t["length"] for t in record.values["tests"]] == [8, 16, 32, 64]
-    assert [t["sequences"] for t in record.values["tests"]] == [8, 8, 8, 2]
-
-    measured = []
-    monkeypatch.setattr(
-        "anymamba.experiments.induction_heads.measure", lambda *given: measured.append(given[0]) or measure(*given)
-    )
-    (tmp_path / "arms" / "attention-rotary-seed0.json").write_text("torn", encoding="utf-8")
-    again = run_experiment(EXPERIMENT, "toy", tmp_path, only=names)
-    assert [settings.system for settings in measured] == ["attention-rotary"]
-    assert [(r.arm, counted(r)) for r in again.records] == [(r.arm, counted(r)) for r in results.records]
-
-
-def counted(record: Record) -> dict[int, int]:
-    """How many are right at each length: the same again for the same seed."""
-    return {test["length"]: test["right"] for test in record.values["tests"]}
-
-
-# ---------------------------------------------------------------------------------------------------------- the report
-
-
-def made_up(name: str, shares: dict[int, float], *, validation: float = 1.0, minutes: float = 10.0) -> Record:
-    """A record of an arm at scale cpu with these accuracies at 2^i."""
-    settings = next(arm.settings for arm in arms_at("cpu") if arm.name == name)
-    tests = [
-        {"length": 2**i, "sequences": n, "right": round(share * n), "seconds": 1.0}
-        for i, share in shares.items()
-        for n in [settings.rows_at(2**i)]
-    ]
-    values = {
-        "accuracy": validation,
-        "sequence_accuracy": validation,
-        "validation_loss": 0.1,
-        "steps": 1000,
-        "training_seconds": 60 * minutes,
-        "parameters": 67_008,
-        "curve": [[100, 2.0, 1.0], [500, 2.7, 0.1], [800, 0.1, validation], [1000, 0.1, validation]],
-        "stages": [[32, 100], [256, 500], [256, 400]],
-        "tests": tests,
-    }
-    return Record(name, 0, as_json(settings), values, 100.0, "a machine", "2026-01-01")
-
-
-def results_of(*records: Record) -> Results:
-    planned = tuple(f"{arm.name}-seed0" for arm in arms_at("cpu"))
-    return Results("induction-heads", "cpu", records, planned)
-
+# ------------------------------------------------------------------------------------------------------------- results
 
 ALL = dict.fromkeys(range(6, 21), 1.0)
 ROTARY = {6: 1.0, 7: 1.0, 8: 1.0, 9: 0.8, 10: 0.3, 11: 0.2, 12: 0.09}
 
 
-def test_the_report_of_a_success():
-    text = EXPERIMENT.report(
-        results_of(made_up("mamba-first-ten", ALL), made_up("mamba-uniform", ALL), made_up("attention-rotary", ROTARY))
-    )
-    assert "**8 of 8 thresholds hold.**" in text and "fail" not in text
-    assert "Mamba, first-ten answers every sequence at every length, to 4096 times training." in text
-    assert "| 2^12 | 256 | 100.0 | 100 | 100.0 | 9.0 | 8.6 |" in text
-    assert "| 2^20 | 16 | 100.0 | 100 | 100.0 |  |  |" in text
-    assert "The training of Mamba, first-ten takes all its steps: 30 rounds of 500 steps at the training" in text
-    assert "The training of attention, rotary ends at 10 judgements without a mistake" in text
-    assert "| 67,008 (74K) | 64 | N(0, 0.1), Δ 1e-05 to 0.1 | first-ten | 8 | 0.005, half a cosine to 0 |" in text
-    assert "half a cosine to 0 | 1000 | 10.0 | 100.0 |" in text
-    assert "**Not as in the paper:** training begins at the lengths 32, 64, 128" in text
-    assert "attention, rotary makes mistakes at 2^9, 2^10, 2^11, 2^12; the longest without is 2^8." in text
+def results_of(arms: dict[str, dict[int, float]], *, validation: float = 1.0, minutes: float = 10.0) -> Results:
+    """Results at scale cpu with these accuracies at 2^i."""
+
+    def values(name, shares):
+        settings = next(arm.settings for arm in arms_at("cpu") if arm.name == name)
+        sequences = {2**i: settings.rows_at(2**i) for i in shares}
+        return {
+            "accuracy": validation,
+            "steps": 1000,
+            "training_seconds": 60 * minutes,
+            "parameters": 67_008,
+            "curve": [[100, 2.0, 1.0], [500, 2.7, 0.1], [800, 0.1, validation], [1000, 0.1, validation]],
+            "stages": [[32, 100], [256, 500], [256, 400]],
+            "tests": [
+                {"length": length, "sequences": n, "right": round(share * n), "seconds": 1.0}
+                for (length, n), share in zip(sequences.items(), shares.values(), strict=True)
+            ],
+        }
+
+    return made_up(EXPERIMENT, "cpu", {name: [values(name, shares)] for name, shares in arms.items()})
 
 
-def test_the_report_of_a_failure():
-    forgets = {**ALL, 19: 0.5, 20: 0.25}
-    text = EXPERIMENT.report(
-        results_of(
-            made_up("mamba-first-ten", forgets, minutes=20.0),
-            made_up("attention-rotary", {**ROTARY, 12: 0.5}),
-        )
-    )
-    assert "**3 of 8 thresholds hold.**" in text
-    assert "2 cannot be judged" in text  # Mamba, uniform
-    assert "| Mamba, first-ten: accuracy at its worst length | all | 25.0 % | **fails** |" in text
-    assert (
-        "| Mamba, first-ten: minutes of training until the validation set is right | at most 15 | 16.0 | **fails** |"
-        in text
-    )
-    assert "| attention, rotary: accuracy at 16 times the training length | at most 15 % | 50.0 % | **fails** |" in text
-    assert "Mamba, first-ten falls short of the paper by more than 5 points at 2^19 (50.0 against 100)" in text
-    assert "answers every sequence" not in text
+def test_thresholds_of_a_success():
+    results = results_of({"mamba-first-ten": ALL, "mamba-uniform": ALL, "attention-rotary": ROTARY})
+    assert verdicts(EXPERIMENT, results) == ["holds"] * 8
+    wanted = [1, 1, 8.0, 1, 1, 1, 77 / 256, 23 / 256]  # right after 800 steps; best from 1024 on; at 4096
+    assert list(chain.from_iterable(measured(EXPERIMENT, results))) == pytest.approx(wanted)
+
+
+def test_thresholds_of_a_failure():
+    arms = {"mamba-first-ten": {**ALL, 19: 0.5, 20: 0.25}, "attention-rotary": {**ROTARY, 12: 0.5}}
+    results = results_of(arms, minutes=20.0)
+    assert verdicts(EXPERIMENT, results) == [
+        *("holds", "fails", "fails"),
+        *("not judged", "not judged"),
+        *("holds", "holds", "fails"),
+    ]
+    assert measured(EXPERIMENT, results)[1:3] == [[0.25], [pytest.approx(16.0)]]
 
 
 def test_an_arm_that_has_not_learned_shows_nothing_by_failing_far_beyond():
-    guesses = dict.fromkeys(range(6, 13), 0.06)
-    text = EXPERIMENT.report(results_of(made_up("attention-rotary", guesses, validation=0.06)))
-    assert "| attention, rotary: validation accuracy at the training length | all | 6.0 % | **fails** |" in text
-    assert "| attention, rotary: accuracy at 16 times the training length | at most 15 % |  | not judged |" in text
-    fast = EXPERIMENT.report(results_of(made_up("mamba-first-ten", ALL, validation=0.5, minutes=1.0)))
-    assert (
-        "| Mamba, first-ten: minutes of training until the validation set is right | at most 15 |  | not judged |"
-        in fast
-    )
+    guesses = {"mamba-first-ten": ALL, "attention-rotary": dict.fromkeys(range(6, 13), 0.06)}
+    results = results_of(guesses, validation=0.06, minutes=1.0)
+    assert verdicts(EXPERIMENT, results) == [
+        *("fails", "holds", "not judged"),
+        *("not judged", "not judged"),
+        *("fails", "not judged", "not judged"),
+    ]
 
 
-def test_perfect_attention_far_beyond_contradicts_the_paper_and_the_report_says_so():
-    text = EXPERIMENT.report(results_of(made_up("attention-rotary", dict.fromkeys(range(6, 13), 1.0))))
-    words = "attention, rotary: best accuracy from 4 times the training length on"
-    assert f"| {words} | not all | 100.0 % | **fails** |" in text
+def test_perfect_attention_far_beyond_contradicts_the_paper():
+    results = results_of({"attention-rotary": dict.fromkeys(range(6, 13), 1.0)})
+    assert verdicts(EXPERIMENT, results)[5:] == ["holds", "fails", "fails"]
 
 
-def test_nothing_measured_is_said_and_drawn_as_such():
-    assert EXPERIMENT.report(results_of()) == "Nothing has been measured yet."
-    assert EXPERIMENT.figures(results_of()) == {}
+def test_tables_are_beside_the_papers():
+    results = results_of({"mamba-first-ten": ALL, "mamba-uniform": {**ALL, 7: 0.5}, "attention-rotary": ROTARY})
+    training, lengths = (rows(text) for text in EXPERIMENT.sections(results).values())
+    assert [row[-2] for row in training] == ["15 of 15, longest 2^20", "14 of 15, longest 2^20", "3 of 7, longest 2^8"]
+    assert training[0][:8] == ["Mamba, first-ten", "67,008 (74K)", "64", "8", "0.005", "1000", "10.0", "100.0"]
+    assert training[2][-1] == f"{256 * (2**13 - 2**6) / 7:,.0f}"
+    assert lengths[6] == ["2^12", "256", "100.0", "100", "100.0", "9.0", "8.6"]
+    assert lengths[14] == ["2^20", "16", "100.0", "100", "100.0", "", ""]
+
+
+def test_the_charts_show_every_arm_and_the_paper():
+    results = results_of({"mamba-first-ten": ALL, "mamba-uniform": ALL, "attention-rotary": ROTARY})
+    (lengths,), (learning,) = (draw(results).axes for draw in EXPERIMENT.figures.values())
+    lines = {line.get_label(): list(line.get_xdata()) for line in lengths.get_lines()}
+    assert lines["attention, rotary"] == [2**i for i in ROTARY] and "paper: Mamba" in lines
+    assert learning.get_xscale() == "log" and lengths.get_xlabel() and learning.get_ylabel()

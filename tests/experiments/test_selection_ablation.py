@@ -1,7 +1,8 @@
-"""The ablations of selection: settings, windows of the corpus, what is selective, a toy run, and the report."""
+"""The ablations of selection: settings, windows of the corpus, what is selective, thresholds, tables and charts."""
 
 from __future__ import annotations
 
+from itertools import chain
 from math import exp, log
 
 import pytest
@@ -9,14 +10,13 @@ import torch
 
 from anymamba.experiments import load_experiment
 from anymamba.experiments.charts import save_figure
-from anymamba.experiments.experiment import SCALES, Context, Record, Results
-from anymamba.experiments.results import as_json
-from anymamba.experiments.running import run_experiment
+from anymamba.experiments.experiment import SCALES, Context, Results
+from anymamba.experiments.learning import evaluate
 from anymamba.experiments.selection_ablation.arms import KINDS, PAPER_7, PAPER_10, SELECTIVE, STATES, paper_gap
 from anymamba.experiments.selection_ablation.corpus import corpus_bytes, fixed_windows, random_windows
 from anymamba.experiments.selection_ablation.measure import measure
-from anymamba.experiments.synthetic_task import evaluate
 from anymamba.models.language_model import LanguageModel
+from tests.experiments.conftest import made_up, measured, rows, verdicts
 
 EXPERIMENT = load_experiment("selection-ablation")
 CPU = torch.device("cpu")
@@ -125,56 +125,22 @@ def test_the_loss_is_nats_a_byte():
     assert evaluate(NextByte(0.999), rows).tokens == 1 and evaluate(NextByte(0.001), rows).tokens == 0
 
 
-# -------------------------------------------------------------------------------------------------- running
+def test_the_language_model_says_how_large_its_corpus_is():
+    values = measure(EXPERIMENT.arms("toy")[5].settings, Context(CPU, 0, lambda *told: None))
+    assert 2 < values["validation_loss"] < 8 and values["held_out_bytes"] == len(corpus_bytes(True))
 
 
-def test_a_toy_run_and_its_resumption(tmp_path, monkeypatch):
-    only, measured = ["copying-all", "lm-none-n16", "lm-delta-n1", "lm-transformer"], []
-    whole = type(EXPERIMENT).measure
-
-    def measured_once(self, arm, context):
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        measured.append(arm.name)
-        return whole(self, arm, context)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(EXPERIMENT), "measure", measured_once)
-        with pytest.raises(KeyboardInterrupt):
-            run_experiment(EXPERIMENT, "toy", tmp_path, only=only)
-        assert len(measured) == 3
-        measured[:] = []
-        results = run_experiment(EXPERIMENT, "toy", tmp_path, only=only)
-        assert measured == ["lm-transformer"]
-    charts = {f"{n}.{s}" for n in ("selection", "state") for s in ("png", "svg")}
-    assert {path.name for path in tmp_path.iterdir()} == {"arms", "results.json", "report.md"} | charts
-    assert 2 < results.values("lm-transformer", "validation_loss")[0] < 8
-    assert results.values("lm-none-n16", "held_out_bytes")[0] == len(corpus_bytes(True))
+# -------------------------------------------------------------------------------------------------- results
 
 
-def test_the_same_seed_gives_the_same_numbers():
-    arm = next(a for a in EXPERIMENT.arms("toy") if a.name == "lm-C-n16")
-    numbers = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        numbers.append(measure(arm.settings, Context(CPU, seed, lambda *told: None))["validation_loss"])
-    assert numbers[0] == numbers[1] != numbers[2]
+def results_of(values: dict[str, float | None], seeds: int = 1) -> Results:
+    """Results with these accuracies of copying and losses of the language model."""
 
+    def own(value):
+        sizes = {"parameters": 150_000, "training_bytes": 12_000_000, "held_out_bytes": 600_000}
+        return {"accuracy": value or 0.0, "validation_loss": value, **sizes}
 
-# --------------------------------------------------------------------------------------------------- report
-
-
-def made_up(values: dict[str, float | None], seeds: int = 1) -> Results:
-    """Results with these accuracies of copying and losses of the language model; the others are planned and missing."""
-    arms = EXPERIMENT.arms("cpu")
-    records = []
-    for arm in arms:
-        for seed in range(seeds if arm.name in values else 0):
-            value = values[arm.name]
-            own = {"accuracy": value or 0.0, "validation_loss": value, "parameters": 150_000, "curve": []}
-            own |= {"training_bytes": 12_000_000, "held_out_bytes": 600_000}
-            records.append(Record(arm.name, seed, as_json(arm.settings), own, 60.0, "abacus", "2026-01-01"))
-    return Results("selection-ablation", "cpu", tuple(records), tuple(f"{arm.name}-seed0" for arm in arms))
+    return made_up(EXPERIMENT, "cpu", {arm: [own(value) for _ in range(seeds)] for arm, value in values.items()})
 
 
 def as_published() -> dict[str, float | None]:
@@ -185,92 +151,70 @@ def as_published() -> dict[str, float | None]:
     return {**values, "lm-transformer": log(8.71) + 0.05}
 
 
-def test_the_report_of_a_success():
-    text = EXPERIMENT.report(made_up(as_published()))
-    assert text.startswith("**7 of 7 expectations hold.**")
-    assert "fails" not in text and "not judged" not in text and "not run" not in text
-    assert "| Δ | 97.0 | 150,000 | 2.283 | 3.294 | +0.119 | +0.119 | 9.81 |" in text
-    assert "| selective | 16 | 150,000 | 2.164 | 3.123 | +0.111 | +0.111 | 8.71 |" in text
-    assert "| constant | 16 | 150,000 | 2.283 | 3.294 | +0.007 | +0.007 | 9.81 |" in text
-    assert "gains +0.227 nats a byte (100 % of the paper's 0.227 nats a token)" in text
-    assert "none > B > C > Δ > Δ, B, C (as in the paper;" in text
-    assert "Mamba is ahead by 0.050 nats a byte." in text and "wins" not in text
-    assert "Selective copying reaches 95 % with these selective: Δ; Δ, B, C." in text
-    assert "gains +0.007 nats a byte over N = 1, a tie (paper +0.007 a token)" in text
-    assert "Initial weights of selective copying were chosen" in text
-    assert "12,000,000 to learn from, 600,000 in held-out files" in text
+def test_thresholds_of_a_success():
+    results = results_of(as_published())
+    assert verdicts(EXPERIMENT, results) == ["holds"] * 7
+    wanted = [0.99, 0.69, 0.074, 0.017, 0.017, 0.119, 0.111]
+    assert list(chain.from_iterable(measured(EXPERIMENT, results))) == pytest.approx(wanted, abs=5e-4)
+    assert EXPERIMENT.thresholds(results)[-1].at_least == pytest.approx(5 * log(9.88 / 9.81))
 
 
-def test_the_report_of_a_failure():
+def test_thresholds_of_a_failure():
     bad = {**as_published(), "lm-delta-n16": log(8.70), "lm-none-n16": log(10.16), "copying-all": 0.9}
-    bad |= {"copying-none": 0.8, "lm-transformer": log(8.71) - 0.1}
-    text = EXPERIMENT.report(made_up(bad))
-    assert text.startswith("**2 of 7 expectations hold.** These fail: copying: accuracy")
-    assert "loss of none minus that of B, nats | more than 0.01 (paper +0.074) | +0.001 | tie |" in text
-    assert "loss of Δ minus that of Δ, B, C, nats | more than 0.01 (paper +0.119) | -0.001 | tie |" in text
-    assert "(paper 0.111, 0.007) | +0.111, +0.127 | **fails** |" in text
-    assert "**Transformer++ wins by 0.100 nats a byte.**" in text
-    assert "the paper has none > B > C > Δ > Δ, B, C" in text
-    assert "with these selective: Δ." in text
+    results = results_of({**bad, "copying-none": 0.8})
+    assert verdicts(EXPERIMENT, results) == ["fails", "fails", "tie", "holds", "holds", "tie", "fails"]
 
 
-def test_b_and_c_may_be_alike_but_c_not_worse():
-    tied = {**as_published(), "lm-C-n16": log(10.15) + 0.009}
-    assert EXPERIMENT.report(made_up(tied)).startswith("**7 of 7")
-    worse = {**as_published(), "lm-C-n16": log(10.15) + 0.02}
-    assert "that of C, nats | more than -0.01 (paper +0.017) | -0.020 | **fails** |" in EXPERIMENT.report(
-        made_up(worse)
-    )
+@pytest.mark.parametrize(("above_b", "verdict"), [(0.009, "holds"), (0.02, "fails"), (-0.5, "holds")])
+def test_b_and_c_may_be_alike_but_c_not_worse(above_b, verdict):
+    results = results_of({**as_published(), "lm-C-n16": log(10.15) + above_b})
+    assert verdicts(EXPERIMENT, results)[3] == verdict
 
 
-def test_a_difference_within_a_tie_is_said_to_be_one():
-    text = EXPERIMENT.report(made_up({**as_published(), "lm-transformer": log(8.71) - 0.009}))
-    assert "The difference of -0.009 nats is a tie." in text and "wins" not in text and "ahead" not in text
+def test_what_is_missing_or_diverged_is_not_judged():
+    results = results_of({"lm-none-n16": None, "lm-all-n16": 1.5, "copying-B": 0.2})
+    assert verdicts(EXPERIMENT, results) == ["not judged"] * 7
+    assert [row[-3] for row in rows(EXPERIMENT.sections(results)["Table 7: what is selective"])] == ["", "", "+0.000"]
 
 
-def test_the_report_of_half_a_run_and_of_one_that_diverged():
-    text = EXPERIMENT.report(made_up({"lm-none-n16": None, "lm-all-n16": 1.5, "copying-B": 0.2}))
-    assert text.startswith("**0 of 7 expectations hold.** 7 cannot be judged")
-    assert "lm-none-n16-seed0 diverged" in text and "Not measured beside Mamba yet" in text
-    assert "Selective copying reaches 95 % with these selective: nothing of what was tried." in text
-    assert EXPERIMENT.report(made_up({})) == "Nothing has been measured yet."
-    assert EXPERIMENT.figures(made_up({})) == {}
-    assert set(EXPERIMENT.figures(made_up({"copying-B": 0.2}))) == {"selection", "state"}
+def test_the_tables_are_beside_the_papers():
+    table_7, table_10 = (rows(text) for text in EXPERIMENT.sections(results_of(as_published())).values())
+    assert table_7[3] == ["Δ", "97.0", "150,000", "2.283", "3.294", "+0.119", "+0.119", "9.81"]
+    assert table_7[5] == ["Transformer++", "", "150,000", "2.214", "3.195", "+0.050", "", ""]
+    assert table_10[4] == ["constant", "16", "150,000", "2.283", "3.294", "+0.007", "+0.007", "9.81"]
+    assert table_10[9] == ["selective", "16", "150,000", "2.164", "3.123", "+0.111", "+0.111", "8.71"]
 
 
 def test_several_seeds_are_a_mean_and_its_span():
-    results = made_up(as_published(), seeds=2)
-    results.records[1].values["accuracy"] = 0.5  # copying-none, seed 1
+    results = results_of(as_published(), seeds=2)
+    results.of("copying-none")[1].values["accuracy"] = 0.5
     results.of("lm-B-n16")[1].values["validation_loss"] += 0.023
-    text = EXPERIMENT.report(results)
-    assert "| none | 40.0 (30.0 to 50.0) |" in text
-    assert "Seeds of one Mamba lie up to 0.023 nats a byte apart" in text
-    assert "Seeds of one Mamba" not in EXPERIMENT.report(made_up(as_published()))
+    table_7, table_10 = EXPERIMENT.sections(results).values()
+    assert rows(table_7)[0][1] == "40.0 (30.0 to 50.0)" and "0.023 nats" in table_10
+    assert measured(EXPERIMENT, results)[1] == [pytest.approx(0.99 - 0.4)]
 
 
-def test_the_figures_show_what_was_measured():
-    figures = EXPERIMENT.figures(made_up(as_published()))
-    left, right = figures["selection"].axes
+def test_the_charts_show_what_was_measured():
+    selection, state = (draw(results_of(as_published())) for draw in EXPERIMENT.figures.values())
+    left, right = selection.axes
     assert [round(bar.get_height(), 1) for bar in left.patches] == [30, 50, 40, 97, 99]
     heights = [round(bar.get_height(), 3) for bar in right.patches]
     assert heights == [0.227, 0.153, 0.136, 0.119, 0, 0.227, 0.153, 0.136, 0.119, 0]
-    here, paper = figures["state"].axes
+    here, paper = state.axes
     lines = [line for line in here.get_lines() if list(line.get_xdata()) == list(STATES)]
     assert [[round(exp(y), 2) for y in line.get_ydata()] for line in lines] == [
         list(r.values()) for r in PAPER_10.values()
     ]
-    assert all(axes.get_xlabel() and axes.get_ylabel() for figure in figures.values() for axes in figure.axes)
+    assert all(axes.get_xlabel() and axes.get_ylabel() for figure in (selection, state) for axes in figure.axes)
     assert here.get_xscale() == paper.get_xscale() == "log"
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("arm", ["lm-transformer", "lm-all-n16", "lm-delta-n2", "copying-B"])
-def test_figures_of_one_arm_alone(arm, tmp_path):
-    for name, figure in EXPERIMENT.figures(made_up({arm: 0.5})).items():
-        assert save_figure(figure, tmp_path, name)
-
-
-@pytest.mark.filterwarnings("error")
-def test_figures_of_an_arm_that_diverged(tmp_path):
-    for name, figure in EXPERIMENT.figures(made_up({**as_published(), "lm-all-n16": None})).items():
-        assert save_figure(figure, tmp_path, name)
+@pytest.mark.parametrize(
+    "values",
+    [*({arm: 0.5} for arm in ("lm-transformer", "lm-all-n16", "lm-delta-n2", "copying-B")), {"lm-all-n16": None}],
+)
+def test_charts_of_one_arm_alone_and_of_one_that_diverged(values, tmp_path):
+    whole = as_published() if None in values.values() else {}
+    for name, draw in EXPERIMENT.figures.items():
+        save_figure(draw(results_of({**whole, **values})), tmp_path, name)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from anymamba.cli import main
 from anymamba.experiments import EXPERIMENTS, load_experiment
 from anymamba.experiments.experiment import SCALES
 from anymamba.experiments.results import as_json
+from anymamba.experiments.running import measure
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -22,38 +26,37 @@ def test_an_experiment_at_toy_size(name, tmp_path, capsys, monkeypatch):
 
 
 def files_are_whole(name, folder, results) -> None:
-    """results.json, a file for each arm and seed, the report, its charts as PNG and SVG."""
+    """results.json, the report, and its charts as SVG: nothing else."""
     assert json.loads((folder / "results.json").read_text()) == results
     keys = [f"{record['arm']}-seed{record['seed']}" for record in results["records"]]
     assert keys == results["planned"] and len(set(keys)) == len(keys)
-    assert {path.stem for path in (folder / "arms").iterdir()} == set(keys)
     report = (folder / "report.md").read_text()
     assert report.startswith(f"# {load_experiment(name).title}\n") and "## How it was run" in report
     assert "Not measured yet" not in report
-    charts = sorted(path.stem for path in folder.glob("*.png"))
-    assert charts and charts == sorted(path.stem for path in folder.glob("*.svg"))
+    charts = list(load_experiment(name).figures)
+    assert {p.name for p in folder.iterdir()} == {"results.json", "report.md", *(f"{chart}.svg" for chart in charts)}
     for chart in charts:
-        assert f"![{chart}]({chart}.png)" in report
-        assert (folder / f"{chart}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"![{chart}]({chart}.svg)" in report
         assert "</svg>" in (folder / f"{chart}.svg").read_text()
 
 
 def resumption(name, folder, command, monkeypatch) -> None:
-    """A second run measures nothing; a lost arm is measured again, alone."""
+    """A second run measures nothing; a lost record is measured again, alone."""
     experiment, measured = load_experiment(name), []
-    whole = type(experiment).measure
 
-    def measure(self, arm, context):
-        measured.append(arm.name)
-        return whole(self, arm, context)
+    def counted(settings, context):
+        measured.append(settings)
+        return experiment.measure(settings, context)
 
-    monkeypatch.setattr(type(experiment), "measure", measure)
+    module = importlib.import_module(f"anymamba.experiments.{name.replace('-', '_')}")
+    monkeypatch.setattr(module, "EXPERIMENT", replace(experiment, measure=counted))
     report = (folder / "report.md").read_text()
     assert main(command) == 0 and measured == []
     assert (folder / "report.md").read_text() == report
-    lost = experiment.arms("toy")[0].name
-    (folder / "arms" / f"{lost}-seed0.json").unlink()
-    assert main(command) == 0 and measured == [lost]
+    values = json.loads((folder / "results.json").read_text())
+    del values["records"][0]
+    (folder / "results.json").write_text(json.dumps(values))
+    assert main(command) == 0 and measured == [experiment.arms("toy")[0].settings]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -64,3 +67,16 @@ def test_arms_at_every_scale(name, scale):
     assert names and len(set(names)) == len(names)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") for name in names)
     assert all(arm.seeds >= 1 and as_json(arm.settings) for arm in arms)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "speed"])
+def test_the_same_settings_and_seed_give_the_same_numbers(name):
+    experiment = load_experiment(name)
+    arm = experiment.arms("toy")[1]
+
+    def numbers(seed: int) -> dict:
+        values = measure(experiment, arm, seed, torch.device("cpu"), lambda *told: None).values
+        tests = [{key: v for key, v in test.items() if key != "seconds"} for test in values.get("tests", [])]
+        return {**values, "training_seconds": 0, "tests": tests}
+
+    assert numbers(0) == numbers(0) != numbers(1)

@@ -19,8 +19,8 @@ from anymamba.cli.output import print_json, progress_bar, say
 class ExperimentOptions:
     """Run an experiment: selective-copying, induction-heads, associative-recall, selection-ablation, speed.
 
-    Results are written after every arm. The same command goes on after an interruption and measures only what is
-    missing.
+    results.json is written after every arm and is all that a run needs to go on: after an interruption the same command
+    measures only what is missing.
     """
 
     name: tyro.conf.Positional[str]
@@ -28,15 +28,15 @@ class ExperimentOptions:
     scale: Literal["toy", "cpu", "gpu", "paper"] = "cpu"
     """toy: seconds, to try it. cpu: an hour a seed on two cores. gpu: one GPU. paper: as published."""
     seeds: int | None = None
-    """How often every arm is measured; absent means as often as the experiment says."""
+    """How often every arm is measured; defaults to as often as the experiment says."""
     arms: tuple[str, ...] = ()
-    """Names of the arms to run; absent means all."""
+    """Names of the arms to run; defaults to all."""
     out: Path | None = None
-    """Folder of the results; absent means runs/experiments/NAME-SCALE."""
+    """Folder of the results; defaults to runs/experiments/NAME-SCALE."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps, ...; absent means a GPU if there is one."""
+    """cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one."""
     threads: int | None = None
-    """CPU threads; absent means torch's choice."""
+    """CPU threads; defaults to torch's choice."""
     json: bool = False
     """Print the results as one JSON object."""
 

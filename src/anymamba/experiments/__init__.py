@@ -1,4 +1,7 @@
-"""The experiments that carry the paper's argument, one folder each: arms, measurement, charts, report."""
+"""The experiments that carry the paper's argument, one folder each: arms, measurement, findings, charts.
+
+To add one, write a folder whose `EXPERIMENT` is an `Experiment`, and name it in EXPERIMENTS.
+"""
 
 from __future__ import annotations
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anymamba.experiments.experiment import Results
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -22,15 +25,22 @@ def new_figure(width: float = 7.0, height: float = 4.5) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> bool:
-    """Write NAME.png and NAME.svg; the same figure gives the same SVG."""
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write NAME.svg; the same figure gives the same bytes."""
     import matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(folder / f"{name}.png", dpi=120)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    return True
+
+
+def plot_learning(axes: Axes, results: Results, label: Callable[[str], str], dashed: Sequence[str] = ()) -> None:
+    """Draw accuracy on the validation set against the step: a line for each seed, a colour for each arm."""
+    for i, arm in enumerate(results.arms):
+        for j, curve in enumerate(results.values(arm, "curve")):
+            steps, values = [point[0] for point in curve], [100 * point[2] for point in curve]
+            style = "--" if arm in dashed else "-"
+            axes.plot(steps, values, style, color=f"C{i}", linewidth=1.2, label=label(arm) if j == 0 else None)
+    axes.set_xlabel("step")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -40,9 +50,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
-    """The mean of some values, with the smallest and largest where there are several."""
+    """The mean of some values, with the smallest and largest where there are several; nothing for none."""
     scaled = [scale * value for value in values]
     if not scaled:
-        return "not run"
+        return ""
     mean = f"{sum(scaled) / len(scaled):.{digits}f}"
     return mean if len(scaled) == 1 else f"{mean} ({min(scaled):.{digits}f} to {max(scaled):.{digits}f})"
+
+
+def percent(share: float) -> str:
+    """A share in percent, without the sign."""
+    return f"{100 * share:.1f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference with its sign; nothing for None."""
+    return "" if value is None else f"{value:+.{digits}f}"

@@ -1,11 +1,11 @@
-"""What an experiment is: arms that are measured one by one, and a report of what came out."""
+"""What an experiment is: arms that are measured one by one, thresholds set before, charts, and its own sentences."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,13 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Its file's name without suffix."""
-        return f"{self.arm}-seed{self.seed}"
+        """The arm and the seed in one word."""
+        return record_key(self.arm, self.seed)
+
+
+def record_key(arm: str, seed: int) -> str:
+    """The key of a record, measured or not."""
+    return f"{arm}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Results:
     experiment: str
     scale: Scale
     records: tuple[Record, ...]
-    planned: tuple[str, ...] = field(default=())
+    planned: tuple[str, ...] = ()
     """Keys of all arms and seeds of the run, finished or not."""
 
     def of(self, arm: str) -> list[Record]:
@@ -74,34 +79,78 @@ class Results:
         """One value of an arm for each seed."""
         return [record.values[name] for record in self.of(arm)]
 
+    def mean(self, arm: str, name: str) -> float | None:
+        """The mean of a value over the seeds of an arm; None where none is measured."""
+        values = self.values(arm, name)
+        return sum(values) / len(values) if values else None
+
     @property
     def arms(self) -> list[str]:
         """Names of the arms that have records, in the order of the plan."""
         return list(dict.fromkeys(record.arm for record in self.records))
 
+    @property
+    def planned_arms(self) -> list[str]:
+        """Names of all arms of the run."""
+        return list(dict.fromkeys(key.rpartition("-seed")[0] for key in self.planned))
 
-class Experiment(ABC):
-    """One claim: its arms at each scale, how one is measured, and how the results are shown."""
 
-    name: ClassVar[str]
-    title: ClassVar[str]
+Verdict = Literal["holds", "fails", "tie", "not judged"]
 
-    @abstractmethod
-    def arms(self, scale: Scale) -> Sequence[Arm]:
-        """What is measured at a scale, in order.
 
-        Raises ValueError where the experiment has no such scale.
-        """
+@dataclass(frozen=True)
+class Threshold:
+    """The bounds of a number, set before it was measured, and what was measured."""
 
-    @abstractmethod
-    def measure(self, arm: Arm, context: Context) -> dict[str, Any]:
-        """Measure one arm once: a JSON-able dictionary. The same settings and seed give the same numbers."""
+    what: str
+    got: Sequence[float | None] = ()
+    """One number, or one for each seed: all must lie within the bounds. None is what is not measured."""
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+    tie: float = -1.0
+    """A number of at most this size is a tie, which does not hold."""
+    show: Callable[[float], str] = "{:g}".format
+    """How its numbers are written."""
 
-    @abstractmethod
-    def figures(self, results: Results) -> dict[str, Figure]:
-        """Charts by file name without suffix."""
+    @property
+    def measured(self) -> list[float]:
+        """The numbers that there are."""
+        return [value for value in self.got if value is not None]
 
-    @abstractmethod
-    def report(self, results: Results) -> str:
-        """The Markdown between the title and the table of machine and time: our numbers beside the paper's, thresholds
-        that were set before, and where we fall short."""
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the numbers lie within the bounds."""
+        if not self.measured:
+            return "not judged"
+        if max(map(abs, self.measured)) <= self.tie:
+            return "tie"
+        within = (math.isfinite(v) and self.at_least <= v <= self.at_most and v < self.below for v in self.measured)
+        return "holds" if all(within) else "fails"
+
+    @property
+    def wanted(self) -> str:
+        """The bounds in words."""
+        bounds = {"at least": self.at_least, "at most": self.at_most, "below": self.below}
+        return ", ".join(f"{words} {self.show(bound)}" for words, bound in bounds.items() if math.isfinite(bound))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One claim: what is measured at each scale and how, what must come out, and how the results are shown."""
+
+    name: str
+    title: str
+    protocol: str
+    """What is measured and how, in Markdown; true at every scale."""
+    arms: Callable[[Scale], Sequence[Arm]]
+    """What is measured at a scale, in order. Raises ValueError where the experiment has no such scale."""
+    measure: Callable[[Any, Context], dict[str, Any]]
+    """Measures an arm once, given its settings. Returns a dictionary that JSON can hold. The same settings and seed
+    give the same numbers."""
+    thresholds: Callable[[Results], Sequence[Threshold]]
+    """What must come out of the arms that are planned, and what did."""
+    sections: Callable[[Results], Mapping[str, str]]
+    """Its own part of the report, by heading: tables, and sentences about them."""
+    figures: Mapping[str, Callable[[Results], Figure | None]]
+    """Charts by file name without suffix; None where nothing is measured that one could show."""

@@ -1,4 +1,4 @@
-"""Results on disk. Every finished arm is a file of its own, written whole or not at all; results.json gathers them."""
+"""Results on disk: results.json holds every finished arm and is all that a run needs to go on."""
 
 from __future__ import annotations
 
@@ -17,98 +17,70 @@ from anymamba.experiments.experiment import Arm, Record, Results, Scale
 from anymamba.models.checkpoints.files import atomic_file
 from anymamba.models.schema import config_from_dict, config_to_dict
 
+FILE = "results.json"
 
-class ResultStore:
-    """A folder of results of one experiment at one scale."""
 
-    def __init__(self, folder: Path, experiment: str, scale: Scale) -> None:
-        self.folder, self.experiment, self.scale = folder, experiment, scale
-        self.arms_folder = folder / "arms"
+def read_results(folder: Path) -> Results | None:
+    """What a folder holds, or None where nothing was measured there.
 
-    def check(self) -> None:
-        """Refuse a folder of another experiment or scale, whose report would be overwritten.
+    Raises ValueError where the file is not one of results: it is never overwritten unasked.
+    """
+    path = folder / FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        records = tuple(Record(**record) for record in values["records"])
+        return Results(values["experiment"], values["scale"], records, tuple(values["planned"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a file of results ({type(error).__name__}: {error}); choose another folder with --out, or "
+            "delete the file to measure everything again"
+        ) from error
 
-        Raises ValueError that names a file of it.
-        """
-        for path in sorted(self.arms_folder.glob("*.json")):
-            if (values := read_json(path)) is not None and "experiment" in values:
-                self._check_owner(path, values)
 
-    def _check_owner(self, path: Path, values: dict[str, Any]) -> None:
-        found = (values.get("experiment"), values.get("scale"))
-        if found != (self.experiment, self.scale):
+def read_checked(folder: Path, experiment: str, scale: Scale, arms: Sequence[Arm]) -> list[Record]:
+    """The records of a folder, which must be of this experiment and scale and of these arms with their settings.
+
+    Raises ValueError where they are not.
+    """
+    found, path = read_results(folder), folder / FILE
+    if found is None:
+        return []
+    if (found.experiment, found.scale) != (experiment, scale):
+        raise ValueError(
+            f"{path} is of {found.experiment} at scale {found.scale}, not {experiment} at {scale}; "
+            "choose another folder with --out"
+        )
+    settings = {arm.name: arm.settings for arm in arms}
+    for record in found.records:
+        if record.arm not in settings or not same_settings(settings[record.arm], record.settings):
             raise ValueError(
-                f"{path} is of {found[0]} at scale {found[1]}, not {self.experiment} at {self.scale}; "
-                "choose another folder with --out"
+                f"{record.key} in {path} was measured with other settings; choose another folder with --out, or delete "
+                "its record there to measure the arm again"
             )
+    return [replace(record, settings=as_json(settings[record.arm])) for record in found.records]
 
-    def prepare(self) -> None:
-        """Make the folder and try to write there. Raises OSError where that is impossible."""
-        self.arms_folder.mkdir(parents=True, exist_ok=True)
-        probe = self.arms_folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
 
-    def finished(self, arm: Arm, seed: int) -> Record | None:
-        """The record of an arm, or None where there is none that can be read.
+def write_results(folder: Path, results: Results) -> None:
+    """Write results.json, whole or not at all."""
+    write_text(folder / FILE, json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
 
-        Raises ValueError where there is one of other settings: it is never overwritten unasked.
-        """
-        path = self.arms_folder / f"{arm.name}-seed{seed}.json"
-        values = read_json(path)
-        try:
-            record = Record(**values["record"]) if values is not None else None
-        except (KeyError, TypeError):
-            record = None
-        if values is None or record is None:
-            return None  # absent, or the torn file of another program: it is measured (again)
-        self._check_owner(path, values)
-        if not same_settings(arm.settings, record.settings):
-            raise ValueError(
-                f"{path} was measured with other settings; choose another folder with --out, or delete the file to "
-                "measure the arm again"
-            )
-        return replace(record, settings=as_json(arm.settings))
 
-    def seeds_of(self, arm: Arm) -> int:
-        """How many seeds the finished ones of an arm are counted by: the largest and one."""
-        names = [path.stem.rpartition("-seed")[::2] for path in self.arms_folder.glob(f"{arm.name}-seed*.json")]
-        seeds = [int(seed) for name, seed in names if name == arm.name and seed.isdecimal()]
-        return max((seed + 1 for seed in seeds if self.finished(arm, seed) is not None), default=0)
-
-    def add(self, record: Record) -> None:
-        """Write a finished arm, whole or not at all."""
-        self.arms_folder.mkdir(parents=True, exist_ok=True)
-        values = {"experiment": self.experiment, "scale": self.scale, "record": as_json(record)}
-        write_text(self.arms_folder / f"{record.key}.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
-
-    def load(self, arms: Sequence[Arm], seeds: dict[str, int]) -> Results:
-        """The finished ones of these arms, with this many seeds each, in this order."""
-        wanted = [(arm, seed) for arm in arms for seed in range(seeds[arm.name])]
-        records = [record for arm, seed in wanted if (record := self.finished(arm, seed)) is not None]
-        planned = tuple(f"{arm.name}-seed{seed}" for arm, seed in wanted)
-        return Results(self.experiment, self.scale, tuple(records), planned)
-
-    def write_summary(self, results: Results) -> None:
-        """results.json: all records in one file."""
-        write_text(self.folder / "results.json", json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
+def prepare_folder(folder: Path) -> None:
+    """Make a folder and try to write there. Raises OSError where that is impossible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
 
 
 def same_settings(settings: Any, written: dict[str, Any]) -> bool:
-    """Whether settings are those of a file; one that is older than a setting had its default."""
+    """Whether settings are those of a record; one that is older than a setting had its default."""
     try:
         return config_from_dict(type(settings), written) == settings
     except (TypeError, ValueError):
         return False
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is none, or none that can be read."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return values if isinstance(values, dict) else None
 
 
 def as_json(values: Any) -> Any:
@@ -118,7 +90,6 @@ def as_json(values: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

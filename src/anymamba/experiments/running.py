@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from anymamba.experiments.charts import new_figure, save_figure
-from anymamba.experiments.experiment import Arm, Context, Experiment, Record, Results, Scale
-from anymamba.experiments.results import ResultStore, as_json, machine, today, write_text
+from anymamba.experiments.charts import new_figure
+from anymamba.experiments.experiment import Arm, Context, Experiment, Record, Results, Scale, record_key
+from anymamba.experiments.report import write_report
+from anymamba.experiments.results import as_json, machine, prepare_folder, read_checked, today, write_results
 
 Progress = Callable[[str, float, float, str], None]
 """Told now and then: the arm, how much of it is done, of how much, and words."""
@@ -28,31 +29,51 @@ def run_experiment(
 ) -> Results:
     """Measure what is missing in the folder and write results.json, the charts and report.md there.
 
-    An arm that is finished is never measured again; after an interruption the same call goes on. The report is of all
-    arms of the scale that the folder holds, also of those that this call does not ask for, and names the others.
+    results.json is written after every arm, with what other processes have added to it since. An arm that it holds is
+    never measured again: after an interruption the same call goes on. The report is of all arms of the scale that the
+    folder holds, also of those that this call does not ask for, and names the others.
 
     Args:
-        seeds: of every arm; absent means as many as the arm says.
-        only: names of arms; empty means all.
+        seeds: of every arm; defaults to as many as the arm says.
+        only: names of arms; defaults to all.
     Raises ValueError for a name that no arm has, or where the folder holds results of other settings; ImportError where
     matplotlib is missing; OSError where the folder cannot be written: all before anything is measured.
     """
-    every = experiment.arms(scale)
-    counts = {arm.name: arm.seeds if seeds is None else seeds for arm in every}
-    if min(counts.values()) < 1:
+    arms, device = experiment.arms(scale), torch.device(device)
+    if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    store, device = ResultStore(folder, experiment.name, scale), torch.device(device)
-    store.check()
-    missing = [(a, s) for a in chosen(every, only) for s in range(counts[a.name]) if store.finished(a, s) is None]
-    planned = {arm.name: max(counts[arm.name], store.seeds_of(arm)) for arm in every}
+    counts = {arm.name: seeds or arm.seeds for arm in arms}
+
+    def with_file(*records: Record) -> Results:
+        return arranged(experiment, scale, counts, [*read_checked(folder, experiment.name, scale, arms), *records])
+
+    results = with_file()
+    finished = {record.key for record in results.records}
+    wanted = [(arm, seed) for arm in chosen(arms, only) for seed in range(counts[arm.name])]
+    missing = [(arm, seed) for arm, seed in wanted if record_key(arm.name, seed) not in finished]
     if missing:
-        store.prepare()
+        prepare_folder(folder)
         new_figure()
     for i, (arm, seed) in enumerate(missing):
         label = f"{arm.name}, seed {seed} ({i + 1} of {len(missing)})"
-        store.add(measure(experiment, arm, seed, device, lambda *told, label=label: progress(label, *told)))
-        store.write_summary(store.load(every, planned))
-    return write_report(experiment, store, every, planned)
+        record = measure(experiment, arm, seed, device, lambda *told, label=label: progress(label, *told))
+        results = with_file(*results.records, record)
+        write_results(folder, results)
+    results = with_file(*results.records)
+    write_results(folder, results)
+    write_report(folder, experiment, results)
+    return results
+
+
+def arranged(experiment: Experiment, scale: Scale, counts: dict[str, int], records: Sequence[Record]) -> Results:
+    """The records in the order of the plan, which has as many seeds of an arm as are wanted or finished."""
+    by_key = {record.key: record for record in records}
+    planned = []
+    for arm, wanted in counts.items():
+        finished = [record.seed + 1 for record in records if record.arm == arm]
+        planned += [record_key(arm, seed) for seed in range(max([wanted, *finished]))]
+    found = tuple(by_key[key] for key in planned if key in by_key)
+    return Results(experiment.name, scale, found, tuple(planned))
 
 
 def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
@@ -69,53 +90,6 @@ def measure(
     """Measure an arm once, from a fresh random state."""
     torch.manual_seed(seed)
     start = time.perf_counter()
-    values = experiment.measure(arm, Context(device, seed, progress))
+    values = experiment.measure(arm.settings, Context(device, seed, progress))
     seconds = time.perf_counter() - start
     return Record(arm.name, seed, as_json(arm.settings), as_json(values), round(seconds, 1), machine(device), today())
-
-
-def write_report(experiment: Experiment, store: ResultStore, arms: Sequence[Arm], seeds: dict[str, int]) -> Results:
-    """Write results.json, the charts and report.md from what is finished."""
-    results = store.load(arms, seeds)
-    store.write_summary(results)
-    names = [name for name, figure in experiment.figures(results).items() if save_figure(figure, store.folder, name)]
-    charts = "\n\n".join(f"![{name}]({name}.png)" for name in names)
-    parts = [f"# {experiment.title}", experiment.report(results).strip(), charts, provenance(experiment, results)]
-    write_text(store.folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
-    return results
-
-
-def provenance(experiment: Experiment, results: Results) -> str:
-    """What was run, where, for how long, and what is missing."""
-    lines = [
-        "## How it was run",
-        "",
-        f"`anymamba experiment {experiment.name} --scale {results.scale}`. Settings of every arm are in "
-        "[results.json](results.json).",
-        "",
-        "| arm | seeds | time a seed | machine | date |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for arm in results.arms:
-        records = results.of(arm)
-        span = time_span([record.seconds for record in records])
-        machines, dates = ({getattr(r, name) for r in records} for name in ("machine", "date"))
-        lines.append(f"| {arm} | {len(records)} | {span} | {'; '.join(machines)} | {', '.join(sorted(dates))} |")
-    whole = [sum(choose(r.seconds for r in results.of(arm)) for arm in results.arms) for choose in (min, max)]
-    lines += ["", f"One seed of all these arms, one after another: {time_span(whole)}."]
-    if results.scale in ("cpu", "gpu"):
-        lines += ["", "The plan: three seeds of an arm that takes less than five minutes, one of the others."]
-    missing = [key for key in results.planned if key not in {record.key for record in results.records}]
-    if missing:
-        lines += ["", f"Not measured yet: {', '.join(missing)}."]
-    return "\n".join(lines)
-
-
-def time_span(seconds: Sequence[float]) -> str:
-    """The least and the greatest time, or the one that there is."""
-    return " to ".join(dict.fromkeys(duration(end) for end in (min(seconds), max(seconds))))
-
-
-def duration(seconds: float) -> str:
-    """A time in seconds, or from a minute on in minutes."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"

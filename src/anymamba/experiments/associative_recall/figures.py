@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anymamba.experiments.associative_recall.arms import SYSTEMS
-from anymamba.experiments.associative_recall.report import by_pairs, label, pairs, points, widths
+from anymamba.experiments.associative_recall.findings import by_system, label, pairs, points, widths
 from anymamba.experiments.charts import new_figure
 from anymamba.experiments.experiment import Results
 
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 
 MARKS = "osD^vP*X<"
 COLORS = {system: f"C{i}" for i, system in enumerate(SYSTEMS)}
-
-
-def figures(results: Results) -> dict[str, Figure]:
-    """`state` and `pairs`; nothing where nothing is measured."""
-    return {"state": against_state(results), "pairs": against_pairs(results)} if results.records else {}
 
 
 def against_state(results: Results) -> Figure:
@@ -52,8 +47,7 @@ def against_pairs(results: Results) -> Figure:
     figure = new_figure(width=4.2 * len(found) + 2.5, height=4.8)
     row = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for axes, width in zip(row, found, strict=True):
-        for i, system in enumerate(SYSTEMS):
-            own = by_pairs(results, system, width)
+        for i, (system, own) in enumerate(by_system(results, width).items()):
             if own:
                 values = [100 * own[n].mean for n in sorted(own)]
                 style = {"marker": MARKS[i % len(MARKS)], "color": COLORS[system], "label": label(system)}

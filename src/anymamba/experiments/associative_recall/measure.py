@@ -11,8 +11,7 @@ import torch
 from anymamba.data.synthetic.recall import Recall, recall_batch
 from anymamba.experiments.associative_recall.arms import Settings
 from anymamba.experiments.experiment import Context
-from anymamba.experiments.optimizing import Batch
-from anymamba.experiments.synthetic_task import Score, build_model, evaluate, finite, learn, validation_set
+from anymamba.experiments.learning import Batch, build_model, evaluate, finite, fixed_set, learn
 from anymamba.layers.state import state_bytes
 from anymamba.models.language_model import LanguageModel
 
@@ -49,15 +48,11 @@ def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context
         model,
         replace(settings.optimization, learning_rate=rate),
         make,
-        validation_set(make, settings.validation_rows, context.device),
+        fixed_set(make, settings.validation_rows, context.device),
         context,
         every=settings.judge_every,
-        enough=partial(_reaches, settings.enough),
+        enough=lambda score: score.tokens >= settings.enough,
     )
-
-
-def _reaches(wanted: float, score: Score) -> bool:
-    return score.tokens >= wanted
 
 
 def mixed_batch(tasks: tuple[Recall, ...], generator: torch.Generator, rows: int) -> Batch:
@@ -72,19 +67,14 @@ def mixed_batch(tasks: tuple[Recall, ...], generator: torch.Generator, rows: int
 
 
 def test_values(model: LanguageModel, task: Recall, settings: Settings, context: Context) -> dict[str, Any]:
-    """The task and the model's score on it; a loss that is not finite is None."""
-    score = asdict(test(model, task, settings, context))
+    """The task and the model's score on its test rows; a loss that is not finite is None."""
+    rows = fixed_set(partial(recall_batch, task), settings.test_rows, context.device, TEST_SEED)
+    score = asdict(evaluate(model, rows))
     return {**asdict(task), **score, "loss": finite(score["loss"])}
-
-
-def test(model: LanguageModel, task: Recall, settings: Settings, context: Context) -> Score:
-    """How well the task's test rows are answered."""
-    ids, labels = recall_batch(task, torch.Generator().manual_seed(TEST_SEED), settings.test_rows)
-    return evaluate(model, (ids.to(context.device), labels.to(context.device)))
 
 
 @torch.no_grad()
 def bytes_after_a_row(model: LanguageModel, task: Recall, context: Context) -> int:
     """The bytes that a model carries for one sequence after a row of the task, all tensors of its state."""
-    ids, _ = recall_batch(task, torch.Generator().manual_seed(TEST_SEED), 1)
-    return state_bytes(model.hidden(ids.to(context.device))[1])
+    ids, _ = fixed_set(partial(recall_batch, task), 1, context.device, TEST_SEED)
+    return state_bytes(model.hidden(ids)[1])

@@ -6,19 +6,9 @@ from dataclasses import dataclass, replace
 
 from anymamba.data.synthetic.induction import Placement
 from anymamba.experiments.experiment import Arm, Scale
-from anymamba.experiments.optimizing import Optimization
+from anymamba.experiments.learning import Optimization
 from anymamba.models.config import ModelConfig
 from anymamba.models.options import AttentionOptions, H3Options, HyenaOptions, MambaOptions, S4DOptions
-
-# Set before running. Every seed must hold them.
-MINUTES_AT_MOST = 15.0
-"""Of training until the validation set is answered without a mistake: Mamba, first ten, on two cores."""
-PERFECT = 1.0
-"""Accuracy of Mamba at every length, and of every arm on the validation set."""
-BEYOND = 4
-"""Times the training length from which on no other arm may be perfect."""
-ATTENTION_FAR, ATTENTION_AT_MOST = 16, 0.15
-"""Times the training length at which attention must be nearly guessing, and its accuracy there."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Settings:
     lengths_before: tuple[int, ...] = ()
     """Shorter lengths that training begins with, one round each. The paper has none."""
     optimization_before: Optimization | None = None
-    """That of a round at a shorter length; absent: as at the training length."""
+    """That of a round at a shorter length; defaults to that at the training length."""
     grow_at: float = 0.95
     """Accuracy on the validation set of a shorter length that leads to the next."""
     n_tokens: int = 16
@@ -70,7 +60,7 @@ class Settings:
     judge_every: int = 500
     """Steps between two looks at the validation set."""
     perfect_in_a_row: int | None = 5
-    """Judgements without a mistake, one after another, that end the training; absent: it takes all its steps."""
+    """Judgements in a row without a mistake that end the training; None lets it take all its steps."""
     test_rows: int = 256
     long_rows: int = 16
     """Test sequences at lengths beyond long_beyond."""
@@ -91,22 +81,14 @@ def powers(first: int, last: int) -> tuple[int, ...]:
 N_TOKENS = 16
 LONGEST, LONGEST_ATTENTION = 20, 14
 
-
 RESTARTS = Optimization(steps=500, batch_size=8, learning_rate=5e-3, cosine=True, clip_norm=None, eps=1e-16)
-"""One of many rounds of Mamba at scale cpu (warm restarts, arXiv:1608.03983). Seen in trials with triggers among the
-first ten: from a model that is right at 256, 5,000 steps at a constant 4e-3 left answers lost from 2^10 on while the
-loss fell to 1e-9; a cosine of 10,000 steps from 2e-3 held to 2^13; runs in which the loss rose for a while held longer
-after it; 13 rounds as these held to 2^20. Why is not tested: a likely reason is that Adam's first steps move every
-weight by the rate, which leaves only solutions that do not depend on their last digits. The epsilon lies below the
-gradients of a loss of 1e-7."""
-
+"""One of many rounds of Mamba at scale cpu (warm restarts, arXiv:1608.03983). The epsilon lies below the gradients of a
+loss of 1e-7."""
 BEFORE = replace(RESTARTS, steps=5000, learning_rate=2e-3, cosine=False)
 """At the shorter lengths, which are left as soon as they are learned."""
-
 WIDE, SMALLEST_STEP = 0.1, 1e-5
 """Mamba at scale cpu: standard deviation of the projections' weights, so that what the state holds is not lost beside
-the skip D u (as the layers draw them, learning starts several times later); smallest initial step, so that some
-channels hold far beyond the training length from the beginning."""
+the skip D u; smallest initial step, so that some channels hold far beyond the training length from the beginning."""
 
 
 def mamba(width: int = 64) -> ModelConfig:

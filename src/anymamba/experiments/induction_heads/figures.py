@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anymamba.experiments.charts import new_figure
+from anymamba.experiments.charts import new_figure, plot_learning
+from anymamba.experiments.experiment import Results
 from anymamba.experiments.induction_heads.arms import PAPER, PAPER_FIRST
-from anymamba.experiments.induction_heads.report import accuracies, chance, label, system_of
-from anymamba.experiments.results import Results
+from anymamba.experiments.induction_heads.findings import accuracies, label, system_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def figures(results: Results) -> dict[str, Figure]:
-    """`lengths` and `learning`; nothing where nothing is measured."""
-    return {"lengths": lengths(results), "learning": learning(results)} if results.records else {}
 
 
 def lengths(results: Results) -> Figure:
@@ -47,19 +42,16 @@ def learning(results: Results) -> Figure:
     """Accuracy on the validation set against the step."""
     figure = new_figure(width=8.0)
     axes = figure.subplots()
-    for i, arm in enumerate(results.arms):
-        for j, curve in enumerate(results.values(arm, "curve")):
-            steps, values = [point[0] for point in curve], [100 * point[2] for point in curve]
-            axes.plot(steps, values, color=f"C{i}", linewidth=1.2, label=label(arm) if j == 0 else None)
+    plot_learning(axes, results, label)
     axes.set_xscale("log")
-    axes.set_xlabel("step")
     finish(axes, results)
     return figure
 
 
 def finish(axes: Axes, results: Results) -> None:
     """Chance, label and legend."""
-    axes.axhline(100 * chance(results), color="gray", linestyle=":", linewidth=1, label="guesses")
+    chance = 100 / results.records[0].settings["n_tokens"]
+    axes.axhline(chance, color="gray", linestyle=":", linewidth=1, label="guesses")
     axes.set_ylabel("sequences that are right, %")
     axes.set_ylim(0, 103)
     axes.legend(fontsize=7)

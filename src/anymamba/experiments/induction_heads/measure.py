@@ -13,7 +13,7 @@ from torch import Tensor
 from anymamba.data.synthetic.induction import InductionSequences, induction_batch, induction_sequences
 from anymamba.experiments.experiment import Context
 from anymamba.experiments.induction_heads.arms import Settings
-from anymamba.experiments.synthetic_task import Score, build_model, learn, training_generator, validation_set
+from anymamba.experiments.learning import Score, build_model, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
 
 TEST_SEED = 1 << 31
@@ -34,7 +34,7 @@ def learn_growing(model: LanguageModel, settings: Settings, context: Context) ->
     the steps of each.
     """
     lengths = (*settings.lengths_before, *[settings.train_length] * settings.cycles)
-    generator = training_generator(context)
+    generator = torch.Generator().manual_seed(context.seed)
     stages = [learn_at(model, length, settings, context, generator) for length in lengths]
     curve, before = [], 0
     for stage in stages:
@@ -54,15 +54,11 @@ def learn_at(
 ) -> dict[str, Any]:
     """What `learn` returns of one round at a length, on the next rows of the generator."""
     make = partial(induction_batch, length=length, n_tokens=settings.n_tokens, placement=settings.placement)
-    validation = validation_set(make, settings.validation_rows, context.device)
+    validation = fixed_set(make, settings.validation_rows, context.device)
     how, enough = settings.optimization, perfect_in_a_row(settings.perfect_in_a_row)
     if length < settings.train_length:
-        how, enough = settings.optimization_before or how, partial(_reaches, settings.grow_at)
+        how, enough = settings.optimization_before or how, lambda score: score.sequences >= settings.grow_at
     return learn(model, how, make, validation, context, every=settings.judge_every, enough=enough, generator=generator)
-
-
-def _reaches(wanted: float, score: Score) -> bool:
-    return score.sequences >= wanted
 
 
 def perfect_in_a_row(wanted: int | None) -> Callable[[Score], bool]:

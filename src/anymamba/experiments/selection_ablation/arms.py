@@ -7,23 +7,10 @@ from math import log
 
 from anymamba.data.synthetic.copying import Copying
 from anymamba.experiments.experiment import Arm, Scale
-from anymamba.experiments.optimizing import Optimization
+from anymamba.experiments.learning import Optimization
 from anymamba.models.config import ModelConfig
 from anymamba.models.options import MambaOptions
 from anymamba.models.presets import transformer_plus_plus
-
-# Set before running; means over the seeds.
-TIE = 0.01
-"""Nats a byte: a smaller difference is none."""
-ORDER = (("none", "B"), ("B", "C"), ("C", "delta"), ("delta", "all"))
-"""Losses of the language model fall in each pair from left to right; B and C may be alike, the others not."""
-MAY_TIE = ("B", "C")
-SELECTIVE_AT_LEAST = 0.95
-"""Accuracy of selective copying with everything selective."""
-WITHOUT_BELOW = 0.25
-"""How far selective copying with nothing selective lies below that."""
-STATE_RATIO = 5.0
-"""What N = 1 to 16 gains with selective B and C, at least so many times the gain with constant ones."""
 
 SELECTIVE: dict[str, frozenset[str]] = {
     "none": frozenset(),
@@ -44,20 +31,8 @@ PAPER_10 = {
 KINDS = {"constant": "delta", "selective": "all"}
 """What is selective in each half of table 10."""
 TRANSFORMER = "transformer"
-
-
 WIDE = 0.15
 """Standard deviation of the weights of projections in selective copying at scale cpu, in every arm."""
-CHOSEN: dict[str, str] = {
-    "cpu": "Initial weights of selective copying were chosen by two runs of 1,250 steps with everything selective: "
-    "19.0 % from the layers' own initialisation, 84.4 % with projections N(0, 0.15), which all of its arms have. The "
-    "learning rate of the language model is the better of 4e-3 and 1e-2 in 1,500 steps of 8, seed 0, for nothing "
-    "(1.337 and 1.315 nats a byte) and for everything selective (1.330 and 1.292). With everything selective 2e-2 "
-    "gives 1.281 there, and 3,000 steps of 4 at 1e-2 give 1.276: all arms have these, otherwise unswept, "
-    "Transformer++ too, which with seed 0 gives 1.456 with them, 1.435 at 5e-3 and 1.477 at 2e-3.",
-    "gpu": "Learning rates are not swept.",
-}
-"""How the settings of a scale were chosen, where more was tried than what is reported."""
 
 
 def paper_gap(above: float, below: float) -> float:
@@ -72,7 +47,7 @@ class Settings:
     model: ModelConfig
     optimization: Optimization
     copying: Copying | None = None
-    """The task; absent means the language model."""
+    """The task; None for the language model."""
     window: int = 256
     """Bytes that the language model sees at once."""
     validation_rows: int = 256
@@ -84,12 +59,13 @@ def mamba(d_model: int, n_layers: int, vocab_size: int, selective: str, d_state:
     """Mamba in which only some of Δ, B and C are selective."""
     chosen = SELECTIVE[selective]
     options = MambaOptions(
-        d_state=d_state,
-        selective_delta="delta" in chosen,
-        selective_B="B" in chosen,
-        selective_C="C" in chosen,
+        d_state=d_state, selective_delta="delta" in chosen, selective_B="B" in chosen, selective_C="C" in chosen
     )
     return ModelConfig(d_model=d_model, n_layers=n_layers, vocab_size=vocab_size, mamba=options)
+
+
+PLACEHOLDER = ModelConfig(d_model=8, n_layers=2, vocab_size=8)
+"""In the settings that all arms of a task share, but for the model."""
 
 
 @dataclass(frozen=True)
@@ -109,25 +85,14 @@ class Base:
 
 def language_settings(steps: int, batch_size: int, rate: float, window: int, rows: int, every: int) -> Settings:
     """Of the language model: a tenth of the steps is warm-up, as in the paper."""
-    how = Optimization(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=rate,
-        weight_decay=0.1,
-        warmup_steps=steps // 10,
-        cosine=True,
-        betas=(0.9, 0.95),
-    )
+    how = Optimization(steps, batch_size, rate, 0.1, warmup_steps=steps // 10, cosine=True, betas=(0.9, 0.95))
     return Settings(PLACEHOLDER, how, window=window, validation_rows=rows, judge_every=every)
 
 
 def copying_settings(task: Copying, steps: int, batch_size: int, rate: float, warmup: int, every: int) -> Settings:
     """Of selective copying."""
-    how = Optimization(steps=steps, batch_size=batch_size, learning_rate=rate, warmup_steps=warmup, cosine=True)
+    how = Optimization(steps, batch_size, rate, warmup_steps=warmup, cosine=True)
     return Settings(PLACEHOLDER, how, task, judge_every=every)
-
-
-PLACEHOLDER = ModelConfig(d_model=8, n_layers=2, vocab_size=8)
 
 
 def base_at(scale: Scale) -> Base:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anymamba.data.stdlib_corpus import is_held_out, standard_library_files
-from anymamba.experiments.optimizing import Batch
+from anymamba.experiments.learning import Batch
 
 VOCABULARY = 256
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf, isfinite, log
+from math import isfinite, log
 from typing import TYPE_CHECKING
 
 from anymamba.experiments.charts import new_figure
@@ -16,16 +16,11 @@ from anymamba.experiments.selection_ablation.arms import (
     TRANSFORMER,
     paper_gap,
 )
-from anymamba.experiments.selection_ablation.report import WORDS, loss, losses
+from anymamba.experiments.selection_ablation.findings import WORDS, loss, losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def figures(results: Results) -> dict[str, Figure]:
-    """`selection` and `state`; nothing where nothing is measured."""
-    return {"selection": selection(results), "state": state(results)} if results.records else {}
 
 
 def selection(results: Results) -> Figure:
@@ -38,9 +33,7 @@ def selection(results: Results) -> Figure:
     left.set(ylabel="selective copying, answers that are right, %", ylim=(0, 103), xlabel="selective")
     base = loss(results, "all-n16")
     for i, name in enumerate(SELECTIVE):
-        bars(
-            right, i - 0.2, [value - base for value in losses(results, f"{name}-n16")] if base is not None else [], "C0"
-        )
+        bars(right, i - 0.2, [value - base for value in losses(results, f"{name}-n16")] if isfinite(base) else [], "C0")
     papers = [paper_gap(PAPER_7[name], PAPER_7["all"]) for name in SELECTIVE]
     right.bar([i + 0.2 for i in range(len(papers))], papers, width=0.35, color="C3", alpha=0.6, label="paper, a token")
     right.set(ylabel="nats above Δ, B and C selective", xlabel="selective")
@@ -61,25 +54,19 @@ def bars(axes: Axes, x: float, values: list[float], color: str) -> None:
         axes.plot([x] * len(values), values, "k.", label="one seed" if new else None)
 
 
-def mean_loss(results: Results, arm: str) -> float:
-    """The mean of an arm's losses; infinite where it is not measured, too."""
-    value = loss(results, arm)
-    return inf if value is None else value
-
-
 def state(results: Results) -> Figure:
     """Table 10: nats against N, ours and the paper's as they differ from N = 1 with constant B and C."""
     figure = new_figure(width=10.0)
     left, right = figure.subplots(1, 2)
     for i, (kind, name) in enumerate(KINDS.items()):
-        found = {n: value for n in STATES if isfinite(value := mean_loss(results, f"{name}-n{n}"))}
+        found = {n: value for n in STATES if isfinite(value := loss(results, f"{name}-n{n}"))}
         left.plot(list(found), list(found.values()), "o-", color=f"C{i}", label=f"{kind} B and C")
         for n in found:
             own = losses(results, f"{name}-n{n}")
             left.plot([n] * len(own), own, ".", color=f"C{i}", alpha=0.6)
         theirs = [log(PAPER_10[kind][n]) for n in STATES]
         right.plot(STATES, theirs, "D--", color=f"C{i}", label=f"{kind} B and C")
-    transformer = mean_loss(results, TRANSFORMER)
+    transformer = loss(results, TRANSFORMER)
     if isfinite(transformer):
         left.axhline(transformer, color="gray", linestyle="--", label="Transformer++")
     left.set(title="here", ylabel="held-out nats a byte")

@@ -6,13 +6,7 @@ from dataclasses import dataclass, replace
 
 from anymamba.data.synthetic.copying import Copying
 from anymamba.experiments.experiment import Arm, Scale
-from anymamba.experiments.optimizing import Optimization
-
-# Set before running. Every seed must hold them.
-SELECTIVE_AT_LEAST = 0.95
-"""Accuracy of a cell with S6."""
-GAP_AT_LEAST = 0.25
-"""How far a cell with a time-invariant layer lies below the cell with S6 in the same block."""
+from anymamba.experiments.learning import Optimization
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Settings:
     task: Copying
     optimization: Optimization
     weight_std: float | None = None
-    """Standard deviation of the projections' initial weights; absent: as the layers draw them."""
+    """Standard deviation of the projections' initial weights; defaults to what the layers draw."""
     d_model: int = 64
     n_layers: int = 2
     validation_rows: int = 256
@@ -92,21 +86,6 @@ BASES: dict[Scale, Settings] = {
     ),
 }
 """Settings of every arm at a scale, but for the mixer. The paper names Adam, a constant rate and no clipping."""
-
-SWEEPS: dict[str, str] = {
-    "cpu": "The projections of all arms start from N(0, 0.15): as the layers draw them the loss of Mamba with S6 had "
-    "not left its beginning after 200 steps, where from wider weights it was right at 24 % of the answers. Rate and "
-    "steps were raised until S6 without gate was right at 95 %; the other arms have the same, unswept. After 4,000 "
-    "steps at 3e-3 it was right at 93.4 % (mean of three seeds), H3 with S6 at 99.7 %, Mamba with S6 at 100.0 %, S4 at "
-    "60.8 %, Mamba with S4 at 86.6 % (one seed); after 4,000 at 1e-2, seed 0, at 98.9 %, H3 with S6 at 94.6 %, S4 at "
-    "59.4 %. On a GPU, with seed 0, S6 without gate: 95.9 % after 4,000 at 6e-3, 99.0 % of them in batches of 64, "
-    "96.4 % and 99.7 % after 6,000 at 3e-3 and 6e-3. There Mamba with S4 was right at 91.8 % after 6,000 steps at "
-    "3e-3, at 88.7 % after 4,000 at 6e-3 and, with 16 states, at 83.9 %: among this little noise its gates and short "
-    "convolutions nearly do without selection. At half the width it was right at 14.0 % (69.4 % with projections "
-    "N(0, 0.2)), where Mamba with S6 was at 99.5 %; the width here is the paper's.",
-    "gpu": "The learning rate is not swept.",
-}
-"""How the rate was chosen, by scale; that of the paper's scale is the paper's."""
 
 
 def arms_at(scale: Scale) -> list[Arm]:

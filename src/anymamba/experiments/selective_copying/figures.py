@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anymamba.experiments.charts import new_figure
+from anymamba.data.synthetic.copying import guess_accuracy, histogram_accuracy
+from anymamba.experiments.charts import new_figure, plot_learning
 from anymamba.experiments.experiment import Results
 from anymamba.experiments.selective_copying.arms import CELL
-from anymamba.experiments.selective_copying.report import baselines, label
+from anymamba.experiments.selective_copying.findings import label, task_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def figures(results: Results) -> dict[str, Figure]:
-    """`accuracy` and `learning`; nothing where nothing is measured."""
-    return {"accuracy": accuracy(results), "learning": learning(results)} if results.records else {}
 
 
 def accuracy(results: Results) -> Figure:
@@ -37,22 +33,18 @@ def accuracy(results: Results) -> Figure:
 
 
 def learning(results: Results) -> Figure:
-    """Accuracy on the validation set against the step: a line for each seed, a colour for each arm."""
+    """Accuracy on the validation set against the step; plain copying is dashed."""
     figure = new_figure(width=8.0)
     axes = figure.subplots()
-    for i, arm in enumerate(results.arms):
-        for j, curve in enumerate(results.values(arm, "curve")):
-            steps, values = [point[0] for point in curve], [100 * point[2] for point in curve]
-            style = "--" if arm.startswith("plain-") else "-"
-            axes.plot(steps, values, style, color=f"C{i}", linewidth=1.2, label=label(arm) if j == 0 else None)
-    axes.set_xlabel("step")
+    plot_learning(axes, results, label, dashed=[arm for arm in results.arms if arm.startswith("plain-")])
     finish(axes, results)
     return figure
 
 
 def finish(axes: Axes, results: Results) -> None:
     """Baselines, label and legend."""
-    guess, histogram = baselines(results)
+    task = task_of(results)
+    guess, histogram = guess_accuracy(task), histogram_accuracy(task)
     axes.axhline(100 * histogram, color="gray", linestyle="--", linewidth=1, label="knows the histogram, not the order")
     axes.axhline(100 * guess, color="gray", linestyle=":", linewidth=1, label="guesses")
     axes.set_ylabel("answers that are right, %")

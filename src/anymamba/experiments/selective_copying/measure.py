@@ -7,8 +7,8 @@ from typing import Any
 
 from anymamba.data.synthetic.copying import copying_batch
 from anymamba.experiments.experiment import Context
+from anymamba.experiments.learning import build_model, fixed_set, learn
 from anymamba.experiments.selective_copying.arms import Settings
-from anymamba.experiments.synthetic_task import build_model, learn, validation_set
 from anymamba.models.config import ModelConfig
 from anymamba.models.options import HyenaOptions
 
@@ -16,7 +16,7 @@ from anymamba.models.options import HyenaOptions
 def measure(settings: Settings, context: Context) -> dict[str, Any]:
     """What `learn` returns of an arm."""
     make = partial(copying_batch, settings.task)
-    validation = validation_set(make, settings.validation_rows, context.device)
+    validation = fixed_set(make, settings.validation_rows, context.device)
     model = build_model(model_config(settings), context)
     return learn(model, settings.optimization, make, validation, context, every=settings.judge_every)
 

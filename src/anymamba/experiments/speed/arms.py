@@ -9,23 +9,6 @@ from anymamba.experiments.experiment import Arm, Scale
 from anymamba.models.config import ModelConfig
 from anymamba.models.presets import preset, transformer_plus_plus
 
-# Set before running. Every run must hold them; lengths below FROM_LENGTH are mostly the cost of a call.
-FROM_LENGTH = 2048
-SLOPE = (0.9, 1.1)
-"""Of log time over log length of the fused scan."""
-OVER_UNFUSED = 10.0
-"""Times that the fused scan is faster than the unfused one (the paper: 35 to 42)."""
-OVER_CONVOLUTION = 2.0
-"""Times that it is faster than the convolution by FFT (the paper: 2.3 to 3.4)."""
-FASTER_THAN_ATTENTION_FROM = 8192.0
-"""Length from which on it is faster than attention, at most (the paper: 2,048)."""
-DECODE_FLAT = 1.1
-"""Mamba's time a token after the longest context over that after the shortest, at most."""
-DECODE_GROWS = 2.0
-"""The same of Transformer++, at least."""
-DECODE_SPAN = 64
-"""Times that the longest context is as long as the shortest, at least: else neither is judged."""
-
 PAPER: dict[int, tuple[float | None, float | None, float | None, float]] = {
     1 << 9: (0.066, 0.120, 1.40, 0.040),
     1 << 10: (0.060, 0.147, 2.44, 0.060),

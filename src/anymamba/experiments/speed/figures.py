@@ -6,55 +6,57 @@ from typing import TYPE_CHECKING
 
 from anymamba.experiments.charts import new_figure
 from anymamba.experiments.experiment import Results
-from anymamba.experiments.speed.arms import MODELS, OPERATORS, PAPER, PASSES
+from anymamba.experiments.speed.arms import MODELS, OPERATORS, PASSES
+from anymamba.experiments.speed.findings import (
+    MODEL_WORDS,
+    OTHERS,
+    PASS_WORDS,
+    SCAN,
+    WORDS,
+    paper_ratios,
+    paper_times,
+)
 from anymamba.experiments.speed.reading import Series, medians, ratios, records_by_size, seconds
-from anymamba.experiments.speed.report import MODEL_WORDS, PASS_WORDS, SCAN, WORDS, paper_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def figures(results: Results) -> dict[str, Figure]:
-    """`operators`, `ratios` and `models`, of what is measured."""
-    found: dict[str, Figure] = {}
-    if records_by_size(results, "operators"):
-        found |= {"operators": operators(results), "ratios": operator_ratios(results)}
-    if records_by_size(results, "models"):
-        found["models"] = models(results)
-    return found
-
-
-def operators(results: Results) -> Figure:
+def operator_times(results: Results) -> Figure | None:
     """Milliseconds against the length; the paper's are dashed."""
+    if not records_by_size(results, "operators"):
+        return None
     figure = new_figure()
     axes = figure.subplots()
     for i, name in enumerate(OPERATORS):
-        times = seconds(results, Series("operators", name))
+        times, paper = seconds(results, Series("operators", name)), paper_times(name)
         axes.plot(list(times), [1e3 * t for t in times.values()], "o-", color=f"C{i}", label=WORDS[name])
-        paper = {size: ms for size, row in PAPER.items() if (ms := row[i]) is not None}
         label = "paper (A100, 1,024 channels)" if name == "scan" else None
         axes.plot(list(paper), list(paper.values()), "--", color=f"C{i}", linewidth=0.8, label=label)
     finish(axes, "length", "ms, forward")
     return figure
 
 
-def operator_ratios(results: Results) -> Figure:
+def operator_ratios(results: Results) -> Figure | None:
     """Times of the others over the scan's; above 1 the scan is faster."""
+    if not records_by_size(results, "operators"):
+        return None
     figure = new_figure()
     axes = figure.subplots()
-    for i, name in enumerate(OPERATORS[:-1]):
-        ours = medians(ratios(results, Series("operators", name), SCAN))
+    for i, name in enumerate(OTHERS):
+        ours, paper = medians(ratios(results, Series("operators", name), SCAN)), paper_ratios(name)
         axes.plot(list(ours), list(ours.values()), "o-", color=f"C{i}", label=WORDS[name])
-        paper = {size: ratio for size in PAPER if (ratio := paper_ratio(name, size)) is not None}
         axes.plot(list(paper), list(paper.values()), "--", color=f"C{i}", linewidth=0.8, label=f"{WORDS[name]}, paper")
     axes.axhline(1, color="gray", linewidth=1)
     finish(axes, "length", "time over that of the scan")
     return figure
 
 
-def models(results: Results) -> Figure:
+def model_times(results: Results) -> Figure | None:
     """Milliseconds of each pass against the context."""
+    if not records_by_size(results, "models"):
+        return None
     figure = new_figure(width=11.0, height=3.8)
     for axes, name in zip(figure.subplots(1, len(PASSES)), PASSES, strict=True):
         for i, model in enumerate(MODELS):

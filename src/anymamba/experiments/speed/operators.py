@@ -22,8 +22,7 @@ def measure_operators(settings: OperatorSettings, context: Context) -> dict[str,
     """Times of the operators at a length, and the backend that served the scan."""
     device = context.device
     candidates = operators(settings, device)
-    told = lambda words: context.progress(0, 1, words)  # noqa: E731
-    found, _ = compare(candidates, settings.length, settings.limits, device, told)
+    found, _ = compare(candidates, settings.length, settings.limits, context)
     return {"times": as_values(found), "backend": dispatch.resolve("selective_scan", device.type, None)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -27,15 +27,16 @@ class Series:
         return (times if self.within is None else times[self.within])[self.candidate]
 
 
-def size_of(record: Record) -> int:
-    """The length or context of a record."""
-    return record.settings.get("length") or record.settings["context"]
+def runs(results: Results) -> list[Results]:
+    """The results of each run alone."""
+    seeds = sorted({record.seed for record in results.records})
+    return [replace(results, records=tuple(r for r in results.records if r.seed == seed)) for seed in seeds]
 
 
 def records_by_size(results: Results, kind: str) -> dict[int, list[Record]]:
     """The records of a kind of arm by length or context, from the shortest."""
     arms = [arm for arm in results.arms if arm.startswith(f"{kind}-")]
-    return dict(sorted((size_of(results.of(arm)[0]), results.of(arm)) for arm in arms))
+    return dict(sorted((int(arm.rpartition("-")[2]), results.of(arm)) for arm in arms))
 
 
 def seconds(results: Results, series: Series) -> dict[int, float]:
@@ -46,25 +47,6 @@ def seconds(results: Results, series: Series) -> dict[int, float]:
         if values:
             found[size] = median(values)
     return found
-
-
-def missing(results: Results, series: Series) -> dict[int, str]:
-    """Why it did not run, at each length where it never did."""
-    found = {}
-    for size, records in records_by_size(results, series.kind).items():
-        timings = [series.timing(record) for record in records]
-        if all(timing["seconds"] is None for timing in timings):
-            found[size] = why(timings[0])
-    return found
-
-
-def why(timing: dict[str, Any]) -> str:
-    """Why something did not run, with the estimate that says so."""
-    if timing["missing"] == "over the time cap":
-        return f"over the cap: about {timing['estimated_seconds']:,.0f} s"
-    if timing["missing"] == "over the memory cap":
-        return f"over the cap: about {timing['estimated_bytes'] / 2**30:,.1f} GiB"
-    return timing["missing"]
 
 
 def ratios(results: Results, other: Series, ours: Series) -> dict[int, list[float]]:
@@ -83,31 +65,22 @@ def medians(values: dict[int, list[float]]) -> dict[int, float]:
     return {size: median(several) for size, several in values.items()}
 
 
-@dataclass(frozen=True)
-class Crossing:
-    """Where a ratio passes 1."""
-
-    length: float
-    faster: bool
-    """Ours is the faster one beyond it."""
-
-
-def crossings(ratio: dict[int, float]) -> list[Crossing]:
-    """Where the ratio passes 1, straight lines between lengths in log-log; 1 itself counts as faster."""
+def crossings(ratio: dict[int, float]) -> list[float]:
+    """Lengths at which the ratio passes 1, straight lines between lengths in log-log; 1 itself counts as above."""
     points = sorted((math.log(size), math.log(value)) for size, value in ratio.items())
-    found = []
-    for (x, y), (next_x, next_y) in itertools.pairwise(points):
-        if (y >= 0) != (next_y >= 0):
-            found.append(Crossing(math.exp(x + (next_x - x) * y / (y - next_y)), next_y >= 0))
-    return found
+    return [
+        math.exp(x + (next_x - x) * y / (y - next_y))
+        for (x, y), (next_x, next_y) in itertools.pairwise(points)
+        if (y >= 0) != (next_y >= 0)
+    ]
 
 
-def faster_from(ratio: dict[int, float]) -> float:
-    """The length from which on ours is faster up to the longest: the shortest if always, infinity if not at the end."""
+def above_from(ratio: dict[int, float]) -> float:
+    """The length from which on the ratio is above 1 up to the longest: the shortest if always, infinity if never."""
     if ratio[max(ratio)] < 1:
         return math.inf
     found = crossings(ratio)
-    return found[-1].length if found else float(min(ratio))
+    return found[-1] if found else float(min(ratio))
 
 
 def slope(times: dict[int, float]) -> float | None:

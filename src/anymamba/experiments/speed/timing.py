@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from anymamba.experiments.experiment import Context
 from anymamba.experiments.speed.arms import Limits
 
 Call = Callable[[], object]
@@ -49,51 +50,51 @@ class Timing:
 
 
 def compare(
-    candidates: dict[str, Candidate],
-    length: int,
-    limits: Limits,
-    device: torch.device,
-    told: Callable[[str], None] = lambda words: None,
-) -> tuple[dict[str, Timing], dict[str, Call]]:
+    candidates: dict[str, Candidate], length: int, limits: Limits, context: Context
+) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Time candidates at a length against each other. Returns the times, and the calls of those that ran."""
     found: dict[str, Timing] = {}
     calls: dict[str, Call] = {}
-    turns: dict[str, Callable[[], float]] = {}
     for name, candidate in candidates.items():
-        told(f"{name}: estimating")
-        found[name] = estimated(candidate, length, limits, device)
-        call = in_memory(partial(candidate.prepare, length)) if found[name].missing is None else None
-        if found[name].missing is None and call is None:
-            found[name] = replace(found[name], seconds=None, missing=FULL)
-        elif call is not None:
-            calls[name] = call
-            seconds = max(found[name].estimated_seconds or 0.0, 1e-7)
-            turns[name] = partial(seconds_of, calls[name], max(1, int(limits.turn_seconds / seconds)), device)
-    for name, timing in take_turns(turns, limits, told).items():
-        guess = found[name]
-        found[name] = replace(timing, estimated_seconds=guess.estimated_seconds, estimated_bytes=guess.estimated_bytes)
+        context.progress(0, 1, f"{name}: estimating")
+        found[name] = estimated(candidate, length, limits, context.device)
+        if found[name].missing is None:
+            call = in_memory(partial(candidate.prepare, length))
+            if call is None:
+                found[name] = replace(found[name], missing=FULL)
+            else:
+                calls[name] = call
+    turns: dict[str, Callable[[], float]] = {}
+    for name, call in calls.items():
+        n_calls = max(1, int(limits.turn_seconds / max(found[name].estimated_seconds or 0.0, 1e-7)))
+        turns[name] = partial(seconds_of, call, n_calls, context.device)
+    for name, timing in take_turns(turns, limits, context).items():
+        found[name] = replace(found[name], seconds=timing.seconds, turns=timing.turns, missing=timing.missing)
     return found, {name: call for name, call in calls.items() if found[name].seconds is not None}
 
 
 def estimated(candidate: Candidate, length: int, limits: Limits, device: torch.device) -> Timing:
-    """Whether a candidate may run at a length: its memory, then its time from ever longer lengths up to a quarter."""
-    n_bytes = candidate.n_bytes(length)
-    if n_bytes > min(limits.memory_bytes, memory_of(device)):
-        return Timing(None, 0, "over the memory cap", estimated_bytes=n_bytes)
+    """Whether a candidate may run at a length: its memory, then its time from ever longer lengths up to a quarter.
+
+    Returns what is known of it, without a time of its own.
+    """
+    guess = Timing(None, 0, estimated_bytes=candidate.n_bytes(length))
+    if candidate.n_bytes(length) > min(limits.memory_bytes, memory_of(device)):
+        return replace(guess, missing="over the memory cap")
     at = length // SHORTER
     while at // SHORTER >= LEAST_LENGTH:
         at //= SHORTER
-    at, seconds = max(1, at), 0.0
+    at = max(1, at)
     while at < length:
         once = in_memory(partial(time_twice, candidate, at, device))
         if once is None:
-            return Timing(None, 0, FULL, estimated_bytes=n_bytes)
-        seconds = once * (length / at) ** candidate.exponent
-        next_one = seconds / (length / min(length, at * SHORTER)) ** candidate.exponent
+            return replace(guess, missing=FULL)
+        guess = replace(guess, estimated_seconds=once * (length / at) ** candidate.exponent)
+        next_one = once * (min(length, at * SHORTER) / at) ** candidate.exponent
         if next_one > limits.call_seconds:
-            return Timing(None, 0, "over the time cap", seconds, n_bytes)
+            return replace(guess, missing="over the time cap")
         at *= SHORTER
-    return Timing(None, 0, None, seconds, n_bytes)
+    return guess
 
 
 def time_twice(candidate: Candidate, length: int, device: torch.device) -> float:
@@ -126,41 +127,36 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def take_turns(
-    turns: dict[str, Callable[[], float]], limits: Limits, told: Callable[[str], None] = lambda words: None
-) -> dict[str, Timing]:
+def take_turns(turns: dict[str, Callable[[], float]], limits: Limits, context: Context) -> dict[str, Timing]:
     """The smallest number that each turn returns; candidates whose turns are spent drop out.
 
     Each runs a while first, untimed, unless a single turn already takes that long.
     """
-    best: dict[str, list[float]] = {name: [] for name in turns}
+    times: dict[str, list[float]] = {name: [] for name in turns}
     spent = dict.fromkeys(turns, 0.0)
-    missing: dict[str, str] = {}
+    full: set[str] = set()
+
+    def goes_on(name: str) -> bool:
+        n = len(times[name])
+        enough = n >= limits.least_turns and spent[name] >= limits.candidate_seconds
+        return name not in full and n < limits.most_turns and not enough
+
     gc.collect()
     for turn in turns.values():
         warm_up(turn, limits.seconds_before)
-    while True:
-        open_ones = [
-            name
-            for name in turns
-            if name not in missing
-            and len(best[name]) < limits.most_turns
-            and (len(best[name]) < limits.least_turns or spent[name] < limits.candidate_seconds)
-        ]
-        if not open_ones:
-            break
-        for name in open_ones:
-            told(f"{name}: turn {len(best[name]) + 1}")
+    while going := list(filter(goes_on, turns)):
+        for name in going:
+            context.progress(0, 1, f"{name}: turn {len(times[name]) + 1}")
             start = time.perf_counter()
             took = in_memory(turns[name])
-            if took is None:
-                missing[name] = FULL
-            else:
-                best[name].append(took)
             spent[name] += time.perf_counter() - start
+            if took is None:
+                full.add(name)
+            else:
+                times[name].append(took)
     return {
-        name: Timing(None, 0, missing[name]) if name in missing else Timing(min(seconds), len(seconds))
-        for name, seconds in best.items()
+        name: Timing(None, 0, FULL) if name in full else Timing(min(several), len(several))
+        for name, several in times.items()
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anymamba.experiments.experiment import Context
-from anymamba.experiments.speed.arms import MODELS, ModelSettings
+from anymamba.experiments.speed.arms import ModelSettings
 from anymamba.experiments.speed.timing import Call, Candidate, Timing, as_values, compare, seconds_of, take_turns
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel, LanguageModelState
@@ -26,12 +26,13 @@ def measure_models(settings: ModelSettings, context: Context) -> dict[str, Any]:
     device, dtype = context.device, getattr(torch, settings.dtype)
     configs = {"mamba": settings.mamba, "transformer": settings.transformer}
     models = {name: LanguageModel(config, dtype=dtype).to(device) for name, config in configs.items()}
-    told = lambda words: context.progress(0, 1, words)  # noqa: E731
     with torch.no_grad():  # caches are appended to in place
-        found, prompts = compare(candidates(models, prompt_of), settings.context, settings.limits, device, told)
-        decoding = measure_decoding(prompts, found, settings, device, told)
-    prompts.clear()  # lets go of the states
-    training, _ = compare(candidates(models, training_step_of), settings.context, settings.limits, device, told)
+        found, prompts = compare(candidates(models, prompt_of), settings.context, settings.limits, context)
+        turns = {name: decoding_turn(prompt, settings.tokens, device) for name, prompt in prompts.items()}
+        decoding = {name: Timing(None, 0, timing.missing) for name, timing in found.items()}
+        decoding |= take_turns(turns, settings.limits, context)
+    del prompts, turns  # lets go of the states
+    training, _ = compare(candidates(models, training_step_of), settings.context, settings.limits, context)
     times = {"prefill": as_values(found), "training": as_values(training), "decoding": as_values(decoding)}
     return {
         "times": times,
@@ -44,11 +45,7 @@ def candidates(models: dict[str, LanguageModel], make: Callable[[LanguageModel, 
     """Both models in one pass."""
     training = make is training_step_of
     return {
-        name: Candidate(
-            partial(make, model),
-            partial(model_bytes, model, training=training),
-            EXPONENTS[name],
-        )
+        name: Candidate(partial(make, model), partial(model_bytes, model, training=training), EXPONENTS[name])
         for name, model in models.items()
     }
 
@@ -95,19 +92,6 @@ def training_step_of(model: LanguageModel, length: int) -> Call:
 def random_ids(model: LanguageModel, length: int) -> Tensor:
     """Token ids (1, length)."""
     return torch.randint(model.config.vocab_size, (1, length)).to(model.embedding.weight.device)
-
-
-def measure_decoding(
-    prompts: dict[str, Any],
-    prefill: dict[str, Timing],
-    settings: ModelSettings,
-    device: torch.device,
-    told: Callable[[str], None],
-) -> dict[str, Timing]:
-    """Seconds a token after the prompts, whose states are what reading them left."""
-    turns = {name: decoding_turn(prompt, settings.tokens, device) for name, prompt in prompts.items()}
-    found = take_turns(turns, settings.limits, told)
-    return {name: found.get(name, Timing(None, 0, prefill[name].missing)) for name in MODELS}
 
 
 def decoding_turn(prompt: Prompt, tokens: int, device: torch.device) -> Callable[[], float]:

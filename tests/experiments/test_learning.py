@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from torch import nn
 
 from anymamba.experiments.experiment import Context
-from anymamba.experiments.optimizing import Optimization, build_optimizer, set_rates, train
-from anymamba.experiments.synthetic_task import (
+from anymamba.experiments.learning import (
+    Optimization,
     build_model,
+    build_optimizer,
     evaluate,
     finite,
+    fixed_set,
     learn,
-    training_stream,
-    validation_set,
+    set_rates,
 )
 from anymamba.models.config import ModelConfig
 
@@ -56,13 +58,13 @@ CPU = torch.device("cpu")
 
 
 def test_a_perfect_predictor():
-    score = evaluate(Says(lambda ids: ids), validation_set(make, 20, CPU), rows=7)
+    score = evaluate(Says(lambda ids: ids), fixed_set(make, 20, CPU), rows=7)
     assert (score.tokens, score.sequences, score.n_tokens, score.n_sequences) == (1, 1, 60, 20)
     assert score.loss < 1e-6
 
 
 def test_a_wrong_predictor():
-    score = evaluate(Says(lambda ids: (ids + 1) % SYMBOLS), validation_set(make, 20, CPU))
+    score = evaluate(Says(lambda ids: (ids + 1) % SYMBOLS), fixed_set(make, 20, CPU))
     assert (score.tokens, score.sequences) == (0, 0)
     assert score.loss == pytest.approx(20, rel=1e-3)
 
@@ -74,7 +76,7 @@ def test_a_predictor_that_errs_at_one_position_of_some_rows(rows):
         wrong[:, 6] = torch.where(ids[:, 0] < 3, ids[:, 6], (ids[:, 6] + 1) % SYMBOLS)
         return wrong
 
-    ids, labels = validation_set(make, 50, CPU)
+    ids, labels = fixed_set(make, 50, CPU)
     good = int((ids[:, 0] < 3).sum())
     score = evaluate(Says(answer), (ids, labels), rows)
     assert 0 < good < 50
@@ -82,7 +84,7 @@ def test_a_predictor_that_errs_at_one_position_of_some_rows(rows):
 
 
 def test_rows_without_labels_do_not_count():
-    ids, labels = validation_set(make, 10, CPU)
+    ids, labels = fixed_set(make, 10, CPU)
     labels[:4] = -100
     score = evaluate(Says(lambda ids: ids), (ids, labels))
     assert (score.sequences, score.n_sequences, score.n_tokens) == (1, 6, 18)
@@ -95,25 +97,38 @@ def test_padding_of_the_vocabulary_is_never_an_answer():
         def logits(self, x):
             return x + 100 * (torch.arange(8) >= SYMBOLS)
 
-    assert evaluate(Beyond(lambda ids: ids), validation_set(make, 5, CPU)).tokens == 1
+    assert evaluate(Beyond(lambda ids: ids), fixed_set(make, 5, CPU)).tokens == 1
 
 
 def test_evaluation_keeps_the_mode_and_makes_no_graph():
     model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
     for training in (True, False):
         model.train(training)
-        evaluate(model, validation_set(make, 4, CPU))
+        evaluate(model, fixed_set(make, 4, CPU))
         assert model.training is training
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_validation_set_is_one_and_the_stream_is_the_seeds():
-    assert torch.equal(validation_set(make, 9, CPU)[0], validation_set(make, 9, CPU)[0])
-    streams = [training_stream(make, 4, context(seed)) for seed in (0, 0, 1)]
-    first, same, other = ([stream(step)[0] for step in (1, 2)] for stream in streams)
+def test_the_fixed_set_is_one_and_training_sees_what_the_seed_says():
+    assert torch.equal(fixed_set(make, 9, CPU)[0], fixed_set(make, 9, CPU)[0])
+    assert not torch.equal(fixed_set(make, 9, CPU)[0], fixed_set(make, 9, CPU, seed=5)[0])
+
+    def seen(on: Context, generator: torch.Generator | None = None) -> list[torch.Tensor]:
+        batches = []
+
+        def spied(source, rows):
+            batches.append(make(source, rows))
+            return batches[-1]
+
+        model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), on)
+        learn(model, Optimization(2, 4, 1e-3), spied, fixed_set(make, 4, CPU), on, every=2, generator=generator)
+        return [ids for ids, _ in batches]
+
+    first, same, other = (seen(context(seed)) for seed in (0, 0, 1))
     assert all(map(torch.equal, first, same)) and not torch.equal(first[0], other[0])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], validation_set(make, 4, CPU)[0])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], fixed_set(make, 4, CPU)[0])
+    source = torch.Generator().manual_seed(0)
+    assert all(map(torch.equal, [*seen(context(), source), *seen(context(), source)][:2], first))
 
 
 def test_learning_an_easy_task():
@@ -121,7 +136,7 @@ def test_learning_an_easy_task():
     model = build_model(ModelConfig(d_model=16, n_layers=1, vocab_size=SYMBOLS), context())
     told = []
     on = Context(CPU, 0, lambda *words: told.append(words))
-    values = learn(model, Optimization(45, 8, 1e-2), make, validation_set(make, 32, CPU), on, every=20)
+    values = learn(model, Optimization(45, 8, 1e-2), make, fixed_set(make, 32, CPU), on, every=20)
     assert [point[0] for point in values["curve"]] == [20, 40, 45]
     assert values["accuracy"] == values["curve"][-1][2] == 1 and values["sequence_accuracy"] == 1
     assert values["curve"][0][1] > values["curve"][2][1] > values["validation_loss"] > 0
@@ -131,7 +146,7 @@ def test_learning_an_easy_task():
 
 def test_enough_ends_the_learning():
     model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
-    validation = validation_set(make, 4, CPU)
+    validation = fixed_set(make, 4, CPU)
     values = learn(model, Optimization(50, 2, 1e-3), make, validation, context(), every=5, enough=lambda s: True)
     assert values["steps"] == 5 and len(values["curve"]) == 1
 
@@ -140,7 +155,7 @@ def test_a_loss_that_is_not_finite_is_none():
     assert [finite(x) for x in (1.5, math.inf, math.nan)] == [1.5, None, None]
     model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
     nn.init.constant_(model.embedding.weight, math.nan)
-    values = learn(model, Optimization(1, 2, 1e-3), make, validation_set(make, 4, CPU), context(), every=1)
+    values = learn(model, Optimization(1, 2, 1e-3), make, fixed_set(make, 4, CPU), context(), every=1)
     assert values["validation_loss"] is None and values["curve"][0][1] is None
 
 
@@ -148,10 +163,11 @@ def test_a_loss_that_is_not_finite_is_none():
 
 
 def rates(config: Optimization, steps: list[int]) -> list[float]:
-    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "peak": 2.0}], lr=1.0)
+    """Of a usual parameter, whose peak is 2."""
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "rate": 1.0}], lr=1.0)
     found = []
     for step in steps:
-        set_rates(optimizer, config, step)
+        set_rates(optimizer, replace(config, learning_rate=2.0), step)
         found.append(optimizer.param_groups[0]["lr"])
     return found
 
@@ -164,13 +180,17 @@ def test_rates_of_warm_up_constant_and_cosine():
     assert rates(Optimization(10, 1, 1e-3), [1, 10]) == [2.0, 2.0]
 
 
-def test_groups_of_the_optimiser():
+@pytest.mark.parametrize(("kernel_rate", "peak"), [(1e-3, 1e-3), (5e-3, 3e-3)])
+def test_groups_of_the_optimiser(kernel_rate, peak):
     model = build_model(ModelConfig(d_model=8, n_layers=2, vocab_size=8, mixers=("mamba", "s4d")), context())
-    optimizer = build_optimizer(model, Optimization(1, 1, 3e-3, weight_decay=0.1, kernel_learning_rate=1e-3))
-    group = {id(p): (g["peak"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    how = Optimization(1, 1, 3e-3, weight_decay=0.1, kernel_learning_rate=kernel_rate, betas=(0.5, 0.6), eps=1e-16)
+    optimizer = build_optimizer(model, how)
+    set_rates(optimizer, how, 1)
+    assert {(g["betas"], g["eps"]) for g in optimizer.param_groups} == {((0.5, 0.6), 1e-16)}
+    group = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     got = {name: group.pop(id(p)) for name, p in model.named_parameters()}
     assert not group and len(got) == len(list(model.parameters()))
-    decayed, plain, kernel = (3e-3, 0.1), (3e-3, 0.0), (1e-3, 0.0)
+    decayed, plain, kernel = (3e-3, 0.1), (3e-3, 0.0), (peak, 0.0)
     assert got["embedding.weight"] == got["blocks.0.mixer.in_proj.weight"] == decayed
     assert got["norm.weight"] == got["blocks.0.norm.weight"] == plain
     assert all(v == plain for n, v in got.items() if n.endswith(("A_log", "delta_bias")) and "blocks.0" in n)
@@ -178,16 +198,13 @@ def test_groups_of_the_optimiser():
     assert inner and set(inner.values()) == {kernel}
 
 
-def test_training_stops_when_told_and_clips():
+def test_training_repeats_and_clips():
     def run(**options):
         torch.manual_seed(0)
         model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
-        stream = training_stream(make, 2, context())
-        return model, train(model, Optimization(6, 2, 1e-2, **options), stream, stop=lambda step: step == 4)
+        learn(model, Optimization(4, 2, 1e-2, **options), make, fixed_set(make, 4, CPU), context(), every=4)
+        return model
 
-    model, (steps, seconds, losses) = run()
-    assert steps == 4 == len(losses) and seconds > 0
-    again = run()[0]
-    assert all(map(torch.equal, model.parameters(), again.parameters()))
-    run(clip_norm=1e-12)
-    assert max(p.grad.abs().max() for p in run(clip_norm=1e-3)[0].parameters() if p.grad is not None) <= 1e-3
+    assert all(map(torch.equal, run().parameters(), run().parameters()))
+    norms = [torch.cat([p.grad.flatten() for p in run(clip_norm=c).parameters()]).norm() for c in (1e-3, None)]
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3) and norms[1] > 0.1

@@ -1,0 +1,168 @@
+"""What the results say: thresholds, and recall against the number of pairs and the bytes of state."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from anymamba.experiments.associative_recall.arms import (
+    MAMBA_BY_STATE,
+    SYSTEMS,
+    TIME_INVARIANT,
+    WITHOUT_ATTENTION,
+)
+from anymamba.experiments.charts import percent, spread, table
+from anymamba.experiments.experiment import Record, Results, Threshold
+
+
+@dataclass(frozen=True)
+class Point:
+    """A system of a width asked with a number of pairs."""
+
+    system: str
+    width: int
+    n_pairs: int
+    recall: list[float]
+    """Of each seed."""
+    records: list[Record]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return sum(self.recall) / len(self.recall)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the model carries for a sequence."""
+        return int(self.records[0].values["state_bytes"])
+
+
+def points(results: Results) -> list[Point]:
+    """Every system, width and number of pairs that was asked, in the order of the arms."""
+    found = []
+    for records in map(results.of, results.arms):
+        settings = records[0].settings
+        for i, test in enumerate(records[0].values["tests"]):
+            recall = [record.values["tests"][i]["tokens"] for record in records]
+            found.append(Point(settings["system"], settings["model"]["d_model"], test["n_pairs"], recall, records))
+    return found
+
+
+def widths(results: Results) -> list[int]:
+    """Widths that were measured, in order."""
+    return sorted({point.width for point in points(results)})
+
+
+def pairs(results: Results) -> list[int]:
+    """Numbers of pairs that were asked, in order."""
+    return sorted({point.n_pairs for point in points(results)})
+
+
+def by_system(results: Results, width: int) -> dict[str, dict[int, Point]]:
+    """The points of a width by system and number of pairs; every system is there."""
+    found: dict[str, dict[int, Point]] = {system: {} for system in SYSTEMS}
+    for point in points(results):
+        if point.width == width:
+            found[point.system][point.n_pairs] = point
+    return found
+
+
+def label(system: str) -> str:
+    """A system in words."""
+    return SYSTEMS[system].label
+
+
+# --------------------------------------------------------------------------------------------------------- thresholds
+
+
+def thresholds(results: Results) -> list[Threshold]:
+    """Those of every width, for the worst seeds."""
+    found = []
+    for width in widths(results):
+        prefix = f"width {width}: " if len(widths(results)) > 1 else ""
+        found += [replace(t, what=prefix + t.what) for t in thresholds_at(by_system(results, width))]
+    return found
+
+
+def thresholds_at(of: dict[str, dict[int, Point]]) -> list[Threshold]:
+    """Attention recalls all, hybrids nearly so, small states and time-invariant layers do not, more state helps."""
+    top = of["attention"]
+    worst = min((min(point.recall) for point in top.values()), default=None)
+    found = [Threshold("attention: recall at its worst, %", [worst], at_least=0.99, show=percent)]
+    found.append(below_attention(of, MAMBA_BY_STATE[0], 0.10))
+    for hybrid in WITHOUT_ATTENTION:
+        gaps = [max(top[n].recall) - min(of[hybrid][n].recall) for n in top if n in of[hybrid]]
+        what = f"{label(hybrid)}: recall below attention at its worst, points"
+        found.append(Threshold(what, [max(gaps, default=None)], at_most=0.02, show=percent))
+    found += [below_attention(of, system, 0.25) for system in TIME_INVARIANT]
+    return found + state_thresholds(of)
+
+
+def below_attention(of: dict[str, dict[int, Point]], system: str, gap: float) -> Threshold:
+    """How far a system is below attention at the most pairs."""
+    most = max(of["attention"], default=0)
+    got = [min(of["attention"][most].recall) - max(of[system][most].recall)] if most in of[system] else []
+    what = f"{label(system)}: recall below attention at the most pairs, points"
+    return Threshold(what, got, at_least=gap, show=percent)
+
+
+def state_thresholds(of: dict[str, dict[int, Point]]) -> list[Threshold]:
+    """Mamba's recall grows with its state: means over the seeds, at the most pairs."""
+    most = max(n for found in of.values() for n in found)
+    means = [of[system][most].mean for system in MAMBA_BY_STATE if most in of[system]]
+    whole = len(means) == len(MAMBA_BY_STATE)
+    step = min(b - a for a, b in itertools.pairwise(means)) if whole else None
+    gain = means[-1] - means[0] if whole else None
+    start = "Mamba, means of the seeds at the most pairs"
+    words = "least change from one state to the next larger", "gain of the largest state over the smallest"
+    return [
+        Threshold(f"{start}: {words[0]}, points", [step], at_least=-0.01, show=percent),
+        Threshold(f"{start}: {words[1]}, points", [gain], at_least=0.05, show=percent),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def sections(results: Results) -> dict[str, str]:
+    """Recall at each width, and what more state or attention changes."""
+    tables = {f"Recall, %, width {width}": recall_table(results, width) for width in widths(results)}
+    return {**tables, "Differences at the most pairs": differences(results)}
+
+
+def recall_table(results: Results, width: int) -> str:
+    """Recall by system and number of pairs, with parameters and bytes of state after a row."""
+    asked, n_values = pairs(results), results.records[0].values["tests"][0]["vocab_size"] // 2
+    header = ("system", "parameters", "state, bytes", "best rate", "steps", *(f"{n} pairs" for n in asked))
+    rows = []
+    for system, found in by_system(results, width).items():
+        if found:
+            values = [record.values for point in found.values() for record in point.records]
+            parameters, state, steps = (span(v[key] for v in values) for key in ("parameters", "state_bytes", "steps"))
+            rates = ", ".join(f"{rate:g}" for rate in sorted({v["learning_rate"] for v in values}))
+            recall = [spread(found[n].recall, scale=100) if n in found else "" for n in asked]
+            rows.append([label(system), parameters, state, rates, steps, *recall])
+    rows.append(["knows the values of a row, not whose", *[""] * 4, *(percent(1 / n) for n in asked)])
+    rows.append(["guesses among all values", *[""] * 4, *(f"{100 / n_values:.2f}" for _ in asked)])
+    return table(header, rows)
+
+
+def span(sizes: Iterable[int]) -> str:
+    """A number, or the least and the largest."""
+    least, *more = sorted(set(sizes))
+    return f"{least:,} to {more[-1]:,}" if more else f"{least:,}"
+
+
+def differences(results: Results) -> str:
+    """What more state, or attention in the place of Mamba, changes in means of the seeds."""
+    rows = []
+    for width in widths(results):
+        of = by_system(results, width)
+        for more, less in {MAMBA_BY_STATE[-1]: MAMBA_BY_STATE[0], **WITHOUT_ATTENTION}.items():
+            for n in sorted(set(of[more]) & set(of[less]))[-1:]:
+                a, b = of[more][n], of[less][n]
+                gain = f"{100 * (a.mean - b.mean):+.1f}"
+                state = f"{a.state_bytes:,} for {b.state_bytes:,} ({a.state_bytes / b.state_bytes:.1f} times)"
+                rows.append([f"{label(more)}, against {label(less)}", f"{width}", f"{n}", gain, state])
+    return table(("systems", "width", "pairs", "recall, points", "state, bytes"), rows) if rows else ""

@@ -1,0 +1,147 @@
+"""What the results say: thresholds, and accuracy at each length beside table 11 of the paper."""
+
+from __future__ import annotations
+
+from anymamba.experiments.charts import percent, spread, table
+from anymamba.experiments.experiment import Record, Results, Threshold
+from anymamba.experiments.induction_heads.arms import PAPER, PAPER_FIRST
+
+
+def label(arm: str) -> str:
+    """An arm in words."""
+    system, _, placement = arm.partition("-")
+    return f"Mamba, {placement}" if system == "mamba" else PAPER[arm].label
+
+
+def system_of(results: Results, arm: str) -> str:
+    """The arm's row in table 11."""
+    return str(results.of(arm)[0].settings["system"])
+
+
+def accuracies(record: Record) -> dict[int, float]:
+    """By length."""
+    return {test["length"]: test["right"] / test["sequences"] for test in record.values["tests"]}
+
+
+# --------------------------------------------------------------------------------------------------------- thresholds
+
+
+def thresholds(results: Results) -> list[Threshold]:
+    """Those of every arm that the run plans."""
+    found = []
+    for arm in results.planned_arms:
+        found += (mamba_thresholds if arm.startswith("mamba") else other_thresholds)(arm, results.of(arm))
+    return found
+
+
+def learned(arm: str, records: list[Record]) -> Threshold:
+    """The validation set at the training length, at the end of training."""
+    got = [record.values["accuracy"] for record in records]
+    return Threshold(f"{label(arm)}: validation accuracy, %", got, at_least=1.0, show=percent)
+
+
+def mamba_thresholds(arm: str, records: list[Record]) -> list[Threshold]:
+    """It learns, in time where the trigger is early, and it answers at every length."""
+    first, worst = learned(arm, records), [min(accuracies(record).values()) for record in records]
+    found = [first, Threshold(f"{label(arm)}: accuracy at its worst length, %", worst, at_least=1.0, show=percent)]
+    if arm == "mamba-first-ten":
+        # a model that has not learned says nothing
+        minutes = [minutes_to_learn(record) for record in records] if first.verdict == "holds" else []
+        what = f"{label(arm)}: minutes of training until the validation set is right"
+        found.append(Threshold(what, minutes, at_most=15.0, show="{:.1f}".format))
+    return found
+
+
+def minutes_to_learn(record: Record) -> float:
+    """Minutes until the first judgement without a mistake at the training length, all steps taken to last as long.
+
+    Those at shorter lengths, which come before, last shorter: it was no later than that.
+    """
+    values = record.values
+    before = sum(steps for length, steps in values["stages"] if length < record.settings["train_length"])
+    first = next(step for step, _, accuracy in values["curve"] if step > before and accuracy == 1)
+    return values["training_seconds"] / 60 * first / values["steps"]
+
+
+def other_thresholds(arm: str, records: list[Record]) -> list[Threshold]:
+    """It learns, and is not perfect far beyond; attention nearly guesses at 16 times the training length."""
+    first = learned(arm, records)
+    judged = records if first.verdict == "holds" else []  # one that has not learned shows nothing by failing
+    best = [max(found) for record in judged if (found := beyond(record, times=4))]
+    what = f"{label(arm)}: best accuracy from 4 times the training length on, %"
+    thresholds = [first, Threshold(what, best, below=1.0, show=percent)]
+    if arm.startswith("attention"):
+        far = [found[0] for record in judged if (found := beyond(record, times=16))]
+        what = f"{label(arm)}: accuracy at 16 times the training length, %"
+        thresholds.append(Threshold(what, far, at_most=0.15, show=percent))
+    return thresholds
+
+
+def beyond(record: Record, times: int) -> list[float]:
+    """Accuracies from that many times the training length on, shortest first."""
+    return [a for length, a in accuracies(record).items() if length >= times * record.settings["train_length"]]
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def sections(results: Results) -> dict[str, str]:
+    """The training of each arm, and what it answers."""
+    return {"Training and reach": arms_table(results), "Accuracy at each length, %": lengths_table(results)}
+
+
+def arms_table(results: Results) -> str:
+    """How each arm learned, and how far all its seeds answer without a mistake."""
+    header = ["arm", "parameters (paper)", "d_model", "batch", "learning rate", "steps", "minutes", "validation, %"]
+    header += ["lengths without a mistake", "test tokens a second"]
+    rows = []
+    for arm in results.arms:
+        settings, how = results.of(arm)[0].settings, results.of(arm)[0].settings["optimization"]
+        parameters = f"{results.values(arm, 'parameters')[0]:,} ({PAPER[settings['system']].parameters})"
+        minutes = [seconds / 60 for seconds in results.values(arm, "training_seconds")]
+        rows.append(
+            [
+                *(label(arm), parameters, f"{settings['model']['d_model']}"),
+                *(f"{how['batch_size']}", f"{how['learning_rate']:g}", spread(results.values(arm, "steps"), digits=0)),
+                *(spread(minutes), spread(results.values(arm, "accuracy"), scale=100)),
+                *(reach(results, arm), tokens_a_second(results, arm)),
+            ]
+        )
+    return table(header, rows)
+
+
+def reach(results: Results, arm: str) -> str:
+    """At how many lengths every seed answers every sequence, and the longest of them."""
+    found = [accuracies(record) for record in results.of(arm)]
+    perfect = [length for length in found[0] if all(a.get(length) == 1 for a in found)]
+    return f"{len(perfect)} of {len(found[0])}" + (f", longest {power(max(perfect))}" if perfect else "")
+
+
+def power(length: int) -> str:
+    """A power of two as one."""
+    return f"2^{length.bit_length() - 1}"
+
+
+def tokens_a_second(results: Results, arm: str) -> str:
+    """Of all tests; nothing where they took no time that shows."""
+    tests = [test for record in results.of(arm) for test in record.values["tests"]]
+    seconds = sum(test["seconds"] for test in tests)
+    return f"{sum(test['length'] * test['sequences'] for test in tests) / seconds:,.0f}" if seconds else ""
+
+
+def lengths_table(results: Results) -> str:
+    """A row for each length: the number of sequences, and each arm beside its row in the paper's table 11."""
+    tests = {t["length"]: t["sequences"] for r in results.records for t in r.values["tests"]}
+    columns: dict[str, list[str]] = {}
+    for arm in results.arms:
+        found, system = [accuracies(record) for record in results.of(arm)], system_of(results, arm)
+        columns[label(arm)] = [spread([a[n] for a in found if n in a], scale=100) for n in sorted(tests)]
+        columns.setdefault(f"paper, {PAPER[system].label}", [published(system, n) for n in sorted(tests)])
+    rows = [[power(n), f"{tests[n]}", *(column[i] for column in columns.values())] for i, n in enumerate(sorted(tests))]
+    return table(["length", "sequences", *columns], rows)
+
+
+def published(system: str, length: int) -> str:
+    """The paper's accuracy in percent; nothing where it has none."""
+    place, row = length.bit_length() - 1 - PAPER_FIRST, PAPER[system].accuracy
+    return f"{row[place]:g}" if 0 <= place < len(row) else ""

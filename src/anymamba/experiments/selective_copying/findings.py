@@ -1,0 +1,81 @@
+"""What the results say: thresholds, table 1 with our numbers, and the differences between its cells."""
+
+from __future__ import annotations
+
+from anymamba.data.synthetic.copying import Copying, guess_accuracy, histogram_accuracy
+from anymamba.experiments.charts import percent, spread, table
+from anymamba.experiments.experiment import Results, Threshold
+from anymamba.experiments.selective_copying.arms import (
+    CELL,
+    CELLS,
+    CONTROLS,
+    Cell,
+)
+
+
+def label(arm: str) -> str:
+    """An arm in words."""
+    cell = CELL[arm.removeprefix("plain-")]
+    return f"{cell.block}: {cell.layer}" + (", plain copying" if arm.startswith("plain-") else "")
+
+
+def task_of(results: Results) -> Copying:
+    """The task of the first record; all have its sizes."""
+    return Copying(**results.records[0].settings["task"])
+
+
+def thresholds(results: Results) -> list[Threshold]:
+    """Cells with S6 learn the task; the others stay below them."""
+    return [threshold(cell, results) for cell in CELLS if cell.mixer in results.planned_arms]
+
+
+def threshold(cell: Cell, results: Results) -> Threshold:
+    """That of one cell; a gap is that of the worst seeds."""
+    own = results.values(cell.mixer, "accuracy")
+    if cell.mixer == cell.selective:
+        return Threshold(f"accuracy of {label(cell.mixer)}, %", own, at_least=0.95, show=percent)
+    other = results.values(cell.selective, "accuracy")
+    gap = [min(other) - max(own)] if own and other else []
+    what = f"how far {label(cell.mixer)} is below {label(cell.selective)}, points"
+    return Threshold(what, gap, at_least=0.25, show=percent)
+
+
+def sections(results: Results) -> dict[str, str]:
+    """Table 1 and what it says."""
+    return {"Table 1": table_1(results), "Differences": differences(results)}
+
+
+def table_1(results: Results) -> str:
+    """Table 1 and the controls; several seeds are a mean and, in brackets, the least and the most."""
+    header = ("block", "layer", "parameters", "answers right, %", "rows all right, %", "paper, %")
+    rows = []
+    for arm in results.arms:
+        cell, plain = CELL[arm.removeprefix("plain-")], arm.startswith("plain-")
+        accuracies = [spread(results.values(arm, name), scale=100) for name in ("accuracy", "sequence_accuracy")]
+        layer = f"{cell.layer} (plain copying)" if plain else cell.layer
+        parameters = f"{results.values(arm, 'parameters')[0]:,}"
+        rows.append([cell.block, layer, parameters, *accuracies, "" if plain else percent(cell.paper)])
+    task, paper = task_of(results), Copying(n_noise=4096, n_tokens=16)
+    return (
+        f"{table(header, rows)}\n\nGuessing gives {percent(guess_accuracy(task))} %. Knowing which tokens there are, "
+        f"but not their order, and always answering the commonest gives {percent(histogram_accuracy(task))} % with "
+        f"{task.n_tokens} tokens of {task.n_symbols} symbols ({percent(histogram_accuracy(paper))} % with the paper's "
+        f"{paper.n_tokens} of {paper.n_symbols})."
+    )
+
+
+def differences(results: Results) -> str:
+    """Means of the seeds against each other, beside the paper's, in points."""
+    mean = {arm: results.mean(arm, "accuracy") for arm in (*CELL, *(f"plain-{c}" for c in CONTROLS))}
+    mean["histogram"] = histogram_accuracy(task_of(results))
+    pairs = [(c.mixer, "histogram", f"{label(c.mixer)} above the histogram") for c in CELLS if c.mixer != c.selective]
+    pairs += [(f"{b}-s4", "s4", f"{CELL[f'{b}-s4'].block}: what the block adds to S4") for b in ("h3", "mamba")]
+    pairs += [(f"plain-{c}", c, f"{label(c)}: what placing the tokens at random costs") for c in CONTROLS]
+    rows = []
+    for above, below, words in pairs:
+        a, b = mean[above], mean[below]
+        if a is not None and b is not None:
+            both = above in CELL and below in CELL
+            paper = f"{100 * (CELL[above].paper - CELL[below].paper):+.1f}" if both else ""
+            rows.append([words, f"{100 * (a - b):+.1f}", paper])
+    return table(("difference", "points", "paper"), rows) if rows else ""

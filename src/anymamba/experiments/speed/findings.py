@@ -1,0 +1,214 @@
+"""What the results say: thresholds, times and ratios beside the paper's, how times grow and where curves cross."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from anymamba.experiments.charts import table
+from anymamba.experiments.experiment import Record, Results, Threshold
+from anymamba.experiments.speed.arms import (
+    MODELS,
+    OPERATORS,
+    PAPER,
+    PASSES,
+)
+from anymamba.experiments.speed.reading import (
+    Series,
+    above_from,
+    crossings,
+    from_length,
+    medians,
+    ratios,
+    records_by_size,
+    runs,
+    seconds,
+    slope,
+)
+
+WORDS = {"attention": "attention", "convolution": "FFT convolution", "unfused": "unfused scan", "scan": "scan"}
+MODEL_WORDS = {"mamba": "Mamba", "transformer": "Transformer++"}
+PASS_WORDS = {"prefill": "reading a prompt", "training": "a training step", "decoding": "a token after a context"}
+SCAN = Series("operators", "scan")
+OTHERS = OPERATORS[:-1]
+FROM_LENGTH = 2048
+"""Shorter lengths are mostly the cost of a call, and not judged."""
+
+
+def paper_times(name: str) -> dict[int, float]:
+    """An operator's time by length in the paper, where it has one."""
+    return {size: ms for size, row in PAPER.items() if (ms := row[OPERATORS.index(name)]) is not None}
+
+
+def paper_ratios(name: str) -> dict[int, float]:
+    """An operator over the fused scan by length in the paper."""
+    scan = paper_times("scan")
+    return {size: ms / scan[size] for size, ms in paper_times(name).items()}
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    if math.isinf(value):
+        return "never"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.{2 - math.floor(math.log10(max(value, 1e-3)))}f}"
+
+
+# --------------------------------------------------------------------------------------------------------- thresholds
+
+
+def thresholds(results: Results) -> list[Threshold]:
+    """Every run must hold them."""
+    far, each = f"from length {FROM_LENGTH:,} on", runs(results)
+    slopes = [slope(from_length(seconds(run, SCAN), FROM_LENGTH)) for run in each]
+    unfused, convolution = ([least_over_scan(run, name) for run in each] for name in ("unfused", "convolution"))
+    faster, from_words = [faster_from(run) for run in each], "length from which on the scan is faster than attention"
+    mamba, transformer = ([growth(run, model) for run in each] for model in MODELS)
+    grows = "time of a token after the longest context over that after the shortest"
+    return [
+        Threshold(f"scan: slope of log time over log length, {far}", slopes, 0.9, 1.1, show=number),
+        Threshold(f"unfused scan over scan, {far}, least", unfused, at_least=10.0, show=number),
+        Threshold(f"FFT convolution over scan, {far}, least", convolution, at_least=2.0, show=number),
+        Threshold(from_words, faster, at_most=8192.0, show=number),
+        Threshold(f"Mamba: {grows}", mamba, at_most=1.1, show=number),
+        Threshold(f"Transformer++: {grows}", transformer, at_least=2.0, show=number),
+    ]
+
+
+def least_over_scan(run: Results, name: str) -> float | None:
+    """The least time of an operator over the scan's at the lengths that count."""
+    values = from_length(ratios(run, Series("operators", name), SCAN), FROM_LENGTH)
+    return min((min(several) for several in values.values()), default=None)
+
+
+def faster_from(run: Results) -> float | None:
+    """The length from which on the scan is faster than attention; None where no length is long enough to tell."""
+    over = medians(ratios(run, Series("operators", "attention"), SCAN))
+    return above_from(over) if over and max(over) >= FROM_LENGTH else None
+
+
+def growth(run: Results, model: str) -> float | None:
+    """How a token's time grows with the context; None where the contexts are too close together."""
+    times = seconds(run, Series("models", model, "decoding"))
+    far_apart = times and max(times) >= 64 * min(times)
+    return times[max(times)] / times[min(times)] if far_apart else None
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def sections(results: Results) -> dict[str, str]:
+    """Times and ratios of operators and models, as far as they are measured."""
+    operators, models = (records_by_size(results, kind) for kind in ("operators", "models"))
+    return {
+        "Operators": f"{operator_table(results)}\n\n{backend_words(operators)}" if operators else "",
+        "Growth": growth_table(results),
+        "Models": f"{model_table(results)}\n\n{parameter_words(models)} {backend_words(models)}" if models else "",
+        "Where curves cross": crossing_table(results),
+    }
+
+
+def operator_table(results: Results) -> str:
+    """Times of the operators, ratios to the scan, and the paper's."""
+    papers = {name: paper_ratios(name) for name in OTHERS}
+    header = ["length", *(f"{WORDS[n]}, ms" for n in OPERATORS), *(f"{WORDS[n]} / scan" for n in OTHERS)]
+    header += [f"paper: {WORDS[n]} / scan" for n in OTHERS]
+    rows = []
+    for size in records_by_size(results, "operators"):
+        times = [cell(results, Series("operators", name), size) for name in OPERATORS]
+        factors = [ratio_cell(results, Series("operators", name), SCAN, size) for name in OTHERS]
+        published = [number(papers[name][size]) if size in papers[name] else "" for name in OTHERS]
+        rows.append([f"{size:,}", *times, *factors, *published])
+    return table(header, rows)
+
+
+def model_table(results: Results) -> str:
+    """Times of the models in each pass, and Transformer++ over Mamba."""
+    header = ["context"]
+    for name in PASSES:
+        header += [f"{PASS_WORDS[name]}: {MODEL_WORDS[m]}, ms" for m in MODELS] + ["Transformer++ / Mamba"]
+    rows = []
+    for size in records_by_size(results, "models"):
+        row = [f"{size:,}"]
+        for name in PASSES:
+            mamba, transformer = (Series("models", model, name) for model in MODELS)
+            row += [cell(results, mamba, size), cell(results, transformer, size)]
+            row.append(ratio_cell(results, transformer, mamba, size))
+        rows.append(row)
+    return table(header, rows)
+
+
+def cell(results: Results, series: Series, size: int) -> str:
+    """Milliseconds, or why there are none."""
+    times = seconds(results, series)
+    return number(1e3 * times[size]) if size in times else why(series, records_by_size(results, series.kind)[size][0])
+
+
+def why(series: Series, record: Record) -> str:
+    """Why something did not run, with the estimate that says so."""
+    timing = series.timing(record)
+    if timing["missing"] == "over the time cap":
+        return f"over the cap: about {timing['estimated_seconds']:,.0f} s"
+    if timing["missing"] == "over the memory cap":
+        return f"over the cap: about {timing['estimated_bytes'] / 2**30:,.1f} GiB"
+    return str(timing["missing"])
+
+
+def ratio_cell(results: Results, other: Series, ours: Series, size: int) -> str:
+    """The median of the runs' ratios and, of several, the least and the most."""
+    found = ratios(results, other, ours)
+    if size not in found:
+        return ""
+    middle = number(medians(found)[size])
+    return middle if len(found[size]) == 1 else f"{middle} ({number(min(found[size]))} to {number(max(found[size]))})"
+
+
+def growth_table(results: Results) -> str:
+    """The power of the length that each operator's time grows with, beside the paper's."""
+    rows = []
+    for name in OPERATORS:
+        ours = slope(from_length(seconds(results, Series("operators", name)), FROM_LENGTH))
+        theirs = slope(from_length(paper_times(name), FROM_LENGTH))
+        if ours is not None and theirs is not None:
+            rows.append([WORDS[name], f"{ours:.2f}", f"{theirs:.2f}"])
+    header = ("operator", f"power of the length that its time grows with, from {FROM_LENGTH:,} on", "paper")
+    return table(header, rows) if rows else ""
+
+
+def crossing_table(results: Results) -> str:
+    """Ratios at the shortest and the longest length, and where they pass 1; above 1 the scan, or Mamba, is faster."""
+    rows = []
+    for name in OTHERS:
+        found = medians(ratios(results, Series("operators", name), SCAN))
+        rows.append(crossing_row(f"{WORDS[name]} / scan", found, passes_1(paper_ratios(name))))
+    for name in PASSES:
+        mamba, transformer = (Series("models", model, name) for model in MODELS)
+        found = medians(ratios(results, transformer, mamba))
+        rows.append(crossing_row(f"{PASS_WORDS[name]}: Transformer++ / Mamba", found, ""))
+    header = ("time over time", "at the shortest", "passes 1 at", "at the longest", "paper: passes 1 at")
+    return table(header, [row for row in rows if row])
+
+
+def crossing_row(words: str, ratio: dict[int, float], paper: str) -> Sequence[str]:
+    """A row of that table; empty where nothing is measured."""
+    if not ratio:
+        return ()
+    first, last = (f"{number(ratio[size])} at {size:,}" for size in (min(ratio), max(ratio)))
+    return words, first, passes_1(ratio), last, paper
+
+
+def passes_1(ratio: dict[int, float]) -> str:
+    """The lengths at which a ratio passes 1."""
+    return ", ".join(map(number, crossings(ratio))) or "none"
+
+
+def backend_words(records: dict[int, list[Record]]) -> str:
+    """Which backend served the scan."""
+    backends = sorted({record.values["backend"] for several in records.values() for record in several})
+    return f"The scan ran in the backend {' and '.join(map(repr, backends))}."
+
+
+def parameter_words(records: dict[int, list[Record]]) -> str:
+    """The parameters of both models."""
+    n = next(iter(records.values()))[0].values["parameters"]
+    difference = 100 * (n["mamba"] / n["transformer"] - 1)
+    return f"Mamba has {n['mamba']:,} parameters, Transformer++ {n['transformer']:,} ({difference:+.1f} %)."
