@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers
 
 from anymamba import LanguageModel, ModelConfig
 from anymamba.cli.app import main
 from anymamba.data.tokenizer import ByteTokenizer
+from anymamba.models.checkpoints import find_tokenizer
 
 
 @pytest.fixture
@@ -65,3 +67,33 @@ def test_what_the_format_cannot_hold(tmp_path, capsys):
     LanguageModel(config).save_pretrained(tmp_path / "m")
     assert main(["convert", str(tmp_path / "m"), str(tmp_path / "out"), "--to", "gguf"]) == 1
     assert "error: the format gguf cannot hold this model: norm='layernorm'" in capsys.readouterr().err
+
+
+def test_what_llama_cpp_does_otherwise_is_told_in_a_line(tmp_path, capsys):
+    tokenizer = Tokenizer(models.WordLevel({"apple": 7, "other": 0}, unk_token="other"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(tmp_path / "words.json"))
+    LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=8)).save_pretrained(tmp_path / "m")
+    arguments = ["convert", str(tmp_path / "m"), str(tmp_path / "x.gguf"), "--to", "gguf"]
+    assert main([*arguments, "--tokenizer", str(tmp_path / "words.json")]) == 0
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if "llama.cpp" in line]
+    assert line.startswith(
+        "warning: llama.cpp does not do all that the tokenizer in x.gguf does: it has none of this kind"
+    )
+    assert captured.out == ""
+    assert find_tokenizer(tmp_path / "x.gguf").encode("APPLE") == [7]
+
+
+def test_nothing_is_told_of_bytes(tmp_path, model, capsys):
+    assert main(["convert", model, str(tmp_path / "x.gguf"), "--to", "gguf"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_by_the_name_of_what_holds_it(tmp_path, model):
+    """The flag names a tokenizer as those of the other verbs do."""
+    LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=257)).save_pretrained(tmp_path / "bare")
+    for name in (model, f"{model}/tokenizer.json"):
+        out = tmp_path / f"out{len(name)}"
+        assert main(["convert", str(tmp_path / "bare"), str(out), "--to", "hf", "--tokenizer", name]) == 0
+        assert (out / "tokenizer.json").read_text() == ByteTokenizer().to_json()

@@ -209,8 +209,38 @@ def test_an_unknown_device(refused, model_folder):
     assert "abacus" in refused(2, "generate", "--model", model_folder, "--prompt", "a", "--device", "abacus")
 
 
-def test_a_model_without_a_tokenizer(refused, tmp_path):
+@pytest.mark.parametrize("verb", ["generate", "eval", "train"])
+def test_a_model_without_a_tokenizer(refused, texts, tmp_path, verb):
+    """Every verb refuses it alike, and takes the same flag."""
+    pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
     from anymamba.models.config import ModelConfig
 
-    LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=300)).save_pretrained(tmp_path / "m")
-    assert "--tokenizer" in refused(2, "generate", "--model", tmp_path / "m", "--prompt", "a")
+    model = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=300))
+    model.save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m.gguf", format="gguf")
+    for name in (tmp_path / "m", tmp_path / "m.gguf"):
+        line = refused(
+            2,
+            *{
+                "generate": ["generate", "--model", name, "--prompt", "a"],
+                "eval": ["eval", "--model", name, "--data", texts],
+                "train": ["train", "--from", name, "--data", texts, "--out", tmp_path / "run", "--steps", 1],
+            }[verb],
+        )
+        assert f"{name} has no tokenizer that is read here, and its vocabulary of 300 is not bytes" in line
+        assert "--tokenizer FILE" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_256_bytes(run, tmp_path):
+    """It has no id that ends documents."""
+    from anymamba.models.config import ModelConfig
+
+    LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=256)).save_pretrained(tmp_path / "m")
+    code, out, err = run("generate", "--model", tmp_path / "m", "--prompt", "ab", "--max-new-tokens", 5, "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"][0]["n_tokens"] == 5
+    (tmp_path / "a.txt").write_text("some text")
+    code, out, err = run("eval", "--model", tmp_path / "m", "--data", tmp_path / "a.txt", "--json")
+    assert code == 0, err
+    assert json.loads(out)["n_tokens"] == 8

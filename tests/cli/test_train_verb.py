@@ -160,6 +160,36 @@ def test_a_config_file_of_another_kind(refused, tmp_path):
     assert ".toml" in refused(2, "train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run")
 
 
+def test_from_takes_the_tokenizer_of_the_model(tmp_path, model_folder):
+    """A folder's, a file's: whatever generate takes; bytes where the model is of bytes."""
+    from tokenizers import Tokenizer, models
+
+    from anymamba.data.tokenizer import JsonTokenizer
+    from anymamba.models.checkpoints import find_tokenizer
+    from anymamba.models.config import ModelConfig
+    from anymamba.models.language_model import LanguageModel
+
+    pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
+    Tokenizer(models.WordLevel({"apple": 7, "other": 0}, unk_token="other")).save(str(tmp_path / "words.json"))
+    words = JsonTokenizer(tmp_path / "words.json")
+    model = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=300))
+    model.save_pretrained(tmp_path / "folder", words)
+    model.save_pretrained(tmp_path / "original", words, format="state-spaces")
+    with pytest.warns(UserWarning, match=r"x\.gguf"):
+        model.save_pretrained(tmp_path / "x.gguf", words, format="gguf")
+    for name in ("folder", "original", "x.gguf"):
+        data = options("--from", tmp_path / name, "--data", "a", "--out", "x").train.data
+        assert data.tokenizer == str(tmp_path / name)
+        assert find_tokenizer(given=data.tokenizer).encode("apple") == [7]
+    given = options("--from", tmp_path / "folder", "--tokenizer", "t.json", "--data", "a", "--out", "x").train.data
+    assert given.tokenizer == "t.json"
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "bare" / name).write_bytes((model_folder / name).read_bytes())
+    for name in (model_folder, tmp_path / "bare"):
+        assert options("--from", name, "--data", "a", "--out", "x").train.data.tokenizer is None
+
+
 # ------------------------------------------------------------------------------------------------- running
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anymamba import MambaOptions, ModelConfig
-from anymamba.data.tokenizer import ByteTokenizer, JsonTokenizer
+from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.models.checkpoints import CheckpointError, convert, load_pretrained, model_tokenizer, open_checkpoint
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
@@ -167,27 +167,6 @@ def test_bytes_are_inside(tmp_path, moved):
     from anymamba.data.tokenizer import load_tokenizer
 
     assert isinstance(load_tokenizer(tmp_path / "hf"), ByteTokenizer)
-
-
-def test_gpt_neox_is_inside(tmp_path, moved, shared_data):
-    """The ids of the file's own tokenizer are those of the original one."""
-    original = JsonTokenizer(shared_data / "tokenizers" / "gpt-neox-20b.tokenizer.json")
-    model = moved(ModelConfig(d_model=8, n_layers=1))
-    model.save_pretrained(tmp_path / "x.gguf", original, format="gguf")
-    convert(tmp_path / "x.gguf", tmp_path / "hf", "hf")
-    again = JsonTokenizer(tmp_path / "hf" / "tokenizer.json")
-    text = "Hello  world, it's\n\n 1234 naïve 漢字 <|endoftext|> é"
-    assert again.encode(text) == original.encode(text)
-    assert again.decode(again.encode(text)) == original.decode(original.encode(text))
-
-
-def test_a_tokenizer_that_llama_cpp_has_not(tmp_path, moved):
-    from tokenizers import Tokenizer, models
-
-    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "words.json"))
-    model = moved(ModelConfig(d_model=8, n_layers=1, vocab_size=8))
-    with pytest.raises(CheckpointError, match="model 'WordLevel' behind pre_tokenizer None is no byte-level BPE"):
-        model.save_pretrained(tmp_path / "x.gguf", JsonTokenizer(tmp_path / "words.json"), format="gguf")
 
 
 def test_a_folder_of_several_files(tmp_path, moved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ class ConvertOptions:
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
     """Of the weights; absent means as stored. A_log, D and the step's bias stay float32. q8_0 is for gguf."""
     tokenizer: str | None = None
-    """A tokenizer.json to go with the model, "none" for none; absent means the one beside the source."""
+    """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; "none" for none. Defaults to the
+    source's own."""
     shard_bytes: int = 5_000_000_000
     """Weights beyond this many bytes are written in several files (hf, anymamba)."""
 
@@ -46,7 +48,8 @@ def command(arguments: Sequence[str]) -> None:
     if options.shard_bytes < 1:
         raise ValueError(f"--shard-bytes must be at least 1, got {options.shard_bytes}")
     dtype = options.dtype if options.dtype in (None, "q8_0") else getattr(torch, options.dtype)
-    with progress_bar("converting") as show:
+    with progress_bar("converting") as show, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         convert(
             options.source,
             options.out,

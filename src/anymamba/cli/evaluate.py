@@ -12,7 +12,7 @@ import tyro
 
 from anymamba.cli.flags import read_flags
 from anymamba.cli.output import print_facts, print_json, progress_bar
-from anymamba.cli.runtime import Runtime, load_model, load_model_tokenizer
+from anymamba.cli.runtime import Runtime, load_model
 
 if TYPE_CHECKING:
     from anymamba.evaluation.perplexity import EvaluationResult
@@ -32,7 +32,7 @@ class EvalOptions:
     text_field: str | None = None
     """The field that holds the text in .jsonl, .csv and .parquet files; absent means "text"."""
     tokenizer: Path | None = None
-    """A tokenizer.json or a folder that holds one; absent means the model's own."""
+    """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the model's own."""
     chunk: int = 2048
     """Tokens run at once; memory grows with it, the result does not change."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -55,9 +55,10 @@ def measure(options: EvalOptions) -> EvaluationResult:
     """Run the model over the files."""
     from anymamba.data.table import build_token_table
     from anymamba.evaluation.perplexity import evaluate
+    from anymamba.models.checkpoints import find_tokenizer
 
     model = load_model(options.model, options.runtime)
-    tokenizer = load_model_tokenizer(options.model, options.tokenizer, model.config.vocab_size)
+    tokenizer = find_tokenizer(options.model, options.tokenizer, vocab_size=model.config.vocab_size)
     paths = [path for group in options.data for path in group]
     with progress_bar("evaluating") as show:
         table = build_token_table(

@@ -13,7 +13,7 @@ import tyro
 
 from anymamba.cli.flags import read_flags
 from anymamba.cli.output import print_json
-from anymamba.cli.runtime import Runtime, load_model, load_model_tokenizer
+from anymamba.cli.runtime import Runtime, load_model
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class GenerateOptions:
     seed: int = 0
     """The same seed gives the same text."""
     tokenizer: Path | None = None
-    """A tokenizer.json or a folder that holds one; absent means the model's own."""
+    """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the model's own."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead of text."""
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = field(default_factory=Runtime)
@@ -72,10 +72,12 @@ class Continuation(NamedTuple):
 def command(arguments: Sequence[str]) -> None:
     """Run `anymamba generate`."""
     options = read_flags(GenerateOptions, "generate", arguments)
+    from anymamba.models.checkpoints import find_tokenizer
+
     sampling = sampling_config(options)
     prompts = read_prompts(options)
     model = load_model(options.model, options.runtime)
-    tokenizer = load_model_tokenizer(options.model, options.tokenizer, model.config.vocab_size)
+    tokenizer = find_tokenizer(options.model, options.tokenizer, vocab_size=model.config.vocab_size)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no failure
     if len(prompts) == 1 and options.num_beams == 1 and not options.json:

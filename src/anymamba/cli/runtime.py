@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, chosen by flags that the verbs share, and the model and tokenizer that a flag names."""
+"""Where the arithmetic runs, chosen by flags that the verbs share, and the model that a flag names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-    from anymamba.data.tokenizer import Tokenizer
     from anymamba.models.language_model import LanguageModel
 
 
@@ -70,21 +69,6 @@ def load_model(model: Path, runtime: Runtime) -> LanguageModel:
     device = choose_device(runtime.device)
     dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
     return LanguageModel.from_pretrained(model, device=device, dtype=dtype).eval()
-
-
-def load_model_tokenizer(model: Path, given: Path | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer that a flag gives, else the model's own, else bytes for a model of bytes."""
-    from anymamba.data.tokenizer import load_tokenizer
-    from anymamba.models.checkpoints import model_tokenizer
-
-    if given is not None:
-        return load_tokenizer(given)
-    own = model_tokenizer(model)
-    if own is None and vocab_size not in (256, 257):
-        raise FileNotFoundError(
-            f"{model} has no tokenizer.json and a vocabulary of {vocab_size}; name one with --tokenizer PATH"
-        )
-    return own or load_tokenizer(None)
 
 
 @contextmanager

@@ -140,10 +140,21 @@ def complete(options: TrainOptions, file_paths: tuple[str, ...]) -> TrainConfig:
     if config.start_from is not None:
         if config.model != TrainConfig().model:
             raise ValueError("--from takes the model's sizes from its weights; leave --preset and --model flags out")
-        if data.tokenizer is None and (Path(config.start_from) / "tokenizer.json").exists():
+        if data.tokenizer is None and not has_bytes(config.start_from):
             data = dataclasses.replace(data, tokenizer=config.start_from)
     device = str(choose_device(None if config.device == AUTO else config.device))
     return dataclasses.replace(config, data=data, device=device)
+
+
+def has_bytes(model: str) -> bool:
+    """Whether a model reads bytes.
+
+    Raises FileNotFoundError for one without a tokenizer whose vocabulary is not of bytes.
+    """
+    from anymamba.data.tokenizer import ByteTokenizer
+    from anymamba.models.checkpoints import find_tokenizer
+
+    return isinstance(find_tokenizer(model), ByteTokenizer)
 
 
 def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:

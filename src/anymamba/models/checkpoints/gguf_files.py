@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anymamba.models.checkpoints import gguf_tokenizer
 from anymamba.models.checkpoints.errors import CheckpointError
 from anymamba.models.checkpoints.files import StoredTensor
 from anymamba.models.checkpoints.gguf_bounds import check_header
@@ -25,21 +26,11 @@ from anymamba.models.options import MambaOptions
 from anymamba.models.schema import config_from_dict, config_to_dict
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, GGUFWriter, ReaderTensor
+    from gguf import GGUFReader, ReaderTensor
 
 ARCHITECTURE = "mamba"
 CONTEXT_LENGTH = 1 << 20  # llama.cpp wants a number; the state has none
 OUR_CONFIG = "anymamba.config"
-NO_MERGE = (
-    "<unused> <unused>"  # of words that no text has: llama.cpp wants a list of merges and gguf none that is empty
-)
-GPT2_SPLITS = ("gpt-2", "mpt", "olmo")
-"""llama.cpp's names of tokenizers that split a text into words as GPT-2's does."""
-TOKEN_IDS = {
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
-}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
 """Types that are read, and what they are read as."""
 
@@ -160,42 +151,16 @@ class GGUFFile:
 
     def token_ids(self) -> dict[str, Any]:
         """eos_token_id and its like, those that the file has."""
-        found = {name: self.field(key) for name, key in TOKEN_IDS.items()}
+        found = {name: self.field(key) for name, key in gguf_tokenizer.TOKEN_IDS.items()}
         return {name: value for name, value in found.items() if value is not None}
 
-    def tokenizer(self) -> dict[str, Any] | None:
-        """The file's tokenizer as the contents of a tokenizer.json; None where it has none of GPT-2's kind."""
-        words, kinds = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type")
-        if (
-            self.field("tokenizer.ggml.model") != "gpt2"
-            or self.field("tokenizer.ggml.pre") not in GPT2_SPLITS
-            or not words
-        ):
-            return None
-        normal, control, given = (self._token_kind(name) for name in ("NORMAL", "CONTROL", "USER_DEFINED"))
-        rows = list(enumerate(zip(words, kinds or [normal] * len(words), strict=True)))
-        merges = [merge for merge in self.field("tokenizer.ggml.merges", []) if merge != NO_MERGE]
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        added = [
-            {"id": i, "content": word, **flags, "special": kind == control}
-            for i, (word, kind) in rows
-            if kind in (control, given)
-        ]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        vocab = {word: i for i, (word, kind) in rows if kind in (normal, control, given)}  # else added ones move
-        return {
-            "version": "1.0",
-            "added_tokens": added,
-            "pre_tokenizer": byte_level,
-            "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-        }
+    def whole_tokenizer(self) -> str | None:
+        """The tokenizer.json that the file holds, word for word; None where there is none that still agrees with it."""
+        return gguf_tokenizer.read_whole(self.field, self.path)
 
-    @staticmethod
-    def _token_kind(name: str) -> int:
-        from gguf import TokenType
-
-        return int(TokenType[name])
+    def tokenizer_from_parts(self) -> str | None:
+        """A tokenizer.json of what the file tells llama.cpp; None where that is not of GPT-2's kind."""
+        return gguf_tokenizer.read_parts(self.field)
 
     def _config_from_fields(self) -> ModelConfig:
         d_model, eps = self._required("embedding_length"), self._required("attention.layer_norm_rms_epsilon")
@@ -248,14 +213,15 @@ def write(
     tensors: Iterable[tuple[str, Tensor]],
     kind: str,
     token_ids: dict[str, Any],
-    tokenizer: dict[str, Any] | None,
-) -> None:
+    tokenizer: str | None,
+) -> list[str]:
     """Write a file, tensor by tensor.
 
     Args:
         stored: our names and what they hold; `tensors` come in this order.
         kind: "F32", "F16", "BF16" or "Q8_0", of the matrices; A, D, norms, biases and filters are float32.
         tokenizer: the contents of a tokenizer.json, None to leave it out.
+    Returns what llama.cpp does otherwise than the tokenizer, a phrase each.
     """
     require_gguf()
     from gguf import GGUFWriter, LlamaFileType
@@ -272,7 +238,7 @@ def write(
             writer.add_float32(key, value)
         else:
             writer.add_uint32(key, value)
-    _write_tokenizer(writer, config, token_ids, tokenizer)
+    differences = gguf_tokenizer.write(writer, tokenizer, config.padded_vocab_size, token_ids)
     empty = {name: _encode(name, info.shape, kind) for name, info in stored.items()}
     for name, (shape, tensor_kind) in empty.items():
         writer.add_tensor_info(to_gguf(name), shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=tensor_kind)
@@ -282,6 +248,7 @@ def write(
     for name, tensor in tensors:
         writer.write_tensor_data(_bytes(name, tensor, kind))
     writer.close()
+    return differences
 
 
 def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
@@ -311,51 +278,6 @@ def _bytes(name: str, tensor: Tensor, kind: str) -> np.ndarray:
     if chosen == "Q8_0":
         return quantize(tensor.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
     return tensor.to(DTYPES[chosen]).contiguous().view(torch.uint8).numpy()
-
-
-def _write_tokenizer(
-    writer: GGUFWriter, config: ModelConfig, token_ids: dict[str, Any], tokenizer: dict[str, Any] | None
-) -> None:
-    if tokenizer is None:
-        writer.add_tokenizer_model("no_vocab")
-    else:
-        from gguf import TokenType
-
-        problem = unsupported_tokenizer(tokenizer, config.padded_vocab_size)
-        if problem:
-            raise CheckpointError(f"the tokenizer cannot be written to GGUF: {problem}; give --tokenizer none")
-        words: dict[int, tuple[str, TokenType]] = {
-            index: (word, TokenType.NORMAL) for word, index in tokenizer["model"]["vocab"].items()
-        }
-        for added in tokenizer.get("added_tokens") or []:
-            words[added["id"]] = (added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
-        rows = [words.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.padded_vocab_size)]
-        merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list([word for word, _ in rows])
-        writer.add_token_types([kind for _, kind in rows])
-        writer.add_token_merges(merges or [NO_MERGE])
-        writer.add_add_bos_token(False)
-    for name, key in TOKEN_IDS.items():
-        value = token_ids.get(name)
-        if isinstance(value, int) and 0 <= value < config.padded_vocab_size:
-            writer.add_uint32(key, value)
-
-
-def unsupported_tokenizer(tokenizer: dict[str, Any], n_rows: int) -> str | None:
-    """Why llama.cpp's GPT-2 tokenizer would not give the ids of a tokenizer.json; None where it does."""
-    model, before = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
-    if model.get("type") != "BPE" or before.get("type") != "ByteLevel":
-        return f"model {model.get('type')!r} behind pre_tokenizer {before.get('type')!r} is no byte-level BPE"
-    if before.get("add_prefix_space"):
-        return "it adds a space before the text"
-    if not before.get("use_regex", True) and model.get("merges"):
-        return "it has merges across words"
-    ids = [*model["vocab"].values(), *(added["id"] for added in tokenizer.get("added_tokens") or [])]
-    if max(ids) >= n_rows:
-        return f"it has the id {max(ids)}, the model has {n_rows} rows"
-    return None
 
 
 def require_gguf() -> None:

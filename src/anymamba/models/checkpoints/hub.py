@@ -10,12 +10,13 @@ SMALL_FILES = ["*.json", "tokenizer.model"]
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # in this order; the second only where the first gives nothing
 
 
-def local_path(name: str | Path, revision: str | None = None) -> Path:
+def local_path(name: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The path of a model that is here, or of the hub's, downloaded into its cache.
 
     Args:
         name: a folder, a .gguf file, a hub repository `owner/name`, or a file in one, `owner/name/file.gguf`.
-        revision: of the hub's repository; absent means its main branch.
+        revision: of the hub's repository; defaults to its main branch.
+        weights: whether a repository's weights are wanted, too; False leaves its configuration and tokenizer.
     Raises FileNotFoundError where there is no such thing, or none in the cache while offline.
     """
     path = Path(name)
@@ -27,18 +28,20 @@ def local_path(name: str | Path, revision: str | None = None) -> Path:
     if found is None or str(name).startswith("."):
         raise FileNotFoundError(f"no model folder {path}; give a folder that holds config.json and model.safetensors")
     try:
-        return _download(found["repository"], found["file"], revision)
+        return _download(found["repository"], found["file"], revision, WEIGHTS if weights else ())
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors; names that it cannot have are ValueErrors
         why = " ".join(str(error).split()).split(". ")[0][:200]
         raise FileNotFoundError(f"no model folder {path} here, and none from the hub: {why}") from error
 
 
-def _download(repository: str, file: str | None, revision: str | None) -> Path:
+def _download(repository: str, file: str | None, revision: str | None, weights: tuple[str, ...]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     if file is not None:
         return Path(hf_hub_download(repository, file, revision=revision))
-    for pattern in WEIGHTS:
+    if not weights:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=SMALL_FILES))
+    for pattern in weights:
         allowed = [*SMALL_FILES, pattern]
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=allowed))
         if any(folder.glob(pattern)):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from anymamba.data.tokenizer import FILE_NAME
 from anymamba.models.checkpoints import gguf_files, huggingface, state_spaces
 from anymamba.models.checkpoints.errors import CheckpointError
 from anymamba.models.checkpoints.files import StoredTensor, TensorFile, open_weights, read_json
@@ -23,6 +24,15 @@ CONFIG = "config.json"
 Format = Literal["hf", "state-spaces", "gguf", "anymamba"]
 TIED = {"hf": "lm_head.weight", "state-spaces": "lm_head.weight", "gguf": "output.weight"}
 """Where the formats may hold the tied head once more."""
+
+
+class TokenizerJson(NamedTuple):
+    """A tokenizer as a value."""
+
+    text: str
+    """The contents of a tokenizer.json."""
+    path: Path
+    """Where they come from: that file, or a .gguf file."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +83,20 @@ class Checkpoint:
                 tensor = gguf_files.to_A_log(tensor, f"{self.file.path}: {key}")
             yield name, tensor.to(self.stored[name].dtype).view(self.stored[name].shape)
 
-    def tokenizer(self) -> dict[str, Any] | None:
-        """The contents of the tokenizer.json beside the model, or a .gguf file's own tokenizer; None without any."""
-        beside = (self.path if self.path.is_dir() else self.path.parent) / "tokenizer.json"
-        if beside.is_file():
-            return read_json(beside)
-        return self.file.tokenizer() if isinstance(self.file, GGUFFile) else None
+    def tokenizer(self) -> TokenizerJson | None:
+        """The model's tokenizer; None without any.
+
+        One that a .gguf file holds whole comes before the tokenizer.json beside the model, and that before what a .gguf
+        file tells llama.cpp.
+        """
+        inside = self.file if isinstance(self.file, GGUFFile) else None
+        whole = None if inside is None else inside.whole_tokenizer()
+        beside = (self.path if self.path.is_dir() else self.path.parent) / FILE_NAME
+        if whole is None and beside.is_file():
+            read_json(beside)  # says where it is not JSON
+            return TokenizerJson(beside.read_text(encoding="utf-8"), beside)
+        text = whole if whole is not None or inside is None else inside.tokenizer_from_parts()
+        return None if text is None else TokenizerJson(text, self.file.path)
 
     @property
     def _tied(self) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anymamba.data.tokenizer import FILE_NAME
 from anymamba.models.checkpoints import gguf_files, huggingface, state_spaces
-from anymamba.models.checkpoints.errors import CheckpointError
-from anymamba.models.checkpoints.files import SAFETENSORS, TORCH, StoredTensor, atomic_file, read_json
+from anymamba.models.checkpoints.errors import CheckpointError, CheckpointWarning
+from anymamba.models.checkpoints.files import SAFETENSORS, TORCH, StoredTensor, atomic_file
 from anymamba.models.checkpoints.names import is_wide, to_huggingface, to_state_spaces
 from anymamba.models.checkpoints.reading import CONFIG, Format, open_checkpoint
+from anymamba.models.checkpoints.tokenizers import named_tokenizer
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 
@@ -118,10 +121,8 @@ def save_pretrained(
         format = "anymamba" if huggingface.foreign_options(model.config) else "hf"
     folder = Path(folder)
     token_ids = {} if tokenizer is None or tokenizer.eos_id is None else {"eos_token_id": tokenizer.eos_id}
-    specification = None
-    if tokenizer is not None and format == "gguf":
-        specification = tokenizer_specification(tokenizer)
-    write(ModelWeights(model), folder, format, token_ids=token_ids, tokenizer=specification, shard_bytes=shard_bytes)
+    text = None if tokenizer is None or format != "gguf" else tokenizer.to_json()
+    write(ModelWeights(model), folder, format, token_ids=token_ids, tokenizer=text, shard_bytes=shard_bytes)
     if tokenizer is not None and folder.suffix != ".gguf":
         tokenizer.save(folder)
 
@@ -144,7 +145,8 @@ def convert(
         out: a folder that is not there yet or is empty; for "gguf" also a path that ends in .gguf.
         to: one of FORMATS.
         dtype: of the weights, "q8_0" for GGUF; absent means as stored.
-        tokenizer: a tokenizer.json; absent means the one beside the source, if there is one.
+        tokenizer: a tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the
+            source's own, if there is one.
         without_tokenizer: leave the tokenizer out.
         shard_bytes: as in `save_pretrained`.
     Raises FileExistsError when `out` holds something, CheckpointError when the source is broken or the format cannot
@@ -158,13 +160,12 @@ def convert(
     checkpoint = open_checkpoint(source)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already; name a folder that is not, or remove it")
-    specification = None
+    text = None
     if tokenizer is not None:
-        if not Path(tokenizer).is_file():
-            raise FileNotFoundError(f"no tokenizer at {tokenizer}; give a tokenizer.json")
-        specification = read_json(Path(tokenizer))
+        text = named_tokenizer(tokenizer).to_json()
     elif not without_tokenizer:
-        specification = checkpoint.tokenizer()
+        own = checkpoint.tokenizer()
+        text = None if own is None else own.text
     with _complete_or_absent(out) as new:
         write(
             checkpoint,
@@ -172,13 +173,12 @@ def convert(
             to,
             dtype=dtype,
             token_ids=checkpoint.token_ids,
-            tokenizer=specification if to == "gguf" else None,
+            tokenizer=text if to == "gguf" else None,
             shard_bytes=shard_bytes,
             progress=progress,
         )
-        if specification is not None and new.is_dir():
-            text = json.dumps(specification, ensure_ascii=False, indent=2)
-            (new / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+        if text is not None and new.is_dir():
+            (new / FILE_NAME).write_text(text, encoding="utf-8")
             for name in BESIDE if tokenizer is None and checkpoint.path.is_dir() else ():
                 if (checkpoint.path / name).is_file():
                     shutil.copyfile(checkpoint.path / name, new / name)
@@ -207,11 +207,14 @@ def write(
     *,
     dtype: torch.dtype | str | None = None,
     token_ids: dict[str, Any] | None = None,
-    tokenizer: dict[str, Any] | None = None,
+    tokenizer: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Write weights in a format; the arguments are those of `convert`, `tokenizer` the contents of a tokenizer.json."""
+    """Write weights in a format; the arguments are those of `convert`, `tokenizer` the contents of a tokenizer.json.
+
+    Warns, as CheckpointWarning, where llama.cpp does not do all that the tokenizer does.
+    """
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
     options = foreign_options(weights.config, to)
@@ -234,13 +237,6 @@ def write(
         values = huggingface.config_to_json(weights.config, narrow, token_ids or {}, ours=to == "anymamba")
     with atomic_file(out / CONFIG) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def tokenizer_specification(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The contents of the tokenizer.json that a tokenizer saves."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        return json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -331,9 +327,7 @@ def _to_mapped_file(tensor: Tensor, path: Path) -> Tensor:
     return torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
 
-def _write_gguf(
-    weights: _Cast, out: Path, kind: str | None, token_ids: dict[str, Any], tokenizer: dict[str, Any] | None
-) -> None:
+def _write_gguf(weights: _Cast, out: Path, kind: str | None, token_ids: dict[str, Any], tokenizer: str | None) -> None:
     path = out if out.suffix == ".gguf" else out / GGUF_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind is None:
@@ -343,4 +337,13 @@ def _write_gguf(
             raise CheckpointError(f"the format gguf cannot hold {dtype}; take float32, bfloat16, float16 or q8_0")
         kind = kinds[dtype]
     with atomic_file(path) as temporary, _failures_told(path.name):
-        gguf_files.write(temporary, weights.config, weights.stored, weights.tensors(), kind, token_ids, tokenizer)
+        differences = gguf_files.write(
+            temporary, weights.config, weights.stored, weights.tensors(), kind, token_ids, tokenizer
+        )
+    if differences:
+        warnings.warn(
+            f"llama.cpp does not do all that the tokenizer in {path.name} does: {'; '.join(differences)}. The file "
+            f"holds the tokenizer whole, and anymamba reads that",
+            CheckpointWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,254 @@
+"""The tokenizer in a GGUF file: its tokenizer.json whole, and the part of it that llama.cpp reads.
+
+llama.cpp has the vocabulary, the merges, a rule that splits words, and whether a text begins and ends with a token. It
+knows no normaliser of byte-level files and no flags of added tokens; `differences` says where its ids are others.
+Source: the GGUF specification, "Tokenizer" (`tokenizer.huggingface.json` is the entirety of a tokenizer.json).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anymamba.models.checkpoints.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+Field = Callable[..., Any]
+"""A metadata value by its key, and a default."""
+
+WHOLE = "tokenizer.huggingface.json"
+NO_MERGE = (
+    "<unused> <unused>"  # of words that no text has: llama.cpp wants a list of merges and gguf none that is empty
+)
+GPT2_SPLITS = {"gpt-2": None, "mpt": {"type": "NFC"}, "olmo": {"type": "NFC"}}
+"""llama.cpp's names of tokenizers that split words as GPT-2's does, and the normaliser of the published ones.
+
+MPT and OLMo have GPT-NeoX's tokenizer, as the published Mamba models do; llama.cpp's converter writes theirs so.
+"""
+
+
+TOKEN_IDS = {
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_whole(field: Field, path: Path) -> str | None:
+    """The tokenizer.json that a file holds; None where it holds none, or its tokens are no longer those of the file.
+
+    Raises CheckpointError where it is not JSON.
+    """
+    text, tokens = field(WHOLE), field("tokenizer.ggml.tokens")
+    if not isinstance(text, str):
+        return None
+    try:
+        words = dict(_words(json.loads(text)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: {WHOLE} is not a tokenizer.json ({error}); give one with --tokenizer"
+        ) from error
+    if tokens is not None and any(i >= len(tokens) or tokens[i] != word for i, word in words.items()):
+        return None  # another program has changed the tokens
+    return text
+
+
+def read_parts(field: Field) -> str | None:
+    """A tokenizer.json of what llama.cpp reads; None where that is not of GPT-2's kind."""
+    words, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    split = field("tokenizer.ggml.pre")
+    if field("tokenizer.ggml.model") != "gpt2" or split not in GPT2_SPLITS or not words:
+        return None
+    normal, control, given = (_kind(name) for name in ("NORMAL", "CONTROL", "USER_DEFINED"))
+    rows = list(enumerate(zip(words, kinds or [normal] * len(words), strict=True)))
+    merges = [merge for merge in field("tokenizer.ggml.merges", []) if merge != NO_MERGE]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": i, "content": word, **flags, "special": kind == control}
+        for i, (word, kind) in rows
+        if kind in (control, given)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    vocab = {word: i for i, (word, kind) in rows if kind in (normal, control, given)}  # else added ones move
+    specification = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": GPT2_SPLITS[split],
+        "pre_tokenizer": byte_level,
+        "post_processor": _template(field, words),
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    return json.dumps(specification, ensure_ascii=False)
+
+
+def _template(field: Field, words: list[str]) -> dict[str, Any] | None:
+    """The rule that puts the file's tokens before and after a text; None where it has none."""
+    added = [end for end in ("bos", "eos") if field(f"tokenizer.ggml.add_{end}_token")]
+    ids = {end: field(f"tokenizer.ggml.{end}_token_id") for end in added}
+    ends = {end: i for end, i in ids.items() if i is not None and i < len(words)}
+    if not ends:
+        return None
+
+    def piece(end: str) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": words[ends[end]], "type_id": 0}}] if end in ends else []
+
+    text = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*piece("bos"), text[0], *piece("eos")],
+        "pair": [*piece("bos"), text[0], *piece("eos"), *piece("bos"), text[1], *piece("eos")],
+        "special_tokens": {words[i]: {"id": words[i], "ids": [i], "tokens": [words[i]]} for i in ends.values()},
+    }
+
+
+def _parsed(text: str, what: str) -> tuple[dict[str, Any], dict[int, str]]:
+    """The contents of a tokenizer.json, and its ids with their tokens."""
+    try:
+        specification = json.loads(text)
+        return specification, dict(_words(specification))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not a tokenizer.json ({error!r}); give one with --tokenizer") from error
+
+
+def _words(specification: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """The ids of a tokenizer.json and their tokens, those of added tokens last."""
+    vocab = specification["model"]["vocab"]
+    if isinstance(vocab, dict):
+        yield from ((i, word) for word, i in vocab.items())
+    else:  # Unigram: words and their scores
+        yield from ((i, word) for i, (word, _) in enumerate(vocab))
+    yield from ((token["id"], token["content"]) for token in specification.get("added_tokens") or [])
+
+
+def _kind(name: str) -> int:
+    from gguf import TokenType
+
+    return int(TokenType[name])
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write(writer: GGUFWriter, text: str | None, n_rows: int, token_ids: Mapping[str, Any]) -> list[str]:
+    """Write a tokenizer and the ids of special tokens; return what llama.cpp does otherwise than it, a phrase each.
+
+    Args:
+        text: the contents of a tokenizer.json, None to leave it out.
+        n_rows: ids that the model has.
+        token_ids: eos_token_id and its like, those that are known.
+    Raises CheckpointError for a tokenizer with ids that the model does not have, or that cannot be read.
+    """
+    ids = dict(token_ids)
+    if text is None:
+        writer.add_tokenizer_model("no_vocab")
+    differences = [] if text is None else _write_tokenizer(writer, text, n_rows, ids)
+    for name, key in TOKEN_IDS.items():
+        value = ids.get(name)
+        if isinstance(value, int) and 0 <= value < n_rows:
+            writer.add_uint32(key, value)
+    return differences
+
+
+def _write_tokenizer(writer: GGUFWriter, text: str, n_rows: int, ids: dict[str, Any]) -> list[str]:
+    """Write a tokenizer, and its ends of texts among the ids; return the differences."""
+    specification, words = _parsed(text, "the model's tokenizer")
+    if max(words, default=0) >= n_rows:
+        why = f"it has the id {max(words)}, the model has {n_rows} rows"
+        raise CheckpointError(f"the tokenizer cannot be written to GGUF: {why}; give --tokenizer none")
+    writer.add_string(WHOLE, text)
+    why_not = unlike_gpt2(specification)
+    if why_not is not None:
+        writer.add_tokenizer_model("no_vocab")
+        return [f"it has none of this kind ({why_not}) and takes the file for one without a tokenizer"]
+    _write_parts(writer, specification, words, n_rows)
+    before, after = _ends(text) if specification.get("post_processor") else ([], [])
+    begins = len(before) == 1
+    ends = len(after) == 1 and ids.get("eos_token_id") in (None, after[0])  # it also ends what is generated
+    writer.add_add_bos_token(begins)
+    writer.add_add_eos_token(ends)
+    ids |= ({"bos_token_id": before[0]} if begins else {}) | ({"eos_token_id": after[0]} if ends else {})
+    differences = list(_differences(specification))
+    if before and not begins:
+        differences.append(f"it does not put the ids {before} before a text")
+    if after and not ends:
+        differences.append(f"it does not put the ids {after} after a text")
+    return differences
+
+
+def _write_parts(writer: GGUFWriter, specification: dict[str, Any], words: dict[int, str], n_rows: int) -> None:
+    """Write what llama.cpp reads of a byte-level BPE."""
+    from gguf import TokenType
+
+    kinds = dict.fromkeys(words, TokenType.NORMAL)
+    for added in specification.get("added_tokens") or []:
+        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    rows = range(n_rows)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in specification["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([words.get(i, f"[PAD{i}]") for i in rows])
+    writer.add_token_types([kinds.get(i, TokenType.UNUSED) for i in rows])
+    writer.add_token_merges(merges or [NO_MERGE])
+
+
+def unlike_gpt2(specification: dict[str, Any]) -> str | None:
+    """Why llama.cpp's GPT-2 tokenizer cannot stand for a tokenizer.json at all; None where it can."""
+    model, before = specification.get("model") or {}, specification.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or before.get("type") != "ByteLevel":
+        return f"model {model.get('type')!r} after pre_tokenizer {before.get('type')!r} is no byte-level BPE"
+    if before.get("add_prefix_space"):
+        return "it adds a space before the text"
+    if not before.get("use_regex", True) and model.get("merges"):
+        return "it has merges across words"
+    return None
+
+
+def _differences(specification: dict[str, Any]) -> Iterator[str]:
+    """What llama.cpp does otherwise than a tokenizer.json of GPT-2's kind, but for the ends of texts."""
+    normalizers = list(_types(specification.get("normalizer")))
+    if normalizers:
+        yield f"it does not normalise text ({', '.join(normalizers)}), so that text not yet in that form gets other ids"
+    flags = ("lstrip", "rstrip", "single_word")
+    flagged = [t["content"] for t in specification.get("added_tokens") or [] if any(t.get(flag) for flag in flags)]
+    if flagged:
+        more = f" and {len(flagged) - 3} more" if len(flagged) > 3 else ""
+        yield f"it ignores lstrip, rstrip and single_word of the tokens {', '.join(map(repr, flagged[:3]))}{more}"
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    unknown = [name for name in options if specification["model"].get(name)]
+    if unknown:
+        yield f"it does not know {', '.join(unknown)}"
+
+
+def _types(part: dict[str, Any] | None) -> Iterator[str]:
+    """The types of a normaliser and of those that it is made of."""
+    if part is None:
+        return
+    if part.get("type") != "Sequence":
+        yield str(part.get("type"))
+    for inner in part.get("normalizers", []):
+        yield from _types(inner)
+
+
+def _ends(text: str) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer.json puts before and after every text."""
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"the tokenizer cannot be written to GGUF: tokenizers {tokenizers.__version__} does not read it ({error})"
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    inner, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    starts = [i for i in range(len(whole)) if whole[i : i + len(inner)] == inner]
+    return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if starts and inner else ([], [])
