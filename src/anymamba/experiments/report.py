@@ -104,6 +104,8 @@ def in_words(value: Any) -> str:
         return f"({', '.join(f'{field.name} {in_words(getattr(value, field.name))}' for field in fields(value))})"
     if isinstance(value, tuple):
         return ", ".join(map(in_words, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
     return "none" if value is None else str(value)
 
 
