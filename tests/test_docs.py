@@ -232,7 +232,7 @@ for line in sys.argv[3:]:
 @pytest.mark.parametrize("page", [p for p in PAGES if instructions(p)], ids=name)
 def test_a_page_on_how_to_add_something_can_be_followed(page, tmp_path):
     clone = tmp_path / "clone"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "site", "runs", "build", "arms", "*.png", "*.pyc"))
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "site", "runs", "build", "*.svg", "*.pyc"))
     for block in instructions(page):
         follow(block, clone)
     shell = "".join(block.text for block in runnable(page) if block.language == "sh")
@@ -309,6 +309,40 @@ def test_the_map_has_every_folder_of_the_package_and_at_most_sixty_lines():
 def test_the_map_names_what_exists_and_describes_it():
     assert [path for path, _ in file_map() if not (ROOT / path).exists()] == []
     assert [path for path, words in file_map() if not words] == []
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+def numbers(text: str) -> list[str]:
+    """The numbers with a decimal point in the tables of a text."""
+    return [n for line in text.splitlines() if line.startswith("|") for n in re.findall(r"(?<![\w.^])\d+\.\d+", line)]
+
+
+def without_source(page: Path, sources: list[Path]) -> list[str]:
+    """The numbers of a page's tables that no source has, rounded as they are."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    measured = {float(number) for number in re.findall(r"\d+\.\d+|\d+", text)}
+    return [n for n in numbers(page.read_text(encoding="utf-8")) if not any(rounds_to(value, n) for value in measured)]
+
+
+def rounds_to(value: float, number: str) -> bool:
+    return f"{value:.{len(number.partition('.')[2])}f}" == number
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/experiments.md", "docs/drop-in.md"])
+def test_numbers_are_those_of_the_results(page):
+    sources = [ROOT / "benchmarks" / "RESULTS.md", *sorted((DOCS / "experiments").glob("*/report.md"))]
+    assert len(numbers((ROOT / page).read_text(encoding="utf-8"))) >= 3
+    assert without_source(ROOT / page, sources) == []
+
+
+def test_a_number_without_a_source_is_found(tmp_path):
+    (tmp_path / "page.md").write_text("| a | 1.25 | 3.4 |\n9.9 in a sentence\n")
+    (tmp_path / "results.md").write_text("took 1.249 s, ratio 3.36")
+    assert without_source(tmp_path / "page.md", [tmp_path / "results.md"]) == []
+    (tmp_path / "results.md").write_text("took 1.259 s, ratio 3.36")
+    assert without_source(tmp_path / "page.md", [tmp_path / "results.md"]) == ["1.25"]
 
 
 # ------------------------------------------------------------------------------------------------- names and links
