@@ -1,0 +1,243 @@
+// What CUDA C++ has no word for: approximate functions, asynchronous copies, barriers between warps, short floats.
+//
+// Kernels use these names only, so that the tests can run them without a GPU: there ANYMAMBA_EMULATED is defined and a
+// header of the tests gives the same names other bodies.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#ifdef ANYMAMBA_EMULATED
+#include "emulated.h"
+#else
+
+#define DEVICE __device__ __forceinline__
+#define CALLED __device__ __noinline__  // large and rare: inlined it would only cost compilation
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define PARAMETER const __grid_constant__
+
+DEVICE u8* shared_memory() {
+    extern __shared__ __align__(128) u8 memory_of_block[];
+    return memory_of_block;
+}
+
+// ------------------------------------------------------------------------------------------------ functions
+// At most two units in the last place; denormals are flushed to zero.
+
+DEVICE float exp2_fast(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+DEVICE float reciprocal_fast(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+// ------------------------------------------------------------------------------------------------ warps
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+template <typename T>
+DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+template <typename T>
+DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE u32 ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+
+DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// A barrier in shared memory that one warp passes on and another waits for; its phases alternate in parity.
+typedef u64 Barrier;
+DEVICE void start_barrier(Barrier* b) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(b)) : "memory");
+}
+DEVICE void arrive(Barrier* b) {
+    asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(shared_address(b)) : "memory");
+}
+DEVICE void wait(const Barrier* b, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+#define ANYMAMBA_TRY "mbarrier.try_wait.parity.shared.b64"
+#else
+#define ANYMAMBA_TRY "mbarrier.test_wait.parity.shared.b64"
+#endif
+    asm volatile("{.reg .pred p; AGAIN: " ANYMAMBA_TRY " p, [%0], %1; @p bra.uni DONE; bra.uni AGAIN; DONE:}" ::"r"(
+                     shared_address(b)),
+                 "r"(parity)
+                 : "memory");
+#undef ANYMAMBA_TRY
+}
+
+// ------------------------------------------------------------------------------------------------ copies
+// From global to shared memory; zeros where `ok` is false, and nothing is read then.
+
+DEVICE void copy_16_bytes(void* shared, const void* global, bool ok) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(ok ? 16 : 0)
+                 : "memory");
+}
+DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All copies but those of the last N groups have arrived, for the thread that asked for them.
+template <int N>
+DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+// ------------------------------------------------------------------------------------------------ short floats
+
+DEVICE float bits_as_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE float half_as_float(u16 bits) {
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
+    return r;
+}
+DEVICE u16 float_as_half(float x) {
+    u16 r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+    return r;
+}
+// Two bfloat16 or float16 in one word, the first in its low half.
+DEVICE u32 floats_as_bfloats(float first, float second) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
+    return r;
+}
+DEVICE u32 floats_as_halves(float first, float second) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
+    return r;
+}
+
+#endif  // ANYMAMBA_EMULATED
+
+// ------------------------------------------------------------------------------------------------ elements
+// Of tensors: the numbers of nvrtc.DTYPES.
+
+constexpr int FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3;
+
+template <int TYPE>
+struct ElementOf {
+    typedef u16 Type;
+};
+template <>
+struct ElementOf<FLOAT32> {
+    typedef float Type;
+};
+
+// `count` neighbouring elements (1, 2 or a multiple of 4) as floats, from and to memory that is aligned to their size.
+template <int TYPE, int count>
+DEVICE void read(float (&out)[count], const typename ElementOf<TYPE>::Type* in) {
+    static_assert(count <= 2 || count % 4 == 0, "");
+    if constexpr (TYPE == FLOAT32 && count % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < count; i += 4) {
+            const float4 v = *reinterpret_cast<const float4*>(in + i);
+            out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+        }
+    } else if constexpr (TYPE == FLOAT32 && count == 2) {
+        const float2 v = *reinterpret_cast<const float2*>(in);
+        out[0] = v.x, out[1] = v.y;
+    } else if constexpr (TYPE == FLOAT32) {
+        out[0] = in[0];
+    } else if constexpr (count == 1) {
+        out[0] = TYPE == BFLOAT16 ? bits_as_float(u32(in[0]) << 16) : half_as_float(in[0]);
+    } else {
+        u32 words[count / 2];
+        if constexpr (count == 2) {
+            words[0] = *reinterpret_cast<const u32*>(in);
+        } else {
+#pragma unroll
+            for (int i = 0; i < count / 4; i++) {
+                const uint2 v = reinterpret_cast<const uint2*>(in)[i];
+                words[2 * i] = v.x, words[2 * i + 1] = v.y;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < count / 2; i++) {
+            if constexpr (TYPE == BFLOAT16) {
+                out[2 * i] = bits_as_float(words[i] << 16), out[2 * i + 1] = bits_as_float(words[i] & 0xffff0000u);
+            } else {
+                out[2 * i] = half_as_float(u16(words[i])), out[2 * i + 1] = half_as_float(u16(words[i] >> 16));
+            }
+        }
+    }
+}
+
+template <int TYPE>
+DEVICE u32 as_word(float first, float second) {
+    return TYPE == BFLOAT16 ? floats_as_bfloats(first, second) : floats_as_halves(first, second);
+}
+
+template <int TYPE, int count>
+DEVICE void write(typename ElementOf<TYPE>::Type* out, const float (&in)[count]) {
+    static_assert(count <= 2 || count % 4 == 0, "");
+    if constexpr (TYPE == FLOAT32 && count % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < count; i += 4)
+            *reinterpret_cast<float4*>(out + i) = make_float4(in[i], in[i + 1], in[i + 2], in[i + 3]);
+    } else if constexpr (TYPE == FLOAT32 && count == 2) {
+        *reinterpret_cast<float2*>(out) = make_float2(in[0], in[1]);
+    } else if constexpr (TYPE == FLOAT32) {
+        out[0] = in[0];
+    } else if constexpr (count == 1) {
+        out[0] = u16(as_word<TYPE>(in[0], in[0]));
+    } else if constexpr (count == 2) {
+        *reinterpret_cast<u32*>(out) = as_word<TYPE>(in[0], in[1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < count; i += 4)
+            *reinterpret_cast<uint2*>(out + i) =
+                make_uint2(as_word<TYPE>(in[i], in[i + 1]), as_word<TYPE>(in[i + 2], in[i + 3]));
+    }
+}
+
+// The same for an element alone whose type is known at run time.
+template <typename R>
+DEVICE R read_as(const void* data, i64 index, int dtype) {
+    switch (dtype) {
+        case FLOAT32: return R(static_cast<const float*>(data)[index]);
+        case FLOAT64: return R(static_cast<const double*>(data)[index]);
+        case BFLOAT16: return R(bits_as_float(u32(static_cast<const u16*>(data)[index]) << 16));
+        default: return R(half_as_float(static_cast<const u16*>(data)[index]));
+    }
+}
+template <typename R>
+DEVICE void write_as(void* data, i64 index, int dtype, R value) {
+    switch (dtype) {
+        case FLOAT32: static_cast<float*>(data)[index] = float(value); break;
+        case FLOAT64: static_cast<double*>(data)[index] = double(value); break;
+        case BFLOAT16: static_cast<u16*>(data)[index] = u16(floats_as_bfloats(float(value), 0.f)); break;
+        default: static_cast<u16*>(data)[index] = float_as_half(float(value));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ mathematics
+
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+DEVICE float sigmoid_fast(float x) { return reciprocal_fast(1.f + exp2_fast(-LOG2_E * x)); }
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), by the series of the inverse hyperbolic tangent at e / (2 + e) <= 1/3: no
+// digits are lost where e is small, as with a logarithm of 1 + e.
+DEVICE float softplus_fast(float x) {
+    const float e = exp2_fast(-LOG2_E * fabsf(x));
+    const float s = e * reciprocal_fast(2.f + e), q = s * s;
+    float sum = fmaf(q, 2.f / 13, 2.f / 11);
+    sum = fmaf(sum, q, 2.f / 9);
+    sum = fmaf(sum, q, 2.f / 7);
+    sum = fmaf(sum, q, 2.f / 5);
+    sum = fmaf(sum, q, 2.f / 3);
+    sum = fmaf(sum, q, 2.f);
+    return fmaf(sum, s, fmaxf(x, 0.f));
+}
+
+// The derivative of the softplus from its value: 1 - e^-value, by a series where that cancels.
+DEVICE float softplus_slope_fast(float value) {
+    float series = fmaf(value, 1.f / 120, -1.f / 24);
+    series = fmaf(series, value, 1.f / 6);
+    series = fmaf(series, value, -0.5f);
+    series = fmaf(series, value, 1.f);
+    return value < 0.125f ? series * value : 1.f - exp2_fast(-LOG2_E * value);
+}

@@ -1,0 +1,377 @@
+"""CUDA C++ compiled at first use by NVRTC, kept in a folder for later processes, and launched; no toolchain is needed.
+
+Compiling needs no GPU: `compile_for` makes a cubin for any architecture that NVRTC knows. Kept cubins are found by
+their source, options, architecture and NVRTC's version; a folder of them may be carried to another machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The numbers of cuda/device.cuh."""
+
+CACHE_VARIABLE = "ANYMAMBA_CUDA_CACHE"
+"""Environment variable that moves the folder of compiled kernels."""
+
+OLDEST = 80
+"""Compute capability from which kernels run, times ten: asynchronous copies and barriers came with it."""
+
+HEADERS = Path(__file__).parent / "cuda"
+"""What the kernels of all ops share."""
+
+INSTALL = "pip install cuda-bindings nvidia-cuda-nvrtc, of the CUDA version that torch.version.cuda names"
+
+
+class Source(NamedTuple):
+    """A file of CUDA C++ and the headers that it may include."""
+
+    name: str
+    text: str
+    headers: tuple[tuple[str, str], ...]
+
+
+class Variant(NamedTuple):
+    """One compilation of a source: its kernel's name and the macros that are defined."""
+
+    source: Source
+    kernel: str
+    options: tuple[tuple[str, int], ...] = ()
+
+    def flags(self) -> tuple[str, ...]:
+        """The options of NVRTC."""
+        return ("--std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in self.options))
+
+
+class Device(NamedTuple):
+    """What plans depend on, of a GPU."""
+
+    capability: int
+    n_multiprocessors: int
+    shared_of_block: int
+    """Bytes of shared memory that a block can have."""
+    shared_of_multiprocessor: int
+
+
+DEVICE_ATTRIBUTES = (
+    "MULTIPROCESSOR_COUNT",
+    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR",
+)
+"""The driver's names for the fields of Device after the first."""
+
+
+@cache
+def source(path: Path) -> Source:
+    """A .cu file with the headers of its folder and of HEADERS."""
+    headers = sorted([*HEADERS.glob("*.cuh"), *path.parent.glob("*.cuh")])
+    return Source(path.name, path.read_text("utf-8"), tuple((h.name, h.read_text("utf-8")) for h in headers))
+
+
+# ------------------------------------------------------------------------------------------------ what there is
+
+
+@cache
+def _compiler() -> Any:
+    """The module cuda.bindings.nvrtc, or in words why it does not work."""
+    try:
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    except ImportError:
+        return f"the package cuda-bindings is not installed; {INSTALL}"
+    try:
+        _check_nvrtc(nvrtc, nvrtc.nvrtcVersion())
+    except Exception as error:  # what a missing library raises depends on the version of cuda-bindings
+        return f"NVRTC cannot be loaded ({_first_line(error)}); {INSTALL}"
+    return nvrtc
+
+
+@cache
+def _driver() -> Any:
+    """The module cuda.bindings.driver, or in words why it does not work."""
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        (status,) = driver.cuInit(0)
+    except ImportError:
+        return f"the package cuda-bindings is not installed; {INSTALL}"
+    except Exception as error:
+        return f"there is no NVIDIA driver ({_first_line(error)}); install one that fits torch.version.cuda"
+    if status != driver.CUresult.CUDA_SUCCESS:
+        return f"the NVIDIA driver does not start ({status.name}); install one that fits torch.version.cuda"
+    return driver
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def cannot_compile() -> str | None:
+    """Why CUDA C++ cannot be compiled here, in words; None where it can."""
+    found = _compiler()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def reason() -> str | None:
+    """Why kernels can not be compiled and run in this process, in words; None where they can."""
+    if cannot_compile():
+        return cannot_compile()
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    if isinstance(_driver(), str):
+        return _driver()
+    return _no_architecture(min(device(i).capability for i in range(torch.cuda.device_count())))
+
+
+def _no_architecture(capability: int) -> str | None:
+    if capability < OLDEST:
+        return f"the GPU has compute capability {capability / 10}, these kernels need {OLDEST / 10} or newer"
+    try:
+        architecture(capability)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@cache
+def device(index: int) -> Device:
+    """What plans depend on, of a GPU by its number."""
+    driver = _require(_driver())
+    attribute, found = driver.CUdevice_attribute, []
+    status, handle = driver.cuDeviceGet(index)
+    for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", *DEVICE_ATTRIBUTES):
+        status, value = driver.cuDeviceGetAttribute(getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the NVIDIA driver does not tell {name} of GPU {index}: {status.name}")
+        found.append(value)
+    return Device(10 * found[0] + found[1], *found[2:])
+
+
+@cache
+def version() -> tuple[int, int]:
+    """NVRTC's version."""
+    nvrtc = _require(_compiler())
+    return _check_nvrtc(nvrtc, nvrtc.nvrtcVersion())
+
+
+@cache
+def architecture(capability: int) -> int:
+    """The newest architecture that NVRTC knows and whose cubins a GPU of a compute capability runs.
+
+    Raises RuntimeError where there is none.
+    """
+    nvrtc = _require(_compiler())
+    count, *known = _check_nvrtc(nvrtc, nvrtc.nvrtcGetSupportedArchs(), unpack=False)
+    names = known[0] if known else count
+    fitting = [a for a in names if a // 10 == capability // 10 and a <= capability]
+    if not fitting:
+        found = ".".join(map(str, version()))
+        raise RuntimeError(
+            f"NVRTC {found} cannot compile for compute capability {capability / 10}; "
+            "install a torch that was built for a newer CUDA"
+        )
+    return max(fitting)
+
+
+def description() -> str:
+    """The compiler's version and where compiled kernels are kept."""
+    where = f"kept in {cache_folder()}" if _can_keep() else f"not kept: {cache_folder()} cannot be written"
+    return f"NVRTC {'.'.join(map(str, version()))}, compiled kernels {where}"
+
+
+# ------------------------------------------------------------------------------------------------ compiling
+
+
+def compile_for(variant: Variant, architecture: int) -> bytes:
+    """The cubin of a variant, from the folder of compiled kernels or compiled and put there."""
+    path = cache_folder() / f"{_key(variant, architecture)}.cubin"
+    cubin = _kept(path)
+    if cubin is None:
+        cubin, _ = compile_anew(variant, architecture)
+        _keep(path, cubin)
+    return cubin
+
+
+def compile_anew(variant: Variant, architecture: int, *flags: str) -> tuple[bytes, str]:
+    """The cubin and what the compiler said; `--ptxas-options=-v` among the flags lets it tell what a kernel uses.
+
+    Raises RuntimeError with the compiler's errors.
+    """
+    nvrtc = _require(_compiler())
+    text = variant.source.text.encode()
+    headers = [(name.encode(), body.encode()) for name, body in variant.source.headers]
+    program = _check_nvrtc(
+        nvrtc,
+        nvrtc.nvrtcCreateProgram(
+            text, variant.source.name.encode(), len(headers), [b for _, b in headers], [n for n, _ in headers]
+        ),
+    )
+    try:
+        options = [f.encode() for f in (f"--gpu-architecture=sm_{architecture}", *variant.flags(), *flags)]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = b" " * _check_nvrtc(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
+        _check_nvrtc(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
+        said = log.decode(errors="replace").rstrip("\0 \n")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"NVRTC {version()} cannot compile {variant.source.name} for sm_{architecture}:\n{said}")
+        cubin = b" " * _check_nvrtc(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
+        _check_nvrtc(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return cubin, said
+
+
+def _require(found: Any) -> Any:
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def _check_nvrtc(nvrtc: Any, result: tuple[Any, ...], unpack: bool = True) -> Any:
+    status, *values = result
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"NVRTC says {status.name}")
+    return values[0] if unpack and len(values) == 1 else tuple(values) if values else None
+
+
+# ------------------------------------------------------------------------------------------------ keeping
+
+_unkept: dict[str, str] = {}  # why the folder cannot be written, by its path
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: what ANYMAMBA_CUDA_CACHE names, or in the user's cache."""
+    wanted = os.environ.get(CACHE_VARIABLE)
+    if wanted:
+        return Path(wanted).expanduser()
+    home = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+    return Path(os.environ.get(home) or Path.home() / ".cache") / "anymamba" / "cuda"
+
+
+def _key(variant: Variant, architecture: int) -> str:
+    parts = (variant.source.name, variant.source.text, variant.source.headers, variant.flags(), architecture, version())
+    name = variant.source.name.removesuffix(".cu")
+    return f"{name}-sm_{architecture}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
+
+
+def _kept(path: Path) -> bytes | None:
+    """The cubin of a file that begins with its hash; None where there is none or it is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, cubin = content[:32], content[32:]
+    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
+
+
+def _keep(path: Path, cubin: bytes) -> None:
+    """Write beside the file and rename: whoever reads meanwhile finds a whole one, or none."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(cubin).digest() + cubin)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        folder = str(path.parent)
+        if folder not in _unkept:
+            _unkept[folder] = str(error)
+            warnings.warn(
+                f"compiled kernels are not kept for later processes: {error}; set {CACHE_VARIABLE} to a folder that "
+                "can be written",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _can_keep() -> bool:
+    folder = cache_folder()
+    existing = next((f for f in (folder, *folder.parents) if f.exists()), folder)
+    return str(folder) not in _unkept and os.access(existing, os.W_OK)
+
+
+# ------------------------------------------------------------------------------------------------ launching
+
+
+class Kernel:
+    """A kernel on one device."""
+
+    def __init__(self, variant: Variant, index: int) -> None:
+        self._driver = driver = _require(_driver())
+        self._index = index
+        self._name = variant.kernel
+        target = architecture(device(index).capability)
+        with torch.cuda.device(index):
+            torch.cuda.current_stream().cuda_stream  # noqa: B018  torch makes the context when it is first needed
+            torch.cuda.synchronize() if not torch.cuda.is_current_stream_capturing() else None
+            self._module = self._load(compile_for(variant, target), variant, target)
+            self._function = self._check(driver.cuModuleGetFunction(self._module, variant.kernel.encode()))
+        self._shared = 48 << 10  # what a block gets without asking
+
+    def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes) -> None:
+        """Queue the kernel on the device's current stream; its one argument is the struct in `parameters`."""
+        if n_blocks == 0:
+            return
+        if torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self.launch(n_blocks, threads, shared, parameters)
+        driver = self._driver
+        if shared > self._shared:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(driver.cuFuncSetAttribute(self._function, attribute, shared))
+            self._shared = shared
+        content = ctypes.create_string_buffer(parameters, len(parameters))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(content))
+        stream = torch.cuda.current_stream(self._index).cuda_stream
+        self._check(
+            driver.cuLaunchKernel(
+                self._function, n_blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
+            )
+        )
+        return None
+
+    def _load(self, cubin: bytes, variant: Variant, target: int) -> Any:
+        status, module = self._driver.cuModuleLoadData(cubin)
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            _, newest = self._driver.cuDriverGetVersion()
+            raise RuntimeError(
+                f"the NVIDIA driver cannot load {variant.source.name} compiled for sm_{target} by NVRTC {version()} "
+                f"({status.name}); the driver is for CUDA {newest // 1000}.{newest % 1000 // 10}, install one at least "
+                'as new as NVRTC, or take backend "portable"'
+            )
+        return module
+
+    def _check(self, result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the NVIDIA driver refuses to run {self._name}: {status.name}")
+        return values[0] if values else None
+
+
+_kernels: dict[tuple[Variant, int], Kernel] = {}
+_lock = threading.Lock()
+
+
+def kernel(variant: Variant, index: int) -> Kernel:
+    """The kernel of a variant on a device by its number; compiled or loaded when it is first asked for."""
+    found = _kernels.get((variant, index))
+    if found is None:
+        with _lock:
+            if (variant, index) not in _kernels:
+                _kernels[variant, index] = Kernel(variant, index)
+            found = _kernels[variant, index]
+    return found

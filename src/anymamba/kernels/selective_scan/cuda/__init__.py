@@ -1,0 +1,216 @@
+"""The selective scan in CUDA C++ for NVIDIA GPUs; `forward.cu` has the notation.
+
+Fast kernels serve real A with selective B and C, general ones the rest of the contract. Nothing here waits for the GPU,
+and every sum has an order of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anymamba.kernels import nvrtc
+from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.kernels.selective_scan.cuda import plan
+from anymamba.kernels.selective_scan.cuda.call import Call, real
+
+NAME = "cuda"
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why this backend cannot serve tensors on a device, in words; None where it can."""
+    return "it serves tensors on an NVIDIA GPU" if device_type != "cuda" else nvrtc.reason()
+
+
+def saved_shape(a: ScanArguments) -> tuple[int, ...]:
+    """Of the states that forward saves for backward: (batch, tokens / 64, padded states, padded channels)."""
+    channels = -(-(a.d_inner // a.n_groups) // 32) * 32 * a.n_groups
+    return (a.batch, -(-a.length // plan.SAVED_EVERY), plan.padded_states(a), channels)
+
+
+def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, d), last_state (b or n_sequences, d, n), and the states before every 64 tokens (or nothing)."""
+    saved = a.u.new_empty(saved_shape(a) if save else (0,), dtype=a.dtype)
+    last_state = a.u.new_empty(a.n_sequences, a.d_inner, a.d_state, dtype=a.dtype)
+    if a.u.numel() == 0:
+        initial = torch.zeros_like(last_state) if a.initial_state is None else a.initial_state
+        return a.u.new_empty(a.u.shape), last_state.copy_(initial), saved
+    call, dtype = _start(a)
+    y = a.u.new_empty(a.u.shape, dtype=dtype)
+    call.rows(y=y)
+    call.dense(last_state=last_state, saved=saved if save else None)
+    if a.cu_seqlens is not None:
+        _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
+    _fast_forward(call, dtype) if plan.is_fast(a) else _general_forward(call)
+    return y.to(a.u.dtype), last_state, saved
+
+
+def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is None)."""
+    inputs = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_state)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in inputs)
+    if a.u.numel() == 0:
+        summed = [None if t is None else t.zero_() for t in (dA, dB, dC, dD, dbias)]
+        passed = None if dinitial is None else dinitial.copy_(dlast_state)
+        return [du, ddelta, *summed[:4], dz, summed[4], passed]
+    call, dtype = _start(a)
+    written = [None if t is None else t.new_empty(t.shape, dtype=dtype) for t in (du, ddelta, dz)]
+    call.rows(dy=dy.to(dtype), du=written[0], ddelta=written[1], dz=written[2])
+    call.states(dlast_state=dlast_state)
+    states = None if dinitial is None else torch.empty_like(dinitial, dtype=a.dtype)
+    call.dense(saved=saved, dinitial_state=states)
+    call.gradients(dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
+    if a.cu_seqlens is not None and dinitial is not None:
+        _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
+    _fast_backward(call, a, dtype) if plan.is_fast(a) else _general_backward(call, a)
+    _between(call, "sum_parts", (a.d_state + 2) * call["channels"])
+    targets = (a.u, a.delta, a.z)
+    rows = [None if t is None or x is None else t.to(x.dtype) for t, x in zip(written, targets, strict=True)]
+    initial = None if dinitial is None or states is None else states.to(dinitial.dtype)
+    return [rows[0], rows[1], dA, dB, dC, dD, rows[2], dbias, initial]
+
+
+def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
+    """One token: y (b, 1, d) and the new state (b, d, n) from `initial_state`."""
+    y, state = a.u.new_empty(a.u.shape), a.u.new_empty(a.batch, a.d_inner, a.d_state, dtype=a.dtype)
+    if a.u.numel() == 0:
+        return y, state
+    call = Call(a)
+    call.rows(u=a.u, delta=a.delta, z=a.z, y=y)
+    _matrices(call, a)
+    call.dense(last_state=state)
+    width = 4 if a.dtype == torch.float32 and a.d_state % 4 == 0 else 1
+    lanes = min(32, 1 << (-(-a.d_state // width) - 1).bit_length())
+    call.set(lanes=lanes)
+    threads = plan.GENERAL_THREADS
+    call.launch(plan.general("step", "step", a.dtype), -(-a.batch * a.d_inner * lanes // threads), threads)
+    return y, state
+
+
+def _start(a: ScanArguments) -> tuple[Call, torch.dtype]:
+    """A call with the op's inputs, and the dtype in which kernels write tokens."""
+    call = Call(a)
+    dtype = plan.element(a) if plan.is_fast(a) else a.u.dtype
+    tensors = {"u": a.u, "delta": a.delta, "z": a.z}
+    call.rows(**{k: t.to(dtype) if plan.is_fast(a) and t is not None else t for k, t in tensors.items()})
+    _matrices(call, a, dtype if plan.is_fast(a) else None)
+    call.set(states=plan.padded_states(a))
+    if a.cu_seqlens is not None:
+        offsets = a.cu_seqlens.to(torch.int64).cummax(0).values
+        call.dense(offsets=offsets)
+        call.scratch("sequence_of", a.length, dtype=torch.int32)
+        _between(call, "find_sequences", a.length)
+    return call, dtype
+
+
+def _matrices(call: Call, a: ScanArguments, dtype: torch.dtype | None = None) -> None:
+    for name, matrix in (("B", a.B), ("C", a.C)):
+        if matrix.ndim == 4:
+            call.rows(**{name: matrix if dtype is None else matrix.to(dtype)})
+        else:
+            call.states(**{f"constant_{name}": matrix})
+    call.states(A=a.A, initial_state=a.initial_state)
+    call.vectors(D=a.D, delta_bias=a.delta_bias)
+
+
+def _between(call: Call, kernel: str, n_threads: int) -> None:
+    threads = plan.SMALL_THREADS
+    call.launch(plan.general("between", kernel, call.dtype), -(-n_threads // threads), threads)
+
+
+def _chunks(call: Call, block_channels: int, blocks_of_multiprocessor: int) -> int:
+    """Decide on chunks of time; returns the number of blocks of a chunk."""
+    blocks_of_group = call.padded // block_channels
+    n_blocks = call["batch"] * call["n_groups"] * blocks_of_group
+    places = nvrtc.device(call.index).n_multiprocessors * blocks_of_multiprocessor
+    chunk, n_chunks = plan.chunks(call["length"], n_blocks, places)
+    call.set(blocks_of_group=blocks_of_group, chunk=chunk, n_chunks=n_chunks, n_parts=call["batch"] * n_chunks)
+    return n_blocks
+
+
+def _scratch_of_chunks(call: Call) -> None:
+    shape = (call["batch"], call["n_chunks"], call["states"], call["channels"])
+    for name in ("chunk_states", "chunk_decays"):
+        call.scratch(name, *shape)
+
+
+def _carry(call: Call) -> None:
+    _between(call, "carry", call["batch"] * call["states"] * call["channels"])
+
+
+def _fast_forward(call: Call, dtype: torch.dtype) -> None:
+    layout = plan.PLENTY
+    n_blocks = _chunks(call, layout.block_channels, layout.blocks)
+    if call["n_chunks"] > 1:
+        _scratch_of_chunks(call)
+        _fast_scan(call, layout, dtype, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
+        _carry(call)
+    _fast_scan(call, layout, dtype, plan.FORWARD, n_blocks * call["n_chunks"])
+
+
+def _fast_scan(call: Call, layout: plan.Layout, dtype: torch.dtype, passage: int, n_blocks: int) -> None:
+    call.set(passage=passage)
+    shared = plan.shared_of_forward(layout, dtype, call["states"], passage)
+    call.launch(plan.fast("forward", "scan", layout, dtype, PASS=passage), n_blocks, layout.threads, shared)
+
+
+def _general_forward(call: Call) -> None:
+    n_blocks = _chunks(call, 32, 4)
+    _scratch_of_chunks(call)
+    if call["n_chunks"] > 1:
+        _general_scan(call, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
+        _carry(call)
+    _general_scan(call, plan.FORWARD, n_blocks * call["n_chunks"])
+
+
+def _general_scan(call: Call, passage: int, n_blocks: int) -> None:
+    call.set(passage=passage)
+    variant = plan.general("general_forward", "scan", call.dtype)
+    call.launch(variant, n_blocks, plan.GENERAL_THREADS, plan.shared_of_general(call.dtype, backward=False))
+
+
+def _scratch_of_parts(call: Call, a: ScanArguments) -> None:
+    """For sums over rows and chunks."""
+    shape, n_parts = (call["states"], call["channels"]), call["n_parts"]
+    call.scratch("dA_parts", n_parts, *shape)
+    if a.D is not None:
+        call.scratch("dD_parts", n_parts, call["channels"], dtype=real(call.dtype))
+    if a.delta_bias is not None:
+        call.scratch("dbias_parts", n_parts, call["channels"], dtype=real(call.dtype))
+
+
+def _general_backward(call: Call, a: ScanArguments) -> None:
+    n_blocks = _chunks(call, 32, 4)
+    _scratch_of_chunks(call)
+    if call["n_chunks"] > 1:
+        _general_scan(call, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
+        _carry(call)
+    _scratch_of_parts(call, a)
+    call.scratch("checkpoints", call["n_parts"], 4, call["states"], call["channels"])
+    for name, matrix in (("dB_parts", a.B), ("dC_parts", a.C)):
+        if matrix.ndim == 4:
+            call.scratch(name, n_blocks // a.batch, a.batch, a.length, a.d_state)
+        else:
+            call.scratch(name, call["n_parts"], call["states"], call["channels"])
+    variant = plan.general("general_backward", "scan_backward", call.dtype)
+    shared = plan.shared_of_general(call.dtype, backward=True)
+    call.launch(variant, n_blocks * call["n_chunks"], plan.GENERAL_THREADS, shared)
+    _between(call, "sum_blocks", a.batch * a.length * a.d_state * a.n_groups)
+
+
+def _fast_backward(call: Call, a: ScanArguments, dtype: torch.dtype) -> None:
+    layout = plan.BACKWARD
+    n_blocks = _chunks(call, layout.block_channels, layout.blocks)
+    if call["n_chunks"] > 1:
+        _scratch_of_chunks(call)
+        _fast_scan(call, plan.PLENTY, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
+        _carry(call)
+    _scratch_of_parts(call, a)
+    n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
+    n_units = a.batch * n_pieces * call["states"] * 2
+    call.scratch("dB_parts", n_blocks // a.batch, n_units, layout.tokens)
+    shared = plan.shared_of_backward(layout, dtype, call["states"])
+    variant = plan.fast("backward", "scan_backward", layout, dtype)
+    call.launch(variant, n_blocks * call["n_chunks"], layout.threads, shared)
+    threads = plan.SMALL_THREADS
+    call.launch(variant._replace(kernel="sum_pieces"), -(-n_units * a.n_groups // threads), threads)

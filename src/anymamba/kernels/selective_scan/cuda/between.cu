@@ -1,0 +1,119 @@
+// What runs before, between and after the large kernels: sequences, what passes from chunk to chunk, sums of parts.
+//
+// Every sum has an order of its own, by the shapes; nothing is added by who comes first.
+//
+// Launch: threads of 256; all of these are bound by memory, or short.
+#include "numbers.cuh"
+#include "parameters.cuh"
+
+constexpr int THREADS = 256;
+DEVICE i64 index_of_thread() { return i64(blockIdx.x) * THREADS + threadIdx.x; }
+
+// sequence_of[t]: the last sequence that starts at or before t. The first starts at 0 and the last ends at the length,
+// whatever the offsets say; they rise (the host has seen to that) and may lie anywhere.
+KERNEL(THREADS, 1) find_sequences(PARAMETER Parameters p) {
+    const i64 t = index_of_thread();
+    if (t >= p.length) return;
+    i64 low = 0, high = p.n_sequences - 1;
+    while (low < high) {
+        const i64 middle = (low + high + 1) / 2;
+        if (p.offsets[middle] <= t) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    p.sequence_of[t] = int(low);
+}
+
+DEVICE i64 clamped(const Parameters& p, i64 sequence) {
+    if (sequence == 0) return 0;
+    return sequence == p.n_sequences ? p.length : max(i64(0), min(p.offsets[sequence], p.length));
+}
+
+// A sequence without tokens hands on its state, and the state's gradient. One block a sequence.
+KERNEL(THREADS, 1) pass_empty(PARAMETER Parameters p) {
+    const i64 s = i64(blockIdx.x), size = p.d_inner * p.d_state;
+    if (clamped(p, s) < clamped(p, s + 1)) return;
+    const T* from = reinterpret_cast<const T*>(p.dinitial_state ? p.dlast_state : p.initial_state);
+    T* to = reinterpret_cast<T*>(p.dinitial_state ? p.dinitial_state : p.last_state);
+    for (i64 i = threadIdx.x; i < size; i += THREADS) to[s * size + i] = from ? from[s * size + i] : number(R(0));
+}
+
+// In place of what leaves each chunk (from nothing) what arrives at it; one thread a row, state and channel.
+KERNEL(THREADS, 1) carry(PARAMETER Parameters p) {
+    constexpr int AHEAD = 8;  // chunks whose numbers are asked for at once
+    const i64 size = p.states * p.channels, i = index_of_thread();
+    if (i >= p.batch * size) return;
+    const i64 first = i / size * p.n_chunks * size + i % size;
+    T* states = reinterpret_cast<T*>(p.chunk_states) + first;
+    const T* decays = reinterpret_cast<const T*>(p.chunk_decays) + first;
+    const bool reverse = p.passage == REVERSE;
+    T h = number(R(0));
+    for (i64 k0 = 0; k0 < p.n_chunks; k0 += AHEAD) {
+        T leaving[AHEAD], decay[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (k0 + k >= p.n_chunks - 1) continue;  // the last chunk on the way hands nothing over
+            const i64 chunk = reverse ? p.n_chunks - 1 - k0 - k : k0 + k;
+            leaving[k] = states[chunk * size], decay[k] = decays[chunk * size];
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (k0 + k >= p.n_chunks) continue;
+            const i64 chunk = reverse ? p.n_chunks - 1 - k0 - k : k0 + k;
+            states[chunk * size] = h;
+            if (k0 + k >= p.n_chunks - 1) continue;
+            // Nothing passes through a chunk in which a sequence starts, or, backwards, ends.
+            const i64 from = chunk * p.chunk - (reverse ? 0 : 1), to = from + p.chunk;
+            bool through = from >= 0 && to < p.length;
+            if (through && p.sequence_of) through = p.sequence_of[from] == p.sequence_of[to];
+            h = through ? leaving[k] + (reverse ? conjugate(decay[k]) : decay[k]) * h : leaving[k];
+        }
+    }
+}
+
+// dB and dC from the parts of blocks of channels, (block, row, token, state).
+KERNEL(THREADS, 1) sum_blocks(PARAMETER Parameters p) {
+    const i64 rows = p.batch * p.length * p.d_state, i = index_of_thread();
+    if (i >= rows * p.n_groups) return;
+    const i64 group = i / rows, place = i % rows, n = place % p.d_state, token = place / p.d_state;
+    const i64 to = (token * p.n_groups + group) * p.d_state + n;
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        const u8* parts = m ? p.dC_parts : p.dB_parts;
+        if (!(m ? p.C : p.B).data) continue;  // constant
+        const T* from = reinterpret_cast<const T*>(parts) + group * p.blocks_of_group * rows + place;
+        T sum = from[0];
+        for (i64 k = 1; k < p.blocks_of_group; k++) sum = sum + from[k * rows];
+        write_number(m ? p.dC : p.dB, to, int(m ? p.dC_dtype : p.dB_dtype), sum);
+    }
+}
+
+// The gradients of A, constant B and C, D and delta_bias from the parts of rows and chunks, (part, state, channel).
+KERNEL(THREADS, 1) sum_parts(PARAMETER Parameters p) {
+    const i64 i = index_of_thread(), c = i % p.channels, n = i / p.channels;  // n = d_state is D, d_state + 1 the bias
+    const i64 per_group = p.d_inner / p.n_groups, padded = p.channels / p.n_groups;
+    if (n > p.d_state + 1 || c % padded >= per_group) return;
+    const i64 channel = c / padded * per_group + c % padded;
+    if (n < p.d_state) {
+        const i64 size = p.states * p.channels, from = n * p.channels + c, to = channel * p.d_state + n;
+        const u8* const parts[] = {p.dA_parts, p.constant_B ? p.dB_parts : nullptr, p.constant_C ? p.dC_parts : nullptr};
+        u8* const results[] = {p.dA, p.dB, p.dC};
+        const i64 dtypes[] = {p.dA_dtype, p.dB_dtype, p.dC_dtype};
+#pragma unroll
+        for (int m = 0; m < 3; m++) {
+            if (!parts[m]) continue;
+            T sum = number(R(0));
+            for (i64 k = 0; k < p.n_parts; k++) sum = sum + reinterpret_cast<const T*>(parts[m])[k * size + from];
+            write_number(results[m], to, int(dtypes[m]), sum);
+        }
+    } else {
+        const bool bias = n > p.d_state;
+        const R* parts = reinterpret_cast<const R*>(bias ? p.dbias_parts : p.dD_parts);
+        if (!(bias ? p.dbias : p.dD)) return;
+        R sum = R(0);
+        for (i64 k = 0; k < p.n_parts; k++) sum += parts[k * p.channels + c];
+        write_as<R>(bias ? p.dbias : p.dD, channel, int(bias ? p.dbias_dtype : p.dD_dtype), sum);
+    }
+}

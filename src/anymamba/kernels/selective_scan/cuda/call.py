@@ -1,0 +1,131 @@
+"""One call of the kernels: tensors become pointers and strides, packed as the struct Parameters of parameters.cuh."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anymamba.kernels import nvrtc
+
+if TYPE_CHECKING:
+    from anymamba.kernels.selective_scan.arguments import ScanArguments
+
+ROWS = ("u", "delta", "z", "B", "C", "y", "dy", "du", "ddelta", "dz")
+"""Fields that are a struct Rows: address, strides of batch, length and group, dtype, whether aligned."""
+
+FIELDS = (
+    *("A", "D", "delta_bias", "constant_B", "constant_C", "initial_state", "last_state", "dlast_state"),
+    *("dinitial_state", "saved", "chunk_states", "chunk_decays", "checkpoints"),
+    *("dA_parts", "dD_parts", "dbias_parts", "dB_parts", "dC_parts", "dA", "dD", "dbias", "dB", "dC"),
+    *("offsets", "sequence_of", "batch", "length", "d_inner", "d_state", "n_groups", "n_sequences"),
+    *("chunk", "n_chunks", "blocks_of_group", "states", "channels", "n_parts", "softplus", "zoh", "passage", "lanes"),
+    *("dA_dtype", "dD_dtype", "dbias_dtype", "dB_dtype", "dC_dtype"),
+)
+"""Fields that are an address or a number, in the order of the struct; the dtypes are those of nvrtc.DTYPES."""
+
+PLACE = {name: i * 6 for i, name in enumerate(ROWS)} | {name: i + 6 * len(ROWS) for i, name in enumerate(FIELDS)}
+PACK = struct.Struct(f"{6 * len(ROWS) + len(FIELDS)}q").pack
+
+LARGEST_STRIDE = (1 << 31) // 16
+"""Kernels multiply strides between tokens with 32 bits; a row of a tensor with larger ones is copied."""
+
+
+def real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a number's parts."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+class Call:
+    """The arguments of the kernels of one call; it keeps what they point to alive."""
+
+    def __init__(self, a: ScanArguments) -> None:
+        self.dtype = a.dtype
+        self.like = a.u
+        self.index: int = a.u.device.index or 0
+        self.values = [0] * (6 * len(ROWS) + len(FIELDS))
+        self._alive: list[Tensor] = []
+        self.set(
+            batch=a.batch,
+            length=a.length,
+            d_inner=a.d_inner,
+            d_state=a.d_state,
+            n_groups=a.n_groups,
+            n_sequences=a.n_sequences,
+            n_chunks=1,
+            chunk=-(-a.length // 64) * 64,
+            softplus=a.delta_softplus,
+            zoh=a.b_discretization == "zoh",
+        )
+        self.per_group = a.d_inner // a.n_groups
+        self.padded = -(-self.per_group // 32) * 32  # channels of a group in scratch tensors
+        self.set(channels=self.padded * a.n_groups)
+
+    def set(self, **numbers: int) -> None:
+        """Fields that are numbers."""
+        for name, value in numbers.items():
+            self.values[PLACE[name]] = int(value)
+
+    def __getitem__(self, name: str) -> int:
+        return self.values[PLACE[name]]
+
+    def rows(self, **tensors: Tensor | None) -> None:
+        """Tensors (batch, length, channels), or (batch, length, groups, states), as they lie in memory.
+
+        What cannot be read so is copied: a strided last dimension, or strides that no kernel multiplies.
+        """
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            tensor = readable(tensor)
+            self._alive.append(tensor)
+            stride = [0 if size == 1 else s for size, s in zip(tensor.shape, tensor.stride(), strict=True)]
+            group = stride[2] if len(stride) == 4 else 0
+            place, width = tensor.data_ptr(), tensor.element_size()
+            in_row = tensor.shape[-1] if len(stride) == 4 else self.per_group
+            aligned = all(x * width % 16 == 0 for x in (stride[0], stride[1], group, in_row)) and place % 16 == 0
+            at = PLACE[name]
+            self.values[at : at + 6] = (place, stride[0], stride[1], group, nvrtc.DTYPES[real(tensor.dtype)], aligned)
+
+    def dense(self, **tensors: Tensor | None) -> None:
+        """Tensors as dense ones of their dtype; a null address where one is absent."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                tensor = tensor.contiguous()
+                self._alive.append(tensor)
+                self.values[PLACE[name]] = tensor.data_ptr()
+
+    def states(self, **tensors: Tensor | None) -> None:
+        """Tensors as dense ones of the state's dtype."""
+        self.dense(**{name: None if t is None else t.to(self.dtype) for name, t in tensors.items()})
+
+    def vectors(self, **tensors: Tensor | None) -> None:
+        """Tensors as dense ones of the state's real dtype."""
+        self.dense(**{name: None if t is None else t.to(real(self.dtype)) for name, t in tensors.items()})
+
+    def gradients(self, **tensors: Tensor | None) -> None:
+        """Dense tensors that are written in a dtype of their own."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.dense(**{name: tensor})
+                self.values[PLACE[f"{name}_dtype"]] = nvrtc.DTYPES[real(tensor.dtype)]
+
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor that is written before it is read, of the state's dtype unless one is given."""
+        tensor = self.like.new_empty(shape, dtype=dtype or self.dtype)
+        self.dense(**{name: tensor})
+        return tensor
+
+    def launch(self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0) -> None:
+        """Queue a kernel."""
+        nvrtc.kernel(variant, self.index).launch(n_blocks, threads, shared, PACK(*self.values))
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that kernels can read: the last dimension is dense and strides are moderate."""
+    fine = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    if fine and all(0 <= s < LARGEST_STRIDE for s in tensor.stride()[1:]):
+        return tensor
+    return tensor.contiguous()

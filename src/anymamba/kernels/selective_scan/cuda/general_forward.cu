@@ -1,0 +1,96 @@
+// The selective scan forward for everything: complex A, float64, exact zero-order hold, constant B and C, many states.
+//
+// Lanes are channels and warps take slabs of states in turn; time runs inside. A tile's d and u are in shared memory, the
+// running state between tiles in chunk_states. The passes are those of forward.cu.
+//
+// Launch: 32 channels and 4 warps a block; slabs of 4 states keep a and h in registers for float64, too.
+#include "general.cuh"
+
+struct OfBlock {
+    R d[TILE][32], x[TILE][32];  // delta after the softplus; u, or the gradient of the scan's own output
+    R y[WARPS][TILE][32];
+};
+
+KERNEL(THREADS, 1) scan(PARAMETER Parameters p) {
+    const bool reverse = p.passage == REVERSE, forward = p.passage == FORWARD;
+    const Place at = place_of_block(p, 32, reverse);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const i64 length = at.end - at.begin, n_tiles = (length + TILE - 1) / TILE;
+    OfBlock& block = *reinterpret_cast<OfBlock*>(shared_memory());
+    const i64 scratch = (at.row * p.n_chunks + at.chunk) * p.states * p.channels + at.padded + lane;
+    T* running = reinterpret_cast<T*>(p.chunk_states) + scratch;
+    T* decays = reinterpret_cast<T*>(p.chunk_decays) + scratch;
+
+    for (i64 k = 0; k < n_tiles; k++) {
+        const i64 first = at.begin + (reverse ? n_tiles - 1 - k : k) * TILE;
+        const int tokens = int(min(i64(TILE), at.end - first));
+        for (int t = warp; t < TILE; t += WARPS) {
+            const bool ok = t < tokens && lane < at.count;
+            block.d[t][lane] = ok ? delta_at(p, at, first + t, lane) : R(0);
+            block.x[t][lane] = !ok ? R(0) : reverse ? dscan_at(p, at, first + t, lane) : element(p.u, at, first + t, lane);
+            for (int w = 0; w < WARPS; w++) block.y[w][t][lane] = R(0);
+        }
+        sync_block();
+        const int around = sequences_around(p, first, TILE, lane);
+        const Boundaries edges = boundaries_of(p, around, first, TILE, tokens, lane);
+
+        for (i64 slab = warp * SLAB; slab < p.d_state; slab += WARPS * SLAB) {
+            States own = states_of(p, at, slab, lane);
+            T h[SLAB], decay[SLAB];
+#pragma unroll
+            for (int i = 0; i < SLAB; i++) {
+                const bool known = slab + i < p.d_state && (k > 0 || (forward && p.n_chunks > 1));
+                h[i] = known ? running[(slab + i) * p.channels] : number(R(0));
+                decay[i] = !forward && k > 0 && slab + i < p.d_state ? decays[(slab + i) * p.channels] : number(R(1));
+            }
+            if (forward && p.saved && first % SAVED_EVERY == 0) {
+                const i64 n_saved = (p.length + SAVED_EVERY - 1) / SAVED_EVERY;
+                T* saved = reinterpret_cast<T*>(p.saved) + at.padded + lane +
+                           (at.row * n_saved + first / SAVED_EVERY) * p.states * p.channels;
+                put(saved, h, p, slab);
+            }
+            for (int s = 0; s < tokens; s++) {
+                const int t = reverse ? tokens - 1 - s : s;
+                const bool starts = edges.starts >> t & 1, ends = edges.ends >> t & 1;
+                i64 sequence = 0;
+                if (starts | ends) sequence = sequence_at(p, at, around, t);
+                if (!reverse && starts) get_of_sequence(h, p.initial_state, p, at, sequence, slab, lane);
+                if (reverse && ends) get_of_sequence(h, p.dlast_state, p, at, sequence, slab, lane);
+                const R d = block.d[t][lane], x = block.x[t][lane];
+                R y = R(0);
+                T B[SLAB], C[SLAB];
+                if (!reverse) matrix_at(B, own.B, p.B, p, at, first + t, slab);
+                if (p.passage != SUMMARY) matrix_at(C, own.C, p.C, p, at, first + t, slab);
+#pragma unroll
+                for (int i = 0; i < SLAB; i++) {
+                    const T a = exponential(d * own.A[i]);
+                    if (reverse) {
+                        h[i] = conjugate(a) * (PAIR * x * conjugate(C[i]) + h[i]);
+                        if (starts) h[i] = number(R(0));
+                    } else {
+                        h[i] = a * h[i] + x * (weight(p, d, own.A[i], a) * B[i]);
+                        if (forward) y += PAIR * real_part(C[i] * h[i]);
+                    }
+                    decay[i] = a * decay[i];
+                }
+                if (forward) block.y[warp][t][lane] += y;
+                if (forward && ends) put_of_sequence(p.last_state, h, p, at, sequence, slab, lane);
+            }
+            put(running, h, p, slab);
+            if (!forward) put(decays, decay, p, slab);
+        }
+        sync_block();
+        for (int t = warp; forward && t < tokens; t += WARPS) {
+            if (lane >= at.count) continue;
+            R y = R(0);
+            for (int w = 0; w < WARPS; w++) y += block.y[w][t][lane];
+            if (p.D) y += reinterpret_cast<const R*>(p.D)[at.channel + lane] * block.x[t][lane];
+            if (p.z.data) {
+                const R z = element(p.z, at, first + t, lane);
+                y *= z * sigmoid(z);
+            }
+            put_element(p.y, at, first + t, lane, y);
+        }
+        sync_block();
+    }
+}

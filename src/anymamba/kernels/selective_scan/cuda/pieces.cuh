@@ -1,0 +1,144 @@
+// Pieces: what one warp works on at a time, TOKENS neighbouring tokens of BLOCK_CHANNELS channels and all states.
+//
+// A lane works on CHANNELS neighbouring channels; SHARE neighbouring lanes have the same channels and share the states
+// of a group of 16: state j * SHARE + lane % SHARE is the lane's j-th. What a lane does for one j is a step.
+//
+// Needs DTYPE, SHARE, CHANNELS, TOKENS and WARPS.
+#pragma once
+
+#include "parameters.cuh"
+
+typedef ElementOf<DTYPE>::Type Element;
+
+constexpr int GROUP = 16;              // states worked on by code without a loop: d_state is padded to a multiple
+constexpr int STEPS = GROUP / SHARE;
+constexpr int OWNERS = 32 / SHARE;     // lanes with channels of their own
+constexpr int BLOCK_CHANNELS = OWNERS * CHANNELS;
+constexpr int THREADS = 32 * WARPS;
+constexpr int TILE = WARPS * TOKENS;   // tokens that the block works on at a time
+constexpr int VECTOR = 16 / sizeof(Element);
+static_assert(SAVED_EVERY % TOKENS == 0 && TOKENS % SHARE == 0, "");
+
+// A choice between two versions of the same code.
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
+
+template <int count>
+DEVICE void load(float (&out)[count], const float* in) { read<FLOAT32>(out, in); }
+template <int count>
+DEVICE void store(float* out, const float (&in)[count]) { write<FLOAT32>(out, in); }
+
+// A piece of a tensor, (TOKENS, COLUMNS), whose rows are not aligned.
+CALLED void copy_elements(Element* shared, const u8* start, int row_bytes, int tokens, int columns, int row, int lane) {
+    for (int i = lane; i < TOKENS * row; i += 32) {
+        const int t = i / row, c = i % row;
+        const Element* from = reinterpret_cast<const Element*>(start + i64(t) * row_bytes) + c;
+        shared[i] = t < tokens && c < columns ? *from : Element(0);
+    }
+}
+
+// Ask for a piece of a tensor, (TOKENS, COLUMNS) from token `first` of the chunk; zeros past `tokens` and `columns`.
+// Complete, for the lane that asked, after wait_for_copies.
+template <int COLUMNS>
+DEVICE void stage(Element* shared, const u8* start, const Rows& rows, int first, int tokens, int columns, int lane) {
+    constexpr int PER_ROW = COLUMNS / VECTOR, UNITS = TOKENS * PER_ROW;
+    const int row_bytes = int(rows.length) * int(sizeof(Element));  // call.py copies a tensor with larger strides
+    if (rows.aligned) {
+#pragma unroll
+        for (int i = 0; i < (UNITS + 31) / 32; i++) {
+            const int unit = i * 32 + lane, t = unit / PER_ROW, c = unit % PER_ROW * VECTOR;
+            if (UNITS % 32 == 0 || unit < UNITS) {
+                const bool ok = t < tokens && c < columns;
+                const u8* from = start + i64(first + t) * row_bytes + c * int(sizeof(Element));
+                copy_16_bytes(shared + unit * VECTOR, ok ? from : rows.data, ok);
+            }
+        }
+    } else {
+        copy_elements(shared, start + i64(first) * row_bytes, row_bytes, tokens, columns, COLUMNS, lane);
+    }
+}
+
+// Write neighbouring elements of a dense tensor's row, those before `count`.
+template <int width>
+DEVICE void write_some(u8* row, i64 aligned, const float (&values)[width], int count) {
+    Element* out = reinterpret_cast<Element*>(row);
+    if (aligned && count > 0) {
+        write<DTYPE>(out, values);
+    } else {
+#pragma unroll
+        for (int i = 0; i < width; i++)
+            if (i < count) write<DTYPE, 1>(out + i, {values[i]});
+    }
+}
+
+// A vector (d_inner,) at the lane's channels; zeros where it is absent.
+template <int width>
+DEVICE void read_vector(float (&out)[width], const u8* vector, i64 channel, int count) {
+#pragma unroll
+    for (int i = 0; i < width; i++)
+        out[i] = vector && i < count ? reinterpret_cast<const float*>(vector)[channel + i] : 0.f;
+}
+
+// Add up over the lanes that share channels: lane i of them gets the sums of values [i, i + 1) * count / SHARE in front.
+template <int count, int lanes = SHARE>
+DEVICE void sum_shared(float (&values)[count], int place) {
+    if constexpr (lanes > 1) {
+        constexpr int half = count / 2;
+        const bool upper = place & (lanes / 2);
+        float kept[half];
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float given = upper ? values[i] : values[i + half];
+            kept[i] = (upper ? values[i + half] : values[i]) + shuffle_xor(given, lanes / 2);
+        }
+        sum_shared<half, lanes / 2>(kept, place);
+#pragma unroll
+        for (int i = 0; i < half; i++) values[i] = kept[i];
+    }
+}
+
+// Rates, log2(e) A, as (state, channel) with zeros for what is padded.
+DEVICE void read_rates(float* rates, const Parameters& p, const Place& at, int states) {
+    const float* A = reinterpret_cast<const float*>(p.A);
+    for (int i = int(threadIdx.x); i < states * BLOCK_CHANNELS; i += THREADS) {
+        const int c = i % BLOCK_CHANNELS, n = i / BLOCK_CHANNELS;
+        const bool ok = c < at.count && n < p.d_state;
+        rates[i] = ok ? LOG2_E * A[(at.channel + c) * p.d_state + n] : 0.f;
+    }
+}
+
+// The states of a sequence at (sequence, channel + i, state), where there are some: i < 4 are read or written.
+CALLED float4 state_of(const u8* states, i64 first, i64 d_state, int count) {
+    const float* from = reinterpret_cast<const float*>(states) + first;
+    return make_float4(count > 0 ? from[0] : 0.f, count > 1 ? from[d_state] : 0.f, count > 2 ? from[2 * d_state] : 0.f,
+                       count > 3 ? from[3 * d_state] : 0.f);
+}
+CALLED void put_state(u8* states, i64 first, i64 d_state, int count, float4 h) {
+    float* to = reinterpret_cast<float*>(states) + first;
+    if (count > 0) to[0] = h.x;
+    if (count > 1) to[d_state] = h.y;
+    if (count > 2) to[2 * d_state] = h.z;
+    if (count > 3) to[3 * d_state] = h.w;
+}
+template <int width>
+DEVICE void read_states(float (&h)[width], const u8* states, const Parameters& p, i64 sequence, i64 channel, int count,
+                        int n) {
+    static_assert(width <= 4, "");
+    const bool some = states && n < p.d_state;
+    const float4 v = state_of(states, (sequence * p.d_inner + channel) * p.d_state + n, p.d_state,
+                              some ? min(count, width) : 0);
+    h[0] = v.x;
+    if constexpr (width > 1) h[1] = v.y;
+    if constexpr (width > 2) h[2] = v.z, h[3] = v.w;
+}
+template <int width>
+DEVICE void write_states(u8* states, const float (&h)[width], const Parameters& p, i64 sequence, i64 channel, int count,
+                         int n) {
+    const float4 v = make_float4(h[0], h[width > 1 ? 1 : 0], h[width > 2 ? 2 : 0], h[width > 2 ? 3 : 0]);
+    put_state(states, (sequence * p.d_inner + channel) * p.d_state + n, p.d_state,
+              n < p.d_state ? min(count, width) : 0, v);
+}

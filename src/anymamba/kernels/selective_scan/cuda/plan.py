@@ -1,0 +1,139 @@
+"""How a call is split over a GPU, and which kernels it takes: by shapes, dtypes and the device, nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from anymamba.kernels import nvrtc
+
+if TYPE_CHECKING:
+    from anymamba.kernels.selective_scan.arguments import ScanArguments
+
+HERE = Path(__file__).parent
+
+FORWARD, SUMMARY, REVERSE = 0, 1, 2
+"""Passages over time, as in parameters.cuh."""
+
+SAVED_EVERY = 64
+"""Tokens between saved states: with d_state 16 in float32 they take a byte a token and channel."""
+
+GROUP = 16
+"""States that the fast kernels work on at a time; others are padded."""
+
+LARGEST_STATE = 64
+"""States of a channel that the fast kernels hold in shared memory; more go to the general ones."""
+
+LONGEST_CHUNK = 1 << 30
+
+
+class Layout(NamedTuple):
+    """How a fast kernel's blocks are laid out: see pieces.cuh."""
+
+    share: int
+    channels: int
+    tokens: int
+    warps: int
+    blocks: int
+    """Of a multiprocessor: registers are limited to what so many blocks leave each other."""
+
+    @property
+    def block_channels(self) -> int:
+        return 32 // self.share * self.channels
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def options(self) -> tuple[tuple[str, int], ...]:
+        return tuple((name.upper(), getattr(self, name)) for name in ("share", "channels", "tokens", "warps", "blocks"))
+
+
+# The layouts are those that were fastest on an H100 at the shapes of benchmarks/gpu.py.
+PLENTY = Layout(share=2, channels=2, tokens=8, warps=8, blocks=2)
+FEW = Layout(share=4, channels=2, tokens=4, warps=16, blocks=2)
+BACKWARD = Layout(share=4, channels=4, tokens=4, warps=4, blocks=3)
+
+
+def is_fast(a: ScanArguments) -> bool:
+    """Whether the fast kernels serve a call: real A, selective B and C, Euler's rule, a small float32 state."""
+    selective = a.B.ndim == 4 and a.C.ndim == 4
+    return selective and a.dtype == torch.float32 and a.b_discretization == "euler" and a.d_state <= LARGEST_STATE
+
+
+def element(a: ScanArguments) -> torch.dtype:
+    """The dtype in which the fast kernels read and write tokens: the widest of them."""
+    tensors = (a.u, a.delta, a.B, a.C, *(() if a.z is None else (a.z,)))
+    widest = tensors[0].dtype
+    for tensor in tensors[1:]:
+        widest = torch.promote_types(widest, tensor.dtype)
+    return widest
+
+
+def padded_states(a: ScanArguments) -> int:
+    """States in scratch tensors."""
+    return -(-a.d_state // GROUP) * GROUP if is_fast(a) else a.d_state
+
+
+def chunks(length: int, n_blocks: int, places: int) -> tuple[int, int]:
+    """Tokens of a chunk and how many chunks: one unless that leaves most of the places for blocks empty.
+
+    Several cost a pass more over all chunks but one, which is worth it where they run on an otherwise idle machine.
+    """
+    wanted = max(1, min(places // max(n_blocks, 1), length // 256))
+    wanted = max(wanted, -(-length // LONGEST_CHUNK))
+    chunk = -(-length // (wanted * SAVED_EVERY)) * SAVED_EVERY
+    return chunk, -(-length // chunk)
+
+
+def fast(name: str, kernel: str, layout: Layout, dtype: torch.dtype, **more: int) -> nvrtc.Variant:
+    """A fast kernel's variant."""
+    options = (("DTYPE", nvrtc.DTYPES[dtype]), *layout.options(), *more.items())
+    return nvrtc.Variant(nvrtc.source(HERE / f"{name}.cu"), kernel, options)
+
+
+def general(name: str, kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
+    """A general kernel's variant, by the dtype of the state."""
+    wide = dtype in (torch.float64, torch.complex128)
+    options = (("DOUBLE", int(wide)), ("COMPLEX", int(dtype.is_complex)))
+    return nvrtc.Variant(nvrtc.source(HERE / f"{name}.cu"), kernel, options)
+
+
+def shared_of_forward(layout: Layout, dtype: torch.dtype, states: int, passage: int) -> int:
+    """Bytes of shared memory of forward.cu: rates, OfWarp and OfGroup."""
+    inputs, matrices = 2 if passage == SUMMARY else 3, 2 if passage == FORWARD else 1
+    width, channels, steps = dtype.itemsize, layout.block_channels, GROUP // layout.share
+    of_warp = layout.tokens * channels * (2 * inputs * width + 8)
+    of_group = GROUP * (layout.tokens * matrices * (4 + 2 * width) + channels * 4) + steps * 8
+    return (states + layout.share) * channels * 4 + layout.warps * (of_warp + states // GROUP * of_group)
+
+
+def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int) -> int:
+    """Bytes of shared memory of backward.cu: OfBlock, OfGroup and sums."""
+    width, channels, steps, groups = dtype.itemsize, layout.block_channels, GROUP // layout.share, states // GROUP
+    pieces, row, plane = SAVED_EVERY // layout.tokens, layout.tokens * channels, GROUP * channels
+    floats = (
+        pieces * plane + plane + pieces * (row + 2 * GROUP * layout.tokens) + layout.warps * (row + 512) + 2 * channels
+    )
+    of_block = 4 * floats + layout.warps * 2 * 3 * row * width + pieces * steps * 8
+    of_group = 4 * 3 * plane + steps * 8
+    return of_block + groups * of_group + (4 * 3 * SAVED_EVERY * channels if groups > 1 else 0)
+
+
+def shared_of_general(dtype: torch.dtype, backward: bool) -> int:
+    """Bytes of shared memory of general_forward.cu and general_backward.cu: OfBlock."""
+    warps, tile = 4, 16
+    width = 8 if dtype in (torch.float64, torch.complex128) else 4
+    if not backward:
+        return tile * 32 * width * (2 + warps)
+    slab = 2 if dtype == torch.complex128 else 4
+    return tile * 32 * (width * (3 + 3 * warps) + dtype.itemsize * slab * warps)
+
+
+GENERAL_THREADS = 128
+"""Of the general kernels and the step."""
+
+SMALL_THREADS = 256
+"""Of the kernels in between.cu."""

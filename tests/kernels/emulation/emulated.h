@@ -1,0 +1,265 @@
+// CUDA kernels on a processor: the names of device.cuh with bodies that run the threads of a block as fibers.
+//
+// Slow and faithful where it matters: a warp's threads meet at its synchronisations only (forwards or backwards in order
+// between them, so that what lacks one shows), asynchronous copies arrive when they are waited for and not before, shared
+// memory ends at a page that must not be touched, and a block in which nobody can go on is reported.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <math.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+#include <algorithm>
+
+#define DEVICE inline
+#define CALLED inline
+#define KERNEL(threads, blocks) extern "C" void
+#define PARAMETER const
+#define __launch_bounds__(...)
+
+struct uint2 { unsigned x, y; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline i64 min(i64 a, i64 b) { return a < b ? a : b; }
+inline i64 max(i64 a, i64 b) { return a > b ? a : b; }
+
+namespace emulated {
+
+struct Index { unsigned x, y, z; };
+struct Copy { void* to; const void* from; bool ok; int group; };
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    Index index;
+    int lane, warp;
+    bool done;
+    int group;
+    std::vector<Copy> copies;
+};
+struct Meeting {
+    int arrived = 0;
+    u64 generation = 0;
+};
+struct Warp {
+    Meeting meeting;
+    u64 values[2][32];
+    int alive = 32;
+};
+
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline Meeting all;
+inline int alive;
+inline u64 events;  // grows with everything that lets somebody go on
+inline Fiber* self;
+inline ucontext_t scheduler;
+inline Index block_index, grid_size, block_size;
+inline u8* shared;
+inline u64 shared_size;
+inline std::function<void()> body;
+inline const char* failure;
+
+inline void yield() { swapcontext(&self->context, &scheduler); }
+
+inline void meet(Meeting& meeting, const int& expected) {
+    const u64 generation = meeting.generation;
+    if (++meeting.arrived == expected) {
+        meeting.arrived = 0, meeting.generation++, events++;
+        return;
+    }
+    while (meeting.generation == generation) yield();
+}
+
+inline void run() {
+    body();
+    self->done = true;
+    events++;
+    warps[self->warp].alive--, alive--;
+    yield();
+}
+
+// One block. Returns whether all threads reached the end.
+inline bool run_block(int threads, bool backwards) {
+    const int n_warps = threads / 32;
+    warps.assign(n_warps, Warp());
+    all = Meeting(), alive = threads;
+    for (int i = 0; i < threads; i++) {
+        Fiber& f = fibers[i];
+        f.index = {unsigned(i), 0, 0}, f.lane = i % 32, f.warp = i / 32, f.done = false, f.group = 0;
+        f.copies.clear();
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
+        f.context.uc_link = &scheduler;
+        makecontext(&f.context, reinterpret_cast<void (*)()>(run), 0);
+    }
+    while (alive) {
+        const u64 before_round = events;
+        for (int w = 0; w < n_warps; w++) {
+            for (u64 before = ~u64(0); before != events;) {
+                before = events;
+                for (int l = 0; l < 32; l++) {
+                    Fiber& f = fibers[w * 32 + (backwards ? 31 - l : l)];
+                    if (f.done) continue;
+                    self = &f;
+                    swapcontext(&scheduler, &f.context);
+                }
+            }
+        }
+        if (before_round == events && alive) {
+            failure = "nobody can go on";
+            return false;
+        }
+        if (failure) return false;
+    }
+    return true;
+}
+
+inline int launch(std::function<void()> kernel, i64 grid, int threads, u64 shared_bytes, bool backwards) {
+    const u64 page = sysconf(_SC_PAGESIZE), whole = (shared_bytes + page - 1) / page * page;
+    u8* memory = static_cast<u8*>(
+        mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(memory + whole, page, PROT_NONE);
+    shared = memory + (whole - shared_bytes), shared_size = shared_bytes;
+    body = kernel, failure = nullptr;
+    if (int(fibers.size()) < threads) fibers.resize(threads);
+    for (auto& f : fibers)
+        if (f.stack.empty()) f.stack.resize(1 << 18);
+    grid_size = {unsigned(grid), 1, 1}, block_size = {unsigned(threads), 1, 1};
+    for (i64 b = 0; b < grid && !failure; b++) {
+        std::memset(memory, 0xff, whole);  // not a number, until it is written
+        block_index = {unsigned(b), 0, 0};
+        run_block(threads, backwards);
+    }
+    munmap(memory, whole + page);
+    if (failure) std::fprintf(stderr, "emulated kernel: %s\n", failure);
+    return failure ? 1 : 0;
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::self->index)
+#define blockIdx (emulated::block_index)
+#define gridDim (emulated::grid_size)
+#define blockDim (emulated::block_size)
+
+inline u8* shared_memory() { return emulated::shared; }
+
+inline void need(bool fine, const char* what) {
+    if (!fine) emulated::failure = what;
+}
+
+inline float exp2_fast(float x) {
+    const float r = std::exp2(x);
+    return std::fabs(r) < 1.17549435e-38f ? 0.f : r;
+}
+inline float reciprocal_fast(float x) {
+    const float r = 1.f / x;
+    return std::fabs(r) < 1.17549435e-38f ? 0.f : r;
+}
+
+inline void sync_block() { emulated::meet(emulated::all, emulated::alive); }
+inline void sync_warp() {
+    auto& warp = emulated::warps[emulated::self->warp];
+    emulated::meet(warp.meeting, warp.alive);
+}
+template <typename T>
+T shuffle(T value, int lane) {
+    auto& warp = emulated::warps[emulated::self->warp];
+    const int side = warp.meeting.generation & 1;
+    std::memcpy(&warp.values[side][emulated::self->lane], &value, sizeof(T));
+    sync_warp();
+    std::memcpy(&value, &warp.values[side][lane & 31], sizeof(T));
+    return value;
+}
+template <typename T>
+T shuffle_xor(T value, int mask) { return shuffle(value, emulated::self->lane ^ mask); }
+inline u32 ballot(bool vote) {
+    auto& warp = emulated::warps[emulated::self->warp];
+    const int side = warp.meeting.generation & 1;
+    warp.values[side][emulated::self->lane] = vote;
+    sync_warp();
+    u32 votes = 0;
+    for (int l = 0; l < 32; l++) votes |= u32(warp.values[side][l] & 1) << l;
+    return votes;
+}
+
+typedef u64 Barrier;
+inline void start_barrier(Barrier* b) { *b = 0; }
+inline void arrive(Barrier* b) { ++*b, emulated::events++; }
+inline void wait(const Barrier* b, u32 parity) {
+    while ((*reinterpret_cast<const volatile u64*>(b) & 1) == parity) emulated::yield();
+}
+
+inline void copy_16_bytes(void* to, const void* from, bool ok) {
+    need(reinterpret_cast<u64>(to) % 16 == 0 && (!ok || reinterpret_cast<u64>(from) % 16 == 0), "a copy not aligned");
+    emulated::self->copies.push_back({to, from, ok, emulated::self->group});
+}
+inline void end_of_copies() { emulated::self->group++; }
+template <int N>
+void wait_for_copies() {
+    auto& copies = emulated::self->copies;
+    size_t kept = 0;
+    for (auto& c : copies) {
+        if (c.group >= emulated::self->group - N) {
+            copies[kept++] = c;
+        } else if (c.ok) {
+            std::memcpy(c.to, c.from, 16);
+        } else {
+            std::memset(c.to, 0, 16);
+        }
+    }
+    copies.resize(kept);
+}
+inline void prefetch(const void*) {}
+
+inline float bits_as_float(u32 bits) {
+    float r;
+    std::memcpy(&r, &bits, 4);
+    return r;
+}
+inline u32 float_as_bits(float x) {
+    u32 r;
+    std::memcpy(&r, &x, 4);
+    return r;
+}
+inline float half_as_float(u16 bits) {
+    const u32 sign = u32(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+    if (exponent == 31) return bits_as_float(sign | 0x7f800000u | fraction << 13);
+    const float size = exponent ? std::ldexp(float(fraction | 0x400), int(exponent) - 25) : std::ldexp(float(fraction), -24);
+    return sign ? -size : size;
+}
+inline u16 float_as_half(float x) {
+    const u32 sign = float_as_bits(x) >> 16 & 0x8000;
+    const float size = std::fabs(x);
+    if (std::isnan(x)) return 0x7fff;
+    if (size >= 65520.f) return u16(sign | 0x7c00);
+    int exponent;
+    std::frexp(size, &exponent);
+    const int unit = std::max(exponent - 11, -24);  // of the last place, as a power of two
+    const u32 units = u32(std::nearbyint(std::ldexp(size, -unit)));
+    return u16(sign | (unit == -24 ? units : u32(unit + 24) * 0x400 + units));
+}
+inline u16 float_as_bfloat(float x) {
+    const u32 bits = float_as_bits(x);
+    if (std::isnan(x)) return 0x7fff;
+    return u16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline u32 floats_as_bfloats(float first, float second) {
+    return u32(float_as_bfloat(first)) | u32(float_as_bfloat(second)) << 16;
+}
+inline u32 floats_as_halves(float first, float second) {
+    return u32(float_as_half(first)) | u32(float_as_half(second)) << 16;
+}
