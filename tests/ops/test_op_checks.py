@@ -11,6 +11,8 @@ from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selectiv
 INT = torch.zeros(2, 19, 6, dtype=torch.int64)
 COMPLEX = torch.zeros(6, 4, dtype=torch.complex64)
 
+LIKE_A = ("A", "B", "C", "initial_state")
+
 SCAN = {
     "u-ndim": ({"u": torch.zeros(19, 6)}, ValueError, r"u must be \(batch, length, d_inner\), got \(19, 6\)"),
     "A-rows": (
@@ -78,9 +80,9 @@ SCAN = {
         "unknown backend 'cuda' for selective_scan; there are cpu, portable, reference",
     ),
     "cpu-backend": (
-        {"backend": "triton"},
+        {"backend": "cpu", **{k: v for k, v in scan_inputs(is_complex=True).items() if k in LIKE_A}},
         RuntimeError,
-        "backend 'triton' cannot serve selective_scan on cpu: it serves",
+        "backend 'cpu' cannot serve selective_scan on cpu: it is for real A",
     ),
 }
 
@@ -165,9 +167,9 @@ STEP = {
     "rule": ({"b_discretization": ""}, ValueError, '"euler" or "zoh"'),
     "device": ({"state": torch.zeros(2, 6, 4, device="meta")}, ValueError, "on one device, got .*state on meta"),
     "backend": (
-        {"backend": "triton"},
-        RuntimeError,
-        "backend 'triton' cannot serve selective_scan on cpu: .*leave backend=None",
+        {"backend": "fast"},
+        ValueError,
+        "unknown backend 'fast' for selective_scan; there are cpu, portable",
     ),
 }
 

@@ -26,6 +26,8 @@ def require_floating(name: str, tensor: Tensor, *, allow_complex: bool = False) 
     if not (tensor.is_floating_point() or (allow_complex and tensor.is_complex())):
         kinds = "floating point or complex" if allow_complex else "floating point"
         raise TypeError(f"{name} must be {kinds}, got {tensor.dtype}")
+    if tensor.dtype.itemsize < 2:
+        raise TypeError(f"{name} must have 16 bits or more a number, got {tensor.dtype}; convert it to torch.bfloat16")
 
 
 def require_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
@@ -73,7 +75,7 @@ ArgumentsT = TypeVar("ArgumentsT")
 def without_lazy(arguments: ArgumentsT) -> ArgumentsT:
     """A record of arguments whose tensors are neither conjugated nor negated lazily, which kernels do not see."""
     fields: Any = arguments
-    if not any(map(_is_lazy, fields)):
+    if not torch.compiler.is_compiling() and not any(map(_is_lazy, fields)):
         return arguments
     return type(arguments)(*(t.resolve_conj().resolve_neg() if isinstance(t, Tensor) else t for t in fields))
 
