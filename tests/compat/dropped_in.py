@@ -21,6 +21,17 @@ SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
 CONFIGS = {
     "mamba": lambda: transformers.MambaConfig(**SIZES, state_size=8, conv_kernel=3),
     "falcon_mamba": lambda: transformers.FalconMambaConfig(**SIZES, mixer_rms_eps=1e-3),
+    "mamba gelu": lambda: transformers.MambaConfig(**SIZES, state_size=8, conv_kernel=3, hidden_act="gelu"),
+    "zamba relu2": lambda: transformers.ZambaConfig(
+        **SIZES,
+        hidden_mamba_act="relu2",
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_mamba_heads=2,
+        mamba_d_state=8,
+        layers_block_type=["hybrid", "hybrid"],
+    ),
     "mamba2": lambda: transformers.Mamba2Config(
         **SIZES, num_heads=8, head_dim=8, n_groups=2, state_size=8, chunk_size=8
     ),
@@ -58,7 +69,7 @@ def measure(model: torch.nn.Module) -> dict:
 
 
 def steps_after(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, count: int = 6) -> torch.Tensor:
-    """Logits of given tokens, one at a time behind the cache of a left-padded batch."""
+    """Logits of given tokens, one at a time after the cache of a left-padded batch."""
     found = []
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     given = torch.randint(1, 50, (count, len(ids)), generator=torch.Generator().manual_seed(3))

@@ -70,7 +70,7 @@ def original(tmp_path) -> Path:
     return tmp_path
 
 
-def test_activate_behind_an_imported_original(original):
+def test_activate_after_an_imported_original(original):
     code = "import mamba_ssm, anymamba.compat\nanymamba.compat.activate()"
     error = run(code, original, check=False).stderr.strip().splitlines()[-1]
     assert error.startswith("RuntimeError: mamba_ssm from ") and "is already imported; call" in error
@@ -192,6 +192,14 @@ def test_the_same_outputs(name, dtype):
     assert result["tokens"] or dtype == "bfloat16"
     if dtype == "float32" and name != "jamba":
         assert len(result["lora"]) == 4 and all(norm > 0 for norm in result["lora"].values())
+
+
+@pytest.mark.parametrize("name", ["mamba gelu", "zamba relu2"])
+def test_other_activations(name):
+    """The convolution's activation is whatever transformers has a name for."""
+    result = dropped_in(name, "float32")
+    assert {"causal_conv1d cpu forward", "causal_conv1d cpu step", "selective_scan cpu step"} <= set(result["kernels"])
+    assert all(result[key] < 1e-5 for key in ("loss", "logits", "steps", "grads")) and result["tokens"], result
 
 
 def test_a_model_that_takes_some_of_our_operators():

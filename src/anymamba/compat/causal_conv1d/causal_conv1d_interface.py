@@ -169,7 +169,7 @@ def _write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> None:
     if rows is None:
         state.copy_(new)
     else:
-        state.index_copy_(0, rows, new.to(state.dtype))
+        state.index_put_((rows,), new.to(state.dtype))
 
 
 def _require_three(x: Tensor) -> None:

@@ -99,7 +99,7 @@ def write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> Tensor:
             return write(state, new, rows)
     if rows is None:
         return state.copy_(new)
-    return state.index_copy_(0, rows, new.to(state.dtype))
+    return state.index_put_((rows,), new.to(state.dtype))
 
 
 def _grouped(M: Tensor) -> Tensor:
