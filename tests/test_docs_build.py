@@ -97,10 +97,13 @@ def test_a_page_that_is_not_in_the_menu_is_refused(site):
 def test_an_included_file_has_links_of_the_site(site):
     (site / "GUIDE.md").write_text("# Guide\n\n[home](docs/index.md) [again](GUIDE.md) [out](https://example.org)\n")
     (site / "docs" / "guide.md").write_text("---\ninclude: GUIDE.md\n---\n")
+    (site / "docs" / "more.md").write_text("---\ninclude: GUIDE.md\n---\n# More\n")
     settings = yaml.safe_load((site / "mkdocs.yml").read_text())
-    settings["nav"].append({"Guide": "guide.md"})
+    settings["nav"] += [{"Guide": "guide.md"}, {"More": "more.md"}]
     (site / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     code, said = build(site)
     assert code == 0, said
     page = (site / "site" / "guide.html").read_text(encoding="utf-8")
     assert all(f'href="{target}"' in page for target in ("index.html", "guide.html", "https://example.org"))
+    more = (site / "site" / "more.html").read_text(encoding="utf-8")
+    assert 'id="guide"' in page and 'id="more"' in more and 'id="guide"' not in more

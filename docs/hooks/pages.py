@@ -1,7 +1,7 @@
 """What MkDocs does besides making pages: it shows files of the repository, and it refuses what must not be published.
 
-A page with `include: FILE` in its front matter ends with that file of the repository. Links in the file are written for
-the repository and are changed to lead to the same place on the site.
+A page with `include: FILE` in its front matter ends with that file of the repository, less its title where the page has
+text of its own. Links in the file are written for the repository and are changed to lead to the same place on the site.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if "include" not in page.meta:
         return markdown
     text = (Path(config.docs_dir).parent / page.meta["include"]).read_text(encoding="utf-8")
+    if markdown.strip():
+        text = re.sub(r"\A# .*\n", "", text)
     return f"{markdown}\n\n{LINK.sub(lambda match: f']({site_path(match[1])}', text)}"
 
 
