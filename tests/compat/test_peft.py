@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -137,3 +139,82 @@ def test_a_soft_prompt(model, ids):
     logits = soft(ids, attention_mask=torch.ones_like(ids)).logits
     vectors = torch.cat([soft.get_prompt(batch_size=2), model.embedding(ids)], 1)
     assert torch.equal(logits, model.logits(model.hidden_of_embedded(vectors)[0]))
+
+
+# ------------------------------------------------------------------------------------------ backbone and head
+
+
+def untied_model() -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(ModelConfig(d_model=32, n_layers=2, vocab_size=257, tie_embeddings=False))
+
+
+def test_all_linear_is_every_projection_but_the_head(model):
+    """PEFT finds the head among the modules and leaves it out, a tied one, too."""
+    for language_model in (model, untied_model()):
+        lora = peft.get_peft_model(
+            wrap(language_model), peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+        )
+        adapted = {name.rpartition(".")[2] for name, module in lora.named_modules() if hasattr(module, "lora_A")}
+        assert adapted == set(PROJECTIONS)
+
+
+def saved_and_loaded(lora, fresh: LanguageModel, folder):
+    lora.save_pretrained(folder)
+    return peft.PeftModel.from_pretrained(wrap(fresh), folder).eval()
+
+
+def test_an_embedding_that_is_trained_whole_is_the_tied_head_as_well(model, ids, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["in_proj"], modules_to_save=["embedding"])
+    fresh = copy.deepcopy(model)
+    lora = peft.get_peft_model(wrap(model), config).eval()
+    before = lora(ids).logits
+    lora(ids, labels=ids).loss.backward()
+    copied = model.embedding.modules_to_save["default"].weight
+    assert model.embedding.original_module.weight.grad is None and copied.grad.abs().max() > 0
+    with torch.no_grad():
+        copied.add_(0.1 * torch.randn_like(copied))
+    after = lora(ids).logits
+    assert not torch.allclose(after, before, atol=1e-3)
+    wrapped = lora.get_base_model()
+    assert wrapped.get_output_embeddings().weight is copied
+    hidden = wrapped.base_model(ids).last_hidden_state
+    torch.testing.assert_close(hidden @ copied.T, after)
+    assert torch.equal(saved_and_loaded(lora, fresh, tmp_path)(ids).logits, after)
+
+
+def test_a_head_is_trained_whole_where_it_is_one(model, ids, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["in_proj"], modules_to_save=["head"])
+    untied = untied_model()
+    fresh = copy.deepcopy(untied)
+    lora = peft.get_peft_model(wrap(untied), config).eval()
+    with torch.no_grad():
+        untied.head.modules_to_save["default"].weight.mul_(2)
+    wrapped = lora.get_base_model()
+    assert wrapped.lm_head is untied.head
+    torch.testing.assert_close(lora(ids).logits, 2 * fresh(ids).logits)
+    assert torch.equal(saved_and_loaded(lora, fresh, tmp_path)(ids).logits, lora(ids).logits)
+    with pytest.raises(ValueError, match="embedding's weight and cannot be set or trained apart"):
+        peft.get_peft_model(wrap(model), config)
+
+
+def test_packed_sequences_go_through_the_adapters(model, ids):
+    lora = adapted(model, seed=2)
+    positions = torch.cat([torch.arange(4), torch.arange(9)])[None]
+    got = lora(input_ids=ids[:1], position_ids=positions).logits
+    want = torch.cat([lora(input_ids=ids[:1, :4]).logits, lora(input_ids=ids[:1, 4:]).logits], 1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_soft_prompt_is_trained_and_generates(model, ids):
+    """PEFT looks for the backbone among the children, and takes the whole model where none is a model itself."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    config.num_layers, config.token_dim, config.num_attention_heads = 2, 32, 1
+    soft = peft.get_peft_model(wrap(model), config).eval()
+    soft(ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    moved = {name for name, parameter in soft.named_parameters() if parameter.grad is not None}
+    assert moved == {"prompt_encoder.default.embedding.weight"}
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    first = soft(ids, attention_mask=torch.ones_like(ids)).logits[:, -1].argmax(-1)
+    new = soft.generate(input_ids=ids, **options)
+    assert torch.equal(new[:, ids.shape[1]], first) and new.shape == (2, 17)

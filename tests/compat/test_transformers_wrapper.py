@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -140,9 +141,9 @@ def test_what_the_model_has_not_is_refused(plain, ids):
     wrapped = wrap(plain)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         wrapped()
-    with pytest.raises(TypeError, match="has no position_ids"):
-        wrapped(ids, position_ids=ids)
-    wrapped(ids, output_attentions=False, position_ids=None)
+    with pytest.raises(TypeError, match="no use for token_type_ids, tokenizer; leave out"):
+        wrapped(ids, token_type_ids=ids, tokenizer="gpt2")
+    wrapped(ids, output_attentions=False, token_type_ids=None)
     wrapped.hf_device_map = {"embedding": 0, "blocks": 1}
     with pytest.raises(ValueError, match=r'one place, got 0, 1; .*device_map="cuda:0"'):
         wrapped(ids)
@@ -330,6 +331,82 @@ def test_pipeline_with_our_tokenizer(plain, tmp_path):
         assert list(tokens) == [*prompt.encode(), *new]
 
 
+def byte_tokenizer(folder):
+    ByteTokenizer().save(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture
+def talking() -> LanguageModel:
+    """A model that says "abcdefgh" over and over: each byte foretells the next."""
+    model = moved(ModelConfig(d_model=32, n_layers=1, vocab_size=257, tie_embeddings=False))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.embedding.weight.copy_(torch.nn.functional.normalize(torch.randn(264, 32)))
+        for block in model.blocks:
+            block.mixer.out_proj.weight.zero_()
+        model.head.weight.zero_()
+        for now, after in zip("abcdefgh", "bcdefgha", strict=True):
+            model.head.weight[ord(after)] = model.embedding.weight[ord(now)]
+    return model
+
+
+def test_generation_stops_at_strings(talking, tmp_path):
+    tokenizer = byte_tokenizer(tmp_path)
+    wrapped = wrap(talking, eos_token_id=256).eval()
+    inputs = tokenizer(["a", "e"], return_tensors="pt")
+    options = {**inputs, "max_new_tokens": 12, "do_sample": False, "tokenizer": tokenizer}
+    for extra in ({}, {"use_cache": False}, {"num_beams": 2}):
+        rows = wrapped.generate(stop_strings=["cd", "fg"], **options, **extra)
+        assert [tokenizer.decode(row, skip_special_tokens=True) for row in rows] == ["abcd", "efg"]
+    config = GenerationConfig(max_new_tokens=12, stop_strings="h", pad_token_id=256)
+    rows = wrapped.generate(**inputs, generation_config=config, tokenizer=tokenizer)
+    assert tokenizer.decode(rows[0], skip_special_tokens=True) == "abcdefgh"
+    assert wrapped.generate(**options).shape == (2, 13)  # a tokenizer that nothing asks for is no error either
+
+
+def test_generation_streams_and_stops_at_strings(talking, tmp_path):
+    tokenizer = byte_tokenizer(tmp_path)
+    wrapped = wrap(talking, eos_token_id=256).eval()
+    inputs = tokenizer("a", return_tensors="pt")
+    said: list[str] = []
+
+    class Streamer(transformers.TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            said.append(text)
+
+    options = {"max_new_tokens": 12, "do_sample": False, "stop_strings": ["gh"], "tokenizer": tokenizer}
+    rows = wrapped.generate(**inputs, streamer=Streamer(tokenizer, skip_prompt=True), **options)
+    assert "".join(said) == "bcdefgh" == tokenizer.decode(rows[0, 1:])
+    streamer = transformers.TextIteratorStreamer(tokenizer)
+    thread = threading.Thread(target=wrapped.generate, kwargs={**inputs, **options, "streamer": streamer})
+    thread.start()
+    assert "".join(streamer) == "abcdefgh"
+    thread.join()
+
+
+def test_pipelines_stop_at_strings_and_know_the_class(talking, tmp_path, caplog):
+    tokenizer = byte_tokenizer(tmp_path)
+    transformers.utils.logging.enable_propagation()
+    pipe = transformers.pipeline("text-generation", model=wrap(talking, eos_token_id=256).eval(), tokenizer=tokenizer)
+    got = pipe(["a", "c"], stop_sequence="ef", max_new_tokens=12, do_sample=False, batch_size=2)
+    assert [row[0]["generated_text"] for row in got] == ["abcdef", "cdef"]
+    assert "is not supported" not in caplog.text
+
+
+def test_tokens_are_healed(talking, tmp_path):
+    """The last token of a prompt is taken back and drawn anew among those that begin with it, which only bytes cannot
+    show; that the tokenizer reaches `generate` and not the model they can."""
+    tokenizer = byte_tokenizer(tmp_path)
+    tokenizer.bos_token = tokenizer.eos_token
+    wrapped = wrap(talking, eos_token_id=256).eval()
+    inputs = tokenizer("abc", return_tensors="pt")
+    rows = wrapped.generate(**inputs, max_new_tokens=4, do_sample=False, token_healing=True, tokenizer=tokenizer)
+    assert tokenizer.decode(rows[0], skip_special_tokens=True).endswith("abcdefg")
+
+
 # ------------------------------------------------------------------------------------------ the vocabulary
 
 
@@ -340,7 +417,8 @@ def test_a_new_size_of_the_vocabulary(ids, tmp_path, tied):
     want = wrapped(ids).logits
     wrapped.resize_token_embeddings(270)
     assert wrapped.config.vocab_size == 270 == model.config.vocab_size == model.config.padded_vocab_size
-    assert wrapped.get_input_embeddings() is model.embedding and wrapped.get_output_embeddings() is model.head
+    assert wrapped.get_input_embeddings() is model.embedding
+    assert wrapped.get_output_embeddings().weight is (model.embedding if tied else model.head).weight
     logits = wrapped(ids).logits
     assert logits.shape[-1] == 270
     torch.testing.assert_close(logits[..., :264], want)
@@ -350,13 +428,6 @@ def test_a_new_size_of_the_vocabulary(ids, tmp_path, tied):
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), wrapped)
     wrapped.resize_token_embeddings(100, mean_resizing=False)
     torch.testing.assert_close(wrapped(ids % 100).logits, model(ids % 100).logits)
-
-
-def test_a_tied_head_cannot_be_replaced(plain):
-    wrapped = wrap(plain)
-    assert wrapped.get_output_embeddings() is None
-    with pytest.raises(ValueError, match="the head is the embedding's weight"):
-        wrapped.set_output_embeddings(torch.nn.Linear(32, 264))
 
 
 # ------------------------------------------------------------------------------------------ one set of layers

@@ -212,6 +212,13 @@ class LanguageModel(nn.Module):
 
     def step(self, token_ids: Int[Tensor, " batch"], state: LanguageModelState) -> LanguageModelOutput:
         """One token per row: logits (batch, padded_vocab) and the new state, in constant time."""
+        x, state = self.hidden_step(token_ids, state)
+        return LanguageModelOutput(self.logits(x), state)
+
+    def hidden_step(
+        self, token_ids: Int[Tensor, " batch"], state: LanguageModelState
+    ) -> tuple[Float[Tensor, "batch d_model"], LanguageModelState]:
+        """`hidden` of one token per row."""
         _require_ids(token_ids, 1, "(batch,)")
         embedded, where = self.embedding(token_ids), state.positions
         if self.positions is not None:
@@ -221,7 +228,7 @@ class LanguageModel(nn.Module):
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             residual, new = block.step(residual, layer_state)
             states.append(new)
-        return LanguageModelOutput(self.logits(self.norm(residual)), LanguageModelState(tuple(states), where))
+        return self.norm(residual), LanguageModelState(tuple(states), where)
 
     def loss(
         self,

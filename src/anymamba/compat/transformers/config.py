@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -18,7 +20,7 @@ class AnyMambaConfig(PretrainedConfig):
 
     Args:
         anymamba: the fields of a `ModelConfig` that differ from its defaults, as a table; see `models/config.py`.
-        eos_token_id, bos_token_id, pad_token_id: of the tokenizer; absent means none.
+        eos_token_id, bos_token_id, pad_token_id: of the tokenizer; default to none.
         use_cache: `forward` returns the state outside training, unless it is told otherwise.
         others: what every config of `transformers` takes.
     Raises ValueError or TypeError for fields that a `ModelConfig` cannot have.
@@ -26,6 +28,8 @@ class AnyMambaConfig(PretrainedConfig):
 
     model_type = "anymamba"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """No code comes with a folder; TRL looks for it in models that `transformers` does not name itself."""
 
     def __init__(
         self,
