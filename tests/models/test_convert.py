@@ -205,6 +205,12 @@ def test_the_tokenizer_goes_along(tmp_path, moved):
     assert (tmp_path / "d" / "tokenizer.json").exists()
 
 
+def test_a_folder_may_be_called_as_a_gguf_file_is(tmp_path, moved):
+    model = moved(ModelConfig(d_model=8, n_layers=1, vocab_size=257))
+    save_pretrained(model, tmp_path / "x.gguf", ByteTokenizer(), format="hf")
+    assert (tmp_path / "x.gguf" / "tokenizer.json").is_file()
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 PEAK = """

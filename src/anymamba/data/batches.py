@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from anymamba.base.sizes import require_at_least, require_sizes
+
 from .table import TokenTable
 
 
@@ -74,11 +76,8 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1 or context < 1 or workers < 0:
-            raise ValueError(
-                f"batch_size and context must be at least 1 and workers at least 0, "
-                f"got {batch_size}, {context} and {workers}"
-            )
+        require_sizes(batch_size=batch_size, context=context)
+        require_at_least("workers", workers, 0)
         if not 0 <= rank < world_size or batch_size % world_size:
             raise ValueError(
                 f"batch_size must be a multiple of world_size and rank below it, got {batch_size}, {world_size} and "

@@ -26,9 +26,11 @@ def format_by_content(first: bytes) -> str | None:
     """
     if first.startswith(_TWO_BIT):
         return "2bit"
+    if not first.startswith(b">"):
+        return None
     lines = [line.rstrip() for line in first.split(b"\n", _LINES)[:_LINES]]
     sequences = [line for line in lines if line and not line.startswith((b">", b";"))]
-    if not first.startswith(b">") or not sequences:
+    if not sequences:
         return None
     is_protein = max(map(len, sequences)) >= 20 and all(map(_AMINO_ACIDS.fullmatch, sequences))
     return "FASTA" if is_protein or all(map(_NUCLEOTIDES.fullmatch, sequences)) else None

@@ -20,6 +20,8 @@ from math import factorial
 import torch
 from torch import Tensor
 
+from anymamba.base.sizes import require_at_least
+
 NOISE = 0
 NO_LABEL = -100
 
@@ -39,8 +41,7 @@ class Copying:
 
     def __post_init__(self) -> None:
         for name, least in (("n_noise", 0), ("n_tokens", 1), ("alphabet", 3)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            require_at_least(name, getattr(self, name), least)
 
     @property
     def marker(self) -> int:

@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from anymamba.base.sizes import require_sizes
+
 Placement = Literal["uniform", "first-ten"]
 """Of the first trigger: at any position that leaves room for the answer, or at one of the first ten."""
 EARLY = 10
@@ -41,8 +43,7 @@ class InductionSequences:
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """The sequences in order, (rows, at most size) ids at a time; the size does not change them. Only once."""
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        require_sizes(size=size)
         rows = torch.arange(len(self.first))
         for start in range(0, self.length, size):
             end = min(start + size, self.length)
@@ -70,8 +71,7 @@ def induction_sequences(
     """
     if length < 3:
         raise ValueError(f"length must be at least 3 (trigger, answer, trigger), got {length}")
-    if n_tokens < 1 or rows < 1:
-        raise ValueError(f"n_tokens and rows must be at least 1, got {n_tokens} and {rows}")
+    require_sizes(n_tokens=n_tokens, rows=rows)
     if placement not in ("uniform", "first-ten"):
         raise ValueError(f"placement must be uniform or first-ten, got {placement!r}")
     places = length - 2 if placement == "uniform" else min(EARLY, length - 2)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anymamba.base.sizes import require_sizes
+
 FILLER = 0
 NO_LABEL = -100
 
@@ -37,8 +39,7 @@ class Recall:
     """Filler is drawn from the whole vocabulary; else it is 0."""
 
     def __post_init__(self) -> None:
-        if self.n_pairs < 1:
-            raise ValueError(f"n_pairs must be at least 1, got {self.n_pairs}")
+        require_sizes(n_pairs=self.n_pairs)
         if self.length % 2 or self.length < 4 * self.n_pairs:
             raise ValueError(
                 f"length must be even and at least 4 n_pairs = {4 * self.n_pairs}, so that the pairs and the places of "

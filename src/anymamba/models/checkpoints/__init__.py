@@ -1,6 +1,6 @@
 """Reading and writing models in every published format: `load_pretrained`, `save_pretrained`, `convert`."""
 
-from anymamba.models.checkpoints.errors import CheckpointError, CheckpointWarning
+from anymamba.base.errors import CheckpointError, CheckpointWarning
 from anymamba.models.checkpoints.hub import local_path
 from anymamba.models.checkpoints.reading import load_pretrained, open_checkpoint
 from anymamba.models.checkpoints.tokenizers import find_tokenizer, model_tokenizer

@@ -7,7 +7,6 @@ a large file do not pile up. Nothing is unpickled but by torch's reader of weigh
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from anymamba.models.checkpoints.errors import CheckpointError
+from anymamba.base.errors import CheckpointError
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 OTHER_PICKLES = ("model.pt", "model.pth", "pytorch_model.pt")
@@ -235,16 +234,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a table of keys and values, got {type(values).__name__}")
     return values
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, flushed to disk, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

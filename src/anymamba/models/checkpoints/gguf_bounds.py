@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from anymamba.models.checkpoints.errors import CheckpointError
+from anymamba.base.errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

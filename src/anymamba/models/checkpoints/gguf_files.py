@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anymamba.base.errors import CheckpointError
+from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.checkpoints import gguf_tokenizer
-from anymamba.models.checkpoints.errors import CheckpointError
 from anymamba.models.checkpoints.files import StoredTensor
 from anymamba.models.checkpoints.gguf_bounds import check_header
 from anymamba.models.checkpoints.huggingface import expansion, foreign_mamba_options
 from anymamba.models.checkpoints.names import is_wide, to_gguf
 from anymamba.models.config import ModelConfig
 from anymamba.models.options import MambaOptions
-from anymamba.models.schema import config_from_dict, config_to_dict
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor

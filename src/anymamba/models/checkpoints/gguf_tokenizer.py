@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymamba.models.checkpoints.errors import CheckpointError
+from anymamba.base.errors import CheckpointError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from anymamba.models.checkpoints.errors import CheckpointError
+from anymamba.base.errors import CheckpointError
+from anymamba.base.schema import config_from_dict, config_to_dict
+from anymamba.base.sizes import require_at_least
 from anymamba.models.config import ModelConfig
 from anymamba.models.options import MambaOptions
-from anymamba.models.schema import config_from_dict, config_to_dict, require_at_least
 
 MODEL_TYPES = ("mamba", "falcon_mamba", "anymamba")
 TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from anymamba.base.errors import CheckpointError
 from anymamba.data.tokenizer import FILE_NAME
 from anymamba.models.checkpoints import gguf_files, huggingface, state_spaces
-from anymamba.models.checkpoints.errors import CheckpointError
 from anymamba.models.checkpoints.files import StoredTensor, TensorFile, open_weights, read_json
 from anymamba.models.checkpoints.gguf_files import GGUFFile
 from anymamba.models.checkpoints.hub import local_path

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from anymamba.models.checkpoints.errors import CheckpointError
+from anymamba.base.errors import CheckpointError
+from anymamba.base.schema import unknown_key
 from anymamba.models.checkpoints.huggingface import foreign_mamba_options
 from anymamba.models.config import ModelConfig
 from anymamba.models.options import MambaOptions
-from anymamba.models.schema import unknown_key
 
 NORM_EPS = 1e-5  # written in that package's code, in no config
 

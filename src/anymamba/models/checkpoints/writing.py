@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -17,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anymamba.base.errors import CheckpointError, CheckpointWarning
+from anymamba.base.files import atomic_file, atomic_folder, write_json
 from anymamba.data.tokenizer import FILE_NAME
 from anymamba.models.checkpoints import gguf_files, huggingface, state_spaces
-from anymamba.models.checkpoints.errors import CheckpointError, CheckpointWarning
-from anymamba.models.checkpoints.files import SAFETENSORS, TORCH, StoredTensor, atomic_file
+from anymamba.models.checkpoints.files import SAFETENSORS, TORCH, StoredTensor
 from anymamba.models.checkpoints.names import is_wide, to_huggingface, to_state_spaces
 from anymamba.models.checkpoints.reading import CONFIG, Format, open_checkpoint
 from anymamba.models.checkpoints.tokenizers import named_tokenizer
@@ -123,7 +122,7 @@ def save_pretrained(
     token_ids = {} if tokenizer is None or tokenizer.eos_id is None else {"eos_token_id": tokenizer.eos_id}
     text = None if tokenizer is None or format != "gguf" else tokenizer.to_json()
     write(ModelWeights(model), folder, format, token_ids=token_ids, tokenizer=text, shard_bytes=shard_bytes)
-    if tokenizer is not None and folder.suffix != ".gguf":
+    if tokenizer is not None and folder.is_dir():
         tokenizer.save(folder)
 
 
@@ -166,7 +165,7 @@ def convert(
     elif not without_tokenizer:
         own = checkpoint.tokenizer()
         text = None if own is None else own.text
-    with _complete_or_absent(out) as new:
+    with nullcontext(out) if out.suffix == ".gguf" else atomic_folder(out) as new:
         write(
             checkpoint,
             new,
@@ -182,22 +181,6 @@ def convert(
             for name in BESIDE if tokenizer is None and checkpoint.path.is_dir() else ():
                 if (checkpoint.path / name).is_file():
                     shutil.copyfile(checkpoint.path / name, new / name)
-
-
-@contextmanager
-def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, else goes; a .gguf file as it is."""
-    if out.suffix == ".gguf":
-        yield out
-        return
-    new = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        yield new
-        if out.exists():
-            out.rmdir()
-        os.replace(new, out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def write(
@@ -235,8 +218,7 @@ def write(
     else:
         _write_safetensors(cast, out, to, shard_bytes)
         values = huggingface.config_to_json(weights.config, narrow, token_ids or {}, ours=to == "anymamba")
-    with atomic_file(out / CONFIG) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(out / CONFIG, values)
 
 
 @contextmanager
@@ -271,9 +253,7 @@ def _write_safetensors(weights: _Cast, folder: Path, to: Format, shard_bytes: in
     index = folder / f"{SAFETENSORS}.index.json"
     if len(shards) > 1:
         size = sum(info.nbytes for info in weights.stored.values())
-        with atomic_file(index) as temporary:
-            text = json.dumps({"metadata": {"total_size": size}, "weight_map": table}, indent=2)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(index, {"metadata": {"total_size": size}, "weight_map": table})
     old = {*folder.glob("model-*-of-*.safetensors"), folder / SAFETENSORS, index} - {folder / file for file in files}
     for path in old - ({index} if len(shards) > 1 else set()):
         path.unlink(missing_ok=True)
