@@ -241,17 +241,47 @@ def test_a_state_of_inference_mode_is_updated_outside_it(options):
     assert weight.grad.abs().sum() > 0
 
 
-def test_updates_compile_into_one_graph():
+TRACED = {"plain": {}, "indices": {"conv_state_indices": torch.tensor([2, -1, 0], dtype=torch.int32)}}
+
+
+@pytest.mark.parametrize("options", TRACED.values(), ids=TRACED)
+@pytest.mark.parametrize("grad", [False, True])
+def test_updates_compile_into_one_graph(options, grad):
     x, weight, bias = tensors(1, 4)
     step = torch.compile(
-        lambda x, state, weight: causal_conv1d_update(x, state, weight, bias, "silu"), fullgraph=True, backend="eager"
+        lambda x, state, weight: causal_conv1d_update(x, state, weight, bias, "silu", **options),
+        fullgraph=True,
+        backend="eager",
     )
-    for grad in (False, True):
-        state, plain = torch.ones(BATCH, DIM, 4), torch.ones(BATCH, DIM, 4)
-        with torch.set_grad_enabled(grad):
-            want = causal_conv1d_update(x, plain, weight, bias, "silu")
-            torch.testing.assert_close(step(x, state, weight), want)
-        assert torch.equal(state, plain)
+    state = torch.randn(BATCH, DIM, 4)
+    plain = state.clone()
+    with torch.set_grad_enabled(grad):
+        want = causal_conv1d_update(x, plain, weight, bias, "silu", **options)
+        torch.testing.assert_close(step(x, state, weight), want)
+    assert torch.equal(state, plain)
+
+
+def test_sequences_compile_into_one_graph():
+    x, weight, bias = tensors(6, 4)
+    seq_idx = torch.tensor([[0] * 6, [0, 0, 1, 1, 2, 2], [-1, -1, 3, 4, 4, -1]])
+    packed = torch.compile(
+        lambda x, seq_idx: causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(packed(x, seq_idx), causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx))
+
+
+def test_the_meta_device():
+    """Shapes without values, also where values say which rows change and where sequences end."""
+    x, weight, bias = (t.to("meta") for t in tensors(6, 4))
+    state, seq_idx = (
+        torch.empty(BATCH + 2, DIM, 4, device="meta"),
+        torch.empty(BATCH, 6, dtype=torch.int, device="meta"),
+    )
+    assert causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx).shape == x.shape
+    for options in TRACED.values():
+        indices = {name: value.to("meta") for name, value in options.items()}
+        rows = state if options else state[:BATCH]
+        assert causal_conv1d_update(x, rows, weight, bias, **indices).shape == x.shape
 
 
 # ------------------------------------------------------------------------------------------ activations and versions

@@ -248,17 +248,33 @@ def test_a_state_of_inference_mode_is_updated_outside_it():
     assert A.grad.any()
 
 
+TRACED = {"plain": {}, "indices": {"state_batch_indices": torch.tensor([2, -1], dtype=torch.int32)}}
+
+
+@pytest.mark.parametrize("options", TRACED.values(), ids=TRACED)
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_state_update_compiles_into_one_graph(grad):
+def test_a_state_update_compiles_into_one_graph(options, grad):
     values = inputs(dtype=torch.float32)
     x, dt, B, C = (values[k][..., 0] for k in ("u", "delta", "B", "C"))
     step = torch.compile(
-        lambda state: selective_state_update(state, x, dt, values["A"], B, C), fullgraph=True, backend="eager"
+        lambda state: selective_state_update(state, x, dt, values["A"], B, C, **options),
+        fullgraph=True,
+        backend="eager",
     )
-    got, want = torch.ones(BATCH, DIM, STATE), torch.ones(BATCH, DIM, STATE)
+    got = torch.randn(BATCH + 1 if options else BATCH, DIM, STATE)
+    want = got.clone()
     with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(step(got), selective_state_update(want, x, dt, values["A"], B, C))
+        torch.testing.assert_close(step(got), selective_state_update(want, x, dt, values["A"], B, C, **options))
     torch.testing.assert_close(got, want)
+
+
+def test_a_state_update_on_the_meta_device():
+    values = {k: v.to("meta") for k, v in inputs(dtype=torch.float32).items()}
+    x, dt, B, C = (values[k][..., 0] for k in ("u", "delta", "B", "C"))
+    for options in TRACED.values():
+        indices = {name: value.to("meta") for name, value in options.items()}
+        state = torch.empty(BATCH + 1 if options else BATCH, DIM, STATE, device="meta")
+        assert selective_state_update(state, x, dt, values["A"], B, C, **indices).shape == (BATCH, DIM)
 
 
 # ------------------------------------------------------------------------------------------ the whole layer

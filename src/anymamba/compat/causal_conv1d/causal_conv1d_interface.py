@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -94,19 +95,17 @@ def causal_conv1d_update(
     width, state_length = weight.shape[1], conv_state.shape[-1]
     if state_length < width - 1:
         raise ValueError(f"conv_state must hold at least width - 1 = {width - 1} inputs, got {state_length}")
-    valid = None
-    if conv_state_indices is not None:
-        valid = conv_state_indices >= 0
-        state = conv_state[conv_state_indices.clamp_min(0).long()]
-    else:  # autograd may keep what the output is computed from
+    if conv_state_indices is None:  # autograd may keep what the output is computed from
         state = conv_state.clone() if torch.is_grad_enabled() else conv_state
+    else:
+        state = conv_state[conv_state_indices.clamp_min(0).long()]
     out, new = _advance(inputs, state, weight, bias, silu, cache_seqlens)
     out = after(out)
-    if valid is None or conv_state_indices is None:
+    if conv_state_indices is None:
         _write(conv_state, new)
     else:
-        _write(conv_state, new[valid], conv_state_indices[valid].long())
-        out = out.masked_fill(~valid[:, None, None], 0)
+        _write_rows(conv_state, new, conv_state_indices)
+        out = out.masked_fill((conv_state_indices < 0)[:, None, None], 0)
     return out[..., 0] if x.ndim == 2 else out
 
 
@@ -172,6 +171,16 @@ def _write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> None:
         state.index_put_((rows,), new.to(state.dtype))
 
 
+def _write_rows(state: Tensor, new: Tensor, indices: Tensor) -> None:
+    """Put each new row into the row of the state that its index names, or nowhere if that is negative."""
+    if observers.plain(state, new, indices):
+        valid = indices >= 0
+        return _write(state, new[valid], indices[valid].long())
+    named = indices == torch.arange(len(state), device=state.device)[:, None]  # shapes may not depend on values
+    found = named.any(dim=1)[:, None, None]
+    return _write(state, torch.where(found, new[named.int().argmax(dim=1)].to(state.dtype), state))
+
+
 def _require_three(x: Tensor) -> None:
     if x.ndim != 3:
         raise ValueError(f"x must be (batch, dim, length), got {tuple(x.shape)}")
@@ -189,14 +198,22 @@ def _separate(
     batch, dim, length = x.shape
     if seq_idx.shape != (batch, length):
         raise ValueError(f"seq_idx must be (batch, length) = {(batch, length)}, got {tuple(seq_idx.shape)}")
-    cuts = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-    cuts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    starts = cuts.flatten().nonzero().flatten()
-    offsets = torch.cat([starts, starts.new_tensor([batch * length])]).int()
+    first = torch.ones_like(seq_idx[:, :1], dtype=torch.bool)
+    offsets = _offsets(torch.cat([first, seq_idx[:, 1:] != seq_idx[:, :-1]], dim=1).flatten())
     rows = x.transpose(1, 2).reshape(1, batch * length, dim)
     y = causal_conv1d(rows, weight, bias, activation=silu, cu_seqlens=offsets).y if batch * length else rows
     y = after(y.view(batch, length, dim)).masked_fill((seq_idx < 0)[..., None], 0)
     return y.transpose(1, 2)
+
+
+def _offsets(cuts: Tensor) -> Tensor:
+    """The places of the cuts, and the end; where shapes may not depend on values, many times the end."""
+    end = cuts.numel()
+    if observers.plain(cuts):
+        starts = cuts.nonzero().flatten()
+    else:
+        starts = torch.where(cuts, torch.arange(end, device=cuts.device), end).sort().values
+    return F.pad(starts, (0, 1), value=end).int()
 
 
 def _advance(

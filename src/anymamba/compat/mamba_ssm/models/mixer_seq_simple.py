@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anymamba.base.files import atomic_file, write_text
 from anymamba.compat.mamba_ssm.models.config_mamba import MambaConfig
 from anymamba.compat.mamba_ssm.modules.block import Block
 from anymamba.compat.mamba_ssm.modules.mamba_simple import Mamba
@@ -25,7 +26,7 @@ from anymamba.compat.mamba_ssm.utils.generation import GenerationMixin
 from anymamba.compat.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 from anymamba.compat.mamba_ssm.version_1 import accepting_version_1
 from anymamba.models.checkpoints import CheckpointError, local_path, open_checkpoint, state_spaces
-from anymamba.models.checkpoints.files import SAFETENSORS, TORCH, atomic_file, open_weights, read_json
+from anymamba.models.checkpoints.files import SAFETENSORS, TORCH, open_weights, read_json
 from anymamba.models.checkpoints.names import to_state_spaces
 
 __all__ = [
@@ -325,8 +326,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / TORCH) as file:
             torch.save(tensors, file)
-        with atomic_file(folder / CONFIG) as file:
-            file.write_text(text, encoding="utf-8")
+        write_text(folder / CONFIG, text)
 
 
 def _open_own(

@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from anymamba.compat.mamba_ssm.refused import refusing
+from anymamba.ops import observers
 from anymamba.ops.selective_scan import selective_scan_step
 
 __getattr__ = refusing(__name__)
@@ -41,12 +42,7 @@ def selective_state_update(
     """
     if state.ndim not in (3, 4):
         raise ValueError(f"state must be (batch, [nheads,] dim, dstate), got {tuple(state.shape)}")
-    valid = None
-    if state_batch_indices is not None:
-        valid = state_batch_indices >= 0
-        rows = state[state_batch_indices.clamp_min(0).long()]
-    else:
-        rows = before_writing(state)
+    rows = before_writing(state) if state_batch_indices is None else state[state_batch_indices.clamp_min(0).long()]
     flat = rows.flatten(1, -2)  # heads are channels; the groups of B and C divide them in order
     y, new = selective_scan_step(
         flat.to(torch.promote_types(flat.dtype, torch.float32)),
@@ -61,11 +57,11 @@ def selective_state_update(
         delta_softplus=dt_softplus,
     )
     out, new = y.reshape(x.shape), new.reshape(rows.shape)
-    if valid is None or state_batch_indices is None:
+    if state_batch_indices is None:
         write(state, new)
         return out
-    write(state, new[valid], state_batch_indices[valid].long())
-    return out.masked_fill(~valid.view(-1, *[1] * (x.ndim - 1)), 0)
+    _write_rows(state, new, state_batch_indices)
+    return out.masked_fill((state_batch_indices < 0).view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 def selective_state_update_ref(
@@ -97,9 +93,18 @@ def write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
         with torch.inference_mode():
             return write(state, new, rows)
-    if rows is None:
-        return state.copy_(new)
-    return state.index_put_((rows,), new.to(state.dtype))
+    return state.copy_(new) if rows is None else state.index_put_((rows,), new.to(state.dtype))
+
+
+def _write_rows(state: Tensor, new: Tensor, indices: Tensor) -> None:
+    """Put each new row into the row of the state that its index names, or nowhere if that is negative."""
+    if observers.plain(state, new, indices):
+        valid = indices >= 0
+        write(state, new[valid], indices[valid].long())
+        return
+    named = indices == torch.arange(len(state), device=state.device)[:, None]  # shapes may not depend on values
+    found = named.any(dim=1).view(-1, *[1] * (state.ndim - 1))
+    write(state, torch.where(found, new[named.int().argmax(dim=1)].to(state.dtype), state))
 
 
 def _grouped(M: Tensor) -> Tensor:
