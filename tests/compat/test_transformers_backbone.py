@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import pickle
 import subprocess
@@ -170,6 +171,28 @@ def test_copies_pickles_and_replicas_have_backbones_and_heads_of_their_own(model
     assert replica.model(ids).last_hidden_state.shape == (3, 11, 32)
     weight = replica.embedding.weight if model.head is None else model.head.weight
     assert replica.get_output_embeddings().weight is weight
+
+
+def test_replicas_of_data_parallel_train_the_layers_they_are_copied_from(model, ids, monkeypatch):
+    """torch's own `replicate`, whose copies to other devices become copies on this one."""
+    parallel = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        parallel,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[tensor * 1 for tensor in tensors] for _ in devices],
+    )
+    wrapped = wrap(model)
+    rows = ids.split(1)
+    torch.stack([wrapped(row, labels=row).loss for row in rows]).sum().backward()
+    want = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    replicas = parallel.replicate(wrapped, [0, 0, 0])
+    torch.stack([replica(row, labels=row).loss for replica, row in zip(replicas, rows, strict=True)]).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[name], msg=name)
+    with torch.no_grad():
+        wrapped.norm.weight.zero_()
+    assert replicas[0](ids).logits.any() and replicas[0].model(ids).last_hidden_state.any()
 
 
 def test_auto_model_loads_the_backbone_of_a_folder(model, ids, tmp_path):
