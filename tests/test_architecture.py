@@ -11,6 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = "anymamba"
 
 LEVELS = (
+    {"base"},
     {"data", "kernels"},
     {"ops"},
     {"layers"},
@@ -25,14 +26,14 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 # Inside a level, only these modules (and those of these folders) may be imported by siblings.
 SHARED = {
-    *("kernels.native", "kernels.elementwise"),
+    *("kernels.native", "kernels.nvrtc", "kernels.elementwise"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("data.documents", "data.table", "data.tokenizer"),
     *("ops.dispatch", "ops.checks", "ops.observers", "ops.functions"),
     *("layers.state", "layers.init", "layers.norm", "layers.conv", "layers.padding"),
     *("layers.sequence", "layers.parameters", "layers.s6", "layers.rotary", "layers.cache", "layers.fft_conv"),
-    "layers.diagonal",
-    *("models.config", "models.options", "models.schema", "models.mixers"),
+    *("layers.diagonal", "layers.derivatives"),
+    *("models.config", "models.options", "models.mixers"),
     *("models.language_model", "models.checkpoints"),
     *("generation.sampling", "generation.prompts", "generation.stops"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
+from anymamba.base.schema import config_to_dict
 from anymamba.cli import train
 from anymamba.models.presets import PRESETS
-from anymamba.models.schema import config_to_dict
 from anymamba.training.config import TrainConfig
 
 SMALL = ["--model.d-model", "16", "--model.n-layers", "1", "--batch-size", "2", "--context", "32", "--threads", "1"]

@@ -71,7 +71,7 @@ def test_the_generator_decides_and_moves_on():
 def test_misuse_is_named():
     with pytest.raises(ValueError, match="length must be at least 3"):
         induction_sequences(seeded(), 1, 2)
-    with pytest.raises(ValueError, match="n_tokens and rows must be at least 1, got 0 and 1"):
+    with pytest.raises(ValueError, match="n_tokens must be at least 1, got 0"):
         induction_sequences(seeded(), 1, 8, n_tokens=0)
     with pytest.raises(ValueError, match="uniform or first-ten, got 'last'"):
         induction_sequences(seeded(), 1, 8, placement="last")  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ def test_no_tokens_and_a_state(hash_model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
+        ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
         ({"num_beams": 2, "n_best": 3}, "n_best must be at most num_beams, got 3 and 2"),
         ({"num_beams": 2, "n_best": 0}, "n_best must be"),
         ({"num_beams": 2, "max_new_tokens": -1}, "max_new_tokens must be"),

@@ -304,7 +304,7 @@ def test_a_text_goes_on_from_a_saved_state(byte_model):
 
 
 def test_misuse(hash_model):
-    with pytest.raises(ValueError, match="max_new_tokens must be an integer of at least 0, got -1"):
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 0, got -1"):
         generate(hash_model, [[1]], max_new_tokens=-1)
     with pytest.raises(ValueError, match="stop strings need the tokenizer"):
         generate(hash_model, [[1]], stop=["x"])

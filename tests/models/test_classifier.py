@@ -133,7 +133,7 @@ def test_what_a_caller_can_get_wrong(tmp_path):
         ClassifierConfig(3, pooling="max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="task must be one of classification, regression, got 'ranking'"):
         ClassifierConfig(3, task="ranking")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="n_outputs must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="n_outputs must be at least 1, got 0"):
         ClassifierConfig(0)
     LanguageModel(SMALL).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="it is no classifier"):

@@ -366,7 +366,7 @@ BROKEN = {
     "size of a word": (lambda f: edit_config(f, anymamba=..., hidden_size="16"), "config.json: "),
     "rank zero": (
         lambda f: edit_config(f, anymamba=..., time_step_rank=0),
-        "dt_rank must be an integer of at least 1, got 0",
+        "dt_rank must be at least 1, got 0",
     ),
     "our table": (lambda f: edit_config(f, anymamba={"d_modle": 3}), "unknown key 'd_modle' in anymamba; did you mean"),
     "our table's kind": (lambda f: edit_config(f, anymamba=3), "anymamba must be a table of keys and values, got 3"),

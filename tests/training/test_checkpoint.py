@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from anymamba.base import files
 from anymamba.models.checkpoints import CheckpointError
 from anymamba.training import checkpoint as module
 from anymamba.training.checkpoint import checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
@@ -53,8 +54,8 @@ def test_a_full_disk_at_any_moment_loses_nothing(tmp_path: Path, monkeypatch: py
         return wrapper
 
     monkeypatch.setattr(module.dcp, "save", full(module.dcp.save))
-    monkeypatch.setattr(module.os, "fsync", full(os.fsync))
-    monkeypatch.setattr(module.os, "replace", full(os.replace))
+    monkeypatch.setattr(files.os, "fsync", full(os.fsync))
+    monkeypatch.setattr(files.os, "replace", full(os.replace))
     with pytest.raises(OSError, match="No space left") as info:
         save(tmp_path, 2)
     assert info.value.errno == errno.ENOSPC and "make room" in str(info.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from anymamba.models.schema import config_to_dict
+from anymamba.base.schema import config_to_dict
 from anymamba.training.config import TrainConfig
 from tests.training.test_trainer import assert_same_run
 
@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import torch.distributed.checkpoint, torch.utils.tensorboard, datasets, matplotlib.figure
-from anymamba.models.schema import config_from_dict
+from anymamba.base.schema import config_from_dict
 from anymamba.training.config import TrainConfig
 from anymamba.training.trainer import resume, train
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from anymamba.base.sizes import require_at_least
 from anymamba.cli.flags import read_flags
 from anymamba.cli.output import progress_bar, say
 
@@ -45,8 +46,7 @@ def command(arguments: Sequence[str]) -> None:
 
     from anymamba.models.checkpoints import convert
 
-    if options.shard_bytes < 1:
-        raise ValueError(f"--shard-bytes must be at least 1, got {options.shard_bytes}")
+    require_at_least("--shard-bytes", options.shard_bytes, 1)
     dtype = options.dtype if options.dtype in (None, "q8_0") else getattr(torch, options.dtype)
     with progress_bar("converting") as show, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")

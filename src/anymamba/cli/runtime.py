@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from anymamba.base.sizes import require_at_least
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,8 +35,7 @@ def set_threads(threads: int | None) -> None:
 
     if threads is None:
         return
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
+    require_at_least("--threads", threads, 1)
     torch.set_num_threads(threads)
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from anymamba.base.schema import config_from_dict
 from anymamba.cli.flags import read_flags, renamed_flags
 from anymamba.cli.output import TrainingReport, print_facts, print_json, progress_bar
 from anymamba.cli.runtime import choose_device, told_how_to_resume
 from anymamba.models.presets import PRESETS, preset
-from anymamba.models.schema import config_from_dict
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anymamba.base.sizes import require_sizes
 from anymamba.data.table import TokenTable
 from anymamba.layers.state import concatenate_rows, select_rows, state_bytes
 from anymamba.models.language_model import LanguageModel, LanguageModelState
@@ -92,8 +93,7 @@ def evaluate(
     Raises ValueError where there is nothing to count or an id is outside the vocabulary, RuntimeError when the model's
         loss is not a number.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    require_sizes(chunk=chunk)
     if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
         raise ValueError(f"eos_id must be an id of the vocabulary of {model.config.vocab_size}, got {eos_id}")
     skipped = 0 if eos_id is not None else 1

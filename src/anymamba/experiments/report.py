@@ -7,9 +7,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from anymamba.base.files import write_text
 from anymamba.experiments.charts import save_figure, table
 from anymamba.experiments.experiment import Experiment, Results, Threshold, Verdict
-from anymamba.experiments.results import FILE, write_text
+from anymamba.experiments.results import FILE
 from anymamba.models.config import ModelConfig
 
 NOTES = "notes.md"

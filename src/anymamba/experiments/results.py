@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from anymamba.base.files import write_text
+from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.experiments.experiment import Arm, Record, Results, Scale
-from anymamba.models.checkpoints.files import atomic_file
-from anymamba.models.schema import config_from_dict, config_to_dict
 
 FILE = "results.json"
 
@@ -86,12 +86,6 @@ def same_settings(settings: Any, written: dict[str, Any]) -> bool:
 def as_json(values: Any) -> Any:
     """A dataclass or plain values as JSON has them: tuples are lists."""
     return json.loads(json.dumps(config_to_dict(values), allow_nan=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def machine(device: torch.device) -> str:

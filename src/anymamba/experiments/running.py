@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from anymamba.base.sizes import require_sizes
 from anymamba.experiments.charts import new_figure
 from anymamba.experiments.experiment import Arm, Context, Experiment, Record, Results, Scale, record_key
 from anymamba.experiments.report import write_report
@@ -40,8 +41,8 @@ def run_experiment(
     matplotlib is missing; OSError where the folder cannot be written: all before anything is measured.
     """
     arms, device = experiment.arms(scale), torch.device(device)
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if seeds is not None:
+        require_sizes(seeds=seeds)
     counts = {arm.name: seeds or arm.seeds for arm in arms}
 
     def with_file(*records: Record) -> Results:

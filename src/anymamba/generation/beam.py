@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
-from anymamba.generation.sampling import is_integer
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.layers.state import select_rows
 from anymamba.models.language_model import LanguageModel
@@ -241,8 +241,7 @@ def _check_options(
         ("max_new_tokens", max_new_tokens, 0),
         ("n_best", n_best, 1),
     ):
-        if not is_integer(value) or value < minimum:
-            raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        require_at_least(name, value, minimum)
     if n_best > num_beams:
         raise ValueError(f"n_best must be at most num_beams, got {n_best} and {num_beams}; raise num_beams")
     if not math.isfinite(length_penalty):

@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
-from anymamba.generation.sampling import RowDraws, SamplingConfig, is_integer, sample
+from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.layers.state import concatenate_rows, map_state, select_rows
 from anymamba.models.language_model import LanguageModel, LanguageModelState
@@ -91,8 +92,7 @@ class TokenStream(Iterator[Step]):
         state: GenerationState | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        if not is_integer(max_new_tokens) or max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
+        require_at_least("max_new_tokens", max_new_tokens, 0)
         if stop and tokenizer is None:
             raise ValueError("stop strings need the tokenizer that makes text of tokens; got tokenizer=None")
         self._model, self._max_new_tokens = model, max_new_tokens

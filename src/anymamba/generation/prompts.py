@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from anymamba.base.sizes import require_sizes
 from anymamba.data.tokenizer import row_of_ids
 from anymamba.layers.state import concatenate_rows, map_state, select_rows
 from anymamba.models.language_model import LanguageModel, LanguageModelState
@@ -75,8 +76,7 @@ def prefill(
     Prompts are padded on the left so that their last tokens, whose logits are wanted, are in one place. They are
     sorted by length, longest first, and a row takes part from the chunk in which its prompt begins.
     """
-    if chunk < 1:
-        raise ValueError(f"prefill_chunk must be at least 1, got {chunk}")
+    require_sizes(prefill_chunk=chunk)
     rows = check_prompts(prompts, model.config.vocab_size, eos_id, state is not None)
     device = next(model.parameters()).device
     if state is None:

@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anymamba.base.errors import CheckpointError
+from anymamba.base.files import atomic_file
+from anymamba.base.schema import config_to_dict
 from anymamba.generation.prompts import GenerationState
 from anymamba.layers.state import map_state
-from anymamba.models.checkpoints import CheckpointError
-from anymamba.models.checkpoints.files import atomic_file
 from anymamba.models.language_model import LanguageModel
-from anymamba.models.schema import config_to_dict
 
 KIND = "anymamba-state"
 

@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from anymamba.models.checkpoints.files import atomic_file
+from anymamba.base.files import atomic_file, write_json
+from anymamba.base.schema import config_from_dict, config_to_dict
+from anymamba.base.sizes import require_at_least
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
-from anymamba.models.schema import config_from_dict, config_to_dict, require_at_least
 
 Task = Literal["classification", "regression"]
 Pooling = Literal["last", "mean", "masked"]
@@ -146,8 +147,7 @@ class SequenceClassifier(nn.Module):
         own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         with atomic_file(path / HEAD_FILE) as temporary:
             save_file(own, temporary)
-        with atomic_file(path / CONFIG_FILE) as temporary:
-            temporary.write_text(json.dumps(config_to_dict(self.config), indent=1) + "\n", encoding="utf-8")
+        write_json(path / CONFIG_FILE, config_to_dict(self.config))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device=None, dtype=None) -> SequenceClassifier:

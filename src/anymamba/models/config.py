@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from anymamba.base.sizes import require_at_least, require_positive
 from anymamba.models.options import (
     AttentionOptions,
     GAUOptions,
@@ -18,7 +19,6 @@ from anymamba.models.options import (
     S4DOptions,
     S4Options,
 )
-from anymamba.models.schema import require_at_least, require_positive
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from anymamba.models.schema import require_at_least, require_positive
+from anymamba.base.sizes import require_at_least, require_positive
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -24,7 +23,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from anymamba.models.checkpoints import CheckpointError
+from anymamba.base.errors import CheckpointError
+from anymamba.base.files import atomic_folder
 
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -57,21 +57,13 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: di
     Raises OSError (a full disk) with the earlier checkpoints untouched and nothing left behind.
     """
     target = checkpoint_folder(run, step)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        with _quiet():
-            dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary)), no_dist=True)
-        (temporary / STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        if target.exists():  # written before by a run that was killed after it
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _flush(target.parent)
+        with atomic_folder(target, replace=True) as temporary:  # it exists where a run was killed after writing it
+            temporary.mkdir(parents=True)
+            with _quiet():
+                dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary)), no_dist=True)
+            (temporary / STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise _as_os_error(error, run) from error
     for path in checkpoints(run)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
@@ -125,15 +117,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _flush(path: Path) -> None:
-    """Have a file or folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _as_os_error(error: BaseException, run: Path) -> BaseException:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from anymamba.base.sizes import require_at_least, require_positive
 from anymamba.models.config import ModelConfig
-from anymamba.models.schema import require_at_least, require_positive
 
 
 @dataclass(frozen=True)

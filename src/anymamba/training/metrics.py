@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from anymamba.models.checkpoints.files import atomic_file
+from anymamba.base.files import atomic_file, write_text
 
 METRICS, EVENTS, PLOT = "metrics.jsonl", "tensorboard", "loss.png"
 NOT_CURVES = ("step", "kind")
@@ -28,8 +28,7 @@ class MetricsLog:
 
         self.run = run
         lines = [line for line in read_metrics(run) if line["step"] <= step]
-        with atomic_file(run / METRICS) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_text(run / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
         shutil.rmtree(run / EVENTS, ignore_errors=True)
         self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self._events = SummaryWriter(str(run / EVENTS))

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anymamba.base.errors import CheckpointError
+from anymamba.base.files import write_json
+from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.data.batches import Batch, BatchStream
 from anymamba.data.table import TokenTable
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.layers.state import map_state, state_tensors
-from anymamba.models.checkpoints import CheckpointError
-from anymamba.models.checkpoints.files import atomic_file
 from anymamba.models.language_model import LanguageModel, LanguageModelState
-from anymamba.models.schema import config_from_dict, config_to_dict
 from anymamba.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -112,8 +112,7 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
     tokenizer, training, held_out = open_tables(config.data, report.on_tables)
     config = _complete(config, tokenizer)
     run.mkdir(parents=True, exist_ok=True)
-    with atomic_file(run / TRAIN_CONFIG) as temporary:
-        temporary.write_text(json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8")
+    write_json(run / TRAIN_CONFIG, config_to_dict(config))
     return _Trainer(config, run, tokenizer, training, held_out, report).run_to_end()
 
 

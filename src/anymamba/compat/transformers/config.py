@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.config import ModelConfig
-from anymamba.models.schema import config_from_dict, config_to_dict
 
 DERIVED = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "intermediate_size", "state_size")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput
 
+from anymamba.base.schema import config_to_dict
 from anymamba.compat.transformers.backbone import (
     AnyMambaModel,
     AnyMambaPreTrainedModel,
@@ -22,7 +23,6 @@ from anymamba.compat.transformers.backbone import (
 from anymamba.compat.transformers.config import AnyMambaConfig
 from anymamba.compat.transformers.generating import AnyMambaCache, ExistingIds
 from anymamba.models.language_model import LanguageModel
-from anymamba.models.schema import config_to_dict
 
 FOR_GENERATE = ("tokenizer", "assistant_tokenizer")
 """What `generate` needs itself and hands on to the model."""

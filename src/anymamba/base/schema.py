@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from typing import Any, Literal, TypeVar
 
 ConfigT = TypeVar("ConfigT")
-
-
-def require_at_least(name: str, value: int, minimum: int) -> None:
-    """Raise ValueError unless value is an integer of at least minimum."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raise ValueError unless value is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -1,0 +1,26 @@
+"""Checks of numbers that a caller gives: each error names what, got and wanted."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise ValueError unless every size is an integer of at least 1; the keyword is its name in the message."""
+    for name, size in sizes.items():
+        require_at_least(name, size, 1)
+
+
+def require_at_least(name: str, value: int, minimum: int) -> None:
+    """Raise ValueError unless value is an integer of at least minimum."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise ValueError unless value is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
