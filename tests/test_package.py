@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import dis
 import importlib
@@ -13,6 +14,8 @@ import time
 from importlib import resources
 from pathlib import Path
 from types import CodeType, ModuleType
+
+import pytest
 
 import anymamba
 
@@ -36,10 +39,54 @@ def test_license_is_the_whole_text_and_travels_with_the_package():
     assert importlib.metadata.metadata("anymamba")["License-Expression"] == "Apache-2.0"
 
 
-def test_public_names_resolve():
-    for name in anymamba.__all__:
-        assert getattr(anymamba, name) is not None
-    assert set(anymamba.__all__) <= set(dir(anymamba))
+PUBLIC = {
+    "anymamba": """
+        ConvOutput LanguageModel Mamba MambaOptions MambaState ModelConfig SamplingConfig ScanOutput __version__ backend
+        causal_conv1d causal_conv1d_step generate load_tokenizer preset selective_scan selective_scan_step stream
+        stream_text""",
+    "anymamba.layers": """
+        Attention GAU H3 Hyena HyenaFilter LayerNorm LearnedPositions LinearAttention MLP Mamba MambaBlock NoGate
+        RMSNorm RWKVChannelMix RWKVTimeMix Retention S4 S4D S6 SequenceLayer ShortConvolution""",
+}
+"""What a release promises: a name that goes is deprecated first."""
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names(package):
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == sorted(PUBLIC[package].split())
+    assert all(getattr(module, name) is not None for name in module.__all__)
+    assert set(dir(module)) == set(module.__all__) - {"__version__"}
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_type_checkers_see_the_same_names(package):
+    tree = ast.parse(Path(importlib.import_module(package).__file__).read_text(encoding="utf-8"))
+    imports = {n.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for n in node.names}
+    homes = importlib.import_module(package)._HOMES
+    assert {name: home for name, home in imports.items() if name in homes} == homes
+
+
+def test_every_layer_is_public():
+    """Every SequenceLayer of the family, and what a model is built of besides."""
+    import anymamba.layers as layers
+    from anymamba.models.mixers import MIXERS
+
+    for found in pkgutil.iter_modules(layers.__path__, "anymamba.layers."):
+        module = importlib.import_module(found.name)
+        own = {n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, layers.SequenceLayer)}
+        assert {n for n in own if vars(module)[n].__module__ == found.name and n[0] != "_"} <= set(layers.__all__) | {
+            "GatedBlock"
+        }
+    assert MIXERS
+
+
+def test_one_version():
+    text = (ROOT / "compat" / "pyproject.toml").read_text()
+    assert f'version = "{anymamba.__version__}"' in text
+    assert importlib.metadata.version("anymamba") == anymamba.__version__
 
 
 def undefined_names(module: ModuleType) -> set[str]:

@@ -3,28 +3,11 @@
 The public names resolve when they are first used, so that importing the package costs nothing.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from anymamba.base.lazy import lazy_names
 
-__version__ = "0.1.0"
-
-_HOME = {
-    "selective_scan": "anymamba.ops.selective_scan",
-    "selective_scan_step": "anymamba.ops.selective_scan",
-    "ScanOutput": "anymamba.ops.selective_scan",
-    "causal_conv1d": "anymamba.ops.causal_conv1d",
-    "causal_conv1d_step": "anymamba.ops.causal_conv1d",
-    "ConvOutput": "anymamba.ops.causal_conv1d",
-    "Mamba": "anymamba.layers.mamba",
-    "MambaState": "anymamba.layers.state",
-    "MambaOptions": "anymamba.models.options",
-    "ModelConfig": "anymamba.models.config",
-    "LanguageModel": "anymamba.models.language_model",
-    "preset": "anymamba.models.presets",
-    "backend": "anymamba.ops.dispatch",
-}
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "ConvOutput",
@@ -33,17 +16,48 @@ __all__ = [
     "MambaOptions",
     "MambaState",
     "ModelConfig",
+    "SamplingConfig",
     "ScanOutput",
     "__version__",
     "backend",
     "causal_conv1d",
     "causal_conv1d_step",
+    "generate",
+    "load_tokenizer",
     "preset",
     "selective_scan",
     "selective_scan_step",
+    "stream",
+    "stream_text",
 ]
 
+_HOMES = {
+    "ConvOutput": "anymamba.ops.causal_conv1d",
+    "LanguageModel": "anymamba.models.language_model",
+    "Mamba": "anymamba.layers.mamba",
+    "MambaOptions": "anymamba.models.options",
+    "MambaState": "anymamba.layers.state",
+    "ModelConfig": "anymamba.models.config",
+    "SamplingConfig": "anymamba.generation.sampling",
+    "ScanOutput": "anymamba.ops.selective_scan",
+    "backend": "anymamba.ops.dispatch",
+    "causal_conv1d": "anymamba.ops.causal_conv1d",
+    "causal_conv1d_step": "anymamba.ops.causal_conv1d",
+    "generate": "anymamba.generation.generate",
+    "load_tokenizer": "anymamba.data.tokenizer",
+    "preset": "anymamba.models.presets",
+    "selective_scan": "anymamba.ops.selective_scan",
+    "selective_scan_step": "anymamba.ops.selective_scan",
+    "stream": "anymamba.generation.generate",
+    "stream_text": "anymamba.generation.generate",
+}
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+
 if TYPE_CHECKING:
+    from anymamba.data.tokenizer import load_tokenizer
+    from anymamba.generation.generate import generate, stream, stream_text
+    from anymamba.generation.sampling import SamplingConfig
     from anymamba.layers.mamba import Mamba
     from anymamba.layers.state import MambaState
     from anymamba.models.config import ModelConfig
@@ -53,13 +67,3 @@ if TYPE_CHECKING:
     from anymamba.ops.causal_conv1d import ConvOutput, causal_conv1d, causal_conv1d_step
     from anymamba.ops.dispatch import backend
     from anymamba.ops.selective_scan import ScanOutput, selective_scan, selective_scan_step
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'anymamba' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -123,13 +123,13 @@ STATUS = "from anymamba.compat import drop_in\nprint(drop_in.status()['mamba_ssm
 
 def test_info_tells_which_is_active(distribution, original, tmp_path):
     assert run(STATUS).stdout.startswith("not installed; pip install ./compat, or anymamba.compat.activate()")
-    assert run(STATUS, distribution).stdout.strip() == "anymamba's, by anymamba-compat 0.1.0"
+    assert run(STATUS, distribution).stdout.strip() == "anymamba's, by anymamba-compat 0.1.0.dev0"
     assert run(STATUS, original).stdout.strip() == "the original, 2.2.4"
-    assert run(STATUS, distribution, original).stdout.startswith("conflict: mamba-ssm 2.2.4 and anymamba-compat 0.1.0")
+    assert run(STATUS, distribution, original).stdout.startswith("conflict: mamba-ssm 2.2.4 and anymamba-compat 0.1.0.dev0")
     active = f"import anymamba.compat\nanymamba.compat.activate()\n{STATUS}"
     assert run(active, distribution).stdout.strip() == "anymamba's, active"
     told = run("from anymamba.cli import main\nmain(['info', '--json'])", distribution).stdout
-    assert json.loads(told)["drop-in"]["causal_conv1d"] == "anymamba's, by anymamba-compat 0.1.0"
+    assert json.loads(told)["drop-in"]["causal_conv1d"] == "anymamba's, by anymamba-compat 0.1.0.dev0"
 
 
 # ------------------------------------------------------------------------------------------ transformers

@@ -66,9 +66,9 @@ def run(arguments: list[str]) -> int:
         print(overview())
         return DONE if arguments else MISUSE
     if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from anymamba import __version__
 
-        print(f"anymamba {version('anymamba')}")
+        print(f"anymamba {__version__}")
         return DONE
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:

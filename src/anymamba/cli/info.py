@@ -43,11 +43,12 @@ def collect() -> dict[str, Any]:
     """Everything that `info` tells."""
     import torch
 
+    from anymamba import __version__
     from anymamba.compat import drop_in
     from anymamba.ops import dispatch
 
     return {
-        "anymamba": version("anymamba"),
+        "anymamba": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "executable": sys.executable,

@@ -114,7 +114,10 @@ def transforms() -> list[str]:
     return [interpreter.key().name for interpreter in _all_transforms() or ()]
 
 
-@torch.compiler.assume_constant_result
 def _traced_transforms() -> bool:
     """Whether code that torch.compile traces stands inside a transform: asked while it traces."""
     return _top_transform is not None and _top_transform() is not None
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler, which takes two seconds.
+_traced_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
