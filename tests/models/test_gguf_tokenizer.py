@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from anymamba import ModelConfig
 from anymamba.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from anymamba.models.checkpoints import CheckpointError, CheckpointWarning, convert, model_tokenizer, open_checkpoint
-from anymamba.models.checkpoints.gguf_tokenizer import WHOLE, read_parts, read_whole
+from anymamba.models.checkpoints.formats.gguf_tokenizer import WHOLE, read_parts, read_whole
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
 
@@ -295,3 +295,24 @@ def test_bytes_are_read_back_as_bytes(tmp_path, moved):
         assert isinstance(again, ByteTokenizer) and again.vocab_size == tokenizer.vocab_size
         tokenizer.save(tmp_path)
         assert load_tokenizer(tmp_path).vocab_size == tokenizer.vocab_size
+
+
+# ------------------------------------------------------------------------------------------ llama.cpp
+
+LIKE_GPT2 = [name for name, (_, words) in VARIANTS.items() if not words or "does" in words or "ignores" in words]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIKE_GPT2)
+def test_llama_cpp_gives_other_ids_only_where_that_is_said(saved, name):
+    """llama-cpp-python is compiled when it is installed, by make test-all."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="make test-all installs llama-cpp-python")
+    original, path, said = saved(VARIANTS[name][0]())
+    theirs = llama_cpp.Llama(str(path), verbose=False, n_threads=1, vocab_only=True)
+    library = Tokenizer.from_str(original.to_json())
+    same = [
+        theirs.tokenize(text.encode(), add_bos=True, special=True) == library.encode(text).ids for text in TEXTS if text
+    ]
+    assert all(same) or said
+    if said and name != "ignored merges":  # which these texts do not show
+        assert not all(same)
