@@ -311,10 +311,10 @@ def ours_and_theirs(**options) -> tuple[LanguageModel, MambaLMHeadModel]:
         d_model=16, n_layers=2, vocab_size=29, norm="rmsnorm" if theirs.config.rms_norm else "layernorm",
         tie_embeddings=theirs.config.tie_embeddings, mamba=MambaOptions(**theirs.config.ssm_cfg),
     )  # fmt: skip
-    from anymamba.models.checkpoints.names import to_state_spaces
+    from anymamba.models.checkpoints.families.mamba import ORIGINAL
 
     ours = LanguageModel(config)
-    tensors = {name: values[to_state_spaces(name)] for name, _ in ours.named_parameters()}
+    tensors = {name: values[ORIGINAL.name(name)] for name, _ in ours.named_parameters()}
     ours.load_state_dict({n: t[:, 0] if n.endswith("conv.weight") else t for n, t in tensors.items()})
     return ours.eval(), theirs
 

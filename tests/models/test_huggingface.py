@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anymamba import LanguageModel, MambaOptions, ModelConfig
+from anymamba.base import files as written
 from anymamba.models.checkpoints import (
     CheckpointError,
     convert,
-    files,
-    huggingface,
     load_pretrained,
     save_pretrained,
-    writing,
 )
+from anymamba.models.checkpoints.families import nearest_spelling
+from anymamba.models.checkpoints.formats import files
+from anymamba.models.checkpoints.formats import folder as folders
 from anymamba.models.options import AttentionOptions
 
 PLAIN = {"d_model": 16, "n_layers": 2, "vocab_size": 29}
@@ -100,7 +101,7 @@ def test_a_pure_model_is_written_as_mamba(tmp_path, name):
 def test_foreign_options_are_written_as_anymamba(tmp_path, name):
     values = json.loads((saved(tmp_path, name) / "config.json").read_text())
     assert values["model_type"] == "anymamba" and "architectures" not in values
-    assert any(option.startswith(name) for option in huggingface.foreign_options(FOREIGN[name]))
+    assert any(option.startswith(name) for option in nearest_spelling(FOREIGN[name], "hf")[1])
     assert "embedding.weight" in load_file(tmp_path / "model.safetensors")
 
 
@@ -442,7 +443,7 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path, monkeypatch
     other = build(ModelConfig(**PLAIN))
     with monkeypatch.context() as patch:
         target, _, attribute = name.rpartition(".")
-        module = files if target == "os" else writing
+        module = folders if attribute == "save_file" else written
         patch.setattr(getattr(module, target) if target else module, attribute, failure)
         with pytest.raises(OSError, match="No space left"):
             save_pretrained(other, tmp_path)

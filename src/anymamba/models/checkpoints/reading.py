@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anymamba.base.errors import CheckpointError
 from anymamba.data.tokenizer import FILE_NAME
-from anymamba.models.checkpoints import gguf_files, huggingface, state_spaces
-from anymamba.models.checkpoints.files import StoredTensor, TensorFile, open_weights, read_json
-from anymamba.models.checkpoints.gguf_files import GGUFFile
+from anymamba.models.checkpoints.families import Format, Spelling
+from anymamba.models.checkpoints.formats import folder as folders
+from anymamba.models.checkpoints.formats.files import CONFIG, StoredTensor, TensorFile, open_weights, read_json
+from anymamba.models.checkpoints.formats.gguf import GGUFFile
 from anymamba.models.checkpoints.hub import local_path
-from anymamba.models.checkpoints.names import huggingface_spellings, is_wide, to_gguf, to_huggingface, to_state_spaces
+from anymamba.models.checkpoints.weights import is_wide
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
-
-CONFIG = "config.json"
-Format = Literal["hf", "state-spaces", "gguf", "anymamba"]
-TIED = {"hf": "lm_head.weight", "state-spaces": "lm_head.weight", "gguf": "output.weight"}
-"""Where the formats may hold the tied head once more."""
 
 
 class TokenizerJson(NamedTuple):
@@ -45,6 +41,7 @@ class Checkpoint:
     path: Path
     """The folder or the file."""
     format: Format
+    spelling: Spelling
     config: ModelConfig
     file: TensorFile
     token_ids: dict[str, Any] = field(default_factory=dict)
@@ -59,9 +56,10 @@ class Checkpoint:
             )
         shapes = parameter_shapes(self.config, self.path)
         keys = {name: self._key(name, stored) for name in shapes}
-        _require_names(self, set(stored) - ({TIED[self.format]} if self._tied else set()), set(keys.values()))
+        tied = {self.spelling.tied_head} if self.config.tie_embeddings else set()
+        _require_names(self, set(stored) - tied, set(keys.values()))
         for name, key in keys.items():
-            shape = _without_middle(name, stored[key].shape)
+            shape = self.spelling.shape(name, stored[key].shape)
             if shape != shapes[name]:
                 raise CheckpointError(f"{self.file.path}: {key} must have shape {shapes[name]}, got {shape}")
         narrow = stored[keys["embedding.weight"]].dtype
@@ -79,8 +77,7 @@ class Checkpoint:
         """The tensors of `stored`, in its order; each is good until the next one is asked for."""
         for key, tensor in self.file.read(self._names):
             name = self._names[key]
-            if self.format == "gguf" and name.endswith("A_log"):
-                tensor = gguf_files.to_A_log(tensor, f"{self.file.path}: {key}")
+            tensor = self.spelling.decode(name, tensor, f"{self.file.path}: {key}")
             yield name, tensor.to(self.stored[name].dtype).view(self.stored[name].shape)
 
     def tokenizer(self) -> TokenizerJson | None:
@@ -98,17 +95,10 @@ class Checkpoint:
         text = whole if whole is not None or inside is None else inside.tokenizer_from_parts()
         return None if text is None else TokenizerJson(text, self.file.path)
 
-    @property
-    def _tied(self) -> bool:
-        return self.config.tie_embeddings and self.format in TIED
-
     def _key(self, name: str, stored: Container[str]) -> str:
         """The file's name of one of our parameters."""
-        rules = {"hf": to_huggingface, "state-spaces": to_state_spaces, "gguf": to_gguf}
-        key = rules[self.format](name) if self.format in rules else name
-        if self.format == "hf":
-            return next((other for other in huggingface_spellings(key) if other in stored), key)
-        return key
+        key = self.spelling.name(name)
+        return next((other for other in self.spelling.aliases(key) if other in stored), key)
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
@@ -127,7 +117,7 @@ def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint
                 f"{path} is a file; give the folder that holds {CONFIG} and model.safetensors, or a .gguf file"
             )
         file = GGUFFile(path)
-        return Checkpoint(path, "gguf", file.config(), file, file.token_ids())
+        return Checkpoint(path, "gguf", file.spelling, file.config(), file, file.token_ids())
     except KeyError as error:  # a parameter that the format has no name for
         raise CheckpointError(f"{path}: its format has no name for the parameter {error} of its config") from error
 
@@ -175,13 +165,8 @@ def parameter_shapes(config: ModelConfig, where: Path) -> dict[str, tuple[int, .
 
 def _open_folder(folder: Path) -> Checkpoint:
     values = read_json(folder / CONFIG)
-    token_ids = {name: values[name] for name in huggingface.TOKEN_IDS if values.get(name) is not None}
-    if state_spaces.is_state_spaces(values):
-        config = state_spaces.config_from_json(values, folder / CONFIG)
-        return Checkpoint(folder, "state-spaces", config, open_weights(folder), token_ids)
-    config = huggingface.config_from_json(values, folder / CONFIG)
-    kind: Format = "anymamba" if values["model_type"] == "anymamba" else "hf"
-    return Checkpoint(folder, kind, config, open_weights(folder), token_ids)
+    format, spelling, config = folders.read_config(values, folder / CONFIG)
+    return Checkpoint(folder, format, spelling, config, open_weights(folder), folders.token_ids(values))
 
 
 def _only_gguf(folder: Path) -> Path:
@@ -194,11 +179,6 @@ def _only_gguf(folder: Path) -> Path:
             f"{folder} has no {CONFIG}: it is not a model folder, or a run without a checkpoint yet"
         )
     return found[0]
-
-
-def _without_middle(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A filter's shape without the dimension of one input channel that a torch convolution has."""
-    return (shape[0], shape[2]) if name.endswith("conv.weight") and len(shape) == 3 and shape[1] == 1 else shape
 
 
 def _require_names(checkpoint: Checkpoint, stored: Iterable[str], wanted: Iterable[str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
+from anymamba.models.checkpoints.formats.files import CONFIG
 from anymamba.models.checkpoints.hub import HUB_NAME, local_path
-from anymamba.models.checkpoints.reading import CONFIG, open_checkpoint
+from anymamba.models.checkpoints.reading import open_checkpoint
 
 BYTE_VOCABULARIES = (256, 257)
 """Sizes of vocabularies that are bytes: all of them, and one id more that ends documents."""

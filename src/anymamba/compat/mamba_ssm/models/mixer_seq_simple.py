@@ -25,9 +25,9 @@ from anymamba.compat.mamba_ssm.refused import refusing
 from anymamba.compat.mamba_ssm.utils.generation import GenerationMixin
 from anymamba.compat.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 from anymamba.compat.mamba_ssm.version_1 import accepting_version_1
-from anymamba.models.checkpoints import CheckpointError, local_path, open_checkpoint, state_spaces
-from anymamba.models.checkpoints.files import SAFETENSORS, TORCH, open_weights, read_json
-from anymamba.models.checkpoints.names import to_state_spaces
+from anymamba.models.checkpoints import CheckpointError, local_path, open_checkpoint
+from anymamba.models.checkpoints.families.mamba import ORIGINAL
+from anymamba.models.checkpoints.formats.files import CONFIG, SAFETENSORS, TORCH, open_weights, read_json
 
 __all__ = [
     "Block",
@@ -47,7 +47,6 @@ __all__ = [
 ]
 __getattr__ = refusing(__name__)
 
-CONFIG = "config.json"
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
 _BLOCK_1 = (
@@ -290,7 +289,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         """
         path = local_path(pretrained_model_name)
         values = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-        if state_spaces.is_state_spaces(values):
+        if ORIGINAL.matches(values):
             model, tensors = _open_own(cls, path, values, dtype, kwargs)
         else:
             model, tensors = _open_other(cls, path, dtype, kwargs)
@@ -363,7 +362,8 @@ def _open_other(
 ) -> tuple[MambaLMHeadModel, Iterator[tuple[str, Tensor]]]:
     """The same for a checkpoint of another format, if it holds a model that these classes can be."""
     checkpoint = open_checkpoint(path)
-    values = state_spaces.config_to_json(state_spaces.representable(checkpoint.config))
-    model = kind(MambaConfig(**values), device="meta", dtype=dtype, **options)
-    renamed = ((to_state_spaces(name), tensor) for name, tensor in checkpoint.tensors())
-    return model, ((name, t[:, None] if name.endswith("conv1d.weight") else t) for name, t in renamed)
+    foreign = ORIGINAL.foreign_options(checkpoint.config)
+    if foreign:
+        raise CheckpointError(f"the format state-spaces cannot hold this model: {', '.join(foreign)}")
+    model = kind(MambaConfig(**ORIGINAL.to_fields(checkpoint.config)), device="meta", dtype=dtype, **options)
+    return model, ((ORIGINAL.name(name), ORIGINAL.encode(name, t)) for name, t in checkpoint.tensors())

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.models.checkpoints.files import open_weights, read_json
+from anymamba.models.checkpoints.formats.files import CONFIG, open_weights, read_json
 from anymamba.models.checkpoints.hub import local_path
 
 
 def load_config_hf(model_name: str) -> dict[str, Any]:
     """The contents of a model's config.json."""
-    return read_json(local_path(model_name) / "config.json")
+    return read_json(local_path(model_name) / CONFIG)
 
 
 def load_state_dict_hf(model_name: str, device=None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -1,7 +1,4 @@
-"""GGUF files of architecture `mamba`, which llama.cpp runs: config, tensors and tokenizer.
-
-They hold A = -exp(A_log), the convolution's filter as (d_inner, d_conv), and norms of dt, B and C without weights.
-"""
+"""GGUF files, which llama.cpp runs: config, tensors and tokenizer."""
 
 from __future__ import annotations
 
@@ -17,68 +14,27 @@ from torch import Tensor
 
 from anymamba.base.errors import CheckpointError
 from anymamba.base.schema import config_from_dict, config_to_dict
-from anymamba.models.checkpoints import gguf_tokenizer
-from anymamba.models.checkpoints.files import StoredTensor
-from anymamba.models.checkpoints.gguf_bounds import check_header
-from anymamba.models.checkpoints.huggingface import expansion, foreign_mamba_options
-from anymamba.models.checkpoints.names import is_wide, to_gguf
+from anymamba.models.checkpoints.families import Spelling, kinds, nearest_spelling, recognise
+from anymamba.models.checkpoints.formats import gguf_tokenizer
+from anymamba.models.checkpoints.formats.files import StoredTensor
+from anymamba.models.checkpoints.formats.gguf_bounds import check_header
+from anymamba.models.checkpoints.weights import CastWeights, is_wide
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-ARCHITECTURE = "mamba"
-CONTEXT_LENGTH = 1 << 20  # llama.cpp wants a number; the state has none
 OUR_CONFIG = "anymamba.config"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
 """Types that are read, and what they are read as."""
-
-
-def foreign_options(config: ModelConfig) -> list[str]:
-    """Options of a config that llama.cpp's `mamba` computes otherwise or has no field for."""
-    options, mamba = foreign_mamba_options(config), config.mamba
-    if mamba.inner_norms and mamba.inner_norm_weights:
-        options.append("inner_norms=True (with weights)")
-    elif mamba.inner_norms and mamba.norm_eps != config.norm_eps:
-        options.append(
-            f"mamba.norm_eps={mamba.norm_eps!r} beside norm_eps={config.norm_eps!r} (one serves all norms there)"
-        )
-    if config.norm != "rmsnorm":
-        options.append(f"norm={config.norm!r}")
-    if config.d_inner != 2 * config.d_model:
-        options.append(f"expand={mamba.expand!r} (it is 2 there)")
-    if mamba.bias:
-        options.append("bias=True")
-    if not mamba.conv_bias:
-        options.append("conv_bias=False")
-    return options
-
-
-def config_fields(config: ModelConfig) -> dict[str, int | float | bool]:
-    """The metadata that describe a model's sizes."""
-    fields: dict[str, int | float | bool] = {
-        "context_length": CONTEXT_LENGTH,
-        "embedding_length": config.d_model,
-        "feed_forward_length": 0,
-        "attention.head_count": 0,
-        "block_count": config.n_layers,
-        "vocab_size": config.padded_vocab_size,
-        "ssm.conv_kernel": config.mamba.d_conv,
-        "ssm.inner_size": config.d_inner,
-        "ssm.state_size": config.mamba.d_state,
-        "ssm.time_step_rank": config.dt_rank,
-        "ssm.dt_b_c_rms": config.mamba.inner_norms,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-    }
-    return {f"{ARCHITECTURE}.{name}": value for name, value in fields.items()}
 
 
 # ------------------------------------------------------------------------------------------ reading
 
 
 class GGUFFile:
-    """A GGUF file of architecture `mamba`.
+    """A GGUF file of an architecture that one of our families has.
 
     Raises CheckpointError for a file that is broken, hostile, or of another architecture, ImportError without `gguf`.
     """
@@ -87,9 +43,11 @@ class GGUFFile:
         require_gguf()
         self.path = path
         check_header(path)
-        architecture = self.field("general.architecture")
-        if architecture != ARCHITECTURE:
-            raise CheckpointError(f"{path} is of architecture {architecture!r}; this reader takes {ARCHITECTURE!r}")
+        found = recognise(_Metadata(self), ("gguf",))
+        if found is None:
+            architecture, known = self.field("general.architecture"), ", ".join(map(repr, kinds(("gguf",))))
+            raise CheckpointError(f"{path} is of architecture {architecture!r}; this reader takes {known}")
+        self.spelling: Spelling = found[1]
 
     @cached_property
     def _reader(self) -> GGUFReader:
@@ -142,10 +100,12 @@ class GGUFFile:
         try:
             if isinstance(text, str):
                 ours = config_from_dict(ModelConfig, json.loads(text), OUR_CONFIG)
-                written = config_fields(ours).items()
+                written = nearest_spelling(ours, "gguf")[0].to_fields(ours).items()
                 if all(self.field(key) == value for key, value in written):
                     return ours
-            return self._config_from_fields()
+            return self.spelling.from_fields(_Metadata(self))
+        except KeyError as error:
+            raise CheckpointError(f"{self.path} lacks the metadata key {error.args[0]}") from error
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
@@ -162,45 +122,36 @@ class GGUFFile:
         """A tokenizer.json of what the file tells llama.cpp; None where that is not of GPT-2's kind."""
         return gguf_tokenizer.read_parts(self.field)
 
-    def _config_from_fields(self) -> ModelConfig:
-        d_model, eps = self._required("embedding_length"), self._required("attention.layer_norm_rms_epsilon")
-        stored = self.stored()
-        if "token_embd.weight" not in stored:
-            raise CheckpointError(f"{self.path} lacks the tensor token_embd.weight")
-        normed = bool(self.field(f"{ARCHITECTURE}.ssm.dt_b_c_rms", False))
-        return ModelConfig(
-            d_model=d_model,
-            n_layers=self._required("block_count"),
-            vocab_size=stored["token_embd.weight"].shape[0],
-            pad_vocab_multiple=1,
-            tie_embeddings="output.weight" not in stored,
-            norm_eps=eps,
-            mamba=MambaOptions(
-                d_state=self._required("ssm.state_size"),
-                d_conv=self._required("ssm.conv_kernel"),
-                expand=expansion(self._required("ssm.inner_size"), d_model),
-                dt_rank=self._required("ssm.time_step_rank"),
-                inner_norms=normed,
-                inner_norm_weights=not normed,
-                norm_eps=eps if normed else MambaOptions.norm_eps,
-            ),
-        )
+    def keys(self) -> Iterator[str]:
+        """All metadata keys."""
+        return iter(self._reader.fields)
 
-    def _required(self, name: str) -> Any:
-        value = self.field(f"{ARCHITECTURE}.{name}")
+
+class _Metadata(Mapping[str, Any]):
+    """The metadata of a file, and what its tensors tell: `vocab_size` and `tie_embeddings`."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "vocab_size":
+            stored = self._file.stored()
+            if EMBEDDING not in stored:
+                raise CheckpointError(f"{self._file.path} lacks the tensor {EMBEDDING}")
+            return stored[EMBEDDING].shape[0]
+        if key == "tie_embeddings":
+            return HEAD not in self._file.stored()
+        value = self._file.field(key)
         if value is None:
-            raise CheckpointError(f"{self.path} lacks the metadata key {ARCHITECTURE}.{name}")
+            raise KeyError(key)
         return value
 
+    def __iter__(self) -> Iterator[str]:
+        yield from ("vocab_size", "tie_embeddings")
+        yield from self._file.keys()
 
-def to_A_log(A: Tensor, where: str) -> Tensor:
-    """A_log (float32) of -exp(A_log), to half a unit in the last place of exp(A_log) or of A_log.
-
-    Raises CheckpointError for an A that is not negative.
-    """
-    if not bool((A <= 0).all()):
-        raise CheckpointError(f"{where} must be -exp(A_log), below 0; got up to {A.max().item():.4g}")
-    return torch.log(-A.double()).float()
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -208,9 +159,8 @@ def to_A_log(A: Tensor, where: str) -> Tensor:
 
 def write(
     path: Path,
-    config: ModelConfig,
-    stored: Mapping[str, StoredTensor],
-    tensors: Iterable[tuple[str, Tensor]],
+    weights: CastWeights,
+    spelling: Spelling,
     kind: str,
     token_ids: dict[str, Any],
     tokenizer: str | None,
@@ -218,7 +168,6 @@ def write(
     """Write a file, tensor by tensor.
 
     Args:
-        stored: our names and what they hold; `tensors` come in this order.
         kind: "F32", "F16", "BF16" or "Q8_0", of the matrices; A, D, norms, biases and filters are float32.
         tokenizer: the contents of a tokenizer.json, None to leave it out.
     Returns what llama.cpp does otherwise than the tokenizer, a phrase each.
@@ -226,27 +175,30 @@ def write(
     require_gguf()
     from gguf import GGUFWriter, LlamaFileType
 
-    writer = GGUFWriter(path, ARCHITECTURE)
+    writer = GGUFWriter(path, spelling.kind)
     file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(LlamaFileType[file_types[kind]])
     writer.add_quantization_version(2)
-    writer.add_string(OUR_CONFIG, json.dumps(config_to_dict(config)))
-    for key, value in config_fields(config).items():
+    writer.add_string(OUR_CONFIG, json.dumps(config_to_dict(weights.config)))
+    for key, value in spelling.to_fields(weights.config).items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         else:
             writer.add_uint32(key, value)
-    differences = gguf_tokenizer.write(writer, tokenizer, config.padded_vocab_size, token_ids)
-    empty = {name: _encode(name, info.shape, kind) for name, info in stored.items()}
-    for name, (shape, tensor_kind) in empty.items():
-        writer.add_tensor_info(to_gguf(name), shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=tensor_kind)
+    differences = gguf_tokenizer.write(writer, tokenizer, weights.config.padded_vocab_size, token_ids)
+    for name, info in weights.stored.items():
+        as_written = spelling.encode(name, torch.empty(info.shape, device="meta")).shape
+        shape, tensor_kind = _encode(name, tuple(as_written), kind)
+        writer.add_tensor_info(
+            spelling.name(name), shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=tensor_kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in tensors:
-        writer.write_tensor_data(_bytes(name, tensor, kind))
+    for name, tensor in weights.tensors():
+        writer.write_tensor_data(_bytes(name, spelling.encode(name, tensor), kind))
     writer.close()
     return differences
 
@@ -273,8 +225,6 @@ def _bytes(name: str, tensor: Tensor, kind: str) -> np.ndarray:
     from gguf.quants import quantize
 
     chosen = _kind_of(name, tuple(tensor.shape), kind)
-    if name.endswith("A_log"):
-        tensor = -torch.exp(tensor.double())
     if chosen == "Q8_0":
         return quantize(tensor.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
     return tensor.to(DTYPES[chosen]).contiguous().view(torch.uint8).numpy()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from anymamba.base.errors import CheckpointError
 
+CONFIG = "config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 OTHER_PICKLES = ("model.pt", "model.pth", "pytorch_model.pt")
 MAPPED_BYTES = 1 << 26  # read before a file is opened anew, which lets go of the pages read so far
@@ -234,3 +235,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a table of keys and values, got {type(values).__name__}")
     return values
+
+
+@contextmanager
+def failures_told(name: str) -> Iterator[None]:
+    """Have a library that reports a full disk in words of its own name the file, as an OSError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (SafetensorError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise OSError(f"{name} could not be written ({error}); is the disk full?") from error

@@ -1,0 +1,123 @@
+"""Model folders with a config.json and safetensors: Hugging Face's `mamba` and `falcon_mamba`, and our own `anymamba`.
+
+Every config.json that is written here holds our own config, too, beside the fields that other programs read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anymamba.base.errors import CheckpointError, require_format_version
+from anymamba.base.files import atomic_file, write_json
+from anymamba.base.schema import config_from_dict, config_to_dict
+from anymamba.models.checkpoints.families import Format, Spelling, kinds, nearest_spelling, recognise
+from anymamba.models.checkpoints.families.anymamba import TABLE
+from anymamba.models.checkpoints.formats.files import CONFIG, SAFETENSORS, StoredTensor, failures_told
+from anymamba.models.checkpoints.weights import CastWeights
+from anymamba.models.config import ModelConfig
+
+TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+FORMATS: tuple[Format, ...] = ("hf", "anymamba", "state-spaces")
+"""Formats with a config.json."""
+UNREAD = {"architectures", "use_cache"}
+"""Fields that say nothing of the model's function."""
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_config(values: dict[str, Any], where: Path) -> tuple[Format, Spelling, ModelConfig]:
+    """The format, the family and the config that the contents of a config.json tell.
+
+    Raises CheckpointError for another model_type, a newer version, or a value that no model of the family has.
+    """
+    found = recognise(values, FORMATS)
+    if found is None:
+        known = ", ".join(map(repr, kinds(("hf", "anymamba"))))
+        kind = values.get("model_type")
+        raise CheckpointError(f"{where} is of model_type {kind!r}; this reader takes {known} and state-spaces folders")
+    format, spelling = found
+    if spelling.own_version is not None:
+        require_format_version(values, spelling.own_version, where)
+    try:
+        return format, spelling, _own_config(values, format) or spelling.from_fields(values)
+    except KeyError as error:
+        raise CheckpointError(f"{where} lacks the key {error}; it is not a complete {spelling.kind} config") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _own_config(values: dict[str, Any], format: Format) -> ModelConfig | None:
+    """Our own config, where the fields still are what it says; another program may have changed them."""
+    if format != "hf" or TABLE not in values:
+        return None
+    ours = config_from_dict(ModelConfig, values[TABLE], TABLE)
+    written = nearest_spelling(ours, format)[0].to_fields(ours)
+    fields = set(written) & set(values) - UNREAD
+    return ours if all(values[field] == written[field] for field in fields) else None
+
+
+def token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+    """eos_token_id and its like, those that a config.json has."""
+    return {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write(weights: CastWeights, folder: Path, spelling: Spelling, token_ids: dict[str, Any], shard_bytes: int) -> None:
+    """Write a folder. Its safetensors are one file, or several of at most `shard_bytes` each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_safetensors(weights, folder, spelling, shard_bytes)
+    dtype = weights.stored["embedding.weight"].dtype
+    values = spelling.to_fields(weights.config)
+    values |= {TABLE: config_to_dict(weights.config), "dtype": str(dtype).removeprefix("torch.")}
+    values |= dict.fromkeys(TOKEN_IDS, token_ids.get("eos_token_id")) | token_ids
+    write_json(folder / CONFIG, values)
+
+
+def _write_safetensors(weights: CastWeights, folder: Path, spelling: Spelling, shard_bytes: int) -> None:
+    """One file, or numbered shards and their index; files of an earlier model go when the new ones are there."""
+    shards = plan_shards(weights.stored, shard_bytes)
+    numbered = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = numbered if len(shards) > 1 else [SAFETENSORS]
+    table: dict[str, str] = {}
+    tensors = weights.tensors()
+    for file, names in zip(files, shards, strict=True):
+        part = dict(_named(spelling, tensors, len(names)))
+        table |= dict.fromkeys(part, file)
+        with atomic_file(folder / file) as temporary, failures_told(file):
+            save_file(part, temporary, metadata={"format": "pt"})
+        del part
+    index = folder / f"{SAFETENSORS}.index.json"
+    if len(shards) > 1:
+        size = sum(info.nbytes for info in weights.stored.values())
+        write_json(index, {"metadata": {"total_size": size}, "weight_map": table})
+    old = {*folder.glob("model-*-of-*.safetensors"), folder / SAFETENSORS, index} - {folder / file for file in files}
+    for path in old - ({index} if len(shards) > 1 else set()):
+        path.unlink(missing_ok=True)
+
+
+def plan_shards(stored: dict[str, StoredTensor], shard_bytes: int) -> list[list[str]]:
+    """Names in order, in groups of at most that many bytes (or of one tensor)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, info in stored.items():
+        if shards[-1] and size + info.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += info.nbytes
+    return shards
+
+
+def _named(spelling: Spelling, tensors: Iterator[tuple[str, Tensor]], count: int) -> Iterable[tuple[str, Tensor]]:
+    """The next `count` tensors under the format's names and in its shapes, in memory of their own."""
+    for _ in range(count):
+        name, tensor = next(tensors)
+        yield spelling.name(name), spelling.encode(name, tensor).contiguous().clone()

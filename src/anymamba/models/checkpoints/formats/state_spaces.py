@@ -1,0 +1,42 @@
+"""The original format of the `mamba_ssm` package: a config.json of its own and an archive of torch.save."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anymamba.base.files import atomic_file, write_json
+from anymamba.models.checkpoints.families import Spelling
+from anymamba.models.checkpoints.formats.files import CONFIG, TORCH, failures_told
+from anymamba.models.checkpoints.weights import CastWeights
+
+
+def write(weights: CastWeights, folder: Path, spelling: Spelling) -> None:
+    """Write a folder. Its config.json has no place for ids of special tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_torch_archive(weights, folder, spelling)
+    write_json(folder / CONFIG, spelling.to_fields(weights.config))
+
+
+def _write_torch_archive(weights: CastWeights, folder: Path, spelling: Spelling) -> None:
+    """pytorch_model.bin. torch.save wants all tensors at once: they wait in files, mapped into memory."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".convert-") as waiting:
+        table: dict[str, Tensor] = {}
+        for number, (name, tensor) in enumerate(weights.tensors()):
+            mapped = _to_mapped_file(spelling.encode(name, tensor), Path(waiting) / str(number))
+            table[spelling.name(name)] = mapped
+        if weights.config.tie_embeddings and spelling.tied_head is not None:
+            table[spelling.tied_head] = table[spelling.name("embedding.weight")]
+        with atomic_file(folder / TORCH) as temporary, failures_told(TORCH):
+            torch.save(table, temporary)
+        del table, mapped
+
+
+def _to_mapped_file(tensor: Tensor, path: Path) -> Tensor:
+    """The tensor in a file of its own, mapped: its pages need no memory when it is scarce."""
+    with open(path, "wb") as file:  # not through the mapping: where the disk is full that would end the process
+        file.write(tensor.flatten().view(torch.uint8).numpy().data)
+    return torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
