@@ -165,11 +165,19 @@ inline float exp2_fast(float x) {
     const float r = std::exp2(x);
     return std::fabs(r) < 1.17549435e-38f ? 0.f : r;
 }
+inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) {
     const float r = 1.f / x;
     return std::fabs(r) < 1.17549435e-38f ? 0.f : r;
 }
 
+inline const u8* advance(const u8* p, int a, int b) { return p + u64(u32(a)) * u32(b); }
+inline void keep(const u8*&) {}
+inline void keep(int&) {}
+inline void write_16_bytes(float* to, float4 v) {
+    need(reinterpret_cast<u64>(to) % 16 == 0, "a store not aligned");
+    std::memcpy(to, &v, 16);
+}
 inline void sync_block() { emulated::meet(emulated::all, emulated::alive); }
 inline void sync_warp() {
     auto& warp = emulated::warps[emulated::self->warp];
@@ -207,6 +215,7 @@ inline void copy_16_bytes(void* to, const void* from, bool ok) {
     need(reinterpret_cast<u64>(to) % 16 == 0 && (!ok || reinterpret_cast<u64>(from) % 16 == 0), "a copy not aligned");
     emulated::self->copies.push_back({to, from, ok, emulated::self->group});
 }
+inline void copy_16_bytes(void* to, const void* from) { copy_16_bytes(to, from, true); }
 inline void end_of_copies() { emulated::self->group++; }
 template <int N>
 void wait_for_copies() {

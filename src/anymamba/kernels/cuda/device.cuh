@@ -32,6 +32,11 @@ DEVICE float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
+DEVICE float log2_fast(float x) {
+    float r;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
 DEVICE float reciprocal_fast(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -47,6 +52,23 @@ DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lan
 template <typename T>
 DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE u32 ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+
+// p + a * b, of numbers that are not negative: one instruction, if the compiler may not widen a.
+DEVICE const u8* advance(const u8* p, int a, int b) {
+    const u8* r;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(a), "r"(b), "l"(p));
+    return r;
+}
+
+// Have the compiler keep a value: where registers are short it would compute it again each time.
+DEVICE void keep(const u8*& p) { asm volatile("" : "+l"(p)); }
+DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
+
+// Four floats to global memory at once; of the same assignment the compiler may make four.
+DEVICE void write_16_bytes(float* global, float4 v) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
 
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
@@ -78,6 +100,9 @@ DEVICE void copy_16_bytes(void* shared, const void* global, bool ok) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(ok ? 16 : 0)
                  : "memory");
+}
+DEVICE void copy_16_bytes(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All copies but those of the last N groups have arrived, for the thread that asked for them.
@@ -219,18 +244,25 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 DEVICE float sigmoid_fast(float x) { return reciprocal_fast(1.f + exp2_fast(-LOG2_E * x)); }
 
-// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), by the series of the inverse hyperbolic tangent at e / (2 + e) <= 1/3: no
-// digits are lost where e is small, as with a logarithm of 1 + e.
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|). The logarithm of 1 + e loses digits where e is small; there is a series that
+// is good to five of them, enough for numbers that were rounded to 16 bits, or, PRECISE, that of the inverse hyperbolic
+// tangent at e / (2 + e) <= 1/3.
+template <bool PRECISE>
 DEVICE float softplus_fast(float x) {
     const float e = exp2_fast(-LOG2_E * fabsf(x));
-    const float s = e * reciprocal_fast(2.f + e), q = s * s;
-    float sum = fmaf(q, 2.f / 13, 2.f / 11);
-    sum = fmaf(sum, q, 2.f / 9);
-    sum = fmaf(sum, q, 2.f / 7);
-    sum = fmaf(sum, q, 2.f / 5);
-    sum = fmaf(sum, q, 2.f / 3);
-    sum = fmaf(sum, q, 2.f);
-    return fmaf(sum, s, fmaxf(x, 0.f));
+    if constexpr (PRECISE) {
+        const float s = e * reciprocal_fast(2.f + e), q = s * s;
+        float sum = fmaf(q, 2.f / 13, 2.f / 11);
+        sum = fmaf(sum, q, 2.f / 9);
+        sum = fmaf(sum, q, 2.f / 7);
+        sum = fmaf(sum, q, 2.f / 5);
+        sum = fmaf(sum, q, 2.f / 3);
+        sum = fmaf(sum, q, 2.f);
+        return fmaf(sum, s, fmaxf(x, 0.f));
+    } else {
+        const float series = e * fmaf(e, fmaf(e, 1.f / 3, -0.5f), 1.f), logarithm = log2_fast(1.f + e) * LN_2;
+        return fmaxf(x, 0.f) + (e < 0.03f ? series : logarithm);
+    }
 }
 
 // The derivative of the softplus from its value: 1 - e^-value, by a series where that cancels.

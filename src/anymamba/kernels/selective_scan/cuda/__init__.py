@@ -41,7 +41,8 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     call.dense(last_state=last_state, saved=saved if save else None)
     if a.cu_seqlens is not None:
         _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
-    _fast_forward(call, dtype) if plan.is_fast(a) else _general_forward(call)
+    layouts = plan.layouts(a)
+    _fast_forward(call, layouts, dtype) if layouts else _general_forward(call)
     return y.to(a.u.dtype), last_state, saved
 
 
@@ -62,7 +63,8 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     call.gradients(dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
     if a.cu_seqlens is not None and dinitial is not None:
         _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
-    _fast_backward(call, a, dtype) if plan.is_fast(a) else _general_backward(call, a)
+    layouts = plan.layouts(a)
+    _fast_backward(call, a, layouts, dtype) if layouts else _general_backward(call, a)
     _between(call, "sum_parts", (a.d_state + 2) * call["channels"])
     targets = (a.u, a.delta, a.z)
     rows = [None if t is None or x is None else t.to(x.dtype) for t, x in zip(written, targets, strict=True)]
@@ -90,10 +92,11 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
 def _start(a: ScanArguments) -> tuple[Call, torch.dtype]:
     """A call with the op's inputs, and the dtype in which kernels write tokens."""
     call = Call(a)
-    dtype = plan.element(a) if plan.is_fast(a) else a.u.dtype
+    is_fast = plan.layouts(a) is not None
+    dtype = plan.element(a) if is_fast else a.u.dtype
     tensors = {"u": a.u, "delta": a.delta, "z": a.z}
-    call.rows(**{k: t.to(dtype) if plan.is_fast(a) and t is not None else t for k, t in tensors.items()})
-    _matrices(call, a, dtype if plan.is_fast(a) else None)
+    call.rows(**{k: t.to(dtype) if is_fast and t is not None else t for k, t in tensors.items()})
+    _matrices(call, a, dtype if is_fast else None)
     call.set(states=plan.padded_states(a))
     if a.cu_seqlens is not None:
         offsets = a.cu_seqlens.to(torch.int64).cummax(0).values
@@ -138,8 +141,8 @@ def _carry(call: Call) -> None:
     _between(call, "carry", call["batch"] * call["states"] * call["channels"])
 
 
-def _fast_forward(call: Call, dtype: torch.dtype) -> None:
-    layout = plan.PLENTY
+def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None:
+    layout = layouts.forward
     n_blocks = _chunks(call, layout.block_channels, layout.blocks)
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
@@ -151,7 +154,9 @@ def _fast_forward(call: Call, dtype: torch.dtype) -> None:
 def _fast_scan(call: Call, layout: plan.Layout, dtype: torch.dtype, passage: int, n_blocks: int) -> None:
     call.set(passage=passage)
     shared = plan.shared_of_forward(layout, dtype, call["states"], passage)
-    call.launch(plan.fast("forward", "scan", layout, dtype, PASS=passage), n_blocks, layout.threads, shared)
+    call.launch(
+        plan.fast("forward", "scan", layout, dtype, call["states"], PASS=passage), n_blocks, layout.threads, shared
+    )
 
 
 def _general_forward(call: Call) -> None:
@@ -198,19 +203,21 @@ def _general_backward(call: Call, a: ScanArguments) -> None:
     _between(call, "sum_blocks", a.batch * a.length * a.d_state * a.n_groups)
 
 
-def _fast_backward(call: Call, a: ScanArguments, dtype: torch.dtype) -> None:
-    layout = plan.BACKWARD
+def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: torch.dtype) -> None:
+    layout = layouts.backward
     n_blocks = _chunks(call, layout.block_channels, layout.blocks)
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
-        _fast_scan(call, plan.PLENTY, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
+        _fast_scan(call, layouts.forward, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
         _carry(call)
     _scratch_of_parts(call, a)
     n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
     n_units = a.batch * n_pieces * call["states"] * 2
     call.scratch("dB_parts", n_blocks // a.batch, n_units, layout.tokens)
-    shared = plan.shared_of_backward(layout, dtype, call["states"])
-    variant = plan.fast("backward", "scan_backward", layout, dtype)
+    if call["states"] > plan.GROUP:
+        call.scratch("dA_of_warps", call["n_parts"], layout.warps, call["states"], call["channels"])
+    shared = plan.shared_of_backward(layout, dtype, call["states"], layouts.ahead)
+    variant = plan.fast("backward", "scan_backward", layout, dtype, call["states"], AHEAD=int(layouts.ahead))
     call.launch(variant, n_blocks * call["n_chunks"], layout.threads, shared)
     threads = plan.SMALL_THREADS
     call.launch(variant._replace(kernel="sum_pieces"), -(-n_units * a.n_groups // threads), threads)

@@ -1,9 +1,8 @@
 // The gradients of the selective scan, for real A and selective B and C.
 //
-// A tile is the 64 tokens between saved states: PIECES pieces, of which each warp takes every fourth. For each tile, from
-// the last to the first, the state runs forward through the pieces once more (nothing is kept but what enters each), then
-// its gradient runs backward; both go from warp to warp, step by step, through the same places in shared memory. For one
-// state
+// A tile is the 64 tokens between saved states: PIECES pieces, which warps take in turn. For each tile, from the last to
+// the first, the state runs forward through the pieces once more (nothing is kept but what enters each), then its gradient
+// runs backward; both go from warp to warp, step by step, through the same places in shared memory. For one state
 //
 //     h = a h[t-1] + w B   recomputed;  y += C h
 //     e = dh + C g         gradient of h;  g is that of the scan's own output
@@ -12,122 +11,177 @@
 //
 // dB and dC are sums over channels: each block writes its part, sum_pieces adds them in order.
 //
-// Launch: four lanes share the states of four channels, so that sums over channels are short; 4 warps, and three blocks on
-// a multiprocessor for registers' sake; for float32, whose tokens take more shared memory, two.
+// A turn is a tile and a group of states; a round of it is a piece for each warp. Both runs come from warp 0 and go to the
+// last one, which so is always a little later, and never waits for long. AHEAD, the forward run of the next turn goes
+// along with the backward run of this one; it takes two copies of what a turn keeps.
+//
+// Launch: four lanes share the states of four channels, so that sums over channels are short. One block of 8 warps on a
+// multiprocessor: with all registers (255 a lane) a step keeps its tokens in them. Where shared memory is short, 4 warps
+// and not AHEAD.
 #include "pieces.cuh"
 
-static_assert(SHARE == 4 && CHANNELS == 4 && TOKENS == 4, "the exchanges between lanes are written for these");
-constexpr int PIECES = SAVED_EVERY / TOKENS, ROUNDS = PIECES / WARPS;
-constexpr int ROW = TOKENS * BLOCK_CHANNELS, PLANE = GROUP * BLOCK_CHANNELS;
+static_assert(SHARE == 4 && CHANNELS == 4 && TOKENS == 4 && TOGETHER == 1, "the exchanges between lanes want these");
+constexpr int PIECES = SAVED_EVERY / TOKENS, ROUNDS = PIECES / WARPS, SIDES = AHEAD ? 2 : 1;
+constexpr int ROW = TOKENS * BLOCK_CHANNELS;
+constexpr int UNITS_OF_ROW = ROW / VECTOR, UNITS_OF_MATRIX = TOKENS * GROUP / VECTOR;  // copies of 16 bytes
+constexpr int COPIES = (3 * UNITS_OF_ROW + 31) / 32;                                   // of a lane for a piece
+
+// Where a lane copies from: the rows of a tensor from the chunk's first token on; null where there is nothing.
+struct alignas(16) Source {
+    const u8* from;
+    int row, group;  // bytes from a token to the next, and from a group of states to the next
+};
+enum { FORWARD_RUN, BACKWARD_RUN };
 
 struct alignas(16) OfBlock {
-    float entering[PIECES][PLANE];  // the state before a piece; later the gradient of that state; (state, channel)
-    float saved[PLANE];             // entering[0] and saved take turns in being what was saved before the tile
-    float d[PIECES][ROW];           // (token, channel)
-    float matrices[PIECES][2][GROUP * TOKENS];  // B and C as (state, token)
+    float exchange[WARPS][512];                // first, so that places in it are changed by bits
+    float entering[SIDES][PIECES - 1][PLANE];  // the state before pieces 1 and on; later its gradient
+    float saved[3][PLANE];                     // the state before piece 0
+    float d[SIDES][PIECES][ROW], w[SIDES][PIECES][ROW];  // see place_in_row
+    float matrices[SIDES][PIECES][2][GROUP * TOKENS];    // B and C as (state, token)
     float g[WARPS][ROW];
     float bias[BLOCK_CHANNELS], D[BLOCK_CHANNELS];
-    float exchange[WARPS][512];
-    Element raw[WARPS][2][3 * ROW];  // u, delta, B, C or u, z, dy of a piece: this one and the next
-    Barrier passed[PIECES][STEPS];   // what enters a piece is there: forward, then backward
+    float dA[WARPS][PLANE];
+    Source sources[2][COPIES][32];
+    Element raw[WARPS][2][3 * ROW];  // of a piece: u, delta, B, C for the forward run and u, z, dy for the other
+    Barrier entered[SIDES][PIECES][STEPS];  // forward: the state before the piece is there
+    Barrier prepared[SIDES][PIECES];        // d, w, B and C of the piece are
+    Barrier left[SIDES][PIECES][STEPS];     // backward: the gradient of the state before the piece is there
+    Barrier finished[SIDES][PIECES];        // its place may be taken by the next turn
 };
 struct alignas(16) OfGroup {  // of states
-    float rates[PLANE], leaving[PLANE], dA[PLANE];  // leaving: the gradient that leaves the tile
-    Barrier passed[STEPS];                          // it is there
+    float rates[PLANE], leaving[PLANE];  // leaving: the gradient that leaves the tile
+    Barrier left[STEPS];                 // it is there
 };
 constexpr int SUMS = 3 * SAVED_EVERY * BLOCK_CHANNELS;  // y, du, ddelta of a tile, where there are several groups
 
+// (token, channel): an owner's channels of each token, moved on so that banks do not conflict.
+DEVICE int place_in_row(int t, int owner) { return (t * OWNERS + ((owner + 2 * t) & (OWNERS - 1))) * CHANNELS; }
+
 // Sums over the lanes that share channels of values (token, channel): lane i of them gets those of token i.
-DEVICE void sum_to_owner(float (&out)[CHANNELS], const float (&values)[TOKENS][CHANNELS], float* exchange, int lane) {
-    const int owner = lane / SHARE * SHARE, part = lane % SHARE;
+// `writes` and `reads` are where the lane's part of its own token is: other parts and tokens differ in two bits.
+DEVICE void sum_to_owner(float (&out)[CHANNELS], const float (&values)[TOKENS][CHANNELS], float* exchange, int writes,
+                         int reads) {
     sync_warp();
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++) store(exchange + (t * 32 + owner + (part ^ t)) * 4, values[t]);
+    for (int t = 0; t < TOKENS; t++) store(exchange + t * 128 + (writes ^ (t * 4)), values[t]);
     sync_warp();
-    load(out, exchange + (part * 32 + owner + part) * 4);
+    load(out, exchange + reads);
 #pragma unroll
     for (int i = 1; i < SHARE; i++) {
         float more[CHANNELS];
-        load(more, exchange + (part * 32 + owner + (i ^ part)) * 4);
+        load(more, exchange + (reads ^ (i * 4)));
 #pragma unroll
         for (int s = 0; s < CHANNELS; s++) out[s] += more[s];
     }
 }
 
-// Where in `exchange` a lane puts the values of its four tokens, and where the one that adds them up reads.
-DEVICE int exchange_place(int which, int part, int owner) { return (which * 32 + part * 8 + ((owner + 2 * part) & 7)) * 4; }
-
-// Where a warp is: for each tile, from the last, and each group of states its pieces forward and then backward.
-struct Visit {
-    int tile, group, visit;
-    DEVICE explicit Visit(int last_tile) : tile(last_tile), group(0), visit(0) {}
-    DEVICE int turn() const { return visit / (2 * ROUNDS); }
-    DEVICE bool is_forward() const { return visit % (2 * ROUNDS) < ROUNDS; }
-    DEVICE int piece(int warp) const {
-        const int step = visit % (2 * ROUNDS);
-        return (step < ROUNDS ? step : 2 * ROUNDS - 1 - step) * WARPS + warp;
-    }
-    DEVICE void advance(int groups) {
-        if (++visit % (2 * ROUNDS) == 0 && ++group == groups) group = 0, tile--;
-    }
-};
-
 KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     const Place at = place_of_block(p, BLOCK_CHANNELS, 0);
     const int lane = threadIdx.x % 32, warp = shuffle(int(threadIdx.x / 32), 0);
     const int part = lane % SHARE, owner = lane / SHARE, c0 = owner * CHANNELS, my_count = at.count - c0;
-    const int groups = int(p.states) / GROUP, length = int(at.end - at.begin);
-    const int n_tiles = (length + SAVED_EVERY - 1) / SAVED_EVERY;
+    const int groups = groups_of(p), length = int(at.end - at.begin);
+    const int n_tiles = (length + SAVED_EVERY - 1) / SAVED_EVERY, n_turns = n_tiles * groups;
     const i64 first_tile = at.begin / SAVED_EVERY, n_saved = (p.length + SAVED_EVERY - 1) / SAVED_EVERY;
+    const int final = at.end == p.length ? length - 1 : -1;  // the last token of the row, if it is here
+    const bool is_regular = p.aligned && at.count >= BLOCK_CHANNELS && p.states == p.d_state;
+    const int own = lane * CHANNELS, own_row = place_in_row(part, owner);  // in a step of a plane; of token `part`
 
     OfBlock& block = *reinterpret_cast<OfBlock*>(shared_memory());
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(&block + 1);
     float* sums = reinterpret_cast<float*>(of_groups + groups);
-    float *exchange = block.exchange[warp], *my_g = block.g[warp];
+    float *const exchange = &block.exchange[0][0], *const my_g = block.g[warp];
+    // In `exchange`: for sum_to_owner; where the lane puts values of its tokens for dB and dC, and where it adds them up.
+    const int sum_writes = warp * 512 + owner * 16 + part * 4, sum_reads = sum_writes + part * 128;
+    const int of_part = lane / 2 % 4, of_half = lane / 8 % 2, of_matrix = lane / 16;
+    const int matrix_writes = warp * 512 + part * 32 + (owner ^ (2 * part)) * 4;
+    const int matrix_reads = warp * 512 + (of_matrix * 2 + of_half) * 128 + of_part * 32 + (2 * of_part + lane % 2) * 4;
+    const int options = options_of(p);
+    const i64 first_part = ((at.block * p.batch + at.row) * n_saved + first_tile) * PIECES * groups;
+    const u8* parts_of_block = p.dB_parts + (first_part * 2 * GROUP + of_matrix * GROUP + of_half * SHARE + of_part) * TOKENS * 4;
+    const i64 first_out = (at.row * p.length + at.begin) * p.d_inner + at.channel + c0;
+    const u8* out_of_chunk = reinterpret_cast<const u8*>(first_out * i64(sizeof(Element)));
+    keep(parts_of_block), keep(out_of_chunk);
+    Element* const raw_forward = block.raw[warp][0];
+    Element* const raw_backward = block.raw[warp][1];
 
-    const u8 *start_u = start_of(p.u, at, sizeof(Element), false), *start_delta = start_of(p.delta, at, sizeof(Element), false);
-    const u8 *start_z = start_of(p.z, at, sizeof(Element), false), *start_dy = start_of(p.dy, at, sizeof(Element), false);
-    const u8 *start_B = start_of(p.B, at, sizeof(Element), true), *start_C = start_of(p.C, at, sizeof(Element), true);
-
-    int sequences = -1;  // around the piece that is staged next
-    Visit next(n_tiles - 1);
-    const auto stage_next = [&]() {
-        const int piece = next.piece(warp), from = next.tile * SAVED_EVERY + piece * TOKENS, tokens = length - from;
-        Element* raw = block.raw[warp][next.visit & 1];
-        stage<BLOCK_CHANNELS>(raw, start_u, p.u, from, tokens, at.count, lane);
-        if (next.is_forward()) {
-            const int column = next.group * GROUP, columns = int(p.d_state) - column, offset = column * int(sizeof(Element));
-            stage<BLOCK_CHANNELS>(raw + ROW, start_delta, p.delta, from, tokens, at.count, lane);
-            stage<GROUP>(raw + 2 * ROW, start_B + offset, p.B, from, tokens, columns, lane);
-            stage<GROUP>(raw + 2 * ROW + TOKENS * GROUP, start_C + offset, p.C, from, tokens, columns, lane);
-            if (piece == 0) {
-                float* to = next.turn() & 1 ? block.saved : block.entering[0];
-                const i64 plane = (at.row * n_saved + first_tile + next.tile) * p.states + next.group * GROUP;
-                const float* saved = reinterpret_cast<const float*>(p.saved) + plane * p.channels + at.padded;
-                for (int i = lane * 4; i < PLANE; i += 128)
-                    copy_16_bytes(to + i, saved + i / BLOCK_CHANNELS * p.channels + i % BLOCK_CHANNELS, true);
+    // ------------------------------------------------------------------------------------ copies from global memory
+    const Rows* const runs[2][4] = {{&p.u, &p.delta, &p.B, &p.C}, {&p.u, &p.z, &p.dy, nullptr}};
+    for (int i = threadIdx.x; i < 2 * COPIES * 32; i += THREADS) {
+        const int run = i / (COPIES * 32), unit = i % (COPIES * 32), of_rows = run == FORWARD_RUN ? 2 : 3;
+        const bool is_matrix = unit >= of_rows * UNITS_OF_ROW;
+        const int in = is_matrix ? unit - of_rows * UNITS_OF_ROW : unit;
+        const int which = is_matrix ? of_rows + in / UNITS_OF_MATRIX : in / UNITS_OF_ROW;
+        const int k = in % (is_matrix ? UNITS_OF_MATRIX : UNITS_OF_ROW), per_token = (is_matrix ? GROUP : BLOCK_CHANNELS) / VECTOR;
+        Source source = {nullptr, 0, 0};
+        if (which < 4 && runs[run][which] && runs[run][which]->data) {
+            const Rows& rows = *runs[run][which];
+            source.row = int(rows.length) * int(sizeof(Element));
+            source.from = start_of(rows, at, sizeof(Element), is_matrix) + k % per_token * 16 + k / per_token * source.row;
+            source.group = is_matrix ? GROUP * int(sizeof(Element)) : 0;
+        }
+        block.sources[run][unit / 32][unit % 32] = source;
+    }
+    // The pieces that are not full, tensor by tensor.
+    const auto stage_edge = [&](Element* to, int run, int first, int tokens, int group) {
+        for (int which = 0; which < 4; which++) {
+            const Rows* rows = runs[run][which];
+            if (!rows || !rows->data) continue;
+            const bool is_matrix = run == FORWARD_RUN && which > 1;
+            const int columns = is_matrix ? int(p.d_state) - group * GROUP : at.count, row = int(rows->length) * int(sizeof(Element));
+            const u8* from = start_of(*rows, at, sizeof(Element), is_matrix) + (is_matrix ? group * GROUP * int(sizeof(Element)) : 0);
+            Element* into = to + (is_matrix ? 2 * ROW + (which - 2) * TOKENS * GROUP : which * ROW);
+            copy_elements(into, advance(from, first, row), row, tokens, columns, is_matrix ? GROUP : BLOCK_CHANNELS, lane);
+        }
+    };
+    const auto stage_piece = [&](Element* to, int run, int tile, int piece, int group) {
+        const int first = tile * SAVED_EVERY + piece * TOKENS, tokens = length - first;
+        if (is_regular && tokens >= TOKENS) {
+#pragma unroll
+            for (int i = 0; i < COPIES; i++) {
+                const Source source = block.sources[run][i][lane];
+                const u8* from = advance(source.from, first, source.row) + (ONE_GROUP ? 0 : group * source.group);
+                if (source.from) copy_16_bytes(to + (i * 32 + lane) * VECTOR, from);
             }
         } else {
-            if (p.z.data) stage<BLOCK_CHANNELS>(raw + ROW, start_z, p.z, from, tokens, at.count, lane);
-            stage<BLOCK_CHANNELS>(raw + 2 * ROW, start_dy, p.dy, from, tokens, at.count, lane);
+            stage_edge(to, run, first, tokens, group);
+        }
+    };
+    int around_forward = -1, around_backward = -1;  // sequences around the pieces that are staged
+    const auto stage_forward = [&](int turn, int round) {
+        if (turn >= n_turns) return;
+        const int tile = n_tiles - 1 - turn / groups, group = turn % groups, piece = round * WARPS + warp;
+        stage_piece(raw_forward, FORWARD_RUN, tile, piece, group);
+        if (piece == 0) {
+            const i64 plane = (at.row * n_saved + first_tile + tile) * p.states + group * GROUP;
+            const float* saved = reinterpret_cast<const float*>(p.saved) + plane * p.channels + at.padded;
+            for (int i = lane; i < PLANE / CHANNELS; i += 32) {
+                const int n = i / OWNERS, c = i % OWNERS * CHANNELS;
+                copy_16_bytes(block.saved[turn % 3] + place_in_plane(n, c), saved + n * p.channels + c);
+            }
         }
         end_of_copies();
-        sequences = sequences_around(p, at.begin + from, TOKENS, lane);
-        next.advance(groups);
+        if (options & IS_PACKED)
+            around_forward = sequences_around(p, at.begin + tile * SAVED_EVERY + piece * TOKENS, TOKENS, lane);
     };
-    stage_next();
+    const auto stage_backward = [&](int turn, int round) {
+        const int tile = n_tiles - 1 - turn / groups, piece = PIECES - 1 - (round * WARPS + warp);
+        stage_piece(raw_backward, BACKWARD_RUN, tile, piece, 0);
+        end_of_copies();
+        if (options & IS_PACKED)
+            around_backward = sequences_around(p, at.begin + tile * SAVED_EVERY + piece * TOKENS, TOKENS, lane);
+    };
 
     for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
-        const int c = i % BLOCK_CHANNELS, n = i / BLOCK_CHANNELS, group = i / PLANE, k = i % PLANE;
-        const bool ok = c < at.count && n < p.d_state;
+        const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, g = n / GROUP, place = place_in_plane(n % GROUP, c);
         const i64 arriving = ((at.row * p.n_chunks + at.chunk) * p.states + n) * p.channels + at.padded + c;
-        of_groups[group].rates[k] =
-            ok ? LOG2_E * reinterpret_cast<const float*>(p.A)[(at.channel + c) * p.d_state + n] : 0.f;
-        of_groups[group].leaving[k] = p.n_chunks > 1 ? reinterpret_cast<const float*>(p.chunk_states)[arriving] : 0.f;
-        of_groups[group].dA[k] = 0.f;
+        of_groups[g].rates[place] = rate_of(p, at, n, c);
+        of_groups[g].leaving[place] = p.n_chunks > 1 ? reinterpret_cast<const float*>(p.chunk_states)[arriving] : 0.f;
     }
-    for (int i = threadIdx.x; i < PIECES * STEPS; i += THREADS) start_barrier(&block.passed[i / STEPS][i % STEPS]);
-    for (int i = threadIdx.x; i < groups * STEPS; i += THREADS) start_barrier(&of_groups[i / STEPS].passed[i % STEPS]);
+    for (int i = lane; i < PLANE; i += 32) block.dA[warp][i] = 0.f;
+    constexpr int BARRIERS = SIDES * PIECES * (2 * STEPS + 2);
+    for (int i = threadIdx.x; i < BARRIERS; i += THREADS) start_barrier(&block.entered[0][0][0] + i);
+    for (int i = threadIdx.x; i < groups * STEPS; i += THREADS) start_barrier(&of_groups[i / STEPS].left[i % STEPS]);
     if (warp == 0 && part == 0) {
         float v[CHANNELS];
         read_vector(v, p.delta_bias, at.channel + c0, my_count);
@@ -135,67 +189,149 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         read_vector(v, p.D, at.channel + c0, my_count);
         store(block.D + c0, v);
     }
-    float dD[CHANNELS], dbias[CHANNELS], dA_of_step[CHANNELS];
+    float dD[CHANNELS], dbias[CHANNELS];
 #pragma unroll
-    for (int s = 0; s < CHANNELS; s++) dD[s] = dbias[s] = dA_of_step[s] = 0.f;
-    float* dA_place = of_groups[0].dA + part * BLOCK_CHANNELS + c0;  // of dA_of_step, which is not added yet
+    for (int s = 0; s < CHANNELS; s++) dD[s] = dbias[s] = 0.f;
     sync_block();
 
-#pragma unroll 1
-    for (Visit now(n_tiles - 1); now.tile >= 0; now.advance(groups)) {
-        const int tile = now.tile, group = now.group, piece = now.piece(warp);
-        const int first = tile * SAVED_EVERY + piece * TOKENS, tokens = length - first;
-        const int around = sequences;
-        OfGroup& own = of_groups[group];
-        const float* saved = now.turn() & 1 ? block.saved : block.entering[0];
-        const Element* raw = block.raw[warp][now.visit & 1];
-        wait_for_copies<0>();
-        sync_warp();
-        if (next.tile >= 0) stage_next();
-
-        if (now.is_forward()) {  // the state, forward
-            {
-                float v[CHANNELS], bias[CHANNELS];
-                load(bias, block.bias + c0);
-                read<DTYPE>(v, raw + ROW + part * BLOCK_CHANNELS + c0);
+    // ------------------------------------------------------------------------------------ the state, forward
+    const auto run_forward = [&](int turn, int round, int around) {
+        const int tile = n_tiles - 1 - turn / groups, group = turn % groups, side = turn % SIDES;
+        const int piece = round * WARPS + warp, first = tile * SAVED_EVERY + piece * TOKENS, tokens = length - first;
+        const u32 phase = turn / SIDES & 1;
+        float *my_d = block.d[side][piece], *my_w = block.w[side][piece];
+        float(*matrices)[GROUP * TOKENS] = block.matrices[side][piece];
+        wait(&block.finished[side][piece], phase ^ 1);
+        {
+            float v[CHANNELS], u[CHANNELS], bias[CHANNELS];
+            load(bias, block.bias + c0);
+            read<DTYPE>(u, raw_forward + part * BLOCK_CHANNELS + c0);
+            read<DTYPE>(v, raw_forward + ROW + part * BLOCK_CHANNELS + c0);
 #pragma unroll
-                for (int s = 0; s < CHANNELS; s++) {
-                    v[s] += bias[s];
-                    if (p.softplus) v[s] = softplus_fast(v[s]);
-                    v[s] = part < tokens ? v[s] : 0.f;
-                }
-                store(&block.d[piece][part * BLOCK_CHANNELS + c0], v);
-                // 128 numbers of B and C: (which, token, state), four states a lane
-                const int which = lane / 16, t = lane % 16 / 4, n = lane % 4 * 4;
-                read<DTYPE>(v, raw + 2 * ROW + lane * 4);
+            for (int s = 0; s < CHANNELS; s++) v[s] += bias[s];
+            if (options & HAS_SOFTPLUS) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) block.matrices[piece][which][(n + i) * TOKENS + t] = v[i];
+                for (int s = 0; s < CHANNELS; s++) v[s] = softplus_fast<PRECISE>(v[s]);
             }
-            sync_warp();
-            if (piece == PIECES - 1) continue;  // its states are of no use yet
-            float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS];
+            if (part >= tokens) v[0] = v[1] = v[2] = v[3] = 0.f;
+            store(my_d + own_row, v);
+#pragma unroll
+            for (int s = 0; s < CHANNELS; s++) u[s] *= v[s];
+            store(my_w + own_row, u);
+            // B, then C: a lane for each state
+            const Element* row = raw_forward + 2 * ROW + lane / GROUP * TOKENS * GROUP + lane % GROUP;
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) {
-                load(d[t], &block.d[piece][t * BLOCK_CHANNELS + c0]);
-                read<DTYPE>(w[t], raw + t * BLOCK_CHANNELS + c0);
-#pragma unroll
-                for (int s = 0; s < CHANNELS; s++) w[t][s] *= d[t][s];
+                float one[1];
+                read<DTYPE>(one, row + t * GROUP);
+                v[t] = one[0];
             }
-            const float* from = piece == 0 ? saved : block.entering[piece];
-            const Boundaries edges = boundaries_of(p, around, at.begin + first, TOKENS, tokens, lane);
-            const auto steps = [&](auto with_edges) {
-                constexpr bool EDGES = decltype(with_edges)::value;
+            store(&matrices[0][0] + lane * TOKENS, v);
+        }
+        sync_warp();
+        if (lane == 0) arrive(&block.prepared[side][piece]);
+        if (piece == PIECES - 1) return;  // its states are of no use
+        float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            load(d[t], my_d + place_in_row(t, owner));
+            load(w[t], my_w + place_in_row(t, owner));
+        }
+        const float* rates = of_groups[group].rates + own;
+        const float* from = (piece == 0 ? block.saved[turn % 3] : block.entering[side][max(piece - 1, 0)]) + own;
+        float* to = block.entering[side][piece] + own;
+        const Boundaries edges = boundaries_of(p, around, tokens, TOKENS, at.begin + first, final - first, lane);
+        const auto steps = [&](auto with_edges) {
+            constexpr bool EDGES = decltype(with_edges)::value;
 #pragma unroll (EDGES ? 1 : STEPS)
-                for (int j = 0; j < STEPS; j++) {
-                    const int n = j * SHARE + part, place = n * BLOCK_CHANNELS + c0;
-                    float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
-                    load(rate, own.rates + place);
-                    load(B, &block.matrices[piece][0][n * TOKENS]);
+            for (int j = 0; j < STEPS; j++) {
+                const int n = j * SHARE + part, place = j * 32 * CHANNELS;
+                float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
+                load(rate, rates + place);
+                load(B, matrices[0] + n * TOKENS);
 #pragma unroll
-                    for (int t = 0; t < TOKENS; t++)
+                for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                        for (int s = 0; s < CHANNELS; s++) a[t][s] = exp2_fast(d[t][s] * rate[s]);
-                    if (piece > 0) wait(&block.passed[piece][j], 0);
+                    for (int s = 0; s < CHANNELS; s++) a[t][s] = exp2_fast(d[t][s] * rate[s]);
+                if (piece > 0) wait(&block.entered[side][piece][j], phase);
+                load(h, from + place);
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++) {
+                    if (EDGES && edges.starts >> t & 1)
+                        read_states(h, p.initial_state, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
+                                    group * GROUP + n);
+#pragma unroll
+                    for (int s = 0; s < CHANNELS; s++) h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
+                }
+                store(to + place, h);
+                sync_warp();
+                if (lane == 0) arrive(&block.entered[side][piece + 1][j]);
+            }
+        };
+        if (edges.starts == 0) {
+            steps(No());
+        } else {
+            steps(Yes());
+        }
+    };
+
+    // ------------------------------------------------------------------------------------ its gradient, backward
+    const auto run_backward = [&](int turn, int round, int around) {
+        const int tile = n_tiles - 1 - turn / groups, group = turn % groups, side = turn % SIDES;
+        const int piece = PIECES - 1 - (round * WARPS + warp), first = tile * SAVED_EVERY + piece * TOKENS;
+        const int tokens = length - first;
+        const u32 phase = turn / SIDES & 1;
+        const bool is_first = piece == 0, is_last = piece == PIECES - 1;
+        const float *my_d = block.d[side][piece], *my_w = block.w[side][piece];
+        const float(*matrices)[GROUP * TOKENS] = block.matrices[side][piece];
+        OfGroup& of_group = of_groups[group];
+        {
+            float z[CHANNELS], v[CHANNELS];
+            read<DTYPE>(v, raw_backward + 2 * ROW + part * BLOCK_CHANNELS + c0);
+            if (options & HAS_Z) {
+                read<DTYPE>(z, raw_backward + ROW + part * BLOCK_CHANNELS + c0);
+#pragma unroll
+                for (int s = 0; s < CHANNELS; s++) v[s] *= z[s] * sigmoid_fast(z[s]);
+            }
+            store(my_g + own_row, v);
+        }
+        sync_warp();
+        wait(&block.prepared[side][piece], phase);
+        if (!is_first) wait(&block.entered[side][piece][STEPS - 1], phase);
+        float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS], g[TOKENS][CHANNELS];
+        float y[TOKENS][CHANNELS], q[TOKENS][CHANNELS], r[TOKENS][CHANNELS];  // sums of C h, B e and x rate
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            load(d[t], my_d + place_in_row(t, owner));
+            load(g[t], my_g + place_in_row(t, owner));
+            load(w[t], my_w + place_in_row(t, owner));
+#pragma unroll
+            for (int s = 0; s < CHANNELS; s++) y[t][s] = q[t][s] = r[t][s] = 0.f;
+        }
+        const float* rates = of_group.rates + own;
+        const float* from = (is_first ? block.saved[turn % 3] : block.entering[side][max(piece - 1, 0)]) + own;
+        const float* from_after = (is_last ? of_group.leaving : block.entering[side][min(piece, PIECES - 2)]) + own;
+        float* to_before = (is_first ? of_group.leaving : block.entering[side][max(piece - 1, 0)]) + own;
+        const Barrier* left_after = is_last ? of_group.left : block.left[side][min(piece + 1, PIECES - 1)];
+        Barrier* left_before = is_first ? of_group.left : block.left[side][piece];
+        const u32 phase_after = is_last ? (n_tiles - tile) & 1 : phase;  // at first there is nothing to wait for
+        const Boundaries edges = boundaries_of(p, around, tokens, TOKENS, at.begin + first, final - first, lane);
+        const u8* my_parts = advance(parts_of_block, (tile * PIECES + piece) * groups + group, 2 * GROUP * TOKENS * 4);
+        float* my_dA = block.dA[warp] + own;
+
+        const auto steps = [&](auto with_edges) {
+            constexpr bool EDGES = decltype(with_edges)::value;
+#pragma unroll (EDGES ? 1 : STEPS / 2)
+            for (int pair = 0; pair < STEPS / 2; pair++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int j = pair * 2 + half, n = j * SHARE + part, place = j * 32 * CHANNELS;
+                    float rate[CHANNELS], h[CHANNELS], dh[CHANNELS], dA[CHANNELS], B[TOKENS], C[TOKENS];
+                    float a[TOKENS][CHANNELS], before[TOKENS][CHANNELS], after[TOKENS][CHANNELS];
+                    float of_B[TOKENS], of_C[TOKENS];
+                    load(rate, rates + place);
+                    load(B, matrices[0] + n * TOKENS);
+                    load(C, matrices[1] + n * TOKENS);
                     load(h, from + place);
 #pragma unroll
                     for (int t = 0; t < TOKENS; t++) {
@@ -203,247 +339,214 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                             read_states(h, p.initial_state, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
                                         group * GROUP + n);
 #pragma unroll
-                        for (int s = 0; s < CHANNELS; s++) h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
+                        for (int s = 0; s < CHANNELS; s++) {
+                            a[t][s] = exp2_fast(d[t][s] * rate[s]);
+                            before[t][s] = h[s];
+                            h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
+                            after[t][s] = h[s];
+                            y[t][s] = fmaf(C[t], h[s], y[t][s]);
+                        }
                     }
-                    store(&block.entering[piece + 1][place], h);
-                    sync_warp();
-                    if (lane == 0) arrive(&block.passed[piece + 1][j]);
-                }
-            };
-            if (edges.starts == 0) {
-                steps(No());
-            } else {
-                steps(Yes());
-            }
-        } else {  // its gradient, backward
-            {
-                float z[CHANNELS], v[CHANNELS];
-                read<DTYPE>(v, raw + 2 * ROW + part * BLOCK_CHANNELS + c0);
-                if (p.z.data) {
-                    read<DTYPE>(z, raw + ROW + part * BLOCK_CHANNELS + c0);
+                    wait(left_after + j, phase_after);
+                    load(dh, from_after + place);
 #pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) v[s] *= z[s] * sigmoid_fast(z[s]);
+                    for (int t = TOKENS - 1; t >= 0; t--) {
+                        if (EDGES && edges.ends >> t & 1)
+                            read_states(dh, p.dlast_state, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
+                                        group * GROUP + n);
+                        of_B[t] = 0.f;
+#pragma unroll
+                        for (int s = 0; s < CHANNELS; s++) {
+                            const float e = fmaf(C[t], g[t][s], dh[s]);
+                            dh[s] = a[t][s] = e * a[t][s];
+                            of_B[t] = fmaf(e, w[t][s], of_B[t]);
+                            q[t][s] = fmaf(e, B[t], q[t][s]);
+                        }
+                        if (EDGES && edges.starts >> t & 1) {
+                            const i64 sequence = sequence_at(p, at, around, t);
+                            if (p.dinitial_state)
+                                write_states(p.dinitial_state, dh, p, sequence, at.channel + c0, my_count,
+                                             group * GROUP + n);
+#pragma unroll
+                            for (int s = 0; s < CHANNELS; s++) dh[s] = 0.f;
+                        }
+                    }
+                    store(to_before + place, dh);
+                    sync_warp();
+                    if (lane == 0) arrive(left_before + j);
+
+                    load(dA, my_dA + place);
+#pragma unroll
+                    for (int t = 0; t < TOKENS; t++) {
+                        of_C[t] = 0.f;
+#pragma unroll
+                        for (int s = 0; s < CHANNELS; s++) {
+                            of_C[t] = fmaf(g[t][s], after[t][s], of_C[t]);
+                            const float x = a[t][s] * before[t][s];
+                            r[t][s] = fmaf(x, rate[s], r[t][s]);
+                            dA[s] = fmaf(x, d[t][s], dA[s]);
+                        }
+                    }
+                    store(my_dA + place, dA);
+                    store(exchange + half * 128 + matrix_writes, of_B);
+                    store(exchange + (2 + half) * 128 + matrix_writes, of_C);
                 }
-                store(my_g + part * BLOCK_CHANNELS + c0, v);
+                sync_warp();
+                {  // two lanes add up the four tokens of a state's B or C, over every other owner each
+                    float sum[TOKENS];
+                    load(sum, exchange + matrix_reads);
+#pragma unroll
+                    for (int i = 1; i < OWNERS / 2; i++) {
+                        float more[TOKENS];
+                        load(more, exchange + (matrix_reads ^ (i * 8)));
+#pragma unroll
+                        for (int t = 0; t < TOKENS; t++) sum[t] += more[t];
+                    }
+#pragma unroll
+                    for (int t = 0; t < TOKENS; t++) sum[t] += shuffle_xor(sum[t], 1);
+                    float* to = reinterpret_cast<float*>(const_cast<u8*>(my_parts)) + pair * 2 * SHARE * TOKENS;
+                    if (lane % 2 == 0) write_16_bytes(to, make_float4(sum[0], sum[1], sum[2], sum[3]));
+                }
+                sync_warp();
+            }
+        };
+        if ((edges.starts | edges.ends) == 0) {
+            steps(No());
+        } else {
+            steps(Yes());
+        }
+
+        float own_y[CHANNELS], own_q[CHANNELS], own_r[CHANNELS];  // of token `part`, over all states
+        sum_to_owner(own_y, y, exchange, sum_writes, sum_reads);
+        sum_to_owner(own_q, q, exchange, sum_writes, sum_reads);
+        sum_to_owner(own_r, r, exchange, sum_writes, sum_reads);
+        if (groups > 1) {
+            float* mine = sums + ((piece * TOKENS + part) * BLOCK_CHANNELS + c0);
+            float* const all[] = {own_y, own_q, own_r};
+#pragma unroll
+            for (int k = 0; k < 3; k++) {
+                float sum[CHANNELS] = {0.f, 0.f, 0.f, 0.f};
+                if (group > 0) load(sum, mine + k * SUMS / 3);
+#pragma unroll
+                for (int s = 0; s < CHANNELS; s++) all[k][s] = sum[s] += all[k][s];
+                store(mine + k * SUMS / 3, sum);
+            }
+        }
+        if (group + 1 == groups && part < tokens && my_count > 0) {
+            const int row_bytes = int(p.du.length) * int(sizeof(Element));
+            const i64 offset = reinterpret_cast<i64>(advance(out_of_chunk, first + part, row_bytes));
+            const Element* raw = raw_backward + part * BLOCK_CHANNELS + c0;
+            float u[CHANNELS], of_d[CHANNELS], of_g[CHANNELS], D[CHANNELS], out[CHANNELS];
+            load(D, block.D + c0);
+            read<DTYPE>(u, raw);
+            load(of_d, my_d + own_row);
+            load(of_g, my_g + own_row);
+            if (options & HAS_Z) {
+                float z[CHANNELS], dy[CHANNELS];
+                read<DTYPE>(z, raw + ROW);
+                read<DTYPE>(dy, raw + 2 * ROW);
+#pragma unroll
+                for (int s = 0; s < CHANNELS; s++) {
+                    const float gate = sigmoid_fast(z[s]), before_gate = options & HAS_D ? fmaf(D[s], u[s], own_y[s]) : own_y[s];
+                    out[s] = dy[s] * before_gate * gate * fmaf(z[s], 1.f - gate, 1.f);
+                }
+                write_some(p.dz.data + offset, is_regular, out, my_count);
+            }
+#pragma unroll
+            for (int s = 0; s < CHANNELS; s++) {
+                out[s] = own_q[s] * of_d[s];
+                if (options & HAS_D) out[s] = fmaf(D[s], of_g[s], out[s]);
+                dD[s] = fmaf(of_g[s], u[s], dD[s]);
+            }
+            write_some(p.du.data + offset, is_regular, out, my_count);
+#pragma unroll
+            for (int s = 0; s < CHANNELS; s++) {
+                out[s] = fmaf(own_r[s], LN_2, u[s] * own_q[s]);
+                if (options & HAS_SOFTPLUS) out[s] *= softplus_slope_fast(of_d[s]);
+                dbias[s] += out[s];
+            }
+            write_some(p.ddelta.data + offset, is_regular, out, my_count);
+        }
+        sync_warp();
+        if (lane == 0) arrive(&block.finished[side][piece]);
+        if (groups > 1 && round == ROUNDS - 1) {  // the turn's last piece of this warp: another group's dA is next
+            const i64 of_warp = (at.row * p.n_chunks + at.chunk) * WARPS + warp;
+            float* kept = reinterpret_cast<float*>(p.dA_of_warps) + of_warp * p.states * p.channels + at.padded;
+            for (int i = lane; i < PLANE; i += 32) {
+                const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n, c);
+                float* to = kept + (group * GROUP + n) * p.channels + c;
+                *to = block.dA[warp][place] + (tile == n_tiles - 1 ? 0.f : *to);
+                block.dA[warp][place] = 0.f;
             }
             sync_warp();
-            const float* my_d = block.d[piece] + c0;  // read again where it is needed: registers are short
-            float w[TOKENS][CHANNELS];
-            float y[TOKENS][CHANNELS], q[TOKENS][CHANNELS], r[TOKENS][CHANNELS];  // sums of C h, B e and x rate
-#pragma unroll
-            for (int t = 0; t < TOKENS; t++) {
-                float d[CHANNELS];
-                load(d, my_d + t * BLOCK_CHANNELS);
-                read<DTYPE>(w[t], raw + t * BLOCK_CHANNELS + c0);
-#pragma unroll
-                for (int s = 0; s < CHANNELS; s++) w[t][s] *= d[s], y[t][s] = q[t][s] = r[t][s] = 0.f;
-            }
-            const bool is_first = piece == 0, is_last = piece == PIECES - 1;
-            const float* from = is_first ? saved : block.entering[piece];
-            const float* from_after = is_last ? own.leaving : block.entering[is_last ? 0 : piece + 1];
-            float* to_before = is_first ? own.leaving : block.entering[piece];
-            const Barrier* passed_after = is_last ? own.passed : block.passed[is_last ? 0 : piece + 1];
-            Barrier* passed_before = is_first ? own.passed : block.passed[piece];
-            const u32 parity = is_last ? (n_tiles - tile) & 1 : 1;  // at first there is nothing to wait for
-            const Boundaries edges = boundaries_of(p, around, at.begin + first, TOKENS, tokens, lane);
-            float* part_of_piece =
-                reinterpret_cast<float*>(p.dB_parts) +
-                ((((at.block * p.batch + at.row) * n_saved + first_tile + tile) * PIECES + piece) * groups + group) * 128;
+        }
+    };
 
-            const auto steps = [&](auto with_edges) {
-                constexpr bool EDGES = decltype(with_edges)::value;
-#pragma unroll (EDGES ? 1 : STEPS / 2)
-                for (int pair = 0; pair < STEPS / 2; pair++) {
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int j = pair * 2 + half, n = j * SHARE + part, place = n * BLOCK_CHANNELS + c0;
-                        float rate[CHANNELS], h[CHANNELS], dh[CHANNELS], B[TOKENS], C[TOKENS];
-                        float a[TOKENS][CHANNELS], before[TOKENS][CHANNELS], after[TOKENS][CHANNELS];
-                        float of_B[TOKENS], of_C[TOKENS];
-                        load(rate, own.rates + place);
-                        load(B, &block.matrices[piece][0][n * TOKENS]);
-                        load(C, &block.matrices[piece][1][n * TOKENS]);
-                        if (is_last) wait(&block.passed[piece][j], 0);  // all others have waited before
-                        load(h, from + place);
-#pragma unroll
-                        for (int t = 0; t < TOKENS; t++) {
-                            if (EDGES && edges.starts >> t & 1)
-                                read_states(h, p.initial_state, p, sequence_at(p, at, around, t), at.channel + c0,
-                                            my_count, group * GROUP + n);
-                            float d[CHANNELS];
-                            load(d, my_d + t * BLOCK_CHANNELS);
-#pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) {
-                                a[t][s] = exp2_fast(d[s] * rate[s]);
-                                before[t][s] = h[s];
-                                h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
-                                after[t][s] = h[s];
-                                y[t][s] = fmaf(C[t], h[s], y[t][s]);
-                            }
-                        }
-                        wait(passed_after + j, parity);
-                        load(dh, from_after + place);
-#pragma unroll
-                        for (int t = TOKENS - 1; t >= 0; t--) {
-                            float g[CHANNELS];
-                            load(g, my_g + t * BLOCK_CHANNELS + c0);
-                            if (EDGES && edges.ends >> t & 1)
-                                read_states(dh, p.dlast_state, p, sequence_at(p, at, around, t), at.channel + c0,
-                                            my_count, group * GROUP + n);
-                            of_B[t] = 0.f;
-#pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) {
-                                const float e = fmaf(C[t], g[s], dh[s]);
-                                dh[s] = a[t][s] = e * a[t][s];
-                                of_B[t] = fmaf(e, w[t][s], of_B[t]);
-                                q[t][s] = fmaf(e, B[t], q[t][s]);
-                            }
-                            if (EDGES && edges.starts >> t & 1) {
-                                const i64 sequence = sequence_at(p, at, around, t);
-                                if (p.dinitial_state)
-                                    write_states(p.dinitial_state, dh, p, sequence, at.channel + c0, my_count,
-                                                 group * GROUP + n);
-#pragma unroll
-                                for (int s = 0; s < CHANNELS; s++) dh[s] = 0.f;
-                            }
-                        }
-                        store(to_before + place, dh);
-                        {  // in the order of the pieces, since the warp of the piece after has passed this on
-                            float sum[CHANNELS];
-                            load(sum, dA_place);
-#pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) sum[s] += dA_of_step[s];
-                            store(dA_place, sum);
-                            dA_place = own.dA + place;
-                        }
-                        sync_warp();
-                        if (lane == 0) arrive(passed_before + j);
-
-#pragma unroll
-                        for (int s = 0; s < CHANNELS; s++) dA_of_step[s] = 0.f;
-#pragma unroll
-                        for (int t = 0; t < TOKENS; t++) {
-                            float g[CHANNELS], d[CHANNELS];
-                            load(g, my_g + t * BLOCK_CHANNELS + c0);
-                            load(d, my_d + t * BLOCK_CHANNELS);
-                            of_C[t] = 0.f;
-#pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) {
-                                of_C[t] = fmaf(g[s], after[t][s], of_C[t]);
-                                const float x = a[t][s] * before[t][s];
-                                r[t][s] = fmaf(x, rate[s], r[t][s]);
-                                dA_of_step[s] = fmaf(x, d[s], dA_of_step[s]);
-                            }
-                        }
-                        store(exchange + exchange_place(half, part, owner), of_B);
-                        store(exchange + exchange_place(2 + half, part, owner), of_C);
-                    }
-                    sync_warp();
-                    {  // two lanes add up the four tokens of a state's B or C, over every other owner each
-                        const int sum_of = lane / 2, which = sum_of / 8, half = sum_of / 4 % 2, of_part = sum_of % 4;
-                        float sum[TOKENS];
-                        load(sum, exchange + exchange_place(2 * which + half, of_part, lane % 2));
-#pragma unroll
-                        for (int i = 1; i < OWNERS / 2; i++) {
-                            float more[TOKENS];
-                            load(more, exchange + exchange_place(2 * which + half, of_part, 2 * i + lane % 2));
-#pragma unroll
-                            for (int t = 0; t < TOKENS; t++) sum[t] += more[t];
-                        }
-#pragma unroll
-                        for (int t = 0; t < TOKENS; t++) sum[t] += shuffle_xor(sum[t], 1);
-                        const int n = (pair * 2 + half) * SHARE + of_part;
-                        if (lane % 2 == 0) store(part_of_piece + (which * GROUP + n) * TOKENS, sum);
-                    }
-                    sync_warp();
-                }
-            };
-            if ((edges.starts | edges.ends) == 0) {
-                steps(No());
-            } else {
-                steps(Yes());
+    // ------------------------------------------------------------------------------------ the two runs
+    stage_forward(0, 0);
+    if constexpr (AHEAD) {
+#pragma unroll 1
+        for (int k = -ROUNDS; k < n_turns * ROUNDS; k++) {
+            const int ahead = k + ROUNDS, around = around_forward;
+            wait_for_copies<0>();
+            sync_warp();
+            if (k >= 0) stage_backward(k / ROUNDS, k % ROUNDS);
+            if (ahead < n_turns * ROUNDS) run_forward(ahead / ROUNDS, ahead % ROUNDS, around);
+            const int around_now = around_backward;
+            wait_for_copies<0>();
+            sync_warp();
+            stage_forward((ahead + 1) / ROUNDS, (ahead + 1) % ROUNDS);
+            if (k >= 0) run_backward(k / ROUNDS, k % ROUNDS, around_now);
+        }
+    } else {
+#pragma unroll 1
+        for (int turn = 0; turn < n_turns; turn++) {
+#pragma unroll 1
+            for (int round = 0; round < ROUNDS; round++) {
+                const int around = around_forward;
+                wait_for_copies<0>();
+                sync_warp();
+                if (round + 1 == ROUNDS) stage_backward(turn, 0);
+                run_forward(turn, round, around);
+                sync_warp();
+                if (round + 1 < ROUNDS) stage_forward(turn, round + 1);
             }
-
-            float own_y[CHANNELS], own_q[CHANNELS], own_r[CHANNELS];  // of token `part`, over all states
-            sum_to_owner(own_y, y, exchange, lane);
-            sum_to_owner(own_q, q, exchange, lane);
-            sum_to_owner(own_r, r, exchange, lane);
-            if (groups > 1) {
-                float* mine = sums + ((piece * TOKENS + part) * BLOCK_CHANNELS + c0);
-                float* const all[] = {own_y, own_q, own_r};
-#pragma unroll
-                for (int k = 0; k < 3; k++) {
-                    float sum[CHANNELS];
-#pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) sum[s] = 0.f;
-                    if (group > 0) load(sum, mine + k * SUMS / 3);
-#pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) all[k][s] = sum[s] += all[k][s];
-                    store(mine + k * SUMS / 3, sum);
-                }
+#pragma unroll 1
+            for (int round = 0; round < ROUNDS; round++) {
+                const int around = around_backward;
+                wait_for_copies<0>();
+                sync_warp();
+                if (round + 1 == ROUNDS) stage_forward(turn + 1, 0);
+                run_backward(turn, round, around);
+                sync_warp();
+                if (round + 1 < ROUNDS) stage_backward(turn, round + 1);
             }
-            if (group + 1 == groups && part < tokens && my_count > 0) {
-                const i64 index = (at.row * p.length + at.begin + first + part) * p.d_inner + at.channel + c0;
-                const i64 offset = index * i64(sizeof(Element));
-                const int row = part * BLOCK_CHANNELS + c0;
-                float u[CHANNELS], of_d[CHANNELS], g[CHANNELS], D[CHANNELS], out[CHANNELS];
-                load(D, block.D + c0);
-                read<DTYPE>(u, raw + row);
-                load(of_d, &block.d[piece][row]);
-                load(g, my_g + row);
-                if (p.z.data) {
-                    float z[CHANNELS], dy[CHANNELS];
-                    read<DTYPE>(z, raw + ROW + row);
-                    read<DTYPE>(dy, raw + 2 * ROW + row);
-#pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) {
-                        const float gate = sigmoid_fast(z[s]), before_gate = p.D ? fmaf(D[s], u[s], own_y[s]) : own_y[s];
-                        out[s] = dy[s] * before_gate * gate * fmaf(z[s], 1.f - gate, 1.f);
-                    }
-                    write_some(p.dz.data + offset, p.dz.aligned, out, my_count);
-                }
-#pragma unroll
-                for (int s = 0; s < CHANNELS; s++) {
-                    out[s] = own_q[s] * of_d[s];
-                    if (p.D) out[s] = fmaf(D[s], g[s], out[s]);
-                    dD[s] = fmaf(g[s], u[s], dD[s]);
-                }
-                write_some(p.du.data + offset, p.du.aligned, out, my_count);
-#pragma unroll
-                for (int s = 0; s < CHANNELS; s++) {
-                    out[s] = fmaf(own_r[s], LN_2, u[s] * own_q[s]);
-                    if (p.softplus) out[s] *= softplus_slope_fast(of_d[s]);
-                    dbias[s] += out[s];
-                }
-                write_some(p.ddelta.data + offset, p.ddelta.aligned, out, my_count);
-            }
-            sync_warp();  // raw and g are filled again
         }
     }
 
-    for (int w = WARPS - 1; w >= 0; w--) {  // what each warp has not added yet, in the order of the pieces
-        sync_block();
-        if (warp != w) continue;
-        float sum[CHANNELS];
-        load(sum, dA_place);
-#pragma unroll
-        for (int s = 0; s < CHANNELS; s++) sum[s] += dA_of_step[s];
-        store(dA_place, sum);
-    }
+    // ------------------------------------------------------------------------------------ sums over time
     sync_block();
-    const i64 of_chunk = at.row * p.n_chunks + at.chunk;
-    float* dA = reinterpret_cast<float*>(p.dA_parts) + of_chunk * p.states * p.channels + at.padded;
-    for (int i = threadIdx.x; i < groups * PLANE; i += THREADS)
-        dA[i / BLOCK_CHANNELS * p.channels + i % BLOCK_CHANNELS] = of_groups[i / PLANE].dA[i % PLANE];
-    float* parts = block.entering[0] + (warp * 32 + lane) * 2 * CHANNELS;
-    store(parts, dD);
-    store(parts + CHANNELS, dbias);
+    const i64 of_chunk = at.row * p.n_chunks + at.chunk, size = p.states * p.channels;
+    float* dA = reinterpret_cast<float*>(p.dA_parts) + of_chunk * size + at.padded;
+    const float* kept = reinterpret_cast<const float*>(p.dA_of_warps) + of_chunk * WARPS * size + at.padded;
+    for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
+        const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n % GROUP, c);
+        float sum = 0.f;
+        for (int w = 0; w < WARPS; w++)
+            sum += groups == 1 ? block.dA[w][place] : kept[w * size + n * p.channels + c];
+        dA[n * p.channels + c] = sum;
+    }
+    float* parts = &block.entering[0][0][0];
+    store(parts + (warp * 32 + lane) * 2 * CHANNELS, dD);
+    store(parts + (warp * 32 + lane) * 2 * CHANNELS + CHANNELS, dbias);
     sync_block();
     for (int i = threadIdx.x; i < 2 * BLOCK_CHANNELS; i += THREADS) {
         const int which = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS;
         float sum = 0.f;
-        for (int k = 0; k < WARPS * SHARE; k++)
-            sum += block.entering[0][((k / SHARE * 32 + c / CHANNELS * SHARE + k % SHARE) * 2 + which) * CHANNELS + c % CHANNELS];
+        for (int k = 0; k < WARPS * SHARE; k++) {
+            const int from = k / SHARE * 32 + c / CHANNELS * SHARE + k % SHARE;
+            sum += parts[(from * 2 + which) * CHANNELS + c % CHANNELS];
+        }
         float* to = reinterpret_cast<float*>(which ? p.dbias_parts : p.dD_parts);
         if (to) to[of_chunk * p.channels + at.padded + c] = sum;
     }

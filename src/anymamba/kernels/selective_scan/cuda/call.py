@@ -18,10 +18,22 @@ ROWS = ("u", "delta", "z", "B", "C", "y", "dy", "du", "ddelta", "dz")
 
 FIELDS = (
     *("A", "D", "delta_bias", "constant_B", "constant_C", "initial_state", "last_state", "dlast_state"),
-    *("dinitial_state", "saved", "chunk_states", "chunk_decays", "checkpoints"),
+    *("dinitial_state", "saved", "chunk_states", "chunk_decays", "checkpoints", "dA_of_warps"),
     *("dA_parts", "dD_parts", "dbias_parts", "dB_parts", "dC_parts", "dA", "dD", "dbias", "dB", "dC"),
     *("offsets", "sequence_of", "batch", "length", "d_inner", "d_state", "n_groups", "n_sequences"),
-    *("chunk", "n_chunks", "blocks_of_group", "states", "channels", "n_parts", "softplus", "zoh", "passage", "lanes"),
+    *(
+        "chunk",
+        "n_chunks",
+        "blocks_of_group",
+        "states",
+        "channels",
+        "n_parts",
+        "softplus",
+        "zoh",
+        "passage",
+        "lanes",
+        "aligned",
+    ),
     *("dA_dtype", "dD_dtype", "dbias_dtype", "dB_dtype", "dC_dtype"),
 )
 """Fields that are an address or a number, in the order of the struct; the dtypes are those of nvrtc.DTYPES."""
@@ -29,8 +41,8 @@ FIELDS = (
 PLACE = {name: i * 6 for i, name in enumerate(ROWS)} | {name: i + 6 * len(ROWS) for i, name in enumerate(FIELDS)}
 PACK = struct.Struct(f"{6 * len(ROWS) + len(FIELDS)}q").pack
 
-LARGEST_STRIDE = (1 << 31) // 16
-"""Kernels multiply strides between tokens with 32 bits; a row of a tensor with larger ones is copied."""
+LARGEST_STRIDE = 1 << 21
+"""Elements: kernels compute with 32 bits inside a tile; a tensor with larger strides between tokens is copied."""
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
@@ -56,6 +68,7 @@ class Call:
             n_sequences=a.n_sequences,
             n_chunks=1,
             chunk=-(-a.length // 64) * 64,
+            aligned=1,
             softplus=a.delta_softplus,
             zoh=a.b_discretization == "zoh",
         )
@@ -86,6 +99,7 @@ class Call:
             place, width = tensor.data_ptr(), tensor.element_size()
             in_row = tensor.shape[-1] if len(stride) == 4 else self.per_group
             aligned = all(x * width % 16 == 0 for x in (stride[0], stride[1], group, in_row)) and place % 16 == 0
+            self.set(aligned=self["aligned"] and aligned)
             at = PLACE[name]
             self.values[at : at + 6] = (place, stride[0], stride[1], group, nvrtc.DTYPES[real(tensor.dtype)], aligned)
 

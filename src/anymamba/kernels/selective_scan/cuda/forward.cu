@@ -7,8 +7,7 @@
 //
 // Notation. d = delta after the softplus, w = d u, a = exp(d A), h the state; a = 2^(d rate).
 //
-// Launch: WARPS * TOKENS tokens a tile. Two lanes share the states of two channels (SHARE, CHANNELS = 2) and a piece has 8
-// tokens where blocks are plenty; four lanes and 4 tokens make twice the blocks for small batches. plan.py chooses.
+// Launch: WARPS * TOKENS tokens a tile; two lanes share the states of two channels, and a piece has 8 tokens.
 #include "pieces.cuh"
 
 constexpr int INPUTS = PASS == SUMMARY ? 2 : 3, MATRICES = PASS == FORWARD ? 2 : 1;
@@ -18,49 +17,66 @@ struct alignas(16) OfWarp {
     float d_and_w[TOKENS * BLOCK_CHANNELS * 2];
 };
 struct alignas(16) OfGroup {  // of states, of one warp
-    float matrices[MATRICES][GROUP * TOKENS];  // B and C as (state, token)
-    float carry[GROUP * BLOCK_CHANNELS];       // the state that leaves this warp's piece, (state, channel)
-    Barrier passed[STEPS];                     // it is there
+    float matrices[MATRICES][GROUP * TOKENS + 4 * 8];  // B and C as (state, token); see row_of_state
+    float carry[PLANE];                                // the state that leaves this warp's piece
+    Barrier passed[STEPS];                             // it is there
     Element raw[2][MATRICES][TOKENS * GROUP];
 };
 
-// d and w of a piece in shared memory; two channels a lane.
-DEVICE void prepare(OfWarp& mine, const Parameters& p, int stage, const float (&bias)[2], int tokens, int lane) {
-    constexpr int PAIRS = BLOCK_CHANNELS / 2, AT_ONCE = 32 / PAIRS;
-    const int c = lane % PAIRS * 2;
+// Every fourth state is moved on by 8 words, so that lanes with different states write to different banks.
+DEVICE int row_of_state(int n) { return n * TOKENS + n / 4 * 8; }
+
+// d and w of a piece in shared memory; four channels a lane.
+DEVICE void prepare(OfWarp& mine, int options, int stage, const float (&bias)[4], int tokens, bool full, int lane) {
+    constexpr int LANES = BLOCK_CHANNELS / 4, AT_ONCE = 32 / LANES;
+    const int c = lane % LANES * 4;
 #pragma unroll
-    for (int t = lane / PAIRS; t < TOKENS; t += AT_ONCE) {
-        float x[2], d[2], w[2];
-        read<DTYPE>(d, &mine.raw[stage][1][t * BLOCK_CHANNELS + c]);
-        read<DTYPE>(x, &mine.raw[stage][0][t * BLOCK_CHANNELS + c]);
-        if (PASS == REVERSE && p.z.data) {
-            float z[2];
-            read<DTYPE>(z, &mine.raw[stage][INPUTS - 1][t * BLOCK_CHANNELS + c]);
+    for (int k = 0; k < (TOKENS + AT_ONCE - 1) / AT_ONCE; k++) {
+        const int t = k * AT_ONCE + lane / LANES, place = t * BLOCK_CHANNELS + c;
+        if (TOKENS % AT_ONCE != 0 && t >= TOKENS) continue;
+        float x[4], d[4], w[4];
+        read<DTYPE>(d, &mine.raw[stage][1][place]);
+        read<DTYPE>(x, &mine.raw[stage][0][place]);
+        if (PASS == REVERSE && options & HAS_Z) {
+            float z[4];
+            read<DTYPE>(z, &mine.raw[stage][INPUTS - 1][place]);
 #pragma unroll
-            for (int i = 0; i < 2; i++) x[i] *= z[i] * sigmoid_fast(z[i]);
+            for (int i = 0; i < 4; i++) x[i] *= z[i] * sigmoid_fast(z[i]);
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            d[i] += bias[i];
-            if (p.softplus) d[i] = softplus_fast(d[i]);
-            d[i] = t < tokens ? d[i] : 0.f;
-            w[i] = PASS == REVERSE ? x[i] : d[i] * x[i];
+        for (int i = 0; i < 4; i++) d[i] += bias[i];
+        if (options & HAS_SOFTPLUS) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) d[i] = softplus_fast<PRECISE>(d[i]);
         }
-        *reinterpret_cast<float4*>(&mine.d_and_w[(t * BLOCK_CHANNELS + c) * 2]) = make_float4(d[0], w[0], d[1], w[1]);
+        if (!full && t >= tokens) d[0] = d[1] = d[2] = d[3] = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = PASS == REVERSE ? x[i] : d[i] * x[i];
+        float4* out = reinterpret_cast<float4*>(&mine.d_and_w[place * 2]);
+        out[0] = make_float4(d[0], w[0], d[1], w[1]), out[1] = make_float4(d[2], w[2], d[3], w[3]);
     }
 }
 
-// B and C of a piece as floats, (state, token).
+// B and C of a piece as floats, (state, token); four states a lane.
 DEVICE void prepare_matrices(OfGroup& mine, int stage, int lane) {
 #pragma unroll
-    for (int m = 0; m < MATRICES; m++) {
+    for (int i = lane; i < MATRICES * TOKENS * GROUP / 4; i += 32) {
+        const int m = i / (TOKENS * GROUP / 4), t = i / (GROUP / 4) % TOKENS, n = i % (GROUP / 4) * 4;
+        float v[4];
+        read<DTYPE>(v, &mine.raw[stage][0][i * 4]);
 #pragma unroll
-        for (int i = lane * 2; i < TOKENS * GROUP; i += 64) {
-            float v[2];
-            read<DTYPE>(v, &mine.raw[stage][m][i]);
-            mine.matrices[m][i % GROUP * TOKENS + i / GROUP] = v[0];
-            mine.matrices[m][(i % GROUP + 1) * TOKENS + i / GROUP] = v[1];
-        }
+        for (int k = 0; k < 4; k++) mine.matrices[m][row_of_state(n) + k * TOKENS + t] = v[k];
+    }
+}
+
+// Of a step's states, to (state, channel).
+DEVICE void save(float* to, const float (&h)[TOGETHER * CHANNELS], const Parameters& p) {
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++) {
+        float of_state[CHANNELS];
+#pragma unroll
+        for (int s = 0; s < CHANNELS; s++) of_state[s] = h[j * CHANNELS + s];
+        store(to + j * SHARE * p.channels, of_state);
     }
 }
 
@@ -68,73 +84,128 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const Place at = place_of_block(p, BLOCK_CHANNELS, PASS == REVERSE);
     const int lane = threadIdx.x % 32, warp = shuffle(int(threadIdx.x / 32), 0);
     const int part = lane % SHARE, c0 = lane / SHARE * CHANNELS, my_count = at.count - c0;
-    const int groups = int(p.states) / GROUP, length = int(at.end - at.begin), n_tiles = (length + TILE - 1) / TILE;
+    const int groups = groups_of(p), length = int(at.end - at.begin), n_tiles = (length + TILE - 1) / TILE;
 
-    float* rates = reinterpret_cast<float*>(shared_memory());  // (state, channel), and a step more, which is not used
-    OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + (p.states + SHARE) * BLOCK_CHANNELS);
+    float* rates = reinterpret_cast<float*>(shared_memory());  // a plane for each group
+    OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(of_warps + WARPS);
     OfWarp& mine = of_warps[warp];
     OfGroup* my_groups = of_groups + warp * groups;
     OfGroup* last_groups = of_groups + (WARPS - 1) * groups;
     const OfGroup* from_groups = of_groups + (warp == 0 ? WARPS - 1 : warp - 1) * groups;
 
-    const Rows& input = PASS == REVERSE ? p.dy : p.u;
-    const u8 *start_u = start_of(input, at, sizeof(Element), false), *start_z = start_of(p.z, at, sizeof(Element), false);
-    const u8* start_delta = start_of(p.delta, at, sizeof(Element), false);
-    const u8 *start_B = start_of(p.B, at, sizeof(Element), true), *start_C = start_of(p.C, at, sizeof(Element), true);
+    const Rows &input = PASS == REVERSE ? p.dy : p.u, &matrix = PASS == REVERSE ? p.C : p.B;
+    const int options = options_of(p), row_of_y = int(p.y.length) * int(sizeof(Element));
+    const u8* start_y = p.y.data + (at.row * p.y.batch + at.begin * p.y.length + at.channel + c0) * i64(sizeof(Element));
 
-    const int direction = PASS == REVERSE ? -TILE : TILE;
-    int first = PASS == REVERSE ? (n_tiles - 1) * TILE + (WARPS - 1 - warp) * TOKENS : warp * TOKENS;
-    int sequences = -1;  // around the piece that is staged next
-    const auto stage_piece = [&](int from, int into) {
-        const int tokens = length - from;
-        stage<BLOCK_CHANNELS>(mine.raw[into][0], start_u, input, from, tokens, at.count, lane);
-        stage<BLOCK_CHANNELS>(mine.raw[into][1], start_delta, p.delta, from, tokens, at.count, lane);
-        if (PASS != SUMMARY && p.z.data)
-            stage<BLOCK_CHANNELS>(mine.raw[into][INPUTS - 1], start_z, p.z, from, tokens, at.count, lane);
+    // Tokens are counted from the chunk's start: `tile` is the first of a tile, `offset` + tile that of the warp's piece.
+    constexpr int DIRECTION = PASS == REVERSE ? -TILE : TILE;
+    const int offset = (PASS == REVERSE ? WARPS - 1 - warp : warp) * TOKENS;
+    const bool is_regular = p.aligned && at.count >= BLOCK_CHANNELS && p.states == p.d_state;
+
+    // ------------------------------------------------------------------------------------ copies from global memory
+    // A lane's first copy of 16 bytes of the rows of a piece, in tile 0; and those of B and C, half a warp each where both
+    // together fill one.
+    constexpr int PER_ROW = BLOCK_CHANNELS / VECTOR, PER_STATES = GROUP / VECTOR;
+    constexpr int UNITS = TOKENS * PER_ROW, UNITS_OF_MATRIX = TOKENS * PER_STATES;
+    constexpr bool BOTH = MATRICES == 2 && UNITS_OF_MATRIX == 16;
+    const auto row_of = [](const Rows& rows) { return int(rows.length) * int(sizeof(Element)); };
+    const auto first_of = [&](const Rows& rows, int unit, int per_row, bool of_group) {
+        const u8* from = start_of(rows, at, sizeof(Element), of_group) + unit % per_row * 16;
+        from = advance(from, offset + unit / per_row, row_of(rows));
+        keep(from);
+        return from;
+    };
+    const u8 *my_input = first_of(input, lane, PER_ROW, false), *my_delta = first_of(p.delta, lane, PER_ROW, false);
+    const u8* my_z = PASS == SUMMARY || !(options & HAS_Z) ? nullptr : first_of(p.z, lane, PER_ROW, false);
+    const Rows& lane_matrix = BOTH && lane >= 16 ? p.C : matrix;
+    const u8* my_matrix = first_of(lane_matrix, BOTH ? lane % 16 : lane, PER_STATES, true);
+    const int row_of_matrix = row_of(lane_matrix);
+    const auto copy_rows = [&](Element* to, const u8* first, int tile, int row) {
+#pragma unroll
+        for (int i = 0; i < (UNITS + 31) / 32; i++)
+            if (UNITS % 32 == 0 || i * 32 + lane < UNITS)
+                copy_16_bytes(to + (i * 32 + lane) * VECTOR, advance(first, tile + i * (32 / PER_ROW), row));
+    };
+    const auto copy_matrix = [&](Element* to, const u8* first, int tile, int row, int units) {
+#pragma unroll
+        for (int i = 0; i < (units + 31) / 32; i++)
+            if (units % 32 == 0 || i * 32 + lane < units)
+                copy_16_bytes(to + (i * 32 + lane) * VECTOR, advance(first, tile + i * (32 / PER_STATES), row));
+    };
+    const auto stage_full = [&](int tile, int into) {
+        copy_rows(mine.raw[into][0], my_input, tile, row_of(input));
+        copy_rows(mine.raw[into][1], my_delta, tile, row_of(p.delta));
+        if (PASS != SUMMARY && options & HAS_Z) copy_rows(mine.raw[into][INPUTS - 1], my_z, tile, row_of(p.z));
+#pragma unroll 1
         for (int g = 0; g < groups; g++) {
-            const int column = g * GROUP, columns = int(p.d_state) - column;
-            const Rows& first_matrix = PASS == REVERSE ? p.C : p.B;
-            const u8* start = (PASS == REVERSE ? start_C : start_B) + column * sizeof(Element);
-            stage<GROUP>(my_groups[g].raw[into][0], start, first_matrix, from, tokens, columns, lane);
-            if constexpr (MATRICES == 2)
-                stage<GROUP>(my_groups[g].raw[into][1], start_C + column * sizeof(Element), p.C, from, tokens, columns,
-                             lane);
+            Element* raw = my_groups[g].raw[into][0];
+            const u8* first = my_matrix + g * GROUP * int(sizeof(Element));
+            copy_matrix(raw, first, tile, row_of_matrix, BOTH ? 32 : UNITS_OF_MATRIX);
+            if constexpr (MATRICES == 2 && !BOTH) {
+                const u8* of_C = first_of(p.C, lane, PER_STATES, true) + g * GROUP * int(sizeof(Element));
+                copy_matrix(raw + TOKENS * GROUP, of_C, tile, row_of(p.C), UNITS_OF_MATRIX);
+            }
+        }
+    };
+    const auto stage_edge = [&](int tile, int tokens, int into) {  // a piece that is not full, tensor by tensor
+        const Rows* const all[5] = {&input, &p.delta, PASS == SUMMARY ? nullptr : &p.z, &matrix, MATRICES == 2 ? &p.C : nullptr};
+        for (int which = 0; which < 5; which++) {
+            const Rows* rows = all[which];
+            if (!rows || !rows->data) continue;
+            const bool is_matrix = which >= 3;
+            for (int g = 0; g < (is_matrix ? groups : 1); g++) {
+                const u8* from = start_of(*rows, at, sizeof(Element), is_matrix) + g * GROUP * int(sizeof(Element));
+                copy_elements(is_matrix ? my_groups[g].raw[into][which - 3] : mine.raw[into][which],
+                              advance(from, tile + offset, row_of(*rows)), row_of(*rows), tokens,
+                              is_matrix ? int(p.d_state) - g * GROUP : at.count, is_matrix ? GROUP : BLOCK_CHANNELS, lane);
+            }
+        }
+    };
+    int sequences = -1;  // around the piece that is staged next
+    const auto stage_piece = [&](int tile, int into) {
+        const int tokens = length - tile - offset;
+        if (is_regular && tokens >= TOKENS) {
+            stage_full(tile, into);
+        } else {
+            stage_edge(tile, tokens, into);
         }
         end_of_copies();
-        sequences = sequences_around(p, at.begin + from, TOKENS, lane);
+        if (options & IS_PACKED) sequences = sequences_around(p, at.begin + tile + offset, TOKENS, lane);
     };
-    stage_piece(first, 0);
+    int tile = PASS == REVERSE ? (n_tiles - 1) * TILE : 0;
+    stage_piece(tile, 0);
 
-    read_rates(rates, p, at, int(p.states));
-    const i64 arriving = ((at.row * p.n_chunks + at.chunk) * p.states) * p.channels + at.padded;
-    const float* arrivals = reinterpret_cast<const float*>(p.chunk_states) + arriving;
-    for (int i = threadIdx.x; i < p.states * BLOCK_CHANNELS; i += THREADS) {
-        const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS;
-        last_groups[n / GROUP].carry[i % (GROUP * BLOCK_CHANNELS)] =
-            PASS == FORWARD && p.n_chunks > 1 ? arrivals[n * p.channels + c] : 0.f;
+    const i64 scratch = ((at.row * p.n_chunks + at.chunk) * p.states) * p.channels + at.padded;
+    const float* arriving = reinterpret_cast<const float*>(p.chunk_states) + scratch;
+    for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
+        const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, g = n / GROUP, place = place_in_plane(n % GROUP, c);
+        rates[g * PLANE + place] = rate_of(p, at, n, c);
+        last_groups[g].carry[place] = PASS == FORWARD && p.n_chunks > 1 ? arriving[n * p.channels + c] : 0.f;
     }
     for (int i = threadIdx.x; i < WARPS * groups * STEPS; i += THREADS)
         start_barrier(&of_groups[i / STEPS].passed[i % STEPS]);
 
-    float bias[2], D[CHANNELS], total[CHANNELS];
-    const int pair = lane % (BLOCK_CHANNELS / 2) * 2;
-    read_vector(bias, p.delta_bias, at.channel + pair, at.count - pair);
+    float bias[4], D[CHANNELS], total[CHANNELS];
+    const int four = lane % (BLOCK_CHANNELS / 4) * 4;
+    read_vector(bias, p.delta_bias, at.channel + four, at.count - four);
     read_vector(D, p.D, at.channel + c0, my_count);
 #pragma unroll
     for (int s = 0; s < CHANNELS; s++) total[s] = 0.f;
     sync_block();
 
+    const int final = at.end == p.length ? length - 1 : -1;  // the last token of the row, if it is here
+
 #pragma unroll 1
-    for (int tile = 0; tile < n_tiles; tile++, first += direction) {
-        const int stage_of_tile = tile & 1, tokens = length - first;
-        const int around = sequences;
+    for (int k = 0; k < n_tiles; k++, tile += DIRECTION) {
+        const int staged = k & 1, first = tile + offset, tokens = length - first, around = sequences;
+        const bool full = is_regular && tokens >= TOKENS;
         wait_for_copies<0>();
         sync_warp();
-        prepare(mine, p, stage_of_tile, bias, tokens, lane);
-        for (int g = 0; g < groups; g++) prepare_matrices(my_groups[g], stage_of_tile, lane);
+        prepare(mine, options, staged, bias, tokens, full, lane);
+        for (int g = 0; g < groups; g++) prepare_matrices(my_groups[g], staged, lane);
         sync_warp();
-        if (tile + 1 < n_tiles) stage_piece(first + direction, stage_of_tile ^ 1);
+        if (k + 1 < n_tiles) stage_piece(tile + DIRECTION, staged ^ 1);
 
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS], y[TOKENS * CHANNELS];
 #pragma unroll
@@ -147,8 +218,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                 if (PASS != FORWARD) total[s] += d[t][s];
             }
         }
-        const u32 parity = (warp == 0 ? tile + 1 : tile) & 1;  // the first warp of the first tile waits for nobody
-        const Boundaries edges = boundaries_of(p, around, at.begin + first, TOKENS, tokens, lane);
+        const u32 parity = (warp == 0 ? k + 1 : k) & 1;  // the first warp of the first tile waits for nobody
+        const Boundaries edges = boundaries_of(p, around, tokens, TOKENS, at.begin + first, final - first, lane);
         const bool saving = PASS == FORWARD && p.saved && first % SAVED_EVERY == 0 && tokens > 0;
         float* saved = reinterpret_cast<float*>(p.saved);
         if (saving) {
@@ -156,117 +227,139 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             saved += ((at.row * n_saved + index) * p.states + part) * p.channels + at.padded + c0;
         }
 
+        const int own = lane * TOGETHER * CHANNELS;  // in a step of a plane
         if ((edges.starts | edges.ends) == 0) {
-            float next[TOKENS][CHANNELS];  // the decays of the next step, computed while this one waits
-            const float* my_rates = rates + part * BLOCK_CHANNELS + c0;
-            {
-                float rate[CHANNELS];
-                load(rate, my_rates);
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) next[t][s] = exp2_fast(d[t][s] * rate[s]);
-            }
 #pragma unroll 1
-            for (int g = 0; g < groups; g++, my_rates += GROUP * BLOCK_CHANNELS) {
+            for (int g = 0; g < groups; g++) {
                 const OfGroup& from = from_groups[g];
                 OfGroup& to = my_groups[g];
 #pragma unroll
-                for (int j = 0; j < STEPS; j++) {
-                    const int n = j * SHARE + part, place = n * BLOCK_CHANNELS + c0;
-                    float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], after[TOKENS][CHANNELS], B[TOKENS];
-                    load(B, &to.matrices[0][n * TOKENS]);
-                    load(rate, my_rates + (j + 1) * SHARE * BLOCK_CHANNELS);
+                for (int i = 0; i < STEPS; i++) {
+                    const int place = i * 32 * TOGETHER * CHANNELS + own;
+                    float rate[TOGETHER * CHANNELS], h[TOGETHER * CHANNELS], a[TOGETHER][TOKENS][CHANNELS];
+                    float B[TOGETHER][TOKENS];
+                    load(rate, rates + g * PLANE + place);
 #pragma unroll
-                    for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-                        for (int s = 0; s < CHANNELS; s++) a[t][s] = next[t][s];
-                    wait(&from.passed[j], parity);
-                    load(h, &from.carry[place]);
-                    if (saving) store(saved + (g * GROUP + j * SHARE) * p.channels, h);
-#pragma unroll
-                    for (int i = 0; i < TOKENS; i++) {
-                        const int t = PASS == REVERSE ? TOKENS - 1 - i : i;
-#pragma unroll
-                        for (int s = 0; s < CHANNELS; s++) {
-                            h[s] = PASS == REVERSE ? a[t][s] * fmaf(B[t], w[t][s], h[s])
-                                                   : fmaf(a[t][s], h[s], w[t][s] * B[t]);
-                            after[t][s] = h[s];
-                            next[t][s] = exp2_fast(d[t][s] * rate[s]);
-                        }
-                    }
-                    store(&to.carry[place], h);
-                    sync_warp();
-                    if (lane == 0) arrive(&to.passed[j]);
-                    if constexpr (PASS == FORWARD) {
-                        float C[TOKENS];
-                        load(C, &to.matrices[MATRICES - 1][n * TOKENS]);
+                    for (int j = 0; j < TOGETHER; j++) {
+                        load(B[j], &to.matrices[0][row_of_state((i * TOGETHER + j) * SHARE + part)]);
 #pragma unroll
                         for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                            for (int s = 0; s < CHANNELS; s++)
-                                y[t * CHANNELS + s] = fmaf(after[t][s], C[t], y[t * CHANNELS + s]);
+                            for (int s = 0; s < CHANNELS; s++) a[j][t][s] = exp2_fast(d[t][s] * rate[j * CHANNELS + s]);
+                    }
+                    wait(&from.passed[i], parity);
+                    load(h, &from.carry[place]);
+                    if (saving) save(saved + (g * GROUP + i * TOGETHER * SHARE) * p.channels, h, p);
+#pragma unroll
+                    for (int k = 0; k < TOKENS; k++) {
+                        const int t = PASS == REVERSE ? TOKENS - 1 - k : k;
+#pragma unroll
+                        for (int j = 0; j < TOGETHER; j++)
+#pragma unroll
+                            for (int s = 0; s < CHANNELS; s++) {
+                                float& now = h[j * CHANNELS + s];
+                                now = PASS == REVERSE ? a[j][t][s] * fmaf(B[j][t], w[t][s], now)
+                                                      : fmaf(a[j][t][s], now, w[t][s] * B[j][t]);
+                                a[j][t][s] = now;
+                            }
+                    }
+                    store(&to.carry[place], h);
+                    sync_warp();
+                    if (lane == 0) arrive(&to.passed[i]);
+                    if constexpr (PASS == FORWARD) {
+#pragma unroll
+                        for (int j = 0; j < TOGETHER; j++) {
+                            float C[TOKENS];
+                            load(C, &to.matrices[MATRICES - 1][row_of_state((i * TOGETHER + j) * SHARE + part)]);
+#pragma unroll
+                            for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                                for (int s = 0; s < CHANNELS; s++)
+                                    y[t * CHANNELS + s] = fmaf(a[j][t][s], C[t], y[t * CHANNELS + s]);
+                        }
                     }
                 }
             }
         } else {  // sequences start or end here
 #pragma unroll 1
             for (int i = 0; i < groups * STEPS; i++) {
-                const int g = i / STEPS, j = i % STEPS, n = j * SHARE + part, place = n * BLOCK_CHANNELS + c0;
-                float rate[CHANNELS], h[CHANNELS], B[TOKENS], C[TOKENS];
-                load(B, &my_groups[g].matrices[0][n * TOKENS]);
-                load(C, &my_groups[g].matrices[MATRICES - 1][n * TOKENS]);
-                load(rate, rates + g * GROUP * BLOCK_CHANNELS + place);
-                wait(&from_groups[g].passed[j], parity);
-                load(h, &from_groups[g].carry[place]);
-                if (saving) store(saved + (g * GROUP + j * SHARE) * p.channels, h);
+                OfGroup& to = my_groups[i / STEPS];
+                const OfGroup& from = from_groups[i / STEPS];
+                const int place = i % STEPS * 32 * TOGETHER * CHANNELS + own;
+                wait(&from.passed[i % STEPS], parity);
 #pragma unroll
-                for (int k = 0; k < TOKENS; k++) {
-                    const int t = PASS == REVERSE ? TOKENS - 1 - k : k;
-                    const bool starts = edges.starts >> t & 1, ends = edges.ends >> t & 1;
-                    i64 sequence = 0;
-                    if (starts | ends) sequence = sequence_at(p, at, around, t);
-                    if (PASS != REVERSE && starts)
-                        read_states(h, p.initial_state, p, sequence, at.channel + c0, my_count, g * GROUP + n);
-                    if (PASS == REVERSE && ends)
-                        read_states(h, p.dlast_state, p, sequence, at.channel + c0, my_count, g * GROUP + n);
+                for (int j = 0; j < TOGETHER; j++) {
+                    const int of_group = (i % STEPS * TOGETHER + j) * SHARE, n = i / STEPS * GROUP + of_group + part;
+                    float rate[CHANNELS], h[CHANNELS], B[TOKENS], C[TOKENS];
+                    load(B, &to.matrices[0][row_of_state(of_group + part)]);
+                    load(C, &to.matrices[MATRICES - 1][row_of_state(of_group + part)]);
+                    load(rate, rates + i / STEPS * PLANE + place + j * CHANNELS);
+                    load(h, &from.carry[place + j * CHANNELS]);
+                    if (saving) store(saved + (n - part) * p.channels, h);
 #pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) {
-                        const float a = exp2_fast(d[t][s] * rate[s]);
-                        h[s] = PASS == REVERSE ? a * fmaf(B[t], w[t][s], h[s]) : fmaf(a, h[s], w[t][s] * B[t]);
-                        if (PASS == FORWARD) y[t * CHANNELS + s] = fmaf(h[s], C[t], y[t * CHANNELS + s]);
-                        if (PASS == REVERSE && starts) h[s] = 0.f;
+                    for (int k = 0; k < TOKENS; k++) {
+                        const int t = PASS == REVERSE ? TOKENS - 1 - k : k;
+                        const bool starts = edges.starts >> t & 1, ends = edges.ends >> t & 1;
+                        i64 sequence = 0;
+                        if (starts | ends) sequence = sequence_at(p, at, around, t);
+                        if (PASS != REVERSE && starts)
+                            read_states(h, p.initial_state, p, sequence, at.channel + c0, my_count, n);
+                        if (PASS == REVERSE && ends)
+                            read_states(h, p.dlast_state, p, sequence, at.channel + c0, my_count, n);
+#pragma unroll
+                        for (int s = 0; s < CHANNELS; s++) {
+                            const float a = exp2_fast(d[t][s] * rate[s]);
+                            h[s] = PASS == REVERSE ? a * fmaf(B[t], w[t][s], h[s]) : fmaf(a, h[s], w[t][s] * B[t]);
+                            if (PASS == FORWARD) y[t * CHANNELS + s] = fmaf(h[s], C[t], y[t * CHANNELS + s]);
+                            if (PASS == REVERSE && starts) h[s] = 0.f;
+                        }
+                        if (PASS == FORWARD && ends)
+                            write_states(p.last_state, h, p, sequence, at.channel + c0, my_count, n);
                     }
-                    if (PASS == FORWARD && ends)
-                        write_states(p.last_state, h, p, sequence, at.channel + c0, my_count, g * GROUP + n);
+                    store(&to.carry[place + j * CHANNELS], h);
                 }
-                store(&my_groups[g].carry[place], h);
                 sync_warp();
-                if (lane == 0) arrive(&my_groups[g].passed[j]);
+                if (lane == 0) arrive(&to.passed[i % STEPS]);
             }
         }
 
         if constexpr (PASS == FORWARD) {
+            constexpr int MINE = TOKENS / SHARE;  // tokens whose sums are this lane's
             sum_shared(y, part);
+            const Element* raw = mine.raw[staged][0] + part * MINE * BLOCK_CHANNELS + c0;
+            const auto each = [&](auto function) {
 #pragma unroll
-            for (int i = 0; i < TOKENS / SHARE; i++) {
-                const int t = part * (TOKENS / SHARE) + i;
-                if (t >= tokens) continue;
-                float x[CHANNELS], out[CHANNELS];
+                for (int i = 0; i < MINE; i++) {
+                    float out[CHANNELS];
 #pragma unroll
-                for (int s = 0; s < CHANNELS; s++) out[s] = y[i * CHANNELS + s];
-                if (p.D) {
-                    read<DTYPE>(x, &mine.raw[stage_of_tile][0][t * BLOCK_CHANNELS + c0]);
+                    for (int s = 0; s < CHANNELS; s++) out[s] = y[i * CHANNELS + s];
+                    function(i, out);
 #pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) out[s] = fmaf(D[s], x[s], out[s]);
+                    for (int s = 0; s < CHANNELS; s++) y[i * CHANNELS + s] = out[s];
                 }
-                if (p.z.data) {
-                    read<DTYPE>(x, &mine.raw[stage_of_tile][INPUTS - 1][t * BLOCK_CHANNELS + c0]);
+            };
+            if (options & HAS_D)
+                each([&](int i, float(&out)[CHANNELS]) {
+                    float u[CHANNELS];
+                    read<DTYPE>(u, raw + i * BLOCK_CHANNELS);
 #pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) out[s] *= x[s] * sigmoid_fast(x[s]);
-                }
-                const i64 index = (at.row * p.length + at.begin + first + t) * p.d_inner + at.channel + c0;
-                write_some(p.y.data + index * i64(sizeof(Element)), p.y.aligned, out, my_count);
+                    for (int s = 0; s < CHANNELS; s++) out[s] = fmaf(D[s], u[s], out[s]);
+                });
+            if (options & HAS_Z)
+                each([&](int i, float(&out)[CHANNELS]) {
+                    float z[CHANNELS];
+                    read<DTYPE>(z, raw + (INPUTS - 1) * TOKENS * BLOCK_CHANNELS + i * BLOCK_CHANNELS);
+#pragma unroll
+                    for (int s = 0; s < CHANNELS; s++) out[s] *= z[s] * sigmoid_fast(z[s]);
+                });
+            u8* to = const_cast<u8*>(advance(start_y, first + part * MINE, row_of_y));
+            if (full) {
+                each([&](int i, float(&out)[CHANNELS]) { write<DTYPE>(reinterpret_cast<Element*>(to + i * row_of_y), out); });
+            } else {
+                each([&](int i, float(&out)[CHANNELS]) {
+                    const bool inside = part * MINE + i < tokens;
+                    write_some(to + i64(i) * row_of_y, false, out, inside ? my_count : 0);
+                });
             }
             sync_warp();  // raw is filled again
         }
@@ -276,14 +369,14 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         sync_block();
         if (part == 0) store(&mine.d_and_w[c0], total);
         sync_block();
-        float *states = reinterpret_cast<float*>(p.chunk_states) + arriving;
-        float *decays = reinterpret_cast<float*>(p.chunk_decays) + arriving;
-        for (int i = threadIdx.x; i < p.states * BLOCK_CHANNELS; i += THREADS) {
-            const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS;
+        float *states = reinterpret_cast<float*>(p.chunk_states) + scratch;
+        float *decays = reinterpret_cast<float*>(p.chunk_decays) + scratch;
+        for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
+            const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, g = n / GROUP, place = place_in_plane(n % GROUP, c);
             float sum = 0.f;
             for (int k = 0; k < WARPS; k++) sum += of_warps[k].d_and_w[c];
-            states[n * p.channels + c] = last_groups[n / GROUP].carry[i % (GROUP * BLOCK_CHANNELS)];
-            decays[n * p.channels + c] = exp2_fast(sum * rates[i]);
+            states[n * p.channels + c] = last_groups[g].carry[place];
+            decays[n * p.channels + c] = exp2_fast(sum * rates[g * PLANE + place]);
         }
     }
 }

@@ -25,6 +25,7 @@ struct Parameters {
     u8* chunk_states;  // (batch, n_chunks, states, channels): what leaves a chunk, then what arrives at it
     u8* chunk_decays;  // the same: what an arrival is multiplied with on its way through
     u8* checkpoints;
+    u8* dA_of_warps;
     u8 *dA_parts, *dD_parts, *dbias_parts, *dB_parts, *dC_parts;
     u8 *dA, *dD, *dbias, *dB, *dC;  // dense
     const i64* offsets;      // (n_sequences + 1)
@@ -34,7 +35,7 @@ struct Parameters {
     i64 blocks_of_group;     // blocks of channels of a group
     i64 states, channels;    // padded
     i64 n_parts;
-    i64 softplus, zoh, passage, lanes;
+    i64 softplus, zoh, passage, lanes, aligned;  // aligned: all rows are
     i64 dA_dtype, dD_dtype, dbias_dtype, dB_dtype, dC_dtype;
 };
 
@@ -84,7 +85,9 @@ DEVICE int sequences_around(const Parameters& p, i64 first, int tokens, int lane
     const i64 t = first - 1 + lane;
     return p.sequence_of && lane <= tokens + 1 && t >= 0 && t < p.length ? p.sequence_of[t] : -1;
 }
-DEVICE Boundaries boundaries_of(const Parameters& p, int sequences, i64 first, int tokens, i64 valid, int lane) {
+// The others are for rows that are one sequence: its first and last token, counted from the piece's.
+DEVICE Boundaries boundaries_of(const Parameters& p, int sequences, int valid, int tokens, i64 first_of_row,
+                                i64 last_of_row, int lane) {
     Boundaries found;
     if (p.sequence_of) {
         const int next = shuffle(sequences, lane + 1);
@@ -92,8 +95,8 @@ DEVICE Boundaries boundaries_of(const Parameters& p, int sequences, i64 first, i
         const u32 inside = valid >= tokens ? (1u << tokens) - 1 : valid <= 0 ? 0u : (1u << valid) - 1;
         found.starts = changes & inside, found.ends = changes >> 1 & inside;
     } else {
-        const i64 last = p.length - 1 - first;
-        found.starts = first == 0, found.ends = last >= 0 && last < tokens ? 1u << last : 0u;
+        found.starts = first_of_row == 0;
+        found.ends = last_of_row >= 0 && last_of_row < tokens ? 1u << last_of_row : 0u;
     }
     return found;
 }

@@ -1,9 +1,9 @@
 // Pieces: what one warp works on at a time, TOKENS neighbouring tokens of BLOCK_CHANNELS channels and all states.
 //
 // A lane works on CHANNELS neighbouring channels; SHARE neighbouring lanes have the same channels and share the states
-// of a group of 16: state j * SHARE + lane % SHARE is the lane's j-th. What a lane does for one j is a step.
+// of a group of 16: state j * SHARE + lane % SHARE is the lane's j-th. A step is what a lane does for TOGETHER of them.
 //
-// Needs DTYPE, SHARE, CHANNELS, TOKENS and WARPS.
+// Needs DTYPE, SHARE, CHANNELS, TOGETHER, TOKENS, WARPS, and ONE_GROUP: whether there are 16 states or fewer, 0 or 1.
 #pragma once
 
 #include "parameters.cuh"
@@ -11,13 +11,17 @@
 typedef ElementOf<DTYPE>::Type Element;
 
 constexpr int GROUP = 16;              // states worked on by code without a loop: d_state is padded to a multiple
-constexpr int STEPS = GROUP / SHARE;
+constexpr int STEPS = GROUP / SHARE / TOGETHER;
 constexpr int OWNERS = 32 / SHARE;     // lanes with channels of their own
 constexpr int BLOCK_CHANNELS = OWNERS * CHANNELS;
 constexpr int THREADS = 32 * WARPS;
+constexpr int PLANE = GROUP * BLOCK_CHANNELS;  // a number for each state of a group and channel
 constexpr int TILE = WARPS * TOKENS;   // tokens that the block works on at a time
 constexpr int VECTOR = 16 / sizeof(Element);
+constexpr bool PRECISE = sizeof(Element) > 2;  // see softplus_fast
 static_assert(SAVED_EVERY % TOKENS == 0 && TOKENS % SHARE == 0, "");
+
+DEVICE int groups_of(const Parameters& p) { return ONE_GROUP ? 1 : int(p.states) / GROUP; }
 
 // A choice between two versions of the same code.
 struct Yes {
@@ -32,7 +36,7 @@ DEVICE void load(float (&out)[count], const float* in) { read<FLOAT32>(out, in);
 template <int count>
 DEVICE void store(float* out, const float (&in)[count]) { write<FLOAT32>(out, in); }
 
-// A piece of a tensor, (TOKENS, COLUMNS), whose rows are not aligned.
+// A piece of a tensor, (TOKENS, row): those that are not aligned or reach over an edge, with zeros there.
 CALLED void copy_elements(Element* shared, const u8* start, int row_bytes, int tokens, int columns, int row, int lane) {
     for (int i = lane; i < TOKENS * row; i += 32) {
         const int t = i / row, c = i % row;
@@ -41,32 +45,20 @@ CALLED void copy_elements(Element* shared, const u8* start, int row_bytes, int t
     }
 }
 
-// Ask for a piece of a tensor, (TOKENS, COLUMNS) from token `first` of the chunk; zeros past `tokens` and `columns`.
-// Complete, for the lane that asked, after wait_for_copies.
-template <int COLUMNS>
-DEVICE void stage(Element* shared, const u8* start, const Rows& rows, int first, int tokens, int columns, int lane) {
-    constexpr int PER_ROW = COLUMNS / VECTOR, UNITS = TOKENS * PER_ROW;
-    const int row_bytes = int(rows.length) * int(sizeof(Element));  // call.py copies a tensor with larger strides
-    if (rows.aligned) {
-#pragma unroll
-        for (int i = 0; i < (UNITS + 31) / 32; i++) {
-            const int unit = i * 32 + lane, t = unit / PER_ROW, c = unit % PER_ROW * VECTOR;
-            if (UNITS % 32 == 0 || unit < UNITS) {
-                const bool ok = t < tokens && c < columns;
-                const u8* from = start + i64(first + t) * row_bytes + c * int(sizeof(Element));
-                copy_16_bytes(shared + unit * VECTOR, ok ? from : rows.data, ok);
-            }
-        }
-    } else {
-        copy_elements(shared, start + i64(first) * row_bytes, row_bytes, tokens, columns, COLUMNS, lane);
-    }
+// Which of the optional inputs there are, in one register.
+enum { HAS_Z = 1, HAS_D = 2, HAS_SOFTPLUS = 4, IS_PACKED = 8 };
+DEVICE int options_of(const Parameters& p) {
+    int options = (p.z.data ? HAS_Z : 0) | (p.D ? HAS_D : 0) | (p.softplus ? HAS_SOFTPLUS : 0) |
+                  (p.sequence_of ? IS_PACKED : 0);
+    keep(options);
+    return options;
 }
 
-// Write neighbouring elements of a dense tensor's row, those before `count`.
+// Write neighbouring elements of a tensor's row: all where the piece is `full`, else those before `count`.
 template <int width>
-DEVICE void write_some(u8* row, i64 aligned, const float (&values)[width], int count) {
-    Element* out = reinterpret_cast<Element*>(row);
-    if (aligned && count > 0) {
+DEVICE void write_some(u8* to, bool full, const float (&values)[width], int count) {
+    Element* out = reinterpret_cast<Element*>(to);
+    if (full) {
         write<DTYPE>(out, values);
     } else {
 #pragma unroll
@@ -101,14 +93,17 @@ DEVICE void sum_shared(float (&values)[count], int place) {
     }
 }
 
-// Rates, log2(e) A, as (state, channel) with zeros for what is padded.
-DEVICE void read_rates(float* rates, const Parameters& p, const Place& at, int states) {
-    const float* A = reinterpret_cast<const float*>(p.A);
-    for (int i = int(threadIdx.x); i < states * BLOCK_CHANNELS; i += THREADS) {
-        const int c = i % BLOCK_CHANNELS, n = i / BLOCK_CHANNELS;
-        const bool ok = c < at.count && n < p.d_state;
-        rates[i] = ok ? LOG2_E * A[(at.channel + c) * p.d_state + n] : 0.f;
-    }
+// Planes in shared memory have the order in which lanes read them, so that banks do not conflict: (step, lane, state of
+// the step, channel of the lane).
+DEVICE int place_in_plane(int n, int c) {
+    const int j = n / SHARE, lane = c / CHANNELS * SHARE + n % SHARE;
+    return ((j / TOGETHER * 32 + lane) * TOGETHER + j % TOGETHER) * CHANNELS + c % CHANNELS;
+}
+
+// The rate of a state of a channel of the block: log2(e) A, and 0 for what is padded.
+DEVICE float rate_of(const Parameters& p, const Place& at, int n, int c) {
+    const bool ok = c < at.count && n < p.d_state;
+    return ok ? LOG2_E * reinterpret_cast<const float*>(p.A)[(at.channel + c) * p.d_state + n] : 0.f;
 }
 
 // The states of a sequence at (sequence, channel + i, state), where there are some: i < 4 are read or written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
 
     share: int
     channels: int
+    together: int
     tokens: int
     warps: int
     blocks: int
@@ -48,19 +50,47 @@ class Layout(NamedTuple):
         return 32 * self.warps
 
     def options(self) -> tuple[tuple[str, int], ...]:
-        return tuple((name.upper(), getattr(self, name)) for name in ("share", "channels", "tokens", "warps", "blocks"))
+        return tuple(
+            (name.upper(), getattr(self, name))
+            for name in ("share", "channels", "together", "tokens", "warps", "blocks")
+        )
 
 
-# The layouts are those that were fastest on an H100 at the shapes of benchmarks/gpu.py.
-PLENTY = Layout(share=2, channels=2, tokens=8, warps=8, blocks=2)
-FEW = Layout(share=4, channels=2, tokens=4, warps=16, blocks=2)
-BACKWARD = Layout(share=4, channels=4, tokens=4, warps=4, blocks=3)
+class Layouts(NamedTuple):
+    """Those of a call's kernels."""
+
+    forward: Layout
+    backward: Layout
+    ahead: bool
+    """Of backward.cu: whether the forward run of the next tile goes along with the backward run of this one."""
 
 
-def is_fast(a: ScanArguments) -> bool:
-    """Whether the fast kernels serve a call: real A, selective B and C, Euler's rule, a small float32 state."""
+# Those that were fastest on an H100 at the shapes of benchmarks/gpu.py; the second for less shared memory.
+CHOICES = (
+    Layouts(Layout(2, 2, 1, tokens=8, warps=4, blocks=3), Layout(4, 4, 1, tokens=4, warps=8, blocks=1), ahead=True),
+    Layouts(Layout(2, 2, 1, tokens=8, warps=4, blocks=3), Layout(4, 4, 1, tokens=4, warps=4, blocks=2), ahead=False),
+)
+
+
+def layouts(a: ScanArguments) -> Layouts | None:
+    """The fast kernels' layouts; None where the general kernels serve.
+
+    The fast ones are for real A, selective B and C, Euler's rule and a float32 state that shared memory holds.
+    """
     selective = a.B.ndim == 4 and a.C.ndim == 4
-    return selective and a.dtype == torch.float32 and a.b_discretization == "euler" and a.d_state <= LARGEST_STATE
+    if not selective or a.dtype != torch.float32 or a.zoh or a.d_state > LARGEST_STATE:
+        return None
+    return _fitting(element(a), -(-a.d_state // GROUP) * GROUP, nvrtc.device(a.u.device.index or 0))
+
+
+@cache
+def _fitting(dtype: torch.dtype, states: int, device: nvrtc.Device) -> Layouts | None:
+    for choice in CHOICES:
+        forward = shared_of_forward(choice.forward, dtype, states, FORWARD)
+        backward = shared_of_backward(choice.backward, dtype, states, choice.ahead)
+        if max(forward, backward) <= device.shared_of_block:
+            return choice
+    return None
 
 
 def element(a: ScanArguments) -> torch.dtype:
@@ -74,7 +104,7 @@ def element(a: ScanArguments) -> torch.dtype:
 
 def padded_states(a: ScanArguments) -> int:
     """States in scratch tensors."""
-    return -(-a.d_state // GROUP) * GROUP if is_fast(a) else a.d_state
+    return -(-a.d_state // GROUP) * GROUP if layouts(a) else a.d_state
 
 
 def chunks(length: int, n_blocks: int, places: int) -> tuple[int, int]:
@@ -88,9 +118,10 @@ def chunks(length: int, n_blocks: int, places: int) -> tuple[int, int]:
     return chunk, -(-length // chunk)
 
 
-def fast(name: str, kernel: str, layout: Layout, dtype: torch.dtype, **more: int) -> nvrtc.Variant:
-    """A fast kernel's variant."""
-    options = (("DTYPE", nvrtc.DTYPES[dtype]), *layout.options(), *more.items())
+def fast(name: str, kernel: str, layout: Layout, dtype: torch.dtype, states: int, **more: int) -> nvrtc.Variant:
+    """A fast kernel's variant, for padded states."""
+    one = ("ONE_GROUP", int(states == GROUP))
+    options = (("DTYPE", nvrtc.DTYPES[dtype]), one, *layout.options(), *more.items())
     return nvrtc.Variant(nvrtc.source(HERE / f"{name}.cu"), kernel, options)
 
 
@@ -104,21 +135,23 @@ def general(name: str, kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
 def shared_of_forward(layout: Layout, dtype: torch.dtype, states: int, passage: int) -> int:
     """Bytes of shared memory of forward.cu: rates, OfWarp and OfGroup."""
     inputs, matrices = 2 if passage == SUMMARY else 3, 2 if passage == FORWARD else 1
-    width, channels, steps = dtype.itemsize, layout.block_channels, GROUP // layout.share
+    width, channels = dtype.itemsize, layout.block_channels
+    steps = GROUP // layout.share // layout.together
     of_warp = layout.tokens * channels * (2 * inputs * width + 8)
-    of_group = GROUP * (layout.tokens * matrices * (4 + 2 * width) + channels * 4) + steps * 8
-    return (states + layout.share) * channels * 4 + layout.warps * (of_warp + states // GROUP * of_group)
+    of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 128) + GROUP * channels * 4 + steps * 8
+    return states * channels * 4 + layout.warps * (of_warp + states // GROUP * of_group)
 
 
-def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int) -> int:
+def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: bool) -> int:
     """Bytes of shared memory of backward.cu: OfBlock, OfGroup and sums."""
     width, channels, steps, groups = dtype.itemsize, layout.block_channels, GROUP // layout.share, states // GROUP
-    pieces, row, plane = SAVED_EVERY // layout.tokens, layout.tokens * channels, GROUP * channels
-    floats = (
-        pieces * plane + plane + pieces * (row + 2 * GROUP * layout.tokens) + layout.warps * (row + 512) + 2 * channels
-    )
-    of_block = 4 * floats + layout.warps * 2 * 3 * row * width + pieces * steps * 8
-    of_group = 4 * 3 * plane + steps * 8
+    pieces, row, plane, sides = SAVED_EVERY // layout.tokens, layout.tokens * channels, GROUP * channels, 1 + ahead
+    floats = (sides * (pieces - 1) + 3) * plane + sides * pieces * 2 * (row + GROUP * layout.tokens) + 2 * channels
+    floats += layout.warps * (row + 512 + plane)
+    copies = -(-3 * row * width // 16 // 32)
+    of_block = 4 * floats + 2 * copies * 32 * 16 + layout.warps * 2 * 3 * row * width
+    of_block += sides * pieces * (2 * steps + 2) * 8
+    of_group = 4 * 2 * plane + steps * 8
     return of_block + groups * of_group + (4 * 3 * SAVED_EVERY * channels if groups > 1 else 0)
 
 
