@@ -220,7 +220,7 @@ def test_the_saved_config_is_a_config_file(run, new, tmp_path):
     assert run(*new, "--steps", 2)[0] == 0
     saved = tmp_path / "run" / "train_config.json"
     again = options("--config", saved, "--out", "y").train
-    assert config_to_dict(again) == json.loads(saved.read_text())
+    assert {"format_version": 1, **config_to_dict(again)} == json.loads(saved.read_text())
 
 
 def test_a_run_folder_is_never_overwritten(run, refused, new, tmp_path):

@@ -52,7 +52,7 @@ def command(arguments: Sequence[str]) -> None:
         return
     experiment = load_experiment(options.name)
     from anymamba.cli.runtime import choose_device, set_threads
-    from anymamba.experiments.results import as_json
+    from anymamba.experiments.results import results_as_json
     from anymamba.experiments.running import run_experiment
 
     set_threads(options.threads)
@@ -71,7 +71,7 @@ def command(arguments: Sequence[str]) -> None:
         except KeyboardInterrupt as end:
             raise type(end)(f"go on with: anymamba experiment {shlex.join(arguments)}") from None
     if options.json:
-        print_json(as_json(results))
+        print_json(results_as_json(results))
     else:
         sys.stdout.write((folder / "report.md").read_text(encoding="utf-8"))
     say(f"wrote {folder / 'report.md'}")

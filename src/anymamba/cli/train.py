@@ -17,7 +17,7 @@ from anymamba.cli.flags import read_flags, renamed_flags
 from anymamba.cli.output import TrainingReport, print_facts, print_json, progress_bar
 from anymamba.cli.runtime import choose_device, told_how_to_resume
 from anymamba.models.presets import PRESETS, preset
-from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
+from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig, config_values
 
 if TYPE_CHECKING:
     from anymamba.training.trainer import TrainResult
@@ -126,7 +126,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a table of keys and values, got {type(values).__name__}")
-    return values
+    return config_values(values, path)
 
 
 def complete(options: TrainOptions, file_paths: tuple[str, ...]) -> TrainConfig:

@@ -13,21 +13,26 @@ from typing import Any
 
 import torch
 
+from anymamba.base.errors import FORMAT_VERSION, require_format_version
 from anymamba.base.files import write_text
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.experiments.experiment import Arm, Record, Results, Scale
 
 FILE = "results.json"
+VERSION = 1
+"""The format version that is written, and the newest that is read."""
 
 
 def read_results(folder: Path) -> Results | None:
     """What a folder holds, or None where nothing was measured there.
 
-    Raises ValueError where the file is not one of results: it is never overwritten unasked.
+    Raises ValueError where the file is not one of results, CheckpointError where its format version is newer: it is
+        never overwritten unasked.
     """
     path = folder / FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        require_format_version(values if isinstance(values, dict) else {}, VERSION, path)
         records = tuple(Record(**record) for record in values["records"])
         return Results(values["experiment"], values["scale"], records, tuple(values["planned"]))
     except (FileNotFoundError, NotADirectoryError):
@@ -64,7 +69,7 @@ def read_checked(folder: Path, experiment: str, scale: Scale, arms: Sequence[Arm
 
 def write_results(folder: Path, results: Results) -> None:
     """Write results.json, whole or not at all."""
-    write_text(folder / FILE, json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
+    write_text(folder / FILE, json.dumps(results_as_json(results), indent=1, allow_nan=False) + "\n")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -81,6 +86,11 @@ def same_settings(settings: Any, written: dict[str, Any]) -> bool:
         return config_from_dict(type(settings), written) == settings
     except (TypeError, ValueError):
         return False
+
+
+def results_as_json(results: Results) -> dict[str, Any]:
+    """The contents of results.json."""
+    return {FORMAT_VERSION: VERSION, **as_json(results)}
 
 
 def as_json(values: Any) -> Any:

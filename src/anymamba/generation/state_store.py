@@ -1,7 +1,7 @@
 """States in files: what a model knows after some tokens, saved once and loaded wherever the model is.
 
 A file is safetensors: the tensors of a GenerationState under their names (`model.layers.0.ssm`, `logits`, ...), and the
-model's config, so that a state is never given to another kind of model.
+model's config, so that a state is never given to another kind of model. The metadata have a format version.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anymamba.base.errors import CheckpointError
+from anymamba.base.errors import FORMAT_VERSION, CheckpointError, require_format_version
 from anymamba.base.files import atomic_file
-from anymamba.base.schema import config_to_dict
+from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.generation.prompts import GenerationState
 from anymamba.layers.state import map_state
+from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 
 KIND = "anymamba-state"
+VERSION = 1
+"""The format version that is written, and the newest that is read."""
 
 
 def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -> None:
@@ -35,7 +38,7 @@ def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -
     problem = _mismatch(tensors, model)
     if problem is not None:
         raise ValueError(f"the state is not one of this model: {problem}")
-    metadata = {"kind": KIND, "config": json.dumps(config_to_dict(model.config))}
+    metadata = {"kind": KIND, FORMAT_VERSION: str(VERSION), "config": json.dumps(config_to_dict(model.config))}
     with atomic_file(Path(path)) as temporary:
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
 
@@ -43,8 +46,8 @@ def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -
 def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
     """Read a state of this model to the model's device.
 
-    Raises FileNotFoundError where there is no file, CheckpointError where it is truncated, not a state, or of a model
-        with another config.
+    Raises FileNotFoundError where there is no file, CheckpointError where it is truncated, not a state, of a newer
+        format version, or of a model with another config.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +62,9 @@ def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
         ) from error
     if metadata.get("kind") != KIND:
         raise CheckpointError(f"{path} is not a state; give a file that save_state has written")
-    _require_config(json.loads(metadata["config"]), config_to_dict(model.config), path)
+    version = metadata.get(FORMAT_VERSION, "1")
+    require_format_version({FORMAT_VERSION: int(version) if version.isdecimal() else version}, VERSION, path)
+    _require_config(json.loads(metadata["config"]), model.config, path)
     problem = _mismatch(tensors, model)
     if problem is not None:
         raise CheckpointError(f"{path} is not a state of this model: {problem}")
@@ -105,7 +110,12 @@ def _kind(tensor: Tensor) -> str:
     return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else str(tensor.dtype)
 
 
-def _require_config(stored: dict[str, Any], own: dict[str, Any], path: Path) -> None:
+def _require_config(values: dict[str, Any], config: ModelConfig, path: Path) -> None:
+    """Raise CheckpointError where a file's config is not the model's; options that it does not name are defaults."""
+    try:
+        stored, own = config_to_dict(config_from_dict(ModelConfig, values)), config_to_dict(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is a state of another model: {error}") from error
     different = sorted(key for key in {*stored, *own} if stored.get(key) != own.get(key))
     if different:
         key = different[0]

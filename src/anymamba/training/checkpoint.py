@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from anymamba.base.errors import CheckpointError
+from anymamba.base.errors import FORMAT_VERSION, CheckpointError, require_format_version
 from anymamba.base.files import atomic_folder
+from anymamba.training.config import VERSION
 
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -62,7 +63,8 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: di
             temporary.mkdir(parents=True)
             with _quiet():
                 dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary)), no_dist=True)
-            (temporary / STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+            state = {FORMAT_VERSION: VERSION, **values}
+            (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     except BaseException as error:
         raise _as_os_error(error, run) from error
     for path in checkpoints(run)[:-keep]:
@@ -73,7 +75,7 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: di
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and values of a checkpoint.
 
-    Raises CheckpointError for a pickle among its files, a broken file, or one that is absent.
+    Raises CheckpointError for a pickle among its files, a broken file, one that is absent, or a newer format version.
     """
     refuse_pickles(folder)
     way_out = f"delete {folder} to go on from the checkpoint before it"
@@ -81,6 +83,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}); {way_out}") from error
+    require_format_version(values, VERSION, folder / STATE)
     try:
         reader = HuggingFaceStorageReader(str(folder))
         with _quiet():

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from anymamba.base.errors import FORMAT_VERSION, require_format_version
+from anymamba.base.schema import config_to_dict
 from anymamba.base.sizes import require_at_least, require_positive
 from anymamba.models.config import ModelConfig
+
+VERSION = 1
+"""The format version of run folders that is written, and the newest that is read."""
 
 
 @dataclass(frozen=True)
@@ -130,3 +136,14 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step reads."""
         return self.batch_size * self.context * self.accumulation
+
+
+def file_values(config: TrainConfig) -> dict[str, Any]:
+    """The contents of a file of a config: its fields and the format version."""
+    return {FORMAT_VERSION: VERSION, **config_to_dict(config)}
+
+
+def config_values(values: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The fields of a config in a file's contents. Raises CheckpointError for a file of a newer format version."""
+    require_format_version(values, VERSION, where)
+    return {name: value for name, value in values.items() if name != FORMAT_VERSION}

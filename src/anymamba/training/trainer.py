@@ -23,7 +23,7 @@ from torch import Tensor
 
 from anymamba.base.errors import CheckpointError
 from anymamba.base.files import write_json
-from anymamba.base.schema import config_from_dict, config_to_dict
+from anymamba.base.schema import config_from_dict
 from anymamba.data.batches import Batch, BatchStream
 from anymamba.data.table import TokenTable
 from anymamba.data.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ from anymamba.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from anymamba.training.config import TrainConfig
+from anymamba.training.config import TrainConfig, config_values, file_values
 from anymamba.training.interrupts import PendingSignal, deferred_signals
 from anymamba.training.metrics import MetricsLog, plot_loss
 from anymamba.training.optimizer import (
@@ -112,7 +112,7 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
     tokenizer, training, held_out = open_tables(config.data, report.on_tables)
     config = _complete(config, tokenizer)
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / TRAIN_CONFIG, config_to_dict(config))
+    write_json(run / TRAIN_CONFIG, file_values(config))
     return _Trainer(config, run, tokenizer, training, held_out, report).run_to_end()
 
 
@@ -145,7 +145,8 @@ def read_config(run: Path) -> TrainConfig:
         raise FileNotFoundError(f"{run} is not a run folder: it has no {TRAIN_CONFIG}; start one with --out {run}")
     refuse_pickles(run)
     try:
-        return config_from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return config_from_dict(TrainConfig, config_values(values, path) if isinstance(values, dict) else values)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
