@@ -6,8 +6,7 @@ The public names resolve when they are first used, so that importing the package
 from typing import TYPE_CHECKING
 
 from anymamba.base.lazy import lazy_names
-
-__version__ = "0.1.0.dev0"
+from anymamba.base.version import __version__
 
 __all__ = [
     "ConvOutput",

@@ -125,7 +125,8 @@ def test_info_tells_which_is_active(distribution, original, tmp_path):
     assert run(STATUS).stdout.startswith("not installed; pip install ./compat, or anymamba.compat.activate()")
     assert run(STATUS, distribution).stdout.strip() == "anymamba's, by anymamba-compat 0.1.0.dev0"
     assert run(STATUS, original).stdout.strip() == "the original, 2.2.4"
-    assert run(STATUS, distribution, original).stdout.startswith("conflict: mamba-ssm 2.2.4 and anymamba-compat 0.1.0.dev0")
+    conflict = run(STATUS, distribution, original).stdout
+    assert conflict.startswith("conflict: mamba-ssm 2.2.4 and anymamba-compat 0.1.0.dev0")
     active = f"import anymamba.compat\nanymamba.compat.activate()\n{STATUS}"
     assert run(active, distribution).stdout.strip() == "anymamba's, active"
     told = run("from anymamba.cli import main\nmain(['info', '--json'])", distribution).stdout

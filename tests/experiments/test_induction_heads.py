@@ -31,7 +31,7 @@ class Recaller:
 
     def __init__(self, n_tokens: int, shift: int = 0, growing: bool = False) -> None:
         self.n_tokens, self.shift = n_tokens, shift
-        self.config = SimpleNamespace(growing_mixers=("attention",) if growing else (), vocab_size=n_tokens + 1)
+        self.config, self.grows = SimpleNamespace(vocab_size=n_tokens + 1), growing
         self.read: list[tuple[int, int]] = []
 
     def eval(self) -> None:

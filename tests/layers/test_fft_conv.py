@@ -53,11 +53,27 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
     assert sum(kept) == u.numel() + kernel.numel()
 
 
-def test_a_second_derivative_is_refused():
-    u = torch.randn(1, 4, 1, requires_grad=True)
-    (du,) = torch.autograd.grad(fft_conv(u, u[0].T).square().sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        du.sum().backward()
+@pytest.mark.parametrize("kernel_length", [3, 9])
+def test_derivatives_of_any_mode_and_order(kernel_length):
+    u = torch.randn(2, 6, 2, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(2, kernel_length, dtype=torch.float64, requires_grad=True)
+    for inputs in ((u, kernel), (u, kernel.detach()), (u.detach(), kernel)):
+        assert torch.autograd.gradcheck(fft_conv, inputs, check_forward_ad=True, check_backward_ad=False)
+        assert torch.autograd.gradgradcheck(fft_conv, inputs, check_fwd_over_rev=True)
+    third = torch.func.jacfwd(torch.func.jacrev(torch.func.grad(lambda u: fft_conv(u, u[0].T).pow(3).sum())))
+    assert third(u[:1].detach()).isfinite().all()
+
+
+def test_the_differentiable_backward_pass_is_the_fast_one():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        u = torch.randn(3, 33, 2, dtype=dtype, requires_grad=True)
+        kernel = torch.randn(2, 20, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+        y, dy = fft_conv(u, kernel), torch.randn(3, 33, 2, dtype=dtype)
+        fast = torch.autograd.grad(y, (u, kernel), dy, retain_graph=True)
+        slow = torch.autograd.grad(y, (u, kernel), dy, create_graph=True)
+        for a, b in zip(fast, slow, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b.detach(), rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-4)
 
 
 def test_bfloat16_is_computed_in_float32():
@@ -74,6 +90,11 @@ def test_empty():
         fft_conv(u, kernel).sum().backward()
         assert u.grad is not None and u.grad.shape == shape
         assert not kernel.grad.any()
+        for grads in (
+            torch.autograd.grad(fft_conv(u, kernel).sum(), (u, kernel), create_graph=True),
+            torch.func.grad(lambda u, kernel: fft_conv(u, kernel).sum(), (0, 1))(u, kernel),
+        ):
+            assert grads[0].shape == shape and not grads[1].any()
 
 
 def test_fft_sizes_are_the_smallest_fast_ones():

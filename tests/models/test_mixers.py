@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
 
 from anymamba import LanguageModel, MambaOptions, ModelConfig, preset
 from anymamba.generation.generate import generate
 from anymamba.generation.sampling import SamplingConfig
-from anymamba.layers.state import concatenate_rows, select_rows
-from anymamba.models.mixers import MIXERS
+from anymamba.layers.state import concatenate_rows, select_rows, state_tensors
+from anymamba.models.mixers import MIXERS, growing_mixers
 from anymamba.models.options import AttentionOptions, H3Options, HyenaOptions, MLPOptions, S4DOptions
 from anymamba.models.presets import PRESETS
 from anymamba.training.config import TrainConfig
@@ -188,7 +193,17 @@ def test_training_with_carried_state_wants_states_that_do_not_grow(tmp_path):
     for mixers in (("mamba", "attention"), ("hyena",), ("gau",)):
         with pytest.raises(ValueError, match="set carry_state to false"):
             train(TrainConfig(model=ModelConfig(n_layers=2, mixers=mixers)), tmp_path / "run")
-    assert ModelConfig(n_layers=1, mixers=("attention",), attention=AttentionOptions(window=64)).growing_mixers == ()
+    window = AttentionOptions(n_heads=2, window=64)
+    assert not growing_mixers(ModelConfig(n_layers=1, mixers=("attention",), attention=window))
+
+
+def test_layers_say_what_they_can():
+    config = ModelConfig(d_model=16, n_layers=len(MIXERS), vocab_size=9, mixers=tuple(MIXERS))
+    growing = {"attention", "gau", "hyena", "hyena-filter", "h3-hyena-filter", "mamba-hyena-filter"}
+    assert set(growing_mixers(config)) == growing
+    blocks = dict(zip(config.layer_mixers, LanguageModel(config).blocks, strict=True))
+    assert {name for name, block in blocks.items() if block.mixer.exports_step} == {"mamba", "s6", "mlp"}
+    assert LanguageModel(config).grows and not model_of("mamba").grows
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "125m" in name or "130m" in name])
@@ -224,3 +239,153 @@ def test_mlp_and_attention_of_transformer_plus_plus_have_no_biases():
     model = LanguageModel(preset("transformer++-125m"), device="meta")
     assert [n for n, _ in model.named_parameters() if n.endswith("bias")] == []
     assert MLPOptions().kind == "swiglu" and model.config.attention.positions == "rotary"
+
+
+# ------------------------------------------------------------------------------------------ transforms and devices
+
+
+class _Loss(nn.Module):
+    """A model's loss as a module, for `functional_call`."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Tensor, labels: Tensor) -> Tensor:
+        return self.model.loss(token_ids, labels).loss
+
+
+def test_derivatives_of_a_hybrid():
+    """Per-sample gradients of its loss, and a directional derivative in all parameters."""
+    model = model_of(*HYBRID, attention=AttentionOptions(n_heads=2, positions="absolute", max_positions=40))
+    loss, x, y = _Loss(model), ids(3, 9), ids(3, 9, seed=2)
+    parameters = {name: p.detach() for name, p in loss.named_parameters()}
+    found = vmap(grad(lambda p, x, y: functional_call(loss, p, (x[None], y[None]))), (None, 0, 0))(parameters, x, y)
+    for i in range(3):
+        wanted = torch.autograd.grad(loss(x[i : i + 1], y[i : i + 1]), list(loss.parameters()))
+        for (name, got), want in zip(found.items(), wanted, strict=True):
+            torch.testing.assert_close(got[i], want, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    along = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, tangent = jvp(lambda p: functional_call(loss, p, (x, y)), (parameters,), (along,))
+    above, below = (
+        functional_call(loss, {name: p + step * along[name] for name, p in parameters.items()}, (x, y))
+        for step in (1e-6, -1e-6)
+    )
+    torch.testing.assert_close(tangent, (above - below) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+def test_a_traced_hybrid():
+    model = model_of(*HYBRID, attention=AttentionOptions(n_heads=2, positions="absolute", max_positions=40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sizes become constants, and that torch.jit is old
+        traced = torch.jit.trace(model, ids(2, 9))
+    other = ids(2, 9, seed=2)
+    torch.testing.assert_close(traced(other)[0], model(other).logits)
+
+
+@pytest.mark.parametrize("name", [*MIXERS, HYBRID], ids=str)
+def test_shapes_on_the_meta_device(name):
+    model = model_of(*([name] if isinstance(name, str) else name))
+    empty = copy.deepcopy(model).to("meta")
+    tokens = ids(2, 9).to("meta")
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            output = empty(tokens)
+            assert output.logits.shape == (2, 9, model.config.padded_vocab_size) and output.logits.is_meta
+            for state in (output.state, empty.init_state(2)):
+                assert empty.step(tokens[:, 0], state).logits.shape == (2, model.config.padded_vocab_size)
+    empty.loss(tokens, tokens).loss.backward()
+    assert all(p.grad is not None for p in empty.parameters())
+
+
+# ------------------------------------------------------------------------------------------ quantised projections
+
+
+class _Int8Linear(nn.Module):
+    """As bitsandbytes' linear layers: an integer parameter, and scales that are none of the module's tensors."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().float().abs().amax(1, keepdim=True).clamp(min=1e-6) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+        self.weight.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.weight * self.weight.scale).to(x.dtype), self.bias)
+
+
+class _PackedLinear(nn.Module):
+    """As those of GPTQ: no weight of that name."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.inner = [linear]
+        self.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(2, dtype=linear.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[0](x)
+
+
+def replaced(model: LanguageModel, by: Callable[[nn.Linear], nn.Module]) -> LanguageModel:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, by(child))
+    return model
+
+
+def dynamic(dtype: torch.dtype) -> Callable[[LanguageModel], LanguageModel]:
+    def quantize(model: LanguageModel) -> LanguageModel:
+        if torch.backends.quantized.engine == "none":
+            pytest.skip("this build of torch has no engine for quantised layers")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch.ao moves to torchao
+            return torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear}, dtype=dtype)
+
+    return quantize
+
+
+QUANTIZED: dict[str, Callable[[LanguageModel], LanguageModel]] = {
+    "dynamic int8": dynamic(torch.qint8),
+    "dynamic float16": dynamic(torch.float16),
+    "int8 weights": lambda model: replaced(model.bfloat16(), _Int8Linear),
+    "packed weights": lambda model: replaced(model.bfloat16(), _PackedLinear),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("name", MIXERS)
+def test_quantised_projections(name, kind):
+    """A state is made, and a step from it is `forward` at length one, to the precision of the activations."""
+    model = QUANTIZED[kind](model_of(name, name, tie_embeddings=False))
+    state = model.init_state(2)
+    assert all(t.is_floating_point() or t.is_complex() or t.dtype == torch.int64 for t in state_tensors(state))
+    for tokens in ids(4, 2):
+        wanted = model(tokens[:, None], state).logits[:, 0].float()
+        output = model.step(tokens, state)
+        state = output.state
+        error = (output.logits.float() - wanted).abs().max() / wanted.abs().max()
+        allowed = 0.02 if kind.startswith("dynamic") else 0.05  # rounding to 8 bits, and bfloat16
+        assert error <= allowed, f"differs by {error:.1e}, allowed {allowed:.0e}"
+
+
+@torch.no_grad()
+def test_the_dtype_of_a_state_is_the_activations_where_a_tensor_tells_it():
+    for name in ("mamba", "hyena", "gau", "rwkv", "rwkv-channel", "h3-s4d"):
+        model = QUANTIZED["int8 weights"](model_of(name, tie_embeddings=False))
+        assert next(state_tensors(model.init_state(1))).dtype == torch.bfloat16, name
+
+
+def test_generation_with_quantised_projections():
+    from anymamba.data.tokenizer import load_tokenizer
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(preset("nano"), n_layers=4, mixers=("mamba", "attention"))
+    tokenizer = load_tokenizer(None)
+    model = QUANTIZED["dynamic int8"](LanguageModel(config).eval())
+    greedy = SamplingConfig(temperature=0)
+    prompts = [tokenizer.encode("def f"), tokenizer.encode("x")]
+    assert len(generate(model, prompts, tokenizer, max_new_tokens=6, sampling=greedy).texts) == 2

@@ -62,8 +62,3 @@ def conj(x: Tensor) -> Tensor:
 def real_part(x: Tensor) -> Tensor:
     """The real part; a real tensor itself."""
     return x.real if x.is_complex() else x
-
-
-def complex_dtype(real: torch.dtype) -> torch.dtype:
-    """The complex dtype whose parts hold a real one; as `dtype.to_complex()`, which torch.compile does not trace."""
-    return torch.promote_types(real, torch.complex32)

@@ -9,20 +9,25 @@ arXiv:2104.09864; xPos: arXiv:2212.10554; the convolution: Mamba's Transformer++
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from anymamba.base.sizes import require_sizes
 from anymamba.layers.cache import Cache, GrowingState
 from anymamba.layers.conv import ShortConvolution
+from anymamba.layers.derivatives import differentiable_again
 from anymamba.layers.padding import Rows
+from anymamba.layers.parameters import activations_of
 from anymamba.layers.rotary import rotate, xpos_scale
 from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from anymamba.ops.observers import transformed
 
 POSITIONS = ("none", "rotary", "xpos")
 MOST_QUERIES = 1024
@@ -80,7 +85,7 @@ class Attention(SequenceLayer):
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         sizes = {"d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
         optional = {"d_head": d_head, "d_conv": d_conv, "window": window}
-        _require_sizes(**sizes, **{name: size for name, size in optional.items() if size is not None})
+        require_sizes(**sizes, **{name: size for name, size in optional.items() if size is not None})
         if d_head is None:
             if d_model % n_heads:
                 raise ValueError(
@@ -104,6 +109,10 @@ class Attention(SequenceLayer):
         self.conv = None if d_conv is None else ShortConvolution(self.d_qkv, d_conv, device=device, dtype=dtype)
         self.out_proj = nn.Linear(n_heads * d_head, d_model, bias, device, dtype)
 
+    @property
+    def grows(self) -> bool:
+        return self.window is None
+
     def reset_parameters(self) -> None:
         """PyTorch's defaults, in the order of construction."""
         for module in (self.in_proj, self.conv, self.out_proj):
@@ -112,10 +121,10 @@ class Attention(SequenceLayer):
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> AttentionState:
         """An empty cache."""
-        weight = self.in_proj.weight
-        like: dict[str, Any] = {"device": weight.device, "dtype": dtype or weight.dtype}
+        like = activations_of(self.in_proj)
+        like["dtype"] = dtype or like["dtype"]
         keys = torch.zeros(batch, self.n_kv_heads, 0, self.d_head, **like)
-        count = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        count = torch.zeros(batch, dtype=torch.int64, device=like["device"])
         return AttentionState(
             keys, torch.zeros_like(keys), count, torch.zeros(batch, (self.d_conv or 1) - 1, self.d_qkv, **like)
         )
@@ -181,7 +190,7 @@ class Attention(SequenceLayer):
         if before.length == 0 and self.window is None and (length <= MOST_QUERIES or not xpos) and length > 0:
             if xpos:
                 q, k = _scaled(q, k, 0)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_heads != self.n_kv_heads)
+            return _softmax_attention(q, k, v, is_causal=True)
         if length == 1:
             return self._attend_one(q, k, v, before)
         parts = [self._attend_block(q, k, v, before, *block) for block in self._blocks(length)]
@@ -194,7 +203,7 @@ class Attention(SequenceLayer):
             mask = (torch.arange(k.shape[2], device=k.device) <= before.filled[:, None])[:, None, None]
         if self.positions == "xpos":
             q, k = _scaled(q, k, -(before.length if before.is_even else before.filled))
-        y = F.scaled_dot_product_attention(q.unflatten(1, (self.n_kv_heads, -1))[:, :, :, 0], k, v, attn_mask=mask)
+        y = _softmax_attention(q.unflatten(1, (self.n_kv_heads, -1))[:, :, :, 0], k, v, mask)
         return y.flatten(1, 2)[:, :, None]
 
     def _attend_block(
@@ -210,12 +219,36 @@ class Attention(SequenceLayer):
         mask = _visible(filled, start, stop, first, k, self.window)
         if self.positions == "xpos":
             q, k = _scaled(q, k, first - (filled + start))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_heads != self.n_kv_heads)
+        return _softmax_attention(q, k, v, mask)
 
     def _blocks(self, length: int) -> Iterator[tuple[int, int]]:
         """Ranges of queries: with a window about as many as it is wide, so that time and memory are linear."""
         size = MOST_QUERIES if self.window is None else min(MOST_QUERIES, max(128, self.window))
         return ((start, min(length, start + size)) for start in range(0, length, size))
+
+
+def _softmax_attention(
+    q: Float[Tensor, "batch n_heads queries d_head"],
+    k: Float[Tensor, "batch n_kv_heads keys d_head"],
+    v: Float[Tensor, "batch n_kv_heads keys d_head"],
+    mask: Bool[Tensor, "batch_or_1 1 queries keys"] | None = None,
+    is_causal: bool = False,
+) -> Float[Tensor, "batch n_heads queries d_head"]:
+    """torch's fused attention; where derivatives are wanted that it lacks, the operations that it stands for."""
+
+    def operations(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if is_causal else mask
+        q = q.unflatten(1, (k.shape[1], -1))
+        scores = q @ k[:, :, None].mT * q.shape[-1] ** -0.5
+        if visible is not None:
+            scores = scores.masked_fill(~(visible if is_causal else visible[:, :, None]), -math.inf)
+        return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
+
+    if transformed(q, k, v):
+        return operations(q, k, v)
+    grouped = bool(q.shape[1] != k.shape[1])
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+    return differentiable_again(y, operations, q, k, v)
 
 
 def _visible(
@@ -250,9 +283,3 @@ def _scaled(
     q = xpos_scale(q.transpose(1, 2), offsets(0, q.shape[2])).transpose(1, 2)
     k = xpos_scale(k.transpose(1, 2), -offsets(k_offset, k.shape[2])).transpose(1, 2)
     return q, k
-
-
-def _require_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")

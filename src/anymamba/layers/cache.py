@@ -4,8 +4,8 @@ A cache is tensors (batch, ..., length, width) whose row r holds entries 0 .. fi
 behind them has no meaning. Appending gives a new cache and leaves the old one as it is, so that a state can be stepped
 from twice. Copying everything for each token would cost as much as reading it, so a cache that was appended to without
 gradients is a view of buffers with room behind it. The room is written in place by whoever holds the newest view; any
-other cache, one that was forked from or rolled back to, copies. Under autograd everything is copied: the graph holds
-views of what was there.
+other cache, one that was forked from or rolled back to, copies. Where derivatives are wanted everything is copied, for
+they hold views of what was there; and in transforms and tracers, which must not see a memory from outside them change.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
+
+from anymamba.ops.observers import has_tangent, plain
 
 LEAST_ROOM = 32
 """Entries of room behind a new buffer, or half its length where that is more: appending n copies about 3 n."""
@@ -55,13 +57,14 @@ class Cache:
 
     @property
     def length(self) -> int:
-        return self.tensors[0].shape[-2]
+        length = self.tensors[0].shape[-2]
+        return int(length) if torch.jit.is_tracing() else length  # there it is a tensor
 
     @property
     def is_even(self) -> bool:
-        """Whether every row is filled to the length. Traced code takes the general way: it must not look at values."""
+        """Whether every row is filled to the length. Where values cannot be looked at, the general way is taken."""
         if self._is_even is None:
-            if torch.compiler.is_compiling():
+            if not plain(self.filled):
                 return self.length == 0
             self._is_even = self.length == 0 or bool((self.filled == self.length).all())
         return self._is_even
@@ -76,7 +79,7 @@ class Cache:
         n_new = new[0].shape[-2]
         after = self.filled + (n_new if lengths is None else lengths)
         old = [tensor.to(entries.dtype) for tensor, entries in zip(self.tensors, new, strict=True)]
-        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.length > 0
+        in_place = self.length > 0 and _writable(*old, *new)
         grown = self._written(old, new) if in_place else Cache(self._copied(old, new), after)
         grown.filled = after
         grown._is_even = self.is_even if lengths is None else None
@@ -99,7 +102,7 @@ class Cache:
 
     def trimmed(self) -> Cache:
         """Without the places at the end that no row has filled."""
-        if self.is_even or torch.compiler.is_compiling():
+        if self.is_even or not plain(self.filled):
             return self
         most = int(self.filled.max())
         result = Cache([tensor.narrow(-2, 0, most) for tensor in self.tensors], self.filled)
@@ -157,6 +160,11 @@ class GrowingState:
         """Keep the cache that this state's tensors are."""
         if not torch.compiler.is_compiling():
             self.cache = cache
+
+
+def _writable(*tensors: Tensor) -> bool:
+    """Whether these may be written into memory that others hold: there is nobody but the caller to see it."""
+    return not torch.is_grad_enabled() and plain(*tensors) and not has_tangent(*tensors)
 
 
 def _expanded(place: Int[Tensor, "batch n"], like: Tensor) -> Tensor:

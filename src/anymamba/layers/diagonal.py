@@ -11,16 +11,13 @@ A complex base stands for itself and its conjugate: sums over states are then 2 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from anymamba.kernels.elementwise import complex_dtype
+from anymamba.layers.parameters import complex_dtype
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -39,21 +36,21 @@ def exponential_sums(
     coarse = coarse[:, : -(-length // block)].to(weights.dtype)
     left = (weights[:, :, None] * coarse).transpose(0, 1)  # (width, rows, blocks, n_states)
     sums = _summands(left).flatten(1, 2) @ _parts(fine.to(weights.dtype)).transpose(1, 2)
-    return sums.view(width, rows, coarse.shape[1] * block)[..., :length].transpose(0, 1)
+    return sums.reshape(width, rows, coarse.shape[1] * block)[..., :length].transpose(0, 1)
 
 
 def accumulate(
     u: Float[Tensor, "rows length width"], base: Num[Tensor, "width n_states"]
 ) -> Num[Tensor, "rows width n_states"]:
     """sum over t of base^(length - 1 - t) u[t]: the last state that the inputs leave, in u's precision."""
-    rows, length, width = u.shape
+    rows, width, length = u.shape[0], u.shape[2], int(u.shape[1])
     block = _block(rows, length)
     blocks = -(-length // block)
     fine, jump = _powers(base, block)
     coarse, _ = _powers(jump, _smallest_power_of_two(blocks))
-    u = F.pad(u, (0, 0, blocks * block - length, 0)).view(rows * blocks, block, width)
+    u = F.pad(u, (0, 0, blocks * block - length, 0)).reshape(rows * blocks, block, width)
     sums = u.permute(2, 0, 1) @ _parts(in_precision(fine.flip(1), u.dtype))  # (width, rows * blocks, parts)
-    sums = _join(sums, base.is_complex()).view(width, rows, blocks, base.shape[1])
+    sums = _join(sums, base.is_complex()).reshape(width, rows, blocks, base.shape[1])
     return (sums * in_precision(coarse[:, :blocks].flip(1), u.dtype)[:, None]).sum(2).transpose(0, 1)
 
 
@@ -113,13 +110,6 @@ def draw_log_dt(log_dt: Float[Tensor, " width"], dt_min: float, dt_max: float) -
     log_dt.uniform_(math.log(dt_min), math.log(dt_max))
 
 
-def recomputed(fn: Callable[..., Any], *args: Any) -> Any:
-    """fn(*args), whose inner results are computed again for its gradient instead of kept."""
-    if not torch.is_grad_enabled():
-        return fn(*args)
-    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
-
-
 def _powers(base: Num[Tensor, "width n_states"], count: int) -> tuple[Num[Tensor, "width count n_states"], Tensor]:
     """base^0 ... base^(count - 1) and base^count, for count a power of two."""
     table = torch.ones_like(base)[:, None]
@@ -131,7 +121,7 @@ def _powers(base: Num[Tensor, "width n_states"], count: int) -> tuple[Num[Tensor
 
 def _block(rows: int, length: int) -> int:
     """The block for which the tables, of block and rows * length / block entries, are smallest: near the root."""
-    return _smallest_power_of_two(min(length, round((max(1, rows) * length) ** 0.5)))
+    return _smallest_power_of_two(min(length, round((max(1, int(rows)) * length) ** 0.5)))
 
 
 def _smallest_power_of_two(at_least: int) -> int:

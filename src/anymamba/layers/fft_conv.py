@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from anymamba.layers.derivatives import as_operations, in_operations
 
 CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
 """Padded numbers that are transformed at a time: few MB on a processor, which stay in its cache between the passes."""
@@ -27,8 +28,8 @@ def fft_conv(
     Args:
         u: (batch, length, width), real.
         kernel: (width, kernel_length), real; what exceeds the sequence is not used.
-    Returns (batch, length, width) in u's dtype, computed in float32 or wider. Gradients flow to both; the backward pass
-    transforms u again rather than keep its spectrum, and has no derivative itself.
+    Returns (batch, length, width) in u's dtype, computed in float32 or wider. Gradients flow to both, in any mode and
+    of any order; the backward pass transforms u again rather than keep its spectrum.
     Raises ValueError when the shapes disagree or a tensor is complex.
     """
     if u.ndim != 3 or kernel.ndim != 2 or kernel.shape[0] != u.shape[-1] or kernel.shape[1] < 1:
@@ -40,7 +41,8 @@ def fft_conv(
         raise ValueError(
             f"fft_conv is real, got u of {u.dtype} and kernel of {kernel.dtype}; convolve the real and imaginary parts"
         )
-    return _FFTConv.apply(u, kernel[:, : max(1, u.shape[1])])
+    kernel = kernel[:, : max(1, u.shape[1])]
+    return _operations(u, kernel) if as_operations(u, kernel) else _FFTConv.apply(u, kernel)
 
 
 def fast_fft_size(at_least: int) -> int:
@@ -55,6 +57,15 @@ def fast_fft_size(at_least: int) -> int:
             odd *= 3
         five *= 5
     return best
+
+
+def _operations(u: Tensor, kernel: Tensor) -> Tensor:
+    """The convolution in torch operations, which hold every spectrum whole."""
+    if not u.numel():
+        return u * kernel[:, 0].to(u.dtype)  # nothing, of both
+    length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
+    product = _spectrum(u, size, wide) * torch.fft.rfft(kernel.to(wide), size)
+    return torch.fft.irfft(product, size)[..., :length].transpose(1, 2).to(u.dtype)
 
 
 class _FFTConv(torch.autograd.Function):
@@ -72,10 +83,11 @@ class _FFTConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Both gradients are correlations: products with a conjugate spectrum."""
         u, kernel = ctx.saved_tensors
+        if in_operations(dy, u, kernel):
+            return _gradients(dy, u, kernel)
         length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
         kernel_spectrum = torch.fft.rfft(kernel.to(wide), size).conj()
         du = torch.empty_like(u, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
@@ -93,13 +105,26 @@ class _FFTConv(torch.autograd.Function):
         return du, torch.fft.irfft(correlation, size)[:, : kernel.shape[1]].to(kernel.dtype)
 
 
+def _gradients(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Both gradients as convolutions, which can be differentiated in turn: a correlation is one with time reversed."""
+    wide = _wide(u, kernel)
+    reversed_dy = dy.to(wide).flip(1)
+    du = fft_conv(reversed_dy, kernel).flip(1)
+    if not u.numel():
+        return du.to(u.dtype), torch.zeros_like(kernel)
+    channels = u.to(wide).transpose(1, 2).flatten(0, 1)  # those of every row, each the kernel of its dy
+    dkernel = fft_conv(reversed_dy.transpose(1, 2).flatten(0, 1).T[None], channels)[0].flip(0)
+    dkernel = dkernel[: kernel.shape[1]].T.unflatten(0, (u.shape[0], -1)).sum(0)
+    return du.to(u.dtype), dkernel.to(kernel.dtype)
+
+
 def _spectrum(x: Float[Tensor, "rows length width"], size: int, wide: torch.dtype) -> Tensor:
     """(rows, width, frequencies): time goes last first, where the FFT reads it in order."""
     return torch.fft.rfft(x.transpose(1, 2).to(wide, memory_format=torch.contiguous_format), size)
 
 
 def _fft_size(u: Tensor, kernel: Tensor) -> int:
-    return fast_fft_size(max(1, u.shape[1]) + kernel.shape[1] - 1)
+    return fast_fft_size(int(max(1, u.shape[1]) + kernel.shape[1] - 1))
 
 
 def _wide(u: Tensor, kernel: Tensor) -> torch.dtype:

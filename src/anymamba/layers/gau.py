@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from anymamba.base.sizes import require_at_least, require_sizes
 from anymamba.layers.cache import Cache, GrowingState
 from anymamba.layers.padding import Rows
 from anymamba.layers.sequence import SequenceLayer
@@ -66,12 +67,8 @@ class GAU(SequenceLayer):
         super().__init__()
         self.d_model, self.d_inner, self.d_key = d_model, int(expand * d_model), d_key
         self.max_distance = max_distance
-        for name, size in (
-            *(("d_model", d_model), ("d_inner = int(expand * d_model)", self.d_inner)),
-            *(("d_key", d_key), ("max_distance", max_distance)),
-        ):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        require_sizes(d_model=d_model, d_key=d_key, max_distance=max_distance)
+        require_at_least("d_inner = int(expand * d_model)", self.d_inner, 1)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner + d_key, bias=False, **like)
         self.q_scale = nn.Parameter(torch.empty(d_key, **like))
@@ -81,6 +78,10 @@ class GAU(SequenceLayer):
         self.relative_bias = nn.Parameter(torch.empty(max_distance, **like))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False, **like)
         self._reset_vectors()
+
+    @property
+    def grows(self) -> bool:
+        return True
 
     def reset_parameters(self) -> None:
         """Linear maps as torch draws them; scales and relative bias N(0, 0.02), offsets 0."""
@@ -96,9 +97,9 @@ class GAU(SequenceLayer):
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> GAUState:
         """An empty cache."""
-        weight = self.in_proj.weight
-        like: dict[str, Any] = {"device": weight.device, "dtype": dtype or weight.dtype}
-        count = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        scale = self.q_scale  # projections may have been replaced by quantised ones
+        like: dict[str, Any] = {"device": scale.device, "dtype": dtype or scale.dtype}
+        count = torch.zeros(batch, dtype=torch.int64, device=scale.device)
         return GAUState(torch.zeros(batch, 0, self.d_key, **like), torch.zeros(batch, 0, self.d_inner, **like), count)
 
     def run(

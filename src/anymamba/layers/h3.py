@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anymamba.base.sizes import require_sizes
 from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import KernelParameters
-from anymamba.layers.s6 import require_sizes
+from anymamba.layers.parameters import KernelParameters, activations_of
 from anymamba.layers.sequence import SequenceLayer
 from anymamba.layers.state import map_state
 from anymamba.ops.causal_conv1d import causal_conv1d
@@ -106,6 +106,10 @@ class H3(SequenceLayer):
         self.shift = ShiftSSM(d_model, d_shift, device=device, dtype=dtype)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
 
+    @property
+    def grows(self) -> bool:
+        return self.inner.grows
+
     def reset_parameters(self) -> None:
         """Draw every parameter anew, in the order of construction."""
         for module in (self.inner, self.in_proj, self.shift, self.out_proj):
@@ -113,9 +117,9 @@ class H3(SequenceLayer):
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> H3State:
         """The shift's zeros, and the inner layer's beginning."""
-        weight = self.in_proj.weight
-        dtype = dtype or weight.dtype
-        shift = torch.zeros(batch, self.d_shift - 1, self.d_model, device=weight.device, dtype=dtype)
+        like = activations_of(self.in_proj)
+        like["dtype"] = dtype = dtype or like["dtype"]
+        shift = torch.zeros(batch, self.d_shift - 1, self.d_model, **like)
         return H3State(shift, self._unfold(self.inner.init_state(batch * self.d_head**2, dtype), batch))
 
     def run(

@@ -19,14 +19,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from anymamba.base.sizes import require_at_least, require_sizes
 from anymamba.layers import diagonal
 from anymamba.layers.conv import ShortConvolution
 from anymamba.layers.fft_conv import fft_conv
 from anymamba.layers.padding import Rows
 from anymamba.layers.parameters import KernelParameters
-from anymamba.layers.s6 import require_sizes
 from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.causal_conv1d import causal_conv1d
+from anymamba.ops.dispatch import without_autocast
+from anymamba.ops.observers import plain
 
 
 class FilterOptions(TypedDict, total=False):
@@ -42,6 +44,26 @@ class FilterOptions(TypedDict, total=False):
     fast_decay: float
     decay_target: float
     shift: float
+
+
+class _Dense(nn.Module):
+    """A linear map inside a filter. It is no `nn.Linear`, which libraries replace by ones that compute in few bits."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch draws its linear layers."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = self.weight.shape[1] ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+        return F.linear(x, self.weight, self.bias)
 
 
 class ImplicitFilter(KernelParameters):
@@ -88,8 +110,7 @@ class ImplicitFilter(KernelParameters):
         require_sizes(width=width, max_length=max_length, d_filter=d_filter)
         if emb_dim < 3 or emb_dim % 2 == 0:
             raise ValueError(f"emb_dim must be odd and at least 3 (t, cosines, sines), got {emb_dim}")
-        if n_inner < 0:
-            raise ValueError(f"n_inner must be at least 0, got {n_inner}")
+        require_at_least("n_inner", n_inner, 0)
         if not (slow_decay > 0 and fast_decay > 0 and 0 < decay_target < 1):
             raise ValueError(
                 "slow_decay and fast_decay must be positive and decay_target between 0 and 1, "
@@ -99,8 +120,8 @@ class ImplicitFilter(KernelParameters):
         self.decay_range = (math.log(decay_target) / slow_decay, math.log(decay_target) / fast_decay)
         self.shift = shift
         sizes = [emb_dim, *[d_filter] * (n_inner + 1)]
-        self.layers = nn.ModuleList([nn.Linear(a, b, **like) for a, b in pairwise(sizes)])
-        self.output = nn.Linear(d_filter, n_filters * width, bias=False, **like)
+        self.layers = nn.ModuleList([_Dense(a, b, **like) for a, b in pairwise(sizes)])
+        self.output = _Dense(d_filter, n_filters * width, bias=False, **like)
         self.frequency = nn.Parameter(torch.empty(d_filter, **like))
         self.positions = nn.Parameter(torch.empty(max_length, emb_dim, **like)) if learn_positions else None
         self.bias = nn.Parameter(torch.empty(n_filters, width, **like))
@@ -135,7 +156,7 @@ class ImplicitFilter(KernelParameters):
         The sines are taken in float64: each of frequency a multiplies the roundings before it by up to a, so that in
         float32 a filter would be off by 1e-4, and would depend on the length that is asked for.
         """
-        with torch.autocast(self.bias.device.type, enabled=False):
+        with without_autocast(self.bias.device.type):
             exact = diagonal.exact_dtype(self.bias.device)
             x = self._features(length, exact) if self.positions is None else self.positions[:length].to(exact)
             for layer in self.layers:
@@ -172,6 +193,10 @@ class HyenaFilter(SequenceLayer):
         super().__init__()
         self.width = width
         self.filter = ImplicitFilter(width, device=device, dtype=dtype, **filter_options)
+
+    @property
+    def grows(self) -> bool:
+        return True
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
@@ -239,6 +264,10 @@ class Hyena(SequenceLayer):
         self.filter = ImplicitFilter(d_model, order - 1, **like, **filter_options)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias, **like)
 
+    @property
+    def grows(self) -> bool:
+        return True
+
     def reset_parameters(self) -> None:
         """Draw every parameter anew, in the order of construction."""
         for module in (self.in_proj, self.conv, self.filter, self.out_proj):
@@ -246,7 +275,7 @@ class Hyena(SequenceLayer):
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> HyenaState:
         """Zeros for the short convolution, no inputs for the long ones."""
-        weight, channels = self.in_proj.weight, (self.order + 1) * self.d_model
+        weight, channels = self.conv.weight, (self.order + 1) * self.d_model
         conv = torch.zeros(batch, self.short_width - 1, channels, device=weight.device, dtype=dtype or weight.dtype)
         return HyenaState(conv, (_nothing_yet(batch, self.d_model, weight, dtype),) * (self.order - 1))
 
@@ -279,11 +308,15 @@ def _nothing_yet(batch: int, width: int, like: Tensor, dtype: torch.dtype | None
 def _tokens(x: Tensor, state: HyenaFilterState, rows: Rows | None, max_length: int) -> int:
     """Tokens of the longest row, those before x included: as many values of the filter are needed.
 
-    Raises ValueError when there are more than max_length.
+    Raises ValueError when there are more than max_length. Where values cannot be looked at, `_convolve` makes NaN of
+    the outputs that are too late instead.
     """
     batch, length = x.shape[:2]
-    needed = state.inputs.shape[1] + length
-    if batch and (rows is not None or needed > max_length):  # the shapes are but a bound: a look at the rows is needed
+    needed = int(state.inputs.shape[1] + length)
+    exact = rows is None and not state.inputs.shape[1]  # else the shapes are but a bound
+    if batch and not exact and (rows is not None or needed > max_length):
+        if not plain(state.filled, x):
+            return min(needed, max_length)
         after = state.filled + (length if rows is None else rows.lengths)
         needed = max(1, int(after.max()))
     if needed > max_length:
@@ -314,7 +347,11 @@ def _convolve(
         y = y if place is None else y.gather(1, place)
     filled = state.filled + (x.shape[1] if rows is None else rows.lengths)
     after = HyenaFilterState(stream[:, : kernel.shape[1]].contiguous(), filled)
-    return (y + bias * x).to(x.dtype), after
+    y = y + bias * x
+    if stream.shape[1] > kernel.shape[1] and not plain(state.filled, x):  # the filter may end before the tokens do
+        late = _places(state, x) >= kernel.shape[1]
+        y = y.masked_fill((late if rows is None else late & rows.mask)[..., None], math.nan)
+    return y.to(x.dtype), after
 
 
 def _append(
@@ -323,7 +360,10 @@ def _append(
     """Each row's inputs so far, then x, then zeros; and where the tokens of x lie in it, None if at the start."""
     if not state.inputs.shape[1]:
         return x, None
-    length = x.shape[1]
-    place = state.filled[:, None] + torch.arange(length, device=x.device)
-    place = place[..., None].expand(x.shape)
-    return F.pad(state.inputs.to(x.dtype), (0, 0, 0, length)).scatter(1, place, x), place
+    place = _places(state, x)[..., None].expand(x.shape)
+    return F.pad(state.inputs.to(x.dtype), (0, 0, 0, x.shape[1])).scatter(1, place, x), place
+
+
+def _places(state: HyenaFilterState, x: Float[Tensor, "rows length width"]) -> Int[Tensor, "rows length"]:
+    """Positions of the tokens of x in their rows."""
+    return state.filled[:, None] + torch.arange(x.shape[1], device=x.device)

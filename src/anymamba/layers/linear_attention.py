@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.layers.padding import Rows
+from anymamba.layers.parameters import activations_of
 from anymamba.layers.sequence import SequenceLayer
 
 FEATURE_MAPS = {"elu+1": lambda x: F.elu(x) + 1, "relu": F.relu}
@@ -66,9 +67,9 @@ class LinearAttention(SequenceLayer):
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> LinearAttentionState:
         """Zeros, float32 or wider whatever the activations are."""
-        weight = self.in_proj.weight
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
-        z = torch.zeros(batch, self.n_heads, self.d_head, device=weight.device, dtype=wide)
+        like = activations_of(self.in_proj)
+        wide = torch.promote_types(dtype or like["dtype"], torch.float32)
+        z = torch.zeros(batch, self.n_heads, self.d_head, device=like["device"], dtype=wide)
         return LinearAttentionState(z.new_zeros(*z.shape, self.d_head), z)
 
     def run(

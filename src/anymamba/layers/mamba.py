@@ -19,24 +19,27 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anymamba.base.sizes import require_sizes
 from anymamba.layers.conv import ShortConvolution
 from anymamba.layers.norm import build_norm
-from anymamba.layers.padding import Alignment
-from anymamba.layers.s6 import SelectiveSSM, alignment, require_sizes
-from anymamba.layers.state import MambaState, require_state
-from anymamba.ops.checks import n_sequences
+from anymamba.layers.padding import Rows
+from anymamba.layers.s6 import SelectiveSSM
+from anymamba.layers.sequence import SequenceLayer
+from anymamba.layers.state import MambaState
 
 
-class GatedBlock(nn.Module):
+class GatedBlock(SequenceLayer):
     """Projections, short convolution and gate of the Mamba block, around a map of sequences that a subclass names.
 
     y = out_proj(map(silu(conv(x))) * silu(z)) where [x, z] = in_proj(input).
     """
 
+    state_type = MambaState
+
     def _build_projections(
         self, d_model: int, d_conv: int, expand: float, conv_bias: bool, bias: bool, like: dict[str, Any]
     ) -> None:
-        """Make what lies before the map; `_build_output` makes what lies behind, so that weights are drawn in order."""
+        """Make what comes before the map. `_build_output` makes what comes after: weights are drawn in order."""
         self.d_model, self.d_conv, self.d_inner = d_model, d_conv, int(expand * d_model)
         require_sizes(d_model=d_model, d_conv=d_conv, d_inner=self.d_inner)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **like)
@@ -48,7 +51,7 @@ class GatedBlock(nn.Module):
 
     @abstractmethod
     def _map(
-        self, u: Tensor, z: Tensor, state: Any, padding: Alignment | None, cu_seqlens: Tensor | None
+        self, u: Tensor, z: Tensor, state: Any, rows: Rows | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Any]:
         """The map of u (batch, length, d_inner), times silu(z), and its state."""
 
@@ -57,50 +60,36 @@ class GatedBlock(nn.Module):
         """`_map` of one token (batch, d_inner)."""
 
     def _init_conv_state(self, batch: int, dtype: torch.dtype | None) -> Tensor:
-        weight = self.in_proj.weight
+        weight = self.conv.weight  # projections may have been replaced by quantised ones
         shape = (batch, self.d_conv - 1, self.d_inner)
         return torch.zeros(shape, device=weight.device, dtype=dtype or weight.dtype)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch length d_model"],
-        state: MambaState | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Float[Tensor, "batch length d_model"], MambaState]:
-        """Run over a sequence from a state (absent: zeros) and return the outputs and the state after it.
+    def run(self, x: Tensor, state: MambaState | None, rows: Rows | None) -> tuple[Tensor, MambaState]:
+        return self._run(x, state, rows, None)
 
-        Args:
-            x: (batch, length, d_model).
-            state: one row per sequence.
-            attention_mask: (batch, length), true at real tokens; padding, wherever it lies, changes neither the outputs
-                at real tokens nor the state. Outputs at padding mean nothing.
-            cu_seqlens: int32 borders of sequences packed along the length of one row.
-        Raises ValueError when both a mask and cu_seqlens are given, or shapes disagree, TypeError for another layer's
-            state.
-        """
-        padding = alignment(x, attention_mask, cu_seqlens)
-        if state is not None:
-            require_state(state, MambaState, n_sequences(x.shape[0], cu_seqlens))
-        if padding is not None:
-            x = padding.align(x)
+    def run_packed(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor) -> tuple[Tensor, MambaState]:
+        return self._run(x, state, None, cu_seqlens)
+
+    def _run(
+        self,
+        x: Float[Tensor, "rows length d_model"],
+        state: MambaState | None,
+        rows: Rows | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Float[Tensor, "rows length d_model"], MambaState]:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        if padding is not None:
-            u = padding.zero_padding(u)
+        if rows is not None:
+            u = rows.zero_padding(u)
         before = None if state is None else state.conv
         conv = self.conv(u, before, cu_seqlens)
-        y, after = self._map(conv.y, z, None if state is None else state.ssm, padding, cu_seqlens)
-        y = self._output(y)
-        if padding is None:
-            return y, MambaState(conv.last_state, after)
-        return padding.restore(y), MambaState(padding.last(u, before, self.d_conv - 1), after)
+        y, after = self._map(conv.y, z, None if state is None else state.ssm, rows, cu_seqlens)
+        inputs = conv.last_state if rows is None else rows.last(u, before, self.d_conv - 1)
+        return self._output(y), MambaState(inputs, after)
 
-    def step(
+    def run_step(
         self, x: Float[Tensor, "batch d_model"], state: MambaState
     ) -> tuple[Float[Tensor, "batch d_model"], MambaState]:
-        """One token: `forward` at length one, in constant time."""
-        require_state(state, MambaState, x.shape[0])
+        """One token, in constant time and memory."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, conv_state = self.conv.step(u, state.conv)
         y, after = self._map_step(u, z, state.ssm)
@@ -193,14 +182,18 @@ class Mamba(SelectiveSSM, GatedBlock):
 
         Args:
             batch: sequences.
-            dtype: of the convolution's part; absent means that of the weights.
+            dtype: of the convolution's part; defaults to that of the weights.
         """
         return MambaState(self._init_conv_state(batch, dtype), self._init_ssm_state(batch))
 
+    @property
+    def exports_step(self) -> bool:
+        return not self.ssm.is_complex
+
     def _map(
-        self, u: Tensor, z: Tensor, state: Any, padding: Alignment | None, cu_seqlens: Tensor | None
+        self, u: Tensor, z: Tensor, state: Any, rows: Rows | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Any]:
-        return self._scan(u, z, state, padding, cu_seqlens)
+        return self._scan(u, z, state, rows, cu_seqlens)
 
     def _map_step(self, u: Tensor, z: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self._scan_step(u, z, state)
@@ -241,10 +234,18 @@ class MambaBlock(GatedBlock):
         """The convolution's zeros, and in place of h the state of the inner layer."""
         return MambaState(self._init_conv_state(batch, dtype), self.inner.init_state(batch, dtype))
 
+    @property
+    def grows(self) -> bool:
+        return self.inner.grows
+
+    @property
+    def exports_step(self) -> bool:
+        return self.inner.exports_step
+
     def _map(
-        self, u: Tensor, z: Tensor, state: Any, padding: Alignment | None, cu_seqlens: Tensor | None
+        self, u: Tensor, z: Tensor, state: Any, rows: Rows | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Any]:
-        mask = None if padding is None else padding.mask
+        mask = None if rows is None else rows.mask
         y, after = self.inner(u, state, attention_mask=mask, cu_seqlens=cu_seqlens)
         return y * F.silu(z), after
 

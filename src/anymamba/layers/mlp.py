@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anymamba.base.sizes import require_sizes
 from anymamba.layers.padding import Rows
 from anymamba.layers.sequence import SequenceLayer
 from anymamba.layers.state import NoState
@@ -60,13 +61,15 @@ class MLP(SequenceLayer):
         self.activation, self.gated = ACTIVATIONS[kind]
         if d_hidden is None:
             d_hidden = -(-8 * d_model // (3 * 128)) * 128 if self.gated else 4 * d_model
-        for name, size in (("d_model", d_model), ("d_hidden", d_hidden)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        require_sizes(d_model=d_model, d_hidden=d_hidden)
         self.d_model, self.kind, self.d_hidden = d_model, kind, d_hidden
         bias = not self.gated if bias is None else bias
         self.in_proj = nn.Linear(d_model, (2 if self.gated else 1) * d_hidden, bias, device, dtype)
         self.out_proj = nn.Linear(d_hidden, d_model, bias, device, dtype)
+
+    @property
+    def exports_step(self) -> bool:
+        return True
 
     def reset_parameters(self) -> None:
         """PyTorch's default for linear maps, in the order of construction."""

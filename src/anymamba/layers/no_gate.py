@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anymamba.layers.padding import Rows
+from anymamba.layers.sequence import SequenceLayer
 
-class NoGate(nn.Module):
+
+class NoGate(SequenceLayer):
     """`inner`, GELU, and a linear mix of the channels.
 
     Args:
@@ -31,7 +34,8 @@ class NoGate(nn.Module):
     ) -> None:
         super().__init__()
         self.d_model = d_model
-        self.inner: Any = inner(d_model)
+        layer: Any = inner(d_model)
+        self.inner, self.state_type = layer, layer.state_type
         self.out_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -43,19 +47,24 @@ class NoGate(nn.Module):
         """The inner layer's."""
         return self.inner.init_state(batch, dtype)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch length d_model"],
-        state: Any = None,
-        *,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Float[Tensor, "batch length d_model"], Any]:
-        """Run over a sequence; arguments as in `SequenceLayer.forward`."""
-        y, state = self.inner(x, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+    @property
+    def grows(self) -> bool:
+        return self.inner.grows
+
+    @property
+    def exports_step(self) -> bool:
+        return self.inner.exports_step
+
+    def run(
+        self, x: Float[Tensor, "rows length d_model"], state: Any, rows: Rows | None
+    ) -> tuple[Float[Tensor, "rows length d_model"], Any]:
+        y, state = self.inner(x, state, attention_mask=None if rows is None else rows.mask)
         return self.out_proj(F.gelu(y)), state
 
-    def step(self, x: Float[Tensor, "batch d_model"], state: Any) -> tuple[Float[Tensor, "batch d_model"], Any]:
-        """One token."""
+    def run_packed(self, x: Tensor, state: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
+        y, state = self.inner(x, state, cu_seqlens=cu_seqlens)
+        return self.out_proj(F.gelu(y)), state
+
+    def run_step(self, x: Float[Tensor, "batch d_model"], state: Any) -> tuple[Float[Tensor, "batch d_model"], Any]:
         y, state = self.inner.step(x, state)
         return self.out_proj(F.gelu(y)), state

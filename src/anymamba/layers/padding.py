@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from anymamba.ops.checks import n_sequences, require_borders
+from anymamba.ops.observers import plain
 
 
 class Rows(ABC):
@@ -80,35 +81,26 @@ class Packing(Rows):
     """The sequences packed along one row as a row each, and back.
 
     Args:
-        cu_seqlens: int32, (n + 1,): the borders, rising from 0 to length.
+        cu_seqlens: int32, (n + 1,): the offsets, rising from 0 to length.
     """
 
     def __init__(self, cu_seqlens: Tensor, batch: int, length: int) -> None:
         n_sequences(batch, cu_seqlens)
-        require_borders(cu_seqlens, length)
-        borders = cu_seqlens.long()
-        self.lengths = borders[1:] - borders[:-1]
-        place = torch.arange(int(self.lengths.max()), device=borders.device)
+        offsets = cu_seqlens.long()
+        self.lengths = offsets[1:] - offsets[:-1]
+        longest = length  # where the values cannot be looked at
+        if plain(cu_seqlens):
+            require_borders(cu_seqlens, length)
+            longest = int(self.lengths.max())
+        place = torch.arange(longest, device=offsets.device)
         self.mask = place < self.lengths[:, None]
-        self._source = (borders[:-1, None] + place).clamp(max=max(0, length - 1))
-        token = torch.arange(length, device=borders.device)
-        self._row = torch.searchsorted(borders[1:], token, right=True)
-        self._place = token - borders[self._row]
+        self._source = (offsets[:-1, None] + place).clamp(max=max(0, length - 1))
+        token = torch.arange(length, device=offsets.device)
+        self._row = torch.searchsorted(offsets[1:], token, right=True)
+        self._place = token - offsets[self._row]
 
     def align(self, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "rows row_length channels"]:
         return x[0, self._source]
 
     def restore(self, x: Float[Tensor, "rows row_length channels"]) -> Float[Tensor, "1 length channels"]:
         return x[self._row, self._place][None]
-
-
-def as_rows(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Rows | None:
-    """How a batch (batch, length, ...) becomes rows of real tokens; None where it is that already.
-
-    Raises ValueError when both are given, or one does not fit the batch.
-    """
-    if attention_mask is not None and cu_seqlens is not None:
-        raise ValueError("give attention_mask or cu_seqlens, not both; packed sequences need no padding")
-    if attention_mask is not None:
-        return Alignment(attention_mask, *x.shape[:2])
-    return None if cu_seqlens is None else Packing(cu_seqlens, *x.shape[:2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,24 @@ class WideParameters(nn.Module):
 class KernelParameters(WideParameters):
     """Parameters of a time-invariant kernel (S4, S4D, H3's shift, Hyena's filter): optimised at the rate of the other
     weights, but with a peak of at most 1e-3, as in the papers."""
+
+
+def complex_dtype(real: torch.dtype) -> torch.dtype:
+    """The complex dtype whose parts hold a real one; as `dtype.to_complex()`, which torch.compile does not trace."""
+    return torch.promote_types(real, torch.complex32)
+
+
+def activations_of(projection: nn.Module) -> dict[str, Any]:
+    """Device and dtype of what a projection takes, as keyword arguments; also of one that another library put there.
+
+    The weight of such a one may hold integers, be a method or not exist. Then another of its tensors tells the dtype,
+    or torch's default does.
+    """
+    tensors = (getattr(projection, "weight", None), *projection.parameters(), *projection.buffers())
+    found = [t for t in tensors if isinstance(t, Tensor)]
+    dtype = next((t.dtype for t in found if t.is_floating_point() and t.itemsize > 1), torch.get_default_dtype())
+    device = found[0].device if found else torch.device("cpu")  # torch.ao packs weights, and on the CPU alone
+    return {"device": device, "dtype": dtype}
 
 
 def without_decay(model: nn.Module) -> set[nn.Parameter]:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from anymamba.base.sizes import require_sizes
 from anymamba.layers.padding import Rows
 from anymamba.layers.sequence import SequenceLayer
+from anymamba.ops.observers import plain
 
 
 class PositionsState(NamedTuple):
@@ -36,9 +38,7 @@ class LearnedPositions(SequenceLayer):
 
     def __init__(self, max_positions: int, d_model: int, device=None, dtype=None) -> None:
         super().__init__()
-        for name, size in (("max_positions", max_positions), ("d_model", d_model)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        require_sizes(max_positions=max_positions, d_model=d_model)
         self.max_positions, self.d_model = max_positions, d_model
         self.table = nn.Parameter(torch.empty(max_positions, d_model, device=device, dtype=dtype))
         self.reset_parameters()
@@ -61,7 +61,7 @@ class LearnedPositions(SequenceLayer):
             return x + self.table[:length].to(x.dtype), PositionsState(after)
         before = self.init_state(batch).n_seen if state is None else state.n_seen
         after = before + (length if rows is None else rows.lengths)
-        if batch and not torch.compiler.is_compiling():
+        if batch and plain(after):
             self._require_room(int(after.max()))
         positions = before[:, None] + torch.arange(length, device=x.device)
         if rows is not None:  # padding may lie past the end of the table

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anymamba.layers.norm import RMSNorm
 from anymamba.layers.padding import Rows
+from anymamba.layers.parameters import activations_of
 from anymamba.layers.rotary import rotate
 from anymamba.layers.sequence import SequenceLayer
 
@@ -85,12 +86,12 @@ class Retention(SequenceLayer):
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> RetentionState:
         """Zeros: S is float32 or wider whatever the activations are."""
-        weight = self.q_proj.weight
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        like = activations_of(self.q_proj)
+        wide = torch.promote_types(dtype or like["dtype"], torch.float32)
         sizes = (batch, self.n_heads, self.d_head, self.d_head_value)
         return RetentionState(
-            torch.zeros(sizes, device=weight.device, dtype=wide),
-            torch.zeros(batch, device=weight.device, dtype=torch.int64),
+            torch.zeros(sizes, device=like["device"], dtype=wide),
+            torch.zeros(batch, device=like["device"], dtype=torch.int64),
         )
 
     def run(

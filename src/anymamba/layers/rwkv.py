@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from anymamba.layers.derivatives import as_operations
 from anymamba.layers.padding import Rows
 from anymamba.layers.parameters import WideParameters
 from anymamba.layers.sequence import SequenceLayer
@@ -114,7 +115,7 @@ class RWKVTimeMix(SequenceLayer):
         decay = self.wkv.time_decay
         average = torch.zeros(batch, self.d_model, device=decay.device, dtype=decay.dtype)
         return RWKVTimeMixState(
-            torch.zeros_like(average, dtype=dtype or self.key.weight.dtype),
+            torch.zeros_like(average, dtype=dtype or self.mix_key.dtype),
             average,
             torch.full_like(average, EMPTY),
         )
@@ -142,7 +143,7 @@ class RWKVTimeMix(SequenceLayer):
         faded = state.log_weight - torch.exp(self.wkv.time_decay)
         y = self._output(r, self.wkv.time_first + k - state.log_weight, v, state.average)
         average = state.average + torch.sigmoid(k - faded) * (v - state.average)
-        return y, RWKVTimeMixState(x, average, torch.logaddexp(faded, k))
+        return y, RWKVTimeMixState(x, average, _logaddexp(faded, k))
 
     def _projected(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """r in the dtype of x; k and v in float32 or wider."""
@@ -204,7 +205,7 @@ class RWKVChannelMix(SequenceLayer):
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> RWKVChannelMixState:
         """A zero before the first token."""
-        return RWKVChannelMixState(self.key.weight.new_zeros(batch, self.d_model, dtype=dtype))
+        return RWKVChannelMixState(self.mix_key.new_zeros(batch, self.d_model, dtype=dtype))
 
     def run(
         self, x: Float[Tensor, "rows length d_model"], state: RWKVChannelMixState | None, rows: Rows | None
@@ -240,13 +241,40 @@ def decayed_logcumsumexp(
     first, *others = F.pad(k, (0, 0, 0, n_chunks * chunk - length)).unflatten(1, (n_chunks, chunk)).unbind(2)
     inside = [first]
     for k_t in others:
-        inside.append(torch.logaddexp(inside[-1] - w, k_t))
+        inside.append(_logaddexp(inside[-1] - w, k_t))
     carried = [start]
     for end in inside[-1].unbind(1)[:-1]:
-        carried.append(torch.logaddexp(carried[-1] - chunk * w, end))
+        carried.append(_logaddexp(carried[-1] - chunk * w, end))
     steps = torch.arange(1, chunk + 1, device=k.device, dtype=k.dtype)
     before = torch.stack(carried, 1)[:, :, None] - steps[:, None] * w
-    return torch.logaddexp(torch.stack(inside, 2), before).flatten(1, 2)[:, :length]
+    return _logaddexp(torch.stack(inside, 2), before).flatten(1, 2)[:, :length]
+
+
+def _logaddexp(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """log(exp(a) + exp(b)), whose derivatives of any order are finite however far a and b lie apart.
+
+    The second one of torch's own is NaN where exp(a - b) overflows, as it does beside `EMPTY`.
+    """
+    if as_operations(a, b):
+        return torch.where(a > b, a + F.softplus(b - a), b + F.softplus(a - b))
+    once = torch.compiler.is_compiling() or not torch.is_grad_enabled()  # compiled code has no second derivatives
+    return torch.logaddexp(a, b) if once else _LogAddExp.apply(a, b)
+
+
+class _LogAddExp(torch.autograd.Function):
+    """The share of exp(a) in the sum is its derivative, in a form that is differentiable in turn."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        assert a.shape == b.shape
+        ctx.save_for_backward(a, b)
+        return torch.logaddexp(a, b)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        da = dy * torch.sigmoid(a - b)
+        return da, dy - da
 
 
 def _running_average(

@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from anymamba.kernels.elementwise import complex_dtype
 from anymamba.layers import diagonal
+from anymamba.layers.derivatives import as_operations, recomputed
 from anymamba.layers.fft_conv import fast_fft_size, fft_conv
 from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import KernelParameters
+from anymamba.layers.parameters import KernelParameters, complex_dtype
 from anymamba.layers.sequence import SequenceLayer
+from anymamba.ops.dispatch import without_autocast
 
 KERNEL_BLOCK = 2**18
 """Terms of a kernel, of all channels together, that are computed at a time."""
@@ -76,7 +77,7 @@ class LowRankSystem(NamedTuple):
         parts = []
         for start in range(0, self.D.shape[0], channels):
             part = LowRankSystem(*(field[start : start + channels] for field in self))
-            parts.append(diagonal.recomputed(part._kernels, length, dtype))
+            parts.append(recomputed(LowRankSystem._kernels, part, length, dtype))
         return Kernels(*(torch.cat(kernel) for kernel in zip(*parts, strict=True)))
 
     def _kernels(self, length: int, dtype: torch.dtype) -> Kernels:
@@ -139,21 +140,21 @@ class S4(SequenceLayer):
         self, x: Float[Tensor, "rows length width"], state: S4State | None, rows: Rows | None
     ) -> tuple[Tensor, S4State]:
         """Convolution mode: O(length (log length + d_state)) operations and O(length) numbers a channel."""
-        length, lengths = x.shape[1], None if rows is None else rows.lengths
+        length, lengths = int(x.shape[1]), None if rows is None else rows.lengths
         if not length:
             return x, self.init_state(x.shape[0]) if state is None else state
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             u = x if rows is None else rows.zero_padding(x)
             u = u.to(torch.promote_types(x.dtype, self.kernel.D.dtype))
             system = self.kernel.discretise()
             kernels = system.kernels(length, u.dtype)
             y, s = fft_conv(u, kernels.K), fft_conv(u, kernels.S)
             if state is not None:
-                s0, y0 = diagonal.recomputed(system.undisturbed, state.h, length)
+                s0, y0 = recomputed(LowRankSystem.undisturbed, system, state.h, length)
                 s0 = fft_conv(s0, kernels.loop)
                 y, s = y + y0 - fft_conv(s0, kernels.k_Cp), s + s0
             u, s = diagonal.right_aligned(u, lengths), diagonal.right_aligned(s, lengths)
-            of_u, of_s = diagonal.recomputed(diagonal.accumulate, torch.cat([u, s]), system.Gamma).chunk(2)
+            of_u, of_s = recomputed(diagonal.accumulate, torch.cat([u, s]), system.Gamma).chunk(2)
             h = system.Bbar * of_u - system.p * of_s
             if state is not None:
                 h = h + diagonal.elapsed(system.Gamma, length, lengths) * state.h
@@ -161,7 +162,7 @@ class S4(SequenceLayer):
 
     def run_step(self, x: Float[Tensor, "batch width"], state: S4State) -> tuple[Float[Tensor, "batch width"], S4State]:
         """Recurrent mode, O(d_state) a channel. In float64: Γ rounded to float32 is off more with every token."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             system = self.kernel.discretise()
             u, s = x.to(system.D.dtype), diagonal.real_sum(system.q * state.h)
             h = system.Gamma * state.h - system.p * s[..., None] + system.Bbar * u[..., None]
@@ -217,7 +218,7 @@ class S4Kernel(KernelParameters):
         exact = diagonal.exact_dtype(self.D.device)
         repeats = self.D.shape[0] // self.A_log.shape[0]
         A_log, A_imag, P, B = (p.to(exact).repeat(repeats, *[1] * (p.ndim - 1)) for p in self._of_ssm())
-        P, B, C = (torch.view_as_complex(x.contiguous()) for x in (P, B, self.C.to(exact)))
+        P, B, C = (torch.complex(*x.unbind(-1)) for x in (P, B, self.C.to(exact)))
         dt = torch.exp(self.log_dt.to(exact))[:, None]
         inverse = 1 / (1 - dt / 2 * torch.complex(-torch.exp(A_log), A_imag))
         p, q = inverse * P, inverse * P.conj()
@@ -253,31 +254,37 @@ def multiply_series(
     a: Float[Tensor, "width length"], b: Float[Tensor, "width length"]
 ) -> Float[Tensor, "width length"]:
     """The product of two power series, cut at their length."""
-    length = a.shape[1]
+    length = int(a.shape[1])
     size = fast_fft_size(2 * length - 1)
     return torch.fft.irfft(torch.fft.rfft(a, size) * torch.fft.rfft(b, size), size)[:, :length]
 
 
 def inverse_series(a: Float[Tensor, "width length"]) -> Float[Tensor, "width length"]:
     """1 / a for a power series that begins with 1, cut at its length; O(length log length)."""
-    return _InverseSeries.apply(a)
+    return _newton(a) if as_operations(a) else _InverseSeries.apply(a)
+
+
+def _newton(a: Float[Tensor, "width length"]) -> Float[Tensor, "width length"]:
+    """1 / a by the iteration g <- g - g (a g - 1), which doubles the number of terms that are right."""
+    lengths = [int(a.shape[1])]
+    while lengths[-1] > 1:
+        lengths.append(-(-lengths[-1] // 2))
+    g = torch.ones_like(a[:, :1])
+    for known, wanted in zip(lengths[:0:-1], lengths[-2::-1], strict=True):
+        size = fast_fft_size(2 * known)  # what wraps around falls on terms that are known
+        spectrum = torch.fft.rfft(g, size)
+        error = torch.fft.irfft(torch.fft.rfft(a[:, :wanted], size) * spectrum, size)[:, known:wanted]
+        correction = torch.fft.irfft(torch.fft.rfft(error, size) * spectrum, size)[:, : wanted - known]
+        g = torch.cat([g, -correction], 1)
+    return g
 
 
 class _InverseSeries(torch.autograd.Function):
-    """Newton's iteration g <- g - g (a g - 1) doubles the number of terms that are right; d(1/a) = -(1/a)^2 da."""
+    """The inverse alone is kept for the backward pass: d(1/a) = -(1/a)^2 da, which is differentiable in turn."""
 
     @staticmethod
     def forward(ctx, a: Tensor) -> Tensor:
-        lengths = [a.shape[1]]
-        while lengths[-1] > 1:
-            lengths.append(-(-lengths[-1] // 2))
-        g = torch.ones_like(a[:, :1])
-        for known, wanted in zip(lengths[:0:-1], lengths[-2::-1], strict=True):
-            size = fast_fft_size(2 * known)  # what wraps around falls on terms that are known
-            spectrum = torch.fft.rfft(g, size)
-            error = torch.fft.irfft(torch.fft.rfft(a[:, :wanted], size) * spectrum, size)[:, known:wanted]
-            correction = torch.fft.irfft(torch.fft.rfft(error, size) * spectrum, size)[:, : wanted - known]
-            g = torch.cat([g, -correction], 1)
+        g = _newton(a)
         ctx.save_for_backward(g)
         return g
 

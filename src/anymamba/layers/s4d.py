@@ -17,12 +17,14 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from anymamba.kernels.elementwise import complex_dtype, expm1_ratio
+from anymamba.kernels.elementwise import expm1_ratio
 from anymamba.layers import diagonal
+from anymamba.layers.derivatives import recomputed
 from anymamba.layers.fft_conv import fft_conv
 from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import KernelParameters
+from anymamba.layers.parameters import KernelParameters, complex_dtype
 from anymamba.layers.sequence import SequenceLayer
+from anymamba.ops.dispatch import without_autocast
 
 INITS = ("s4d-lin", "s4d-inv", "s4d-real")
 DISCRETIZATIONS = ("zoh", "bilinear")
@@ -100,18 +102,18 @@ class S4D(SequenceLayer):
         self, x: Float[Tensor, "rows length width"], state: S4DState | None, rows: Rows | None
     ) -> tuple[Tensor, S4DState]:
         """Convolution mode: O(length (log length + d_state)) operations and O(length) numbers a channel."""
-        length, lengths = x.shape[1], None if rows is None else rows.lengths
+        length, lengths = int(x.shape[1]), None if rows is None else rows.lengths
         if not length:
             return x, self.init_state(x.shape[0]) if state is None else state
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             u = x if rows is None else rows.zero_padding(x)
             u = u.to(torch.promote_types(x.dtype, self.kernel.D.dtype))
             system = self.kernel.discretise()
-            y = fft_conv(u, diagonal.recomputed(system.kernel, length, u.dtype))
+            y = fft_conv(u, recomputed(DiagonalSystem.kernel, system, length, u.dtype))
             u = diagonal.right_aligned(u, lengths)
-            h = system.Bbar * diagonal.recomputed(diagonal.accumulate, u, system.Abar)
+            h = system.Bbar * recomputed(diagonal.accumulate, u, system.Abar)
             if state is not None:
-                y = y + diagonal.recomputed(system.free_response, state.h, length)
+                y = y + recomputed(DiagonalSystem.free_response, system, state.h, length)
                 h = h + diagonal.elapsed(system.Abar, length, lengths) * state.h
             return y.to(x.dtype), S4DState(h.to(self.kernel.state_dtype))
 
@@ -119,7 +121,7 @@ class S4D(SequenceLayer):
         self, x: Float[Tensor, "batch width"], state: S4DState
     ) -> tuple[Float[Tensor, "batch width"], S4DState]:
         """Recurrent mode, O(d_state) a channel. In float64: Abar rounded to float32 is off more with every token."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             system = self.kernel.discretise()
             u = x.to(system.D.dtype)
             h = system.Abar * state.h + system.Bbar * u[..., None]
@@ -185,7 +187,7 @@ class S4DKernel(KernelParameters):
         A = -torch.exp(self.A_log.to(exact))
         C = self.C.to(exact)
         if self.A_imag is not None:
-            A, C = torch.complex(A, self.A_imag.to(exact)), torch.view_as_complex(C)
+            A, C = torch.complex(A, self.A_imag.to(exact)), torch.complex(*C.unbind(-1))
         dt = torch.exp(self.log_dt.to(exact))[:, None]
         if self.discretization == "zoh":
             Abar, Bbar = torch.exp(dt * A), dt * expm1_ratio(dt * A)

@@ -14,13 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anymamba.kernels.elementwise import complex_dtype
+from anymamba.base.sizes import require_sizes
 from anymamba.layers import init
 from anymamba.layers.norm import RMSNorm
-from anymamba.layers.padding import Alignment
-from anymamba.layers.parameters import WideParameters
-from anymamba.layers.state import require_state
-from anymamba.ops.checks import n_sequences
+from anymamba.layers.padding import Rows
+from anymamba.layers.parameters import WideParameters, complex_dtype
+from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.selective_scan import B_DISCRETIZATIONS, ScanOutput, selective_scan, selective_scan_step
 
 
@@ -84,11 +83,14 @@ class SSMParameters(WideParameters):
     def constant(self, name: str) -> Tensor:
         """Constant "B" or "C" as (d_inner, d_state)."""
         matrix = getattr(self, name)
-        return torch.view_as_complex(matrix) if self.is_complex else matrix
+        return torch.complex(*matrix.unbind(-1)) if self.is_complex else matrix
 
 
 class SelectiveSSM(nn.Module):
-    """What `S6` and `Mamba` are made of; the parameters are direct members of either."""
+    """The selective map, which takes its gate: what `S6` and `Mamba` are made of.
+
+    It is a mixin. Its parameters are direct members of either layer, under the names of checkpoints and adapters.
+    """
 
     def _build_selection(
         self,
@@ -173,13 +175,13 @@ class SelectiveSSM(nn.Module):
         u: Float[Tensor, "batch length width"],
         z: Float[Tensor, "batch length width"] | None,
         state: Tensor | None,
-        padding: Alignment | None,
+        rows: Rows | None,
         cu_seqlens: Tensor | None,
     ) -> ScanOutput:
         """The scan over a sequence, gated by z where given; padding leaves the state as it is."""
         delta, B, C = self._selection(u)
-        if padding is not None:  # softplus(-inf) = 0 freezes the state
-            delta = delta.masked_fill(~padding.mask[..., None], -math.inf)
+        if rows is not None:  # softplus(-inf) = 0 freezes the state
+            delta = delta.masked_fill(~rows.mask[..., None], -math.inf)
         return selective_scan(
             u,
             delta,
@@ -242,7 +244,7 @@ class S6State(NamedTuple):
     """h, in float32 or wider; complex for a complex A."""
 
 
-class S6(SelectiveSSM):
+class S6(SelectiveSSM, SequenceLayer):
     """The selective state space model alone: `width` channels in and out, no projections around it.
 
     Args:
@@ -250,6 +252,8 @@ class S6(SelectiveSSM):
         d_state, dt_rank, dt_min, dt_max, dt_init_floor, dt_init, dt_scale, b_discretization, A_init, selective_delta,
         selective_B, selective_C: as in `Mamba`; dt_rank None means ceil(width / 16).
     """
+
+    state_type = S6State
 
     def __init__(
         self,
@@ -295,46 +299,20 @@ class S6(SelectiveSSM):
         """Zeros; the state's dtype is that of A, whatever the activations' is."""
         return S6State(self._init_ssm_state(batch))
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch length width"],
-        state: S6State | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Float[Tensor, "batch length width"], S6State]:
-        """Run over a sequence from a state; arguments as in `Mamba.forward`."""
-        padding = alignment(x, attention_mask, cu_seqlens)
-        if state is not None:
-            require_state(state, S6State, n_sequences(x.shape[0], cu_seqlens))
-        before = None if state is None else state.ssm
-        if padding is None:
-            scan = self._scan(x, None, before, None, cu_seqlens)
-            return scan.y, S6State(scan.last_state)
-        scan = self._scan(padding.zero_padding(padding.align(x)), None, before, padding, None)
-        return padding.restore(scan.y), S6State(scan.last_state)
+    @property
+    def exports_step(self) -> bool:
+        return not self.ssm.is_complex
 
-    def step(self, x: Float[Tensor, "batch width"], state: S6State) -> tuple[Float[Tensor, "batch width"], S6State]:
-        """One token: `forward` at length one, in constant time."""
-        require_state(state, S6State, x.shape[0])
+    def run(self, x: Tensor, state: S6State | None, rows: Rows | None) -> tuple[Tensor, S6State]:
+        u = x if rows is None else rows.zero_padding(x)
+        scan = self._scan(u, None, None if state is None else state.ssm, rows, None)
+        return scan.y, S6State(scan.last_state)
+
+    def run_packed(self, x: Tensor, state: S6State | None, cu_seqlens: Tensor) -> tuple[Tensor, S6State]:
+        scan = self._scan(x, None, None if state is None else state.ssm, None, cu_seqlens)
+        return scan.y, S6State(scan.last_state)
+
+    def run_step(self, x: Float[Tensor, "batch width"], state: S6State) -> tuple[Float[Tensor, "batch width"], S6State]:
+        """One token, in constant time and memory."""
         y, ssm = self._scan_step(x, None, state.ssm)
         return y, S6State(ssm)
-
-
-def alignment(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Alignment | None:
-    """How padded rows are aligned; None without a mask. A scan takes packed sequences as they are.
-
-    Raises ValueError where both are given.
-    """
-    if attention_mask is None:
-        return None
-    if cu_seqlens is not None:
-        raise ValueError("give attention_mask or cu_seqlens, not both; packed sequences need no padding")
-    return Alignment(attention_mask, *x.shape[:2])
-
-
-def require_sizes(**sizes: int) -> None:
-    """Raise ValueError unless every size is at least 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")

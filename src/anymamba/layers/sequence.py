@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from anymamba.layers.padding import Rows, as_rows
+from anymamba.layers.padding import Alignment, Packing, Rows
 from anymamba.layers.state import require_state
+from anymamba.ops.checks import n_sequences
 
 
 class SequenceLayer(nn.Module):
@@ -18,11 +19,22 @@ class SequenceLayer(nn.Module):
 
     `forward` on a whole sequence, on its pieces with the state carried between them, and `step` token by token compute
     the same. A layer writes `run`, which sees rows of real tokens followed by padding, and so serves padded batches and
-    packed ones; and `run_step`, where one token has a shorter way.
+    packed ones. It may write `run_packed`, where it takes a packed row as it is, and `run_step`, where one token has a
+    shorter way.
     """
 
-    state_type: ClassVar[type] = tuple
+    state_type: type = tuple
     """What `init_state` makes; another layer's state is refused."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether the state grows with the sequence, as a cache does."""
+        return False
+
+    @property
+    def exports_step(self) -> bool:
+        """Whether ONNX can express `step`: real arithmetic on a state of fixed size."""
+        return False
 
     def forward(
         self,
@@ -37,16 +49,23 @@ class SequenceLayer(nn.Module):
         Args:
             x: (batch, length, width).
             state: one row per sequence; None means the beginning.
-            attention_mask: (batch, length), true at real tokens; padding may lie on either side.
-            cu_seqlens: int32 borders of sequences packed along the length of one row.
-        Raises ValueError where the state has another number of rows, TypeError where it is another layer's.
+            attention_mask: (batch, length), true at real tokens. Padding may lie anywhere; it changes neither the
+                outputs at real tokens nor the state. Outputs at padding mean nothing.
+            cu_seqlens: int32 offsets of sequences packed along the length of one row.
+        Raises ValueError where both a mask and offsets are given, or the state has another number of rows, TypeError
+            where it is another layer's.
         """
-        rows = as_rows(x, attention_mask, cu_seqlens)
-        aligned = x if rows is None else rows.align(x)
+        if attention_mask is not None and cu_seqlens is not None:
+            raise ValueError("give attention_mask or cu_seqlens, not both; packed sequences need no padding")
         if state is not None:
-            require_state(state, self.state_type, aligned.shape[0])
-        y, state = self.run(aligned, state, rows)
-        return y if rows is None else rows.restore(y), state
+            require_state(state, self.state_type, n_sequences(x.shape[0], cu_seqlens))
+        if cu_seqlens is not None:
+            return self.run_packed(x, state, cu_seqlens)
+        if attention_mask is None:
+            return self.run(x, state, None)
+        rows = Alignment(attention_mask, *x.shape[:2])
+        y, state = self.run(rows.align(x), state, rows)
+        return rows.restore(y), state
 
     def step(self, x: Float[Tensor, "batch width"], state: Any) -> tuple[Float[Tensor, "batch width"], Any]:
         """One token per row: `forward` at length one. Raises as `forward` does."""
@@ -56,6 +75,14 @@ class SequenceLayer(nn.Module):
     @abstractmethod
     def run(self, x: Float[Tensor, "rows length width"], state: Any, rows: Rows | None) -> tuple[Tensor, Any]:
         """`forward` on rows whose real tokens come first; `rows` tells how many they are, None that all are real."""
+
+    def run_packed(
+        self, x: Float[Tensor, "1 length width"], state: Any, cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
+    ) -> tuple[Float[Tensor, "1 length width"], Any]:
+        """`forward` on a packed row: `run` with a row for each sequence, unless a layer takes the row as it is."""
+        rows = Packing(cu_seqlens, *x.shape[:2])
+        y, state = self.run(rows.align(x), state, rows)
+        return rows.restore(y), state
 
     def run_step(self, x: Float[Tensor, "batch width"], state: Any) -> tuple[Float[Tensor, "batch width"], Any]:
         """`step` with a state that fits: `run` at length one, unless a layer has a shorter way."""

@@ -106,12 +106,6 @@ class ModelConfig:
         return self.mamba.dt_rank or math.ceil(self.d_model / 16)
 
     @property
-    def growing_mixers(self) -> tuple[str, ...]:
-        """Mixers whose state grows with the sequence: caches of keys and values, or of a long convolution's inputs."""
-        names = {"gau", "hyena"} | ({"attention"} if self.attention.window is None else set())
-        return tuple(sorted({m for m in self.layer_mixers if m in names or m.endswith("hyena-filter")}))
-
-    @property
     def has_absolute_positions(self) -> bool:
         """Whether a table of positions is added to the embeddings, which every mixer then sees."""
         return self.attention.positions == "absolute"

@@ -83,23 +83,19 @@ def export_step_onnx(model: LanguageModel, path: str | Path) -> None:
         )
 
 
-EXPRESSIBLE = {"mamba", "s6", "mlp"}
-"""Mixers whose step is real arithmetic on a state of fixed size."""
-
-
 def _require_expressible(model: LanguageModel) -> None:
-    others = sorted(set(model.config.layer_mixers) - EXPRESSIBLE)
-    if others:
-        raise ValueError(
-            f"the ONNX step is written for {', '.join(sorted(EXPRESSIBLE))}, got the mixer {others[0]!r}; "
-            "torch.export takes every model"
-        )
+    if model.config.mamba.is_complex:
+        raise ValueError('ONNX has no complex arithmetic, which A_init="s4d-lin" needs; this model cannot be exported')
+    for name, block in zip(model.config.layer_mixers, model.blocks, strict=True):
+        if not block.mixer.exports_step:
+            raise ValueError(
+                f"ONNX cannot express the step of the mixer {name!r}: it is to be real arithmetic on a state of fixed "
+                "size; torch.export takes every model"
+            )
     if model.positions is not None:
         raise ValueError(
             "the ONNX step cannot tell when a table of absolute positions ends; torch.export takes every model"
         )
-    if model.config.mamba.is_complex:
-        raise ValueError('ONNX has no complex arithmetic, which A_init="s4d-lin" needs; this model cannot be exported')
     dtype = model.embedding.weight.dtype
     if dtype != torch.float32:
         raise ValueError(f"the ONNX file is written in float32, got a model in {dtype}; use model.float()")

@@ -144,6 +144,11 @@ class LanguageModel(nn.Module):
 
     # --------------------------------------------------------------------------------------------- running
 
+    @property
+    def grows(self) -> bool:
+        """Whether the state of a layer grows with the sequence."""
+        return any(block.mixer.grows for block in self.blocks)
+
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> LanguageModelState:
         """The state before the first token of each of `batch` sequences."""
         layers = tuple(block.mixer.init_state(batch, dtype) for block in self.blocks)

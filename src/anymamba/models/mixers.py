@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from anymamba.layers.attention import Attention
 from anymamba.layers.gau import GAU
 from anymamba.layers.h3 import H3
@@ -26,10 +24,11 @@ from anymamba.layers.rwkv import RWKVChannelMix, RWKVTimeMix
 from anymamba.layers.s4 import S4
 from anymamba.layers.s4d import S4D
 from anymamba.layers.s6 import S6
+from anymamba.layers.sequence import SequenceLayer
 from anymamba.models.config import ModelConfig
 
 Like = dict[str, Any]
-Builder = Callable[[ModelConfig, int, Like], nn.Module]
+Builder = Callable[[ModelConfig, int, Like], SequenceLayer]
 
 S6_OPTIONS = (
     *("d_state", "dt_rank", "dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "b_discretization"),
@@ -42,7 +41,7 @@ def options(values: Any, *without: str) -> dict[str, Any]:
     return {f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.name not in without}
 
 
-INNER: dict[str, Callable[[ModelConfig, int, Like], nn.Module]] = {
+INNER: dict[str, Builder] = {
     "s4": lambda config, width, like: S4(width, **options(config.s4), **like),
     "s4d": lambda config, width, like: S4D(width, **options(config.s4d), **like),
     "hyena-filter": lambda config, width, like: HyenaFilter(width, **options(config.hyena, "order"), **like),
@@ -56,7 +55,7 @@ def _no_gate(name: str) -> Builder:
 
 
 def _h3(name: str) -> Builder:
-    def build(config: ModelConfig, _: int, like: Like) -> nn.Module:
+    def build(config: ModelConfig, _: int, like: Like) -> SequenceLayer:
         if config.d_model % config.h3.d_head:
             raise ValueError(
                 f"d_model must be a multiple of h3.d_head, got {config.d_model} and {config.h3.d_head}; change either"
@@ -68,14 +67,14 @@ def _h3(name: str) -> Builder:
 
 
 def _mamba(name: str) -> Builder:
-    def build(config: ModelConfig, _: int, like: Like) -> nn.Module:
+    def build(config: ModelConfig, _: int, like: Like) -> SequenceLayer:
         shared = {n: getattr(config.mamba, n) for n in ("d_conv", "expand", "conv_bias", "bias")}
         return MambaBlock(config.d_model, lambda width: INNER[name](config, width, like), **shared, **like)
 
     return build
 
 
-def _attention(config: ModelConfig, _: int, like: Like) -> nn.Module:
+def _attention(config: ModelConfig, _: int, like: Like) -> SequenceLayer:
     arguments = options(config.attention, "max_positions", "positions")
     absolute = config.attention.positions == "absolute"  # those are the model's, added to the embeddings
     positions = "none" if absolute else config.attention.positions
@@ -107,7 +106,14 @@ MIXERS: dict[str, Builder] = {
 """Builders from the config and the block's index."""
 
 
-def build_mixer(name: str, config: ModelConfig, index: int, like: Like) -> nn.Module:
+def growing_mixers(config: ModelConfig) -> tuple[str, ...]:
+    """The names of mixers whose state grows with the sequence, as their classes say."""
+    names = config.layer_mixers
+    like: Like = {"device": "meta", "dtype": None}
+    return tuple(name for name in sorted(set(names)) if build_mixer(name, config, names.index(name), like).grows)
+
+
+def build_mixer(name: str, config: ModelConfig, index: int, like: Like) -> SequenceLayer:
     """The mixer of block `index`.
 
     Raises ValueError for a name that does not exist.

@@ -109,7 +109,7 @@ def last_predictions(model: LanguageModel, sequences: InductionSequences, tokens
     same memory at every length. Others (attention, Hyena) read a few whole sequences at a time, at least one.
     """
     model.eval()
-    if model.config.growing_mixers:
+    if model.grows:
         (ids,) = sequences.chunks(sequences.length)
         parts = ids.split(max(1, tokens // sequences.length))
         last = torch.cat([model.hidden(part.to(device))[0][:, -1] for part in parts])
