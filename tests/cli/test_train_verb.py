@@ -160,36 +160,6 @@ def test_a_config_file_of_another_kind(refused, tmp_path):
     assert ".toml" in refused(2, "train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run")
 
 
-def test_from_takes_the_tokenizer_of_the_model(tmp_path, model_folder):
-    """A folder's, a file's: whatever generate takes; bytes where the model is of bytes."""
-    from tokenizers import Tokenizer, models
-
-    from anymamba.data.tokenizer import JsonTokenizer
-    from anymamba.models.checkpoints import find_tokenizer
-    from anymamba.models.config import ModelConfig
-    from anymamba.models.language_model import LanguageModel
-
-    pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
-    Tokenizer(models.WordLevel({"apple": 7, "other": 0}, unk_token="other")).save(str(tmp_path / "words.json"))
-    words = JsonTokenizer(tmp_path / "words.json")
-    model = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=300))
-    model.save_pretrained(tmp_path / "folder", words)
-    model.save_pretrained(tmp_path / "original", words, format="state-spaces")
-    with pytest.warns(UserWarning, match=r"x\.gguf"):
-        model.save_pretrained(tmp_path / "x.gguf", words, format="gguf")
-    for name in ("folder", "original", "x.gguf"):
-        data = options("--from", tmp_path / name, "--data", "a", "--out", "x").train.data
-        assert data.tokenizer == str(tmp_path / name)
-        assert find_tokenizer(given=data.tokenizer).encode("apple") == [7]
-    given = options("--from", tmp_path / "folder", "--tokenizer", "t.json", "--data", "a", "--out", "x").train.data
-    assert given.tokenizer == "t.json"
-    (tmp_path / "bare").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "bare" / name).write_bytes((model_folder / name).read_bytes())
-    for name in (model_folder, tmp_path / "bare"):
-        assert options("--from", name, "--data", "a", "--out", "x").train.data.tokenizer is None
-
-
 # ------------------------------------------------------------------------------------------------- running
 
 
@@ -251,6 +221,35 @@ def test_fine_tuning_takes_sizes_and_tokenizer_from_the_model(run, texts, model_
 
     before, after = (LanguageModel.from_pretrained(folder).state_dict() for folder in (model_folder, out))
     assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+
+
+def test_fine_tuning_takes_the_tokenizer_wherever_it_lies(run, texts, tmp_path):
+    """That of a folder or of a .gguf file; a run that goes on reads the same."""
+    pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from anymamba.data.tokenizer import JsonTokenizer, load_tokenizer
+    from anymamba.models.config import ModelConfig
+    from anymamba.models.language_model import LanguageModel
+
+    theirs = Tokenizer(models.WordLevel({"line": 7, "text": 8, "other": 0}, unk_token="other"))
+    theirs.pre_tokenizer = pre_tokenizers.Whitespace()
+    theirs.save(str(tmp_path / "words.json"))
+    model = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=300))
+    words = JsonTokenizer(tmp_path / "words.json")
+    model.save_pretrained(tmp_path / "folder", words)
+    with pytest.warns(UserWarning, match=r"x\.gguf"):
+        model.save_pretrained(tmp_path / "x.gguf", words, format="gguf")
+    small = ("--steps", 2, "--batch-size", 2, "--context", 16, "--data", texts)
+    for name in ("folder", "x.gguf"):
+        out = tmp_path / f"run-{name.removesuffix('.gguf')}"
+        code, _, err = run("train", "--from", tmp_path / name, "--out", out, *small)
+        assert code == 0, err
+        assert load_tokenizer(out).to_json() == words.to_json()
+        saved = json.loads((out / "train_config.json").read_text())
+        assert saved["data"]["tokenizer"] == saved["start_from"] == str(tmp_path / name)
+        code, _, err = run("train", "--resume", out)
+        assert code == 0, err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -205,6 +205,18 @@ def test_misuse(folder, options, error, message):
         AnymambaLM(str(folder), **options)
 
 
+def test_the_tokenizer_is_found_as_by_the_other_verbs(tmp_path):
+    for vocab_size in (300, 256):
+        LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=vocab_size)).save_pretrained(
+            tmp_path / f"m{vocab_size}"
+        )
+    with pytest.raises(
+        FileNotFoundError, match=r"m300 has no tokenizer that is read here.* \(tokenizer=FILE for lm-eval\)"
+    ):
+        AnymambaLM(str(tmp_path / "m300"), device="cpu")
+    assert AnymambaLM(str(tmp_path / "m256"), device="cpu").tokenizer.eos_id is None
+
+
 def test_defaults_that_suit_a_cpu(folder):
     made = AnymambaLM.create_from_arg_string(f"pretrained={folder}", {"device": "cuda:0", "batch_size": "auto"})
     assert made.model.embedding.weight.dtype == torch.float32

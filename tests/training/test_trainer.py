@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anymamba.data.tokenizer import load_tokenizer
 from anymamba.models.checkpoints import CheckpointError
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
-from anymamba.models.mixers import MIXERS
+from anymamba.models.mixers import MIXERS, growing_mixers
 from anymamba.training import trainer
 from anymamba.training.checkpoint import checkpoint_folder, checkpoints
 from anymamba.training.config import TrainConfig
@@ -69,7 +70,7 @@ def test_a_run_leaves_a_model_a_config_metrics_events_and_a_plot(config: TrainCo
 
 
 def test_the_carried_states_of_all_bounded_layers_are_resumed(config: TrainConfig, tmp_path: Path) -> None:
-    names = [name for name in MIXERS if not ModelConfig(n_layers=1, mixers=(name,)).growing_mixers]
+    names = [name for name in MIXERS if not growing_mixers(ModelConfig(n_layers=1, mixers=(name,)))]
     model = replace(config.model, n_layers=len(names), mixers=tuple(names), weight_std=0.02)
     config = replace(config, model=model, steps=4, eval_every=100, checkpoint_every=2)
     with pytest.raises(RuntimeError, match="crash"):
@@ -255,6 +256,23 @@ def test_fine_tuning_starts_from_given_weights_with_a_new_optimizer(config: Trai
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(base.parameters(), result.parameters(), strict=True))
     step = next(v for k, v in tensors(tmp_path / "tuned", 1).items() if k.endswith(".step"))
     assert step == 1
+
+
+def test_fine_tuning_a_foreign_model_without_a_tokenizer_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    """Its ids are not bytes; a model of bytes needs no file, with an end of documents or without."""
+    for vocab_size in (300, 257, 256):
+        LanguageModel(replace(config.model, vocab_size=vocab_size)).save_pretrained(tmp_path / f"m{vocab_size}")
+    foreign = replace(config, start_from=str(tmp_path / "m300"), steps=1)
+    with pytest.raises(FileNotFoundError, match="m300 has no tokenizer that is read here, and its vocabulary of 300"):
+        train(foreign, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for vocab_size in (257, 256):
+        result = train(
+            replace(config, start_from=str(tmp_path / f"m{vocab_size}"), steps=1), tmp_path / f"run{vocab_size}"
+        )
+        assert result.steps == 1
+        assert load_tokenizer(tmp_path / f"run{vocab_size}").vocab_size == vocab_size
+        resume(tmp_path / f"run{vocab_size}")
 
 
 def test_an_existing_folder_is_never_overwritten(config: TrainConfig, tmp_path: Path) -> None:

@@ -130,31 +130,17 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def complete(options: TrainOptions, file_paths: tuple[str, ...]) -> TrainConfig:
-    """The config with the file's data where no flag names any, a device, and the given model's tokenizer."""
+    """The config with the file's data where no flag names any, and a device."""
     config = options.train
     data = config.data
     if not data.paths:
         data = dataclasses.replace(data, paths=file_paths)
     if not data.paths:
         raise ValueError("no training data; name files, folders or globs with --data PATH...")
-    if config.start_from is not None:
-        if config.model != TrainConfig().model:
-            raise ValueError("--from takes the model's sizes from its weights; leave --preset and --model flags out")
-        if data.tokenizer is None and not has_bytes(config.start_from):
-            data = dataclasses.replace(data, tokenizer=config.start_from)
+    if config.start_from is not None and config.model != TrainConfig().model:
+        raise ValueError("--from takes the model's sizes from its weights; leave --preset and --model flags out")
     device = str(choose_device(None if config.device == AUTO else config.device))
     return dataclasses.replace(config, data=data, device=device)
-
-
-def has_bytes(model: str) -> bool:
-    """Whether a model reads bytes.
-
-    Raises FileNotFoundError for one without a tokenizer whose vocabulary is not of bytes.
-    """
-    from anymamba.data.tokenizer import ByteTokenizer
-    from anymamba.models.checkpoints import find_tokenizer
-
-    return isinstance(find_tokenizer(model), ByteTokenizer)
 
 
 def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:

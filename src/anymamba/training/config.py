@@ -28,7 +28,8 @@ class DataConfig:
     text_field: str | None = None
     """The field that holds the text in .jsonl, .csv and .parquet files; absent means "text"."""
     tokenizer: str | None = None
-    """A tokenizer.json or a folder that holds one; absent means bytes."""
+    """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to that of --from, or
+    to bytes."""
     workers: int = 0
     """Processes that read tokens; the batches are the same for any number."""
     cache_dir: str | None = None

@@ -6,17 +6,16 @@ import hashlib
 from collections.abc import Callable
 
 from anymamba.data.table import TokenTable, build_token_table
-from anymamba.data.tokenizer import Tokenizer, load_tokenizer
+from anymamba.data.tokenizer import Tokenizer
 from anymamba.training.config import DataConfig
 
 
 def open_tables(
-    config: DataConfig, progress: Callable[[int, int | None], None] | None = None
-) -> tuple[Tokenizer, TokenTable, TokenTable | None]:
-    """The tokenizer, the training table, and the held-out one (None where nothing is held out)."""
+    config: DataConfig, tokenizer: Tokenizer, progress: Callable[[int, int | None], None] | None = None
+) -> tuple[TokenTable, TokenTable | None]:
+    """The training table, and the held-out one (None where nothing is held out)."""
     if not config.paths:
         raise ValueError("no training data: name files, folders or globs in data.paths (--data PATH)")
-    tokenizer = load_tokenizer(config.tokenizer)
 
     def table(paths: tuple[str, ...]) -> TokenTable:
         return build_token_table(
@@ -25,13 +24,13 @@ def open_tables(
 
     training = table(config.paths)
     if config.eval_paths:
-        return tokenizer, training, table(config.eval_paths)
+        return training, table(config.eval_paths)
     if config.held_out_fraction == 0 or training.n_documents < 2:
-        return tokenizer, training, None
+        return training, None
     training, held_out = training.split(lambda name: is_held_out(name, config.held_out_fraction))
     if training.n_documents == 0:
         raise ValueError("held_out_fraction leaves no training document; lower it or give eval_paths")
-    return tokenizer, training, held_out if held_out.n_documents else None
+    return training, held_out if held_out.n_documents else None
 
 
 def is_held_out(name: str, fraction: float) -> bool:

@@ -26,9 +26,11 @@ from anymamba.base.files import write_json
 from anymamba.base.schema import config_from_dict
 from anymamba.data.batches import Batch, BatchStream
 from anymamba.data.table import TokenTable
-from anymamba.data.tokenizer import Tokenizer
+from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer
 from anymamba.layers.state import map_state, state_tensors
+from anymamba.models.checkpoints import find_tokenizer
 from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.models.mixers import growing_mixers
 from anymamba.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -109,7 +111,8 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
         raise FileExistsError(f"{run} exists; resume it (--resume {run}) or choose another folder (--out)")
     _require_bounded_state(config)
     report = report or Silent()
-    tokenizer, training, held_out = open_tables(config.data, report.on_tables)
+    tokenizer = find_tokenizer(config.start_from, config.data.tokenizer)
+    training, held_out = open_tables(config.data, tokenizer, report.on_tables)
     config = _complete(config, tokenizer)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / TRAIN_CONFIG, file_values(config))
@@ -117,8 +120,8 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
 
 
 def _require_bounded_state(config: TrainConfig) -> None:
-    growing = config.model.growing_mixers
-    if config.carry_state and growing:
+    growing = growing_mixers(config.model) if config.carry_state else ()
+    if growing:
         raise ValueError(
             f"carry_state would let the caches of {', '.join(growing)} grow from batch to batch; set carry_state to "
             "false (--no-carry-state), or give attention a window (--model.attention.window)"
@@ -134,7 +137,9 @@ def resume(run: str | Path, report: Report | None = None) -> TrainResult:
     run = Path(run)
     config = read_config(run)
     report = report or Silent()
-    tokenizer, training, held_out = open_tables(config.data, report.on_tables)
+    own = run if (run / FILE_NAME).is_file() else config.data.tokenizer  # there from the first checkpoint on
+    tokenizer = find_tokenizer(config.start_from, own)
+    training, held_out = open_tables(config.data, tokenizer, report.on_tables)
     return _Trainer(config, run, tokenizer, training, held_out, report).run_to_end()
 
 
@@ -162,7 +167,10 @@ def _complete(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
             f"{config.start_from} has a vocabulary of {model.vocab_size}, the tokenizer of {tokenizer.vocab_size}; "
             "give the model's own tokenizer (--tokenizer)"
         )
-    return dataclasses.replace(config, model=model)
+    data = config.data
+    if data.tokenizer is None and not isinstance(tokenizer, ByteTokenizer):
+        data = dataclasses.replace(data, tokenizer=config.start_from)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 class _Trainer:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from anymamba.compat.lm_eval.loading import find_tokenizer, ids_before_texts, load_model, special_id
+from anymamba.compat.lm_eval.loading import ids_before_texts, load_model, special_id
 from anymamba.compat.lm_eval.scoring import PASS_TOKENS, Row, batches, score
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.generate import generate
 from anymamba.generation.sampling import SamplingConfig
 from anymamba.layers.state import state_bytes
+from anymamba.models.checkpoints import find_tokenizer
 from anymamba.models.language_model import LanguageModel
 
 try:
@@ -90,7 +91,9 @@ class AnymambaLM(TemplateLM):
         self.max_gen_toks = _at_least_one("max_gen_toks", max_gen_toks)
         self.model = load_model(pretrained, dtype, device, revision).eval()
         self._device = self.model.embedding.weight.device
-        self.tokenizer: Any = find_tokenizer(tokenizer, pretrained, revision, self.model.config.vocab_size)
+        name = None if isinstance(pretrained, LanguageModel) else pretrained
+        vocab_size = self.model.config.vocab_size
+        self.tokenizer: Any = find_tokenizer(name, tokenizer, vocab_size=vocab_size, revision=revision)
         self._eos_id = special_id(self.tokenizer, "eos_token", self.tokenizer.eos_id)
         bos_id = special_id(self.tokenizer, "bos_token", self._eos_id)
         self._prefix_id = bos_id if prefix_token_id is None else prefix_token_id

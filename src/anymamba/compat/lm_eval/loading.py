@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import tokenizers
 import torch
 
-from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
-from anymamba.models.checkpoints import model_tokenizer
+from anymamba.data.tokenizer import JsonTokenizer, Tokenizer
 from anymamba.models.language_model import LanguageModel
 
 DTYPES = {"auto": None, **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}}
@@ -50,23 +48,6 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); leave it out") from error
 
 
-def find_tokenizer(
-    given: str | Path | Tokenizer | None,
-    pretrained: str | Path | LanguageModel,
-    revision: str | None,
-    vocab_size: int,
-) -> Tokenizer:
-    """The one that is given, else the model's own, else bytes for a model of bytes."""
-    if isinstance(given, str | Path):
-        return load_tokenizer(given)
-    if given is not None:
-        return given
-    own = None if isinstance(pretrained, LanguageModel) else model_tokenizer(pretrained, revision)
-    if own is None and vocab_size not in (256, 257):
-        raise FileNotFoundError(f"no {FILE_NAME} and a vocabulary of {vocab_size}; name the tokenizer, tokenizer=PATH")
-    return own or ByteTokenizer()
-
-
 def special_id(tokenizer: Tokenizer, key: str, default: int | None) -> int | None:
     """The id of "bos_token" or "eos_token" in the tokenizer_config.json beside a tokenizer.json, which `hf` takes."""
     if not isinstance(tokenizer, JsonTokenizer):
@@ -79,8 +60,6 @@ def special_id(tokenizer: Tokenizer, key: str, default: int | None) -> int | Non
 
 def ids_before_texts(tokenizer: Tokenizer) -> list[int]:
     """What a tokenizer.json itself puts before every text: nothing in most of them, the id of <s> in others."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        by_template = tokenizers.Tokenizer.from_file(str(Path(folder) / FILE_NAME)).encode("a").ids
+    by_template = tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode("a").ids
     plain = tokenizer.encode("a")
     return by_template[: -len(plain)] if by_template[-len(plain) :] == plain else []
