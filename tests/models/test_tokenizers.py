@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models
 
 from anymamba import ModelConfig
 from anymamba.data.tokenizer import ByteTokenizer, JsonTokenizer
-from anymamba.models.checkpoints import CheckpointWarning, convert, find_tokenizer
+from anymamba.models.checkpoints import CheckpointWarning, convert, find_tokenizer, load_pretrained, open_checkpoint
 
 FOREIGN = ModelConfig(d_model=8, n_layers=1, vocab_size=300)
 BYTES = ModelConfig(d_model=8, n_layers=1, vocab_size=257)
@@ -135,3 +135,16 @@ def test_names_without_a_tokenizer(hub, moved, tmp_path, name, message):
     with pytest.raises(FileNotFoundError, match=message) as caught:
         find_tokenizer(given=name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_a_gguf_file_is_opened_once(tmp_path, moved, monkeypatch, with_tokenizer):
+    gguf = pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
+    moved(BYTES).save_pretrained(tmp_path / "x.gguf", ByteTokenizer() if with_tokenizer else None, format="gguf")
+    opened, whole = [], gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *a: (opened.append(a), whole(self, *a))[1])
+    assert find_tokenizer(tmp_path / "x.gguf").vocab_size == 257 and len(opened) == 1
+    opened.clear()
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
+    assert load_pretrained(checkpoint).config == BYTES
+    assert find_tokenizer(checkpoint).vocab_size == 257 and len(opened) == 1

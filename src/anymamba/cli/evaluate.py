@@ -57,8 +57,8 @@ def measure(options: EvalOptions) -> EvaluationResult:
     from anymamba.evaluation.perplexity import evaluate
     from anymamba.models.checkpoints import find_tokenizer
 
-    model = load_model(options.model, options.runtime)
-    tokenizer = find_tokenizer(options.model, options.tokenizer, vocab_size=model.config.vocab_size)
+    model, checkpoint = load_model(options.model, options.runtime)
+    tokenizer = find_tokenizer(checkpoint, options.tokenizer, vocab_size=model.config.vocab_size)
     paths = [path for group in options.data for path in group]
     with progress_bar("evaluating") as show:
         table = build_token_table(

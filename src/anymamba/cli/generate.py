@@ -76,8 +76,8 @@ def command(arguments: Sequence[str]) -> None:
 
     sampling = sampling_config(options)
     prompts = read_prompts(options)
-    model = load_model(options.model, options.runtime)
-    tokenizer = find_tokenizer(options.model, options.tokenizer, vocab_size=model.config.vocab_size)
+    model, checkpoint = load_model(options.model, options.runtime)
+    tokenizer = find_tokenizer(checkpoint, options.tokenizer, vocab_size=model.config.vocab_size)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no failure
     if len(prompts) == 1 and options.num_beams == 1 and not options.json:

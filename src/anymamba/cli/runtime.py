@@ -14,6 +14,7 @@ from anymamba.base.sizes import require_at_least
 if TYPE_CHECKING:
     import torch
 
+    from anymamba.models.checkpoints import Checkpoint
     from anymamba.models.language_model import LanguageModel
 
 
@@ -57,19 +58,22 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(model: Path, runtime: Runtime) -> LanguageModel:
-    """Load a model for inference: a folder (a run folder is one), a .gguf file, or a name on the hub.
+def load_model(model: Path, runtime: Runtime) -> tuple[LanguageModel, Checkpoint]:
+    """A model for inference, and the checkpoint that it comes from, which also holds its tokenizer.
 
+    Args:
+        model: a folder (a run folder is one), a .gguf file, or a name on the hub.
     Raises FileNotFoundError where there is none and CheckpointError where it cannot be read.
     """
     import torch
 
-    from anymamba.models.language_model import LanguageModel
+    from anymamba.models.checkpoints import load_pretrained, open_checkpoint
 
     set_threads(runtime.threads)
     device = choose_device(runtime.device)
     dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
-    return LanguageModel.from_pretrained(model, device=device, dtype=dtype).eval()
+    checkpoint = open_checkpoint(model)
+    return load_pretrained(checkpoint, device=device, dtype=dtype).eval(), checkpoint
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from anymamba.base.errors import CheckpointError, CheckpointWarning
 from anymamba.models.checkpoints.hub import local_path
-from anymamba.models.checkpoints.reading import load_pretrained, open_checkpoint
+from anymamba.models.checkpoints.reading import Checkpoint, load_pretrained, open_checkpoint
 from anymamba.models.checkpoints.tokenizers import find_tokenizer, model_tokenizer
 from anymamba.models.checkpoints.writing import FORMATS, convert, save_pretrained
 
 __all__ = [
     "FORMATS",
+    "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",
     "convert",

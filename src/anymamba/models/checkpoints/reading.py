@@ -123,7 +123,7 @@ def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint
 
 
 def load_pretrained(
-    name: str | Path,
+    name: str | Path | Checkpoint,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -131,14 +131,15 @@ def load_pretrained(
     """Load a model; memory stays within the weights in their dtype and one tensor.
 
     Args:
-        name: a folder of Hugging Face's or the original state-spaces format, a .gguf file, or a name on the hub.
-        device: where the weights go; absent means the CPU.
-        dtype: of the weights; absent means that of the file. A_log, D and the step's bias stay float32 or wider.
+        name: a folder of Hugging Face's or the original state-spaces format, a .gguf file, a name on the hub, or a
+            checkpoint that is open.
+        device: where the weights go; defaults to the CPU.
+        dtype: of the weights; defaults to that of the file. A_log, D and the step's bias stay float32 or wider.
         revision: of a repository on the hub.
     Raises FileNotFoundError when a folder or file is absent, CheckpointError when a file is broken, is a pickle that
         would run code, or does not hold the tensors of the model in its config.
     """
-    checkpoint = open_checkpoint(name, revision)
+    checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, revision)
     model = LanguageModel(checkpoint.config, device="meta")
     tensors = {}
     for key, tensor in checkpoint.tensors():

@@ -7,14 +7,14 @@ from pathlib import Path
 from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
 from anymamba.models.checkpoints.formats.files import CONFIG
 from anymamba.models.checkpoints.hub import HUB_NAME, local_path
-from anymamba.models.checkpoints.reading import open_checkpoint
+from anymamba.models.checkpoints.reading import Checkpoint, open_checkpoint
 
 BYTE_VOCABULARIES = (256, 257)
 """Sizes of vocabularies that are bytes: all of them, and one id more that ends documents."""
 
 
 def find_tokenizer(
-    model: str | Path | None = None,
+    model: str | Path | Checkpoint | None = None,
     given: str | Path | Tokenizer | None = None,
     *,
     vocab_size: int | None = None,
@@ -23,7 +23,8 @@ def find_tokenizer(
     """The tokenizer that is given, else the model's own, else bytes for a model of bytes.
 
     Args:
-        model, revision: as `load_pretrained` takes them; None: a model in memory, or one that is yet to be made.
+        model, revision: as `load_pretrained` takes them; None: a model in memory, or one that is yet to be made. A file
+            is opened once.
         given: a tokenizer, or what names one: a tokenizer.json, a folder or .gguf file that holds one, or a name on the
             hub.
         vocab_size: the model's; None: it is read from the model, and a model that is yet to be made takes bytes.
@@ -32,14 +33,17 @@ def find_tokenizer(
     """
     if given is not None:
         return named_tokenizer(given) if isinstance(given, str | Path) else given
-    own = None if model is None else model_tokenizer(model, revision)
+    found = model if model is None or isinstance(model, Checkpoint) else _folder_or_checkpoint(model, revision)
+    own = None if found is None else _own_tokenizer(found)
     if own is not None:
         return own
     if vocab_size is None:
-        vocab_size = BYTE_VOCABULARIES[-1] if model is None else open_checkpoint(model, revision).config.vocab_size
+        checkpoint = open_checkpoint(found) if isinstance(found, Path) else found
+        vocab_size = BYTE_VOCABULARIES[-1] if checkpoint is None else checkpoint.config.vocab_size
     if vocab_size not in BYTE_VOCABULARIES:
+        name = model.path if isinstance(model, Checkpoint) else model or "the model"
         raise FileNotFoundError(
-            f"{model or 'the model'} has no tokenizer that is read here, and its vocabulary of {vocab_size} is not "
+            f"{name} has no tokenizer that is read here, and its vocabulary of {vocab_size} is not "
             f"bytes; name its {FILE_NAME} with --tokenizer FILE (tokenizer=FILE for lm-eval)"
         )
     return ByteTokenizer(end_of_document=vocab_size == BYTE_VOCABULARIES[-1])
@@ -51,10 +55,22 @@ def model_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer 
     Args:
         name, revision: of the model, as `load_pretrained` takes them.
     """
+    return _own_tokenizer(_folder_or_checkpoint(name, revision))
+
+
+def _folder_or_checkpoint(name: str | Path, revision: str | None) -> Path | Checkpoint:
+    """A model folder, whose tokenizer is read without its weights, or what a .gguf file holds."""
     path = local_path(name, revision)
-    if path.is_dir() and (path / CONFIG).exists():
+    return path if path.is_dir() and (path / CONFIG).exists() else open_checkpoint(path)
+
+
+def _own_tokenizer(model: Path | Checkpoint) -> Tokenizer | None:
+    """The tokenizer of a model folder or of an open checkpoint."""
+    path = model if isinstance(model, Path) else model.path
+    if path.is_dir():
         return load_tokenizer(path) if (path / FILE_NAME).is_file() else None
-    own = open_checkpoint(path).tokenizer()
+    assert isinstance(model, Checkpoint), "a file is opened"
+    own = model.tokenizer()
     return None if own is None else tokenizer_from_json(own.text, own.path)
 
 
