@@ -53,6 +53,7 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
     assert sum(kept) == u.numel() + kernel.numel()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, of forward over reverse mode
 @pytest.mark.parametrize("kernel_length", [3, 9])
 def test_derivatives_of_any_mode_and_order(kernel_length):
     u = torch.randn(2, 6, 2, dtype=torch.float64, requires_grad=True)

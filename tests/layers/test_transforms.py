@@ -39,6 +39,11 @@ from anymamba.models.options import (
     S4Options,
 )
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # torch's own, of forward over reverse mode
+    pytest.mark.filterwarnings("ignore:torch.searchsorted"),  # of mapped offsets
+]
+
 WIDTH = 8
 
 OPTIONS: dict[str, Any] = {
@@ -230,6 +235,21 @@ def test_derivatives(name, check):
     check(Case(mixer(name)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_map_over_masks_and_over_offsets(name):
+    """Their values cannot be looked at then."""
+    layer = mixer(name)
+    masks = torch.stack([Uses.mask, Uses.mask.flip(1), torch.ones_like(Uses.mask)])
+    offsets = torch.tensor([[0, 2, 6], [0, 4, 6], [0, 6, 6]], dtype=torch.int32)
+    for function, inputs in (
+        (lambda x, mask: layer(x, attention_mask=mask)[0] * mask[..., None], (drawn(3, 2, 4, WIDTH), masks)),
+        (lambda x, offsets: layer(x, cu_seqlens=offsets)[0], (drawn(3, 1, 6, WIDTH), offsets)),
+    ):
+        wanted = [function(*(t[i] for t in inputs)) for i in range(3)]
+        close(vmap(function)(*inputs), wanted, "mapped", 1e-9)
+
+
 # ------------------------------------------------------------------------------------------ tracers
 
 
@@ -280,6 +300,23 @@ TRACERS = (check_functionalize, check_make_fx, check_jit_trace, check_fake_tenso
 @pytest.mark.parametrize("name", MIXERS)
 def test_tracers(name, check):
     check(Case(mixer(name)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attention", "gau", "hyena", "rwkv"])
+def test_one_graph_with_a_mask_and_with_offsets(name):
+    layer = mixer(name)
+    state = layer(drawn(2, 3, WIDTH))[1]
+    for x, options in (
+        (drawn(2, 4, WIDTH), {"attention_mask": Uses.mask}),
+        (drawn(1, 6, WIDTH), {"cu_seqlens": Uses.offsets}),
+    ):
+        torch._dynamo.reset()
+        y, after = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, state, **options)
+        wanted, wanted_after = layer(x, state, **options)
+        real = options.get("attention_mask", torch.ones(1, 6))[..., None]
+        probe = drawn(2, WIDTH)
+        close([y * real, layer.step(probe, after)[0]], [wanted * real, layer.step(probe, wanted_after)[0]], name, 1e-9)
 
 
 # ------------------------------------------------------------------------------------------ what is special to some

@@ -255,6 +255,7 @@ class _Loss(nn.Module):
         return self.model.loss(token_ids, labels).loss
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, of forward mode
 def test_derivatives_of_a_hybrid():
     """Per-sample gradients of its loss, and a directional derivative in all parameters."""
     model = model_of(*HYBRID, attention=AttentionOptions(n_heads=2, positions="absolute", max_positions=40))
