@@ -25,9 +25,9 @@ def run(documents: int = 1000, mean_length: int = 16, repeats: int = 7) -> str:
     model = LanguageModel(ModelConfig(d_model=192, n_layers=2, vocab_size=257))
     ids, labels = torch.randint(0, 257, (2, 1, total))
 
-    def step(borders: torch.Tensor | None) -> None:
+    def step(offsets: torch.Tensor | None) -> None:
         model.zero_grad()
-        model.loss(ids, labels, cu_seqlens=borders).loss.backward()
+        model.loss(ids, labels, cu_seqlens=offsets).loss.backward()
 
     best = interleaved({"packed": lambda: step(cu_seqlens), "one": lambda: step(None)}, repeats)
     ratio = best["packed"] / best["one"]

@@ -28,7 +28,7 @@ def assert_close(gpu: torch.Tensor, cpu: torch.Tensor, tolerance: float = 1e-4) 
 def test_operators(packed: bool, b_discretization: str) -> None:
     torch.manual_seed(0)
     batch, length, d_inner, d_state = (1, 301, 40, 16) if packed else (3, 77, 40, 16)
-    borders = torch.tensor([0, 5, 5, 120, length], dtype=torch.int32) if packed else None
+    offsets = torch.tensor([0, 5, 5, 120, length], dtype=torch.int32) if packed else None
     rows = 4 if packed else batch
     u, delta, z = torch.randn(3, batch, length, d_inner)
     B, C = torch.randn(2, batch, length, d_state)
@@ -38,7 +38,7 @@ def test_operators(packed: bool, b_discretization: str) -> None:
     for device in ("cuda", "cpu"):
         leaves = [t.to(device).requires_grad_() for t in inputs]
         u_, delta_, A_, B_, C_, z_, h_, weight_ = leaves
-        cu_seqlens = None if borders is None else borders.to(device)
+        cu_seqlens = None if offsets is None else offsets.to(device)
         x = causal_conv1d(u_, weight_, activation="silu", cu_seqlens=cu_seqlens).y
         out = selective_scan(
             x,

@@ -46,16 +46,16 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 def documents(batches: list[Batch]) -> list[tuple[list[int], list[int]]]:
-    """(inputs, labels) of the documents that have ended, taken apart by the borders and `carried` alone."""
+    """(inputs, labels) of the documents that have ended, taken apart by the offsets and `carried` alone."""
     lanes: list[list | None] = [None] * len(batches[0].carried)
     found = []
     for batch in batches:
         length = batch.input_ids.shape[1]
-        borders = batch.cu_seqlens.tolist()
-        assert borders[0] == 0 and borders[-1] == batch.input_ids.numel() and borders == sorted(set(borders))
-        assert set(range(0, borders[-1], length)) <= set(borders), "every row start is a border"
+        offsets = batch.cu_seqlens.tolist()
+        assert offsets[0] == 0 and offsets[-1] == batch.input_ids.numel() and offsets == sorted(set(offsets))
+        assert set(range(0, offsets[-1], length)) <= set(offsets), "every row start is an offset"
         inputs, labels = batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist()
-        for a, b in itertools.pairwise(borders):
+        for a, b in itertools.pairwise(offsets):
             row, at_start = divmod(a, length)
             if at_start == 0 and batch.carried[row]:
                 lanes[row][0].extend(inputs[a:b])

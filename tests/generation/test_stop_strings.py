@@ -28,10 +28,10 @@ stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 @settings(max_examples=400, deadline=None)
 @given(texts, stops, st.lists(st.integers(0, 30), max_size=8))
 def test_any_cut_gives_the_naive_text(text, stop, cuts):
-    borders = sorted({0, len(text), *(min(c, len(text)) for c in cuts)})
+    offsets = sorted({0, len(text), *(min(c, len(text)) for c in cuts)})
     matcher, given_out = StopMatcher(stop), ""
     wanted, stopped = naive(text, stop)
-    for begin, end in itertools.pairwise(borders):
+    for begin, end in itertools.pairwise(offsets):
         given_out += matcher.push(text[begin:end])
         assert wanted.startswith(given_out)  # nothing that would have to be taken back
         if not matcher.stopped:  # and nothing is held back that could not become a stop string

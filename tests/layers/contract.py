@@ -63,11 +63,11 @@ def check_packed(layer: nn.Module, width: int, tolerance: float) -> None:
     sizes = [5, 1, 0, 9]
     before = [layer(torch.randn(1, n, width, dtype=torch.float64))[1] for n in (3, 3, 3, 3)]
     parts = [torch.randn(1, n, width, dtype=torch.float64) for n in sizes]
-    borders = torch.tensor([0, 5, 6, 6, 15], dtype=torch.int32)
+    offsets = torch.tensor([0, 5, 6, 6, 15], dtype=torch.int32)
     together = concatenate_rows(before)
     for states, start in ((before, together), ([None] * 4, None)):
         alone = [layer(part, state) for part, state in zip(parts, states, strict=True)]
-        y, after = layer(torch.cat(parts, 1), start, cu_seqlens=borders)
+        y, after = layer(torch.cat(parts, 1), start, cu_seqlens=offsets)
         close(y, torch.cat([output for output, _ in alone], 1), "packed", tolerance)
         probe = torch.randn(4, width, dtype=torch.float64)
         goes_on, _ = layer.step(probe, after)

@@ -219,7 +219,7 @@ def test_sizes_must_be_positive(sizes, message):
         S6(**sizes)
 
 
-def test_a_mask_and_borders_exclude_each_other():
+def test_a_mask_and_offsets_exclude_each_other():
     x = torch.randn(1, 4, 6)
     with pytest.raises(ValueError, match="not both"):
         S6(6)(x, attention_mask=torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))

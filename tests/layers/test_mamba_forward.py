@@ -87,12 +87,12 @@ def test_whole_equals_chunks_equals_steps(options):
 def test_packed_equals_one_by_one(options):
     layer, x = layer_and_input(1, **options)
     lengths = [4, 0, 16, 1]
-    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     state = some_state(layer, 4)
-    y, last = layer(x, state, cu_seqlens=borders)
+    y, last = layer(x, state, cu_seqlens=offsets)
     alone = [
         layer(x[:, start:stop], select_rows(state, torch.tensor([i])))
-        for i, (start, stop) in enumerate(itertools.pairwise(borders.tolist()))
+        for i, (start, stop) in enumerate(itertools.pairwise(offsets.tolist()))
     ]
     assert_same((y, last), (torch.cat([y for y, _ in alone], 1), concatenate_rows([s for _, s in alone])))
 

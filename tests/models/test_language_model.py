@@ -76,12 +76,12 @@ def test_whole_equals_chunks_equals_steps(options):
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 def test_packed_equals_one_by_one(options):
     model, tokens, lengths = build(**options), ids(1), [5, 0, 1, 12]
-    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     state = some_state(model, 4)
-    packed = model(tokens, state, cu_seqlens=borders)
+    packed = model(tokens, state, cu_seqlens=offsets)
     alone = [
         model(tokens[:, start:stop], select_rows(state, torch.tensor([i])))
-        for i, (start, stop) in enumerate(itertools.pairwise(borders.tolist()))
+        for i, (start, stop) in enumerate(itertools.pairwise(offsets.tolist()))
     ]
     want = torch.cat([o.logits for o in alone], 1), concatenate_rows([o.state for o in alone])
     assert_same(tuple(packed), want)
@@ -108,12 +108,12 @@ def test_a_thousand_short_documents_in_one_row_are_a_thousand_runs():
     model = build(torch.float32, d_model=8, n_layers=1)
     lengths = torch.randint(0, 7, (1000,)).tolist()
     tokens = ids(1, sum(lengths))
-    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     with torch.no_grad():
-        packed = model(tokens, cu_seqlens=borders)
+        packed = model(tokens, cu_seqlens=offsets)
         for i in range(0, 1000, 37):
-            alone = model(tokens[:, borders[i] : borders[i + 1]])
-            got = packed.logits[:, borders[i] : borders[i + 1]], select_rows(packed.state, torch.tensor([i]))
+            alone = model(tokens[:, offsets[i] : offsets[i + 1]])
+            got = packed.logits[:, offsets[i] : offsets[i + 1]], select_rows(packed.state, torch.tensor([i]))
             assert_same(got, tuple(alone), 1e-5)
 
 
@@ -223,8 +223,8 @@ def test_loss_with_padding_packing_and_int32_ids():
     padded = model.loss(ids(), labels(), attention_mask=mask)
     rows = [model.loss(ids()[r : r + 1, mask[r]], labels()[r : r + 1, mask[r]]).loss for r in range(3)]
     assert math.isclose(padded.loss.item(), sum(rows).item(), rel_tol=1e-12)
-    borders = torch.arange(0, 3 * LENGTH + 1, LENGTH, dtype=torch.int32)
-    packed = model.loss(ids().view(1, -1), labels().view(1, -1), cu_seqlens=borders)
+    offsets = torch.arange(0, 3 * LENGTH + 1, LENGTH, dtype=torch.int32)
+    packed = model.loss(ids().view(1, -1), labels().view(1, -1), cu_seqlens=offsets)
     assert math.isclose(packed.loss.item(), model.loss(ids(), labels()).loss.item(), rel_tol=1e-12)
     assert model.loss(ids().int(), labels().int()).loss == model.loss(ids(), labels()).loss
 

@@ -65,11 +65,11 @@ def scan_inputs(
         "delta_softplus": softplus,
         "b_discretization": rule,
         "initial_state": state.to(wide.to_complex() if is_complex else wide) if initial else None,
-        "cu_seqlens": None if lengths is None else borders(lengths),
+        "cu_seqlens": None if lengths is None else offsets(lengths),
     }
 
 
-def borders(lengths: list[int]) -> Tensor:
+def offsets(lengths: list[int]) -> Tensor:
     """cu_seqlens of packed sequences of these lengths."""
     return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scan_cases import assert_close, assert_within_budget, borders
+from scan_cases import assert_close, assert_within_budget, offsets
 
 from anymamba import causal_conv1d, causal_conv1d_step
 
@@ -39,7 +39,7 @@ def conv_inputs(
         "bias": normal(d_inner) if bias else None,
         "activation": activation,
         "initial_state": normal(rows, width - 1, d_inner) if initial else None,
-        "cu_seqlens": None if lengths is None else borders(lengths),
+        "cu_seqlens": None if lengths is None else offsets(lengths),
     }
 
 

@@ -93,7 +93,7 @@ def test_scan(change, error, message):
         selective_scan(**scan_inputs() | change)
 
 
-BORDERS = {
+OFFSETS = {
     "dtype": (
         torch.tensor([0.0, 19.0]),
         TypeError,
@@ -102,7 +102,7 @@ BORDERS = {
     "ndim": (
         torch.tensor([[0, 19]]),
         ValueError,
-        r"cu_seqlens must be a vector of n \+ 1 borders .*got shape \(1, 2\)",
+        r"cu_seqlens must be a vector of n \+ 1 offsets .*got shape \(1, 2\)",
     ),
     "one": (torch.tensor([0]), ValueError, r"n >= 1 sequences, got shape \(1,\)"),
     "first": (torch.tensor([1, 19]), ValueError, r"cu_seqlens must rise from 0 to the length 19, got \[1, 19\]"),
@@ -113,8 +113,8 @@ BORDERS = {
 
 
 @pytest.mark.parametrize("op", ["scan", "conv"])
-@pytest.mark.parametrize(("cu_seqlens", "error", "message"), BORDERS.values(), ids=BORDERS)
-def test_borders(cu_seqlens, error, message, op, backend):
+@pytest.mark.parametrize(("cu_seqlens", "error", "message"), OFFSETS.values(), ids=OFFSETS)
+def test_offsets(cu_seqlens, error, message, op, backend):
     with pytest.raises(error, match=message):
         if op == "scan":
             selective_scan(**scan_inputs(1, initial=False) | {"cu_seqlens": cu_seqlens}, backend=backend)
@@ -123,8 +123,8 @@ def test_borders(cu_seqlens, error, message, op, backend):
 
 
 @pytest.mark.parametrize("op", ["scan", "conv"])
-def test_borders_want_one_row(op):
-    message = r"got batch 2; flatten \(batch, length\) to \(1, batch \* length\) and shift the borders"
+def test_offsets_want_one_row(op):
+    message = r"got batch 2; flatten \(batch, length\) to \(1, batch \* length\) and shift the offsets"
     with pytest.raises(ValueError, match=message):
         if op == "scan":
             selective_scan(**scan_inputs(2) | {"cu_seqlens": torch.tensor([0, 19])})

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from scan_cases import TENSORS, assert_close, borders, run_scan, scan_inputs
+from scan_cases import TENSORS, assert_close, offsets, run_scan, scan_inputs
 
 from anymamba import selective_scan, selective_scan_step
 
@@ -73,7 +73,7 @@ def test_packed_equals_one_by_one(options, initial, backend):
     lengths = [5, 0, 1, 16, 33]
     packed = scan_inputs(1, sum(lengths), lengths=lengths, initial=initial, **options)
     y, last_state = selective_scan(**packed, backend=backend)
-    cuts = borders(lengths).tolist()
+    cuts = offsets(lengths).tolist()
     for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
         state = packed["initial_state"][i : i + 1] if initial else None
         alone = selective_scan(**part(packed, start, stop, initial_state=state, cu_seqlens=None), backend=backend)
@@ -84,14 +84,14 @@ def test_packed_equals_one_by_one(options, initial, backend):
 def test_packed_equals_batched(fast):
     batched = scan_inputs(3, 18, dtype=torch.float64)
     flat = {k: batched[k].flatten(0, 1)[None] for k in ALONG_TIME}
-    packed = batched | flat | {"cu_seqlens": borders([18, 18, 18])}
+    packed = batched | flat | {"cu_seqlens": offsets([18, 18, 18])}
     want, got = run_scan(batched, fast), run_scan(packed, fast, gradients=False)
     assert_close(
         {"y": got["y"].view(3, 18, 6), "s": got["last_state"]}, {"y": want["y"], "s": want["last_state"]}, 1e-13
     )
 
 
-def test_int64_borders_serve_too():
+def test_int64_offsets_serve_too():
     inputs = scan_inputs(1, 20, lengths=[7, 13])
     wide = inputs | {"cu_seqlens": inputs["cu_seqlens"].long()}
     assert torch.equal(selective_scan(**wide).y, selective_scan(**inputs).y)

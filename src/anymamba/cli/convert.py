@@ -31,7 +31,7 @@ class ConvertOptions:
     to: Literal["hf", "state-spaces", "gguf", "anymamba"]
     """The format: Hugging Face's mamba or falcon_mamba, the original one, llama.cpp's, our own."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
-    """Of the weights; absent means as stored. A_log, D and the step's bias stay float32. q8_0 is for gguf."""
+    """Of the weights; defaults to the stored one. A_log, D and the step's bias stay float32. q8_0 is for gguf."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; "none" for none. Defaults to the
     source's own."""

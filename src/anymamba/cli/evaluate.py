@@ -30,7 +30,7 @@ class EvalOptions:
     data: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
     """Files, folders or globs."""
     text_field: str | None = None
-    """The field that holds the text in .jsonl, .csv and .parquet files; absent means "text"."""
+    """The field that holds the text in .jsonl, .csv and .parquet files; defaults to "text"."""
     tokenizer: Path | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the model's own."""
     chunk: int = 2048

@@ -21,13 +21,13 @@ All arguments are lm-eval's own. Two defaults differ: --model is anymamba, and w
 
 --model_args of anymamba:
   pretrained       folder of a model (a run folder is one), a .gguf file, or a name on the Hugging Face hub
-  tokenizer        a tokenizer.json or a folder that holds one; absent means the model's own
+  tokenizer        a tokenizer.json or a folder that holds one; defaults to the model's own
   dtype            float32 (the default), bfloat16, float16, float64, or auto: as stored
-  device           cpu, cuda, cuda:1, mps, ...; absent means a GPU if there is one
+  device           cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one
   max_length       tokens that the model sees at most (2048); the model itself has no limit
   max_gen_toks     tokens to generate unless a task says otherwise (256)
-  add_bos_token    true or false: begin every text with the beginning-of-text token; absent means as tokenizer.json does
-  prefix_token_id  stands for an empty context; absent means the token that texts begin, else end with
+  add_bos_token    true or false: begin every text with the beginning-of-text token; defaults to tokenizer.json's rule
+  prefix_token_id  stands for an empty context; defaults to the beginning-of-text token, else the end-of-text token
   revision         of a repository on the hub
 
 It needs lm-eval: pip install "anymamba[lm-eval]"."""

@@ -23,11 +23,11 @@ class Runtime:
     """Where and in which precision the arithmetic runs."""
 
     device: str | None = None
-    """cpu, cuda, cuda:1, mps, ...; absent means a GPU if there is one."""
+    """cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights; absent means as stored."""
+    """Of the weights; defaults to the stored one."""
     threads: int | None = None
-    """CPU threads; absent means torch's choice, the number of cores."""
+    """CPU threads; defaults to torch's choice, the number of cores."""
 
 
 def set_threads(threads: int | None) -> None:

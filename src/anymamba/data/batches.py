@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     labels: Int[Tensor, "batch length"]
     """The token after each input; -100 is not counted (a stream of documents has none)."""
     cu_seqlens: Int[Tensor, " n_sequences_and_1"]
-    """Borders in the flattened (batch * length) tokens, int32: every row's start, every document's start, the end."""
+    """Offsets in the flattened (batch * length) tokens, int32: every row's start, every document's start, the end."""
     carried: Bool[Tensor, " batch"]
     """Where the row goes on with the document that the same row of the batch before ended in."""
     position: dict[str, Any]
@@ -210,10 +210,10 @@ class _Reader(Dataset[Batch]):
         shift = 0 if self._eos_id is not None else 1
         starts, n = self._starts[plan.document], self._lengths[plan.document]
         ends = np.cumsum(plan.stop - plan.start)
-        borders = np.concatenate([[0], ends])
+        offsets = np.concatenate([[0], ends])
         closed = plan.stop + shift > n  # the last label of the span is eos
         counts = plan.stop - plan.start - closed
-        labels = np.empty(borders[-1], np.int64)
+        labels = np.empty(offsets[-1], np.int64)
         text = np.ones(len(labels), bool)
         text[ends[closed] - 1] = False
         labels[text] = self._store.gather(starts + plan.start + shift, counts)
@@ -225,11 +225,11 @@ class _Reader(Dataset[Batch]):
         inside = before >= 0
         first = np.full(len(before), -1 if self._eos_id is None else self._eos_id, np.int64)
         first[inside] = self._store.gather((starts + before)[inside], np.ones(int(inside.sum()), np.int64))
-        inputs[borders[:-1]] = first
+        inputs[offsets[:-1]] = first
         return Batch(
             torch.from_numpy(inputs).view(-1, self._context),
             torch.from_numpy(labels).view(-1, self._context),
-            torch.from_numpy(borders.astype(np.int32)),
+            torch.from_numpy(offsets.astype(np.int32)),
             torch.from_numpy(plan.carried),
             plan.position,
         )

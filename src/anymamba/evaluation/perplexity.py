@@ -157,11 +157,11 @@ def _run(
     if max(map(np.max, arrays)) >= model.config.vocab_size or min(map(np.min, arrays)) < 0:
         raise ValueError(_outside(model.config.vocab_size, table, spans))
     inputs, labels = (torch.from_numpy(array).to(device)[None] for array in arrays)
-    borders = np.cumsum([0, *(span.stop - span.start for span in spans)])
+    offsets = np.cumsum([0, *(span.stop - span.start for span in spans)])
     state = carried
     if carried is not None and len(spans) > 1:
         state = concatenate_rows([carried, model.init_state(len(spans) - 1)])
-    cu_seqlens = None if len(spans) == 1 else torch.from_numpy(borders.astype(np.int32)).to(device)
+    cu_seqlens = None if len(spans) == 1 else torch.from_numpy(offsets.astype(np.int32)).to(device)
     output = model.loss(inputs, labels, state, cu_seqlens=cu_seqlens)
     loss = float(output.loss)
     if not math.isfinite(loss):

@@ -35,14 +35,14 @@ class GenerationOptions(TypedDict, total=False):
     sampling: SamplingConfig
     """How tokens are chosen; drawn from the model's own distribution unless given."""
     eos_id: int | None
-    """The token that ends a row; None or absent: the tokenizer's, if there is a tokenizer."""
+    """The token that ends a row; defaults to the tokenizer's, if there is a tokenizer."""
     stop: Sequence[str]
     """Strings that end a row's text, which is cut before them; they need a tokenizer."""
     seed: int | Sequence[int]
     """The same seed gives the same tokens; 0 unless given. One number, with which every row draws differently, or one a
     prompt: row r then draws as it does alone under seed[r]."""
     state: GenerationState | None
-    """Where to continue from, one row a prompt (the prompts may be empty); absent: from the beginning."""
+    """Where to continue from, one row a prompt (the prompts may be empty); defaults to the beginning."""
     prefill_chunk: int
     """Tokens of the prompts that are read at once; memory grows with it, the result does not change."""
 

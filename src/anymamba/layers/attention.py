@@ -54,13 +54,13 @@ class Attention(SequenceLayer):
     Args:
         d_model: width of the input and output.
         n_heads: heads of the queries.
-        n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads; absent means n_heads.
-        d_head: size of a head; absent means d_model / n_heads.
+        n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads; defaults to n_heads.
+        d_head: size of a head; defaults to d_model / n_heads.
         positions: "none", "rotary" or "xpos". Absolute ones are `LearnedPositions` at the model's input.
         rotary_base: base of the rotations' frequencies.
-        d_conv: width of a depthwise causal convolution of queries, keys and values; absent means none.
+        d_conv: width of a depthwise causal convolution of queries, keys and values; defaults to none.
         bias: of the two projections.
-        window: keys that a query sees, its own included; no more are kept. Absent means all.
+        window: keys that a query sees, its own included; no more are kept. Defaults to all.
     Raises ValueError for sizes and names that do not fit.
     """
 

@@ -45,7 +45,7 @@ class Cache:
     Args:
         tensors: (batch, ..., length, width) each.
         filled: (batch,) int64: entries of each row.
-        is_even: whether every row is filled to the length; absent means not known, then it is looked up when asked for.
+        is_even: whether every row is filled to the length; None: not known yet, and looked up when asked for.
     """
 
     def __init__(self, tensors: Sequence[Tensor], filled: Int[Tensor, " batch"], is_even: bool | None = None) -> None:
@@ -74,7 +74,7 @@ class Cache:
 
         Args:
             new: as many tensors, in the dtype that the cache then has.
-            lengths: how many of the new entries are real, from the first; absent means all.
+            lengths: how many of the new entries are real, from the first; defaults to all.
         """
         n_new = new[0].shape[-2]
         after = self.filled + (n_new if lengths is None else lengths)

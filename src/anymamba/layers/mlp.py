@@ -38,9 +38,9 @@ class MLP(SequenceLayer):
     Args:
         d_model: width of the input and output.
         kind: "gelu" (tanh form), "swiglu", "geglu" or "glu".
-        d_hidden: width inside; absent means 4 d_model for "gelu", 8/3 d_model rounded up to a multiple of 128 for the
+        d_hidden: width inside; defaults to 4 d_model for "gelu", 8/3 d_model rounded up to a multiple of 128 for the
             gated kinds, whose three matrices then weigh about as much.
-        bias: of both projections; absent means that "gelu" has them and the gated kinds do not.
+        bias: of both projections; defaults to biases for "gelu" and none for the gated kinds.
     Raises ValueError for sizes below 1 and kinds that do not exist.
     """
 

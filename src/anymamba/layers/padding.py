@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from anymamba.ops.checks import n_sequences, require_borders
+from anymamba.ops.checks import n_sequences, require_offsets
 from anymamba.ops.observers import plain
 
 
@@ -90,7 +90,7 @@ class Packing(Rows):
         self.lengths = offsets[1:] - offsets[:-1]
         longest = length  # where the values cannot be looked at
         if plain(cu_seqlens):
-            require_borders(cu_seqlens, length)
+            require_offsets(cu_seqlens, length)
             longest = int(self.lengths.max())
         place = torch.arange(longest, device=offsets.device)
         self.mask = place < self.lengths[:, None]

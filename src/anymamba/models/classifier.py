@@ -35,7 +35,7 @@ class ClassifierConfig:
     pooling: Pooling = "last"
     """The last real position; the mean of all real ones; the mean of those that a pool_mask names."""
     d_input: int | None = None
-    """Size of input vectors in place of token ids, which a linear map embeds; absent means token ids."""
+    """Size of input vectors in place of token ids, which a linear map embeds; defaults to token ids."""
 
     def __post_init__(self) -> None:
         require_at_least("n_outputs", self.n_outputs, 1)

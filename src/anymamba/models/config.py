@@ -46,7 +46,7 @@ class ModelConfig:
     attention_layers: tuple[int, ...] = ()
     """Blocks, counted from 0, whose mixer is attention whatever `mixers` says."""
     weight_std: float | None = None
-    """Weights of projections are N(0, weight_std), those of outputs over sqrt(n_layers); absent: as the layers draw."""
+    """Weights of projections are N(0, weight_std), those of outputs over sqrt(n_layers); None: as the layers do."""
     mamba: MambaOptions = field(default_factory=MambaOptions)
     """Options of Mamba, of S6 alone, and of the Mamba block around other layers."""
     s4: S4Options = field(default_factory=S4Options)

@@ -202,11 +202,11 @@ class LanguageModel(nn.Module):
 
         Args:
             input_ids: (batch, length).
-            state: one row per sequence; absent means the beginning.
+            state: one row per sequence; defaults to the beginning.
             attention_mask: (batch, length), true at real tokens; padding on either side leaves logits and state as they
                 are without it.
-            cu_seqlens: int32 borders of sequences packed along the length of one row.
-            num_last_logits: compute logits of that many last positions only; absent means all.
+            cu_seqlens: int32 offsets of sequences packed along the length of one row.
+            num_last_logits: compute logits of that many last positions only; defaults to all.
         """
         x, state = self.hidden(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         if num_last_logits is not None:
@@ -298,7 +298,7 @@ class LanguageModel(nn.Module):
         Args:
             path: a folder in Hugging Face's format (`mamba`, `falcon_mamba`) or the original `state-spaces` one, a
                 .gguf file, or a name on the Hugging Face hub.
-            dtype: of the weights; absent means that of the file.
+            dtype: of the weights; defaults to that of the file.
             revision: of a repository on the hub.
         Raises FileNotFoundError when there is no such model, CheckpointError when its files are broken or of another
             kind of model.
@@ -317,7 +317,7 @@ class LanguageModel(nn.Module):
         """Write a model folder (or a .gguf file), each file atomically; with the tokenizer's file if given.
 
         Args:
-            format: absent means Hugging Face's, where its readers compute the same function, else our own.
+            format: defaults to Hugging Face's, where its readers compute the same function, else our own.
         Raises CheckpointError, naming the options, when the format cannot hold the model.
         """
         from anymamba.models.checkpoints import save_pretrained

@@ -22,7 +22,7 @@ class MambaOptions:
     expand: float = 2
     """E: d_inner = int(expand * d_model)."""
     dt_rank: int | None = None
-    """R: rank of the step projection; absent means ceil(d_model / 16)."""
+    """R: rank of the step projection; defaults to ceil(d_model / 16)."""
     dt_min: float = 0.001
     """Smallest initial step Δ."""
     dt_max: float = 0.1
@@ -79,7 +79,7 @@ class S4Options:
     d_state: int = 64
     """N: real numbers of state per channel, d_state / 2 conjugate pairs."""
     n_ssm: int | None = None
-    """Different A, B and P, which the channels share in turn; absent means one for each channel."""
+    """Different A, B and P, which the channels share in turn; defaults to one for each channel."""
     dt_min: float = 0.001
     """Smallest initial step Δ."""
     dt_max: float = 0.1
@@ -158,9 +158,9 @@ class AttentionOptions:
     n_heads: int = 8
     """Heads of the queries."""
     n_kv_heads: int | None = None
-    """Heads of the keys and values, each shared by n_heads / n_kv_heads; absent means n_heads."""
+    """Heads of the keys and values, each shared by n_heads / n_kv_heads; defaults to n_heads."""
     d_head: int | None = None
-    """Size of a head; absent means d_model / n_heads."""
+    """Size of a head; defaults to d_model / n_heads."""
     positions: Literal["none", "absolute", "rotary", "xpos"] = "rotary"
     """Absolute: a learned table added to the embeddings, in models without attention, too. Rotary and xPos: rotations
     of queries and keys."""
@@ -169,9 +169,9 @@ class AttentionOptions:
     rotary_base: float = 10000.0
     """Base of the rotations' frequencies."""
     d_conv: int | None = None
-    """Width of a short causal convolution of queries, keys and values; absent means none."""
+    """Width of a short causal convolution of queries, keys and values; defaults to none."""
     window: int | None = None
-    """How many keys a query sees, its own included; absent means all."""
+    """How many keys a query sees, its own included; defaults to all."""
     bias: bool = False
     """Biases of the projections."""
 
@@ -191,9 +191,9 @@ class MLPOptions:
     kind: Literal["gelu", "swiglu", "geglu", "glu"] = "swiglu"
     """GELU of one product; or SiLU, GELU or sigmoid of one product times another."""
     d_hidden: int | None = None
-    """Width inside; absent means 4 d_model for gelu, 8/3 d_model rounded up to a multiple of 128 for the others."""
+    """Width inside; defaults to 4 d_model for gelu, 8/3 d_model rounded up to a multiple of 128 for the others."""
     bias: bool | None = None
-    """Biases of the projections; absent means for gelu only."""
+    """Biases of the projections; defaults to biases for gelu only."""
 
     def __post_init__(self) -> None:
         if self.d_hidden is not None:
@@ -235,7 +235,7 @@ class RetentionOptions:
     n_heads: int = 4
     """Heads, each with a decay of its own."""
     d_value: int | None = None
-    """Width of values and gate; absent means 2 d_model."""
+    """Width of values and gate; defaults to 2 d_model."""
 
     def __post_init__(self) -> None:
         require_at_least("n_heads", self.n_heads, 1)

@@ -49,23 +49,23 @@ def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}; use cu_seqlens.int()")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
-            f"cu_seqlens must be a vector of n + 1 borders for n >= 1 sequences, got shape {tuple(cu_seqlens.shape)}"
+            f"cu_seqlens must be a vector of n + 1 offsets for n >= 1 sequences, got shape {tuple(cu_seqlens.shape)}"
         )
     if batch != 1:
         raise ValueError(
             f"cu_seqlens packs sequences along the length of one row, got batch {batch}; "
-            "flatten (batch, length) to (1, batch * length) and shift the borders"
+            "flatten (batch, length) to (1, batch * length) and shift the offsets"
         )
     return cu_seqlens.numel() - 1
 
 
-def require_borders(cu_seqlens: Tensor | None, length: int) -> None:
-    """Raise ValueError unless the borders rise from 0 to length. It reads values, so it runs inside the op."""
+def require_offsets(cu_seqlens: Tensor | None, length: int) -> None:
+    """Raise ValueError unless the offsets rise from 0 to length. It reads values, so it runs inside the op."""
     if cu_seqlens is None:
         return
-    borders = cu_seqlens.long().cpu()
-    if borders[0] != 0 or borders[-1] != length or bool((borders[1:] < borders[:-1]).any()):
-        shown = borders.tolist() if borders.numel() <= 8 else [*borders[:4].tolist(), "...", *borders[-3:].tolist()]
+    offsets = cu_seqlens.long().cpu()
+    if offsets[0] != 0 or offsets[-1] != length or bool((offsets[1:] < offsets[:-1]).any()):
+        shown = offsets.tolist() if offsets.numel() <= 8 else [*offsets[:4].tolist(), "...", *offsets[-3:].tolist()]
         raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {shown}")
 
 

@@ -26,14 +26,14 @@ class DataConfig:
     held_out_fraction: float = 0.02
     """Share of the documents held out, chosen by a hash of their names; 0 holds out none."""
     text_field: str | None = None
-    """The field that holds the text in .jsonl, .csv and .parquet files; absent means "text"."""
+    """The field that holds the text in .jsonl, .csv and .parquet files; defaults to "text"."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to that of --from, or
     to bytes."""
     workers: int = 0
     """Processes that read tokens; the batches are the same for any number."""
     cache_dir: str | None = None
-    """Where token tables are cached; absent means the user's cache folder."""
+    """Where token tables are cached; defaults to the user's cache folder."""
 
     def __post_init__(self) -> None:
         require_at_least("workers", self.workers, 0)
@@ -123,7 +123,7 @@ class TrainConfig:
     device: str = "cpu"
     """Where the model trains."""
     threads: int | None = None
-    """CPU threads; absent means torch's choice. The bits of a run depend on it."""
+    """CPU threads; defaults to torch's choice. The bits of a run depend on it."""
 
     def __post_init__(self) -> None:
         counts = "steps batch_size context accumulation log_every eval_every checkpoint_every keep_checkpoints"

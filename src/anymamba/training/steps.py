@@ -36,14 +36,14 @@ def batch_loss(
     if batch.cu_seqlens.numel() == rows + 1:  # no document begins inside a row
         out = loss(input_ids, labels, start)
         return out.loss, out.n_tokens, detach_state(out.state)
-    borders = batch.cu_seqlens.to(device)
-    row_borders = torch.arange(rows + 1, device=device, dtype=borders.dtype) * length
-    sequence = torch.searchsorted(borders, row_borders)
+    offsets = batch.cu_seqlens.to(device)
+    row_offsets = torch.arange(rows + 1, device=device, dtype=offsets.dtype) * length
+    sequence = torch.searchsorted(offsets, row_offsets)
     out = loss(
         input_ids.view(1, -1),
         labels.view(1, -1),
-        None if start is None else _spread(start, sequence[:-1], borders.numel() - 1),
-        cu_seqlens=borders,
+        None if start is None else _spread(start, sequence[:-1], offsets.numel() - 1),
+        cu_seqlens=offsets,
     )
     last = sequence[1:] - 1
     return out.loss, out.n_tokens, detach_state(map_state(lambda t: t.index_select(0, last), out.state))

@@ -54,18 +54,18 @@ class AnymambaLM(TemplateLM):
     Args:
         pretrained: a model folder, a .gguf file, a name on the Hugging Face hub, or a LanguageModel, which stays where
             and as it is.
-        tokenizer: a tokenizer.json, a folder that holds one, or a Tokenizer; absent means the model's own.
-        dtype: of the weights: "float32", "bfloat16", "float16", "float64" or "auto", that of the file; absent means
+        tokenizer: a tokenizer.json, a folder that holds one, or a Tokenizer; defaults to the model's own.
+        dtype: of the weights: "float32", "bfloat16", "float16", "float64" or "auto", that of the file; defaults to
             float32.
-        device: cpu, cuda, cuda:1, mps, ...; absent means a GPU if there is one.
+        device: cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one.
         batch_size: requests in one pass at most; "auto": what fits. Results do not depend on it.
         max_batch_size: bounds "auto".
         max_length: tokens that the model sees at most, as in `hf`: longer contexts lose their beginning, longer texts
             are cut into windows. The model itself has no such limit.
         max_gen_toks: tokens to generate unless a task says otherwise.
-        add_bos_token: begin every text with the beginning-of-text id, or with nothing; absent means as tokenizer.json
+        add_bos_token: begin every text with the beginning-of-text id, or with nothing; defaults to what tokenizer.json
             does.
-        prefix_token_id: stands for an empty context; absent means the beginning-of-text id, else the end-of-text id.
+        prefix_token_id: stands for an empty context; defaults to the beginning-of-text id, else the end-of-text id.
         revision: of a repository on the hub.
     Raises ValueError for options out of range, FileNotFoundError and CheckpointError as `from_pretrained` does.
     """

@@ -113,13 +113,13 @@ def _read(
     if len(sequences) == 1 and len(sequences[0]) > PASS_TOKENS:
         return _read_in_pieces(model, sequences[0], wanted, state)
     device = _device(model)
-    borders = np.cumsum([0, *map(len, sequences)])
-    places = torch.tensor([int(borders[w.sequence]) + w.position for w in wanted], dtype=torch.int64, device=device)
+    offsets = np.cumsum([0, *map(len, sequences)])
+    places = torch.tensor([int(offsets[w.sequence]) + w.position for w in wanted], dtype=torch.int64, device=device)
     tokens = torch.tensor([w.token for w in wanted], dtype=torch.int64, device=device)
     ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)
     _check(model, ids)
     _check(model, tokens)
-    packing = None if len(sequences) == 1 else torch.tensor(borders, dtype=torch.int32, device=device)
+    packing = None if len(sequences) == 1 else torch.tensor(offsets, dtype=torch.int32, device=device)
     x, state = model.hidden(ids[None], state, cu_seqlens=packing)
     return _scores(model, x[0, places], tokens), state
 

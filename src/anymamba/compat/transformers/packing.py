@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from anymamba.ops.checks import n_sequences, require_borders, require_shape
+from anymamba.ops.checks import n_sequences, require_offsets, require_shape
 
 OFFSETS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 LENGTHS = ("max_length_q", "max_length_k")
@@ -77,7 +77,7 @@ def packed_row(
         if torch.compiler.is_compiling() or mask is not None:  # what follows compares values; the layers refuse a mask
             return PackedRow(told, None)
         for tensor in given.values():
-            require_borders(tensor, length)
+            require_offsets(tensor, length)
     tokens = _Tokens.of(batch, length, mask, inputs.device)
     begins = {name: _begins_at(tensor, length) for name, tensor in given.items()}
     if seq_idx is not None:

@@ -224,9 +224,9 @@ class _TableWriter:
         if not self._windows:
             return
         document, offset, length = np.array(self._windows, np.int64).T
-        borders = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
+        offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
         with _writing(self._folder):
-            self._tokens.write({"document": document, "offset": offset, "tokens": (borders, np.concatenate(self._ids))})
+            self._tokens.write({"document": document, "offset": offset, "tokens": (offsets, np.concatenate(self._ids))})
         self._ids, self._windows, self._waiting = [], [], 0
 
     def _write_documents(self) -> None:
@@ -257,7 +257,7 @@ class _ArrowFile:
         self._writer = ArrowWriter(features=Features({k: feature(v) for k, v in columns.items()}), stream=self._stream)
 
     def write(self, columns: dict[str, Any]) -> None:
-        """One record batch; a column of lists is given as (borders, values)."""
+        """One record batch; a column of lists is given as (offsets, values)."""
         import pyarrow
 
         def array(column: Any) -> Any:

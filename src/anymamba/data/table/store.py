@@ -17,30 +17,30 @@ class TokenStore:
 
     Args:
         flat: the array that holds the chunks, in a file's case the whole file seen as tokens.
-        borders: (n_chunks + 1,) where each chunk begins in the stream, then the stream's length.
+        offsets: (n_chunks + 1,) where each chunk begins in the stream, then the stream's length.
         places: (n_chunks,) where each chunk begins in `flat`.
         folder: where the tokens were mapped from; a copy for another process maps them again instead of carrying them.
     """
 
     def __init__(
-        self, flat: NDArray, borders: NDArray[np.int64], places: NDArray[np.int64], folder: Path | None = None
+        self, flat: NDArray, offsets: NDArray[np.int64], places: NDArray[np.int64], folder: Path | None = None
     ) -> None:
-        self._flat, self._borders, self._folder = flat, borders, folder
-        self._shifts = places - borders[:-1]  # place in flat = place in the stream + shift of the chunk
-        self._border_list, self._shift_list = (
-            borders.tolist(),
+        self._flat, self._offsets, self._folder = flat, offsets, folder
+        self._shifts = places - offsets[:-1]  # place in flat = place in the stream + shift of the chunk
+        self._offset_list, self._shift_list = (
+            offsets.tolist(),
             self._shifts.tolist(),
         )  # scalar look-ups are faster in lists
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._folder is not None:
             return open_store, (self._folder,)
-        return TokenStore, (self._flat, self._borders, self._shifts + self._borders[:-1])
+        return TokenStore, (self._flat, self._offsets, self._shifts + self._offsets[:-1])
 
     def slice(self, start: int, stop: int) -> NDArray:
         """The tokens [start, stop) of the stream: a view, or a copy where they lie in several chunks."""
-        chunk = bisect_right(self._border_list, start) - 1
-        if stop <= self._border_list[min(chunk + 1, len(self._border_list) - 1)]:
+        chunk = bisect_right(self._offset_list, start) - 1
+        if stop <= self._offset_list[min(chunk + 1, len(self._offset_list) - 1)]:
             shift = self._shift_list[chunk] if stop > start else 0
             return self._flat[start + shift : stop + shift]
         return self.gather(np.array([start]), np.array([stop - start]))
@@ -60,15 +60,15 @@ class TokenStore:
         self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Places in `flat` and lengths of spans, each span cut where its chunk ends."""
-        first = np.searchsorted(self._borders, starts, side="right") - 1
-        last = np.searchsorted(self._borders, starts + lengths - 1, side="right") - 1
+        first = np.searchsorted(self._offsets, starts, side="right") - 1
+        last = np.searchsorted(self._offsets, starts + lengths - 1, side="right") - 1
         counts = last - first + 1
         if (counts == 1).all():
             return starts + self._shifts[first], lengths
         span = np.repeat(np.arange(len(starts)), counts)
         chunk = first[span] + np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)
-        begin = np.maximum(starts[span], self._borders[chunk])
-        end = np.minimum((starts + lengths)[span], self._borders[chunk + 1])
+        begin = np.maximum(starts[span], self._offsets[chunk])
+        end = np.minimum((starts + lengths)[span], self._offsets[chunk + 1])
         return begin + self._shifts[chunk], end - begin
 
 
@@ -85,5 +85,5 @@ def open_store(folder: Path) -> TokenStore:
     places = [v.buffers()[1].address - buffer.address + v.offset * width for v in values]
     assert not any(place % width for place in places), "Arrow aligns its buffers to 8 bytes"
     flat = np.frombuffer(buffer, np.uint8, buffer.size // width * width).view(dtype)
-    borders = np.cumsum([0, *map(len, values)], dtype=np.int64)
-    return TokenStore(flat, borders, np.array(places, np.int64) // width, folder)
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int64)
+    return TokenStore(flat, offsets, np.array(places, np.int64) // width, folder)

@@ -44,7 +44,7 @@ def save_pretrained(
 
     Args:
         folder: for "gguf" also the path of a .gguf file; in a folder it is called model.gguf.
-        format: "hf" (Hugging Face's `mamba` or `falcon_mamba`), "state-spaces", "gguf", or "anymamba"; absent means
+        format: "hf" (Hugging Face's `mamba` or `falcon_mamba`), "state-spaces", "gguf", or "anymamba"; defaults to
             "hf" where its readers compute the same function, else "anymamba".
         shard_bytes: weights beyond this many are written in several files ("hf" and "anymamba").
     Raises CheckpointError, naming the options, when the format cannot hold the model.
@@ -76,7 +76,7 @@ def convert(
         source: what `load_pretrained` takes.
         out: a folder that is not there yet or is empty; for "gguf" also a path that ends in .gguf.
         to: one of FORMATS.
-        dtype: of the weights, "q8_0" for GGUF; absent means as stored.
+        dtype: of the weights, "q8_0" for GGUF; defaults to the stored one.
         tokenizer: a tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the
             source's own, if there is one.
         without_tokenizer: leave the tokenizer out.

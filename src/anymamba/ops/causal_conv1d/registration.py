@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.ops import dispatch, functions
-from anymamba.ops.checks import require_borders
+from anymamba.ops.checks import require_offsets
 
 OP = "causal_conv1d"
 
@@ -27,7 +27,7 @@ def _operations(arguments: ConvArguments, backend: str | None = None) -> tuple[T
 
 
 def _forward(arguments: ConvArguments, backend: str) -> tuple[Tensor, Tensor]:
-    require_borders(arguments.cu_seqlens, arguments.x.shape[1])
+    require_offsets(arguments.cu_seqlens, arguments.x.shape[1])
     dispatch.count(OP, backend, "forward")
     return dispatch.kernel(OP, backend).forward(arguments)
 

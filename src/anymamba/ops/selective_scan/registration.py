@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.ops import dispatch, functions
-from anymamba.ops.checks import require_borders
+from anymamba.ops.checks import require_offsets
 
 OP = "selective_scan"
 
@@ -29,7 +29,7 @@ def _operations(arguments: ScanArguments, backend: str | None = None) -> tuple[T
 
 
 def _forward(arguments: ScanArguments, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    require_borders(arguments.cu_seqlens, arguments.length)
+    require_offsets(arguments.cu_seqlens, arguments.length)
     dispatch.count(OP, backend, "forward")
     with dispatch.without_autocast(arguments.u.device.type):
         return dispatch.kernel(OP, backend).forward(arguments, save)
