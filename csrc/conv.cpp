@@ -11,6 +11,7 @@
 #include "scratch.h"
 #include "sequences.h"
 #include "simd.h"
+#include "sums.h"
 #include "threads.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -144,8 +145,8 @@ class BackwardBlock {
           width(K ? K : int(a.width)),
           taps_(a.width),
           weight_(a.width * W),
-          dweight_(a.width * W),
-          dtaps_((TILE + a.width) * W) {
+          dtaps_((TILE + a.width) * W),
+          sums_(1, a.width + 1) {
         for (int i = 0; i < width; i++)
             store<T>(weight_.get() + i * W, read_row<T>(a.weight, OWN_DTYPE<T>, i * a.d_inner + c, count));
     }
@@ -156,13 +157,14 @@ class BackwardBlock {
             for (int64_t t = first; t < halo; t++) taps_back(p, t, first, t < last);
             for (int64_t t = first; t < last; t++) write(t, gradient(p, t, first));
             if (first == p.begin) initial(p);
+            sums_.close_tile(0);
         }
     }
 
     void finish(T* dweight, T* dbias) const {
         for (int i = 0; i < width; i++)
-            write_row<T>(dweight, OWN_DTYPE<T>, i * a.d_inner + c, count, load<T>(dweight_.get() + i * W));
-        write_row<T>(dbias, OWN_DTYPE<T>, c, count, dbias_);
+            write_row<T>(dweight, OWN_DTYPE<T>, i * a.d_inner + c, count, sums_.total(0, i));
+        write_row<T>(dbias, OWN_DTYPE<T>, c, count, sums_.total(0, width));
     }
 
   private:
@@ -171,8 +173,8 @@ class BackwardBlock {
     const int64_t row, c;
     const int count, width;
     std::vector<const char*> taps_;
-    const Scratch<T> weight_, dweight_, dtaps_;  // dtaps: gradients of the sums of taps from the tile's first step on
-    V dbias_{};
+    const Scratch<T> weight_, dtaps_;  // dtaps: gradients of the sums of taps from the tile's first step on
+    const Sums<T> sums_;               // over time: dweight and dbias
 
     // The gradient of the sum of taps at step t; `own` where this tile adds it to the weights' gradients.
     void taps_back(const Piece& p, int64_t t, int64_t first, bool own) {
@@ -184,11 +186,13 @@ class BackwardBlock {
         }
         store<T>(dtaps_.get() + (t - first) * W, d);
         if (!own) return;
-        dbias_ += d;
+        T* const sums = sums_.tile(0);
         for (int i = 0; i < width; i++) {
-            T* dw = dweight_.get() + i * W;
+            T* const dw = sums + i * W;
             store<T>(dw, load<T>(dw) + d * read_row<T>(taps_[i], a.x.type(), c, count));
         }
+        T* const dbias = sums + width * W;
+        store<T>(dbias, load<T>(dbias) + d);
     }
 
     // d loss / d the input at step s, which may lie before the sequence.

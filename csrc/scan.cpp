@@ -9,10 +9,12 @@
 // knows its state, does all its work at once), what arrives at each follows from that, and the others do their work.
 //
 // What is not a whole vector is padded with zeros in scratch memory. The split and the order of every sum depend on
-// the shapes only. Forward saves the states before each tile; backward recomputes those inside it.
+// the shapes only. Sums over time are of tiles (sums.h). Forward saves the states before each tile; backward recomputes
+// those inside it.
 
 #include "kernels.h"
 #include "scan_task.h"
+#include "sums.h"
 #include "threads.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -87,11 +89,10 @@ class BackwardTask : Task<T> {
     BackwardTask(const ScanArgs& args, int64_t row, int64_t chunk, int64_t range)
         : Base(args, row, chunk, range),
           kept_(2 * a.tile * states),
-          dB_(a.selective_B ? a.tile * states : this->n_blocks * states),
-          dC_(a.selective_C ? a.tile * states : this->n_blocks * states),
+          dB_(a.selective_B ? a.tile * states : 0),
+          dC_(a.selective_C ? a.tile * states : 0),
           dh_(this->n_blocks * states),
-          dA_(this->n_blocks * states),
-          vectors_(this->n_blocks * 2 * W) {}
+          sums_(this->n_blocks, a.d_state * (1 + !a.selective_B + !a.selective_C) + 2) {}
 
     void work(Part part) const {
         if (part == Part::summary) return summarize();
@@ -115,13 +116,20 @@ class BackwardTask : Task<T> {
     }
 
   private:
-    Scratch<T> kept_, dB_, dC_, dh_, dA_, vectors_;
+    Scratch<T> kept_, dB_, dC_, dh_;
+    Sums<T> sums_;  // over time, of each block: dD, dbias, dA, and dB and dC where they are constant
+
+    // The places of these.
+    int64_t first_dA() const { return 2; }
+    int64_t first_dB() const { return first_dA() + a.d_state; }
+    int64_t first_dC() const { return first_dB() + (a.selective_B ? 0 : a.d_state); }
 
     Block<T> block_back(int i) const {
         Block<T> k = this->block(i);
         k.decay = kept_.get(), k.before = kept_.get() + a.tile * states;
-        k.dh = dh_.get() + i * states, k.dA = dA_.get() + i * states;
-        k.dB = dB_.get() + (a.selective_B ? 0 : i * states), k.dC = dC_.get() + (a.selective_C ? 0 : i * states);
+        k.dh = dh_.get() + i * states, k.dA = sums_.tile(i) + first_dA() * W;
+        k.dB = a.selective_B ? dB_.get() : sums_.tile(i) + first_dB() * W;
+        k.dC = a.selective_C ? dC_.get() : sums_.tile(i) + first_dC() * W;
         k.dy = rows(Base::DY), k.ddelta = rows(Base::DDELTA), k.ddrive = rows(Base::DDRIVE);
         return k;
     }
@@ -145,7 +153,8 @@ class BackwardTask : Task<T> {
             if (a.dinitial_state) this->scatter(k.dh, channel, k.count, a.dinitial_state);
             std::fill_n(k.dh, states, T(0));
         }
-        write_gradients(k, vectors_.get() + 2 * i * W, first, n_steps);
+        write_gradients(k, sums_.tile(i), first, n_steps);
+        sums_.close_tile(i);
     }
 
     void summarize() const {
@@ -185,9 +194,9 @@ class BackwardTask : Task<T> {
         }
     }
 
-    void write_gradients(const Block<T>& k, T* vectors, int64_t first, int n_steps) const {
+    void write_gradients(const Block<T>& k, T* sums, int64_t first, int n_steps) const {
         const V D = this->vector(a.D, k);
-        V dD = load<T>(vectors), dbias = load<T>(vectors + W);
+        V dD{}, dbias{};
         for (int t = 0; t < n_steps; t++) {
             const V u = load<T>(rows(Base::U) + t * W), dy = load<T>(k.dy + t * W), ddrive = load<T>(k.ddrive + t * W);
             const V du = ddrive * load<T>(k.delta + t * W) + D * dy;
@@ -201,8 +210,8 @@ class BackwardTask : Task<T> {
             dD += dy * u;
             dbias += draw;
         }
-        store<T>(vectors, dD);
-        store<T>(vectors + W, dbias);
+        store<T>(sums, dD);
+        store<T>(sums + W, dbias);
     }
 
     // Sum (step, n, lane) over lanes into this range's part.
@@ -216,18 +225,16 @@ class BackwardTask : Task<T> {
     void finish(int i) const {
         const Block<T> k = block_back(i);
         const int64_t index = row * this->n_chunks + this->chunk;
-        const auto part = [&](void* parts) {
-            return static_cast<T*>(parts) + index * a.d_inner * a.d_state + k.channel;
+        const auto write = [&](void* parts, int64_t rows, int64_t n, int64_t sum) {
+            write_row<T>(parts, OWN_DTYPE<T>, (index * rows + n) * a.d_inner + k.channel, k.count, sums_.total(i, sum));
         };
         for (int64_t n = 0; n < a.d_state; n++) {
-            std::copy_n(k.dA + n * W, k.count, part(a.dA_parts) + n * a.d_inner);
-            if (!a.selective_B) std::copy_n(k.dB + n * W, k.count, part(a.dB_parts) + n * a.d_inner);
-            if (!a.selective_C) std::copy_n(k.dC + n * W, k.count, part(a.dC_parts) + n * a.d_inner);
+            write(a.dA_parts, a.d_state, n, first_dA() + n);
+            if (!a.selective_B) write(a.dB_parts, a.d_state, n, first_dB() + n);
+            if (!a.selective_C) write(a.dC_parts, a.d_state, n, first_dC() + n);
         }
-        const T* vectors = vectors_.get() + 2 * i * W;
-        if (a.dD_parts) std::copy_n(vectors, k.count, static_cast<T*>(a.dD_parts) + index * a.d_inner + k.channel);
-        if (a.dbias_parts)
-            std::copy_n(vectors + W, k.count, static_cast<T*>(a.dbias_parts) + index * a.d_inner + k.channel);
+        if (a.dD_parts) write(a.dD_parts, 1, 0, 0);
+        if (a.dbias_parts) write(a.dbias_parts, 1, 0, 1);
     }
 };
 

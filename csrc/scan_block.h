@@ -65,7 +65,7 @@ __attribute__((noinline)) void run_states(const Block<T>& k, int first, int last
     for (int64_t t = first; t < last; t++) {
         const V delta = load<T>(deltas + t * W), drive = load<T>(drives + t * W);
         const T *const b = k.B + t * d_state, *const c = k.C + t * d_state;
-        V y[2] = {load<T>(ys + t * W), V{}};
+        V y[2] = {};  // without D u, at whose size every addition would round
         for (int i = 0; i < 4; i++) __builtin_prefetch(k.ahead[i] + t * k.ahead_stride[i]);
 #pragma GCC unroll 16
         for (int n = 0; n < NB; n++) {
@@ -86,7 +86,7 @@ __attribute__((noinline)) void run_states(const Block<T>& k, int first, int last
                 y[n % 2] += h[n] * c[n];
             }
         }
-        store<T>(ys + t * W, y[0] + y[1]);
+        store<T>(ys + t * W, load<T>(ys + t * W) + (y[0] + y[1]));
     }
 #pragma GCC unroll 16
     for (int n = 0; n < NB; n++) store<T>(k.h + n * W, h[n]);

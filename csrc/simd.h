@@ -124,9 +124,9 @@ ANYMAMBA_INLINE vfloat at_least(float bound, vfloat x) {
 #endif
 }
 
-// Powers of two are 2^(i / TABLE_SIZE), from a table that fits into registers, times a short polynomial.
+// Powers of two are 2^(i / TABLE_SIZE), from a table that fills one register, times a short polynomial.
 #if defined(__AVX512F__)
-constexpr int TABLE_BITS = 5;
+constexpr int TABLE_BITS = 4;
 #elif defined(__AVX2__)
 constexpr int TABLE_BITS = 3;
 #else
@@ -136,9 +136,9 @@ constexpr int TABLE_SIZE = 1 << TABLE_BITS;
 constexpr float LARGEST_EXPONENT = 126.0f * TABLE_SIZE;  // below which powers and their inverses are normal numbers
 
 struct PowerTable {
-    alignas(64) int32_t bits[LANES<float> > TABLE_SIZE ? LANES<float> : TABLE_SIZE];
+    alignas(64) int32_t bits[LANES<float>];
     PowerTable() {
-        for (int i = 0; i < int(sizeof bits / sizeof *bits); i++) {
+        for (int i = 0; i < LANES<float>; i++) {
             const int entry = i % TABLE_SIZE;
             const float power = static_cast<float>(std::exp2(static_cast<double>(entry) / TABLE_SIZE));
             std::memcpy(&bits[i], &power, 4);
@@ -148,24 +148,21 @@ struct PowerTable {
 };
 inline const PowerTable POWER_TABLE;
 
-// The table in registers, for a loop to load once; nothing for double.
+// The table in a register, for a loop to load once; nothing for double.
 template <typename T>
 struct Powers {};
 template <>
 struct Powers<float> {
-    vint low, high;
-    ANYMAMBA_INLINE Powers() {
-        std::memcpy(&low, POWER_TABLE.bits, sizeof low);
-        std::memcpy(&high, POWER_TABLE.bits + (TABLE_SIZE > LANES<float> ? LANES<float> : 0), sizeof high);
-    }
+    vint table;
+    ANYMAMBA_INLINE Powers() { std::memcpy(&table, POWER_TABLE.bits, sizeof table); }
     // 2^(n / TABLE_SIZE), n the lowest bits of each lane.
     ANYMAMBA_INLINE vfloat of(vint n) const {
 #if defined(__AVX512F__)
-        const vint entry = (vint)_mm512_permutex2var_epi32((__m512i)low, (__m512i)n, (__m512i)high);
+        const vint entry = (vint)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)n, (__m512i)table);
 #elif defined(__AVX2__)
-        const vint entry = (vint)_mm256_permutevar8x32_epi32((__m256i)low, (__m256i)n);
+        const vint entry = (vint)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)n);
 #else
-        const vint entry = low;
+        const vint entry = table;
 #endif
         return (vfloat)(entry + (n << (23 - TABLE_BITS)));
     }
@@ -173,38 +170,42 @@ struct Powers<float> {
 
 // ---------------------------------------------------------------------------------------------- exp and softplus
 
-// q of 2^(f / TABLE_SIZE) = 1 + f q(f) for |f| <= 1/2: near-minimax, highest power first.
-// For a table of one entry.
+// q of 2^(f / TABLE_SIZE) = 1 + f q(f) for |f| <= 1/2, highest power first. The last coefficient is ln 2 / TABLE_SIZE
+// to a rounding, and the others are minimax beside it: an error of it would be one of the rate of slow decays, whose f
+// is near 0, and add up over a sequence. A larger table with a shorter polynomial loses more by rounding its entries.
+// For a table of one entry:
 ANYMAMBA_INLINE vfloat whole_power_polynomial(vfloat f) {
-    vfloat q = broadcast(0.000154614447f);
-    q = q * f + 0.00134004282f;
-    q = q * f + 0.00961805668f;
-    q = q * f + 0.0555032723f;
-    q = q * f + 0.240226509f;
-    q = q * f + 0.693147207f;
+    vfloat q = broadcast(0.00015472158f);
+    q = q * f + 0.00133912265f;
+    q = q * f + 0.00961802155f;
+    q = q * f + 0.0555035919f;
+    q = q * f + 0.240226507f;
+    q = q * f + 0.693147182f;
     return q;
 }
 #if defined(__AVX512F__)
 ANYMAMBA_INLINE vfloat power_polynomial(vfloat f) {
-    vfloat q = broadcast(0.000234597918f);
-    q = q * f + 0.021661167f;
+    vfloat q = broadcast(1.35506498e-05f);
+    q = q * f + 0.00093841512f;
+    q = q * f + 0.0433216989f;
     return q;
 }
 #elif defined(__AVX2__)
 ANYMAMBA_INLINE vfloat power_polynomial(vfloat f) {
-    vfloat q = broadcast(0.000108414092f);
-    q = q * f + 0.00375397947f;
-    q = q * f + 0.0866433976f;
+    vfloat q = broadcast(2.3483949e-6f);
+    q = q * f + 0.000108414104f;
+    q = q * f + 0.00375353917f;
+    q = q * f + 0.0866433978f;
     return q;
 }
 #else
 ANYMAMBA_INLINE vfloat power_polynomial(vfloat f) { return whole_power_polynomial(f); }
 #endif
 
-// The same with one more power where the table is large and the polynomial short: for what is not in the inner loop.
-ANYMAMBA_INLINE vfloat fine_power_polynomial(vfloat f) {
-#if defined(__AVX512F__)
-    return (1.69385842e-6f * f + 0.000234597918f) * f + 0.0216608494f;
+// The same by one multiply-add less where that shows: for gates, whose errors do not add up.
+ANYMAMBA_INLINE vfloat short_power_polynomial(vfloat f) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (0.000108415683f * f + 0.00375402486f) * f + 0.0866433978f;
 #else
     return power_polynomial(f);
 #endif
@@ -236,10 +237,9 @@ struct Exponential {
 };
 
 // exp(x rate) where |x high| < LARGEST_EXPONENT.
-template <vfloat polynomial(vfloat) = power_polynomial>
 ANYMAMBA_INLINE vfloat exp_product_inside(vfloat x, vfloat high, vfloat low, const Powers<float>& powers) {
     const Exponential e(x, high, low, powers);
-    return e.power * (e.f * polynomial(e.f)) + e.power;
+    return e.power * (e.f * power_polynomial(e.f)) + e.power;
 }
 
 // exp(x rate), by its root where that is outside.
@@ -272,7 +272,7 @@ constexpr float RATE_HIGH = 1.44269502f * TABLE_SIZE, RATE_LOW = 1.92596303e-8f 
 
 // exp(x) for x in [-87, 87]; a NaN stays one.
 ANYMAMBA_INLINE vfloat exp_inside(vfloat x) {
-    return exp_product_inside<fine_power_polynomial>(x, broadcast(RATE_HIGH), broadcast(RATE_LOW), Powers<float>());
+    return exp_product_inside(x, broadcast(RATE_HIGH), broadcast(RATE_LOW), Powers<float>());
 }
 
 // (exp(x rate) - 1) / (x rate) and its limit 1 at 0, without a difference that cancels.
@@ -352,7 +352,7 @@ ANYMAMBA_INLINE vdouble sigmoid(vdouble x) {
 ANYMAMBA_INLINE vfloat silu(vfloat x) {
     const vfloat bounded = at_least(-88.7228394f, at_most(87.0f, x));
     const Exponential e(bounded, broadcast(-RATE_HIGH), broadcast(-RATE_LOW), Powers<float>());
-    return x / (e.power * (e.f * fine_power_polynomial(e.f) + 1.0f) + 1.0f);
+    return x / (e.power * (e.f * short_power_polynomial(e.f) + 1.0f) + 1.0f);
 }
 ANYMAMBA_INLINE vdouble silu(vdouble x) { return x * sigmoid(x); }
 
@@ -435,6 +435,11 @@ ANYMAMBA_INLINE V load_some(const E* source, int count) {  // zeros behind them
     return v;
 }
 
+template <typename E, typename V>
+ANYMAMBA_INLINE void store_some(E* target, V v, int count) {
+    std::memcpy(target, &v, count * sizeof(E));
+}
+
 // `count` neighbouring elements of a float tensor from `index` on, zeros behind them up to a whole vector.
 ANYMAMBA_INLINE vfloat read_floats(const void* data, DType dtype, int64_t index, int count) {
     const bool whole = count == LANES<float>;
@@ -454,12 +459,17 @@ ANYMAMBA_INLINE vfloat read_floats(const void* data, DType dtype, int64_t index,
 
 ANYMAMBA_INLINE void write_floats(void* data, DType dtype, int64_t index, int count, vfloat row) {
     if (dtype == DType::float32) {
-        std::memcpy(static_cast<float*>(data) + index, &row, count * sizeof(float));
+        float* target = static_cast<float*>(data) + index;
+        count == LANES<float> ? store<float>(target, row) : store_some(target, row, count);
     } else if (dtype == DType::float64) {
         for (int i = 0; i < count; i++) static_cast<double*>(data)[index + i] = row[i];
     } else {
         const vhalf bits = dtype == DType::bfloat16 ? to_bfloat16(row) : to_float16(row);
-        std::memcpy(static_cast<uint16_t*>(data) + index, &bits, count * sizeof(uint16_t));
+        uint16_t* target = static_cast<uint16_t*>(data) + index;
+        if (count == LANES<float>)
+            std::memcpy(target, &bits, sizeof bits);
+        else
+            store_some(target, bits, count);
     }
 }
 

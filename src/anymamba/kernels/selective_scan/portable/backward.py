@@ -13,7 +13,7 @@ from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.portable.block import Expanded, Workspace, contract, expand
 from anymamba.kernels.selective_scan.portable.inputs import Channels, Inputs, contiguous_like, prepare, write_channels
 from anymamba.kernels.selective_scan.portable.plan import Plan, Sequences
-from anymamba.kernels.selective_scan.portable.recurrence import fresh_steps, leaks, reverse_scan_
+from anymamba.kernels.selective_scan.portable.recurrence import fresh_steps, leaks, reverse_scan_, segment_decays
 from anymamba.kernels.selective_scan.portable.splitting import Span
 
 
@@ -99,11 +99,12 @@ class _BackwardSpan:
                 dh[ends.where] += dlast[ends.sequence][:, None]
             return dh
 
-        dh = driven()
-        dbefore = reverse_scan_(dh, e.decay, dafter)
-        if (starts := sequences.starts.get(number)) is not None and leaks(dbefore):
+        starts = sequences.starts.get(number)
+        dh, through = driven(), segment_decays(inputs.A, c.step[k], starts, reverse=True)
+        dbefore = reverse_scan_(dh, e.decay, dafter, through)
+        if starts is not None and leaks(dbefore):
             dh = driven()
-            dbefore = reverse_scan_(dh, e.decay, dafter, fresh_steps(e.decay, starts))
+            dbefore = reverse_scan_(dh, e.decay, dafter, through, fresh_steps(e.decay, starts))
         self._accumulate_matrix(self.dC, self.grads.dC, k, conj(e.h), dy_state)
         self._drive_backward(k, e, dh)
         dratio = None if e.ratio is None else dh * conj(c.B[k]) * c.drive[k]

@@ -11,7 +11,7 @@ from torch import Tensor
 from anymamba.kernels.elementwise import expm1_ratio
 from anymamba.kernels.selective_scan.portable.inputs import Channels, Inputs
 from anymamba.kernels.selective_scan.portable.plan import Sequences
-from anymamba.kernels.selective_scan.portable.recurrence import fresh_steps, leaks, scan_
+from anymamba.kernels.selective_scan.portable.recurrence import fresh_steps, leaks, scan_, segment_decays
 
 PAGE, PAGE_STEP = 4096, 832  # bytes
 
@@ -86,11 +86,11 @@ def expand(
             h[starts.where] += start_decay * inputs.initial_state[starts.sequence][:, None]
         return h
 
-    h = driven()
-    last = scan_(scratch.steps(h), scratch.steps(decay), before, reverse_segments=False)
+    h, through = driven(), segment_decays(inputs.A, c.step[k], starts)
+    last = scan_(scratch.steps(h), scratch.steps(decay), before, through, reverse_segments=False)
     if starts is not None and leaks(last):
-        h = driven()
-        last = scan_(list(h), list(decay), before, reverse_segments=False, fresh=list(fresh_steps(decay, starts)))
+        h, fresh = driven(), list(fresh_steps(decay, starts))
+        last = scan_(list(h), list(decay), before, through, reverse_segments=False, fresh=fresh)
     return Expanded(decay, start_decay, ratio, h, last)
 
 

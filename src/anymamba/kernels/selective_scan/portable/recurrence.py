@@ -13,6 +13,7 @@ def scan_(
     x: list[Tensor],
     coefficient: list[Tensor],
     carry: Tensor,
+    through: Tensor | None,
     *,
     reverse_segments: bool,
     fresh: list[Tensor] | None = None,
@@ -22,6 +23,7 @@ def scan_(
     Args:
         x, coefficient: one (s, ...) slab a step. Segments follow one another in the order of s, or against it.
         carry: (...) the value before the first step of the first segment.
+        through: (s, ...) the product of each segment's coefficients, of `segment_decays`; unused by a single segment.
         fresh: one boolean (s, 1, ...) a step, true where the coefficient is 0; there a NaN goes no further.
     Returns the value after the last step of the last segment.
     """
@@ -32,6 +34,7 @@ def scan_(
         for value, factor, stop in zip(x, coefficient, stops, strict=True):
             previous = value.addcmul_(factor, _unless(stop, previous))
         return previous[0].clone()  # x is a buffer that the next block reuses
+    assert through is not None, "segments are joined by it"
     product, seen = [coefficient[0]], [stops[0]]
     for i in range(1, len(x)):
         x[i].addcmul_(coefficient[i], _unless(stops[i], x[i - 1]))
@@ -40,17 +43,47 @@ def scan_(
     incoming = torch.empty_like(x[0])
     for s in reversed(range(n_segments)) if reverse_segments else range(n_segments):
         incoming[s] = carry
-        carry = torch.addcmul(x[-1][s], product[-1][s], carry if seen[-1] is None else _unless(seen[-1][s], carry))
+        carry = torch.addcmul(x[-1][s], through[s], carry if seen[-1] is None else _unless(seen[-1][s], carry))
     for value, factor, stop in zip(x, product, seen, strict=True):
         value.addcmul_(factor, _unless(stop, incoming))
     return carry
 
 
-def reverse_scan_(dh: Tensor, decay: Tensor, carry: Tensor, fresh: Tensor | None = None) -> Tensor:
+def segment_decays(A: Tensor, step: Tensor, starts: Places | None, *, reverse: bool = False) -> Tensor | None:
+    """What each segment leaves of the state that enters it, (s, ...): exp(A times the sum of its steps).
+
+    It joins segments over the whole length, and a running product of decays near 1 would round to one side.
+
+    Args:
+        step: (t, s, ...) Δ.
+        starts: where packed sequences start, which leave nothing.
+        reverse: what each segment leaves of a gradient, whose steps are its own but the first and the next one's first.
+    """
+    n_segments = step.shape[1]
+    if n_segments == 1:
+        return None
+    total = step.sum(0)
+    if reverse:
+        total = step[1:].sum(0)
+        total[:-1] += step[0, 1:]
+    decays = torch.exp(total * A)
+    if starts is not None:
+        t, s = starts.where
+        if reverse:
+            s = torch.where(t == 0, s - 1, s)
+            s = s[s >= 0]
+        decays[s] = 0
+    return decays
+
+
+def reverse_scan_(
+    dh: Tensor, decay: Tensor, carry: Tensor, through: Tensor | None, fresh: Tensor | None = None
+) -> Tensor:
     """In place dh[t] += conj(decay[t + 1]) dh[t + 1]; the carry is d loss / d (state after the block).
 
     Args:
         dh, decay: (t, s, ...).
+        through: (s, ...) of `segment_decays`.
         fresh: boolean (t, s, 1, ...), as in `scan_`.
     Returns d loss / d (state before the block).
     """
@@ -58,12 +91,13 @@ def reverse_scan_(dh: Tensor, decay: Tensor, carry: Tensor, fresh: Tensor | None
     after = torch.ones_like(decay[0])
     after[:-1] = decay[0, 1:]
     values, coefficients = list(dh)[::-1], [after, *list(decay)[:0:-1]]
+    through = None if through is None else conj(through)
     if fresh is None:
-        return decay[0, 0] * scan_(values, coefficients, carry, reverse_segments=True)
+        return decay[0, 0] * scan_(values, coefficients, carry, through, reverse_segments=True)
     fresh_after = torch.zeros_like(fresh[0])
     fresh_after[:-1] = fresh[0, 1:]
     stops = [fresh_after, *list(fresh)[:0:-1]]
-    first = scan_(values, coefficients, carry, reverse_segments=True, fresh=stops)
+    first = scan_(values, coefficients, carry, through, reverse_segments=True, fresh=stops)
     return decay[0, 0] * _unless(fresh[0, 0], first)
 
 
