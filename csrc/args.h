@@ -31,7 +31,7 @@ struct ScanArgs {
     void *A = nullptr, *D = nullptr, *delta_bias = nullptr, *constant_B = nullptr, *constant_C = nullptr;
     void *initial_state = nullptr, *last_state = nullptr, *saved = nullptr;
     void *chunk_states = nullptr, *chunk_decays = nullptr;
-    void* borders = nullptr;  // int64 (n_sequences + 1), or null where each row is one sequence
+    void* offsets = nullptr;  // int64 (n_sequences + 1), or null where each row is one sequence
     int64_t n_sequences = 0;
     // backward only
     Rows dy, du, ddelta, dz;
@@ -49,7 +49,7 @@ struct ConvArgs {
     int n_threads = 1;
     Rows x, y;
     void *weight = nullptr, *bias = nullptr, *initial_state = nullptr, *last_state = nullptr;
-    void* borders = nullptr;  // int64 (n_sequences + 1), or null where each row is one sequence
+    void* offsets = nullptr;  // int64 (n_sequences + 1), or null where each row is one sequence
     int64_t n_sequences = 0;
     // backward only
     Rows dy, dx;

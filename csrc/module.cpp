@@ -113,7 +113,7 @@ void bind_scan(nb::module_& m) {
     pointer(type, "saved", &ScanArgs::saved);
     pointer(type, "chunk_states", &ScanArgs::chunk_states);
     pointer(type, "chunk_decays", &ScanArgs::chunk_decays);
-    pointer(type, "borders", &ScanArgs::borders);
+    pointer(type, "offsets", &ScanArgs::offsets);
     pointer(type, "dlast_state", &ScanArgs::dlast_state);
     pointer(type, "dinitial_state", &ScanArgs::dinitial_state);
     pointer(type, "dA_parts", &ScanArgs::dA_parts);
@@ -138,7 +138,7 @@ void bind_conv(nb::module_& m) {
     pointer(type, "bias", &ConvArgs::bias);
     pointer(type, "initial_state", &ConvArgs::initial_state);
     pointer(type, "last_state", &ConvArgs::last_state);
-    pointer(type, "borders", &ConvArgs::borders);
+    pointer(type, "offsets", &ConvArgs::offsets);
     pointer(type, "dlast_state", &ConvArgs::dlast_state);
     pointer(type, "dinitial_state", &ConvArgs::dinitial_state);
     pointer(type, "dweight_parts", &ConvArgs::dweight_parts);

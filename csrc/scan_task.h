@@ -161,10 +161,10 @@ class Task {
     // Whether a sequence starts in a chunk: nothing passes through that.
     bool starts_in(int64_t other_chunk) const {
         const int64_t first = other_chunk * a.chunk, last = std::min(first + a.chunk, a.length);
-        if (!a.borders) return first == 0;
-        const auto* borders = static_cast<const int64_t*>(a.borders);
-        const auto* next = std::lower_bound(borders, borders + a.n_sequences, first);
-        return next < borders + a.n_sequences && *next < last;
+        if (!a.offsets) return first == 0;
+        const auto* offsets = static_cast<const int64_t*>(a.offsets);
+        const auto* next = std::lower_bound(offsets, offsets + a.n_sequences, first);
+        return next < offsets + a.n_sequences && *next < last;
     }
 
     // Of each block: the product of the decays of a chunk.

@@ -17,12 +17,12 @@ struct Piece {
 // The sequences, or parts of them, in steps [first, last) of a row. Empty sequences have none.
 template <typename Args>
 std::vector<Piece> pieces_of(const Args& a, int64_t row, int64_t first, int64_t last) {
-    if (!a.borders) return {{row, 0, a.length, first, last}};
-    const auto* borders = static_cast<const int64_t*>(a.borders);
+    if (!a.offsets) return {{row, 0, a.length, first, last}};
+    const auto* offsets = static_cast<const int64_t*>(a.offsets);
     std::vector<Piece> found;
-    int64_t s = std::upper_bound(borders, borders + a.n_sequences + 1, first) - borders - 1;
-    for (; s < a.n_sequences && borders[s] < last; s++) {
-        const int64_t begin = borders[s], end = borders[s + 1];
+    int64_t s = std::upper_bound(offsets, offsets + a.n_sequences + 1, first) - offsets - 1;
+    for (; s < a.n_sequences && offsets[s] < last; s++) {
+        const int64_t begin = offsets[s], end = offsets[s + 1];
         if (end > std::max(begin, first)) found.push_back({s, begin, end, std::max(begin, first), std::min(end, last)});
     }
     return found;

@@ -448,3 +448,31 @@ def test_it_learns():
         optimizer.step()
         losses.append((out.loss / out.n_tokens).item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_gradients_per_sample_of_a_loss_in_chunks(recompute, monkeypatch):
+    """torch.func refuses checkpoints, which keep nothing for it to differentiate."""
+    monkeypatch.setattr(language_model, "LOSS_CHUNK_ELEMENTS", 40)
+    model = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=9)).double()
+    model.activation_checkpointing = recompute
+    tokens = torch.randint(0, 9, (3, 1, 12))
+    weights = dict(model.named_parameters())
+
+    def loss(weights, sample):
+        return torch.func.functional_call(_Loss(model), {f"model.{k}": v for k, v in weights.items()}, (sample,))
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, tokens)
+    for i, sample in enumerate(tokens):
+        want = torch.autograd.grad(_Loss(model)(sample), list(weights.values()))
+        for (name, _), g in zip(weights.items(), want, strict=True):
+            torch.testing.assert_close(found[name][i], g)
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample):
+        return self.model.loss(sample[:, :-1], sample[:, 1:]).loss

@@ -87,11 +87,11 @@ void compare(const char* what, const char* isa, double got, double want, double 
     if (failures++ < 20) std::printf("%s on %s: %g, not %g\n", what, isa, got, want);
 }
 
-std::vector<int64_t> random_borders(int64_t length) {
-    std::vector<int64_t> borders{0, length};
-    for (int i = pick(0, 4); i > 0; i--) borders.push_back(pick(0, int(length)));
-    std::sort(borders.begin(), borders.end());
-    return borders;
+std::vector<int64_t> random_offsets(int64_t length) {
+    std::vector<int64_t> offsets{0, length};
+    for (int i = pick(0, 4); i > 0; i--) offsets.push_back(pick(0, int(length)));
+    std::sort(offsets.begin(), offsets.end());
+    return offsets;
 }
 
 struct Kernels {
@@ -121,8 +121,8 @@ void scan(const Kernels& kernels) {
     Tensor A = filled(own, d * n, 1, true), D = filled(own, d), bias = filled(own, d, 0.1), y(u.dtype, b * l * d);
     Tensor B = filled(selective_B ? any() : own, selective_B ? b * l * groups * n : d * n);
     Tensor C = filled(selective_C ? any() : own, selective_C ? b * l * groups * n : d * n);
-    const auto borders = random_borders(l);
-    const int64_t sequences = packed ? borders.size() - 1 : b;
+    const auto offsets = random_offsets(l);
+    const int64_t sequences = packed ? offsets.size() - 1 : b;
     Tensor initial = filled(own, sequences * d * n), last = initial;
 
     ScanArgs a;
@@ -145,7 +145,7 @@ void scan(const Kernels& kernels) {
     const int64_t tiles = (l + a.tile - 1) / a.tile, chunks = (l + a.chunk - 1) / a.chunk;
     Tensor saved(own, tiles * b * n * d), states(own, b * chunks * d * n), decays = states;
     a.saved = saved.data(), a.chunk_states = states.data(), a.chunk_decays = decays.data();
-    if (packed) a.borders = const_cast<int64_t*>(borders.data()), a.n_sequences = sequences;
+    if (packed) a.offsets = const_cast<int64_t*>(offsets.data()), a.n_sequences = sequences;
     kernels.scan_forward(a);
 
     const double tolerance = y.dtype == DType::bfloat16 ? 1e-2 : y.dtype == DType::float16 ? 2e-3 : 2e-4;
@@ -156,7 +156,7 @@ void scan(const Kernels& kernels) {
             for (int64_t t = 0, s = packed ? -1 : row; t < l; t++) {
                 bool starts = t == 0;
                 if (packed)
-                    while (s + 1 < sequences && borders[s + 1] <= t) s++, starts = true;
+                    while (s + 1 < sequences && offsets[s + 1] <= t) s++, starts = true;
                 const int64_t at = (row * l + t) * d + c, matrix = ((row * l + t) * groups + g) * n;
                 const double raw = delta.get(at) + bias.get(c), step = with_softplus ? softplus(raw) : raw;
                 double sum = 0;
@@ -193,8 +193,8 @@ void conv(const Kernels& kernels) {
     const int64_t d = pick(1, 70), l = pick(1, 100), k = pick(0, 1) ? 4 : pick(1, 7);
     const bool packed = pick(0, 1), with_silu = pick(0, 1), with_state = pick(0, 1);
     const int64_t b = packed ? 1 : pick(1, 3);
-    const auto borders = random_borders(l);
-    const int64_t sequences = packed ? borders.size() - 1 : b;
+    const auto offsets = random_offsets(l);
+    const int64_t sequences = packed ? offsets.size() - 1 : b;
     Tensor x = filled(dtype, b * l * d), y(dtype, b * l * d), weight = filled(own, k * d), bias = filled(own, d);
     Tensor initial = filled(dtype, sequences * (k - 1) * d), last = initial;
 
@@ -203,14 +203,14 @@ void conv(const Kernels& kernels) {
     a.chunk = pick(1, 40), a.n_threads = 3;
     a.x = rows(x, l, d), a.y = rows(y, l, d), a.weight = weight.data(), a.bias = bias.data();
     a.initial_state = with_state ? initial.data() : nullptr, a.last_state = last.data();
-    if (packed) a.borders = const_cast<int64_t*>(borders.data()), a.n_sequences = sequences;
+    if (packed) a.offsets = const_cast<int64_t*>(offsets.data()), a.n_sequences = sequences;
     kernels.conv_forward(a);
 
     const double tolerance = dtype == DType::bfloat16 ? 1e-2 : dtype == DType::float16 ? 2e-3 : 1e-5;
     for (int64_t row = 0; row < b; row++)
         for (int64_t t = 0, s = packed ? -1 : row, begin = 0; t < l; t++) {
             if (packed)
-                while (s + 1 < sequences && borders[s + 1] <= t) s++, begin = t;
+                while (s + 1 < sequences && offsets[s + 1] <= t) s++, begin = t;
             for (int64_t c = 0; c < d; c++) {
                 double sum = bias.get(c);
                 for (int64_t i = 0; i < k; i++) {

@@ -155,7 +155,7 @@ class Call:
         """Pass the offsets of packed sequences."""
         if cu_seqlens is not None:
             self.args.n_sequences = cu_seqlens.numel() - 1
-            self.pointers(borders=cu_seqlens.to("cpu", torch.int64).contiguous())
+            self.pointers(offsets=cu_seqlens.to("cpu", torch.int64).contiguous())
 
 
 _REASON = reason()  # asked once, so that torch.compile can trace `unavailable`

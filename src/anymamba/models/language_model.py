@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from anymamba.layers.derivatives import recomputed
 from anymamba.layers.norm import build_norm
 from anymamba.layers.parameters import WideParameters, without_decay
 from anymamba.layers.positions import LearnedPositions
@@ -181,11 +181,10 @@ class LanguageModel(nn.Module):
             before = None if state is None else state.positions
             embedded, where = self.positions(embedded, before, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         residual = self._residual(embedded)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         states = []
         for i, block in enumerate(self.blocks):
             inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens)
-            residual, new = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            residual, new = recomputed(block, *inputs) if self.activation_checkpointing else block(*inputs)
             states.append(new)
         return self.norm(residual), LanguageModelState(tuple(states), where)
 
@@ -258,11 +257,8 @@ class LanguageModel(nn.Module):
         if x.shape[0] <= size:
             loss = self._cross_entropy(x, labels)
         else:
-            parts = [
-                checkpoint(self._cross_entropy, *chunk, use_reentrant=False)
-                for chunk in zip(x.split(size), labels.split(size), strict=True)
-            ]
-            loss = torch.stack(parts).sum()
+            chunks = zip(x.split(size), labels.split(size), strict=True)
+            loss = torch.stack([recomputed(self._cross_entropy, *chunk) for chunk in chunks]).sum()
         return LossOutput(loss, (labels != -100).sum(), state)
 
     def _residual(self, embedded: Tensor) -> Tensor:
