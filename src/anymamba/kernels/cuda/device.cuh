@@ -113,6 +113,7 @@ DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0]
 // ------------------------------------------------------------------------------------------------ short floats
 
 DEVICE float bits_as_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 float_as_bits(float x) { return __float_as_uint(x); }
 DEVICE float half_as_float(u16 bits) {
     float r;
     asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
@@ -266,10 +267,14 @@ DEVICE float softplus_fast(float x) {
 }
 
 // The derivative of the softplus from its value: 1 - e^-value, by a series where that cancels.
+template <bool PRECISE>
 DEVICE float softplus_slope_fast(float value) {
-    float series = fmaf(value, 1.f / 120, -1.f / 24);
-    series = fmaf(series, value, 1.f / 6);
-    series = fmaf(series, value, -0.5f);
+    float series = -0.5f;
+    if constexpr (PRECISE) {
+        series = fmaf(value, 1.f / 120, -1.f / 24);
+        series = fmaf(series, value, 1.f / 6);
+        series = fmaf(series, value, -0.5f);
+    }
     series = fmaf(series, value, 1.f);
-    return value < 0.125f ? series * value : 1.f - exp2_fast(-LOG2_E * value);
+    return value < (PRECISE ? 0.125f : 0.02f) ? series * value : 1.f - exp2_fast(-LOG2_E * value);
 }

@@ -121,12 +121,12 @@ def _between(call: Call, kernel: str, n_threads: int) -> None:
     call.launch(plan.general("between", kernel, call.dtype), -(-n_threads // threads), threads)
 
 
-def _chunks(call: Call, block_channels: int, blocks_of_multiprocessor: int) -> int:
+def _chunks(call: Call, block_channels: int, blocks_of_multiprocessor: int, more: float) -> int:
     """Decide on chunks of time; returns the number of blocks of a chunk."""
     blocks_of_group = call.padded // block_channels
     n_blocks = call["batch"] * call["n_groups"] * blocks_of_group
     places = nvrtc.device(call.index).n_multiprocessors * blocks_of_multiprocessor
-    chunk, n_chunks = plan.chunks(call["length"], n_blocks, places)
+    chunk, n_chunks = plan.chunks(call["length"], n_blocks, places, more)
     call.set(blocks_of_group=blocks_of_group, chunk=chunk, n_chunks=n_chunks, n_parts=call["batch"] * n_chunks)
     return n_blocks
 
@@ -143,7 +143,7 @@ def _carry(call: Call) -> None:
 
 def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None:
     layout = layouts.forward
-    n_blocks = _chunks(call, layout.block_channels, layout.blocks)
+    n_blocks = _chunks(call, layout.block_channels, layout.blocks, plan.MORE_FORWARD)
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
         _fast_scan(call, layout, dtype, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
@@ -160,7 +160,7 @@ def _fast_scan(call: Call, layout: plan.Layout, dtype: torch.dtype, passage: int
 
 
 def _general_forward(call: Call) -> None:
-    n_blocks = _chunks(call, 32, 4)
+    n_blocks = _chunks(call, 32, 4, plan.MORE_FORWARD)
     _scratch_of_chunks(call)
     if call["n_chunks"] > 1:
         _general_scan(call, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
@@ -185,7 +185,7 @@ def _scratch_of_parts(call: Call, a: ScanArguments) -> None:
 
 
 def _general_backward(call: Call, a: ScanArguments) -> None:
-    n_blocks = _chunks(call, 32, 4)
+    n_blocks = _chunks(call, 32, 4, plan.MORE_BACKWARD)
     _scratch_of_chunks(call)
     if call["n_chunks"] > 1:
         _general_scan(call, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
@@ -205,7 +205,7 @@ def _general_backward(call: Call, a: ScanArguments) -> None:
 
 def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: torch.dtype) -> None:
     layout = layouts.backward
-    n_blocks = _chunks(call, layout.block_channels, layout.blocks)
+    n_blocks = _chunks(call, layout.block_channels, layout.blocks, plan.MORE_BACKWARD)
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
         _fast_scan(call, layouts.forward, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))

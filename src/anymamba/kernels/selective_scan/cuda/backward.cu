@@ -13,7 +13,9 @@
 //
 // A turn is a tile and a group of states; a round of it is a piece for each warp. Both runs come from warp 0 and go to the
 // last one, which so is always a little later, and never waits for long. AHEAD, the forward run of the next turn goes
-// along with the backward run of this one; it takes two copies of what a turn keeps.
+// along with the backward run of this one; it takes two sides of shared memory, which turns use in turn. The forward run
+// begins with the pieces with which the backward run ends: on every other use of a side their places are in the opposite
+// order, so that those are taken first that were left first.
 //
 // Launch: four lanes share the states of four channels, so that sums over channels are short. One block of 8 warps on a
 // multiprocessor: with all registers (255 a lane) a step keeps its tokens in them. Where shared memory is short, 4 warps
@@ -26,37 +28,47 @@ constexpr int ROW = TOKENS * BLOCK_CHANNELS;
 constexpr int UNITS_OF_ROW = ROW / VECTOR, UNITS_OF_MATRIX = TOKENS * GROUP / VECTOR;  // copies of 16 bytes
 constexpr int COPIES = (3 * UNITS_OF_ROW + 31) / 32;                                   // of a lane for a piece
 
-// Where a lane copies from: the rows of a tensor from the chunk's first token on; null where there is nothing.
+// Where a lane copies from: the rows of a tensor from the chunk's first token on.
 struct alignas(16) Source {
     const u8* from;
     int row, group;  // bytes from a token to the next, and from a group of states to the next
 };
 enum { FORWARD_RUN, BACKWARD_RUN };
 
+DEVICE Source read_source(const Source* from) {  // at once
+    const float4 v = *reinterpret_cast<const float4*>(from);
+    const u64 address = u64(float_as_bits(v.y)) << 32 | float_as_bits(v.x);
+    return {reinterpret_cast<const u8*>(address), int(float_as_bits(v.z)), int(float_as_bits(v.w))};
+}
+
 struct alignas(16) OfBlock {
     float exchange[WARPS][512];                // first, so that places in it are changed by bits
-    float entering[SIDES][PIECES - 1][PLANE];  // the state before pieces 1 and on; later its gradient
-    float saved[3][PLANE];                     // the state before piece 0
-    float d[SIDES][PIECES][ROW], w[SIDES][PIECES][ROW];  // see place_in_row
+    float between[SIDES][PIECES][PLANE];  // the state after a piece; later its gradient
+    float saved[4][PLANE];                // the state before the first piece; three turns want one
+    float d[SIDES * PIECES * ROW], w[SIDES * PIECES * ROW];  // see place_in_row
     float matrices[SIDES][PIECES][2][GROUP * TOKENS];    // B and C as (state, token)
-    float g[WARPS][ROW];
+    float g[WARPS * ROW];
     float bias[BLOCK_CHANNELS], D[BLOCK_CHANNELS];
     float dA[WARPS][PLANE];
     Source sources[2][COPIES][32];
     Element raw[WARPS][2][3 * ROW];  // of a piece: u, delta, B, C for the forward run and u, z, dy for the other
-    Barrier entered[SIDES][PIECES][STEPS];  // forward: the state before the piece is there
-    Barrier prepared[SIDES][PIECES];        // d, w, B and C of the piece are
-    Barrier left[SIDES][PIECES][STEPS];     // backward: the gradient of the state before the piece is there
-    Barrier finished[SIDES][PIECES];        // its place may be taken by the next turn
+    Barrier arrived[SIDES][PIECES][STEPS];   // forward: the state after the piece is there
+    Barrier prepared[SIDES][PIECES];         // d, w, B and C of the piece are
+    Barrier returned[SIDES][PIECES][STEPS];  // backward: the gradient of the state after the piece is there
+    Barrier finished[SIDES][PIECES];         // the piece's place may be taken
 };
 struct alignas(16) OfGroup {  // of states
     float rates[PLANE], leaving[PLANE];  // leaving: the gradient that leaves the tile
     Barrier left[STEPS];                 // it is there
 };
+// Where in its side a piece of a turn is.
+DEVICE int slot_of(u32 turn, int piece) { return turn / SIDES & 1 ? PIECES - 1 - piece : piece; }
+
 constexpr int SUMS = 3 * SAVED_EVERY * BLOCK_CHANNELS;  // y, du, ddelta of a tile, where there are several groups
 
-// (token, channel): an owner's channels of each token, moved on so that banks do not conflict.
-DEVICE int place_in_row(int t, int owner) { return (t * OWNERS + ((owner + 2 * t) & (OWNERS - 1))) * CHANNELS; }
+// Rows (token, channel): an owner's channels of token 0 are at `row`, a multiple of ROW, + owner * CHANNELS; those of others
+// in an order in which banks do not conflict.
+DEVICE int place_in_row(int row, int t) { return (row ^ (t * 2 * CHANNELS)) + t * BLOCK_CHANNELS; }
 
 // Sums over the lanes that share channels of values (token, channel): lane i of them gets those of token i.
 // `writes` and `reads` are where the lane's part of its own token is: other parts and tokens differ in two bits.
@@ -78,19 +90,23 @@ DEVICE void sum_to_owner(float (&out)[CHANNELS], const float (&values)[TOKENS][C
 
 KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     const Place at = place_of_block(p, BLOCK_CHANNELS, 0);
-    const int lane = threadIdx.x % 32, warp = shuffle(int(threadIdx.x / 32), 0);
+    int lane = threadIdx.x % 32;
+    keep(lane);
+    const int warp = shuffle(int(threadIdx.x / 32), 0);
     const int part = lane % SHARE, owner = lane / SHARE, c0 = owner * CHANNELS, my_count = at.count - c0;
     const int groups = groups_of(p), length = int(at.end - at.begin);
-    const int n_tiles = (length + SAVED_EVERY - 1) / SAVED_EVERY, n_turns = n_tiles * groups;
+    const int n_tiles = (length + SAVED_EVERY - 1) / SAVED_EVERY;
+    const u32 n_turns = n_tiles * groups;
     const i64 first_tile = at.begin / SAVED_EVERY, n_saved = (p.length + SAVED_EVERY - 1) / SAVED_EVERY;
-    const int final = at.end == p.length ? length - 1 : -1;  // the last token of the row, if it is here
+    // The first and the last token of the row, if they are here.
+    const int start = at.begin == 0 ? 0 : -1, final = at.end == p.length ? length - 1 : -1;
     const bool is_regular = p.aligned && at.count >= BLOCK_CHANNELS && p.states == p.d_state;
-    const int own = lane * CHANNELS, own_row = place_in_row(part, owner);  // in a step of a plane; of token `part`
+    const int own = lane * CHANNELS;  // in a step of a plane
 
     OfBlock& block = *reinterpret_cast<OfBlock*>(shared_memory());
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(&block + 1);
     float* sums = reinterpret_cast<float*>(of_groups + groups);
-    float *const exchange = &block.exchange[0][0], *const my_g = block.g[warp];
+    float *const exchange = &block.exchange[0][0], *const my_g = block.g;
     // In `exchange`: for sum_to_owner; where the lane puts values of its tokens for dB and dC, and where it adds them up.
     const int sum_writes = warp * 512 + owner * 16 + part * 4, sum_reads = sum_writes + part * 128;
     const int of_part = lane / 2 % 4, of_half = lane / 8 % 2, of_matrix = lane / 16;
@@ -106,15 +122,15 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     Element* const raw_backward = block.raw[warp][1];
 
     // ------------------------------------------------------------------------------------ copies from global memory
-    const Rows* const runs[2][4] = {{&p.u, &p.delta, &p.B, &p.C}, {&p.u, &p.z, &p.dy, nullptr}};
+    const Rows* const runs[2][4] = {{&p.u, &p.delta, &p.B, &p.C}, {&p.u, p.z.data ? &p.z : &p.dy, &p.dy, nullptr}};
     for (int i = threadIdx.x; i < 2 * COPIES * 32; i += THREADS) {
         const int run = i / (COPIES * 32), unit = i % (COPIES * 32), of_rows = run == FORWARD_RUN ? 2 : 3;
         const bool is_matrix = unit >= of_rows * UNITS_OF_ROW;
-        const int in = is_matrix ? unit - of_rows * UNITS_OF_ROW : unit;
-        const int which = is_matrix ? of_rows + in / UNITS_OF_MATRIX : in / UNITS_OF_ROW;
-        const int k = in % (is_matrix ? UNITS_OF_MATRIX : UNITS_OF_ROW), per_token = (is_matrix ? GROUP : BLOCK_CHANNELS) / VECTOR;
+        const int in = is_matrix ? unit - of_rows * UNITS_OF_ROW : unit, per_tensor = is_matrix ? UNITS_OF_MATRIX : UNITS_OF_ROW;
+        const int which = (is_matrix ? of_rows : 0) + in / per_tensor, k = in % per_tensor;
+        const int per_token = (is_matrix ? GROUP : BLOCK_CHANNELS) / VECTOR;
         Source source = {nullptr, 0, 0};
-        if (which < 4 && runs[run][which] && runs[run][which]->data) {
+        if (which < 4 && runs[run][which]) {
             const Rows& rows = *runs[run][which];
             source.row = int(rows.length) * int(sizeof(Element));
             source.from = start_of(rows, at, sizeof(Element), is_matrix) + k % per_token * 16 + k / per_token * source.row;
@@ -126,12 +142,12 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     const auto stage_edge = [&](Element* to, int run, int first, int tokens, int group) {
         for (int which = 0; which < 4; which++) {
             const Rows* rows = runs[run][which];
-            if (!rows || !rows->data) continue;
+            if (!rows) continue;
             const bool is_matrix = run == FORWARD_RUN && which > 1;
             const int columns = is_matrix ? int(p.d_state) - group * GROUP : at.count, row = int(rows->length) * int(sizeof(Element));
             const u8* from = start_of(*rows, at, sizeof(Element), is_matrix) + (is_matrix ? group * GROUP * int(sizeof(Element)) : 0);
             Element* into = to + (is_matrix ? 2 * ROW + (which - 2) * TOKENS * GROUP : which * ROW);
-            copy_elements(into, advance(from, first, row), row, tokens, columns, is_matrix ? GROUP : BLOCK_CHANNELS, lane);
+            copy_elements(into, advance(from, first, row), row, TOKENS, tokens, columns, is_matrix ? GROUP : BLOCK_CHANNELS, lane);
         }
     };
     const auto stage_piece = [&](Element* to, int run, int tile, int piece, int group) {
@@ -139,33 +155,36 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         if (is_regular && tokens >= TOKENS) {
 #pragma unroll
             for (int i = 0; i < COPIES; i++) {
-                const Source source = block.sources[run][i][lane];
+                if (i * 32 + lane >= 3 * UNITS_OF_ROW) continue;
+                const Source source = read_source(block.sources[run][i] + lane);
                 const u8* from = advance(source.from, first, source.row) + (ONE_GROUP ? 0 : group * source.group);
-                if (source.from) copy_16_bytes(to + (i * 32 + lane) * VECTOR, from);
+                copy_16_bytes(to + (i * 32 + lane) * VECTOR, from);
             }
         } else {
             stage_edge(to, run, first, tokens, group);
         }
     };
+    const auto tile_of = [&](u32 turn) { return ONE_GROUP ? int(turn) : int(turn / u32(groups)); };
+    const auto group_of = [&](u32 turn) { return ONE_GROUP ? 0 : int(turn % u32(groups)); };
     int around_forward = -1, around_backward = -1;  // sequences around the pieces that are staged
-    const auto stage_forward = [&](int turn, int round) {
+    const auto stage_forward = [&](u32 turn, u32 round) {
         if (turn >= n_turns) return;
-        const int tile = n_tiles - 1 - turn / groups, group = turn % groups, piece = round * WARPS + warp;
+        const int tile = n_tiles - 1 - tile_of(turn), group = group_of(turn), piece = round * WARPS + warp;
         stage_piece(raw_forward, FORWARD_RUN, tile, piece, group);
         if (piece == 0) {
             const i64 plane = (at.row * n_saved + first_tile + tile) * p.states + group * GROUP;
             const float* saved = reinterpret_cast<const float*>(p.saved) + plane * p.channels + at.padded;
             for (int i = lane; i < PLANE / CHANNELS; i += 32) {
                 const int n = i / OWNERS, c = i % OWNERS * CHANNELS;
-                copy_16_bytes(block.saved[turn % 3] + place_in_plane(n, c), saved + n * p.channels + c);
+                copy_16_bytes(block.saved[turn % 4] + place_in_plane(n, c), saved + n * p.channels + c);
             }
         }
         end_of_copies();
         if (options & IS_PACKED)
             around_forward = sequences_around(p, at.begin + tile * SAVED_EVERY + piece * TOKENS, TOKENS, lane);
     };
-    const auto stage_backward = [&](int turn, int round) {
-        const int tile = n_tiles - 1 - turn / groups, piece = PIECES - 1 - (round * WARPS + warp);
+    const auto stage_backward = [&](u32 turn, u32 round) {
+        const int tile = n_tiles - 1 - tile_of(turn), piece = PIECES - 1 - (round * WARPS + warp);
         stage_piece(raw_backward, BACKWARD_RUN, tile, piece, 0);
         end_of_copies();
         if (options & IS_PACKED)
@@ -180,7 +199,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     }
     for (int i = lane; i < PLANE; i += 32) block.dA[warp][i] = 0.f;
     constexpr int BARRIERS = SIDES * PIECES * (2 * STEPS + 2);
-    for (int i = threadIdx.x; i < BARRIERS; i += THREADS) start_barrier(&block.entered[0][0][0] + i);
+    for (int i = threadIdx.x; i < BARRIERS; i += THREADS) start_barrier(&block.arrived[0][0][0] + i);
     for (int i = threadIdx.x; i < groups * STEPS; i += THREADS) start_barrier(&of_groups[i / STEPS].left[i % STEPS]);
     if (warp == 0 && part == 0) {
         float v[CHANNELS];
@@ -195,13 +214,14 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     sync_block();
 
     // ------------------------------------------------------------------------------------ the state, forward
-    const auto run_forward = [&](int turn, int round, int around) {
-        const int tile = n_tiles - 1 - turn / groups, group = turn % groups, side = turn % SIDES;
+    const auto run_forward = [&](u32 turn, u32 round, int around) {
+        const int tile = n_tiles - 1 - tile_of(turn), group = group_of(turn), side = turn % SIDES;
         const int piece = round * WARPS + warp, first = tile * SAVED_EVERY + piece * TOKENS, tokens = length - first;
+        const int slot = slot_of(turn, piece), slot_before = slot_of(turn, max(piece - 1, 0));
         const u32 phase = turn / SIDES & 1;
-        float *my_d = block.d[side][piece], *my_w = block.w[side][piece];
-        float(*matrices)[GROUP * TOKENS] = block.matrices[side][piece];
-        wait(&block.finished[side][piece], phase ^ 1);
+        const int row = (side * PIECES + slot) * ROW + c0, own_row = place_in_row(row, part);
+        float(*matrices)[GROUP * TOKENS] = block.matrices[side][slot];
+        wait(&block.finished[side][slot], phase ^ 1);
         {
             float v[CHANNELS], u[CHANNELS], bias[CHANNELS];
             load(bias, block.bias + c0);
@@ -214,36 +234,39 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                 for (int s = 0; s < CHANNELS; s++) v[s] = softplus_fast<PRECISE>(v[s]);
             }
             if (part >= tokens) v[0] = v[1] = v[2] = v[3] = 0.f;
-            store(my_d + own_row, v);
+            store(block.d + own_row, v);
 #pragma unroll
             for (int s = 0; s < CHANNELS; s++) u[s] *= v[s];
-            store(my_w + own_row, u);
+            store(block.w + own_row, u);
             // B, then C: a lane for each state
-            const Element* row = raw_forward + 2 * ROW + lane / GROUP * TOKENS * GROUP + lane % GROUP;
+            const Element* from = raw_forward + 2 * ROW + lane / GROUP * TOKENS * GROUP + lane % GROUP;
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) {
                 float one[1];
-                read<DTYPE>(one, row + t * GROUP);
+                read<DTYPE>(one, from + t * GROUP);
                 v[t] = one[0];
             }
             store(&matrices[0][0] + lane * TOKENS, v);
         }
         sync_warp();
-        if (lane == 0) arrive(&block.prepared[side][piece]);
-        if (piece == PIECES - 1) return;  // its states are of no use
+        if (lane == 0) arrive(&block.prepared[side][slot]);
+        if (piece == PIECES - 1) {  // its states are of no use, but barriers want a phase for each use of a slot
+            if (lane < STEPS) arrive(&block.arrived[side][slot][lane]);
+            return;
+        }
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS];
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-            load(d[t], my_d + place_in_row(t, owner));
-            load(w[t], my_w + place_in_row(t, owner));
+            load(d[t], block.d + place_in_row(row, t));
+            load(w[t], block.w + place_in_row(row, t));
         }
         const float* rates = of_groups[group].rates + own;
-        const float* from = (piece == 0 ? block.saved[turn % 3] : block.entering[side][max(piece - 1, 0)]) + own;
-        float* to = block.entering[side][piece] + own;
-        const Boundaries edges = boundaries_of(p, around, tokens, TOKENS, at.begin + first, final - first, lane);
+        const float* from = (piece == 0 ? block.saved[turn % 4] : block.between[side][slot_before]) + own;
+        float* to = block.between[side][slot] + own;
+        const Boundaries edges = boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
         const auto steps = [&](auto with_edges) {
             constexpr bool EDGES = decltype(with_edges)::value;
-#pragma unroll (EDGES ? 1 : STEPS)
+#pragma unroll (EDGES ? 1 : 2)  // of 4: all of them would not fit the instructions' cache
             for (int j = 0; j < STEPS; j++) {
                 const int n = j * SHARE + part, place = j * 32 * CHANNELS;
                 float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
@@ -253,7 +276,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                 for (int t = 0; t < TOKENS; t++)
 #pragma unroll
                     for (int s = 0; s < CHANNELS; s++) a[t][s] = exp2_fast(d[t][s] * rate[s]);
-                if (piece > 0) wait(&block.entered[side][piece][j], phase);
+                if (piece > 0) wait(&block.arrived[side][slot_before][j], phase);
                 load(h, from + place);
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++) {
@@ -265,7 +288,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                 }
                 store(to + place, h);
                 sync_warp();
-                if (lane == 0) arrive(&block.entered[side][piece + 1][j]);
+                if (lane == 0) arrive(&block.arrived[side][slot][j]);
             }
         };
         if (edges.starts == 0) {
@@ -276,14 +299,16 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     };
 
     // ------------------------------------------------------------------------------------ its gradient, backward
-    const auto run_backward = [&](int turn, int round, int around) {
-        const int tile = n_tiles - 1 - turn / groups, group = turn % groups, side = turn % SIDES;
+    const auto run_backward = [&](u32 turn, u32 round, int around) {
+        const int tile = n_tiles - 1 - tile_of(turn), group = group_of(turn), side = turn % SIDES;
         const int piece = PIECES - 1 - (round * WARPS + warp), first = tile * SAVED_EVERY + piece * TOKENS;
         const int tokens = length - first;
+        const int slot = slot_of(turn, piece), slot_before = slot_of(turn, max(piece - 1, 0));
         const u32 phase = turn / SIDES & 1;
         const bool is_first = piece == 0, is_last = piece == PIECES - 1;
-        const float *my_d = block.d[side][piece], *my_w = block.w[side][piece];
-        const float(*matrices)[GROUP * TOKENS] = block.matrices[side][piece];
+        const int row = (side * PIECES + slot) * ROW + c0, row_of_g = warp * ROW + c0;
+        const int own_row = place_in_row(row, part), own_row_of_g = place_in_row(row_of_g, part);
+        const float(*matrices)[GROUP * TOKENS] = block.matrices[side][slot];
         OfGroup& of_group = of_groups[group];
         {
             float z[CHANNELS], v[CHANNELS];
@@ -293,29 +318,28 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
 #pragma unroll
                 for (int s = 0; s < CHANNELS; s++) v[s] *= z[s] * sigmoid_fast(z[s]);
             }
-            store(my_g + own_row, v);
+            store(my_g + own_row_of_g, v);
         }
         sync_warp();
-        wait(&block.prepared[side][piece], phase);
-        if (!is_first) wait(&block.entered[side][piece][STEPS - 1], phase);
+        wait(&block.prepared[side][slot], phase);
+        if (!is_first) wait(&block.arrived[side][slot_before][STEPS - 1], phase);
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS], g[TOKENS][CHANNELS];
         float y[TOKENS][CHANNELS], q[TOKENS][CHANNELS], r[TOKENS][CHANNELS];  // sums of C h, B e and x rate
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-            load(d[t], my_d + place_in_row(t, owner));
-            load(g[t], my_g + place_in_row(t, owner));
-            load(w[t], my_w + place_in_row(t, owner));
-#pragma unroll
-            for (int s = 0; s < CHANNELS; s++) y[t][s] = q[t][s] = r[t][s] = 0.f;
+            load(d[t], block.d + place_in_row(row, t));
+            load(g[t], my_g + place_in_row(row_of_g, t));
+            load(w[t], block.w + place_in_row(row, t));
         }
         const float* rates = of_group.rates + own;
-        const float* from = (is_first ? block.saved[turn % 3] : block.entering[side][max(piece - 1, 0)]) + own;
-        const float* from_after = (is_last ? of_group.leaving : block.entering[side][min(piece, PIECES - 2)]) + own;
-        float* to_before = (is_first ? of_group.leaving : block.entering[side][max(piece - 1, 0)]) + own;
-        const Barrier* left_after = is_last ? of_group.left : block.left[side][min(piece + 1, PIECES - 1)];
-        Barrier* left_before = is_first ? of_group.left : block.left[side][piece];
+        const float* from = (is_first ? block.saved[turn % 4] : block.between[side][slot_before]) + own;
+        const float* from_after = (is_last ? of_group.leaving : block.between[side][slot]) + own;
+        float* to_before = (is_first ? of_group.leaving : block.between[side][slot_before]) + own;
+        if (is_last && lane < STEPS) arrive(&block.returned[side][slot][lane]);  // as in the forward run
+        const Barrier* left_after = is_last ? of_group.left : block.returned[side][slot];
+        Barrier* left_before = is_first ? of_group.left : block.returned[side][slot_before];
         const u32 phase_after = is_last ? (n_tiles - tile) & 1 : phase;  // at first there is nothing to wait for
-        const Boundaries edges = boundaries_of(p, around, tokens, TOKENS, at.begin + first, final - first, lane);
+        const Boundaries edges = boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
         const u8* my_parts = advance(parts_of_block, (tile * PIECES + piece) * groups + group, 2 * GROUP * TOKENS * 4);
         float* my_dA = block.dA[warp] + own;
 
@@ -344,7 +368,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                             before[t][s] = h[s];
                             h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
                             after[t][s] = h[s];
-                            y[t][s] = fmaf(C[t], h[s], y[t][s]);
+                            y[t][s] = j == 0 ? C[t] * h[s] : fmaf(C[t], h[s], y[t][s]);
                         }
                     }
                     wait(left_after + j, phase_after);
@@ -354,13 +378,12 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                         if (EDGES && edges.ends >> t & 1)
                             read_states(dh, p.dlast_state, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
                                         group * GROUP + n);
-                        of_B[t] = 0.f;
 #pragma unroll
                         for (int s = 0; s < CHANNELS; s++) {
                             const float e = fmaf(C[t], g[t][s], dh[s]);
                             dh[s] = a[t][s] = e * a[t][s];
-                            of_B[t] = fmaf(e, w[t][s], of_B[t]);
-                            q[t][s] = fmaf(e, B[t], q[t][s]);
+                            of_B[t] = s == 0 ? e * w[t][s] : fmaf(e, w[t][s], of_B[t]);
+                            q[t][s] = j == 0 ? e * B[t] : fmaf(e, B[t], q[t][s]);
                         }
                         if (EDGES && edges.starts >> t & 1) {
                             const i64 sequence = sequence_at(p, at, around, t);
@@ -378,12 +401,11 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                     load(dA, my_dA + place);
 #pragma unroll
                     for (int t = 0; t < TOKENS; t++) {
-                        of_C[t] = 0.f;
 #pragma unroll
                         for (int s = 0; s < CHANNELS; s++) {
-                            of_C[t] = fmaf(g[t][s], after[t][s], of_C[t]);
+                            of_C[t] = s == 0 ? g[t][s] * after[t][s] : fmaf(g[t][s], after[t][s], of_C[t]);
                             const float x = a[t][s] * before[t][s];
-                            r[t][s] = fmaf(x, rate[s], r[t][s]);
+                            r[t][s] = j == 0 ? x * rate[s] : fmaf(x, rate[s], r[t][s]);
                             dA[s] = fmaf(x, d[t][s], dA[s]);
                         }
                     }
@@ -439,8 +461,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             float u[CHANNELS], of_d[CHANNELS], of_g[CHANNELS], D[CHANNELS], out[CHANNELS];
             load(D, block.D + c0);
             read<DTYPE>(u, raw);
-            load(of_d, my_d + own_row);
-            load(of_g, my_g + own_row);
+            load(of_d, block.d + own_row);
+            load(of_g, my_g + own_row_of_g);
             if (options & HAS_Z) {
                 float z[CHANNELS], dy[CHANNELS];
                 read<DTYPE>(z, raw + ROW);
@@ -462,13 +484,13 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
 #pragma unroll
             for (int s = 0; s < CHANNELS; s++) {
                 out[s] = fmaf(own_r[s], LN_2, u[s] * own_q[s]);
-                if (options & HAS_SOFTPLUS) out[s] *= softplus_slope_fast(of_d[s]);
+                if (options & HAS_SOFTPLUS) out[s] *= softplus_slope_fast<PRECISE>(of_d[s]);
                 dbias[s] += out[s];
             }
             write_some(p.ddelta.data + offset, is_regular, out, my_count);
         }
         sync_warp();
-        if (lane == 0) arrive(&block.finished[side][piece]);
+        if (lane == 0) arrive(&block.finished[side][slot]);
         if (groups > 1 && round == ROUNDS - 1) {  // the turn's last piece of this warp: another group's dA is next
             const i64 of_warp = (at.row * p.n_chunks + at.chunk) * WARPS + warp;
             float* kept = reinterpret_cast<float*>(p.dA_of_warps) + of_warp * p.states * p.channels + at.padded;
@@ -486,23 +508,25 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     stage_forward(0, 0);
     if constexpr (AHEAD) {
 #pragma unroll 1
-        for (int k = -ROUNDS; k < n_turns * ROUNDS; k++) {
-            const int ahead = k + ROUNDS, around = around_forward;
+        for (u32 k = 0; k < (n_turns + 1) * ROUNDS; k++) {
+            const u32 back = k - ROUNDS;
+            const bool is_back = k >= ROUNDS;
+            const int around = around_forward;
             wait_for_copies<0>();
             sync_warp();
-            if (k >= 0) stage_backward(k / ROUNDS, k % ROUNDS);
-            if (ahead < n_turns * ROUNDS) run_forward(ahead / ROUNDS, ahead % ROUNDS, around);
+            if (is_back) stage_backward(back / ROUNDS, back % ROUNDS);
+            if (k < n_turns * ROUNDS) run_forward(k / ROUNDS, k % ROUNDS, around);
             const int around_now = around_backward;
             wait_for_copies<0>();
             sync_warp();
-            stage_forward((ahead + 1) / ROUNDS, (ahead + 1) % ROUNDS);
-            if (k >= 0) run_backward(k / ROUNDS, k % ROUNDS, around_now);
+            stage_forward((k + 1) / ROUNDS, (k + 1) % ROUNDS);
+            if (is_back) run_backward(back / ROUNDS, back % ROUNDS, around_now);
         }
     } else {
 #pragma unroll 1
-        for (int turn = 0; turn < n_turns; turn++) {
+        for (u32 turn = 0; turn < n_turns; turn++) {
 #pragma unroll 1
-            for (int round = 0; round < ROUNDS; round++) {
+            for (u32 round = 0; round < ROUNDS; round++) {
                 const int around = around_forward;
                 wait_for_copies<0>();
                 sync_warp();
@@ -512,7 +536,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                 if (round + 1 < ROUNDS) stage_forward(turn, round + 1);
             }
 #pragma unroll 1
-            for (int round = 0; round < ROUNDS; round++) {
+            for (u32 round = 0; round < ROUNDS; round++) {
                 const int around = around_backward;
                 wait_for_copies<0>();
                 sync_warp();
@@ -536,7 +560,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             sum += groups == 1 ? block.dA[w][place] : kept[w * size + n * p.channels + c];
         dA[n * p.channels + c] = sum;
     }
-    float* parts = &block.entering[0][0][0];
+    float* parts = &block.between[0][0][0];
     store(parts + (warp * 32 + lane) * 2 * CHANNELS, dD);
     store(parts + (warp * 32 + lane) * 2 * CHANNELS + CHANNELS, dbias);
     sync_block();

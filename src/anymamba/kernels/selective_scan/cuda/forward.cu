@@ -17,14 +17,14 @@ struct alignas(16) OfWarp {
     float d_and_w[TOKENS * BLOCK_CHANNELS * 2];
 };
 struct alignas(16) OfGroup {  // of states, of one warp
-    float matrices[MATRICES][GROUP * TOKENS + 4 * 8];  // B and C as (state, token); see row_of_state
+    float matrices[MATRICES][GROUP * TOKENS + 4 * 4];  // B and C as (state, token); see row_of_state
     float carry[PLANE];                                // the state that leaves this warp's piece
     Barrier passed[STEPS];                             // it is there
     Element raw[2][MATRICES][TOKENS * GROUP];
 };
 
-// Every fourth state is moved on by 8 words, so that lanes with different states write to different banks.
-DEVICE int row_of_state(int n) { return n * TOKENS + n / 4 * 8; }
+// Every fourth state is moved on by 4 words, so that lanes with different states write to different banks.
+DEVICE int row_of_state(int n) { return n * TOKENS + n / 4 * 4; }
 
 // d and w of a piece in shared memory; four channels a lane.
 DEVICE void prepare(OfWarp& mine, int options, int stage, const float (&bias)[4], int tokens, bool full, int lane) {
@@ -57,15 +57,21 @@ DEVICE void prepare(OfWarp& mine, int options, int stage, const float (&bias)[4]
     }
 }
 
-// B and C of a piece as floats, (state, token); four states a lane.
+// B and C of a piece as floats, (state, token); half a warp each, a lane for each state.
 DEVICE void prepare_matrices(OfGroup& mine, int stage, int lane) {
+    const int m = lane / GROUP, n = lane % GROUP;
+    if (m >= MATRICES) return;
+    const Element* row = mine.raw[stage][m] + n;
 #pragma unroll
-    for (int i = lane; i < MATRICES * TOKENS * GROUP / 4; i += 32) {
-        const int m = i / (TOKENS * GROUP / 4), t = i / (GROUP / 4) % TOKENS, n = i % (GROUP / 4) * 4;
+    for (int t = 0; t < TOKENS; t += 4) {
         float v[4];
-        read<DTYPE>(v, &mine.raw[stage][0][i * 4]);
 #pragma unroll
-        for (int k = 0; k < 4; k++) mine.matrices[m][row_of_state(n) + k * TOKENS + t] = v[k];
+        for (int k = 0; k < 4; k++) {
+            float one[1];
+            read<DTYPE>(one, row + (t + k) * GROUP);
+            v[k] = one[0];
+        }
+        store(&mine.matrices[m][row_of_state(n) + t], v);
     }
 }
 
@@ -82,7 +88,9 @@ DEVICE void save(float* to, const float (&h)[TOGETHER * CHANNELS], const Paramet
 
 KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const Place at = place_of_block(p, BLOCK_CHANNELS, PASS == REVERSE);
-    const int lane = threadIdx.x % 32, warp = shuffle(int(threadIdx.x / 32), 0);
+    int lane = threadIdx.x % 32;
+    keep(lane);
+    const int warp = shuffle(int(threadIdx.x / 32), 0);
     const int part = lane % SHARE, c0 = lane / SHARE * CHANNELS, my_count = at.count - c0;
     const int groups = groups_of(p), length = int(at.end - at.begin), n_tiles = (length + TILE - 1) / TILE;
 
@@ -157,7 +165,7 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             for (int g = 0; g < (is_matrix ? groups : 1); g++) {
                 const u8* from = start_of(*rows, at, sizeof(Element), is_matrix) + g * GROUP * int(sizeof(Element));
                 copy_elements(is_matrix ? my_groups[g].raw[into][which - 3] : mine.raw[into][which],
-                              advance(from, tile + offset, row_of(*rows)), row_of(*rows), tokens,
+                              advance(from, tile + offset, row_of(*rows)), row_of(*rows), TOKENS, tokens,
                               is_matrix ? int(p.d_state) - g * GROUP : at.count, is_matrix ? GROUP : BLOCK_CHANNELS, lane);
             }
         }
@@ -194,7 +202,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     for (int s = 0; s < CHANNELS; s++) total[s] = 0.f;
     sync_block();
 
-    const int final = at.end == p.length ? length - 1 : -1;  // the last token of the row, if it is here
+    // The first and the last token of the row, if they are here.
+    const int start = at.begin == 0 ? 0 : -1, final = at.end == p.length ? length - 1 : -1;
 
 #pragma unroll 1
     for (int k = 0; k < n_tiles; k++, tile += DIRECTION) {
@@ -219,7 +228,7 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             }
         }
         const u32 parity = (warp == 0 ? k + 1 : k) & 1;  // the first warp of the first tile waits for nobody
-        const Boundaries edges = boundaries_of(p, around, tokens, TOKENS, at.begin + first, final - first, lane);
+        const Boundaries edges = boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
         const bool saving = PASS == FORWARD && p.saved && first % SAVED_EVERY == 0 && tokens > 0;
         float* saved = reinterpret_cast<float*>(p.saved);
         if (saving) {

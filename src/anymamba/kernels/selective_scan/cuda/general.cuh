@@ -28,6 +28,12 @@ DEVICE R delta_at(const Parameters& p, const Place& at, i64 token, int lane) {
     return p.softplus ? softplus(raw) : raw;
 }
 
+// The sequences that start and end inside a tile.
+DEVICE Boundaries boundaries_of_tile(const Parameters& p, int around, i64 first, int tokens, int lane) {
+    const i64 end = p.length - 1 - first;
+    return boundaries_of(p.sequence_of, around, tokens, TILE, first == 0 ? 0 : -1, end < TILE ? int(end) : -1, lane);
+}
+
 // The gradient of the scan's own output, before the gate.
 DEVICE R dscan_at(const Parameters& p, const Place& at, i64 token, int lane) {
     const R dy = element(p.dy, at, token, lane);

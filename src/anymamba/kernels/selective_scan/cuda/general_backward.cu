@@ -81,7 +81,7 @@ KERNEL(THREADS, 1) scan_backward(PARAMETER Parameters p) {
             if (k + 1 < n_tiles) prepare(block, p, at, first, tokens, lane, warp);
             sync_block();
             const int around = sequences_around(p, first, TILE, lane);
-            const Boundaries edges = boundaries_of(p, around, tokens, TILE, first, p.length - 1 - first, lane);
+            const Boundaries edges = boundaries_of_tile(p, around, first, tokens, lane);
             for (i64 slab = warp * SLAB; slab < p.d_state; slab += WARPS * SLAB) {
                 const States own = states_of(p, at, slab, lane);
                 T h[SLAB];
@@ -101,7 +101,7 @@ KERNEL(THREADS, 1) scan_backward(PARAMETER Parameters p) {
             prepare(block, p, at, first, tokens, lane, warp);
             sync_block();
             const int around = sequences_around(p, first, TILE, lane);
-            const Boundaries edges = boundaries_of(p, around, tokens, TILE, first, p.length - 1 - first, lane);
+            const Boundaries edges = boundaries_of_tile(p, around, first, tokens, lane);
             for (i64 slab = warp * SLAB; slab < p.d_state; slab += WARPS * SLAB) {
                 const States own = states_of(p, at, slab, lane);
                 T h[SLAB], dh[SLAB], dA[SLAB], dB[SLAB], dC[SLAB];

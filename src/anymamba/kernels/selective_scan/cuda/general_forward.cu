@@ -32,7 +32,7 @@ KERNEL(THREADS, 1) scan(PARAMETER Parameters p) {
         }
         sync_block();
         const int around = sequences_around(p, first, TILE, lane);
-        const Boundaries edges = boundaries_of(p, around, tokens, TILE, first, p.length - 1 - first, lane);
+        const Boundaries edges = boundaries_of_tile(p, around, first, tokens, lane);
 
         for (i64 slab = warp * SLAB; slab < p.d_state; slab += WARPS * SLAB) {
             States own = states_of(p, at, slab, lane);

@@ -85,18 +85,17 @@ DEVICE int sequences_around(const Parameters& p, i64 first, int tokens, int lane
     const i64 t = first - 1 + lane;
     return p.sequence_of && lane <= tokens + 1 && t >= 0 && t < p.length ? p.sequence_of[t] : -1;
 }
-// The others are for rows that are one sequence: its first and last token, counted from the piece's.
-DEVICE Boundaries boundaries_of(const Parameters& p, int sequences, int valid, int tokens, i64 first_of_row,
-                                i64 last_of_row, int lane) {
+// Where each row is one sequence, `start` and `end` are its first and last token, counted from the piece's first one.
+DEVICE Boundaries boundaries_of(bool is_packed, int sequences, int valid, int tokens, int start, int end, int lane) {
     Boundaries found;
-    if (p.sequence_of) {
+    if (is_packed) {
         const int next = shuffle(sequences, lane + 1);
         const u32 changes = ballot(lane <= tokens && sequences != next);
         const u32 inside = valid >= tokens ? (1u << tokens) - 1 : valid <= 0 ? 0u : (1u << valid) - 1;
         found.starts = changes & inside, found.ends = changes >> 1 & inside;
     } else {
-        found.starts = first_of_row == 0;
-        found.ends = last_of_row >= 0 && last_of_row < tokens ? 1u << last_of_row : 0u;
+        found.starts = start == 0;
+        found.ends = u32(end) < u32(tokens) ? 1u << end : 0u;
     }
     return found;
 }

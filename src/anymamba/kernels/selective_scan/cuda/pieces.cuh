@@ -36,9 +36,10 @@ DEVICE void load(float (&out)[count], const float* in) { read<FLOAT32>(out, in);
 template <int count>
 DEVICE void store(float* out, const float (&in)[count]) { write<FLOAT32>(out, in); }
 
-// A piece of a tensor, (TOKENS, row): those that are not aligned or reach over an edge, with zeros there.
-CALLED void copy_elements(Element* shared, const u8* start, int row_bytes, int tokens, int columns, int row, int lane) {
-    for (int i = lane; i < TOKENS * row; i += 32) {
+// A part of a tensor, (all, row), that is not aligned or reaches over an edge: zeros from `tokens` and `columns` on.
+CALLED void copy_elements(Element* shared, const u8* start, int row_bytes, int all, int tokens, int columns, int row,
+                          int lane) {
+    for (int i = lane; i < all * row; i += 32) {
         const int t = i / row, c = i % row;
         const Element* from = reinterpret_cast<const Element*>(start + i64(t) * row_bytes) + c;
         shared[i] = t < tokens && c < columns ? *from : Element(0);

@@ -29,6 +29,9 @@ LARGEST_STATE = 64
 
 LONGEST_CHUNK = 1 << 30
 
+MORE_FORWARD, MORE_BACKWARD = 0.6, 0.25
+"""What the first phase of chunks costs, in parts of the whole."""
+
 
 class Layout(NamedTuple):
     """How a fast kernel's blocks are laid out: see pieces.cuh."""
@@ -65,8 +68,9 @@ class Layouts(NamedTuple):
     """Of backward.cu: whether the forward run of the next tile goes along with the backward run of this one."""
 
 
-# Those that were fastest on an H100 at the shapes of benchmarks/gpu.py; the second for less shared memory.
+# Those that were fastest on an H100 at the shapes of benchmarks/gpu.py; the others for less shared memory.
 CHOICES = (
+    Layouts(Layout(2, 2, 1, tokens=8, warps=8, blocks=2), Layout(4, 4, 1, tokens=4, warps=8, blocks=1), ahead=True),
     Layouts(Layout(2, 2, 1, tokens=8, warps=4, blocks=3), Layout(4, 4, 1, tokens=4, warps=8, blocks=1), ahead=True),
     Layouts(Layout(2, 2, 1, tokens=8, warps=4, blocks=3), Layout(4, 4, 1, tokens=4, warps=4, blocks=2), ahead=False),
 )
@@ -107,13 +111,21 @@ def padded_states(a: ScanArguments) -> int:
     return -(-a.d_state // GROUP) * GROUP if layouts(a) else a.d_state
 
 
-def chunks(length: int, n_blocks: int, places: int) -> tuple[int, int]:
-    """Tokens of a chunk and how many chunks: one unless that leaves most of the places for blocks empty.
+@cache
+def chunks(length: int, n_blocks: int, places: int, more: float) -> tuple[int, int]:
+    """Tokens of a chunk and how many chunks: what takes the least time on a machine with so many places for blocks.
 
-    Several cost a pass more over all chunks but one, which is worth it where they run on an otherwise idle machine.
+    A block's time is that of its tokens and of starting, about a tile's; `more` is what all chunks but one cost on top, a
+    part of the whole work. Blocks come in waves that fill the places.
     """
-    wanted = max(1, min(places // max(n_blocks, 1), length // 256))
-    wanted = max(wanted, -(-length // LONGEST_CHUNK))
+
+    def cost(n: int) -> float:
+        waves = -(-n * n_blocks // places)
+        tokens = -(-length // (n * SAVED_EVERY)) * SAVED_EVERY
+        return waves * (tokens + SAVED_EVERY) * (1 + more * (n - 1) / n)
+
+    most = max(1, min(length // (2 * SAVED_EVERY), 8 * places // n_blocks))
+    wanted = max(min(range(1, most + 1), key=cost), -(-length // LONGEST_CHUNK))
     chunk = -(-length // (wanted * SAVED_EVERY)) * SAVED_EVERY
     return chunk, -(-length // chunk)
 
@@ -138,7 +150,7 @@ def shared_of_forward(layout: Layout, dtype: torch.dtype, states: int, passage: 
     width, channels = dtype.itemsize, layout.block_channels
     steps = GROUP // layout.share // layout.together
     of_warp = layout.tokens * channels * (2 * inputs * width + 8)
-    of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 128) + GROUP * channels * 4 + steps * 8
+    of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 64) + GROUP * channels * 4 + steps * 8
     return states * channels * 4 + layout.warps * (of_warp + states // GROUP * of_group)
 
 
@@ -146,7 +158,7 @@ def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: b
     """Bytes of shared memory of backward.cu: OfBlock, OfGroup and sums."""
     width, channels, steps, groups = dtype.itemsize, layout.block_channels, GROUP // layout.share, states // GROUP
     pieces, row, plane, sides = SAVED_EVERY // layout.tokens, layout.tokens * channels, GROUP * channels, 1 + ahead
-    floats = (sides * (pieces - 1) + 3) * plane + sides * pieces * 2 * (row + GROUP * layout.tokens) + 2 * channels
+    floats = (sides * pieces + 4) * plane + sides * pieces * 2 * (row + GROUP * layout.tokens) + 2 * channels
     floats += layout.warps * (row + 512 + plane)
     copies = -(-3 * row * width // 16 // 32)
     of_block = 4 * floats + 2 * copies * 32 * 16 + layout.warps * 2 * 3 * row * width
