@@ -59,12 +59,10 @@ def segment_decays(A: Tensor, step: Tensor, starts: Places | None, *, reverse: b
         starts: where packed sequences start, which leave nothing.
         reverse: what each segment leaves of a gradient, whose steps are its own but the first and the next one's first.
     """
-    n_segments = step.shape[1]
-    if n_segments == 1:
+    if step.shape[1] == 1:
         return None
-    total = step.sum(0)
+    total = step[1:].sum(0) if reverse else step.sum(0)
     if reverse:
-        total = step[1:].sum(0)
         total[:-1] += step[0, 1:]
     decays = torch.exp(total * A)
     if starts is not None:
