@@ -51,6 +51,7 @@ template <typename T>
 DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 template <typename T>
 DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE int first_bit(u32 bits) { return __ffs(int(bits)) - 1; }
 DEVICE u32 ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 
 // p + a * b, of numbers that are not negative: one instruction, if the compiler may not widen a.

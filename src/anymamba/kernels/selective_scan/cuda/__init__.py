@@ -147,7 +147,6 @@ def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
         _fast_scan(call, layout, dtype, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
-        _carry(call)
     _fast_scan(call, layout, dtype, plan.FORWARD, n_blocks * call["n_chunks"])
 
 
@@ -209,7 +208,6 @@ def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: t
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
         _fast_scan(call, layouts.forward, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
-        _carry(call)
     _scratch_of_parts(call, a)
     n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
     n_units = a.batch * n_pieces * call["states"] * 2

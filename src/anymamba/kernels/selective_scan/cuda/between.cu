@@ -64,10 +64,7 @@ KERNEL(THREADS, 1) carry(PARAMETER Parameters p) {
             const i64 chunk = reverse ? p.n_chunks - 1 - k0 - k : k0 + k;
             states[chunk * size] = h;
             if (k0 + k >= p.n_chunks - 1) continue;
-            // Nothing passes through a chunk in which a sequence starts, or, backwards, ends.
-            const i64 from = chunk * p.chunk - (reverse ? 0 : 1), to = from + p.chunk;
-            bool through = from >= 0 && to < p.length;
-            if (through && p.sequence_of) through = p.sequence_of[from] == p.sequence_of[to];
+            const bool through = reverse ? passes_through<true>(p, chunk) : passes_through<false>(p, chunk);
             h = through ? leaving[k] + (reverse ? conjugate(decay[k]) : decay[k]) * h : leaving[k];
         }
     }

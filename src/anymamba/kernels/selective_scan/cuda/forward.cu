@@ -7,7 +7,8 @@
 //
 // Notation. d = delta after the softplus, w = d u, a = exp(d A), h the state; a = 2^(d rate).
 //
-// Launch: WARPS * TOKENS tokens a tile; two lanes share the states of two channels, and a piece has 8 tokens.
+// Launch: WARPS warps or fewer, as many tokens a tile as these have; two lanes share the states of two channels, and a
+// piece has 8 tokens. Eight warps; four where there is little to do, for twice as many blocks.
 #include "pieces.cuh"
 
 constexpr int INPUTS = PASS == SUMMARY ? 2 : 3, MATRICES = PASS == FORWARD ? 2 : 1;
@@ -25,6 +26,11 @@ struct alignas(16) OfGroup {  // of states, of one warp
 
 // Every fourth state is moved on by 4 words, so that lanes with different states write to different banks.
 DEVICE int row_of_state(int n) { return n * TOKENS + n / 4 * 4; }
+// Of the lane's j-th state: the same, with what is known to the compiler apart.
+DEVICE int row_of_step(int j, int part) {
+    static_assert(4 % SHARE == 0, "");
+    return row_of_state(j * SHARE) + part * TOKENS;
+}
 
 // d and w of a piece in shared memory; four channels a lane.
 DEVICE void prepare(OfWarp& mine, int options, int stage, const float (&bias)[4], int tokens, bool full, int lane) {
@@ -91,24 +97,25 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     int lane = threadIdx.x % 32;
     keep(lane);
     const int warp = shuffle(int(threadIdx.x / 32), 0);
+    const int warps = int(blockDim.x / 32), tile_tokens = warps * TOKENS;
     const int part = lane % SHARE, c0 = lane / SHARE * CHANNELS, my_count = at.count - c0;
-    const int groups = groups_of(p), length = int(at.end - at.begin), n_tiles = (length + TILE - 1) / TILE;
+    const int groups = groups_of(p), length = int(at.end - at.begin), n_tiles = (length + tile_tokens - 1) / tile_tokens;
 
     float* rates = reinterpret_cast<float*>(shared_memory());  // a plane for each group
     OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
-    OfGroup* of_groups = reinterpret_cast<OfGroup*>(of_warps + WARPS);
+    OfGroup* of_groups = reinterpret_cast<OfGroup*>(of_warps + warps);
     OfWarp& mine = of_warps[warp];
     OfGroup* my_groups = of_groups + warp * groups;
-    OfGroup* last_groups = of_groups + (WARPS - 1) * groups;
-    const OfGroup* from_groups = of_groups + (warp == 0 ? WARPS - 1 : warp - 1) * groups;
+    OfGroup* last_groups = of_groups + (warps - 1) * groups;
+    const OfGroup* from_groups = of_groups + (warp == 0 ? warps - 1 : warp - 1) * groups;
 
     const Rows &input = PASS == REVERSE ? p.dy : p.u, &matrix = PASS == REVERSE ? p.C : p.B;
     const int options = options_of(p), row_of_y = int(p.y.length) * int(sizeof(Element));
     const u8* start_y = p.y.data + (at.row * p.y.batch + at.begin * p.y.length + at.channel + c0) * i64(sizeof(Element));
 
     // Tokens are counted from the chunk's start: `tile` is the first of a tile, `offset` + tile that of the warp's piece.
-    constexpr int DIRECTION = PASS == REVERSE ? -TILE : TILE;
-    const int offset = (PASS == REVERSE ? WARPS - 1 - warp : warp) * TOKENS;
+    const int direction = PASS == REVERSE ? -tile_tokens : tile_tokens;
+    const int offset = (PASS == REVERSE ? warps - 1 - warp : warp) * TOKENS;
     const bool is_regular = p.aligned && at.count >= BLOCK_CHANNELS && p.states == p.d_state;
 
     // ------------------------------------------------------------------------------------ copies from global memory
@@ -181,17 +188,16 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         end_of_copies();
         if (options & IS_PACKED) sequences = sequences_around(p, at.begin + tile + offset, TOKENS, lane);
     };
-    int tile = PASS == REVERSE ? (n_tiles - 1) * TILE : 0;
+    int tile = PASS == REVERSE ? (n_tiles - 1) * tile_tokens : 0;
     stage_piece(tile, 0);
 
     const i64 scratch = ((at.row * p.n_chunks + at.chunk) * p.states) * p.channels + at.padded;
-    const float* arriving = reinterpret_cast<const float*>(p.chunk_states) + scratch;
-    for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
+    for (int i = threadIdx.x; i < groups * PLANE; i += blockDim.x) {
         const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, g = n / GROUP, place = place_in_plane(n % GROUP, c);
         rates[g * PLANE + place] = rate_of(p, at, n, c);
-        last_groups[g].carry[place] = PASS == FORWARD && p.n_chunks > 1 ? arriving[n * p.channels + c] : 0.f;
+        last_groups[g].carry[place] = PASS == FORWARD ? arrival<false>(p, at, n, c) : 0.f;
     }
-    for (int i = threadIdx.x; i < WARPS * groups * STEPS; i += THREADS)
+    for (int i = threadIdx.x; i < warps * groups * STEPS; i += blockDim.x)
         start_barrier(&of_groups[i / STEPS].passed[i % STEPS]);
 
     float bias[4], D[CHANNELS], total[CHANNELS];
@@ -206,7 +212,7 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const int start = at.begin == 0 ? 0 : -1, final = at.end == p.length ? length - 1 : -1;
 
 #pragma unroll 1
-    for (int k = 0; k < n_tiles; k++, tile += DIRECTION) {
+    for (int k = 0; k < n_tiles; k++, tile += direction) {
         const int staged = k & 1, first = tile + offset, tokens = length - first, around = sequences;
         const bool full = is_regular && tokens >= TOKENS;
         wait_for_copies<0>();
@@ -214,7 +220,7 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         prepare(mine, options, staged, bias, tokens, full, lane);
         for (int g = 0; g < groups; g++) prepare_matrices(my_groups[g], staged, lane);
         sync_warp();
-        if (k + 1 < n_tiles) stage_piece(tile + DIRECTION, staged ^ 1);
+        if (k + 1 < n_tiles) stage_piece(tile + direction, staged ^ 1);
 
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS], y[TOKENS * CHANNELS];
 #pragma unroll
@@ -237,7 +243,18 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         }
 
         const int own = lane * TOGETHER * CHANNELS;  // in a step of a plane
-        if ((edges.starts | edges.ends) == 0) {
+        const int first_token = only(edges.starts), last_token = only(edges.ends);  // where there is at most one
+        const auto steps = [&](auto with_edges) {
+            constexpr bool EDGE = decltype(with_edges)::EDGES == 1;
+            States<CHANNELS> entering{}, leaving{};
+            if constexpr (EDGE) {
+                const u8* given = PASS == REVERSE ? p.dlast_state : p.initial_state;
+                const int enters = PASS == REVERSE ? last_token : first_token;
+                const i64 sequence = sequence_at(p, at, around, max(enters, 0)), last = sequence_at(p, at, around, max(last_token, 0));
+                entering = states_of<CHANNELS>(enters < 0 ? nullptr : given, p, sequence, at.channel + c0, my_count, part);
+                if (PASS == FORWARD)
+                    leaving = states_of<CHANNELS>(last_token < 0 ? nullptr : p.last_state, p, last, at.channel + c0, my_count, part);
+            }
 #pragma unroll 1
             for (int g = 0; g < groups; g++) {
                 const OfGroup& from = from_groups[g];
@@ -250,11 +267,16 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                     load(rate, rates + g * PLANE + place);
 #pragma unroll
                     for (int j = 0; j < TOGETHER; j++) {
-                        load(B[j], &to.matrices[0][row_of_state((i * TOGETHER + j) * SHARE + part)]);
+                        load(B[j], &to.matrices[0][row_of_step(i * TOGETHER + j, part)]);
 #pragma unroll
                         for (int t = 0; t < TOKENS; t++)
 #pragma unroll
                             for (int s = 0; s < CHANNELS; s++) a[j][t][s] = exp2_fast(d[t][s] * rate[j * CHANNELS + s]);
+                    }
+                    float given[TOGETHER][CHANNELS], last[TOGETHER][CHANNELS];
+                    if constexpr (EDGE) {
+#pragma unroll
+                        for (int j = 0; j < TOGETHER; j++) entering.read(given[j], g * GROUP + (i * TOGETHER + j) * SHARE);
                     }
                     wait(&from.passed[i], parity);
                     load(h, &from.carry[place]);
@@ -267,9 +289,12 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
 #pragma unroll
                             for (int s = 0; s < CHANNELS; s++) {
                                 float& now = h[j * CHANNELS + s];
+                                if (EDGE && t == (PASS == REVERSE ? last_token : first_token)) now = given[j][s];
                                 now = PASS == REVERSE ? a[j][t][s] * fmaf(B[j][t], w[t][s], now)
                                                       : fmaf(a[j][t][s], now, w[t][s] * B[j][t]);
                                 a[j][t][s] = now;
+                                if (EDGE && PASS == REVERSE && t == first_token) now = 0.f;
+                                if (EDGE && PASS == FORWARD && t == last_token) last[j][s] = now;
                             }
                     }
                     store(&to.carry[place], h);
@@ -278,8 +303,9 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                     if constexpr (PASS == FORWARD) {
 #pragma unroll
                         for (int j = 0; j < TOGETHER; j++) {
+                            if (EDGE) leaving.write(last[j], g * GROUP + (i * TOGETHER + j) * SHARE);
                             float C[TOKENS];
-                            load(C, &to.matrices[MATRICES - 1][row_of_state((i * TOGETHER + j) * SHARE + part)]);
+                            load(C, &to.matrices[MATRICES - 1][row_of_step(i * TOGETHER + j, part)]);
 #pragma unroll
                             for (int t = 0; t < TOKENS; t++)
 #pragma unroll
@@ -289,7 +315,12 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                     }
                 }
             }
-        } else {  // sequences start or end here
+        };
+        if ((edges.starts | edges.ends) == 0) {
+            steps(None());
+        } else if (at_most_one(edges.starts) && at_most_one(edges.ends)) {
+            steps(One());
+        } else {
 #pragma unroll 1
             for (int i = 0; i < groups * STEPS; i++) {
                 OfGroup& to = my_groups[i / STEPS];
@@ -300,8 +331,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                 for (int j = 0; j < TOGETHER; j++) {
                     const int of_group = (i % STEPS * TOGETHER + j) * SHARE, n = i / STEPS * GROUP + of_group + part;
                     float rate[CHANNELS], h[CHANNELS], B[TOKENS], C[TOKENS];
-                    load(B, &to.matrices[0][row_of_state(of_group + part)]);
-                    load(C, &to.matrices[MATRICES - 1][row_of_state(of_group + part)]);
+                    load(B, &to.matrices[0][row_of_state(of_group) + part * TOKENS]);
+                    load(C, &to.matrices[MATRICES - 1][row_of_state(of_group) + part * TOKENS]);
                     load(rate, rates + i / STEPS * PLANE + place + j * CHANNELS);
                     load(h, &from.carry[place + j * CHANNELS]);
                     if (saving) store(saved + (n - part) * p.channels, h);
@@ -380,10 +411,10 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         sync_block();
         float *states = reinterpret_cast<float*>(p.chunk_states) + scratch;
         float *decays = reinterpret_cast<float*>(p.chunk_decays) + scratch;
-        for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
+        for (int i = threadIdx.x; i < groups * PLANE; i += blockDim.x) {
             const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, g = n / GROUP, place = place_in_plane(n % GROUP, c);
             float sum = 0.f;
-            for (int k = 0; k < WARPS; k++) sum += of_warps[k].d_and_w[c];
+            for (int k = 0; k < warps; k++) sum += of_warps[k].d_and_w[c];
             states[n * p.channels + c] = last_groups[g].carry[place];
             decays[n * p.channels + c] = exp2_fast(sum * rates[g * PLANE + place]);
         }

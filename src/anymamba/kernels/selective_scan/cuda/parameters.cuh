@@ -69,6 +69,14 @@ DEVICE Place place_of_block(const Parameters& p, int block_channels, int first_c
     return at;
 }
 
+// Whether a state passes through a chunk: no sequence starts in it or, backwards, ends.
+template <bool BACKWARD>
+DEVICE bool passes_through(const Parameters& p, i64 chunk) {
+    const i64 from = chunk * p.chunk - (BACKWARD ? 0 : 1), to = from + p.chunk;
+    if (from < 0 || to >= p.length) return false;
+    return !p.sequence_of || p.sequence_of[from] == p.sequence_of[to];
+}
+
 // The first element of a tensor's row at the start of the chunk, for the block's channels or for its group.
 DEVICE const u8* start_of(const Rows& rows, const Place& at, int element_size, bool of_group) {
     const i64 index = at.row * rows.batch + at.begin * rows.length + (of_group ? at.group * rows.group : at.channel);

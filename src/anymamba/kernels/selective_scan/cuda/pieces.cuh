@@ -23,12 +23,15 @@ static_assert(SAVED_EVERY % TOKENS == 0 && TOKENS % SHARE == 0, "");
 
 DEVICE int groups_of(const Parameters& p) { return ONE_GROUP ? 1 : int(p.states) / GROUP; }
 
-// A choice between two versions of the same code.
-struct Yes {
-    static constexpr bool value = true;
+// Versions of the same code, for pieces in which no sequence starts or ends, at most one of each, or several.
+struct None {
+    static constexpr int EDGES = 0;
 };
-struct No {
-    static constexpr bool value = false;
+struct One {
+    static constexpr int EDGES = 1;
+};
+struct Several {
+    static constexpr int EDGES = 2;
 };
 
 template <int count>
@@ -107,14 +110,64 @@ DEVICE float rate_of(const Parameters& p, const Place& at, int n, int c) {
     return ok ? LOG2_E * reinterpret_cast<const float*>(p.A)[(at.channel + c) * p.d_state + n] : 0.f;
 }
 
-// The states of a sequence at (sequence, channel + i, state), where there are some: i < 4 are read or written.
-CALLED float4 state_of(const u8* states, i64 first, i64 d_state, int count) {
-    const float* from = reinterpret_cast<const float*>(states) + first;
+// What arrives at a chunk for a state and channel, from what leaves the others where nothing arrives, and their decays.
+// Nothing passes through a chunk in which a sequence starts or, backwards, ends.
+template <bool BACKWARD>
+DEVICE float arrival(const Parameters& p, const Place& at, i64 n, int c) {
+    constexpr int TOGETHER_READ = 8;  // chunks whose numbers are asked for at once
+    const i64 size = p.states * p.channels, place = at.row * p.n_chunks * size + n * p.channels + at.padded + c;
+    const float* leaving = reinterpret_cast<const float*>(p.chunk_states) + place;
+    const float* decays = reinterpret_cast<const float*>(p.chunk_decays) + place;
+    const i64 before = BACKWARD ? p.n_chunks - 1 - at.chunk : at.chunk;
+    float h = 0.f;
+    for (i64 k0 = 0; k0 < before; k0 += TOGETHER_READ) {
+        float left[TOGETHER_READ], decay[TOGETHER_READ];
+#pragma unroll
+        for (int k = 0; k < TOGETHER_READ; k++) {
+            const i64 chunk = BACKWARD ? p.n_chunks - 1 - min(k0 + k, before - 1) : min(k0 + k, before - 1);
+            left[k] = leaving[chunk * size], decay[k] = decays[chunk * size];
+        }
+#pragma unroll
+        for (int k = 0; k < TOGETHER_READ; k++) {
+            if (k0 + k >= before) continue;
+            const i64 chunk = BACKWARD ? p.n_chunks - 1 - k0 - k : k0 + k;
+            h = passes_through<BACKWARD>(p, chunk) ? fmaf(decay[k], h, left[k]) : left[k];
+        }
+    }
+    return h;
+}
+
+// The states of a sequence at (sequence, channel + i, state), where there are some: i < `width` are read or written.
+template <int width>
+struct States {
+    float* first;
+    i64 d_state;
+    int count;
+
+    // Of the state `n` past the first; zeros where there are none.
+    DEVICE void read(float (&h)[width], int n) const {
+#pragma unroll
+        for (int i = 0; i < width; i++) h[i] = n < limit && i < count ? first[n + i * d_state] : 0.f;
+    }
+    DEVICE void write(const float (&h)[width], int n) const {
+#pragma unroll
+        for (int i = 0; i < width; i++)
+            if (n < limit && i < count) first[n + i * d_state] = h[i];
+    }
+    int limit;  // states after the first
+};
+template <int width>
+DEVICE States<width> states_of(const u8* states, const Parameters& p, i64 sequence, i64 channel, int count, int n) {
+    float* first = reinterpret_cast<float*>(const_cast<u8*>(states)) + (sequence * p.d_inner + channel) * p.d_state + n;
+    return {first, p.d_state, states ? count : 0, int(p.d_state) - n};
+}
+
+// The same where several sequences start or end, which is rare.
+CALLED float4 state_of(const float* from, i64 d_state, int count) {
     return make_float4(count > 0 ? from[0] : 0.f, count > 1 ? from[d_state] : 0.f, count > 2 ? from[2 * d_state] : 0.f,
                        count > 3 ? from[3 * d_state] : 0.f);
 }
-CALLED void put_state(u8* states, i64 first, i64 d_state, int count, float4 h) {
-    float* to = reinterpret_cast<float*>(states) + first;
+CALLED void put_state(float* to, i64 d_state, int count, float4 h) {
     if (count > 0) to[0] = h.x;
     if (count > 1) to[d_state] = h.y;
     if (count > 2) to[2 * d_state] = h.z;
@@ -123,18 +176,20 @@ CALLED void put_state(u8* states, i64 first, i64 d_state, int count, float4 h) {
 template <int width>
 DEVICE void read_states(float (&h)[width], const u8* states, const Parameters& p, i64 sequence, i64 channel, int count,
                         int n) {
-    static_assert(width <= 4, "");
-    const bool some = states && n < p.d_state;
-    const float4 v = state_of(states, (sequence * p.d_inner + channel) * p.d_state + n, p.d_state,
-                              some ? min(count, width) : 0);
-    h[0] = v.x;
-    if constexpr (width > 1) h[1] = v.y;
+    static_assert(width == 2 || width == 4, "");
+    const States<width> s = states_of<width>(states, p, sequence, channel, count, n);
+    const float4 v = state_of(s.first, s.d_state, s.limit > 0 ? min(s.count, width) : 0);
+    h[0] = v.x, h[1] = v.y;
     if constexpr (width > 2) h[2] = v.z, h[3] = v.w;
 }
 template <int width>
 DEVICE void write_states(u8* states, const float (&h)[width], const Parameters& p, i64 sequence, i64 channel, int count,
                          int n) {
-    const float4 v = make_float4(h[0], h[width > 1 ? 1 : 0], h[width > 2 ? 2 : 0], h[width > 2 ? 3 : 0]);
-    put_state(states, (sequence * p.d_inner + channel) * p.d_state + n, p.d_state,
-              n < p.d_state ? min(count, width) : 0, v);
+    const States<width> s = states_of<width>(states, p, sequence, channel, count, n);
+    const float4 v = make_float4(h[0], h[1], h[width > 2 ? 2 : 0], h[width > 2 ? 3 : 0]);
+    put_state(s.first, s.d_state, s.limit > 0 ? min(s.count, width) : 0, v);
 }
+
+// The only token in a set, or -1 if it is empty.
+DEVICE int only(u32 tokens) { return tokens ? first_bit(tokens) : -1; }
+DEVICE bool at_most_one(u32 tokens) { return (tokens & (tokens - 1)) == 0; }

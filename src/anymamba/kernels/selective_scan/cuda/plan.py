@@ -115,8 +115,8 @@ def padded_states(a: ScanArguments) -> int:
 def chunks(length: int, n_blocks: int, places: int, more: float) -> tuple[int, int]:
     """Tokens of a chunk and how many chunks: what takes the least time on a machine with so many places for blocks.
 
-    A block's time is that of its tokens and of starting, about a tile's; `more` is what all chunks but one cost on top, a
-    part of the whole work. Blocks come in waves that fill the places.
+    A block's time is that of its tokens and of starting, about a tile's; `more` is what all chunks but one cost on top,
+    a part of the whole work. Blocks come in waves that fill the places.
     """
 
     def cost(n: int) -> float:
@@ -159,7 +159,8 @@ def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: b
     width, channels, steps, groups = dtype.itemsize, layout.block_channels, GROUP // layout.share, states // GROUP
     pieces, row, plane, sides = SAVED_EVERY // layout.tokens, layout.tokens * channels, GROUP * channels, 1 + ahead
     floats = (sides * pieces + 4) * plane + sides * pieces * 2 * (row + GROUP * layout.tokens) + 2 * channels
-    floats += layout.warps * (row + 512 + plane)
+    buffers = 3 if groups == 1 and ahead else 1
+    floats += layout.warps * (row + buffers * 512 + plane)
     copies = -(-3 * row * width // 16 // 32)
     of_block = 4 * floats + 2 * copies * 32 * 16 + layout.warps * 2 * 3 * row * width
     of_block += sides * pieces * (2 * steps + 2) * 8
