@@ -21,7 +21,7 @@
 
 #define DEVICE inline
 #define CALLED inline
-#define KERNEL(threads, blocks) extern "C" void
+#define KERNEL(threads, blocks) static void
 #define PARAMETER const
 #define __launch_bounds__(...)
 

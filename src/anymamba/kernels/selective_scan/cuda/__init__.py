@@ -15,11 +15,20 @@ from anymamba.kernels.selective_scan.cuda import plan
 from anymamba.kernels.selective_scan.cuda.call import Call, real
 
 NAME = "cuda"
+TRANSPARENT: frozenset[str] = frozenset()
 
 
 def unavailable(device_type: str) -> str | None:
     """Why this backend cannot serve tensors on a device, in words; None where it can."""
     return "it serves tensors on an NVIDIA GPU" if device_type != "cuda" else nvrtc.reason()
+
+
+def refuses(arguments: ScanArguments) -> str | None:
+    return None
+
+
+def description() -> str:
+    return f"CUDA C++: {nvrtc.description()}"
 
 
 def saved_shape(a: ScanArguments) -> tuple[int, ...]:
@@ -81,12 +90,21 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
     call.rows(u=a.u, delta=a.delta, z=a.z, y=y)
     _matrices(call, a)
     call.dense(last_state=state)
-    width = 4 if a.dtype == torch.float32 and a.d_state % 4 == 0 else 1
-    lanes = min(32, 1 << (-(-a.d_state // width) - 1).bit_length())
+    threads, fast = plan.GENERAL_THREADS, plan.fast_step(a)
+    lanes = min(32, _power_of_two(-(-a.d_state // plan.STATES_OF_LANE) if fast else a.d_state))
     call.set(lanes=lanes)
-    threads = plan.GENERAL_THREADS
-    call.launch(plan.general("step", "step", a.dtype), -(-a.batch * a.d_inner * lanes // threads), threads)
+    if fast:
+        blocks_of_rows = -(-a.d_inner * lanes // threads)
+        call.set(blocks_of_group=blocks_of_rows)
+        call.launch(fast, blocks_of_rows * -(-a.batch // plan.ROWS_OF_BLOCK), threads)
+    else:
+        call.launch(plan.general("step", "step", a.dtype), -(-a.batch * a.d_inner * lanes // threads), threads)
     return y, state
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _start(a: ScanArguments) -> tuple[Call, torch.dtype]:
@@ -121,14 +139,21 @@ def _between(call: Call, kernel: str, n_threads: int) -> None:
     call.launch(plan.general("between", kernel, call.dtype), -(-n_threads // threads), threads)
 
 
-def _chunks(call: Call, block_channels: int, blocks_of_multiprocessor: int, more: float) -> int:
-    """Decide on chunks of time; returns the number of blocks of a chunk."""
+def _blocks(call: Call, block_channels: int) -> int:
+    """Set and return how many blocks of channels there are, of all rows."""
     blocks_of_group = call.padded // block_channels
-    n_blocks = call["batch"] * call["n_groups"] * blocks_of_group
+    call.set(blocks_of_group=blocks_of_group)
+    return call["batch"] * call["n_groups"] * blocks_of_group
+
+
+def _split(call: Call, n_blocks: int, blocks_of_multiprocessor: int, more: float) -> None:
+    """Decide on chunks of time."""
     places = nvrtc.device(call.index).n_multiprocessors * blocks_of_multiprocessor
-    chunk, n_chunks = plan.chunks(call["length"], n_blocks, places, more)
-    call.set(blocks_of_group=blocks_of_group, chunk=chunk, n_chunks=n_chunks, n_parts=call["batch"] * n_chunks)
-    return n_blocks
+    _set_split(call, plan.split(call["length"], n_blocks, places, more))
+
+
+def _set_split(call: Call, split: plan.Split) -> None:
+    call.set(chunk=split.chunk, n_chunks=split.n_chunks, n_parts=call["batch"] * split.n_chunks)
 
 
 def _scratch_of_chunks(call: Call) -> None:
@@ -143,23 +168,25 @@ def _carry(call: Call) -> None:
 
 def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None:
     layout = layouts.forward
-    n_blocks = _chunks(call, layout.block_channels, layout.blocks, plan.MORE_FORWARD)
-    if call["n_chunks"] > 1:
+    n_blocks = _blocks(call, layout.block_channels)
+    split, warps = plan.split_forward(call["length"], n_blocks, layout, nvrtc.device(call.index).n_multiprocessors)
+    _set_split(call, split)
+    if split.n_chunks > 1:
         _scratch_of_chunks(call)
-        _fast_scan(call, layout, dtype, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
-    _fast_scan(call, layout, dtype, plan.FORWARD, n_blocks * call["n_chunks"])
+        _fast_scan(call, layout, warps, dtype, plan.SUMMARY, n_blocks * (split.n_chunks - 1))
+    _fast_scan(call, layout, warps, dtype, plan.FORWARD, n_blocks * split.n_chunks)
 
 
-def _fast_scan(call: Call, layout: plan.Layout, dtype: torch.dtype, passage: int, n_blocks: int) -> None:
+def _fast_scan(call: Call, layout: plan.Layout, warps: int, dtype: torch.dtype, passage: int, n_blocks: int) -> None:
     call.set(passage=passage)
-    shared = plan.shared_of_forward(layout, dtype, call["states"], passage)
-    call.launch(
-        plan.fast("forward", "scan", layout, dtype, call["states"], PASS=passage), n_blocks, layout.threads, shared
-    )
+    shared = plan.shared_of_forward(layout._replace(warps=warps), dtype, call["states"], passage)
+    variant = plan.fast("forward", "scan", layout, dtype, call["states"], PASS=passage)
+    call.launch(variant, n_blocks, 32 * warps, shared)
 
 
 def _general_forward(call: Call) -> None:
-    n_blocks = _chunks(call, 32, 4, plan.MORE_FORWARD)
+    n_blocks = _blocks(call, 32)
+    _split(call, n_blocks, 4, plan.MORE_FORWARD)
     _scratch_of_chunks(call)
     if call["n_chunks"] > 1:
         _general_scan(call, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
@@ -184,7 +211,8 @@ def _scratch_of_parts(call: Call, a: ScanArguments) -> None:
 
 
 def _general_backward(call: Call, a: ScanArguments) -> None:
-    n_blocks = _chunks(call, 32, 4, plan.MORE_BACKWARD)
+    n_blocks = _blocks(call, 32)
+    _split(call, n_blocks, 4, plan.MORE_BACKWARD)
     _scratch_of_chunks(call)
     if call["n_chunks"] > 1:
         _general_scan(call, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
@@ -204,10 +232,11 @@ def _general_backward(call: Call, a: ScanArguments) -> None:
 
 def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: torch.dtype) -> None:
     layout = layouts.backward
-    n_blocks = _chunks(call, layout.block_channels, layout.blocks, plan.MORE_BACKWARD)
+    n_blocks = _blocks(call, layout.block_channels)
+    _split(call, n_blocks, layout.blocks, plan.MORE_BACKWARD)
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
-        _fast_scan(call, layouts.forward, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
+        _fast_scan(call, layouts.forward, layouts.forward.warps, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
     _scratch_of_parts(call, a)
     n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
     n_units = a.batch * n_pieces * call["states"] * 2

@@ -104,10 +104,11 @@ class Call:
             self.values[at : at + 6] = (place, stride[0], stride[1], group, nvrtc.DTYPES[real(tensor.dtype)], aligned)
 
     def dense(self, **tensors: Tensor | None) -> None:
-        """Tensors as dense ones of their dtype; a null address where one is absent."""
+        """Tensors as dense ones of their dtype, from a multiple of 16 bytes; a null address where one is absent."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 tensor = tensor.contiguous()
+                tensor = tensor.clone() if tensor.data_ptr() % 16 else tensor
                 self._alive.append(tensor)
                 self.values[PLACE[name]] = tensor.data_ptr()
 

@@ -33,6 +33,10 @@ MORE_FORWARD, MORE_BACKWARD = 0.6, 0.25
 """What the first phase of chunks costs, in parts of the whole."""
 
 
+SLOWER_BY_HALF = 2.1
+"""How much longer a token takes a block of the forward pass that has half the warps."""
+
+
 class Layout(NamedTuple):
     """How a fast kernel's blocks are laid out: see pieces.cuh."""
 
@@ -111,9 +115,19 @@ def padded_states(a: ScanArguments) -> int:
     return -(-a.d_state // GROUP) * GROUP if layouts(a) else a.d_state
 
 
+class Split(NamedTuple):
+    """Of time."""
+
+    chunk: int
+    """Tokens, a multiple of SAVED_EVERY."""
+    n_chunks: int
+    cost: float
+    """Of the call, in tokens of a block."""
+
+
 @cache
-def chunks(length: int, n_blocks: int, places: int, more: float) -> tuple[int, int]:
-    """Tokens of a chunk and how many chunks: what takes the least time on a machine with so many places for blocks.
+def split(length: int, n_blocks: int, places: int, more: float, start: int = SAVED_EVERY) -> Split:
+    """The chunks that take the least time on a machine with so many places for blocks.
 
     A block's time is that of its tokens and of starting, about a tile's; `more` is what all chunks but one cost on top,
     a part of the whole work. Blocks come in waves that fill the places.
@@ -122,12 +136,20 @@ def chunks(length: int, n_blocks: int, places: int, more: float) -> tuple[int, i
     def cost(n: int) -> float:
         waves = -(-n * n_blocks // places)
         tokens = -(-length // (n * SAVED_EVERY)) * SAVED_EVERY
-        return waves * (tokens + SAVED_EVERY) * (1 + more * (n - 1) / n)
+        return waves * (tokens + start) * (1 + more * (n - 1) / n)
 
     most = max(1, min(length // (2 * SAVED_EVERY), 8 * places // n_blocks))
     wanted = max(min(range(1, most + 1), key=cost), -(-length // LONGEST_CHUNK))
     chunk = -(-length // (wanted * SAVED_EVERY)) * SAVED_EVERY
-    return chunk, -(-length // chunk)
+    return Split(chunk, -(-length // chunk), cost(wanted))
+
+
+def split_forward(length: int, n_blocks: int, layout: Layout, n_multiprocessors: int) -> tuple[Split, int]:
+    """The chunks of a fast forward pass, and its blocks' warps: the layout's, or half as many for twice the blocks."""
+    places = n_multiprocessors * layout.blocks
+    whole = split(length, n_blocks, places, MORE_FORWARD)
+    halves = split(length, n_blocks, 2 * places, MORE_FORWARD, SAVED_EVERY // 2)
+    return (halves, layout.warps // 2) if SLOWER_BY_HALF * halves.cost < whole.cost else (whole, layout.warps)
 
 
 def fast(name: str, kernel: str, layout: Layout, dtype: torch.dtype, states: int, **more: int) -> nvrtc.Variant:
@@ -135,6 +157,17 @@ def fast(name: str, kernel: str, layout: Layout, dtype: torch.dtype, states: int
     one = ("ONE_GROUP", int(states == GROUP))
     options = (("DTYPE", nvrtc.DTYPES[dtype]), one, *layout.options(), *more.items())
     return nvrtc.Variant(nvrtc.source(HERE / f"{name}.cu"), kernel, options)
+
+
+def fast_step(a: ScanArguments) -> nvrtc.Variant | None:
+    """The fast step's variant; None where the general one serves."""
+    tensors = (a.u, a.delta, a.B, a.C, *(() if a.z is None else (a.z,)))
+    one_dtype = all(t.dtype == a.u.dtype for t in tensors)
+    selective = a.B.ndim == 4 and a.C.ndim == 4
+    fits = a.dtype == torch.float32 and not a.zoh and a.d_state % 4 == 0 and a.d_state <= MOST_OF_FAST_STEP
+    if not (one_dtype and selective and fits):
+        return None
+    return nvrtc.Variant(nvrtc.source(HERE / "fast_step.cu"), "step", (("DTYPE", nvrtc.DTYPES[a.u.dtype]),))
 
 
 def general(name: str, kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
@@ -179,7 +212,10 @@ def shared_of_general(dtype: torch.dtype, backward: bool) -> int:
 
 
 GENERAL_THREADS = 128
-"""Of the general kernels and the step."""
+"""Of the general kernels and both steps."""
+
+MOST_OF_FAST_STEP, STATES_OF_LANE, ROWS_OF_BLOCK = 128, 4, 2
+"""Of fast_step.cu: states of a channel and of a lane, rows of the batch of a block."""
 
 SMALL_THREADS = 256
 """Of the kernels in between.cu."""

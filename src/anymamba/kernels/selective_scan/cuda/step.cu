@@ -1,13 +1,10 @@
 // One token of the selective scan for any numbers: the state goes in and the new state comes out.
 //
 // p.lanes lanes share the states of a channel, neighbouring lanes neighbouring states, so that the state is read and
-// written in the order of its memory. Where numbers are real floats and d_state is a multiple of 4 each lane takes 4 at a
-// time.
+// written in the order of its memory.
 //
 // Launch: 128 threads; the host gives a channel as many lanes (a power of two) as it has states for.
 #include "general.cuh"
-
-constexpr int WIDTH = !DOUBLE && !COMPLEX ? 4 : 1;
 
 KERNEL(THREADS, 1) step(PARAMETER Parameters p) {
     const int lanes = int(p.lanes), part = threadIdx.x % lanes;
@@ -19,34 +16,18 @@ KERNEL(THREADS, 1) step(PARAMETER Parameters p) {
     const R d = delta_at(p, at, 0, 0), u = element(p.u, at, 0, 0);
     const i64 matrix = at.channel * p.d_state, state = (at.row * p.d_inner + at.channel) * p.d_state;
     const i64 row_B = at.row * p.B.batch + at.group * p.B.group, row_C = at.row * p.C.batch + at.group * p.C.group;
-    const T *A = reinterpret_cast<const T*>(p.A) + matrix, *before = reinterpret_cast<const T*>(p.initial_state) + state;
+    const T *A = reinterpret_cast<const T*>(p.A) + matrix, *before = reinterpret_cast<const T*>(p.initial_state);
     T* after = reinterpret_cast<T*>(p.last_state) + state;
     R y = R(0);
-    const auto one = [&](i64 n, T h, T rate) {
-        const T a = exponential(d * rate);
+    for (i64 n = part; inside && n < p.d_state; n += lanes) {
+        const T rate = A[n], a = exponential(d * rate);
         const T B = p.B.data ? read_number(p.B.data, row_B + n, int(p.B.dtype))
                              : reinterpret_cast<const T*>(p.constant_B)[matrix + n];
         const T C = p.C.data ? read_number(p.C.data, row_C + n, int(p.C.dtype))
                              : reinterpret_cast<const T*>(p.constant_C)[matrix + n];
-        h = a * h + u * (weight(p, d, rate, a) * B);
+        const T h = a * (before ? before[state + n] : number(R(0))) + u * (weight(p, d, rate, a) * B);
         y += PAIR * real_part(C * h);
-        return h;
-    };
-    if (inside) {
-        if (WIDTH == 4 && p.d_state % 4 == 0) {
-#if !DOUBLE && !COMPLEX
-            for (i64 n = part * 4; n < p.d_state; n += lanes * 4) {
-                float h[4], rate[4];
-                read<FLOAT32>(h, before + n);
-                read<FLOAT32>(rate, A + n);
-#pragma unroll
-                for (int i = 0; i < 4; i++) h[i] = one(n + i, h[i], rate[i]);
-                write<FLOAT32>(after + n, h);
-            }
-#endif
-        } else {
-            for (i64 n = part; n < p.d_state; n += lanes) after[n] = one(n, before[n], A[n]);
-        }
+        after[n] = h;
     }
     for (int m = lanes / 2; m > 0; m /= 2) y += shuffle_xor(y, m);
     if (!inside || part > 0) return;
