@@ -167,21 +167,20 @@ def _carry(call: Call) -> None:
 
 
 def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None:
-    layout = layouts.forward
-    n_blocks = _blocks(call, layout.block_channels)
-    split, warps = plan.split_forward(call["length"], n_blocks, layout, nvrtc.device(call.index).n_multiprocessors)
+    n_blocks = _blocks(call, plan.FORWARD_LAYOUT.block_channels)
+    device = nvrtc.device(call.index)
+    split, warps = plan.split_forward(call["length"], n_blocks, layouts.warps, dtype, call["states"], device)
     _set_split(call, split)
     if split.n_chunks > 1:
         _scratch_of_chunks(call)
-        _fast_scan(call, layout, warps, dtype, plan.SUMMARY, n_blocks * (split.n_chunks - 1))
-    _fast_scan(call, layout, warps, dtype, plan.FORWARD, n_blocks * split.n_chunks)
+        _fast_scan(call, warps, dtype, plan.SUMMARY, n_blocks * (split.n_chunks - 1))
+    _fast_scan(call, warps, dtype, plan.FORWARD, n_blocks * split.n_chunks)
 
 
-def _fast_scan(call: Call, layout: plan.Layout, warps: int, dtype: torch.dtype, passage: int, n_blocks: int) -> None:
+def _fast_scan(call: Call, warps: int, dtype: torch.dtype, passage: int, n_blocks: int) -> None:
     call.set(passage=passage)
-    shared = plan.shared_of_forward(layout._replace(warps=warps), dtype, call["states"], passage)
-    variant = plan.fast("forward", "scan", layout, dtype, call["states"], PASS=passage)
-    call.launch(variant, n_blocks, 32 * warps, shared)
+    shared = plan.shared_of_forward(warps, dtype, call["states"], passage)
+    call.launch(plan.fast_forward(dtype, call["states"], passage), n_blocks, 32 * warps, shared)
 
 
 def _general_forward(call: Call) -> None:
@@ -236,7 +235,7 @@ def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: t
     _split(call, n_blocks, layout.blocks, plan.MORE_BACKWARD)
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
-        _fast_scan(call, layouts.forward, layouts.forward.warps, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
+        _fast_scan(call, layouts.warps, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
     _scratch_of_parts(call, a)
     n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
     n_units = a.batch * n_pieces * call["states"] * 2
@@ -244,7 +243,7 @@ def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: t
     if call["states"] > plan.GROUP:
         call.scratch("dA_of_warps", call["n_parts"], layout.warps, call["states"], call["channels"])
     shared = plan.shared_of_backward(layout, dtype, call["states"], layouts.ahead)
-    variant = plan.fast("backward", "scan_backward", layout, dtype, call["states"], AHEAD=int(layouts.ahead))
+    variant = plan.fast_backward(layout, dtype, call["states"], layouts.ahead)
     call.launch(variant, n_blocks * call["n_chunks"], layout.threads, shared)
     threads = plan.SMALL_THREADS
     call.launch(variant._replace(kernel="sum_pieces"), -(-n_units * a.n_groups // threads), threads)

@@ -29,6 +29,17 @@ LARGEST_STATE = 64
 
 LONGEST_CHUNK = 1 << 30
 
+SHARED_OF_SYSTEM = 1 << 10
+"""Bytes that a block's shared memory has beside what it asks for."""
+
+GENERAL_KERNELS = (
+    ("general_forward", "scan"),
+    ("general_backward", "scan_backward"),
+    ("step", "step"),
+    ("between", "carry"),
+)
+"""Files, and one of the kernels in each."""
+
 MORE_FORWARD, MORE_BACKWARD = 0.6, 0.25
 """What the first phase of chunks costs, in parts of the whole."""
 
@@ -64,20 +75,24 @@ class Layout(NamedTuple):
 
 
 class Layouts(NamedTuple):
-    """Those of a call's kernels."""
+    """Those of a call's fast kernels."""
 
-    forward: Layout
+    warps: int
+    """Of a forward block, at most."""
     backward: Layout
     ahead: bool
     """Of backward.cu: whether the forward run of the next tile goes along with the backward run of this one."""
 
 
-# Those that were fastest on an H100 at the shapes of benchmarks/gpu.py; the others for less shared memory.
-CHOICES = (
-    Layouts(Layout(2, 2, 1, tokens=8, warps=8, blocks=2), Layout(4, 4, 1, tokens=4, warps=8, blocks=1), ahead=True),
-    Layouts(Layout(2, 2, 1, tokens=8, warps=4, blocks=3), Layout(4, 4, 1, tokens=4, warps=8, blocks=1), ahead=True),
-    Layouts(Layout(2, 2, 1, tokens=8, warps=4, blocks=3), Layout(4, 4, 1, tokens=4, warps=4, blocks=2), ahead=False),
+# Those that were fastest on an H100 at the shapes of benchmarks/gpu.py, and others for less shared memory.
+FORWARD_LAYOUT = Layout(2, 2, 1, tokens=8, warps=8, blocks=2)
+WARPS = (8, 4, 2)
+"""Of a forward block: the same compilation serves with fewer than the layout's."""
+BACKWARD_LAYOUTS = (
+    (Layout(4, 4, 1, tokens=4, warps=8, blocks=1), True),
+    (Layout(4, 4, 1, tokens=4, warps=4, blocks=2), False),
 )
+"""With `ahead`."""
 
 
 def layouts(a: ScanArguments) -> Layouts | None:
@@ -93,12 +108,10 @@ def layouts(a: ScanArguments) -> Layouts | None:
 
 @cache
 def _fitting(dtype: torch.dtype, states: int, device: nvrtc.Device) -> Layouts | None:
-    for choice in CHOICES:
-        forward = shared_of_forward(choice.forward, dtype, states, FORWARD)
-        backward = shared_of_backward(choice.backward, dtype, states, choice.ahead)
-        if max(forward, backward) <= device.shared_of_block:
-            return choice
-    return None
+    most = device.shared_of_block
+    warps = [w for w in WARPS if shared_of_forward(w, dtype, states, FORWARD) <= most]
+    backward = [(b, ahead) for b, ahead in BACKWARD_LAYOUTS if shared_of_backward(b, dtype, states, ahead) <= most]
+    return Layouts(warps[0], *backward[0]) if warps and backward else None
 
 
 def element(a: ScanArguments) -> torch.dtype:
@@ -144,16 +157,31 @@ def split(length: int, n_blocks: int, places: int, more: float, start: int = SAV
     return Split(chunk, -(-length // chunk), cost(wanted))
 
 
-def split_forward(length: int, n_blocks: int, layout: Layout, n_multiprocessors: int) -> tuple[Split, int]:
-    """The chunks of a fast forward pass, and its blocks' warps: the layout's, or half as many for twice the blocks."""
-    places = n_multiprocessors * layout.blocks
-    whole = split(length, n_blocks, places, MORE_FORWARD)
-    halves = split(length, n_blocks, 2 * places, MORE_FORWARD, SAVED_EVERY // 2)
-    return (halves, layout.warps // 2) if SLOWER_BY_HALF * halves.cost < whole.cost else (whole, layout.warps)
+def split_forward(
+    length: int, n_blocks: int, most_warps: int, dtype: torch.dtype, states: int, device: nvrtc.Device
+) -> tuple[Split, int]:
+    """The chunks of a fast forward pass, and a block's warps: as many as can be, or half for twice the blocks."""
+
+    def of(warps: int) -> Split:
+        held = device.shared_of_multiprocessor // (shared_of_forward(warps, dtype, states, FORWARD) + SHARED_OF_SYSTEM)
+        places = min(FORWARD_LAYOUT.blocks * FORWARD_LAYOUT.warps // warps, max(1, held)) * device.n_multiprocessors
+        return split(length, n_blocks, places, MORE_FORWARD, start=warps * FORWARD_LAYOUT.tokens)
+
+    whole, halves = of(most_warps), of(most_warps // 2)
+    return (halves, most_warps // 2) if SLOWER_BY_HALF * halves.cost < whole.cost else (whole, most_warps)
 
 
-def fast(name: str, kernel: str, layout: Layout, dtype: torch.dtype, states: int, **more: int) -> nvrtc.Variant:
-    """A fast kernel's variant, for padded states."""
+def fast_forward(dtype: torch.dtype, states: int, passage: int) -> nvrtc.Variant:
+    """A variant of forward.cu, for padded states."""
+    return _fast("forward", "scan", FORWARD_LAYOUT, dtype, states, PASS=passage)
+
+
+def fast_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: bool) -> nvrtc.Variant:
+    """A variant of backward.cu, for padded states."""
+    return _fast("backward", "scan_backward", layout, dtype, states, AHEAD=int(ahead))
+
+
+def _fast(name: str, kernel: str, layout: Layout, dtype: torch.dtype, states: int, **more: int) -> nvrtc.Variant:
     one = ("ONE_GROUP", int(states == GROUP))
     options = (("DTYPE", nvrtc.DTYPES[dtype]), one, *layout.options(), *more.items())
     return nvrtc.Variant(nvrtc.source(HERE / f"{name}.cu"), kernel, options)
@@ -167,7 +195,11 @@ def fast_step(a: ScanArguments) -> nvrtc.Variant | None:
     fits = a.dtype == torch.float32 and not a.zoh and a.d_state % 4 == 0 and a.d_state <= MOST_OF_FAST_STEP
     if not (one_dtype and selective and fits):
         return None
-    return nvrtc.Variant(nvrtc.source(HERE / "fast_step.cu"), "step", (("DTYPE", nvrtc.DTYPES[a.u.dtype]),))
+    return _fast_step(a.u.dtype)
+
+
+def _fast_step(dtype: torch.dtype) -> nvrtc.Variant:
+    return nvrtc.Variant(nvrtc.source(HERE / "fast_step.cu"), "step", (("DTYPE", nvrtc.DTYPES[dtype]),))
 
 
 def general(name: str, kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
@@ -177,14 +209,28 @@ def general(name: str, kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
     return nvrtc.Variant(nvrtc.source(HERE / f"{name}.cu"), kernel, options)
 
 
-def shared_of_forward(layout: Layout, dtype: torch.dtype, states: int, passage: int) -> int:
+def variants() -> list[nvrtc.Variant]:
+    """Every compilation that some call on some GPU needs."""
+    found: list[nvrtc.Variant] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found.append(_fast_step(dtype))
+        for states in (GROUP, 2 * GROUP):  # one group, or several
+            found += [fast_forward(dtype, states, passage) for passage in (FORWARD, SUMMARY, REVERSE)]
+            found += [fast_backward(layout, dtype, states, ahead) for layout, ahead in BACKWARD_LAYOUTS]
+    for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+        found += [general(name, kernel, dtype) for name, kernel in GENERAL_KERNELS]
+    return found
+
+
+def shared_of_forward(warps: int, dtype: torch.dtype, states: int, passage: int) -> int:
     """Bytes of shared memory of forward.cu: rates, OfWarp and OfGroup."""
+    layout = FORWARD_LAYOUT
     inputs, matrices = 2 if passage == SUMMARY else 3, 2 if passage == FORWARD else 1
     width, channels = dtype.itemsize, layout.block_channels
     steps = GROUP // layout.share // layout.together
     of_warp = layout.tokens * channels * (2 * inputs * width + 8)
     of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 64) + GROUP * channels * 4 + steps * 8
-    return states * channels * 4 + layout.warps * (of_warp + states // GROUP * of_group)
+    return states * channels * 4 + warps * (of_warp + states // GROUP * of_group)
 
 
 def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: bool) -> int:
