@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anymamba.data import batches
 from anymamba.data.batches import Batch, BatchStream
 from anymamba.data.table import TokenTable, build_token_table
 from anymamba.data.tokenizer import ByteTokenizer
@@ -302,3 +303,14 @@ def test_a_million_documents_are_planned_in_no_time():
     took = time.perf_counter() - start
     print(f"{took:.3f} s")
     assert took < 1.5
+
+
+def test_a_worker_of_a_main_process_that_is_gone_ends(monkeypatch):
+    """Killed between the fork and the first batch, it leaves workers whose parent is another process by then."""
+    ends = []
+    monkeypatch.setattr(batches.os, "_exit", ends.append)
+    monkeypatch.setattr(batches.signal, "signal", lambda *_: None)
+    batches._serve_the_main_process(os.getppid(), 0)
+    assert ends == []
+    batches._serve_the_main_process(os.getppid() + 1, 0)
+    assert ends == [1]

@@ -94,9 +94,11 @@ def test_twenty_kills_and_equal_bits(config: TrainConfig, tmp_path: Path) -> Non
 
     config = replace(config, steps=150, checkpoint_every=3, eval_every=10)
     command = [sys.executable, "-c", DRIVER, json.dumps(config_to_dict(config)), str(tmp_path), "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 18, "most children die before they finish"
+    out, err = tmp_path / "out.txt", tmp_path / "err.txt"  # files: a pipe would wait for any process that outlives it
+    with out.open("w") as stdout, err.open("w") as stderr:
+        done = subprocess.run(command, stdout=stdout, stderr=stderr, timeout=500)
+    assert done.returncode == 0, err.read_text()[-3000:]
+    assert int(out.read_text()) >= 18, "most children die before they finish"
     assert_same_run(tmp_path / "straight", tmp_path / "killed", 150)
     steps = event_steps(tmp_path / "killed")
     assert len(steps) == len(set(steps)), "an event stands twice"

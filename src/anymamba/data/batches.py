@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +111,7 @@ class BatchStream:
             sampler=self._plans(),
             num_workers=self.workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=partial(_serve_the_main_process, os.getpid()),
             # The loader draws a seed for its workers: not from the generator that the model's dropout uses.
             generator=torch.Generator(),
         )
@@ -239,10 +241,13 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def _serve_the_main_process(main: int, worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole group; the main process still needs its workers to end in order.
 
-    A worker ends when the main process tells it to, or is gone.
+    A worker ends when the main process tells it to, or is gone. torch watches for that from here on, and takes whoever
+    is the parent by now for the main process: a worker whose own was killed before this moment would wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.getppid() != main:
+        os._exit(1)

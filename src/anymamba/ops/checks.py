@@ -75,10 +75,10 @@ ArgumentsT = TypeVar("ArgumentsT")
 def without_lazy(arguments: ArgumentsT) -> ArgumentsT:
     """A record of arguments whose tensors are neither conjugated nor negated lazily, which kernels do not see."""
     fields: Any = arguments
-    if not torch.compiler.is_compiling() and not any(map(_is_lazy, fields)):
-        return arguments
+    if not torch.compiler.is_compiling():
+        for field in fields:
+            if isinstance(field, Tensor) and (field.is_neg() or field.is_conj()):
+                break
+        else:
+            return arguments
     return type(arguments)(*(t.resolve_conj().resolve_neg() if isinstance(t, Tensor) else t for t in fields))
-
-
-def _is_lazy(field: object) -> bool:
-    return isinstance(field, Tensor) and (field.is_neg() or field.is_conj())

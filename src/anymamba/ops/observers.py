@@ -65,20 +65,19 @@ def plain(*tensors: Tensor | None) -> bool:
     """Whether tensors are what they seem, so that code may read their memory: no tracer, transform or subclass."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _may(_dispatch_modes) or _may(_top_transform):
         return False
-    return all(map(_has_memory, tensors))
+    if _is_functional is None or _is_zero is None:
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in PLAIN or tensor.is_meta or _is_functional(tensor) or _is_zero(tensor)
+        ):
+            return False
+    return True
 
 
 def _may(ask: Ask) -> bool:
     """Whether somebody looks, as far as torch can be asked."""
     return ask is None or bool(ask())
-
-
-def _has_memory(tensor: Tensor | None) -> bool:
-    if tensor is None:
-        return True
-    if _is_functional is None or _is_zero is None:
-        return False
-    return type(tensor) in PLAIN and not (tensor.is_meta or _is_functional(tensor) or _is_zero(tensor))
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
