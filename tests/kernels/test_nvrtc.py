@@ -1,0 +1,277 @@
+"""Compiled CUDA kernels are kept and found again, whatever happens to their folder; and what is missing is said."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import types
+import warnings
+
+import pytest
+import torch
+
+from anymamba.kernels import nvrtc
+
+SOURCE = nvrtc.Source("one.cu", '#include "one.cuh"\nextern "C" __global__ void one(float* x) { *x = ONE; }', ())
+VARIANT = nvrtc.Variant(SOURCE._replace(headers=(("one.cuh", "#pragma once"),)), "one", (("ONE", 1),))
+CUBIN = b"a cubin of some length" * 50
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of its own for what is compiled."""
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "kept"))
+    monkeypatch.setattr(nvrtc, "_unkept", {})
+    return tmp_path / "kept"
+
+
+@pytest.fixture
+def compiled(folder, monkeypatch):
+    """A compiler that writes down what it is asked for."""
+    asked: list[tuple[nvrtc.Variant, int]] = []
+
+    def compile_anew(variant: nvrtc.Variant, architecture: int, *flags: str) -> tuple[bytes, str]:
+        asked.append((variant, architecture))
+        return CUBIN, ""
+
+    monkeypatch.setattr(nvrtc, "compile_anew", compile_anew)
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    return asked
+
+
+needs_compiler = pytest.mark.skipif(nvrtc.cannot_compile() is not None, reason=str(nvrtc.cannot_compile()))
+
+
+# ------------------------------------------------------------------------------------------------- keeping
+
+
+def test_what_is_compiled_is_kept(compiled, folder):
+    assert nvrtc.compile_for(VARIANT, 90) == nvrtc.compile_for(VARIANT, 90) == CUBIN
+    assert len(compiled) == 1
+    assert [path.suffix for path in folder.iterdir()] == [".cubin"]
+
+
+@pytest.mark.parametrize("what", ["text", "name", "header", "option", "architecture", "version"])
+def test_every_part_of_a_compilation_is_its_name(what, compiled, monkeypatch):
+    nvrtc.compile_for(VARIANT, 90)
+    source, architecture = VARIANT.source, 90
+    other = {
+        "text": VARIANT._replace(source=source._replace(text=source.text + " ")),
+        "name": VARIANT._replace(source=source._replace(name="two.cu")),
+        "header": VARIANT._replace(source=source._replace(headers=(("one.cuh", "#pragma once\n"),))),
+        "option": VARIANT._replace(options=(("ONE", 2),)),
+    }.get(what, VARIANT)
+    if what == "architecture":
+        architecture = 100
+    if what == "version":
+        monkeypatch.setattr(nvrtc, "version", lambda: (13, 1))
+    nvrtc.compile_for(other, architecture)
+    assert len(compiled) == 2
+
+
+def test_kernels_of_one_compilation_share_it(compiled):
+    nvrtc.compile_for(VARIANT, 90)
+    nvrtc.compile_for(VARIANT._replace(kernel="another"), 90)
+    assert len(compiled) == 1
+
+
+def test_the_folder_moves_with_its_variable(compiled, folder, tmp_path, monkeypatch):
+    nvrtc.compile_for(VARIANT, 90)
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "elsewhere"))
+    nvrtc.compile_for(VARIANT, 90)
+    assert len(list((tmp_path / "elsewhere").iterdir())) == len(list(folder.iterdir())) == 1
+    assert str(tmp_path / "elsewhere") in nvrtc.description()
+    monkeypatch.delenv(nvrtc.CACHE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of-user"))
+    assert nvrtc.cache_folder() == tmp_path / "of-user" / "anymamba" / "cuda" or os.name == "nt"
+
+
+def test_a_carried_folder_needs_no_compiler(compiled, folder, monkeypatch):
+    nvrtc.compile_for(VARIANT, 90)
+    folder.rename(folder.parent / "carried")
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(folder.parent / "carried"))
+    assert nvrtc.compile_for(VARIANT, 90) == CUBIN
+    assert len(compiled) == 1
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "only its hash": lambda content: content[:32],
+    "one bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "another's hash": lambda content: bytes(32) + content[32:],
+    "longer": lambda content: content + b"x",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_file_is_compiled_anew(how, compiled, folder):
+    nvrtc.compile_for(VARIANT, 90)
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGE[how](whole))
+    assert nvrtc.compile_for(VARIANT, 90) == CUBIN
+    assert len(compiled) == 2
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(compiled, folder):
+    folder.write_text("a file lies where the folder would")
+    with pytest.warns(RuntimeWarning, match=nvrtc.CACHE_VARIABLE):
+        assert nvrtc.compile_for(VARIANT, 90) == CUBIN
+    assert "not kept" in nvrtc.description()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert nvrtc.compile_for(VARIANT._replace(options=()), 90) == CUBIN
+
+
+def test_a_full_disk_leaves_nothing_behind(compiled, folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        assert nvrtc.compile_for(VARIANT, 90) == CUBIN
+    assert list(folder.iterdir()) == []
+
+
+def write_and_read(path) -> int:
+    """How often a file that others write was not there or not whole."""
+    bad = 0
+    for _ in range(200):
+        nvrtc._keep(path, CUBIN)
+        bad += nvrtc._kept(path) != CUBIN
+    return bad
+
+
+def test_many_processes_write_one_file(tmp_path):
+    with multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn").Pool(4) as pool:
+        assert pool.map(write_and_read, [tmp_path / "kept" / "one.cubin"] * 4) == [0] * 4
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["one.cubin"]
+
+
+# ------------------------------------------------------------------------------------------------- what is missing
+
+
+class Bindings:
+    """cuda.bindings in place of what is installed: modules, or errors that importing them raises."""
+
+    def __init__(self, monkeypatch, **modules):
+        def import_module(name):
+            found = modules.get(name.rpartition(".")[2], ImportError(name))
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(nvrtc, "importlib", types.SimpleNamespace(import_module=import_module))
+        functions = (nvrtc._compiler, nvrtc._driver, nvrtc.reason, nvrtc.version, nvrtc.architecture, nvrtc.device)
+        self.caches = [f for f in functions if hasattr(f, "cache_clear")]
+        self.clear()
+
+    def clear(self):
+        for function in self.caches:
+            function.cache_clear()
+
+
+@pytest.fixture
+def bindings(monkeypatch):
+    made: list[Bindings] = []
+    yield lambda **modules: made.append(Bindings(monkeypatch, **modules))
+    for one in made:
+        one.clear()
+
+
+def compiler(known=(75, 80, 86, 89, 90, 100, 120)):
+    """A module that looks like cuda.bindings.nvrtc."""
+    success = types.SimpleNamespace(name="NVRTC_SUCCESS")
+    return types.SimpleNamespace(
+        nvrtcResult=types.SimpleNamespace(NVRTC_SUCCESS=success),
+        nvrtcVersion=lambda: (success, 13, 0),
+        nvrtcGetSupportedArchs=lambda: (success, len(known), list(known)),
+    )
+
+
+def broken_library():
+    raise RuntimeError("Failure finding libnvrtc.so\nand much more")
+
+
+def test_without_bindings_the_package_is_named(bindings):
+    bindings()
+    assert "cuda-bindings is not installed" in nvrtc.reason()
+    assert "pip install cuda-bindings nvidia-cuda-nvrtc" in nvrtc.reason()
+    with pytest.raises(RuntimeError, match="cuda-bindings is not installed"):
+        nvrtc.compile_anew(VARIANT, 90)
+
+
+def test_without_the_library_its_package_is_named(bindings):
+    module = compiler()
+    module.nvrtcVersion = broken_library
+    bindings(nvrtc=module)
+    assert "NVRTC cannot be loaded (Failure finding libnvrtc.so)" in nvrtc.reason()
+    assert "nvidia-cuda-nvrtc" in nvrtc.reason()
+
+
+def test_without_a_gpu_that_is_said(bindings, monkeypatch):
+    bindings(nvrtc=compiler())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert nvrtc.reason() == "torch sees no NVIDIA GPU"
+
+
+@pytest.mark.parametrize("driver", [ImportError("libcuda.so.1"), "fails", "raises"])
+def test_without_a_driver_that_is_said(driver, bindings, monkeypatch):
+    success = types.SimpleNamespace(name="CUDA_SUCCESS")
+    module = types.SimpleNamespace(CUresult=types.SimpleNamespace(CUDA_SUCCESS=success))
+    module.cuInit = (lambda _: (types.SimpleNamespace(name="NO_DEVICE"),)) if driver == "fails" else broken_library
+    if driver == "raises":
+        module.cuInit = lambda _: broken_library()
+    bindings(nvrtc=compiler(), driver=driver if isinstance(driver, Exception) else module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "install" in nvrtc.reason()
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [(80, 80), (86, 86), (87, 86), (89, 89), (90, 90), (100, 100), (103, 100), (121, 120)]
+)
+def test_a_gpu_gets_the_newest_code_that_it_runs(capability, expected, bindings):
+    bindings(nvrtc=compiler())
+    assert nvrtc.architecture(capability) == expected
+    assert nvrtc._no_architecture(capability) is None
+
+
+@pytest.mark.parametrize(("capability", "words"), [(75, "8.0 or newer"), (130, "newer CUDA")])
+def test_a_gpu_too_old_or_too_new_is_said(capability, words, bindings):
+    bindings(nvrtc=compiler())
+    assert words in nvrtc._no_architecture(capability)
+    assert str(capability / 10) in nvrtc._no_architecture(capability)
+
+
+def test_a_driver_too_old_for_the_compiler_is_said(bindings):
+    bindings(nvrtc=compiler())
+    old, success = types.SimpleNamespace(name="CUDA_ERROR_UNSUPPORTED_PTX_VERSION"), object()
+    kernel = object.__new__(nvrtc.Kernel)
+    kernel._driver = types.SimpleNamespace(
+        CUresult=types.SimpleNamespace(CUDA_SUCCESS=success),
+        cuModuleLoadData=lambda cubin: (old, None),
+        cuDriverGetVersion=lambda: (success, 12040),
+    )
+    with pytest.raises(RuntimeError, match=r"the driver is for CUDA 12\.4, install one at least as new.*portable"):
+        kernel._load(CUBIN, VARIANT, 120)
+
+
+# ------------------------------------------------------------------------------------------------- the compiler itself
+
+
+@needs_compiler
+def test_a_compiled_kernel_is_a_cubin(folder):
+    cubin = nvrtc.compile_for(VARIANT, 90)
+    assert cubin.startswith(b"\x7fELF") and b"one" in cubin
+
+
+@needs_compiler
+def test_errors_of_the_compiler_are_shown(folder):
+    broken = VARIANT._replace(source=SOURCE._replace(text="no kernel"))
+    with pytest.raises(RuntimeError, match=r"one\.cu for sm_90:\n.*one\.cu\(1\): error"):
+        nvrtc.compile_for(broken, 90)
+    assert not folder.exists()
