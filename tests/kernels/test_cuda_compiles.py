@@ -1,4 +1,4 @@
-"""Every variant of the CUDA kernels compiles for every generation of GPUs, without a GPU; none is short of registers."""
+"""Every variant of the CUDA kernels compiles for every generation of GPUs, without a GPU, and has enough registers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if nvrtc.cannot_compile():
 ARCHITECTURES = (80, 90, 100, 120)
 MOST_VARIANTS = 60
 SPILLED = 1024
-"""Bytes a thread may keep in memory for want of registers: the rare paths of a kernel do, its loop over tokens does not."""
+"""Bytes a thread may keep in memory for want of registers: rare paths do, the loop over tokens does not."""
 
 
 def compiled(variant: nvrtc.Variant, architecture: int) -> tuple[str, int]:
