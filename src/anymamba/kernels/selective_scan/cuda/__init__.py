@@ -64,7 +64,9 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
         passed = None if dinitial is None else dinitial.copy_(dlast_state)
         return [du, ddelta, *summed[:4], dz, summed[4], passed]
     call, dtype = _start(a)
-    written = [None if t is None else t.new_empty(t.shape, dtype=dtype) for t in (du, ddelta, dz)]
+    layouts = plan.layouts(a)
+    rows = (du, ddelta, dz)
+    written = [None if t is None else t.new_empty(t.shape, dtype=dtype) if layouts else t for t in rows]
     call.rows(dy=dy.to(dtype), du=written[0], ddelta=written[1], dz=written[2])
     call.states(dlast_state=dlast_state)
     states = None if dinitial is None else torch.empty_like(dinitial, dtype=a.dtype)
@@ -72,13 +74,11 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     call.gradients(dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
     if a.cu_seqlens is not None and dinitial is not None:
         _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
-    layouts = plan.layouts(a)
     _fast_backward(call, a, layouts, dtype) if layouts else _general_backward(call, a)
     _between(call, "sum_parts", (a.d_state + 2) * call["channels"])
-    targets = (a.u, a.delta, a.z)
-    rows = [None if t is None or x is None else t.to(x.dtype) for t, x in zip(written, targets, strict=True)]
+    du, ddelta, dz = (None if t is None or w is None else w.to(t.dtype) for t, w in zip(rows, written, strict=True))
     initial = None if dinitial is None or states is None else states.to(dinitial.dtype)
-    return [rows[0], rows[1], dA, dB, dC, dD, rows[2], dbias, initial]
+    return [du, ddelta, dA, dB, dC, dD, dz, dbias, initial]
 
 
 def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
