@@ -19,8 +19,13 @@ def arguments(inputs: dict[str, Any], device: str = "cpu") -> ScanArguments:
 
 
 def moved(a: ScanArguments, device: str) -> ScanArguments:
-    """The record on a device; strides stay."""
-    return a._replace(**{k: t.to(device) for k, t in a._asdict().items() if isinstance(t, Tensor)})
+    """The record on a device, with the strides that it has."""
+
+    def move(t: Tensor) -> Tensor:
+        memory = t.new_empty(0).set_(t.untyped_storage()).to(device)
+        return memory.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    return a._replace(**{k: move(t) for k, t in a._asdict().items() if isinstance(t, Tensor)})
 
 
 def results(module: Any, a: ScanArguments) -> dict[str, Tensor]:

@@ -1,0 +1,55 @@
+"""Run a sweep of calls under compute-sanitizer: memcheck, racecheck and synccheck find nothing.
+
+python tests/gpu/sanitize.py [TOOL ...]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+TOOLS = ("memcheck", "racecheck", "synccheck")
+SEEDS = range(24)
+
+
+def sweep() -> None:
+    """Small calls of every kind; every variant that they need is compiled."""
+    sys.path += [str(HERE.parents[1] / name) for name in ("ops", "kernels")]
+    import torch
+    from scan_backends import arguments, contract, moved, results
+    from scan_cases import scan_inputs
+
+    from anymamba.kernels.selective_scan import cuda
+
+    kinds: list[dict] = [
+        {"length": 65, "d_inner": 33, "d_state": 16, "dtype": torch.float32},
+        {"length": 130, "d_inner": 64, "d_state": 40, "dtype": torch.bfloat16},
+        {"batch": 1, "length": 400, "d_inner": 64, "d_state": 16, "dtype": torch.bfloat16},
+        {"batch": 1, "length": 400, "d_inner": 8, "d_state": 16, "lengths": [0, 40, 3, 0, 260, 97, 0]},
+        {"length": 37, "d_inner": 35, "d_state": 6, "B": "constant", "is_complex": True, "rule": "zoh"},
+    ]
+    for kind in kinds:
+        results(cuda, arguments(scan_inputs(**kind), "cuda"))
+    for seed in SEEDS:
+        results(cuda, moved(contract(seed), "cuda"))
+    for d_state in (5, 12, 16):
+        cuda.step(arguments(scan_inputs(3, 1, 33, d_state, dtype=torch.float32), "cuda"))
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    command = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for tool in sys.argv[1:] or TOOLS:
+        flags = ["--tool", tool, "--error-exitcode", "1", "--kernel-regex-exclude", "kernel_substring=at::"]
+        run = subprocess.run([command, *flags, sys.executable, str(HERE)], env=os.environ | {"ANYMAMBA_SWEEP": "1"})
+        print(f"{tool}: {'nothing found' if run.returncode == 0 else 'see above'}")
+        if run.returncode:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    sweep() if os.environ.get("ANYMAMBA_SWEEP") else main()
