@@ -194,7 +194,8 @@ T shuffle(T value, int lane) {
 }
 template <typename T>
 T shuffle_xor(T value, int mask) { return shuffle(value, emulated::self->lane ^ mask); }
-inline int first_bit(u32 bits) { return __builtin_ctz(bits); }
+inline int first_bit(u32 bits) { return bits ? __builtin_ctz(bits) : -1; }
+inline int last_bit(u32 bits) { return bits ? 31 - __builtin_clz(bits) : -1; }
 inline u32 ballot(bool vote) {
     auto& warp = emulated::warps[emulated::self->warp];
     const int side = warp.meeting.generation & 1;

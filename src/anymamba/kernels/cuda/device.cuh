@@ -51,7 +51,8 @@ template <typename T>
 DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 template <typename T>
 DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
-DEVICE int first_bit(u32 bits) { return __ffs(int(bits)) - 1; }
+DEVICE int first_bit(u32 bits) { return __ffs(int(bits)) - 1; }  // -1 where there is none
+DEVICE int last_bit(u32 bits) { return 31 - __clz(int(bits)); }
 DEVICE u32 ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 
 // p + a * b, of numbers that are not negative: one instruction, if the compiler may not widen a.

@@ -146,10 +146,10 @@ def _blocks(call: Call, block_channels: int) -> int:
     return call["batch"] * call["n_groups"] * blocks_of_group
 
 
-def _split(call: Call, n_blocks: int, blocks_of_multiprocessor: int, more: float) -> None:
+def _split(call: Call, n_blocks: int, blocks_of_multiprocessor: int, costs: plan.Costs) -> None:
     """Decide on chunks of time."""
     places = nvrtc.device(call.index).n_multiprocessors * blocks_of_multiprocessor
-    _set_split(call, plan.split(call["length"], n_blocks, places, more))
+    _set_split(call, plan.split(call["length"], n_blocks, places, costs))
 
 
 def _set_split(call: Call, split: plan.Split) -> None:
@@ -167,25 +167,26 @@ def _carry(call: Call) -> None:
 
 
 def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None:
-    n_blocks = _blocks(call, plan.FORWARD_LAYOUT.block_channels)
+    channels = call["batch"] * call["channels"]
     device = nvrtc.device(call.index)
-    split, warps = plan.split_forward(call["length"], n_blocks, layouts.warps, dtype, call["states"], device)
+    layout, warps, split = plan.forward_plan(call["length"], channels, layouts.warps, dtype, call["states"], device)
     _set_split(call, split)
     if split.n_chunks > 1:
         _scratch_of_chunks(call)
-        _fast_scan(call, warps, dtype, plan.SUMMARY, n_blocks * (split.n_chunks - 1))
-    _fast_scan(call, warps, dtype, plan.FORWARD, n_blocks * split.n_chunks)
+        _fast_scan(call, layout, warps, dtype, plan.SUMMARY, split.n_chunks - 1)
+    _fast_scan(call, layout, warps, dtype, plan.FORWARD, split.n_chunks)
 
 
-def _fast_scan(call: Call, warps: int, dtype: torch.dtype, passage: int, n_blocks: int) -> None:
+def _fast_scan(call: Call, layout: plan.Layout, warps: int, dtype: torch.dtype, passage: int, n_chunks: int) -> None:
+    n_blocks = _blocks(call, layout.block_channels)
     call.set(passage=passage)
-    shared = plan.shared_of_forward(warps, dtype, call["states"], passage)
-    call.launch(plan.fast_forward(dtype, call["states"], passage), n_blocks, 32 * warps, shared)
+    shared = plan.shared_of_forward(layout, warps, dtype, call["states"], passage)
+    call.launch(plan.fast_forward(layout, dtype, call["states"], passage), n_blocks * n_chunks, 32 * warps, shared)
 
 
 def _general_forward(call: Call) -> None:
     n_blocks = _blocks(call, 32)
-    _split(call, n_blocks, 4, plan.MORE_FORWARD)
+    _split(call, n_blocks, 4, plan.GENERAL_COSTS)
     _scratch_of_chunks(call)
     if call["n_chunks"] > 1:
         _general_scan(call, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
@@ -211,7 +212,7 @@ def _scratch_of_parts(call: Call, a: ScanArguments) -> None:
 
 def _general_backward(call: Call, a: ScanArguments) -> None:
     n_blocks = _blocks(call, 32)
-    _split(call, n_blocks, 4, plan.MORE_BACKWARD)
+    _split(call, n_blocks, 4, plan.GENERAL_COSTS)
     _scratch_of_chunks(call)
     if call["n_chunks"] > 1:
         _general_scan(call, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
@@ -232,10 +233,10 @@ def _general_backward(call: Call, a: ScanArguments) -> None:
 def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: torch.dtype) -> None:
     layout = layouts.backward
     n_blocks = _blocks(call, layout.block_channels)
-    _split(call, n_blocks, layout.blocks, plan.MORE_BACKWARD)
+    _split(call, n_blocks, layout.blocks, plan.BACKWARD_COSTS)
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
-        _fast_scan(call, layouts.warps, dtype, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
+        _fast_scan(call, plan.WIDE, layouts.warps, dtype, plan.REVERSE, call["n_chunks"] - 1)
     _scratch_of_parts(call, a)
     n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
     n_units = a.batch * n_pieces * call["states"] * 2

@@ -22,7 +22,7 @@
 // and not AHEAD.
 #include "pieces.cuh"
 
-static_assert(SHARE == 4 && CHANNELS == 4 && TOKENS == 4 && TOGETHER == 1, "the exchanges between lanes want these");
+static_assert(SHARE == 4 && CHANNELS == 4 && TOKENS == 4, "the exchanges between lanes want these");
 constexpr int PIECES = SAVED_EVERY / TOKENS, ROUNDS = PIECES / WARPS, SIDES = AHEAD ? 2 : 1;
 constexpr int ROW = TOKENS * BLOCK_CHANNELS;
 constexpr int UNITS_OF_ROW = ROW / VECTOR, UNITS_OF_MATRIX = TOKENS * GROUP / VECTOR;  // copies of 16 bytes
@@ -41,11 +41,8 @@ DEVICE Source read_source(const Source* from) {  // at once
     return {reinterpret_cast<const u8*>(address), int(float_as_bits(v.z)), int(float_as_bits(v.w))};
 }
 
-// Where lanes exchange sums: with three of them a lane need not wait until others have read the last ones.
-constexpr int BUFFERS = ONE_GROUP && AHEAD ? 3 : 1, BUFFER = WARPS * 512;
-
 struct alignas(16) OfBlock {
-    float exchange[BUFFERS][BUFFER];           // first, so that places in it are changed by bits
+    float exchange[WARPS][512];                // first, so that places in it are changed by bits
     float between[SIDES][PIECES][PLANE];  // the state after a piece; later its gradient
     float saved[4][PLANE];                // the state before the first piece; three turns want one
     float d[SIDES * PIECES * ROW], w[SIDES * PIECES * ROW];  // see place_in_row
@@ -75,11 +72,12 @@ DEVICE int place_in_row(int row, int t) { return (row ^ (t * 2 * CHANNELS)) + t 
 
 // Sums over the lanes that share channels of values (token, channel): lane i of them gets those of token i.
 // `writes` and `reads` are where the lane's part of its own token is: other parts and tokens differ in two bits.
-DEVICE void give(const float (&values)[TOKENS][CHANNELS], float* exchange, int writes) {
+DEVICE void sum_to_owner(float (&out)[CHANNELS], const float (&values)[TOKENS][CHANNELS], float* exchange, int writes,
+                         int reads) {
+    sync_warp();
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) store(exchange + t * 128 + (writes ^ (t * 4)), values[t]);
-}
-DEVICE void take_sum(float (&out)[CHANNELS], const float* exchange, int reads) {
+    sync_warp();
     load(out, exchange + reads);
 #pragma unroll
     for (int i = 1; i < SHARE; i++) {
@@ -109,7 +107,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(&block + 1);
     float* sums = reinterpret_cast<float*>(of_groups + groups);
     float *const exchange = &block.exchange[0][0], *const my_g = block.g;
-    // In `exchange`: for `give` and `take_sum`; where the lane puts values of its tokens for dB and dC, and where it adds them up.
+    // In `exchange`: for sum_to_owner; where the lane puts values of its tokens for dB and dC, and where it adds them up.
     const int sum_writes = warp * 512 + owner * 16 + part * 4, sum_reads = sum_writes + part * 128;
     const int of_part = lane / 2 % 4, of_half = lane / 8 % 2, of_matrix = lane / 16;
     const int matrix_writes = warp * 512 + part * 32 + (owner ^ (2 * part)) * 4;
@@ -214,6 +212,12 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     for (int s = 0; s < CHANNELS; s++) dD[s] = dbias[s] = 0.f;
     sync_block();
 
+    const auto initial = [&](float(&h)[CHANNELS], const States<CHANNELS>& states) {
+#pragma unroll
+        for (int s = 0; s < CHANNELS; s++) h[s] = 0.f;
+        if (p.initial_state) read_states(h, states);
+    };
+
     // ------------------------------------------------------------------------------------ the state, forward
     const auto run_forward = [&](u32 turn, u32 round, int around) {
         const int tile = n_tiles - 1 - tile_of(turn), group = group_of(turn), side = turn % SIDES;
@@ -265,21 +269,17 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         const float* from = (piece == 0 ? block.saved[turn % 4] : block.between[side][slot_before]) + own;
         float* to = block.between[side][slot] + own;
         const Boundaries edges = boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
-        const int first_token = only(edges.starts);  // where there is at most one
+        const auto states_at = [&](const u8* states, int t, int n) {
+            return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, group * GROUP + n);
+        };
         const auto steps = [&](auto with_edges) {
-            constexpr int EDGES = decltype(with_edges)::EDGES;
-            States<CHANNELS> entering{};
-            if constexpr (EDGES == 1) {
-                const i64 sequence = sequence_at(p, at, around, first_token);
-                entering = states_of<CHANNELS>(p.initial_state, p, sequence, at.channel + c0, my_count, group * GROUP + part);
-            }
-#pragma unroll (EDGES == 2 ? 1 : 2)  // of 4: all of them would not fit the instructions' cache
+            constexpr bool EDGES = decltype(with_edges)::value;
+#pragma unroll (EDGES ? 1 : 2)  // of 4: all of them would not fit the instructions' cache
             for (int j = 0; j < STEPS; j++) {
                 const int n = j * SHARE + part, place = j * 32 * CHANNELS;
-                float rate[CHANNELS], h[CHANNELS], given[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
+                float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
                 load(rate, rates + place);
                 load(B, matrices[0] + n * TOKENS);
-                if constexpr (EDGES == 1) entering.read(given, j * SHARE);
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++)
 #pragma unroll
@@ -288,14 +288,9 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                 load(h, from + place);
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++) {
-                    if (EDGES == 2 && edges.starts >> t & 1)
-                        read_states(h, p.initial_state, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
-                                    group * GROUP + n);
+                    if (EDGES && edges.starts >> t & 1) initial(h, states_at(p.initial_state, t, n));
 #pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) {
-                        if (EDGES == 1 && t == first_token) h[s] = given[s];
-                        h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
-                    }
+                    for (int s = 0; s < CHANNELS; s++) h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
                 }
                 store(to + place, h);
                 sync_warp();
@@ -303,11 +298,9 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             }
         };
         if (edges.starts == 0) {
-            steps(None());
-        } else if (at_most_one(edges.starts)) {
-            steps(One());
+            steps(No());
         } else {
-            steps(Several());
+            steps(Yes());
         }
     };
 
@@ -355,43 +348,39 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         const Boundaries edges = boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
         const u8* my_parts = advance(parts_of_block, (tile * PIECES + piece) * groups + group, 2 * GROUP * TOKENS * 4);
         float* my_dA = block.dA[warp] + own;
-        const int first_token = only(edges.starts), last_token = only(edges.ends);  // where there is at most one
+
+        const auto states_at = [&](const u8* states, int t, int n) {
+            return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, group * GROUP + n);
+        };
+        const int last_end = last_bit(edges.ends);  // the first one that the run meets: its gradient is read ahead
 
         const auto steps = [&](auto with_edges) {
-            constexpr int EDGES = decltype(with_edges)::EDGES;
-            States<CHANNELS> entering{}, arriving{}, returned{};
-            if constexpr (EDGES == 1) {
-                const i64 starts = sequence_at(p, at, around, max(first_token, 0)), ends = sequence_at(p, at, around, max(last_token, 0));
-                const int channels = my_count, n = group * GROUP + part;
-                const u8* initial = first_token < 0 ? nullptr : p.initial_state;
-                u8* dinitial = first_token < 0 ? nullptr : p.dinitial_state;
-                entering = states_of<CHANNELS>(initial, p, starts, at.channel + c0, channels, n);
-                returned = states_of<CHANNELS>(dinitial, p, starts, at.channel + c0, channels, n);
-                arriving = states_of<CHANNELS>(last_token < 0 ? nullptr : p.dlast_state, p, ends, at.channel + c0, channels, n);
-            }
-#pragma unroll (EDGES == 2 ? 1 : STEPS / 2)
+            constexpr bool EDGES = decltype(with_edges)::value;
+            float next[CHANNELS] = {};
+            if (EDGES && edges.ends) states_at(p.dlast_state, last_end, part).read(next);
+#pragma unroll (EDGES ? 1 : STEPS / 2)
             for (int pair = 0; pair < STEPS / 2; pair++) {
-                float* buffer = exchange + pair % BUFFERS * BUFFER;
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int j = pair * 2 + half, n = j * SHARE + part, place = j * 32 * CHANNELS;
                     float rate[CHANNELS], h[CHANNELS], dh[CHANNELS], dA[CHANNELS], B[TOKENS], C[TOKENS];
                     float a[TOKENS][CHANNELS], before[TOKENS][CHANNELS], after[TOKENS][CHANNELS];
-                    float of_B[TOKENS], of_C[TOKENS], given[CHANNELS], after_end[CHANNELS], before_start[CHANNELS];
-                    if constexpr (EDGES == 1) entering.read(given, j * SHARE), arriving.read(after_end, j * SHARE);
+                    float of_B[TOKENS], of_C[TOKENS], given[CHANNELS];
+                    if constexpr (EDGES) {
+#pragma unroll
+                        for (int s = 0; s < CHANNELS; s++) given[s] = next[s];
+                        if (edges.ends && j + 1 < STEPS) states_at(p.dlast_state, last_end, n + SHARE).read(next);
+                    }
                     load(rate, rates + place);
                     load(B, matrices[0] + n * TOKENS);
                     load(C, matrices[1] + n * TOKENS);
                     load(h, from + place);
 #pragma unroll
                     for (int t = 0; t < TOKENS; t++) {
-                        if (EDGES == 2 && edges.starts >> t & 1)
-                            read_states(h, p.initial_state, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
-                                        group * GROUP + n);
+                        if (EDGES && edges.starts >> t & 1) initial(h, states_at(p.initial_state, t, n));
 #pragma unroll
                         for (int s = 0; s < CHANNELS; s++) {
                             a[t][s] = exp2_fast(d[t][s] * rate[s]);
-                            if (EDGES == 1 && t == first_token) h[s] = given[s];
                             before[t][s] = h[s];
                             h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
                             after[t][s] = h[s];
@@ -402,31 +391,35 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                     load(dh, from_after + place);
 #pragma unroll
                     for (int t = TOKENS - 1; t >= 0; t--) {
-                        if (EDGES == 2 && edges.ends >> t & 1)
-                            read_states(dh, p.dlast_state, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
-                                        group * GROUP + n);
+                        if (EDGES && edges.ends >> t & 1) {
+                            float other[CHANNELS] = {};
+                            if (t != last_end) read_states(other, states_at(p.dlast_state, t, n));
+#pragma unroll
+                            for (int s = 0; s < CHANNELS; s++) dh[s] = t == last_end ? given[s] : other[s];
+                        }
 #pragma unroll
                         for (int s = 0; s < CHANNELS; s++) {
-                            if (EDGES == 1 && t == last_token) dh[s] = after_end[s];
                             const float e = fmaf(C[t], g[t][s], dh[s]);
                             dh[s] = a[t][s] = e * a[t][s];
-                            if (EDGES == 1 && t == first_token) before_start[s] = dh[s], dh[s] = 0.f;
                             of_B[t] = s == 0 ? e * w[t][s] : fmaf(e, w[t][s], of_B[t]);
                             q[t][s] = j == 0 ? e * B[t] : fmaf(e, B[t], q[t][s]);
                         }
-                        if (EDGES == 2 && edges.starts >> t & 1) {
-                            const i64 sequence = sequence_at(p, at, around, t);
-                            if (p.dinitial_state)
-                                write_states(p.dinitial_state, dh, p, sequence, at.channel + c0, my_count,
-                                             group * GROUP + n);
-#pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) dh[s] = 0.f;
-                        }
+                        if (EDGES && edges.starts >> t & 1) dh[0] = dh[1] = dh[2] = dh[3] = 0.f;
                     }
                     store(to_before + place, dh);
                     sync_warp();
                     if (lane == 0) arrive(left_before + j);
-                    if constexpr (EDGES == 1) returned.write(before_start, j * SHARE);
+                    if constexpr (EDGES) {
+                        for (u32 left = p.dinitial_state ? edges.starts : 0; left; left &= left - 1) {
+                            float entered[CHANNELS];
+                            const int begins = first_bit(left);
+#pragma unroll
+                            for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                                for (int s = 0; s < CHANNELS; s++) entered[s] = t == begins ? a[t][s] : entered[s];
+                            states_at(p.dinitial_state, begins, n).write(entered);
+                        }
+                    }
 
                     load(dA, my_dA + place);
 #pragma unroll
@@ -440,17 +433,17 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                         }
                     }
                     store(my_dA + place, dA);
-                    store(buffer + half * 128 + matrix_writes, of_B);
-                    store(buffer + (2 + half) * 128 + matrix_writes, of_C);
+                    store(exchange + half * 128 + matrix_writes, of_B);
+                    store(exchange + (2 + half) * 128 + matrix_writes, of_C);
                 }
                 sync_warp();
                 {  // two lanes add up the four tokens of a state's B or C, over every other owner each
                     float sum[TOKENS];
-                    load(sum, buffer + matrix_reads);
+                    load(sum, exchange + matrix_reads);
 #pragma unroll
                     for (int i = 1; i < OWNERS / 2; i++) {
                         float more[TOKENS];
-                        load(more, buffer + (matrix_reads ^ (i * 8)));
+                        load(more, exchange + (matrix_reads ^ (i * 8)));
 #pragma unroll
                         for (int t = 0; t < TOKENS; t++) sum[t] += more[t];
                     }
@@ -459,38 +452,19 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                     float* to = reinterpret_cast<float*>(const_cast<u8*>(my_parts)) + pair * 2 * SHARE * TOKENS;
                     if (lane % 2 == 0) write_16_bytes(to, make_float4(sum[0], sum[1], sum[2], sum[3]));
                 }
-                if (BUFFERS == 1) sync_warp();
+                sync_warp();
             }
         };
         if ((edges.starts | edges.ends) == 0) {
-            steps(None());
-        } else if (at_most_one(edges.starts) && at_most_one(edges.ends)) {
-            steps(One());
+            steps(No());
         } else {
-            steps(Several());
+            steps(Yes());
         }
 
         float own_y[CHANNELS], own_q[CHANNELS], own_r[CHANNELS];  // of token `part`, over all states
-        if constexpr (BUFFERS == 3) {
-            sync_warp();
-            give(y, exchange + 2 * BUFFER, sum_writes);
-            give(q, exchange, sum_writes);
-            give(r, exchange + BUFFER, sum_writes);
-            sync_warp();
-            take_sum(own_y, exchange + 2 * BUFFER, sum_reads);
-            take_sum(own_q, exchange, sum_reads);
-            take_sum(own_r, exchange + BUFFER, sum_reads);
-        } else {
-            const auto sum = [&](float(&out)[CHANNELS], const float(&values)[TOKENS][CHANNELS]) {
-                sync_warp();
-                give(values, exchange, sum_writes);
-                sync_warp();
-                take_sum(out, exchange, sum_reads);
-            };
-            sum(own_y, y);
-            sum(own_q, q);
-            sum(own_r, r);
-        }
+        sum_to_owner(own_y, y, exchange, sum_writes, sum_reads);
+        sum_to_owner(own_q, q, exchange, sum_writes, sum_reads);
+        sum_to_owner(own_r, r, exchange, sum_writes, sum_reads);
         if (groups > 1) {
             float* mine = sums + ((piece * TOKENS + part) * BLOCK_CHANNELS + c0);
             float* const all[] = {own_y, own_q, own_r};

@@ -7,8 +7,8 @@
 //
 // Notation. d = delta after the softplus, w = d u, a = exp(d A), h the state; a = 2^(d rate).
 //
-// Launch: WARPS warps or fewer, as many tokens a tile as these have; two lanes share the states of two channels, and a
-// piece has 8 tokens. Eight warps; four where there is little to do, for twice as many blocks.
+// Launch: WARPS warps, or fewer where shared memory or tokens are few. Sixteen fill a multiprocessor, each with a piece of 8
+// tokens; two lanes share the states of two channels, or four do where there would be few blocks.
 #include "pieces.cuh"
 
 constexpr int INPUTS = PASS == SUMMARY ? 2 : 3, MATRICES = PASS == FORWARD ? 2 : 1;
@@ -78,17 +78,6 @@ DEVICE void prepare_matrices(OfGroup& mine, int stage, int lane) {
             v[k] = one[0];
         }
         store(&mine.matrices[m][row_of_state(n) + t], v);
-    }
-}
-
-// Of a step's states, to (state, channel).
-DEVICE void save(float* to, const float (&h)[TOGETHER * CHANNELS], const Parameters& p) {
-#pragma unroll
-    for (int j = 0; j < TOGETHER; j++) {
-        float of_state[CHANNELS];
-#pragma unroll
-        for (int s = 0; s < CHANNELS; s++) of_state[s] = h[j * CHANNELS + s];
-        store(to + j * SHARE * p.channels, of_state);
     }
 }
 
@@ -242,124 +231,88 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             saved += ((at.row * n_saved + index) * p.states + part) * p.channels + at.padded + c0;
         }
 
-        const int own = lane * TOGETHER * CHANNELS;  // in a step of a plane
-        const int first_token = only(edges.starts), last_token = only(edges.ends);  // where there is at most one
-        const auto steps = [&](auto with_edges) {
-            constexpr bool EDGE = decltype(with_edges)::EDGES == 1;
-            States<CHANNELS> entering{}, leaving{};
-            if constexpr (EDGE) {
-                const u8* given = PASS == REVERSE ? p.dlast_state : p.initial_state;
-                const int enters = PASS == REVERSE ? last_token : first_token;
-                const i64 sequence = sequence_at(p, at, around, max(enters, 0)), last = sequence_at(p, at, around, max(last_token, 0));
-                entering = states_of<CHANNELS>(enters < 0 ? nullptr : given, p, sequence, at.channel + c0, my_count, part);
-                if (PASS == FORWARD)
-                    leaving = states_of<CHANNELS>(last_token < 0 ? nullptr : p.last_state, p, last, at.channel + c0, my_count, part);
+        const int own = lane * CHANNELS;  // in a step of a plane
+        // What each sequence that begins here brings along, in the order of the run; of the first one it is read ahead.
+        const u8* brought = PASS == REVERSE ? p.dlast_state : p.initial_state;
+        const u32 entries = PASS == REVERSE ? edges.ends : edges.starts;
+        const int first_entry = PASS == REVERSE ? last_bit(entries) : first_bit(entries);
+        const auto states_at = [&](const u8* states, int t, int n) {
+            return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, n + part);
+        };
+
+        const auto step = [&](int g, int j, const float(&given)[CHANNELS], auto with_edges) {
+            constexpr bool EDGES = decltype(with_edges)::value;
+            const OfGroup& from = from_groups[g];
+            OfGroup& to = my_groups[g];
+            const int place = j * 32 * CHANNELS + own, n = g * GROUP + j * SHARE;
+            float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
+            load(rate, rates + g * PLANE + place);
+            load(B, &to.matrices[0][row_of_step(j, part)]);
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                for (int s = 0; s < CHANNELS; s++) a[t][s] = exp2_fast(d[t][s] * rate[s]);
+            wait(&from.passed[j], parity);
+            load(h, &from.carry[place]);
+            if (saving) store(saved + n * p.channels, h);
+#pragma unroll
+            for (int k = 0; k < TOKENS; k++) {
+                const int t = PASS == REVERSE ? TOKENS - 1 - k : k;
+                if (EDGES && entries >> t & 1) {
+                    float other[CHANNELS] = {};
+                    if (t != first_entry && brought) read_states(other, states_at(brought, t, n));
+#pragma unroll
+                    for (int s = 0; s < CHANNELS; s++) h[s] = t == first_entry ? given[s] : other[s];
+                }
+#pragma unroll
+                for (int s = 0; s < CHANNELS; s++) {
+                    h[s] = PASS == REVERSE ? a[t][s] * fmaf(B[t], w[t][s], h[s]) : fmaf(a[t][s], h[s], w[t][s] * B[t]);
+                    a[t][s] = h[s];
+                    if (EDGES && PASS == REVERSE && edges.starts >> t & 1) h[s] = 0.f;
+                }
             }
-#pragma unroll 1
-            for (int g = 0; g < groups; g++) {
-                const OfGroup& from = from_groups[g];
-                OfGroup& to = my_groups[g];
+            store(&to.carry[place], h);
+            sync_warp();
+            if (lane == 0) arrive(&to.passed[j]);
+            if constexpr (PASS == FORWARD) {
+                float C[TOKENS];
+                load(C, &to.matrices[MATRICES - 1][row_of_step(j, part)]);
 #pragma unroll
-                for (int i = 0; i < STEPS; i++) {
-                    const int place = i * 32 * TOGETHER * CHANNELS + own;
-                    float rate[TOGETHER * CHANNELS], h[TOGETHER * CHANNELS], a[TOGETHER][TOKENS][CHANNELS];
-                    float B[TOGETHER][TOKENS];
-                    load(rate, rates + g * PLANE + place);
+                for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                    for (int j = 0; j < TOGETHER; j++) {
-                        load(B[j], &to.matrices[0][row_of_step(i * TOGETHER + j, part)]);
+                    for (int s = 0; s < CHANNELS; s++) y[t * CHANNELS + s] = fmaf(a[t][s], C[t], y[t * CHANNELS + s]);
+                if constexpr (EDGES) {
+                    for (u32 left = edges.ends; left; left &= left - 1) {
+                        float last[CHANNELS];
+                        const int end = first_bit(left);
 #pragma unroll
                         for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) a[j][t][s] = exp2_fast(d[t][s] * rate[j * CHANNELS + s]);
-                    }
-                    float given[TOGETHER][CHANNELS], last[TOGETHER][CHANNELS];
-                    if constexpr (EDGE) {
-#pragma unroll
-                        for (int j = 0; j < TOGETHER; j++) entering.read(given[j], g * GROUP + (i * TOGETHER + j) * SHARE);
-                    }
-                    wait(&from.passed[i], parity);
-                    load(h, &from.carry[place]);
-                    if (saving) save(saved + (g * GROUP + i * TOGETHER * SHARE) * p.channels, h, p);
-#pragma unroll
-                    for (int k = 0; k < TOKENS; k++) {
-                        const int t = PASS == REVERSE ? TOKENS - 1 - k : k;
-#pragma unroll
-                        for (int j = 0; j < TOGETHER; j++)
-#pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) {
-                                float& now = h[j * CHANNELS + s];
-                                if (EDGE && t == (PASS == REVERSE ? last_token : first_token)) now = given[j][s];
-                                now = PASS == REVERSE ? a[j][t][s] * fmaf(B[j][t], w[t][s], now)
-                                                      : fmaf(a[j][t][s], now, w[t][s] * B[j][t]);
-                                a[j][t][s] = now;
-                                if (EDGE && PASS == REVERSE && t == first_token) now = 0.f;
-                                if (EDGE && PASS == FORWARD && t == last_token) last[j][s] = now;
-                            }
-                    }
-                    store(&to.carry[place], h);
-                    sync_warp();
-                    if (lane == 0) arrive(&to.passed[i]);
-                    if constexpr (PASS == FORWARD) {
-#pragma unroll
-                        for (int j = 0; j < TOGETHER; j++) {
-                            if (EDGE) leaving.write(last[j], g * GROUP + (i * TOGETHER + j) * SHARE);
-                            float C[TOKENS];
-                            load(C, &to.matrices[MATRICES - 1][row_of_step(i * TOGETHER + j, part)]);
-#pragma unroll
-                            for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-                                for (int s = 0; s < CHANNELS; s++)
-                                    y[t * CHANNELS + s] = fmaf(a[j][t][s], C[t], y[t * CHANNELS + s]);
-                        }
+                            for (int s = 0; s < CHANNELS; s++) last[s] = t == end ? a[t][s] : last[s];
+                        states_at(p.last_state, end, n).write(last);
                     }
                 }
             }
         };
         if ((edges.starts | edges.ends) == 0) {
-            steps(None());
-        } else if (at_most_one(edges.starts) && at_most_one(edges.ends)) {
-            steps(One());
+            const float nothing[CHANNELS] = {};
+#pragma unroll 1
+            for (int g = 0; g < groups; g++)
+#pragma unroll
+                for (int j = 0; j < STEPS; j++) step(g, j, nothing, No());
         } else {
+            float given[CHANNELS], next[CHANNELS] = {};
+            const auto read_ahead = [&](int i) {
+                if (entries && brought && i < groups * STEPS)
+                    states_at(brought, first_entry, i / STEPS * GROUP + i % STEPS * SHARE).read(next);
+            };
+            read_ahead(0);
 #pragma unroll 1
             for (int i = 0; i < groups * STEPS; i++) {
-                OfGroup& to = my_groups[i / STEPS];
-                const OfGroup& from = from_groups[i / STEPS];
-                const int place = i % STEPS * 32 * TOGETHER * CHANNELS + own;
-                wait(&from.passed[i % STEPS], parity);
 #pragma unroll
-                for (int j = 0; j < TOGETHER; j++) {
-                    const int of_group = (i % STEPS * TOGETHER + j) * SHARE, n = i / STEPS * GROUP + of_group + part;
-                    float rate[CHANNELS], h[CHANNELS], B[TOKENS], C[TOKENS];
-                    load(B, &to.matrices[0][row_of_state(of_group) + part * TOKENS]);
-                    load(C, &to.matrices[MATRICES - 1][row_of_state(of_group) + part * TOKENS]);
-                    load(rate, rates + i / STEPS * PLANE + place + j * CHANNELS);
-                    load(h, &from.carry[place + j * CHANNELS]);
-                    if (saving) store(saved + (n - part) * p.channels, h);
-#pragma unroll
-                    for (int k = 0; k < TOKENS; k++) {
-                        const int t = PASS == REVERSE ? TOKENS - 1 - k : k;
-                        const bool starts = edges.starts >> t & 1, ends = edges.ends >> t & 1;
-                        i64 sequence = 0;
-                        if (starts | ends) sequence = sequence_at(p, at, around, t);
-                        if (PASS != REVERSE && starts)
-                            read_states(h, p.initial_state, p, sequence, at.channel + c0, my_count, n);
-                        if (PASS == REVERSE && ends)
-                            read_states(h, p.dlast_state, p, sequence, at.channel + c0, my_count, n);
-#pragma unroll
-                        for (int s = 0; s < CHANNELS; s++) {
-                            const float a = exp2_fast(d[t][s] * rate[s]);
-                            h[s] = PASS == REVERSE ? a * fmaf(B[t], w[t][s], h[s]) : fmaf(a, h[s], w[t][s] * B[t]);
-                            if (PASS == FORWARD) y[t * CHANNELS + s] = fmaf(h[s], C[t], y[t * CHANNELS + s]);
-                            if (PASS == REVERSE && starts) h[s] = 0.f;
-                        }
-                        if (PASS == FORWARD && ends)
-                            write_states(p.last_state, h, p, sequence, at.channel + c0, my_count, n);
-                    }
-                    store(&to.carry[place + j * CHANNELS], h);
-                }
-                sync_warp();
-                if (lane == 0) arrive(&to.passed[i % STEPS]);
+                for (int s = 0; s < CHANNELS; s++) given[s] = next[s];
+                read_ahead(i + 1);
+                step(i / STEPS, i % STEPS, given, Yes());
             }
         }
 

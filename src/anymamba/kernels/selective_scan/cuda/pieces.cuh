@@ -1,9 +1,9 @@
 // Pieces: what one warp works on at a time, TOKENS neighbouring tokens of BLOCK_CHANNELS channels and all states.
 //
 // A lane works on CHANNELS neighbouring channels; SHARE neighbouring lanes have the same channels and share the states
-// of a group of 16: state j * SHARE + lane % SHARE is the lane's j-th. A step is what a lane does for TOGETHER of them.
+// of a group of 16: state j * SHARE + lane % SHARE is the lane's j-th. A step is what a lane does for one of them.
 //
-// Needs DTYPE, SHARE, CHANNELS, TOGETHER, TOKENS, WARPS, and ONE_GROUP: whether there are 16 states or fewer, 0 or 1.
+// Needs DTYPE, SHARE, CHANNELS, TOKENS, WARPS, and ONE_GROUP: whether there are 16 states or fewer, 0 or 1.
 #pragma once
 
 #include "parameters.cuh"
@@ -11,27 +11,23 @@
 typedef ElementOf<DTYPE>::Type Element;
 
 constexpr int GROUP = 16;              // states worked on by code without a loop: d_state is padded to a multiple
-constexpr int STEPS = GROUP / SHARE / TOGETHER;
+constexpr int STEPS = GROUP / SHARE;
 constexpr int OWNERS = 32 / SHARE;     // lanes with channels of their own
 constexpr int BLOCK_CHANNELS = OWNERS * CHANNELS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int PLANE = GROUP * BLOCK_CHANNELS;  // a number for each state of a group and channel
-constexpr int TILE = WARPS * TOKENS;   // tokens that the block works on at a time
 constexpr int VECTOR = 16 / sizeof(Element);
 constexpr bool PRECISE = sizeof(Element) > 2;  // see softplus_fast
 static_assert(SAVED_EVERY % TOKENS == 0 && TOKENS % SHARE == 0, "");
 
 DEVICE int groups_of(const Parameters& p) { return ONE_GROUP ? 1 : int(p.states) / GROUP; }
 
-// Versions of the same code, for pieces in which no sequence starts or ends, at most one of each, or several.
-struct None {
-    static constexpr int EDGES = 0;
+// Versions of the same code: with sequences that start or end inside a piece, and without.
+struct Yes {
+    static constexpr bool value = true;
 };
-struct One {
-    static constexpr int EDGES = 1;
-};
-struct Several {
-    static constexpr int EDGES = 2;
+struct No {
+    static constexpr bool value = false;
 };
 
 template <int count>
@@ -97,11 +93,11 @@ DEVICE void sum_shared(float (&values)[count], int place) {
     }
 }
 
-// Planes in shared memory have the order in which lanes read them, so that banks do not conflict: (step, lane, state of
-// the step, channel of the lane).
+// Planes in shared memory have the order in which lanes read them, so that banks do not conflict: (step, lane, channel of
+// the lane).
 DEVICE int place_in_plane(int n, int c) {
-    const int j = n / SHARE, lane = c / CHANNELS * SHARE + n % SHARE;
-    return ((j / TOGETHER * 32 + lane) * TOGETHER + j % TOGETHER) * CHANNELS + c % CHANNELS;
+    const int lane = c / CHANNELS * SHARE + n % SHARE;
+    return (n / SHARE * 32 + lane) * CHANNELS + c % CHANNELS;
 }
 
 // The rate of a state of a channel of the block: log2(e) A, and 0 for what is padded.
@@ -114,21 +110,21 @@ DEVICE float rate_of(const Parameters& p, const Place& at, int n, int c) {
 // Nothing passes through a chunk in which a sequence starts or, backwards, ends.
 template <bool BACKWARD>
 DEVICE float arrival(const Parameters& p, const Place& at, i64 n, int c) {
-    constexpr int TOGETHER_READ = 8;  // chunks whose numbers are asked for at once
+    constexpr int AT_ONCE = 8;  // chunks whose numbers are asked for at once
     const i64 size = p.states * p.channels, place = at.row * p.n_chunks * size + n * p.channels + at.padded + c;
     const float* leaving = reinterpret_cast<const float*>(p.chunk_states) + place;
     const float* decays = reinterpret_cast<const float*>(p.chunk_decays) + place;
     const i64 before = BACKWARD ? p.n_chunks - 1 - at.chunk : at.chunk;
     float h = 0.f;
-    for (i64 k0 = 0; k0 < before; k0 += TOGETHER_READ) {
-        float left[TOGETHER_READ], decay[TOGETHER_READ];
+    for (i64 k0 = 0; k0 < before; k0 += AT_ONCE) {
+        float left[AT_ONCE], decay[AT_ONCE];
 #pragma unroll
-        for (int k = 0; k < TOGETHER_READ; k++) {
+        for (int k = 0; k < AT_ONCE; k++) {
             const i64 chunk = BACKWARD ? p.n_chunks - 1 - min(k0 + k, before - 1) : min(k0 + k, before - 1);
             left[k] = leaving[chunk * size], decay[k] = decays[chunk * size];
         }
 #pragma unroll
-        for (int k = 0; k < TOGETHER_READ; k++) {
+        for (int k = 0; k < AT_ONCE; k++) {
             if (k0 + k >= before) continue;
             const i64 chunk = BACKWARD ? p.n_chunks - 1 - k0 - k : k0 + k;
             h = passes_through<BACKWARD>(p, chunk) ? fmaf(decay[k], h, left[k]) : left[k];
@@ -137,59 +133,38 @@ DEVICE float arrival(const Parameters& p, const Place& at, i64 n, int c) {
     return h;
 }
 
-// The states of a sequence at (sequence, channel + i, state), where there are some: i < `width` are read or written.
+// The states of a sequence at (sequence, channel + i, n), i < width, where there are such channels and states.
 template <int width>
 struct States {
     float* first;
     i64 d_state;
-    int count;
+    int count;  // of channels
 
-    // Of the state `n` past the first; zeros where there are none.
-    DEVICE void read(float (&h)[width], int n) const {
+    DEVICE void read(float (&h)[width]) const {
 #pragma unroll
-        for (int i = 0; i < width; i++) h[i] = n < limit && i < count ? first[n + i * d_state] : 0.f;
+        for (int i = 0; i < width; i++) h[i] = i < count ? first[i * d_state] : 0.f;
     }
-    DEVICE void write(const float (&h)[width], int n) const {
+    DEVICE void write(const float (&h)[width]) const {
 #pragma unroll
         for (int i = 0; i < width; i++)
-            if (n < limit && i < count) first[n + i * d_state] = h[i];
+            if (i < count) first[i * d_state] = h[i];
     }
-    int limit;  // states after the first
 };
 template <int width>
 DEVICE States<width> states_of(const u8* states, const Parameters& p, i64 sequence, i64 channel, int count, int n) {
     float* first = reinterpret_cast<float*>(const_cast<u8*>(states)) + (sequence * p.d_inner + channel) * p.d_state + n;
-    return {first, p.d_state, states ? count : 0, int(p.d_state) - n};
+    return {first, p.d_state, n < p.d_state ? count : 0};
 }
 
-// The same where several sequences start or end, which is rare.
+// The same where it is rare.
 CALLED float4 state_of(const float* from, i64 d_state, int count) {
     return make_float4(count > 0 ? from[0] : 0.f, count > 1 ? from[d_state] : 0.f, count > 2 ? from[2 * d_state] : 0.f,
                        count > 3 ? from[3 * d_state] : 0.f);
 }
-CALLED void put_state(float* to, i64 d_state, int count, float4 h) {
-    if (count > 0) to[0] = h.x;
-    if (count > 1) to[d_state] = h.y;
-    if (count > 2) to[2 * d_state] = h.z;
-    if (count > 3) to[3 * d_state] = h.w;
-}
 template <int width>
-DEVICE void read_states(float (&h)[width], const u8* states, const Parameters& p, i64 sequence, i64 channel, int count,
-                        int n) {
+DEVICE void read_states(float (&h)[width], const States<width>& states) {
     static_assert(width == 2 || width == 4, "");
-    const States<width> s = states_of<width>(states, p, sequence, channel, count, n);
-    const float4 v = state_of(s.first, s.d_state, s.limit > 0 ? min(s.count, width) : 0);
+    const float4 v = state_of(states.first, states.d_state, min(states.count, width));
     h[0] = v.x, h[1] = v.y;
     if constexpr (width > 2) h[2] = v.z, h[3] = v.w;
 }
-template <int width>
-DEVICE void write_states(u8* states, const float (&h)[width], const Parameters& p, i64 sequence, i64 channel, int count,
-                         int n) {
-    const States<width> s = states_of<width>(states, p, sequence, channel, count, n);
-    const float4 v = make_float4(h[0], h[1], h[width > 2 ? 2 : 0], h[width > 2 ? 3 : 0]);
-    put_state(s.first, s.d_state, s.limit > 0 ? min(s.count, width) : 0, v);
-}
-
-// The only token in a set, or -1 if it is empty.
-DEVICE int only(u32 tokens) { return tokens ? first_bit(tokens) : -1; }
-DEVICE bool at_most_one(u32 tokens) { return (tokens & (tokens - 1)) == 0; }

@@ -30,7 +30,7 @@ LARGEST_STATE = 64
 LONGEST_CHUNK = 1 << 30
 
 SHARED_OF_SYSTEM = 1 << 10
-"""Bytes that a block's shared memory has beside what it asks for."""
+"""Bytes of shared memory that a block takes beside what it asks for."""
 
 GENERAL_KERNELS = (
     ("general_forward", "scan"),
@@ -40,20 +40,12 @@ GENERAL_KERNELS = (
 )
 """Files, and one of the kernels in each."""
 
-MORE_FORWARD, MORE_BACKWARD = 0.6, 0.25
-"""What the first phase of chunks costs, in parts of the whole."""
-
-
-SLOWER_BY_HALF = 2.1
-"""How much longer a token takes a block of the forward pass that has half the warps."""
-
 
 class Layout(NamedTuple):
     """How a fast kernel's blocks are laid out: see pieces.cuh."""
 
     share: int
     channels: int
-    together: int
     tokens: int
     warps: int
     blocks: int
@@ -68,10 +60,7 @@ class Layout(NamedTuple):
         return 32 * self.warps
 
     def options(self) -> tuple[tuple[str, int], ...]:
-        return tuple(
-            (name.upper(), getattr(self, name))
-            for name in ("share", "channels", "together", "tokens", "warps", "blocks")
-        )
+        return tuple((name.upper(), getattr(self, name)) for name in ("share", "channels", "tokens", "warps", "blocks"))
 
 
 class Layouts(NamedTuple):
@@ -85,12 +74,15 @@ class Layouts(NamedTuple):
 
 
 # Those that were fastest on an H100 at the shapes of benchmarks/gpu.py, and others for less shared memory.
-FORWARD_LAYOUT = Layout(2, 2, 1, tokens=8, warps=8, blocks=2)
-WARPS = (8, 4, 2)
+WIDE = Layout(2, 2, tokens=8, warps=16, blocks=1)
+"""Of the forward scan."""
+NARROW = Layout(4, 2, tokens=8, warps=16, blocks=1)
+"""Of the forward scan of few channels: half as many in a block."""
+WARPS = (16, 8, 4, 2)
 """Of a forward block: the same compilation serves with fewer than the layout's."""
 BACKWARD_LAYOUTS = (
-    (Layout(4, 4, 1, tokens=4, warps=8, blocks=1), True),
-    (Layout(4, 4, 1, tokens=4, warps=4, blocks=2), False),
+    (Layout(4, 4, tokens=4, warps=8, blocks=1), True),
+    (Layout(4, 4, tokens=4, warps=4, blocks=2), False),
 )
 """With `ahead`."""
 
@@ -109,7 +101,7 @@ def layouts(a: ScanArguments) -> Layouts | None:
 @cache
 def _fitting(dtype: torch.dtype, states: int, device: nvrtc.Device) -> Layouts | None:
     most = device.shared_of_block
-    warps = [w for w in WARPS if shared_of_forward(w, dtype, states, FORWARD) <= most]
+    warps = [w for w in WARPS if shared_of_forward(WIDE, w, dtype, states, FORWARD) <= most]
     backward = [(b, ahead) for b, ahead in BACKWARD_LAYOUTS if shared_of_backward(b, dtype, states, ahead) <= most]
     return Layouts(warps[0], *backward[0]) if warps and backward else None
 
@@ -128,6 +120,9 @@ def padded_states(a: ScanArguments) -> int:
     return -(-a.d_state // GROUP) * GROUP if layouts(a) else a.d_state
 
 
+# ------------------------------------------------------------------------------------------------ chunks of time
+
+
 class Split(NamedTuple):
     """Of time."""
 
@@ -135,21 +130,43 @@ class Split(NamedTuple):
     """Tokens, a multiple of SAVED_EVERY."""
     n_chunks: int
     cost: float
-    """Of the call, in tokens of a block."""
+    """Of the call, in tokens of a block that has a multiprocessor to itself."""
+
+
+class Costs(NamedTuple):
+    """What a block's time depends on, fitted to measurements."""
+
+    start: float
+    """What it takes to start a kernel, in tokens."""
+    summary: float
+    """What the first phase of chunks takes, in parts of the second."""
+    alone: float = 1
+    """The time of a block that has a multiprocessor to itself."""
+    among: float = 1
+    """That of one of many."""
+
+
+GENERAL_COSTS, BACKWARD_COSTS = Costs(SAVED_EVERY, 0.5), Costs(SAVED_EVERY, 0.25)
+START_FORWARD, SUMMARY_FORWARD = 250, 0.8
+ALONE = {16: 1.0, 8: 1.3, 4: 2.2, 2: 4.2}
+"""The time of a wide forward block by its warps."""
+NARROW_TIME = 0.75
+"""That of a narrow block."""
 
 
 @cache
-def split(length: int, n_blocks: int, places: int, more: float, start: int = SAVED_EVERY) -> Split:
+def split(length: int, n_blocks: int, places: int, costs: Costs) -> Split:
     """The chunks that take the least time on a machine with so many places for blocks.
 
-    A block's time is that of its tokens and of starting, about a tile's; `more` is what all chunks but one cost on top,
-    a part of the whole work. Blocks come in waves that fill the places.
+    Blocks come in waves that fill the places. All chunks but one have a first phase, of another kernel.
     """
 
+    def time(n: int, tokens: float) -> float:
+        return max(-(-n // places) * costs.among, costs.alone) * (tokens + costs.start)
+
     def cost(n: int) -> float:
-        waves = -(-n * n_blocks // places)
         tokens = -(-length // (n * SAVED_EVERY)) * SAVED_EVERY
-        return waves * (tokens + start) * (1 + more * (n - 1) / n)
+        return time(n * n_blocks, tokens) + (time((n - 1) * n_blocks, costs.summary * tokens) if n > 1 else 0)
 
     most = max(1, min(length // (2 * SAVED_EVERY), 8 * places // n_blocks))
     wanted = max(min(range(1, most + 1), key=cost), -(-length // LONGEST_CHUNK))
@@ -157,23 +174,42 @@ def split(length: int, n_blocks: int, places: int, more: float, start: int = SAV
     return Split(chunk, -(-length // chunk), cost(wanted))
 
 
-def split_forward(
-    length: int, n_blocks: int, most_warps: int, dtype: torch.dtype, states: int, device: nvrtc.Device
-) -> tuple[Split, int]:
-    """The chunks of a fast forward pass, and a block's warps: as many as can be, or half for twice the blocks."""
+class ForwardPlan(NamedTuple):
+    """Of a call's fast forward scan."""
 
-    def of(warps: int) -> Split:
-        held = device.shared_of_multiprocessor // (shared_of_forward(warps, dtype, states, FORWARD) + SHARED_OF_SYSTEM)
-        places = min(FORWARD_LAYOUT.blocks * FORWARD_LAYOUT.warps // warps, max(1, held)) * device.n_multiprocessors
-        return split(length, n_blocks, places, MORE_FORWARD, start=warps * FORWARD_LAYOUT.tokens)
-
-    whole, halves = of(most_warps), of(most_warps // 2)
-    return (halves, most_warps // 2) if SLOWER_BY_HALF * halves.cost < whole.cost else (whole, most_warps)
+    layout: Layout
+    warps: int
+    split: Split
 
 
-def fast_forward(dtype: torch.dtype, states: int, passage: int) -> nvrtc.Variant:
+@cache
+def forward_plan(
+    length: int, channels: int, most_warps: int, dtype: torch.dtype, states: int, device: nvrtc.Device
+) -> ForwardPlan:
+    """Wide blocks, or narrow ones where all of these have a place; `channels` are those of all rows, padded."""
+    places = device.n_multiprocessors
+    warps = next((w for w in reversed(WARPS) if w * WIDE.tokens >= length), most_warps)
+    warps = min(warps, most_warps)
+    held = max(
+        1,
+        device.shared_of_multiprocessor // (shared_of_forward(WIDE, warps, dtype, states, FORWARD) + SHARED_OF_SYSTEM),
+    )
+    among = max(1.0, ALONE[warps] / min(held, WIDE.warps // warps))
+    costs = Costs(START_FORWARD, SUMMARY_FORWARD, ALONE[warps], among)
+    wide = split(length, channels // WIDE.block_channels, places, costs)
+    cost_of_narrow = NARROW_TIME * -(-channels // NARROW.block_channels // places) * (length + START_FORWARD)
+    if states == GROUP and warps == NARROW.warps and cost_of_narrow < wide.cost and length <= LONGEST_CHUNK:
+        chunk = -(-length // SAVED_EVERY) * SAVED_EVERY
+        return ForwardPlan(NARROW, warps, Split(chunk, 1, cost_of_narrow))
+    return ForwardPlan(WIDE, warps, wide)
+
+
+# ------------------------------------------------------------------------------------------------ variants
+
+
+def fast_forward(layout: Layout, dtype: torch.dtype, states: int, passage: int) -> nvrtc.Variant:
     """A variant of forward.cu, for padded states."""
-    return _fast("forward", "scan", FORWARD_LAYOUT, dtype, states, PASS=passage)
+    return _fast("forward", "scan", layout, dtype, states, PASS=passage)
 
 
 def fast_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: bool) -> nvrtc.Variant:
@@ -213,21 +249,23 @@ def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
     found: list[nvrtc.Variant] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        found.append(_fast_step(dtype))
+        found += [_fast_step(dtype), fast_forward(NARROW, dtype, GROUP, FORWARD)]
         for states in (GROUP, 2 * GROUP):  # one group, or several
-            found += [fast_forward(dtype, states, passage) for passage in (FORWARD, SUMMARY, REVERSE)]
+            found += [fast_forward(WIDE, dtype, states, passage) for passage in (FORWARD, SUMMARY, REVERSE)]
             found += [fast_backward(layout, dtype, states, ahead) for layout, ahead in BACKWARD_LAYOUTS]
     for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
         found += [general(name, kernel, dtype) for name, kernel in GENERAL_KERNELS]
     return found
 
 
-def shared_of_forward(warps: int, dtype: torch.dtype, states: int, passage: int) -> int:
+# ------------------------------------------------------------------------------------------------ shared memory
+
+
+def shared_of_forward(layout: Layout, warps: int, dtype: torch.dtype, states: int, passage: int) -> int:
     """Bytes of shared memory of forward.cu: rates, OfWarp and OfGroup."""
-    layout = FORWARD_LAYOUT
     inputs, matrices = 2 if passage == SUMMARY else 3, 2 if passage == FORWARD else 1
     width, channels = dtype.itemsize, layout.block_channels
-    steps = GROUP // layout.share // layout.together
+    steps = GROUP // layout.share
     of_warp = layout.tokens * channels * (2 * inputs * width + 8)
     of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 64) + GROUP * channels * 4 + steps * 8
     return states * channels * 4 + warps * (of_warp + states // GROUP * of_group)
@@ -238,8 +276,7 @@ def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: b
     width, channels, steps, groups = dtype.itemsize, layout.block_channels, GROUP // layout.share, states // GROUP
     pieces, row, plane, sides = SAVED_EVERY // layout.tokens, layout.tokens * channels, GROUP * channels, 1 + ahead
     floats = (sides * pieces + 4) * plane + sides * pieces * 2 * (row + GROUP * layout.tokens) + 2 * channels
-    buffers = 3 if groups == 1 and ahead else 1
-    floats += layout.warps * (row + buffers * 512 + plane)
+    floats += layout.warps * (row + 512 + plane)
     copies = -(-3 * row * width // 16 // 32)
     of_block = 4 * floats + 2 * copies * 32 * 16 + layout.warps * 2 * 3 * row * width
     of_block += sides * pieces * (2 * steps + 2) * 8
