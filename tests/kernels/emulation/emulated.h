@@ -1,8 +1,8 @@
 // CUDA kernels on a processor: the names of device.cuh with bodies that run the threads of a block as fibers.
 //
-// Slow and faithful where it matters: a warp's threads meet at its synchronisations only (forwards or backwards in order
-// between them, so that what lacks one shows), asynchronous copies arrive when they are waited for and not before, shared
-// memory ends at a page that must not be touched, and a block in which nobody can go on is reported.
+// Slow and faithful where it matters: a warp's threads meet at its synchronisations only (forwards or backwards in
+// order between them, so that what lacks one shows), asynchronous copies arrive when they are waited for and not
+// before, shared memory ends at a page that must not be touched, and a block in which nobody can go on is reported.
 #pragma once
 
 #include <sys/mman.h>
@@ -25,9 +25,15 @@
 #define PARAMETER const
 #define __launch_bounds__(...)
 
-struct uint2 { unsigned x, y; };
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct uint2 {
+    unsigned x, y;
+};
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -38,8 +44,15 @@ inline i64 max(i64 a, i64 b) { return a > b ? a : b; }
 
 namespace emulated {
 
-struct Index { unsigned x, y, z; };
-struct Copy { void* to; const void* from; bool ok; int group; };
+struct Index {
+    unsigned x, y, z;
+};
+struct Copy {
+    void* to;
+    const void* from;
+    bool ok;
+    int group;
+};
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
@@ -129,8 +142,8 @@ inline bool run_block(int threads, bool backwards) {
 
 inline int launch(std::function<void()> kernel, i64 grid, int threads, u64 shared_bytes, bool backwards) {
     const u64 page = sysconf(_SC_PAGESIZE), whole = (shared_bytes + page - 1) / page * page;
-    u8* memory = static_cast<u8*>(
-        mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    u8* memory =
+        static_cast<u8*>(mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(memory + whole, page, PROT_NONE);
     shared = memory + (whole - shared_bytes), shared_size = shared_bytes;
     body = kernel, failure = nullptr;
@@ -193,7 +206,9 @@ T shuffle(T value, int lane) {
     return value;
 }
 template <typename T>
-T shuffle_xor(T value, int mask) { return shuffle(value, emulated::self->lane ^ mask); }
+T shuffle_xor(T value, int mask) {
+    return shuffle(value, emulated::self->lane ^ mask);
+}
 inline int first_bit(u32 bits) { return bits ? __builtin_ctz(bits) : -1; }
 inline int last_bit(u32 bits) { return bits ? 31 - __builtin_clz(bits) : -1; }
 inline u32 ballot(bool vote) {
@@ -249,7 +264,8 @@ inline u32 float_as_bits(float x) {
 inline float half_as_float(u16 bits) {
     const u32 sign = u32(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
     if (exponent == 31) return bits_as_float(sign | 0x7f800000u | fraction << 13);
-    const float size = exponent ? std::ldexp(float(fraction | 0x400), int(exponent) - 25) : std::ldexp(float(fraction), -24);
+    const float size =
+        exponent ? std::ldexp(float(fraction | 0x400), int(exponent) - 25) : std::ldexp(float(fraction), -24);
     return sign ? -size : size;
 }
 inline u16 float_as_half(float x) {

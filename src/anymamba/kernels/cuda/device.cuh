@@ -48,9 +48,13 @@ DEVICE float reciprocal_fast(float x) {
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 template <typename T>
-DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+DEVICE T shuffle(T value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
+}
 template <typename T>
-DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 DEVICE int first_bit(u32 bits) { return __ffs(int(bits)) - 1; }  // -1 where there is none
 DEVICE int last_bit(u32 bits) { return 31 - __clz(int(bits)); }
 DEVICE u32 ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
@@ -88,8 +92,8 @@ DEVICE void wait(const Barrier* b, u32 parity) {
 #else
 #define ANYMAMBA_TRY "mbarrier.test_wait.parity.shared.b64"
 #endif
-    asm volatile("{.reg .pred p; AGAIN: " ANYMAMBA_TRY " p, [%0], %1; @p bra.uni DONE; bra.uni AGAIN; DONE:}" ::"r"(
-                     shared_address(b)),
+    asm volatile("{.reg .pred p; AGAIN: " ANYMAMBA_TRY
+                 " p, [%0], %1; @p bra.uni DONE; bra.uni AGAIN; DONE:}" ::"r"(shared_address(b)),
                  "r"(parity)
                  : "memory");
 #undef ANYMAMBA_TRY
@@ -109,7 +113,9 @@ DEVICE void copy_16_bytes(void* shared, const void* global) {
 DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All copies but those of the last N groups have arrived, for the thread that asked for them.
 template <int N>
-DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // ------------------------------------------------------------------------------------------------ short floats
@@ -247,9 +253,9 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 DEVICE float sigmoid_fast(float x) { return reciprocal_fast(1.f + exp2_fast(-LOG2_E * x)); }
 
-// log(1 + e^x) = max(x, 0) + log1p(e^-|x|). The logarithm of 1 + e loses digits where e is small; there is a series that
-// is good to five of them, enough for numbers that were rounded to 16 bits, or, PRECISE, that of the inverse hyperbolic
-// tangent at e / (2 + e) <= 1/3.
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|). The logarithm of 1 + e loses digits where e is small; there is a series
+// that is good to five of them, enough for numbers that were rounded to 16 bits, or, PRECISE, that of the inverse
+// hyperbolic tangent at e / (2 + e) <= 1/3.
 template <bool PRECISE>
 DEVICE float softplus_fast(float x) {
     const float e = exp2_fast(-LOG2_E * fabsf(x));

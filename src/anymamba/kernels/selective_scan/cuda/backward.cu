@@ -1,8 +1,9 @@
 // The gradients of the selective scan, for real A and selective B and C.
 //
-// A tile is the 64 tokens between saved states: PIECES pieces, which warps take in turn. For each tile, from the last to
-// the first, the state runs forward through the pieces once more (nothing is kept but what enters each), then its gradient
-// runs backward; both go from warp to warp, step by step, through the same places in shared memory. For one state
+// A tile is the 64 tokens between saved states: PIECES pieces, which warps take in turn. For each tile, from the last
+// to the first, the state runs forward through the pieces once more (nothing is kept but what enters each), then its
+// gradient runs backward; both go from warp to warp, step by step, through the same places in shared memory. For one
+// state
 //
 //     h = a h[t-1] + w B   recomputed;  y += C h
 //     e = dh + C g         gradient of h;  g is that of the scan's own output
@@ -11,15 +12,15 @@
 //
 // dB and dC are sums over channels: each block writes its part, sum_pieces adds them in order.
 //
-// A turn is a tile and a group of states; a round of it is a piece for each warp. Both runs come from warp 0 and go to the
-// last one, which so is always a little later, and never waits for long. AHEAD, the forward run of the next turn goes
-// along with the backward run of this one; it takes two sides of shared memory, which turns use in turn. The forward run
-// begins with the pieces with which the backward run ends: on every other use of a side their places are in the opposite
-// order, so that those are taken first that were left first.
+// A turn is a tile and a group of states; a round of it is a piece for each warp. Both runs come from warp 0 and go to
+// the last one, which so is always a little later, and never waits for long. AHEAD, the forward run of the next turn
+// goes along with the backward run of this one; it takes two sides of shared memory, which turns use in turn. The
+// forward run begins with the pieces with which the backward run ends: on every other use of a side their places are in
+// the opposite order, so that those are taken first that were left first.
 //
 // Launch: four lanes share the states of four channels, so that sums over channels are short. One block of 8 warps on a
-// multiprocessor: with all registers (255 a lane) a step keeps its tokens in them. Where shared memory is short, 4 warps
-// and not AHEAD.
+// multiprocessor: with all registers (255 a lane) a step keeps its tokens in them. Where shared memory is short, 4
+// warps and not AHEAD.
 #include "pieces.cuh"
 
 static_assert(SHARE == 4 && CHANNELS == 4 && TOKENS == 4, "the exchanges between lanes want these");
@@ -42,22 +43,22 @@ DEVICE Source read_source(const Source* from) {  // at once
 }
 
 struct alignas(16) OfBlock {
-    float exchange[WARPS][512];                // first, so that places in it are changed by bits
-    float between[SIDES][PIECES][PLANE];  // the state after a piece; later its gradient
-    float saved[4][PLANE];                // the state before the first piece; three turns want one
+    float exchange[WARPS][512];                              // first, so that places in it are changed by bits
+    float between[SIDES][PIECES][PLANE];                     // the state after a piece; later its gradient
+    float saved[4][PLANE];                                   // the state before the first piece; three turns want one
     float d[SIDES * PIECES * ROW], w[SIDES * PIECES * ROW];  // see place_in_row
-    float matrices[SIDES][PIECES][2][GROUP * TOKENS];    // B and C as (state, token)
+    float matrices[SIDES][PIECES][2][GROUP * TOKENS];        // B and C as (state, token)
     float g[WARPS * ROW];
     float bias[BLOCK_CHANNELS], D[BLOCK_CHANNELS];
     float dA[WARPS][PLANE];
     Source sources[2][COPIES][32];
-    Element raw[WARPS][2][3 * ROW];  // of a piece: u, delta, B, C for the forward run and u, z, dy for the other
-    Barrier arrived[SIDES][PIECES][STEPS];   // forward: the state after the piece is there
-    Barrier prepared[SIDES][PIECES];         // d, w, B and C of the piece are
+    Element raw[WARPS][2][3 * ROW];         // of a piece: u, delta, B, C for the forward run and u, z, dy for the other
+    Barrier arrived[SIDES][PIECES][STEPS];  // forward: the state after the piece is there
+    Barrier prepared[SIDES][PIECES];        // d, w, B and C of the piece are
     Barrier returned[SIDES][PIECES][STEPS];  // backward: the gradient of the state after the piece is there
     Barrier finished[SIDES][PIECES];         // the piece's place may be taken
 };
-struct alignas(16) OfGroup {  // of states
+struct alignas(16) OfGroup {             // of states
     float rates[PLANE], leaving[PLANE];  // leaving: the gradient that leaves the tile
     Barrier left[STEPS];                 // it is there
 };
@@ -66,8 +67,8 @@ DEVICE int slot_of(u32 turn, int piece) { return turn / SIDES & 1 ? PIECES - 1 -
 
 constexpr int SUMS = 3 * SAVED_EVERY * BLOCK_CHANNELS;  // y, du, ddelta of a tile, where there are several groups
 
-// Rows (token, channel): an owner's channels of token 0 are at `row`, a multiple of ROW, + owner * CHANNELS; those of others
-// in an order in which banks do not conflict.
+// Rows (token, channel): an owner's channels of token 0 are at `row`, a multiple of ROW, + owner * CHANNELS; those of
+// others in an order in which banks do not conflict.
 DEVICE int place_in_row(int row, int t) { return (row ^ (t * 2 * CHANNELS)) + t * BLOCK_CHANNELS; }
 
 // Sums over the lanes that share channels of values (token, channel): lane i of them gets those of token i.
@@ -107,14 +108,16 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(&block + 1);
     float* sums = reinterpret_cast<float*>(of_groups + groups);
     float *const exchange = &block.exchange[0][0], *const my_g = block.g;
-    // In `exchange`: for sum_to_owner; where the lane puts values of its tokens for dB and dC, and where it adds them up.
+    // In `exchange`: for sum_to_owner; where the lane puts values of its tokens for dB and dC, and where it adds them
+    // up.
     const int sum_writes = warp * 512 + owner * 16 + part * 4, sum_reads = sum_writes + part * 128;
     const int of_part = lane / 2 % 4, of_half = lane / 8 % 2, of_matrix = lane / 16;
     const int matrix_writes = warp * 512 + part * 32 + (owner ^ (2 * part)) * 4;
     const int matrix_reads = warp * 512 + (of_matrix * 2 + of_half) * 128 + of_part * 32 + (2 * of_part + lane % 2) * 4;
     const int options = options_of(p);
     const i64 first_part = ((at.block * p.batch + at.row) * n_saved + first_tile) * PIECES * groups;
-    const u8* parts_of_block = p.dB_parts + (first_part * 2 * GROUP + of_matrix * GROUP + of_half * SHARE + of_part) * TOKENS * 4;
+    const u8* parts_of_block =
+        p.dB_parts + (first_part * 2 * GROUP + of_matrix * GROUP + of_half * SHARE + of_part) * TOKENS * 4;
     const i64 first_out = (at.row * p.length + at.begin) * p.d_inner + at.channel + c0;
     const u8* out_of_chunk = reinterpret_cast<const u8*>(first_out * i64(sizeof(Element)));
     keep(parts_of_block), keep(out_of_chunk);
@@ -126,14 +129,16 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     for (int i = threadIdx.x; i < 2 * COPIES * 32; i += THREADS) {
         const int run = i / (COPIES * 32), unit = i % (COPIES * 32), of_rows = run == FORWARD_RUN ? 2 : 3;
         const bool is_matrix = unit >= of_rows * UNITS_OF_ROW;
-        const int in = is_matrix ? unit - of_rows * UNITS_OF_ROW : unit, per_tensor = is_matrix ? UNITS_OF_MATRIX : UNITS_OF_ROW;
+        const int in = is_matrix ? unit - of_rows * UNITS_OF_ROW : unit,
+                  per_tensor = is_matrix ? UNITS_OF_MATRIX : UNITS_OF_ROW;
         const int which = (is_matrix ? of_rows : 0) + in / per_tensor, k = in % per_tensor;
         const int per_token = (is_matrix ? GROUP : BLOCK_CHANNELS) / VECTOR;
         Source source = {nullptr, 0, 0};
         if (which < 4 && runs[run][which]) {
             const Rows& rows = *runs[run][which];
             source.row = int(rows.length) * int(sizeof(Element));
-            source.from = start_of(rows, at, sizeof(Element), is_matrix) + k % per_token * 16 + k / per_token * source.row;
+            source.from =
+                start_of(rows, at, sizeof(Element), is_matrix) + k % per_token * 16 + k / per_token * source.row;
             source.group = is_matrix ? GROUP * int(sizeof(Element)) : 0;
         }
         block.sources[run][unit / 32][unit % 32] = source;
@@ -144,10 +149,13 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             const Rows* rows = runs[run][which];
             if (!rows) continue;
             const bool is_matrix = run == FORWARD_RUN && which > 1;
-            const int columns = is_matrix ? int(p.d_state) - group * GROUP : at.count, row = int(rows->length) * int(sizeof(Element));
-            const u8* from = start_of(*rows, at, sizeof(Element), is_matrix) + (is_matrix ? group * GROUP * int(sizeof(Element)) : 0);
+            const int columns = is_matrix ? int(p.d_state) - group * GROUP : at.count,
+                      row = int(rows->length) * int(sizeof(Element));
+            const u8* from = start_of(*rows, at, sizeof(Element), is_matrix) +
+                             (is_matrix ? group * GROUP * int(sizeof(Element)) : 0);
             Element* into = to + (is_matrix ? 2 * ROW + (which - 2) * TOKENS * GROUP : which * ROW);
-            copy_elements(into, advance(from, first, row), row, TOKENS, tokens, columns, is_matrix ? GROUP : BLOCK_CHANNELS, lane);
+            copy_elements(into, advance(from, first, row), row, TOKENS, tokens, columns,
+                          is_matrix ? GROUP : BLOCK_CHANNELS, lane);
         }
     };
     const auto stage_piece = [&](Element* to, int run, int tile, int piece, int group) {
@@ -212,7 +220,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     for (int s = 0; s < CHANNELS; s++) dD[s] = dbias[s] = 0.f;
     sync_block();
 
-    const auto initial = [&](float(&h)[CHANNELS], const States<CHANNELS>& states) {
+    const auto initial = [&](float (&h)[CHANNELS], const States<CHANNELS>& states) {
 #pragma unroll
         for (int s = 0; s < CHANNELS; s++) h[s] = 0.f;
         if (p.initial_state) read_states(h, states);
@@ -225,7 +233,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         const int slot = slot_of(turn, piece), slot_before = slot_of(turn, max(piece - 1, 0));
         const u32 phase = turn / SIDES & 1;
         const int row = (side * PIECES + slot) * ROW + c0, own_row = place_in_row(row, part);
-        float(*matrices)[GROUP * TOKENS] = block.matrices[side][slot];
+        float (*matrices)[GROUP * TOKENS] = block.matrices[side][slot];
         wait(&block.finished[side][slot], phase ^ 1);
         {
             float v[CHANNELS], u[CHANNELS], bias[CHANNELS];
@@ -268,13 +276,15 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         const float* rates = of_groups[group].rates + own;
         const float* from = (piece == 0 ? block.saved[turn % 4] : block.between[side][slot_before]) + own;
         float* to = block.between[side][slot] + own;
-        const Boundaries edges = boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
+        const Boundaries edges =
+            boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
         const auto states_at = [&](const u8* states, int t, int n) {
-            return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, group * GROUP + n);
+            return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
+                                       group * GROUP + n);
         };
         const auto steps = [&](auto with_edges) {
             constexpr bool EDGES = decltype(with_edges)::value;
-#pragma unroll (EDGES ? 1 : 2)  // of 4: all of them would not fit the instructions' cache
+#pragma unroll(EDGES ? 1 : 2)  // of 4: all of them would not fit the instructions' cache
             for (int j = 0; j < STEPS; j++) {
                 const int n = j * SHARE + part, place = j * 32 * CHANNELS;
                 float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
@@ -314,7 +324,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         const bool is_first = piece == 0, is_last = piece == PIECES - 1;
         const int row = (side * PIECES + slot) * ROW + c0, row_of_g = warp * ROW + c0;
         const int own_row = place_in_row(row, part), own_row_of_g = place_in_row(row_of_g, part);
-        const float(*matrices)[GROUP * TOKENS] = block.matrices[side][slot];
+        const float (*matrices)[GROUP * TOKENS] = block.matrices[side][slot];
         OfGroup& of_group = of_groups[group];
         {
             float z[CHANNELS], v[CHANNELS];
@@ -345,12 +355,14 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         const Barrier* left_after = is_last ? of_group.left : block.returned[side][slot];
         Barrier* left_before = is_first ? of_group.left : block.returned[side][slot_before];
         const u32 phase_after = is_last ? (n_tiles - tile) & 1 : phase;  // at first there is nothing to wait for
-        const Boundaries edges = boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
+        const Boundaries edges =
+            boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
         const u8* my_parts = advance(parts_of_block, (tile * PIECES + piece) * groups + group, 2 * GROUP * TOKENS * 4);
         float* my_dA = block.dA[warp] + own;
 
         const auto states_at = [&](const u8* states, int t, int n) {
-            return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, group * GROUP + n);
+            return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count,
+                                       group * GROUP + n);
         };
         const int last_end = last_bit(edges.ends);  // the first one that the run meets: its gradient is read ahead
 
@@ -358,7 +370,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             constexpr bool EDGES = decltype(with_edges)::value;
             float next[CHANNELS] = {};
             if (EDGES && edges.ends) states_at(p.dlast_state, last_end, part).read(next);
-#pragma unroll (EDGES ? 1 : STEPS / 2)
+#pragma unroll(EDGES ? 1 : STEPS / 2)
             for (int pair = 0; pair < STEPS / 2; pair++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -492,7 +504,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                 read<DTYPE>(dy, raw + 2 * ROW);
 #pragma unroll
                 for (int s = 0; s < CHANNELS; s++) {
-                    const float gate = sigmoid_fast(z[s]), before_gate = options & HAS_D ? fmaf(D[s], u[s], own_y[s]) : own_y[s];
+                    const float gate = sigmoid_fast(z[s]),
+                                before_gate = options & HAS_D ? fmaf(D[s], u[s], own_y[s]) : own_y[s];
                     out[s] = dy[s] * before_gate * gate * fmaf(z[s], 1.f - gate, 1.f);
                 }
                 write_some(p.dz.data + offset, is_regular, out, my_count);
@@ -579,8 +592,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
         const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n % GROUP, c);
         float sum = 0.f;
-        for (int w = 0; w < WARPS; w++)
-            sum += groups == 1 ? block.dA[w][place] : kept[w * size + n * p.channels + c];
+        for (int w = 0; w < WARPS; w++) sum += groups == 1 ? block.dA[w][place] : kept[w * size + n * p.channels + c];
         dA[n * p.channels + c] = sum;
     }
     float* parts = &block.between[0][0][0];
@@ -607,15 +619,20 @@ KERNEL(256, 1) sum_pieces(PARAMETER Parameters p) {
     const i64 of_group = i / units, unit = i % units, n = unit / (2 * GROUP) % groups * GROUP + unit % GROUP;
     const i64 piece = unit / (2 * GROUP * groups) % pieces, row = unit / (2 * GROUP * groups) / pieces;
     const bool is_C = unit / GROUP % 2;
-    const float* parts = reinterpret_cast<const float*>(p.dB_parts) + (of_group * p.blocks_of_group * units + unit) * TOKENS;
+    const float* parts =
+        reinterpret_cast<const float*>(p.dB_parts) + (of_group * p.blocks_of_group * units + unit) * TOKENS;
     float sum[TOKENS];
     load(sum, parts);
-#pragma unroll 8
-    for (i64 k = 1; k < p.blocks_of_group; k++) {
-        float more[TOKENS];
-        load(more, parts + k * units * TOKENS);
+    constexpr int AT_ONCE = 4;  // parts that are asked for at once
+    for (i64 k0 = 1; k0 < p.blocks_of_group; k0 += AT_ONCE) {
+        float more[AT_ONCE][TOKENS] = {};
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) sum[t] += more[t];
+        for (int k = 0; k < AT_ONCE; k++)
+            if (k0 + k < p.blocks_of_group) load(more[k], parts + (k0 + k) * units * TOKENS);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++) sum[t] += more[k][t];
     }
     if (n >= p.d_state) return;
 #pragma unroll

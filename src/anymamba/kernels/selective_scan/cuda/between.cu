@@ -70,6 +70,22 @@ KERNEL(THREADS, 1) carry(PARAMETER Parameters p) {
     }
 }
 
+// The sum of `count` numbers, `stride` apart, in their order; several are asked for at once.
+template <typename N>
+DEVICE N sum_of(const N* first, i64 stride, i64 count) {
+    constexpr int AT_ONCE = 8;
+    N sum = N();
+    for (i64 k0 = 0; k0 < count; k0 += AT_ONCE) {
+        N some[AT_ONCE] = {};
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            if (k0 + k < count) some[k] = first[(k0 + k) * stride];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) sum = sum + some[k];
+    }
+    return sum;
+}
+
 // dB and dC from the parts of blocks of channels, (block, row, token, state).
 KERNEL(THREADS, 1) sum_blocks(PARAMETER Parameters p) {
     const i64 rows = p.batch * p.length * p.d_state, i = index_of_thread();
@@ -81,8 +97,7 @@ KERNEL(THREADS, 1) sum_blocks(PARAMETER Parameters p) {
         const u8* parts = m ? p.dC_parts : p.dB_parts;
         if (!(m ? p.C : p.B).data) continue;  // constant
         const T* from = reinterpret_cast<const T*>(parts) + group * p.blocks_of_group * rows + place;
-        T sum = from[0];
-        for (i64 k = 1; k < p.blocks_of_group; k++) sum = sum + from[k * rows];
+        const T sum = sum_of(from, rows, p.blocks_of_group);
         write_number(m ? p.dC : p.dB, to, int(m ? p.dC_dtype : p.dB_dtype), sum);
     }
 }
@@ -95,22 +110,21 @@ KERNEL(THREADS, 1) sum_parts(PARAMETER Parameters p) {
     const i64 channel = c / padded * per_group + c % padded;
     if (n < p.d_state) {
         const i64 size = p.states * p.channels, from = n * p.channels + c, to = channel * p.d_state + n;
-        const u8* const parts[] = {p.dA_parts, p.constant_B ? p.dB_parts : nullptr, p.constant_C ? p.dC_parts : nullptr};
+        const u8* const parts[] = {p.dA_parts, p.constant_B ? p.dB_parts : nullptr,
+                                   p.constant_C ? p.dC_parts : nullptr};
         u8* const results[] = {p.dA, p.dB, p.dC};
         const i64 dtypes[] = {p.dA_dtype, p.dB_dtype, p.dC_dtype};
 #pragma unroll
         for (int m = 0; m < 3; m++) {
             if (!parts[m]) continue;
-            T sum = number(R(0));
-            for (i64 k = 0; k < p.n_parts; k++) sum = sum + reinterpret_cast<const T*>(parts[m])[k * size + from];
+            const T sum = sum_of(reinterpret_cast<const T*>(parts[m]) + from, size, p.n_parts);
             write_number(results[m], to, int(dtypes[m]), sum);
         }
     } else {
         const bool bias = n > p.d_state;
         const R* parts = reinterpret_cast<const R*>(bias ? p.dbias_parts : p.dD_parts);
         if (!(bias ? p.dbias : p.dD)) return;
-        R sum = R(0);
-        for (i64 k = 0; k < p.n_parts; k++) sum += parts[k * p.channels + c];
+        const R sum = sum_of(parts + c, p.channels, p.n_parts);
         write_as<R>(bias ? p.dbias : p.dD, channel, int(bias ? p.dbias_dtype : p.dD_dtype), sum);
     }
 }

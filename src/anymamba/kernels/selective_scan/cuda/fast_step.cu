@@ -1,8 +1,8 @@
-// One token of the selective scan, for real A, selective B and C, Euler's rule and float32 states; d_state is a multiple
-// of 4 and at most 128.
+// One token of the selective scan, for real A, selective B and C, Euler's rule and float32 states; d_state is a
+// multiple of 4 and at most 128.
 //
-// p.lanes lanes (a power of two) share a channel, four neighbouring states each, for ROWS rows of the batch, which share A.
-// All that a lane needs is asked for before any of it is used: the time is that of memory.
+// p.lanes lanes (a power of two) share a channel, four neighbouring states each, for ROWS rows of the batch, which
+// share A. All that a lane needs is asked for before any of it is used: the time is that of memory.
 //
 // Launch: 128 threads; p.blocks_of_group blocks for the channels of ROWS rows. Two rows, so that a multiprocessor has
 // bytes enough under way; more rows gave too few blocks to fill the last wave.
@@ -89,7 +89,6 @@ KERNEL(THREADS, 8) step(PARAMETER Parameters p) {
         for (u32 m = lanes / 2; m > 0; m /= 2) y += shuffle_xor(y, int(m));
         y = fmaf(D, x.u, y);
         if (p.z.data) y *= x.z * sigmoid_fast(x.z);
-        if (inside && part == 0)
-            write<DTYPE, 1>(reinterpret_cast<Element*>(p.y.data) + row * p.y.batch + channel, {y});
+        if (inside && part == 0) write<DTYPE, 1>(reinterpret_cast<Element*>(p.y.data) + row * p.y.batch + channel, {y});
     }
 }

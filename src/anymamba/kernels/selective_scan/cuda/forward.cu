@@ -1,14 +1,15 @@
-// The selective scan forward, for real A and selective B and C: warps take consecutive pieces of a tile; the state travels
-// from warp to warp, step by step, through shared memory. So there is one exponential a state and no second pass.
+// The selective scan forward, for real A and selective B and C: warps take consecutive pieces of a tile; the state
+// travels from warp to warp, step by step, through shared memory. So there is one exponential a state and no second
+// pass.
 //
-// PASS: FORWARD writes y, the last states and the saved ones. SUMMARY writes what leaves a chunk where nothing arrives, and
-// the product of its decays; REVERSE does that for the gradient of the state, with time running backwards (then w is
-// that of y before the gate, and C takes the place of B).
+// PASS: FORWARD writes y, the last states and the saved ones. SUMMARY writes what leaves a chunk where nothing arrives,
+// and the product of its decays; REVERSE does that for the gradient of the state, with time running backwards (then w
+// is that of y before the gate, and C takes the place of B).
 //
 // Notation. d = delta after the softplus, w = d u, a = exp(d A), h the state; a = 2^(d rate).
 //
-// Launch: WARPS warps, or fewer where shared memory or tokens are few. Sixteen fill a multiprocessor, each with a piece of 8
-// tokens; two lanes share the states of two channels, or four do where there would be few blocks.
+// Launch: WARPS warps, or fewer where shared memory or tokens are few. Sixteen fill a multiprocessor, each with a piece
+// of 8 tokens; two lanes share the states of two channels, or four do where there would be few blocks.
 #include "pieces.cuh"
 
 constexpr int INPUTS = PASS == SUMMARY ? 2 : 3, MATRICES = PASS == FORWARD ? 2 : 1;
@@ -17,7 +18,7 @@ struct alignas(16) OfWarp {
     Element raw[2][INPUTS][TOKENS * BLOCK_CHANNELS];  // u or dy, delta, z: this piece and the next
     float d_and_w[TOKENS * BLOCK_CHANNELS * 2];
 };
-struct alignas(16) OfGroup {  // of states, of one warp
+struct alignas(16) OfGroup {                           // of states, of one warp
     float matrices[MATRICES][GROUP * TOKENS + 4 * 4];  // B and C as (state, token); see row_of_state
     float carry[PLANE];                                // the state that leaves this warp's piece
     Barrier passed[STEPS];                             // it is there
@@ -88,7 +89,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const int warp = shuffle(int(threadIdx.x / 32), 0);
     const int warps = int(blockDim.x / 32), tile_tokens = warps * TOKENS;
     const int part = lane % SHARE, c0 = lane / SHARE * CHANNELS, my_count = at.count - c0;
-    const int groups = groups_of(p), length = int(at.end - at.begin), n_tiles = (length + tile_tokens - 1) / tile_tokens;
+    const int groups = groups_of(p), length = int(at.end - at.begin),
+              n_tiles = (length + tile_tokens - 1) / tile_tokens;
 
     float* rates = reinterpret_cast<float*>(shared_memory());  // a plane for each group
     OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
@@ -100,16 +102,18 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
 
     const Rows &input = PASS == REVERSE ? p.dy : p.u, &matrix = PASS == REVERSE ? p.C : p.B;
     const int options = options_of(p), row_of_y = int(p.y.length) * int(sizeof(Element));
-    const u8* start_y = p.y.data + (at.row * p.y.batch + at.begin * p.y.length + at.channel + c0) * i64(sizeof(Element));
+    const u8* start_y =
+        p.y.data + (at.row * p.y.batch + at.begin * p.y.length + at.channel + c0) * i64(sizeof(Element));
 
-    // Tokens are counted from the chunk's start: `tile` is the first of a tile, `offset` + tile that of the warp's piece.
+    // Tokens are counted from the chunk's start: `tile` is the first of a tile, `offset` + tile that of the warp's
+    // piece.
     const int direction = PASS == REVERSE ? -tile_tokens : tile_tokens;
     const int offset = (PASS == REVERSE ? warps - 1 - warp : warp) * TOKENS;
     const bool is_regular = p.aligned && at.count >= BLOCK_CHANNELS && p.states == p.d_state;
 
     // ------------------------------------------------------------------------------------ copies from global memory
-    // A lane's first copy of 16 bytes of the rows of a piece, in tile 0; and those of B and C, half a warp each where both
-    // together fill one.
+    // A lane's first copy of 16 bytes of the rows of a piece, in tile 0; and those of B and C, half a warp each where
+    // both together fill one.
     constexpr int PER_ROW = BLOCK_CHANNELS / VECTOR, PER_STATES = GROUP / VECTOR;
     constexpr int UNITS = TOKENS * PER_ROW, UNITS_OF_MATRIX = TOKENS * PER_STATES;
     constexpr bool BOTH = MATRICES == 2 && UNITS_OF_MATRIX == 16;
@@ -153,7 +157,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         }
     };
     const auto stage_edge = [&](int tile, int tokens, int into) {  // a piece that is not full, tensor by tensor
-        const Rows* const all[5] = {&input, &p.delta, PASS == SUMMARY ? nullptr : &p.z, &matrix, MATRICES == 2 ? &p.C : nullptr};
+        const Rows* const all[5] = {&input, &p.delta, PASS == SUMMARY ? nullptr : &p.z, &matrix,
+                                    MATRICES == 2 ? &p.C : nullptr};
         for (int which = 0; which < 5; which++) {
             const Rows* rows = all[which];
             if (!rows || !rows->data) continue;
@@ -162,7 +167,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                 const u8* from = start_of(*rows, at, sizeof(Element), is_matrix) + g * GROUP * int(sizeof(Element));
                 copy_elements(is_matrix ? my_groups[g].raw[into][which - 3] : mine.raw[into][which],
                               advance(from, tile + offset, row_of(*rows)), row_of(*rows), TOKENS, tokens,
-                              is_matrix ? int(p.d_state) - g * GROUP : at.count, is_matrix ? GROUP : BLOCK_CHANNELS, lane);
+                              is_matrix ? int(p.d_state) - g * GROUP : at.count, is_matrix ? GROUP : BLOCK_CHANNELS,
+                              lane);
             }
         }
     };
@@ -223,7 +229,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             }
         }
         const u32 parity = (warp == 0 ? k + 1 : k) & 1;  // the first warp of the first tile waits for nobody
-        const Boundaries edges = boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
+        const Boundaries edges =
+            boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
         const bool saving = PASS == FORWARD && p.saved && first % SAVED_EVERY == 0 && tokens > 0;
         float* saved = reinterpret_cast<float*>(p.saved);
         if (saving) {
@@ -240,7 +247,7 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, n + part);
         };
 
-        const auto step = [&](int g, int j, const float(&given)[CHANNELS], auto with_edges) {
+        const auto step = [&](int g, int j, const float (&given)[CHANNELS], auto with_edges) {
             constexpr bool EDGES = decltype(with_edges)::value;
             const OfGroup& from = from_groups[g];
             OfGroup& to = my_groups[g];
@@ -332,14 +339,14 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                 }
             };
             if (options & HAS_D)
-                each([&](int i, float(&out)[CHANNELS]) {
+                each([&](int i, float (&out)[CHANNELS]) {
                     float u[CHANNELS];
                     read<DTYPE>(u, raw + i * BLOCK_CHANNELS);
 #pragma unroll
                     for (int s = 0; s < CHANNELS; s++) out[s] = fmaf(D[s], u[s], out[s]);
                 });
             if (options & HAS_Z)
-                each([&](int i, float(&out)[CHANNELS]) {
+                each([&](int i, float (&out)[CHANNELS]) {
                     float z[CHANNELS];
                     read<DTYPE>(z, raw + (INPUTS - 1) * TOKENS * BLOCK_CHANNELS + i * BLOCK_CHANNELS);
 #pragma unroll
@@ -347,9 +354,11 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                 });
             u8* to = const_cast<u8*>(advance(start_y, first + part * MINE, row_of_y));
             if (full) {
-                each([&](int i, float(&out)[CHANNELS]) { write<DTYPE>(reinterpret_cast<Element*>(to + i * row_of_y), out); });
+                each([&](int i, float (&out)[CHANNELS]) {
+                    write<DTYPE>(reinterpret_cast<Element*>(to + i * row_of_y), out);
+                });
             } else {
-                each([&](int i, float(&out)[CHANNELS]) {
+                each([&](int i, float (&out)[CHANNELS]) {
                     const bool inside = part * MINE + i < tokens;
                     write_some(to + i64(i) * row_of_y, false, out, inside ? my_count : 0);
                 });
@@ -362,10 +371,11 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         sync_block();
         if (part == 0) store(&mine.d_and_w[c0], total);
         sync_block();
-        float *states = reinterpret_cast<float*>(p.chunk_states) + scratch;
-        float *decays = reinterpret_cast<float*>(p.chunk_decays) + scratch;
+        float* states = reinterpret_cast<float*>(p.chunk_states) + scratch;
+        float* decays = reinterpret_cast<float*>(p.chunk_decays) + scratch;
         for (int i = threadIdx.x; i < groups * PLANE; i += blockDim.x) {
-            const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, g = n / GROUP, place = place_in_plane(n % GROUP, c);
+            const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, g = n / GROUP,
+                      place = place_in_plane(n % GROUP, c);
             float sum = 0.f;
             for (int k = 0; k < warps; k++) sum += of_warps[k].d_and_w[c];
             states[n * p.channels + c] = last_groups[g].carry[place];

@@ -69,7 +69,8 @@ DEVICE void matrix_at(T (&out)[SLAB], const T (&constant)[SLAB], const Rows& row
 #pragma unroll
     for (int i = 0; i < SLAB; i++) {
         out[i] = constant[i];
-        if (rows.data) out[i] = slab + i < p.d_state ? read_number(rows.data, index + i, int(rows.dtype)) : number(R(0));
+        if (rows.data)
+            out[i] = slab + i < p.d_state ? read_number(rows.data, index + i, int(rows.dtype)) : number(R(0));
     }
 }
 
@@ -85,8 +86,8 @@ DEVICE void get(T (&h)[SLAB], const T* first, const Parameters& p, i64 slab) {
 }
 
 // A slab of (sequence, channel, state); zeros where there is no tensor.
-DEVICE void get_of_sequence(T (&h)[SLAB], const u8* states, const Parameters& p, const Place& at, i64 sequence, i64 slab,
-                            int lane) {
+DEVICE void get_of_sequence(T (&h)[SLAB], const u8* states, const Parameters& p, const Place& at, i64 sequence,
+                            i64 slab, int lane) {
     const i64 index = (sequence * p.d_inner + at.channel + lane) * p.d_state + slab;
 #pragma unroll
     for (int i = 0; i < SLAB; i++) {
@@ -94,8 +95,8 @@ DEVICE void get_of_sequence(T (&h)[SLAB], const u8* states, const Parameters& p,
         h[i] = ok ? reinterpret_cast<const T*>(states)[index + i] : number(R(0));
     }
 }
-DEVICE void put_of_sequence(u8* states, const T (&h)[SLAB], const Parameters& p, const Place& at, i64 sequence, i64 slab,
-                            int lane) {
+DEVICE void put_of_sequence(u8* states, const T (&h)[SLAB], const Parameters& p, const Place& at, i64 sequence,
+                            i64 slab, int lane) {
     const i64 index = (sequence * p.d_inner + at.channel + lane) * p.d_state + slab;
 #pragma unroll
     for (int i = 0; i < SLAB; i++)

@@ -7,8 +7,8 @@
 //     dC = g h,  dB = weight u e,  du += weight B e
 //     x = a h[t-1] e       gradient of delta A:  dA += delta x,  ddelta += A x + a' B u e,  dh = a e
 //
-// with conjugates where A is complex; weight and a' are delta and 1, or of the zero-order hold (exp(delta A) - 1) / A and
-// exp(delta A), and dA has another term then. dB and dC are sums over lanes; each block writes its part.
+// with conjugates where A is complex; weight and a' are delta and 1, or of the zero-order hold (exp(delta A) - 1) / A
+// and exp(delta A), and dA has another term then. dB and dC are sums over lanes; each block writes its part.
 //
 // Launch: as general_forward.cu.
 #include "general.cuh"
@@ -135,7 +135,8 @@ KERNEL(THREADS, 1) scan_backward(PARAMETER Parameters p) {
                             dA[i] = dA[i] + (u * d * d) * (conjugate(slope) * drive);
                         }
                         du += real_part(conjugate(scale) * drive);
-                        dd += real_part(conjugate(own.A[i]) * x) + u * real_part((p.zoh ? conjugate(a) : number(R(1))) * drive);
+                        dd += real_part(conjugate(own.A[i]) * x) +
+                              u * real_part((p.zoh ? conjugate(a) : number(R(1))) * drive);
                     }
                     block.du[warp][t][lane] += du, block.dd[warp][t][lane] += dd;
                     const i64 part = ((at.block * p.batch + at.row) * p.length + first + t) * p.d_state + slab;

@@ -1,7 +1,7 @@
 // The selective scan forward for everything: complex A, float64, exact zero-order hold, constant B and C, many states.
 //
-// Lanes are channels and warps take slabs of states in turn; time runs inside. A tile's d and u are in shared memory, the
-// running state between tiles in chunk_states. The passes are those of forward.cu.
+// Lanes are channels and warps take slabs of states in turn; time runs inside. A tile's d and u are in shared memory,
+// the running state between tiles in chunk_states. The passes are those of forward.cu.
 //
 // Launch: 32 channels and 4 warps a block; slabs of 4 states keep a and h in registers for float64, too.
 #include "general.cuh"
@@ -27,7 +27,9 @@ KERNEL(THREADS, 1) scan(PARAMETER Parameters p) {
         for (int t = warp; t < TILE; t += WARPS) {
             const bool ok = t < tokens && lane < at.count;
             block.d[t][lane] = ok ? delta_at(p, at, first + t, lane) : R(0);
-            block.x[t][lane] = !ok ? R(0) : reverse ? dscan_at(p, at, first + t, lane) : element(p.u, at, first + t, lane);
+            block.x[t][lane] = !ok       ? R(0)
+                               : reverse ? dscan_at(p, at, first + t, lane)
+                                         : element(p.u, at, first + t, lane);
             for (int w = 0; w < WARPS; w++) block.y[w][t][lane] = R(0);
         }
         sync_block();

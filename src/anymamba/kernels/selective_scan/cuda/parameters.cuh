@@ -1,7 +1,7 @@
 // What a kernel of the selective scan is given, and where its block of channels and its piece of time lie.
 //
-// Scratch tensors between kernels are padded: the channels of each group to a multiple of 32, which all kernels work on,
-// so that padding is written, as zeros, before it is read; states to a multiple of 16 where kernels want that.
+// Scratch tensors between kernels are padded: the channels of each group to a multiple of 32, which all kernels work
+// on, so that padding is written, as zeros, before it is read; states to a multiple of 16 where kernels want that.
 #pragma once
 
 #include "device.cuh"
@@ -17,7 +17,7 @@ struct Rows {
 struct Parameters {
     Rows u, delta, z, B, C, y, dy, du, ddelta, dz;
     const u8 *A, *D, *delta_bias, *constant_B, *constant_C;  // (d_inner, d_state) or (d_inner,), of the working type
-    const u8* initial_state;  // (n_sequences, d_inner, d_state)
+    const u8* initial_state;                                 // (n_sequences, d_inner, d_state)
     u8* last_state;
     const u8* dlast_state;
     u8* dinitial_state;
@@ -28,12 +28,12 @@ struct Parameters {
     u8* dA_of_warps;
     u8 *dA_parts, *dD_parts, *dbias_parts, *dB_parts, *dC_parts;
     u8 *dA, *dD, *dbias, *dB, *dC;  // dense
-    const i64* offsets;      // (n_sequences + 1)
-    int* sequence_of;        // (length), or null where each row of the batch is one sequence
+    const i64* offsets;             // (n_sequences + 1)
+    int* sequence_of;               // (length), or null where each row of the batch is one sequence
     i64 batch, length, d_inner, d_state, n_groups, n_sequences;
-    i64 chunk, n_chunks;     // tokens of a chunk, a multiple of 64
-    i64 blocks_of_group;     // blocks of channels of a group
-    i64 states, channels;    // padded
+    i64 chunk, n_chunks;   // tokens of a chunk, a multiple of 64
+    i64 blocks_of_group;   // blocks of channels of a group
+    i64 states, channels;  // padded
     i64 n_parts;
     i64 softplus, zoh, passage, lanes, aligned;  // aligned: all rows are
     i64 dA_dtype, dD_dtype, dbias_dtype, dB_dtype, dC_dtype;
@@ -48,9 +48,9 @@ struct Place {
     i64 row, chunk;
     i64 begin, end;  // tokens of the chunk
     i64 channel, padded;
-    int count;       // channels; none, or less, in a block that is all padding
+    int count;  // channels; none, or less, in a block that is all padding
     i64 group;
-    i64 block;       // of channels
+    i64 block;  // of channels
 };
 
 DEVICE Place place_of_block(const Parameters& p, int block_channels, int first_chunk) {

@@ -10,9 +10,9 @@
 
 typedef ElementOf<DTYPE>::Type Element;
 
-constexpr int GROUP = 16;              // states worked on by code without a loop: d_state is padded to a multiple
+constexpr int GROUP = 16;  // states worked on by code without a loop: d_state is padded to a multiple
 constexpr int STEPS = GROUP / SHARE;
-constexpr int OWNERS = 32 / SHARE;     // lanes with channels of their own
+constexpr int OWNERS = 32 / SHARE;  // lanes with channels of their own
 constexpr int BLOCK_CHANNELS = OWNERS * CHANNELS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int PLANE = GROUP * BLOCK_CHANNELS;  // a number for each state of a group and channel
@@ -31,9 +31,13 @@ struct No {
 };
 
 template <int count>
-DEVICE void load(float (&out)[count], const float* in) { read<FLOAT32>(out, in); }
+DEVICE void load(float (&out)[count], const float* in) {
+    read<FLOAT32>(out, in);
+}
 template <int count>
-DEVICE void store(float* out, const float (&in)[count]) { write<FLOAT32>(out, in); }
+DEVICE void store(float* out, const float (&in)[count]) {
+    write<FLOAT32>(out, in);
+}
 
 // A part of a tensor, (all, row), that is not aligned or reaches over an edge: zeros from `tokens` and `columns` on.
 CALLED void copy_elements(Element* shared, const u8* start, int row_bytes, int all, int tokens, int columns, int row,
@@ -48,8 +52,8 @@ CALLED void copy_elements(Element* shared, const u8* start, int row_bytes, int a
 // Which of the optional inputs there are, in one register.
 enum { HAS_Z = 1, HAS_D = 2, HAS_SOFTPLUS = 4, IS_PACKED = 8 };
 DEVICE int options_of(const Parameters& p) {
-    int options = (p.z.data ? HAS_Z : 0) | (p.D ? HAS_D : 0) | (p.softplus ? HAS_SOFTPLUS : 0) |
-                  (p.sequence_of ? IS_PACKED : 0);
+    int options =
+        (p.z.data ? HAS_Z : 0) | (p.D ? HAS_D : 0) | (p.softplus ? HAS_SOFTPLUS : 0) | (p.sequence_of ? IS_PACKED : 0);
     keep(options);
     return options;
 }
@@ -75,7 +79,8 @@ DEVICE void read_vector(float (&out)[width], const u8* vector, i64 channel, int 
         out[i] = vector && i < count ? reinterpret_cast<const float*>(vector)[channel + i] : 0.f;
 }
 
-// Add up over the lanes that share channels: lane i of them gets the sums of values [i, i + 1) * count / SHARE in front.
+// Add up over the lanes that share channels: lane i of them gets the sums of values [i, i + 1) * count / SHARE in
+// front.
 template <int count, int lanes = SHARE>
 DEVICE void sum_shared(float (&values)[count], int place) {
     if constexpr (lanes > 1) {
@@ -93,8 +98,8 @@ DEVICE void sum_shared(float (&values)[count], int place) {
     }
 }
 
-// Planes in shared memory have the order in which lanes read them, so that banks do not conflict: (step, lane, channel of
-// the lane).
+// Planes in shared memory have the order in which lanes read them, so that banks do not conflict: (step, lane, channel
+// of the lane).
 DEVICE int place_in_plane(int n, int c) {
     const int lane = c / CHANNELS * SHARE + n % SHARE;
     return (n / SHARE * 32 + lane) * CHANNELS + c % CHANNELS;
