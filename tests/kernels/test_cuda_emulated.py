@@ -113,6 +113,13 @@ def test_a_step(case, batch):
     assert_within_budget(*({"y": y, "last_state": state} for y, state in pairs))
 
 
+@pytest.mark.parametrize("name", ["delta", "B", "z"])
+@pytest.mark.parametrize(("dtype", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_mixed_dtypes(dtype, other, name):
+    a = arguments(scan_inputs(1, 70, 33, 16, dtype=dtype))
+    check_contract(a._replace(**{name: getattr(a, name).to(other)}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
 def test_random_contracts(seed):

@@ -24,6 +24,9 @@ SAVED_EVERY = 64
 GROUP = 16
 """States that the fast kernels work on at a time; others are padded."""
 
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the tokens that the fast kernels read and write."""
+
 LARGEST_STATE = 64
 """States of a channel that the fast kernels hold in shared memory; more go to the general ones."""
 
@@ -93,7 +96,8 @@ def layouts(a: ScanArguments) -> Layouts | None:
     The fast ones are for real A, selective B and C, Euler's rule and a float32 state that shared memory holds.
     """
     selective = a.B.ndim == 4 and a.C.ndim == 4
-    if not selective or a.dtype != torch.float32 or a.zoh or a.d_state > LARGEST_STATE:
+    short = a.dtype == torch.float32 and element(a) in FAST_DTYPES
+    if not selective or not short or a.zoh or a.d_state > LARGEST_STATE:
         return None
     return _fitting(element(a), -(-a.d_state // GROUP) * GROUP, nvrtc.device(a.u.device.index or 0))
 
@@ -226,7 +230,7 @@ def _fast(name: str, kernel: str, layout: Layout, dtype: torch.dtype, states: in
 def fast_step(a: ScanArguments) -> nvrtc.Variant | None:
     """The fast step's variant; None where the general one serves."""
     tensors = (a.u, a.delta, a.B, a.C, *(() if a.z is None else (a.z,)))
-    one_dtype = all(t.dtype == a.u.dtype for t in tensors)
+    one_dtype = a.u.dtype in FAST_DTYPES and all(t.dtype == a.u.dtype for t in tensors)
     selective = a.B.ndim == 4 and a.C.ndim == 4
     fits = a.dtype == torch.float32 and not a.zoh and a.d_state % 4 == 0 and a.d_state <= MOST_OF_FAST_STEP
     if not (one_dtype and selective and fits):
@@ -248,7 +252,7 @@ def general(name: str, kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
     found: list[nvrtc.Variant] = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in FAST_DTYPES:
         found += [_fast_step(dtype), fast_forward(NARROW, dtype, GROUP, FORWARD)]
         for states in (GROUP, 2 * GROUP):  # one group, or several
             found += [fast_forward(WIDE, dtype, states, passage) for passage in (FORWARD, SUMMARY, REVERSE)]
