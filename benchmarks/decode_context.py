@@ -15,10 +15,10 @@ import torch
 
 from anymamba.generation.generate import TokenStream, stream
 from anymamba.generation.sampling import SamplingConfig
-from anymamba.layers.state import state_bytes
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.presets import preset
+from anymamba.parts.state import state_bytes
 from benchmarks.timing import machine, table
 
 LIMIT = 1.1

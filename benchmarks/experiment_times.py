@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from anymamba.experiments import load_experiment
-from anymamba.experiments.experiment import Arm, Context, Experiment, Record
-from anymamba.experiments.results import read_results
+from anymamba.lab.experiment import Arm, Context, Experiment, Record
+from anymamba.lab.results import read_results
 from benchmarks.timing import machine, table
 
 NAMES = ("selective-copying", "associative-recall")

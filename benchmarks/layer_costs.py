@@ -10,7 +10,7 @@ import argparse
 from anymamba import ModelConfig
 from anymamba.models.costs import layer_cost
 from anymamba.models.mixers import MIXERS
-from anymamba.models.options import HyenaOptions
+from anymamba.parts.options import HyenaOptions
 from benchmarks.timing import machine, table
 
 D_MODEL, LENGTHS = 256, (512, 4096)

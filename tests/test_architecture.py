@@ -14,10 +14,12 @@ LEVELS = (
     {"base"},
     {"data", "kernels"},
     {"ops"},
+    {"parts"},
     {"layers"},
     {"models"},
     {"generation", "training"},
     {"evaluation", "serving", "compat"},
+    {"lab"},
     {"experiments"},
     {"cli"},
 )
@@ -30,16 +32,13 @@ SHARED = {
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("data.documents", "data.table", "data.tokenizer"),
     *("ops.dispatch", "ops.checks", "ops.observers", "ops.functions"),
-    *("layers.state", "layers.init", "layers.norm", "layers.conv", "layers.padding"),
-    *("layers.sequence", "layers.parameters", "layers.s6", "layers.rotary", "layers.cache", "layers.fft_conv"),
-    *("layers.diagonal", "layers.derivatives"),
-    *("models.config", "models.options", "models.mixers"),
-    *("models.language_model", "models.checkpoints"),
+    *("parts.padding", "parts.state", "parts.sequence", "parts.parameters", "parts.derivatives"),
+    "layers.s6",
+    *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
     *("generation.sampling", "generation.prompts", "generation.stops"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *("training.interrupts", "training.steps", "training.tables"),
-    *("experiments.experiment", "experiments.results", "experiments.report", "experiments.charts"),
-    "experiments.learning",
+    *("lab.experiment", "lab.results", "lab.report", "lab.charts"),
     *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
 }
 
@@ -99,8 +98,8 @@ def nearest_module(name: str, known: set[str]) -> str:
 
 
 def is_shared(target: str) -> bool:
-    """Whether siblings may import a module: it, or a folder that holds it, is in the list."""
-    return any(target == name or target.startswith(name + ".") for name in SHARED)
+    """Whether siblings may import a module. A folder in the list stands for its `__init__` alone."""
+    return target in SHARED
 
 
 def own_folder(importer: str, target: str) -> bool:
@@ -190,7 +189,7 @@ def test_shared_list_has_no_dead_entries():
         ("ops.selective_scan", "kernels.selective_scan.portable", True),
         ("ops.selective_scan", "ops.dispatch", True),
         ("ops.selective_scan", "ops.causal_conv1d", False),
-        ("ops.selective_scan", "layers.state", False),
+        ("ops.selective_scan", "parts.state", False),
         ("kernels.selective_scan.portable", "kernels.selective_scan.reference", False),
         ("kernels.selective_scan.portable.forward", "kernels.selective_scan.portable.block", True),
         ("kernels.selective_scan.portable.forward", "kernels.selective_scan.reference", False),

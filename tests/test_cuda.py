@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from anymamba.layers.mamba import Mamba
-from anymamba.layers.state import map_state
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.mixers import MIXERS
-from anymamba.models.options import AttentionOptions, MambaOptions
 from anymamba.ops.causal_conv1d import causal_conv1d
 from anymamba.ops.selective_scan import selective_scan
+from anymamba.parts.options import AttentionOptions, MambaOptions
+from anymamba.parts.state import map_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from anymamba.base.errors import CheckpointError
 from anymamba.cli.train import read_config_file
-from anymamba.experiments.experiment import Record, Results
-from anymamba.experiments.results import read_results, write_results
 from anymamba.generation.prompts import read_prompts
 from anymamba.generation.state_store import load_state, save_state
+from anymamba.lab.experiment import Record, Results
+from anymamba.lab.results import read_results, write_results
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.training.checkpoint import load_checkpoint, save_checkpoint

@@ -34,8 +34,8 @@ _HOMES = {
     "ConvOutput": "anymamba.ops.causal_conv1d",
     "LanguageModel": "anymamba.models.language_model",
     "Mamba": "anymamba.layers.mamba",
-    "MambaOptions": "anymamba.models.options",
-    "MambaState": "anymamba.layers.state",
+    "MambaOptions": "anymamba.parts.options",
+    "MambaState": "anymamba.parts.state",
     "ModelConfig": "anymamba.models.config",
     "SamplingConfig": "anymamba.generation.sampling",
     "ScanOutput": "anymamba.ops.selective_scan",
@@ -58,11 +58,11 @@ if TYPE_CHECKING:
     from anymamba.generation.generate import generate, stream, stream_text
     from anymamba.generation.sampling import SamplingConfig
     from anymamba.layers.mamba import Mamba
-    from anymamba.layers.state import MambaState
     from anymamba.models.config import ModelConfig
     from anymamba.models.language_model import LanguageModel
-    from anymamba.models.options import MambaOptions
     from anymamba.models.presets import preset
     from anymamba.ops.causal_conv1d import ConvOutput, causal_conv1d, causal_conv1d_step
     from anymamba.ops.dispatch import backend
     from anymamba.ops.selective_scan import ScanOutput, selective_scan, selective_scan_step
+    from anymamba.parts.options import MambaOptions
+    from anymamba.parts.state import MambaState

@@ -9,7 +9,7 @@ import torch
 
 from anymamba import LanguageModel
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
 
 pytest.importorskip("transformers", reason="the wrapper needs transformers", minversion="5")
 peft = pytest.importorskip("peft", reason="adapters need peft")

@@ -7,7 +7,7 @@ import torch
 
 from anymamba import LanguageModel
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import AttentionOptions, MambaOptions
+from anymamba.parts.options import AttentionOptions, MambaOptions
 
 transformers = pytest.importorskip("transformers", reason="the wrapper needs transformers", minversion="5")
 from transformers import DataCollatorWithFlattening  # noqa: E402

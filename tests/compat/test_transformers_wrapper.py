@@ -19,7 +19,7 @@ from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.generation.generate import generate
 from anymamba.generation.sampling import SamplingConfig
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
 from anymamba.training.config import OptimizerConfig
 from anymamba.training.optimizer import build_optimizer
 

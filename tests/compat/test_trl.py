@@ -10,7 +10,7 @@ import torch
 from anymamba import LanguageModel
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
 
 transformers = pytest.importorskip("transformers", reason="the wrapper needs transformers", minversion="5")
 datasets = pytest.importorskip("datasets", reason="TRL's trainers take its data sets")

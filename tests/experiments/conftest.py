@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from anymamba.experiments.experiment import Experiment, Record, Results, Scale
-from anymamba.experiments.results import as_json
+from anymamba.lab.experiment import Experiment, Record, Results, Scale
+from anymamba.lab.results import as_json
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ from anymamba.experiments.associative_recall.arms import (
     build_config,
 )
 from anymamba.experiments.associative_recall.measure import bytes_after_a_row, measure, mixed_batch
-from anymamba.experiments.experiment import SCALES, Context, Results
-from anymamba.experiments.learning import build_model, evaluate
+from anymamba.lab.experiment import SCALES, Context, Results
+from anymamba.lab.learning import build_model, evaluate
 from anymamba.models.mixers import MIXERS
 from tests.experiments.conftest import made_up, measured, rows, verdicts
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from anymamba.data.synthetic.induction import induction_sequences
-from anymamba.experiments.experiment import SCALES, Context, Results
 from anymamba.experiments.induction_heads import EXPERIMENT, measure
 from anymamba.experiments.induction_heads.arms import PAPER, arms_at
 from anymamba.experiments.induction_heads.measure import count_right, last_predictions, learn_growing, perfect_in_a_row
-from anymamba.experiments.learning import Score
+from anymamba.lab.experiment import SCALES, Context, Results
+from anymamba.lab.learning import Score
 from anymamba.models.language_model import LanguageModel
 from tests.experiments.conftest import made_up, measured, rows, verdicts
 

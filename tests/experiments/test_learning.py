@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from anymamba.experiments.experiment import Context
-from anymamba.experiments.learning import (
+from anymamba.lab.experiment import Context
+from anymamba.lab.learning import (
     Optimization,
     build_model,
     build_optimizer,

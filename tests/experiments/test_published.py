@@ -12,7 +12,7 @@ import pytest
 
 from anymamba.cli import main
 from anymamba.experiments import load_experiment
-from anymamba.experiments.results import read_results
+from anymamba.lab.results import read_results
 
 DOCS = Path(__file__).parents[2] / "docs" / "experiments"
 HOLDING = {

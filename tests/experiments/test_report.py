@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from anymamba.experiments.charts import new_figure, percent, spread, table
-from anymamba.experiments.experiment import Arm, Experiment, Record, Results, Threshold
-from anymamba.experiments.report import duration, how_it_was_run, report, settings_table, verdicts, write_report
+from anymamba.lab.charts import new_figure, percent, spread, table
+from anymamba.lab.experiment import Arm, Experiment, Record, Results, Threshold
+from anymamba.lab.report import duration, how_it_was_run, report, settings_table, verdicts, write_report
 from anymamba.models.config import ModelConfig
 from tests.experiments.conftest import rows
 

@@ -13,9 +13,9 @@ import torch
 
 from anymamba.cli import main
 from anymamba.experiments import EXPERIMENTS, load_experiment
-from anymamba.experiments.experiment import SCALES, Arm, Experiment, Results, Threshold
-from anymamba.experiments.results import read_results, write_results
-from anymamba.experiments.running import run_experiment
+from anymamba.lab.experiment import SCALES, Arm, Experiment, Results, Threshold
+from anymamba.lab.results import read_results, write_results
+from anymamba.lab.running import run_experiment
 
 NAME = "dice"
 

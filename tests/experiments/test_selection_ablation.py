@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from anymamba.experiments import load_experiment
-from anymamba.experiments.charts import save_figure
-from anymamba.experiments.experiment import SCALES, Context, Results
-from anymamba.experiments.learning import evaluate
 from anymamba.experiments.selection_ablation.arms import KINDS, PAPER_7, PAPER_10, SELECTIVE, STATES, paper_gap
 from anymamba.experiments.selection_ablation.corpus import corpus_bytes, fixed_windows, random_windows
 from anymamba.experiments.selection_ablation.measure import measure
+from anymamba.lab.charts import save_figure
+from anymamba.lab.experiment import SCALES, Context, Results
+from anymamba.lab.learning import evaluate
 from anymamba.models.language_model import LanguageModel
 from tests.experiments.conftest import made_up, measured, rows, verdicts
 

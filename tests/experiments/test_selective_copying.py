@@ -12,10 +12,10 @@ from torch import nn
 
 from anymamba.data.synthetic.copying import Copying, copying_batch, histogram_accuracy
 from anymamba.experiments import load_experiment
-from anymamba.experiments.experiment import SCALES, Results
-from anymamba.experiments.learning import evaluate, fixed_set
 from anymamba.experiments.selective_copying.arms import BASES, CELL, CELLS
 from anymamba.experiments.selective_copying.measure import model_config
+from anymamba.lab.experiment import SCALES, Results
+from anymamba.lab.learning import evaluate, fixed_set
 from anymamba.models.mixers import MIXERS
 from tests.experiments.conftest import made_up, measured, rows, verdicts
 

@@ -11,9 +11,9 @@ import torch
 
 from anymamba.cli import main
 from anymamba.experiments import EXPERIMENTS, load_experiment
-from anymamba.experiments.experiment import SCALES
-from anymamba.experiments.results import as_json
-from anymamba.experiments.running import measure
+from anymamba.lab.experiment import SCALES
+from anymamba.lab.results import as_json
+from anymamba.lab.running import measure
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

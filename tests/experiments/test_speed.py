@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from anymamba.experiments import load_experiment
-from anymamba.experiments.experiment import SCALES as SCALE_NAMES
-from anymamba.experiments.experiment import Context, Results
 from anymamba.experiments.speed import timing, whole_models
 from anymamba.experiments.speed.arms import OPERATORS, PAPER, PASSES, SCALES, TOY, OperatorSettings
 from anymamba.experiments.speed.findings import number, paper_ratios
 from anymamba.experiments.speed.operators import UNFUSED_COPIES, associative_scan, operators, scan, unfused_scan
 from anymamba.experiments.speed.reading import above_from, crossings, slope
 from anymamba.experiments.speed.timing import Candidate, compare, estimated, take_turns
+from anymamba.lab.experiment import SCALES as SCALE_NAMES
+from anymamba.lab.experiment import Context, Results
 from anymamba.models.language_model import LanguageModel
 from anymamba.ops.selective_scan import selective_scan
 from tests.experiments.conftest import made_up, measured, rows, verdicts

@@ -6,7 +6,7 @@ from hash_model import HashModel
 
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
 
 
 @pytest.fixture

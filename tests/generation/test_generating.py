@@ -13,7 +13,7 @@ from anymamba.generation.beam import beam_search
 from anymamba.generation.generate import generate, stream, stream_text
 from anymamba.generation.prompts import read_prompts
 from anymamba.generation.sampling import SamplingConfig
-from anymamba.layers.state import select_rows, state_bytes, state_tensors
+from anymamba.parts.state import select_rows, state_bytes, state_tensors
 
 GREEDY = SamplingConfig(temperature=0)
 WILD = SamplingConfig(temperature=1.5, top_k=9, top_p=0.95, min_p=0.01, repetition_penalty=1.2)

@@ -8,7 +8,7 @@ import torch
 from hash_model import HashModel
 
 from anymamba.generation.prompts import read_prompts
-from anymamba.layers.state import select_rows, state_bytes, state_tensors
+from anymamba.parts.state import select_rows, state_bytes, state_tensors
 
 LENGTHS = (1, 7, 16, 17, 15, 40)
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from anymamba.generation.generate import generate
 from anymamba.generation.prompts import read_prompts
 from anymamba.generation.state_store import load_state, save_state
-from anymamba.layers.state import state_tensors
 from anymamba.models.checkpoints import CheckpointError
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
+from anymamba.parts.state import state_tensors
 
 
 def test_a_saved_state_goes_on_as_the_original(mamba, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anymamba.layers.state import concatenate_rows, select_rows, state_tensors
+from anymamba.parts.state import concatenate_rows, select_rows, state_tensors
 
 LENGTHS = (1, 2, 7, 33)
 

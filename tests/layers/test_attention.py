@@ -12,8 +12,8 @@ from torch import Tensor
 
 from anymamba.layers import attention
 from anymamba.layers.attention import Attention, AttentionState
-from anymamba.layers.rotary import rotate, xpos_scale
-from anymamba.layers.state import concatenate_rows, map_state, select_rows, state_bytes, where_rows
+from anymamba.parts.rotary import rotate, xpos_scale
+from anymamba.parts.state import concatenate_rows, map_state, select_rows, state_bytes, where_rows
 
 WIDTH = 12
 OPTIONS = {

@@ -15,7 +15,7 @@ from anymamba import Mamba
 from anymamba.layers.mamba import MambaBlock
 from anymamba.layers.no_gate import NoGate
 from anymamba.layers.s6 import S6
-from anymamba.layers.sequence import SequenceLayer
+from anymamba.parts.sequence import SequenceLayer
 
 OPTIONS = {
     "default": {},

@@ -7,8 +7,8 @@ import torch
 from contract import close
 from torch import Tensor
 
-from anymamba.layers import fft_conv as module
-from anymamba.layers.fft_conv import fast_fft_size, fft_conv
+from anymamba.parts import fft_conv as module
+from anymamba.parts.fft_conv import fast_fft_size, fft_conv
 
 SHAPES = [(2, 1, 3, 1), (2, 2, 3, 2), (1, 7, 1, 3), (3, 33, 2, 33), (2, 8, 3, 20), (1, 101, 2, 64)]
 

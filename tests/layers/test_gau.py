@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anymamba.layers import gau
 from anymamba.layers.gau import GAU, GAUState
-from anymamba.layers.state import concatenate_rows, map_state, select_rows, state_bytes
+from anymamba.parts.state import concatenate_rows, map_state, select_rows, state_bytes
 
 WIDTH = 6
 OPTIONS = {

@@ -14,8 +14,8 @@ from anymamba.layers.h3 import H3
 from anymamba.layers.hyena import HyenaFilter
 from anymamba.layers.s4d import S4D
 from anymamba.layers.s6 import S6
-from anymamba.layers.sequence import SequenceLayer
-from anymamba.layers.state import concatenate_rows, select_rows, state_bytes, state_tensors
+from anymamba.parts.sequence import SequenceLayer
+from anymamba.parts.state import concatenate_rows, select_rows, state_bytes, state_tensors
 
 
 class AverageState(NamedTuple):

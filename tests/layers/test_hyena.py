@@ -9,7 +9,7 @@ import torch
 from contract import check_contract, check_gradients, close, states_close
 
 from anymamba.layers.hyena import Hyena, HyenaFilter, ImplicitFilter
-from anymamba.layers.state import concatenate_rows, select_rows, state_bytes
+from anymamba.parts.state import concatenate_rows, select_rows, state_bytes
 
 SMALL = {"max_length": 40, "emb_dim": 5, "d_filter": 6}
 FILTERS = {

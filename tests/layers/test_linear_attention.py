@@ -8,7 +8,7 @@ from contract import check_contract, check_gradients, close
 
 from anymamba.layers import linear_attention
 from anymamba.layers.linear_attention import CHUNK, LinearAttention
-from anymamba.layers.state import state_bytes
+from anymamba.parts.state import state_bytes
 
 OPTIONS = {"default": {}, "relu": {"feature_map": "relu"}, "bias": {"bias": True}}
 

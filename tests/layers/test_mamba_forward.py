@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anymamba import Mamba, MambaState
-from anymamba.layers.state import concatenate_rows, select_rows, state_tensors
+from anymamba.parts.state import concatenate_rows, select_rows, state_tensors
 
 D_MODEL, LENGTH = 12, 21
 

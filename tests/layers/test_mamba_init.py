@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from anymamba import Mamba
-from anymamba.layers import init
-from anymamba.layers.conv import ShortConvolution
-from anymamba.layers.norm import NORMS, LayerNorm, RMSNorm, build_norm
+from anymamba.parts import init
+from anymamba.parts.conv import ShortConvolution
+from anymamba.parts.norm import NORMS, LayerNorm, RMSNorm, build_norm
 
 D_MODEL = 512
 

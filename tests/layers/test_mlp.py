@@ -10,7 +10,7 @@ from contract import check_contract, check_gradients
 from torch import Tensor
 
 from anymamba.layers.mlp import MLP
-from anymamba.layers.state import NoState
+from anymamba.parts.state import NoState
 
 KINDS = ("gelu", "swiglu", "geglu", "glu")
 

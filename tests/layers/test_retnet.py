@@ -10,7 +10,7 @@ from contract import check_contract, check_gradients, close
 
 from anymamba.layers import retnet
 from anymamba.layers.retnet import CHUNK, Retention
-from anymamba.layers.state import state_bytes
+from anymamba.parts.state import state_bytes
 
 OPTIONS = {"default": {"n_heads": 2}, "narrow": {"n_heads": 3, "d_value": 9}, "one": {"n_heads": 1, "norm_eps": 1e-3}}
 

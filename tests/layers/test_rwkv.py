@@ -10,7 +10,7 @@ from contract import check_contract, check_gradients, close
 
 from anymamba.layers import rwkv
 from anymamba.layers.rwkv import CHUNK, RWKVChannelMix, RWKVTimeMix
-from anymamba.layers.state import state_bytes
+from anymamba.parts.state import state_bytes
 
 LAYERS = {
     "time": lambda **like: RWKVTimeMix(7, layer=1, n_layers=3, **like),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anymamba.layers import s4 as module
 from anymamba.layers.s4 import S4, inverse_series, legs, multiply_series
-from anymamba.layers.state import state_bytes
+from anymamba.parts.state import state_bytes
 
 
 def made(width: int = 4, d_state: int = 8, moved: float = 0.3, dtype=torch.float64, **options) -> S4:

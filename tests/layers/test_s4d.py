@@ -11,9 +11,9 @@ from contract import check_contract, check_gradients, close, states_close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anymamba.layers.diagonal import exact_dtype
 from anymamba.layers.s4d import S4D
-from anymamba.layers.state import state_bytes
+from anymamba.parts.diagonal import exact_dtype
+from anymamba.parts.state import state_bytes
 
 OPTIONS = [(init, rule) for init in ("s4d-lin", "s4d-inv", "s4d-real") for rule in ("zoh", "bilinear")]
 

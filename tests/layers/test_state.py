@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from anymamba.layers.state import (
+from anymamba.parts.state import (
     MambaState,
     concatenate_rows,
     detach_state,

@@ -25,9 +25,8 @@ from anymamba.layers.hyena import HyenaFilter
 from anymamba.layers.positions import LearnedPositions
 from anymamba.layers.retnet import Retention
 from anymamba.layers.rwkv import RWKVTimeMix
-from anymamba.layers.state import map_state, state_tensors
 from anymamba.models.mixers import MIXERS, build_mixer
-from anymamba.models.options import (
+from anymamba.parts.options import (
     AttentionOptions,
     GAUOptions,
     H3Options,
@@ -38,6 +37,7 @@ from anymamba.models.options import (
     S4DOptions,
     S4Options,
 )
+from anymamba.parts.state import map_state, state_tensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # torch's own, of forward over reverse mode

@@ -11,7 +11,8 @@ import pytest
 
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import (
+from anymamba.models.presets import PRESETS
+from anymamba.parts.options import (
     AttentionOptions,
     GAUOptions,
     H3Options,
@@ -23,7 +24,6 @@ from anymamba.models.options import (
     S4DOptions,
     S4Options,
 )
-from anymamba.models.presets import PRESETS
 
 BIG = ModelConfig(
     d_model=48,

@@ -7,7 +7,7 @@ import torch
 
 from anymamba import MambaOptions, ModelConfig
 from anymamba.models.costs import OperationCounter, layer_cost
-from anymamba.models.options import AttentionOptions, MLPOptions
+from anymamba.parts.options import AttentionOptions, MLPOptions
 
 CONFIG = ModelConfig(
     d_model=32,

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from anymamba import LanguageModel
-from anymamba.layers.state import state_tensors
 from anymamba.models import export
 from anymamba.models.config import ModelConfig
 from anymamba.models.mixers import MIXERS
-from anymamba.models.options import AttentionOptions, MambaOptions
+from anymamba.parts.options import AttentionOptions, MambaOptions
+from anymamba.parts.state import state_tensors
 
 OPTIONS = {
     "plain": MambaOptions(),

@@ -15,10 +15,10 @@ from anymamba import LanguageModel, MambaOptions, ModelConfig
 from anymamba.generation.generate import generate
 from anymamba.generation.prompts import read_prompts
 from anymamba.generation.state_store import load_state
-from anymamba.layers.state import state_tensors
 from anymamba.models.checkpoints import CheckpointError, load_pretrained, open_checkpoint, save_pretrained
 from anymamba.models.checkpoints.families import FAMILIES, nearest_spelling, spelling_for
 from anymamba.models.checkpoints.reading import parameter_shapes
+from anymamba.parts.state import state_tensors
 
 EARLIER = Path(__file__).with_name("earlier")
 SIZES = {"d_model": 4, "n_layers": 1, "vocab_size": 8}

@@ -25,7 +25,7 @@ from anymamba.models.checkpoints import (
 from anymamba.models.checkpoints.families import nearest_spelling
 from anymamba.models.checkpoints.formats import files
 from anymamba.models.checkpoints.formats import folder as folders
-from anymamba.models.options import AttentionOptions
+from anymamba.parts.options import AttentionOptions
 
 PLAIN = {"d_model": 16, "n_layers": 2, "vocab_size": 29}
 ODD = MambaOptions(d_state=8, d_conv=3, dt_rank=5, bias=True)

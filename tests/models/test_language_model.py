@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from anymamba import LanguageModel, MambaOptions, ModelConfig
-from anymamba.layers.state import concatenate_rows, select_rows, state_bytes, state_tensors
 from anymamba.models import language_model
 from anymamba.ops import dispatch
+from anymamba.parts.state import concatenate_rows, select_rows, state_bytes, state_tensors
 
 LENGTH = 18
 

@@ -16,10 +16,10 @@ from torch.func import functional_call, grad, jvp, vmap
 from anymamba import LanguageModel, MambaOptions, ModelConfig, preset
 from anymamba.generation.generate import generate
 from anymamba.generation.sampling import SamplingConfig
-from anymamba.layers.state import concatenate_rows, select_rows, state_tensors
 from anymamba.models.mixers import MIXERS, growing_mixers
-from anymamba.models.options import AttentionOptions, H3Options, HyenaOptions, MLPOptions, S4DOptions
 from anymamba.models.presets import PRESETS
+from anymamba.parts.options import AttentionOptions, H3Options, HyenaOptions, MLPOptions, S4DOptions
+from anymamba.parts.state import concatenate_rows, select_rows, state_tensors
 from anymamba.training.config import TrainConfig
 from anymamba.training.trainer import train
 

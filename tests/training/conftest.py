@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
 
 WORDS = ["def", "return", "import", "class", "self", "for", "in", "if", "else", "while", "lambda", "yield", "with"]

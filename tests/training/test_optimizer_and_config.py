@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from anymamba.base.schema import config_from_dict, config_to_dict
-from anymamba.layers.parameters import KernelParameters, WideParameters
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.mixers import MIXERS
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
+from anymamba.parts.parameters import KernelParameters, WideParameters
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
 from anymamba.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 

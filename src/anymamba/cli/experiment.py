@@ -52,8 +52,8 @@ def command(arguments: Sequence[str]) -> None:
         return
     experiment = load_experiment(options.name)
     from anymamba.cli.runtime import choose_device, set_threads
-    from anymamba.experiments.results import results_as_json
-    from anymamba.experiments.running import run_experiment
+    from anymamba.lab.results import results_as_json
+    from anymamba.lab.running import run_experiment
 
     set_threads(options.threads)
     folder = options.out or Path("runs/experiments") / f"{options.name}-{options.scale}"

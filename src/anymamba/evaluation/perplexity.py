@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from anymamba.base.sizes import require_sizes
 from anymamba.data.table import TokenTable
-from anymamba.layers.state import concatenate_rows, select_rows, state_bytes
 from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.parts.state import concatenate_rows, select_rows, state_bytes
 
 STATE_BYTES = 1 << 28
 """States held at once, at most: it bounds how many documents share a pass."""

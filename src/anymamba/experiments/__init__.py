@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from anymamba.experiments.experiment import Experiment
+from anymamba.lab.experiment import Experiment
 
 EXPERIMENTS = {
     "selective-copying": "which block and which inner layer can select: remember tokens, skip noise",

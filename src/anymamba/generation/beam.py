@@ -18,8 +18,8 @@ from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
 from anymamba.generation.stops import StoppingDecoder
-from anymamba.layers.state import select_rows
 from anymamba.models.language_model import LanguageModel
+from anymamba.parts.state import select_rows
 
 FinishReason = Literal["eos", "stop", "length"]
 

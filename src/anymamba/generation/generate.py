@@ -21,8 +21,8 @@ from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
 from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
 from anymamba.generation.stops import StoppingDecoder
-from anymamba.layers.state import concatenate_rows, map_state, select_rows
 from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.parts.state import concatenate_rows, map_state, select_rows
 
 FinishReason = Literal["eos", "stop", "length"]
 

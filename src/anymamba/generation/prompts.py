@@ -13,8 +13,8 @@ from torch import Tensor
 
 from anymamba.base.sizes import require_sizes
 from anymamba.data.tokenizer import row_of_ids
-from anymamba.layers.state import concatenate_rows, map_state, select_rows
 from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.parts.state import concatenate_rows, map_state, select_rows
 
 PREFILL_CHUNK = 2048
 """Tokens of each prompt that are read at once unless asked otherwise."""
@@ -26,7 +26,7 @@ Prompts = Sequence[ArrayLike] | NDArray[np.integer] | Tensor
 class GenerationState(NamedTuple):
     """All that generation needs to go on after some tokens; its size does not depend on how many.
 
-    Rows can be selected, repeated and joined with the functions of `anymamba.layers.state`: `select_rows(state,
+    Rows can be selected, repeated and joined with the functions of `anymamba.parts.state`: `select_rows(state,
     torch.tensor([0, 0]))` forks a prompt that was read once.
     """
 

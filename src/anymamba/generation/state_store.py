@@ -20,9 +20,9 @@ from anymamba.base.errors import FORMAT_VERSION, CheckpointError, require_format
 from anymamba.base.files import atomic_file
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.generation.prompts import GenerationState
-from anymamba.layers.state import map_state
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.parts.state import map_state
 
 KIND = "anymamba-state"
 VERSION = 1

@@ -19,15 +19,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
-from anymamba.layers.cache import Cache, GrowingState
-from anymamba.layers.conv import ShortConvolution
-from anymamba.layers.derivatives import differentiable_again
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import activations_of
-from anymamba.layers.rotary import rotate, xpos_scale
-from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from anymamba.ops.observers import transformed
+from anymamba.parts.cache import Cache, GrowingState
+from anymamba.parts.conv import ShortConvolution
+from anymamba.parts.derivatives import differentiable_again
+from anymamba.parts.options import AttentionOptions
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import activations_of
+from anymamba.parts.rotary import rotate, xpos_scale
+from anymamba.parts.sequence import SequenceLayer
 
 POSITIONS = ("none", "rotary", "xpos")
 MOST_QUERIES = 1024
@@ -74,9 +75,9 @@ class Attention(SequenceLayer):
         n_kv_heads: int | None = None,
         d_head: int | None = None,
         positions: str = "none",
-        rotary_base: float = 10000.0,
+        rotary_base: float = AttentionOptions.rotary_base,
         d_conv: int | None = None,
-        bias: bool = False,
+        bias: bool = AttentionOptions.bias,
         window: int | None = None,
         device=None,
         dtype=None,

@@ -22,9 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_at_least, require_sizes
-from anymamba.layers.cache import Cache, GrowingState
-from anymamba.layers.padding import Rows
-from anymamba.layers.sequence import SequenceLayer
+from anymamba.parts.cache import Cache, GrowingState
+from anymamba.parts.options import GAUOptions
+from anymamba.parts.padding import Rows
+from anymamba.parts.sequence import SequenceLayer
 
 MOST_QUERIES = 512
 """Queries whose scores are held at once."""
@@ -58,9 +59,9 @@ class GAU(SequenceLayer):
     def __init__(
         self,
         d_model: int,
-        expand: float = 2,
-        d_key: int = 128,
-        max_distance: int = 128,
+        expand: float = GAUOptions.expand,
+        d_key: int = GAUOptions.d_key,
+        max_distance: int = GAUOptions.max_distance,
         device=None,
         dtype=None,
     ) -> None:

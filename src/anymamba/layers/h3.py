@@ -18,11 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import KernelParameters, activations_of
-from anymamba.layers.sequence import SequenceLayer
-from anymamba.layers.state import map_state
 from anymamba.ops.causal_conv1d import causal_conv1d
+from anymamba.parts.options import H3Options
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import KernelParameters, activations_of
+from anymamba.parts.sequence import SequenceLayer
+from anymamba.parts.state import map_state
 
 
 class ShiftSSM(KernelParameters):
@@ -84,9 +85,9 @@ class H3(SequenceLayer):
         d_model: int,
         inner: nn.Module,
         *,
-        d_head: int = 1,
-        d_shift: int = 64,
-        bias: bool = True,
+        d_head: int = H3Options.d_head,
+        d_shift: int = H3Options.d_shift,
+        bias: bool = H3Options.bias,
         device=None,
         dtype=None,
     ) -> None:

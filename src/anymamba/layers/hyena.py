@@ -20,15 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_at_least, require_sizes
-from anymamba.layers import diagonal
-from anymamba.layers.conv import ShortConvolution
-from anymamba.layers.fft_conv import fft_conv
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import KernelParameters
-from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.causal_conv1d import causal_conv1d
 from anymamba.ops.dispatch import without_autocast
 from anymamba.ops.observers import plain
+from anymamba.parts import diagonal
+from anymamba.parts.conv import ShortConvolution
+from anymamba.parts.fft_conv import fft_conv
+from anymamba.parts.options import HyenaOptions
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import KernelParameters
+from anymamba.parts.sequence import SequenceLayer
 
 
 class FilterOptions(TypedDict, total=False):
@@ -92,12 +93,12 @@ class ImplicitFilter(KernelParameters):
         width: int,
         n_filters: int = 1,
         *,
-        max_length: int = 1024,
-        emb_dim: int = 33,
-        d_filter: int = 64,
+        max_length: int = HyenaOptions.max_length,
+        emb_dim: int = HyenaOptions.emb_dim,
+        d_filter: int = HyenaOptions.d_filter,
         n_inner: int = 2,
-        w: float = 14.0,
-        learn_positions: bool = False,
+        w: float = HyenaOptions.w,
+        learn_positions: bool = HyenaOptions.learn_positions,
         slow_decay: float = 1.5,
         fast_decay: float = 0.3,
         decay_target: float = 0.01,
@@ -246,7 +247,7 @@ class Hyena(SequenceLayer):
         self,
         d_model: int,
         *,
-        order: int = 2,
+        order: int = HyenaOptions.order,
         short_width: int = 3,
         bias: bool = True,
         device=None,

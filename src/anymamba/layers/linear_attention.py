@@ -16,9 +16,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import activations_of
-from anymamba.layers.sequence import SequenceLayer
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import activations_of
+from anymamba.parts.sequence import SequenceLayer
 
 FEATURE_MAPS = {"elu+1": lambda x: F.elu(x) + 1, "relu": F.relu}
 EPSILON = 1e-6

@@ -20,12 +20,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
-from anymamba.layers.conv import ShortConvolution
-from anymamba.layers.norm import build_norm
-from anymamba.layers.padding import Rows
 from anymamba.layers.s6 import SelectiveSSM
-from anymamba.layers.sequence import SequenceLayer
-from anymamba.layers.state import MambaState
+from anymamba.parts.conv import ShortConvolution
+from anymamba.parts.norm import build_norm
+from anymamba.parts.options import MambaOptions
+from anymamba.parts.padding import Rows
+from anymamba.parts.sequence import SequenceLayer
+from anymamba.parts.state import MambaState
 
 
 class GatedBlock(SequenceLayer):
@@ -125,27 +126,27 @@ class Mamba(SelectiveSSM, GatedBlock):
     def __init__(
         self,
         d_model: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: float = 2,
+        d_state: int = MambaOptions.d_state,
+        d_conv: int = MambaOptions.d_conv,
+        expand: float = MambaOptions.expand,
         dt_rank: int | None = None,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        conv_bias: bool = True,
-        bias: bool = False,
+        dt_min: float = MambaOptions.dt_min,
+        dt_max: float = MambaOptions.dt_max,
+        dt_init: str = MambaOptions.dt_init,
+        dt_scale: float = MambaOptions.dt_scale,
+        dt_init_floor: float = MambaOptions.dt_init_floor,
+        conv_bias: bool = MambaOptions.conv_bias,
+        bias: bool = MambaOptions.bias,
         *,
-        b_discretization: str = "euler",
-        selective_delta: bool = True,
-        selective_B: bool = True,
-        selective_C: bool = True,
-        A_init: str = "s4d-real",
+        b_discretization: str = MambaOptions.b_discretization,
+        selective_delta: bool = MambaOptions.selective_delta,
+        selective_B: bool = MambaOptions.selective_B,
+        selective_C: bool = MambaOptions.selective_C,
+        A_init: str = MambaOptions.A_init,
         output_norm: str | None = None,
-        inner_norms: bool = False,
-        inner_norm_weights: bool = True,
-        norm_eps: float = 1e-6,
+        inner_norms: bool = MambaOptions.inner_norms,
+        inner_norm_weights: bool = MambaOptions.inner_norm_weights,
+        norm_eps: float = MambaOptions.norm_eps,
         device=None,
         dtype=None,
     ) -> None:
@@ -212,10 +213,10 @@ class MambaBlock(GatedBlock):
         self,
         d_model: int,
         inner: Callable[[int], nn.Module],
-        d_conv: int = 4,
-        expand: float = 2,
-        conv_bias: bool = True,
-        bias: bool = False,
+        d_conv: int = MambaOptions.d_conv,
+        expand: float = MambaOptions.expand,
+        conv_bias: bool = MambaOptions.conv_bias,
+        bias: bool = MambaOptions.bias,
         device=None,
         dtype=None,
     ) -> None:

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
-from anymamba.layers.padding import Rows
-from anymamba.layers.sequence import SequenceLayer
-from anymamba.layers.state import NoState
+from anymamba.parts.options import MLPOptions
+from anymamba.parts.padding import Rows
+from anymamba.parts.sequence import SequenceLayer
+from anymamba.parts.state import NoState
 
 _gelu = partial(F.gelu, approximate="tanh")
 
@@ -49,7 +50,7 @@ class MLP(SequenceLayer):
     def __init__(
         self,
         d_model: int,
-        kind: str = "swiglu",
+        kind: str = MLPOptions.kind,
         d_hidden: int | None = None,
         bias: bool | None = None,
         device=None,

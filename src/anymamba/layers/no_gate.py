@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anymamba.layers.padding import Rows
-from anymamba.layers.sequence import SequenceLayer
+from anymamba.parts.padding import Rows
+from anymamba.parts.sequence import SequenceLayer
 
 
 class NoGate(SequenceLayer):

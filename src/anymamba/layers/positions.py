@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
-from anymamba.layers.padding import Rows
-from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.observers import plain
+from anymamba.parts.padding import Rows
+from anymamba.parts.sequence import SequenceLayer
 
 
 class PositionsState(NamedTuple):

@@ -18,11 +18,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from anymamba.layers.norm import RMSNorm
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import activations_of
-from anymamba.layers.rotary import rotate
-from anymamba.layers.sequence import SequenceLayer
+from anymamba.parts.norm import RMSNorm
+from anymamba.parts.options import RetentionOptions
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import activations_of
+from anymamba.parts.rotary import rotate
+from anymamba.parts.sequence import SequenceLayer
 
 CHUNK = 64  # tokens whose scores are a matrix
 
@@ -55,7 +56,7 @@ class Retention(SequenceLayer):
     def __init__(
         self,
         d_model: int,
-        n_heads: int = 3,
+        n_heads: int = RetentionOptions.n_heads,
         *,
         d_value: int | None = None,
         norm_eps: float = 1e-6,

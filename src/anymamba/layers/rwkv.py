@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anymamba.layers.derivatives import as_operations
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import WideParameters
-from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.selective_scan import selective_scan
+from anymamba.parts.derivatives import as_operations
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import WideParameters
+from anymamba.parts.sequence import SequenceLayer
 
 EMPTY = -1e30  # the log weight of nothing; infinite would make NaN of differences
 CHUNK = 32  # steps of the loop over time, which runs on all chunks at once

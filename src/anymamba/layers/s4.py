@@ -29,13 +29,14 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from anymamba.layers import diagonal
-from anymamba.layers.derivatives import as_operations, recomputed
-from anymamba.layers.fft_conv import fast_fft_size, fft_conv
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import KernelParameters, complex_dtype
-from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.dispatch import without_autocast
+from anymamba.parts import diagonal
+from anymamba.parts.derivatives import as_operations, recomputed
+from anymamba.parts.fft_conv import fast_fft_size, fft_conv
+from anymamba.parts.options import S4Options
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import KernelParameters, complex_dtype
+from anymamba.parts.sequence import SequenceLayer
 
 KERNEL_BLOCK = 2**18
 """Terms of a kernel, of all channels together, that are computed at a time."""
@@ -114,11 +115,11 @@ class S4(SequenceLayer):
     def __init__(
         self,
         width: int,
-        d_state: int = 64,
+        d_state: int = S4Options.d_state,
         *,
         n_ssm: int | None = None,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
+        dt_min: float = S4Options.dt_min,
+        dt_max: float = S4Options.dt_max,
         device=None,
         dtype=None,
     ) -> None:

@@ -18,13 +18,14 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from anymamba.kernels.elementwise import expm1_ratio
-from anymamba.layers import diagonal
-from anymamba.layers.derivatives import recomputed
-from anymamba.layers.fft_conv import fft_conv
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import KernelParameters, complex_dtype
-from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.dispatch import without_autocast
+from anymamba.parts import diagonal
+from anymamba.parts.derivatives import recomputed
+from anymamba.parts.fft_conv import fft_conv
+from anymamba.parts.options import S4DOptions
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import KernelParameters, complex_dtype
+from anymamba.parts.sequence import SequenceLayer
 
 INITS = ("s4d-lin", "s4d-inv", "s4d-real")
 DISCRETIZATIONS = ("zoh", "bilinear")
@@ -76,12 +77,12 @@ class S4D(SequenceLayer):
     def __init__(
         self,
         width: int,
-        d_state: int = 64,
+        d_state: int = S4DOptions.d_state,
         *,
-        init: str = "s4d-lin",
-        discretization: str = "zoh",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
+        init: str = S4DOptions.init,
+        discretization: str = S4DOptions.discretization,
+        dt_min: float = S4DOptions.dt_min,
+        dt_max: float = S4DOptions.dt_max,
         device=None,
         dtype=None,
     ) -> None:

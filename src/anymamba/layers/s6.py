@@ -15,12 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
-from anymamba.layers import init
-from anymamba.layers.norm import RMSNorm
-from anymamba.layers.padding import Rows
-from anymamba.layers.parameters import WideParameters, complex_dtype
-from anymamba.layers.sequence import SequenceLayer
 from anymamba.ops.selective_scan import B_DISCRETIZATIONS, ScanOutput, selective_scan, selective_scan_step
+from anymamba.parts import init
+from anymamba.parts.norm import RMSNorm
+from anymamba.parts.options import MambaOptions
+from anymamba.parts.padding import Rows
+from anymamba.parts.parameters import WideParameters, complex_dtype
+from anymamba.parts.sequence import SequenceLayer
 
 
 class SSMParameters(WideParameters):
@@ -258,19 +259,19 @@ class S6(SelectiveSSM, SequenceLayer):
     def __init__(
         self,
         width: int,
-        d_state: int = 16,
+        d_state: int = MambaOptions.d_state,
         dt_rank: int | None = None,
         *,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init_floor: float = 1e-4,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        b_discretization: str = "euler",
-        selective_delta: bool = True,
-        selective_B: bool = True,
-        selective_C: bool = True,
-        A_init: str = "s4d-real",
+        dt_min: float = MambaOptions.dt_min,
+        dt_max: float = MambaOptions.dt_max,
+        dt_init_floor: float = MambaOptions.dt_init_floor,
+        dt_init: str = MambaOptions.dt_init,
+        dt_scale: float = MambaOptions.dt_scale,
+        b_discretization: str = MambaOptions.b_discretization,
+        selective_delta: bool = MambaOptions.selective_delta,
+        selective_B: bool = MambaOptions.selective_B,
+        selective_C: bool = MambaOptions.selective_C,
+        A_init: str = MambaOptions.A_init,
         device=None,
         dtype=None,
     ) -> None:

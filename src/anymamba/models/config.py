@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from anymamba.base.sizes import require_at_least, require_positive
-from anymamba.models.options import (
+from anymamba.parts.options import (
     AttentionOptions,
     GAUOptions,
     H3Options,

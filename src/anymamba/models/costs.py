@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from anymamba.layers.state import state_bytes
 from anymamba.models.config import ModelConfig
 from anymamba.models.mixers import build_mixer
+from anymamba.parts.state import state_bytes
 
 SCAN_FLOPS = 9
 """Operations a token, channel and state of a scan: the step times A, its exponential, B's part, update and output."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # its error message says to register there
 
-from anymamba.layers.state import MambaState, map_state, state_tensors
 from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
+from anymamba.parts.state import MambaState, map_state, state_tensors
 
 ONE_FILE = 2_000_000_000  # bytes; a message of protobuf, which an ONNX file is, cannot exceed 2 GiB
 

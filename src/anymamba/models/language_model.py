@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from anymamba.layers.derivatives import recomputed
-from anymamba.layers.norm import build_norm
-from anymamba.layers.parameters import WideParameters, without_decay
 from anymamba.layers.positions import LearnedPositions
 from anymamba.models.config import ModelConfig
 from anymamba.models.mixers import build_mixer
+from anymamba.parts.derivatives import recomputed
+from anymamba.parts.norm import build_norm
+from anymamba.parts.parameters import WideParameters, without_decay
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer

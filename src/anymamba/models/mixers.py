@@ -24,8 +24,8 @@ from anymamba.layers.rwkv import RWKVChannelMix, RWKVTimeMix
 from anymamba.layers.s4 import S4
 from anymamba.layers.s4d import S4D
 from anymamba.layers.s6 import S6
-from anymamba.layers.sequence import SequenceLayer
 from anymamba.models.config import ModelConfig
+from anymamba.parts.sequence import SequenceLayer
 
 Like = dict[str, Any]
 Builder = Callable[[ModelConfig, int, Like], SequenceLayer]

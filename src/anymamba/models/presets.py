@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import AttentionOptions, H3Options, MLPOptions
+from anymamba.parts.options import AttentionOptions, H3Options, MLPOptions
 
 SIZES = {
     "125m": (12, 768, 12),

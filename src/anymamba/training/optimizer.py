@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from anymamba.layers.parameters import parameter_groups
+from anymamba.parts.parameters import parameter_groups
 from anymamba.training.config import OptimizerConfig
 
 

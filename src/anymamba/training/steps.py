@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anymamba.data.batches import Batch, BatchStream
 from anymamba.data.table import TokenTable
-from anymamba.layers.state import detach_state, map_state, where_rows
 from anymamba.models.language_model import LanguageModel, LanguageModelState, LossOutput
+from anymamba.parts.state import detach_state, map_state, where_rows
 
 LossFunction = Callable[..., LossOutput]
 

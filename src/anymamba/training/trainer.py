@@ -27,10 +27,10 @@ from anymamba.base.schema import config_from_dict
 from anymamba.data.batches import Batch, BatchStream
 from anymamba.data.table import TokenTable
 from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer
-from anymamba.layers.state import map_state, state_tensors
 from anymamba.models.checkpoints import find_tokenizer
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.models.mixers import growing_mixers
+from anymamba.parts.state import map_state, state_tensors
 from anymamba.training.checkpoint import (
     checkpoints,
     load_checkpoint,

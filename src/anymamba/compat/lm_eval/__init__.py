@@ -18,9 +18,9 @@ from anymamba.compat.lm_eval.scoring import PASS_TOKENS, Row, batches, score
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.generate import generate
 from anymamba.generation.sampling import SamplingConfig
-from anymamba.layers.state import state_bytes
 from anymamba.models.checkpoints import find_tokenizer
 from anymamba.models.language_model import LanguageModel
+from anymamba.parts.state import state_bytes
 
 try:
     from lm_eval.api.instance import Instance

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anymamba.layers.state import select_rows
 from anymamba.models.language_model import LOSS_CHUNK_ELEMENTS, LanguageModel, LanguageModelState
+from anymamba.parts.state import select_rows
 
 PASS_TOKENS = 4096
 """Tokens of contexts, and of continuations, that are run at once; results do not depend on it."""

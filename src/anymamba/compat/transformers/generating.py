@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from anymamba.layers.state import select_rows
 from anymamba.models.language_model import LanguageModelState
+from anymamba.parts.state import select_rows
 
 
 class AnyMambaCache:

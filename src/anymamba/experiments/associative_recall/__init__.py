@@ -10,7 +10,7 @@ from anymamba.experiments.associative_recall.arms import arms_at
 from anymamba.experiments.associative_recall.figures import against_pairs, against_state
 from anymamba.experiments.associative_recall.findings import sections, thresholds
 from anymamba.experiments.associative_recall.measure import measure
-from anymamba.experiments.experiment import Experiment
+from anymamba.lab.experiment import Experiment
 
 PROTOCOL = """
 The task of [Zoology](https://arxiv.org/abs/2312.04927). A row holds pairs of a key and a value, all different within

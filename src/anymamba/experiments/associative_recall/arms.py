@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from anymamba.data.synthetic.recall import Recall
-from anymamba.experiments.experiment import Arm, Scale
-from anymamba.experiments.learning import Optimization
+from anymamba.lab.experiment import Arm, Scale
+from anymamba.lab.learning import Optimization
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import AttentionOptions, HyenaOptions, MambaOptions
+from anymamba.parts.options import AttentionOptions, HyenaOptions, MambaOptions
 
 WIDE = 0.3
 """Standard deviation of the weights of projections at scale cpu, in every arm."""

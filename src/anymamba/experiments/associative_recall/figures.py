@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from anymamba.experiments.associative_recall.arms import SYSTEMS
 from anymamba.experiments.associative_recall.findings import by_system, label, pairs, points, widths
-from anymamba.experiments.charts import new_figure
-from anymamba.experiments.experiment import Results
+from anymamba.lab.charts import new_figure
+from anymamba.lab.experiment import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

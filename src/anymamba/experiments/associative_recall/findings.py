@@ -12,8 +12,8 @@ from anymamba.experiments.associative_recall.arms import (
     TIME_INVARIANT,
     WITHOUT_ATTENTION,
 )
-from anymamba.experiments.charts import percent, spread, table
-from anymamba.experiments.experiment import Record, Results, Threshold
+from anymamba.lab.charts import percent, spread, table
+from anymamba.lab.experiment import Record, Results, Threshold
 
 
 @dataclass(frozen=True)

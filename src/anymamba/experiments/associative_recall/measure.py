@@ -10,10 +10,10 @@ import torch
 
 from anymamba.data.synthetic.recall import Recall, recall_batch
 from anymamba.experiments.associative_recall.arms import Settings
-from anymamba.experiments.experiment import Context
-from anymamba.experiments.learning import Batch, build_model, evaluate, finite, fixed_set, learn
-from anymamba.layers.state import state_bytes
+from anymamba.lab.experiment import Context
+from anymamba.lab.learning import Batch, build_model, evaluate, finite, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
+from anymamba.parts.state import state_bytes
 
 TEST_SEED = (1 << 32) - 2
 """Far from the training seeds and not that of the validation set."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from anymamba.experiments.experiment import Experiment
 from anymamba.experiments.induction_heads.arms import arms_at
 from anymamba.experiments.induction_heads.figures import learning, lengths
 from anymamba.experiments.induction_heads.findings import sections, thresholds
 from anymamba.experiments.induction_heads.measure import measure
+from anymamba.lab.experiment import Experiment
 
 PROTOCOL = """
 The task of section 4.1.2 and appendix E.1 of [Mamba](https://arxiv.org/abs/2312.00752). A sequence consists of ordinary

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from anymamba.data.synthetic.induction import Placement
-from anymamba.experiments.experiment import Arm, Scale
-from anymamba.experiments.learning import Optimization
+from anymamba.lab.experiment import Arm, Scale
+from anymamba.lab.learning import Optimization
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import AttentionOptions, H3Options, HyenaOptions, MambaOptions, S4DOptions
+from anymamba.parts.options import AttentionOptions, H3Options, HyenaOptions, MambaOptions, S4DOptions
 
 
 @dataclass(frozen=True)

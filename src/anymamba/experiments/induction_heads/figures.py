@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anymamba.experiments.charts import new_figure, plot_learning
-from anymamba.experiments.experiment import Results
 from anymamba.experiments.induction_heads.arms import PAPER, PAPER_FIRST
 from anymamba.experiments.induction_heads.findings import accuracies, label, system_of
+from anymamba.lab.charts import new_figure, plot_learning
+from anymamba.lab.experiment import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from anymamba.experiments.charts import percent, spread, table
-from anymamba.experiments.experiment import Record, Results, Threshold
 from anymamba.experiments.induction_heads.arms import PAPER, PAPER_FIRST
+from anymamba.lab.charts import percent, spread, table
+from anymamba.lab.experiment import Record, Results, Threshold
 
 
 def label(arm: str) -> str:

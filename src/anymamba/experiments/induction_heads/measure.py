@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from anymamba.data.synthetic.induction import InductionSequences, induction_batch, induction_sequences
-from anymamba.experiments.experiment import Context
 from anymamba.experiments.induction_heads.arms import Settings
-from anymamba.experiments.learning import Score, build_model, fixed_set, learn
+from anymamba.lab.experiment import Context
+from anymamba.lab.learning import Score, build_model, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
 
 TEST_SEED = 1 << 31

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from anymamba.experiments.experiment import Experiment
 from anymamba.experiments.selection_ablation.arms import arms_at
 from anymamba.experiments.selection_ablation.figures import selection, state
 from anymamba.experiments.selection_ablation.findings import sections, thresholds
 from anymamba.experiments.selection_ablation.measure import measure
+from anymamba.lab.experiment import Experiment
 
 PROTOCOL = """
 Tables 7 and 10 of [Mamba](https://arxiv.org/abs/2312.00752). In table 7 none, one or all of Δ, B and C depend on the

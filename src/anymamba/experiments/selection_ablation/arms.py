@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from math import log
 
 from anymamba.data.synthetic.copying import Copying
-from anymamba.experiments.experiment import Arm, Scale
-from anymamba.experiments.learning import Optimization
+from anymamba.lab.experiment import Arm, Scale
+from anymamba.lab.learning import Optimization
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
 from anymamba.models.presets import transformer_plus_plus
+from anymamba.parts.options import MambaOptions
 
 SELECTIVE: dict[str, frozenset[str]] = {
     "none": frozenset(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anymamba.data.stdlib_corpus import is_held_out, standard_library_files
-from anymamba.experiments.learning import Batch
+from anymamba.lab.learning import Batch
 
 VOCABULARY = 256
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from math import isfinite, log
 from typing import TYPE_CHECKING
 
-from anymamba.experiments.charts import new_figure
-from anymamba.experiments.experiment import Results
 from anymamba.experiments.selection_ablation.arms import (
     KINDS,
     PAPER_7,
@@ -17,6 +15,8 @@ from anymamba.experiments.selection_ablation.arms import (
     paper_gap,
 )
 from anymamba.experiments.selection_ablation.findings import WORDS, loss, losses
+from anymamba.lab.charts import new_figure
+from anymamba.lab.experiment import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from math import inf, isfinite, log
 
-from anymamba.experiments.charts import percent, spread, table
-from anymamba.experiments.experiment import Results, Threshold
 from anymamba.experiments.selection_ablation.arms import (
     KINDS,
     PAPER_7,
@@ -15,6 +13,8 @@ from anymamba.experiments.selection_ablation.arms import (
     TRANSFORMER,
     paper_gap,
 )
+from anymamba.lab.charts import percent, spread, table
+from anymamba.lab.experiment import Results, Threshold
 
 WORDS = {"none": "none", "B": "B", "C": "C", "delta": "Δ", "all": "Δ, B, C"}
 LEAST, MOST = STATES[0], STATES[-1]

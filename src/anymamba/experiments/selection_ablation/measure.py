@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from anymamba.data.synthetic.copying import copying_batch
-from anymamba.experiments.experiment import Context
-from anymamba.experiments.learning import MakeBatch, build_model, fixed_set, learn
 from anymamba.experiments.selection_ablation.arms import Settings
 from anymamba.experiments.selection_ablation.corpus import corpus_bytes, fixed_windows, random_windows
+from anymamba.lab.experiment import Context
+from anymamba.lab.learning import MakeBatch, build_model, fixed_set, learn
 
 
 def measure(settings: Settings, context: Context) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from anymamba.experiments.experiment import Experiment
 from anymamba.experiments.selective_copying.arms import arms_at
 from anymamba.experiments.selective_copying.figures import accuracy, learning
 from anymamba.experiments.selective_copying.findings import sections, thresholds
 from anymamba.experiments.selective_copying.measure import measure
+from anymamba.lab.experiment import Experiment
 
 PROTOCOL = """
 The task of section 4.1.1 of [Mamba](https://arxiv.org/abs/2312.00752). A row holds tokens to remember at random places

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from anymamba.data.synthetic.copying import Copying
-from anymamba.experiments.experiment import Arm, Scale
-from anymamba.experiments.learning import Optimization
+from anymamba.lab.experiment import Arm, Scale
+from anymamba.lab.learning import Optimization
 
 
 @dataclass(frozen=True)

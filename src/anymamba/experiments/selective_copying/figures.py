@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anymamba.data.synthetic.copying import guess_accuracy, histogram_accuracy
-from anymamba.experiments.charts import new_figure, plot_learning
-from anymamba.experiments.experiment import Results
 from anymamba.experiments.selective_copying.arms import CELL
 from anymamba.experiments.selective_copying.findings import label, task_of
+from anymamba.lab.charts import new_figure, plot_learning
+from anymamba.lab.experiment import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from anymamba.data.synthetic.copying import Copying, guess_accuracy, histogram_accuracy
-from anymamba.experiments.charts import percent, spread, table
-from anymamba.experiments.experiment import Results, Threshold
 from anymamba.experiments.selective_copying.arms import (
     CELL,
     CELLS,
     CONTROLS,
     Cell,
 )
+from anymamba.lab.charts import percent, spread, table
+from anymamba.lab.experiment import Results, Threshold
 
 
 def label(arm: str) -> str:

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from anymamba.data.synthetic.copying import copying_batch
-from anymamba.experiments.experiment import Context
-from anymamba.experiments.learning import build_model, fixed_set, learn
 from anymamba.experiments.selective_copying.arms import Settings
+from anymamba.lab.experiment import Context
+from anymamba.lab.learning import build_model, fixed_set, learn
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import HyenaOptions
+from anymamba.parts.options import HyenaOptions
 
 
 def measure(settings: Settings, context: Context) -> dict[str, Any]:

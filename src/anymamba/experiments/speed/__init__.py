@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from anymamba.experiments.experiment import Context, Experiment
 from anymamba.experiments.speed.arms import ModelSettings, OperatorSettings, arms_at
 from anymamba.experiments.speed.figures import model_times, operator_ratios, operator_times
 from anymamba.experiments.speed.findings import sections, thresholds
 from anymamba.experiments.speed.operators import measure_operators
 from anymamba.experiments.speed.whole_models import measure_models
+from anymamba.lab.experiment import Context, Experiment
 
 PROTOCOL = """
 The left half of figure 8 of [Mamba](https://arxiv.org/abs/2312.00752), on this machine, and whole models.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from anymamba.experiments.experiment import Arm, Scale
+from anymamba.lab.experiment import Arm, Scale
 from anymamba.models.config import ModelConfig
 from anymamba.models.presets import preset, transformer_plus_plus
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anymamba.experiments.charts import new_figure
-from anymamba.experiments.experiment import Results
 from anymamba.experiments.speed.arms import MODELS, OPERATORS, PASSES
 from anymamba.experiments.speed.findings import (
     MODEL_WORDS,
@@ -17,6 +15,8 @@ from anymamba.experiments.speed.findings import (
     paper_times,
 )
 from anymamba.experiments.speed.reading import Series, medians, ratios, records_by_size, seconds
+from anymamba.lab.charts import new_figure
+from anymamba.lab.experiment import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from anymamba.experiments.charts import table
-from anymamba.experiments.experiment import Record, Results, Threshold
 from anymamba.experiments.speed.arms import (
     MODELS,
     OPERATORS,
@@ -25,6 +23,8 @@ from anymamba.experiments.speed.reading import (
     seconds,
     slope,
 )
+from anymamba.lab.charts import table
+from anymamba.lab.experiment import Record, Results, Threshold
 
 WORDS = {"attention": "attention", "convolution": "FFT convolution", "unfused": "unfused scan", "scan": "scan"}
 MODEL_WORDS = {"mamba": "Mamba", "transformer": "Transformer++"}

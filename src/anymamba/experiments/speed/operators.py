@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from anymamba.experiments.experiment import Context
 from anymamba.experiments.speed.arms import OperatorSettings
 from anymamba.experiments.speed.timing import Call, Candidate, as_values, compare
-from anymamba.layers.fft_conv import CPU_BLOCK, GPU_BLOCK, fft_conv
+from anymamba.lab.experiment import Context
 from anymamba.ops import dispatch
 from anymamba.ops.selective_scan import selective_scan
+from anymamba.parts.fft_conv import CPU_BLOCK, GPU_BLOCK, fft_conv
 
 
 @torch.no_grad()

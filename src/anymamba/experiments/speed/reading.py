@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from anymamba.experiments.experiment import Record, Results
+from anymamba.lab.experiment import Record, Results
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from anymamba.experiments.experiment import Context
 from anymamba.experiments.speed.arms import Limits
+from anymamba.lab.experiment import Context
 
 Call = Callable[[], object]
 SHORTER = 4

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.experiments.experiment import Context
 from anymamba.experiments.speed.arms import ModelSettings
 from anymamba.experiments.speed.timing import Call, Candidate, Timing, as_values, compare, seconds_of, take_turns
+from anymamba.lab.experiment import Context
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.ops import dispatch

@@ -14,9 +14,9 @@ from anymamba.compat.mamba_ssm.modules import block
 from anymamba.compat.mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
 from anymamba.compat.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from anymamba.compat.mamba_ssm.ops.triton.selective_state_update import before_writing, selective_state_update, write
-from anymamba.layers.init import delta_bias, initial_A
 from anymamba.ops.causal_conv1d import causal_conv1d
 from anymamba.ops.selective_scan import selective_scan
+from anymamba.parts.init import delta_bias, initial_A
 
 __all__ = [
     "Block",

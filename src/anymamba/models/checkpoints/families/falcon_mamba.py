@@ -9,7 +9,7 @@ from typing import Any
 from anymamba.models.checkpoints.families.family import Family
 from anymamba.models.checkpoints.families.mamba import DT_B_C_RMS, EPSILON, MambaFolder, MambaGGUF
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
 
 HF_EPS = 1e-6  # of the inner norms, where config.json has none
 

@@ -14,7 +14,7 @@ from anymamba.base.schema import unknown_key
 from anymamba.base.sizes import require_at_least
 from anymamba.models.checkpoints.families.family import Family, Spelling, expansion
 from anymamba.models.config import ModelConfig
-from anymamba.models.options import MambaOptions
+from anymamba.parts.options import MambaOptions
 
 PLAIN = MambaOptions()
 

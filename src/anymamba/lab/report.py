@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.base.files import write_text
-from anymamba.experiments.charts import save_figure, table
-from anymamba.experiments.experiment import Experiment, Results, Threshold, Verdict
-from anymamba.experiments.results import FILE
+from anymamba.lab.charts import save_figure, table
+from anymamba.lab.experiment import Experiment, Results, Threshold, Verdict
+from anymamba.lab.results import FILE
 from anymamba.models.config import ModelConfig
 
 NOTES = "notes.md"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymamba.experiments.experiment import Context
+from anymamba.lab.experiment import Context
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.training import optimizer as adamw

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anymamba.layers.derivatives import as_operations, in_operations
+from anymamba.parts.derivatives import as_operations, in_operations
 
 CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
 """Padded numbers that are transformed at a time: few MB on a processor, which stay in its cache between the passes."""

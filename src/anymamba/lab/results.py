@@ -16,7 +16,7 @@ import torch
 from anymamba.base.errors import FORMAT_VERSION, require_format_version
 from anymamba.base.files import write_text
 from anymamba.base.schema import config_from_dict, config_to_dict
-from anymamba.experiments.experiment import Arm, Record, Results, Scale
+from anymamba.lab.experiment import Arm, Record, Results, Scale
 
 FILE = "results.json"
 VERSION = 1

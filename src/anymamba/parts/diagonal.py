@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from anymamba.layers.parameters import complex_dtype
+from anymamba.parts.parameters import complex_dtype
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:

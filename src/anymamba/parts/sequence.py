@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from anymamba.layers.padding import Alignment, Packing, Rows
-from anymamba.layers.state import require_state
 from anymamba.ops.checks import n_sequences
+from anymamba.parts.padding import Alignment, Packing, Rows
+from anymamba.parts.state import require_state
 
 
 class SequenceLayer(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anymamba.experiments.experiment import Results
+from anymamba.lab.experiment import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from anymamba.base.sizes import require_sizes
-from anymamba.experiments.charts import new_figure
-from anymamba.experiments.experiment import Arm, Context, Experiment, Record, Results, Scale, record_key
-from anymamba.experiments.report import write_report
-from anymamba.experiments.results import as_json, machine, prepare_folder, read_checked, today, write_results
+from anymamba.lab.charts import new_figure
+from anymamba.lab.experiment import Arm, Context, Experiment, Record, Results, Scale, record_key
+from anymamba.lab.report import write_report
+from anymamba.lab.results import as_json, machine, prepare_folder, read_checked, today, write_results
 
 Progress = Callable[[str, float, float, str], None]
 """Told now and then: the arm, how much of it is done, of how much, and words."""

@@ -151,7 +151,7 @@ class Cache:
 class GrowingState:
     """For NamedTuples that hold a cache's tensors: the cache they came from, with its room.
 
-    What `anymamba.layers.state` makes of a state is a new tuple without it, which copies when it is appended to.
+    What `anymamba.parts.state` makes of a state is a new tuple without it, which copies when it is appended to.
     """
 
     cache: Cache | None = None
