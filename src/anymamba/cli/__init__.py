@@ -1,3 +1,3 @@
-"""The command line: one file a verb. Only here are device, dtype, threads, paths and seeds chosen."""
+"""The command line, one file per verb. Only this folder chooses device, dtype, threads, paths and seeds."""
 
 from anymamba.cli.app import main as main

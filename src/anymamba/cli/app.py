@@ -1,4 +1,4 @@
-"""`anymamba VERB`: finds and imports the verb, runs it, and turns what went wrong into an exit code."""
+"""`anymamba VERB`: imports and runs the verb, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAILURES = (RuntimeError, OSError, ImportError, MemoryError)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where Ctrl-C would be, so that whoever cleans up after one does after the other."""
+    """SIGTERM as an exception. Code that cleans up after Ctrl-C then cleans up after SIGTERM, too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as end:
         return interrupted(end, "interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
-        # the reader has gone; without this the interpreter complains when it flushes at exit
+        # the reader closed the pipe; without this the interpreter reports an error when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except MISUSED as error:
@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"the verbs are {', '.join(VERBS)}"
         raise ValueError(f"unknown verb {verb!r}; {hint}")
     importlib.import_module(MODULES[verb]).command(rest)
     sys.stdout.flush()
@@ -93,14 +93,14 @@ def overview() -> str:
             "verbs:",
             *lines,
             "",
-            "anymamba VERB --help tells a verb's options; anymamba --version the version.",
+            "anymamba VERB --help lists the options of a verb; anymamba --version prints the version.",
         ]
     )
 
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Raise Terminated on SIGTERM while the body runs (signals can be set in the main thread only)."""
+    """Raise Terminated on SIGTERM while the body runs. Only the main thread can set handlers; others change nothing."""
 
     def handler(signum: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
@@ -116,7 +116,7 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 def interrupted(end: BaseException, word: str, code: int) -> int:
-    """Say that a signal ended the command, with what the verb has to add (how to resume)."""
+    """Print that a signal ended the command, with the verb's note (how to resume) if it has one."""
     note = f"; {end}" if str(end) else ""
     print(f"{word}{note}", file=sys.stderr)
     return code
@@ -131,7 +131,7 @@ def complain(error: BaseException, code: int) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; an operating system's error as `file: what`."""
+    """An error's message on one line; for an OSError `file: reason`."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

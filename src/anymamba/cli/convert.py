@@ -21,20 +21,21 @@ WITHOUT = "none"
 class ConvertOptions:
     """Write a checkpoint in another format. Memory stays within one shard, whatever the size of the model.
 
-    What the format cannot hold is refused by name.
+    An option of the model that the format cannot hold is an error, which names it.
     """
 
     source: tyro.conf.Positional[str]
     """A model folder (Hugging Face's or state-spaces), a .gguf file, or a name on the Hugging Face hub."""
     out: tyro.conf.Positional[Path]
-    """A folder that is not there yet; for gguf also a path that ends in .gguf."""
+    """A new folder; for gguf also a path that ends in .gguf."""
     to: Literal["hf", "state-spaces", "gguf", "anymamba"]
     """The format: Hugging Face's mamba or falcon_mamba, the original one, llama.cpp's, our own."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
-    """Of the weights; defaults to the stored one. A_log, D and the step's bias stay float32. q8_0 is for gguf."""
+    """Dtype of the weights; defaults to the stored one. A_log, D and the step's bias stay float32. q8_0 is for gguf
+    only."""
     tokenizer: str | None = None
-    """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; "none" for none. Defaults to the
-    source's own."""
+    """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; "none" leaves it out. Defaults to
+    the source's own."""
     shard_bytes: int = 5_000_000_000
     """Weights beyond this many bytes are written in several files (hf, anymamba)."""
 

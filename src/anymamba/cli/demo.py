@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from anymamba.models.language_model import LanguageModel
     from anymamba.training.trainer import TrainResult
 
-# By trial on two cores: better in three minutes than two layers with d_state 8, which read as much text.
+# Chosen by trial on two cores: after three minutes better than two layers with d_state 8, which read as much text.
 MODEL = ModelConfig(d_model=256, n_layers=3, vocab_size=257)
 BATCH_SIZE, CONTEXT, LEARNING_RATE = 16, 64, 4e-3  # many rows: many documents in each step
 N_EVALUATIONS = 6
@@ -46,11 +46,11 @@ class DemoOptions:
     """Train a byte-level Mamba on Python's standard library, compare it with compressors, and generate from it."""
 
     out: Path = Path("runs/demo")
-    """Run folder; where it exists, the first free one of runs/demo-2, runs/demo-3, ... is taken."""
+    """Run folder; if it exists, the first free one of runs/demo-2, runs/demo-3, ... is used."""
     minutes: float = 3.0
     """About how long to train."""
     seed: int = 0
-    """Of initialisation, data order and the sample."""
+    """Seed of the initialisation, the order of the data and the sample."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object at the end instead of text."""
 
@@ -68,7 +68,7 @@ class Score(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A generated text and how fast it came."""
+    """A generated text and the speed of generating it."""
 
     text: str
     tokens_per_second: float
@@ -89,7 +89,7 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def train_on_standard_library(options: DemoOptions, out: Path) -> TrainResult:
-    """Train for about as long as asked, in a number of steps that a short trial decides."""
+    """Train for about the time asked for; a short trial run decides the number of steps."""
     from anymamba.training.trainer import train
 
     training, held_out = corpus()
@@ -104,7 +104,7 @@ def train_on_standard_library(options: DemoOptions, out: Path) -> TrainResult:
 
 
 class StepTimer:
-    """A report that only watches the clock."""
+    """A report that only records when steps end."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -120,7 +120,7 @@ class StepTimer:
     def on_checkpoint(self, step: int, folder: Path) -> None: ...
 
     def seconds_per_step(self) -> float:
-        """The median time between steps, which the first ones, being slow, do not move."""
+        """The median time between steps; the slow first steps do not change it."""
         return statistics.median(b - a for a, b in itertools.pairwise(self.times))
 
 
@@ -133,7 +133,7 @@ def corpus() -> tuple[list[str], list[str]]:
 
 
 def plan(data: DataConfig, steps: int, seed: int) -> TrainConfig:
-    """The whole config of a run of so many steps."""
+    """The config of a run of this many steps."""
     rate = OptimizerConfig(
         learning_rate=LEARNING_RATE, min_learning_rate=LEARNING_RATE / 20, warmup_steps=max(1, steps // 20)
     )
@@ -152,7 +152,7 @@ def plan(data: DataConfig, steps: int, seed: int) -> TrainConfig:
 
 
 def free_folder(wanted: Path) -> Path:
-    """The folder itself where it is free, else the first free one of wanted-2, wanted-3, ..."""
+    """The folder if it does not exist yet, else the first free one of wanted-2, wanted-3, ..."""
     folder, number = wanted, 2
     while folder.exists():
         folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
@@ -160,16 +160,16 @@ def free_folder(wanted: Path) -> Path:
 
 
 def affordable_steps(minutes: float, seconds_per_step: float) -> int:
-    """How many steps fit into that time, in whole evaluation intervals; at least two."""
+    """The number of steps that fit into the time, rounded down to whole evaluation intervals; at least two."""
     steps = max(2, int(60 * minutes / seconds_per_step))
     return steps - steps % N_EVALUATIONS if steps > N_EVALUATIONS else steps
 
 
-# ------------------------------------------------------------------------------------------------- the end
+# ------------------------------------------------------------------------------------------------- results
 
 
 def report(options: DemoOptions, out: Path, result: TrainResult) -> None:
-    """Compare, sample, and print what came of it."""
+    """Compare the model with compressors, generate a sample, and print the results."""
     from anymamba.data.tokenizer import load_tokenizer
     from anymamba.models.language_model import LanguageModel
     from anymamba.ops import dispatch
@@ -189,11 +189,11 @@ def report(options: DemoOptions, out: Path, result: TrainResult) -> None:
         print_json(dataclasses.asdict(result) | values | {"speeds": speeds, "backends": ran, "sample": sample.text})
         return
     print_tables(scores, counted, speeds, ran)
-    print(f"\nThe run is in {out}. Go on with it: anymamba generate --model {out} --prompt 'class '")
+    print(f"\nThe run is in {out}. Generate more: anymamba generate --model {out} --prompt 'class '")
 
 
 def compare(model: LanguageModel, tokenizer: Tokenizer, tokens_read: int) -> tuple[list[Score], str]:
-    """The model, the order-3 byte model, zlib and xz on the same held-out bytes; and which bytes these are."""
+    """Scores of the model, the order-3 byte model, zlib and xz on the same held-out bytes, and which bytes these are."""
     from anymamba.data.table import build_token_table
     from anymamba.evaluation.byte_models import OrderKByteModel, xz_bits_per_byte, zlib_bits_per_byte
     from anymamba.evaluation.perplexity import evaluate
@@ -217,7 +217,7 @@ def compare(model: LanguageModel, tokenizer: Tokenizer, tokens_read: int) -> tup
 
 
 def choose_documents(sizes: Sequence[int], limit: int) -> list[int]:
-    """Documents, always the same ones in mixed order, that together stay within the limit; at least one."""
+    """Indices of documents with at most `limit` bytes in all, in a fixed shuffled order; at least one document."""
     order = list(range(len(sizes)))
     random.Random(0).shuffle(order)
     chosen, total = [], 0
@@ -229,12 +229,12 @@ def choose_documents(sizes: Sequence[int], limit: int) -> list[int]:
 
 
 def texts(table: TokenTable) -> list[bytes]:
-    """The bytes of each document of a table of bytes."""
+    """The bytes of each document in a table whose tokens are bytes."""
     return [table.read(i, 0, length).astype("uint8").tobytes() for i, length in enumerate(table.lengths.tolist())]
 
 
 def prefill_speed(model: LanguageModel) -> float:
-    """Tokens a second when a prompt is read: the better of two passes."""
+    """Tokens per second of reading a prompt; the better of two passes."""
     import torch
 
     ids = torch.randint(0, 256, (1, PREFILL_TOKENS))
@@ -267,12 +267,12 @@ def print_sample(model: LanguageModel, tokenizer: Tokenizer, seed: int, *, silen
 
 
 def winner(scores: Sequence[Score]) -> Score:
-    """The score of fewest bits per byte; the first of equals."""
+    """The score with the fewest bits per byte; the first one if several are equal."""
     return min(scores, key=lambda score: score.bits_per_byte)
 
 
 def backends_that_ran(calls: dict[tuple[str, str, str], int]) -> list[str]:
-    """Each op and backend that ran, with how often."""
+    """One line for each op and backend that ran, with the number of calls."""
     pairs = sorted({(op, backend) for op, backend, _ in calls})
     return [
         f"{op}: {backend} ("
@@ -295,7 +295,7 @@ def print_tables(scores: Sequence[Score], counted: str, speeds: dict[str, float]
 
 
 def score_table(scores: Sequence[Score], counted: str) -> Table:
-    """The comparison, best first row marked."""
+    """The comparison as a table; the best row is marked."""
     from rich.table import Table
 
     best = winner(scores)
@@ -307,7 +307,7 @@ def score_table(scores: Sequence[Score], counted: str) -> Table:
 
 
 def speed_table(speeds: dict[str, float]) -> Table:
-    """Tokens a second."""
+    """The speeds as a table, in tokens per second."""
     from rich.table import Table
 
     table = Table("", "tokens per second")

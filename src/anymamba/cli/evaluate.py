@@ -34,7 +34,7 @@ class EvalOptions:
     tokenizer: Path | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the model's own."""
     chunk: int = 2048
-    """Tokens run at once; memory grows with it, the result does not change."""
+    """Tokens processed at once; memory grows with it, the result does not change."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = field(default_factory=Runtime)
@@ -77,14 +77,14 @@ def measure(options: EvalOptions) -> EvaluationResult:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no infinity: null in its place."""
+    """None (null in JSON) in place of infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def readable(result: EvaluationResult) -> dict[str, str]:
-    """The measures, and what was counted, as lines."""
+    """The measures and what was counted, one line each."""
     bits = result.bits_per_byte
-    first = "the first of each included" if result.counts_first_tokens else "the first of each not counted"
+    first = f"the first of each document {'included' if result.counts_first_tokens else 'not counted'}"
     size = "" if result.n_bytes is None else f", {result.n_bytes:,} bytes"
     return {
         "bits per byte": "not known without an end-of-document token" if bits is None else f"{bits:.4f}",

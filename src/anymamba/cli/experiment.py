@@ -19,16 +19,15 @@ from anymamba.cli.output import print_json, progress_bar, say
 class ExperimentOptions:
     """Run an experiment: selective-copying, induction-heads, associative-recall, selection-ablation, speed.
 
-    results.json is written after every arm and is all that a run needs to go on: after an interruption the same command
-    measures only what is missing.
+    results.json is written after every arm. After an interruption, the same command measures only what is missing.
     """
 
     name: tyro.conf.Positional[str]
     """Which experiment; `list` prints what each shows."""
     scale: Literal["toy", "cpu", "gpu", "paper"] = "cpu"
-    """toy: seconds, to try it. cpu: an hour a seed on two cores. gpu: one GPU. paper: as published."""
+    """toy: seconds, to try it. cpu: an hour per seed on two cores. gpu: one GPU. paper: as published."""
     seeds: int | None = None
-    """How often every arm is measured; defaults to as often as the experiment says."""
+    """How often each arm is measured; defaults to the experiment's own number."""
     arms: tuple[str, ...] = ()
     """Names of the arms to run; defaults to all."""
     out: Path | None = None

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as flags, the same way for every verb."""
+"""Reads flags into frozen dataclasses, in the same way for every verb."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def read_flags(
     Args:
         options: the dataclass; its docstring is the verb's help, its fields' docstrings are the flags' help.
         verb: for the usage line.
-        arguments: what stands behind the verb.
-        default: values of the flags that are absent; without it the fields' own defaults.
-        registry: rules for flags that are not called what their field is.
-    Exits with 2 and says the nearest flag where one is unknown.
+        arguments: the command line after the verb.
+        default: values of the flags that are not given; defaults to the fields' own defaults.
+        registry: rules for flags whose name is not that of their field.
+    Exits with status 2 for an unknown flag and names the nearest one.
     """
     import tyro
 
@@ -41,7 +41,7 @@ def read_flags(
 
 
 def renamed_flags(names: Mapping[type, Mapping[str, str]], repeatable: str) -> ConstructorRegistry:
-    """Rules that give fields of nested dataclasses a flag of their own name instead of their dotted path.
+    """Rules that give fields of nested dataclasses a short flag instead of their dotted path.
 
     Args:
         names: for each dataclass the flags of some of its fields.
@@ -51,7 +51,7 @@ def renamed_flags(names: Mapping[type, Mapping[str, str]], repeatable: str) -> C
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
 
     registry = ConstructorRegistry()
-    being_asked: list[type] = []  # the rule asks for what would be without it
+    being_asked: list[type] = []  # types whose own spec the rule is looking up; it must not call itself
 
     def renamed(spec: StructFieldSpec, flag: str) -> StructFieldSpec:
         kind: Any = spec.type

@@ -1,4 +1,4 @@
-"""`anymamba generate`: continues prompts with a model; the text is streamed to stdout as its tokens come."""
+"""`anymamba generate`: continues prompts with a model; the text is streamed to stdout token by token."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continue prompts with a model. One prompt is streamed as its tokens come; several run as one batch.
+    """Continue prompts with a model. One prompt is streamed token by token; several run as one batch.
 
-    A prompt given as text is printed before its continuation, one from a file is not.
+    A prompt given as text is printed before its continuation; one from a file is not.
     """
 
     model: Path
@@ -35,19 +35,19 @@ class GenerateOptions:
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be repeated. Write --prompt=TEXT for text that starts with a dash."""
     prompt_file: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """File whose text to continue, - for stdin; may be repeated."""
+    """File with text to continue, - for stdin; may be repeated."""
     max_new_tokens: int = 256
-    """Tokens to generate at most, for each prompt."""
+    """Most tokens to generate for each prompt."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token (greedy)."""
     top_k: int | None = None
     """Sample among the k likeliest tokens."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that hold this probability together."""
+    """Sample among the likeliest tokens whose probabilities add up to this."""
     min_p: float | None = None
-    """Sample among tokens of at least this share of the likeliest one's probability."""
+    """Sample among tokens with at least this fraction of the likeliest token's probability."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that have occurred less likely."""
+    """A value above 1 makes tokens that have occurred less likely."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End before this text; may be repeated."""
     num_beams: int = 1
@@ -62,7 +62,7 @@ class GenerateOptions:
 
 
 class Continuation(NamedTuple):
-    """What a model made of one prompt."""
+    """The continuation of one prompt."""
 
     text: str
     n_tokens: int
@@ -79,7 +79,7 @@ def command(arguments: Sequence[str]) -> None:
     model, checkpoint = load_model(options.model, options.runtime)
     tokenizer = find_tokenizer(checkpoint, options.tokenizer, vocab_size=model.config.vocab_size)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no failure
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is not an error
     if len(prompts) == 1 and options.num_beams == 1 and not options.json:
         print_stream(model, tokenizer, prompts[0], options, sampling)
         return
@@ -117,7 +117,7 @@ def read_prompts(options: GenerateOptions) -> list[str | bytes]:
 def print_stream(
     model: LanguageModel, tokenizer: Tokenizer, prompt: str | bytes, options: GenerateOptions, sampling: SamplingConfig
 ) -> None:
-    """Print one continuation as it comes."""
+    """Print one continuation while it is generated."""
     from anymamba.generation.generate import stream_text
 
     steps = stream_text(
@@ -157,7 +157,7 @@ def continue_all(
 
 
 def print_all(options: GenerateOptions, prompts: Sequence[str | bytes], continuations: Sequence[Continuation]) -> None:
-    """Print prompts and continuations one after the other, with a line between where there are several."""
+    """Print prompts and continuations one after the other; several are separated by a line with their number."""
     for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True), 1):
         if len(prompts) > 1:
             print(f"==> {number} of {len(prompts)} <==")
@@ -170,7 +170,7 @@ def echo(prompt: str | bytes) -> str:
 
 
 def text_of(prompt: str | bytes) -> str:
-    """A prompt as text that can be printed, whatever bytes it has."""
+    """A prompt as text that can be printed, even if its bytes are not valid UTF-8."""
     data = prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogateescape")
     return data.decode("utf-8", errors="replace")
 

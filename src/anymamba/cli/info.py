@@ -40,7 +40,7 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `info` tells."""
+    """Everything that `info` prints."""
     import torch
 
     from anymamba.base.version import __version__
@@ -61,7 +61,7 @@ def collect() -> dict[str, Any]:
 
 
 def installed_version(name: str) -> str | None:
-    """A package's version, or None where it is not installed."""
+    """A package's version, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -17,14 +17,14 @@ Run tasks of lm-eval (EleutherAI's evaluation harness) on a model: a folder, a .
 All arguments are lm-eval's own. Two defaults differ: --model is anymamba, and with it --batch_size is auto.
 
   anymamba lm-eval run --help        lm-eval's options
-  anymamba lm-eval ls tasks          the tasks that it knows; --include_path FOLDER adds your own
+  anymamba lm-eval ls tasks          list of its tasks; --include_path FOLDER adds your own
 
 --model_args of anymamba:
   pretrained       folder of a model (a run folder is one), a .gguf file, or a name on the Hugging Face hub
   tokenizer        a tokenizer.json or a folder that holds one; defaults to the model's own
   dtype            float32 (the default), bfloat16, float16, float64, or auto: as stored
   device           cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one
-  max_length       tokens that the model sees at most (2048); the model itself has no limit
+  max_length       most tokens that the model reads at once (2048); the model itself has no limit
   max_gen_toks     tokens to generate unless a task says otherwise (256)
   add_bos_token    true or false: begin every text with the beginning-of-text token; defaults to tokenizer.json's rule
   prefix_token_id  stands for an empty context; defaults to the beginning-of-text token, else the end-of-text token
@@ -47,7 +47,7 @@ def command(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def command_line(words: list[str]) -> Iterator[None]:
-    """Have the process's command line read like this, which is where lm-eval looks."""
+    """Set sys.argv, from which lm-eval takes its arguments, while the body runs."""
     before, sys.argv = sys.argv, words
     try:
         yield
@@ -56,7 +56,7 @@ def command_line(words: list[str]) -> Iterator[None]:
 
 
 def complete(arguments: Sequence[str]) -> list[str]:
-    """Arguments for lm-eval, with our defaults for what neither they nor their --config file say."""
+    """The arguments with our defaults added, where neither the arguments nor their --config file give a value."""
     if arguments[0] in ("ls", "validate"):
         return list(arguments)
     rest = list(arguments[1:] if arguments[0] == "run" else arguments)

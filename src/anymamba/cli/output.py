@@ -1,4 +1,4 @@
-"""How verbs print: one JSON object, or lines of a name and a value; and progress on stderr that fits where it goes."""
+"""How verbs print: results as one JSON object or as lines of name and value, progress on stderr."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Print a remark to stderr."""
+    """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -38,14 +38,14 @@ def clock(seconds: float) -> str:
 
 
 class ShowProgress(Protocol):
-    """Told how far the work is, now and then: done, total (None when unknown), and words beside the bar."""
+    """Shows progress: the amount done, the total (None if unknown), and a text beside the bar."""
 
     def __call__(self, done: float, total: float | None, text: str = "") -> None: ...
 
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[ShowProgress]:
-    """A bar on stderr while the body runs; where stderr is no terminal, a plain line now and then."""
+    """A progress bar on stderr while the body runs; if stderr is not a terminal, a line every few seconds."""
     if not sys.stderr.isatty():
         yield PlainProgress(label)
         return
@@ -78,7 +78,7 @@ class PlainProgress:
 
 
 class TrainingReport:
-    """What `training.trainer.train` tells, as progress."""
+    """Shows what `training.trainer.train` reports as progress."""
 
     def __init__(self, show: ShowProgress) -> None:
         self.show = show

@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, chosen by flags that the verbs share, and the model that a flag names."""
+"""The flags that verbs share for device, dtype and threads, and the model that a flag names."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in which precision the arithmetic runs."""
+    """Device, dtype and threads of the computation."""
 
     device: str | None = None
     """cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights; defaults to the stored one."""
+    """Dtype of the weights; defaults to the stored one."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice, the number of cores."""
 
 
 def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads, if a number is given."""
+    """Use this many CPU threads; None changes nothing."""
     import torch
 
     if threads is None:
@@ -41,9 +41,9 @@ def set_threads(threads: int | None) -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is.
+    """The device of that name; defaults to a GPU if there is one.
 
-    Raises ValueError for a name that torch does not know or that this machine does not have.
+    Raises ValueError if torch cannot use a device of that name on this machine.
     """
     import torch
 
@@ -59,11 +59,11 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def load_model(model: Path, runtime: Runtime) -> tuple[LanguageModel, Checkpoint]:
-    """A model for inference, and the checkpoint that it comes from, which also holds its tokenizer.
+    """Load a model for inference; also returns its checkpoint, which holds its tokenizer.
 
     Args:
         model: a folder (a run folder is one), a .gguf file, or a name on the hub.
-    Raises FileNotFoundError where there is none and CheckpointError where it cannot be read.
+    Raises FileNotFoundError if there is none and CheckpointError if it cannot be read.
     """
     import torch
 
@@ -78,7 +78,7 @@ def load_model(model: Path, runtime: Runtime) -> tuple[LanguageModel, Checkpoint
 
 @contextmanager
 def told_how_to_resume(run: Path) -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM, when they end the body, say how to go on with the run."""
+    """When Ctrl-C or SIGTERM ends the body, add to the exception how to resume the run."""
     try:
         yield
     except KeyboardInterrupt as end:

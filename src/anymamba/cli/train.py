@@ -1,4 +1,4 @@
-"""`anymamba train`: trains a language model on a user's files, fine-tunes one, or goes on with a run."""
+"""`anymamba train`: trains a language model on a user's files, fine-tunes one, or resumes a run."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ FLAGS: dict[type, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train a language model on your files into a new run folder, or go on with one.
+    """Train a language model on your files in a new run folder, or resume a run.
 
     A run can be stopped or killed at any moment; --resume continues it as if nothing had happened.
     """
 
     out: Path | None = None
-    """The run folder to make, such as runs/x; one that exists is never overwritten."""
+    """The run folder to make, such as runs/x; an existing one is never overwritten."""
     resume: Path | None = None
-    """A run folder to go on with; its own config holds everything else."""
+    """A run folder to resume; everything else comes from its own config."""
     config: Path | None = None
-    """A .json or .toml file of the options below, such as a run's train_config.json; flags override it."""
+    """A .json or .toml file with the options below, such as a run's train_config.json; flags override it."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
     """Named sizes of the model; --model flags override them."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -53,7 +53,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Basis:
-    """The two flags that decide the others' defaults; they are read first."""
+    """The two flags that decide the defaults of the others; they are read first."""
 
     config: Path | None = None
     preset: str | None = None
@@ -63,7 +63,7 @@ def command(arguments: Sequence[str]) -> None:
     """Run `anymamba train`."""
     options = read_options(arguments)
     run = options.resume or options.out
-    assert run is not None, "read_options sees to it"
+    assert run is not None, "read_options requires one of them"
     with told_how_to_resume(run), progress_bar("training") as show:
         result = run_training(options, TrainingReport(show))
     if options.json:
@@ -73,26 +73,24 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def read_options(arguments: Sequence[str]) -> TrainOptions:
-    """The options of flags over those of the config file.
+    """The options: those of the config file, overridden by flags.
 
-    Raises ValueError for combinations that make no sense and FileNotFoundError for a config file that is not there.
+    Raises ValueError for flags that exclude each other and FileNotFoundError if the config file does not exist.
     """
     start, file_paths = default_config(read_basis(arguments))
     default = TrainOptions(train=start)
     options = read_flags(TrainOptions, "train", arguments, default, renamed_flags(FLAGS, repeatable="paths"))
     if options.resume is not None:
         if dataclasses.replace(options, resume=None, json=False) != TrainOptions():
-            raise ValueError(f"--resume {options.resume} goes on with the run's own config; leave the other flags out")
+            raise ValueError(f"--resume {options.resume} uses the run's own config; leave the other flags out")
         return options
     if options.out is None:
-        raise ValueError(
-            "no run folder; name a new one with --out, such as --out runs/x, or go on with one with --resume"
-        )
+        raise ValueError("no run folder; name a new one with --out, such as --out runs/x, or resume one with --resume")
     return dataclasses.replace(options, train=complete(options, file_paths))
 
 
 def read_basis(arguments: Sequence[str]) -> Basis:
-    """--config and --preset, whatever else there is."""
+    """The values of --config and --preset; all other arguments are skipped."""
     if {"-h", "--help"} & set(arguments):
         return Basis()
     found: dict[str, str] = {}
@@ -106,12 +104,13 @@ def read_basis(arguments: Sequence[str]) -> Basis:
 
 
 def default_config(basis: Basis) -> tuple[TrainConfig, tuple[str, ...]]:
-    """What the flags start from: the file's values with the preset's model; the file's data paths are kept apart."""
+    """The defaults of the flags (the file's values, with the preset's model, without data paths), and the file's data
+    paths."""
     values = {"device": AUTO} | (read_config_file(basis.config) if basis.config is not None else {})
     config = config_from_dict(TrainConfig, values, "" if basis.config is None else str(basis.config))
     if basis.preset is not None:
         config = dataclasses.replace(config, model=preset(basis.preset))
-    # a repeatable flag adds to its default; --data is to replace the file's
+    # a repeatable flag adds to its default, but --data must replace the file's paths
     return dataclasses.replace(config, data=dataclasses.replace(config.data, paths=())), config.data.paths
 
 
@@ -130,7 +129,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def complete(options: TrainOptions, file_paths: tuple[str, ...]) -> TrainConfig:
-    """The config with the file's data where no flag names any, and a device."""
+    """The config with the file's data paths if no flag gives any, and with a device."""
     config = options.train
     data = config.data
     if not data.paths:
@@ -154,7 +153,7 @@ def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:
 
 
 def readable(result: TrainResult) -> dict[str, str]:
-    """The result as lines."""
+    """The result, one line each."""
     lines = {
         "run": result.run,
         "steps": f"{result.steps:,}",
