@@ -49,7 +49,7 @@ def test_map_keeps_the_types_and_takes_the_same_places_of_others():
 
 
 def test_map_refuses_what_is_no_state():
-    with pytest.raises(TypeError, match="a state is a nest of tuples of tensors, got list inside it"):
+    with pytest.raises(TypeError, match="a state is made of nested tuples of tensors, got list inside it"):
         map_state(torch.clone, Nest(([],), torch.zeros(1)))
 
 

@@ -1,1 +1,1 @@
-"""What every level may use: files written whole or not at all, dataclasses as JSON, checks of sizes, errors."""
+"""Helpers for every level: atomic file writes, dataclasses as JSON, size checks and errors."""

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, whatever stops the process or fills the disk."""
+"""Atomic writes: a file or folder is complete or not there, even if the process is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, flushed to disk, when the block ends well."""
+    """Give a temporary path in the same folder; it is flushed to disk and renamed to `path` if the block succeeds."""
     temporary = _beside(path)
     try:
         yield temporary
@@ -25,9 +25,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A path beside `path`, of a folder that the block makes, which takes its place, flushed to disk, at a good end.
+    """Give a temporary path for a folder that the block makes; it is flushed and renamed to `path` on success.
 
-    Raises OSError where `path` is a folder that holds something, unless `replace` lets it go.
+    Raises OSError if `path` is a folder that is not empty, unless `replace` is set: then the old folder is deleted.
     """
     temporary = _beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -44,18 +44,18 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text, whole or not at all."""
+    """Write a text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
-    """Write a file of JSON, whole or not at all. Raises ValueError for numbers that JSON does not know."""
+    """Write a JSON file atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(values, indent=indent, allow_nan=False) + "\n")
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder reach the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

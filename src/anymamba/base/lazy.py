@@ -1,4 +1,4 @@
-"""Public names of a package that resolve when they are first used, so that importing the package costs nothing."""
+"""Public names of a package that are imported on first use, so that importing the package is fast."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package.
+    """Return the functions `__getattr__` and `__dir__` for a package.
 
     Args:
-        package: its full name.
-        homes: for each public name the module that has it.
+        package: the full name of the package.
+        homes: maps each public name to the module that defines it.
     """
 
     def getattr_(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as nested tables of JSON or TOML and back: unknown keys and wrong types are errors that say so."""
+"""Convert frozen dataclasses to nested JSON or TOML tables and back. Unknown keys and wrong types are errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as JSON-able nested dictionaries (tuples become lists)."""
+    """Convert a dataclass to nested dictionaries that JSON can hold (tuples become lists)."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -29,9 +29,9 @@ def config_from_dict(cls: type[ConfigT], values: dict[str, Any], where: str = ""
 
     Args:
         cls: the dataclass.
-        values: its fields; absent ones take their defaults.
-        where: the path of enclosing keys, for messages.
-    Raises ValueError for an unknown key (naming the nearest one) and TypeError for a value of the wrong type.
+        values: its fields; a missing field takes its default.
+        where: the path of the enclosing keys, for error messages.
+    Raises ValueError for an unknown key (the message names the nearest one), TypeError for a value of the wrong type.
     """
     if not isinstance(values, dict):
         raise TypeError(f"{where or cls.__name__} must be a table of keys and values, got {values!r}")
@@ -45,7 +45,7 @@ def config_from_dict(cls: type[ConfigT], values: dict[str, Any], where: str = ""
 
 
 def unknown_key(key: str, known: list[str], where: str) -> str:
-    """The message for a key that no field has, with the nearest that exists."""
+    """The error message for an unknown key; it suggests the nearest known key."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(known))}"
     return f"unknown key {key!r} in {where}{hint}"

@@ -1,4 +1,4 @@
-"""Checks of numbers that a caller gives: each error names what, got and wanted."""
+"""Checks of numbers from the caller. Each error says which number is wrong, what was given and what is wanted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numbers import Integral
 
 
 def require_sizes(**sizes: int) -> None:
-    """Raise ValueError unless every size is an integer of at least 1; the keyword is its name in the message."""
+    """Raise ValueError unless every size is an integer of at least 1. The message uses the keyword as the name."""
     for name, size in sizes.items():
         require_at_least(name, size, 1)
 

@@ -1,1 +1,1 @@
-"""What layers are made of: the protocol, states, padding, norms, convolutions, options; free of any one layer."""
+"""Parts that layers share: the layer protocol, states, padding, norms, convolutions and options."""

@@ -1,11 +1,13 @@
-"""Caches of attention: tensors that grow with the sequence, as values that are cheap to append to.
+"""Attention caches: tensors that grow with the sequence. They are values, and appending to them is cheap.
 
-A cache is tensors (batch, ..., length, width) whose row r holds entries 0 .. filled[r] - 1, oldest first; what stands
-behind them has no meaning. Appending gives a new cache and leaves the old one as it is, so that a state can be stepped
-from twice. Copying everything for each token would cost as much as reading it, so a cache that was appended to without
-gradients is a view of buffers with room behind it. The room is written in place by whoever holds the newest view; any
-other cache, one that was forked from or rolled back to, copies. Where derivatives are wanted everything is copied, for
-they hold views of what was there; and in transforms and tracers, which must not see a memory from outside them change.
+A cache holds tensors (batch, ..., length, width). Row r has entries 0 .. filled[r] - 1, oldest first; the values after
+them are undefined. Appending returns a new cache and leaves the old one unchanged, so the same state can be continued
+twice.
+
+Copying the whole cache for each token would cost as much as reading it. So a cache that was appended to without
+gradients is a view of larger buffers. Appending to the newest view writes in place, into the free space after it.
+Appending to an older view, after a fork or a rollback, copies. Everything is also copied where gradients are needed,
+because autograd has saved the old tensors, and in transforms and tracers, where outside memory must not change.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from torch import Tensor
 from anymamba.ops.observers import has_tangent, plain
 
 LEAST_ROOM = 32
-"""Entries of room behind a new buffer, or half its length where that is more: appending n copies about 3 n."""
+"""The least free space of a new buffer, in entries; it is half the length if that is more. Appending n entries one by
+one then copies about 3 n."""
 
 
 class Buffers:
-    """Tensors with room behind what is filled. `n_writes` tells whether somebody wrote since a view was made."""
+    """Tensors with free space at the end. `n_writes` shows whether they were written to after a view was made."""
 
     def __init__(self, tensors: Sequence[Tensor], n_new: int) -> None:
         length = tensors[0].shape[-2]
@@ -34,7 +37,7 @@ class Buffers:
         for tensor in tensors:
             buffer = tensor.new_empty(*tensor.shape[:-2], self.capacity, tensor.shape[-1])
             buffer.narrow(-2, 0, length).copy_(tensor)
-            # Entries that a row never filled are masked out by a weight of 0, which NaN in fresh memory would survive.
+            # Attention gives unfilled entries a weight of 0, but 0 * NaN is NaN: fresh memory must be cleared.
             buffer.narrow(-2, length, self.capacity - length).zero_()
             self.tensors.append(buffer)
 
@@ -44,25 +47,25 @@ class Cache:
 
     Args:
         tensors: (batch, ..., length, width) each.
-        filled: (batch,) int64: entries of each row.
-        is_even: whether every row is filled to the length; None: not known yet, and looked up when asked for.
+        filled: (batch,) int64: how many entries each row has.
+        is_even: whether every row is filled to the length. None means not known yet; it is computed on first use.
     """
 
     def __init__(self, tensors: Sequence[Tensor], filled: Int[Tensor, " batch"], is_even: bool | None = None) -> None:
         self.tensors, self.filled = tuple(tensors), filled
         self._is_even = is_even
         self._buffers: Buffers | None = None
-        self._start = 0  # where the view begins in its buffers
-        self._n_writes = 0  # of the buffers, when this view was made
+        self._start = 0  # where this view begins in the buffers
+        self._n_writes = 0  # the buffers' n_writes when this view was made
 
     @property
     def length(self) -> int:
         length = self.tensors[0].shape[-2]
-        return int(length) if torch.jit.is_tracing() else length  # there it is a tensor
+        return int(length) if torch.jit.is_tracing() else length  # under jit.trace a size is a tensor
 
     @property
     def is_even(self) -> bool:
-        """Whether every row is filled to the length. Where values cannot be looked at, the general way is taken."""
+        """Whether every row is filled to the length. False if the values cannot be read, as in a trace."""
         if self._is_even is None:
             if not plain(self.filled):
                 return self.length == 0
@@ -70,11 +73,11 @@ class Cache:
         return self._is_even
 
     def append(self, new: Sequence[Tensor], lengths: Int[Tensor, " batch"] | None = None) -> Cache:
-        """This cache and behind each row's entries the new ones (batch, ..., n_new, width).
+        """Return a cache with new entries (batch, ..., n_new, width) after those of each row.
 
         Args:
-            new: as many tensors, in the dtype that the cache then has.
-            lengths: how many of the new entries are real, from the first; defaults to all.
+            new: one tensor for each tensor of the cache; the new cache takes their dtype.
+            lengths: how many of the new entries of each row are real; the real ones come first. Defaults to all.
         """
         n_new = new[0].shape[-2]
         after = self.filled + (n_new if lengths is None else lengths)
@@ -86,7 +89,7 @@ class Cache:
         return grown
 
     def keep_last(self, most: int) -> Cache:
-        """The last `most` entries of each row."""
+        """Keep the last `most` entries of each row."""
         if self.length <= most:
             return self
         kept = self.filled.clamp(max=most)
@@ -101,7 +104,7 @@ class Cache:
         return Cache([tensor.gather(-2, _expanded(place, tensor)) for tensor in self.tensors], kept)
 
     def trimmed(self) -> Cache:
-        """Without the places at the end that no row has filled."""
+        """Drop the places at the end that no row has filled."""
         if self.is_even or not plain(self.filled):
             return self
         most = int(self.filled.max())
@@ -110,7 +113,7 @@ class Cache:
         return result
 
     def _places(self, n_new: int) -> Int[Tensor, "batch n_new"]:
-        """Where each row's new entries go."""
+        """The indices of each row's new entries."""
         return self.filled[:, None] + torch.arange(n_new, device=self.filled.device)
 
     def _copied(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
@@ -123,7 +126,7 @@ class Cache:
         return [a.scatter(-2, _expanded(place, b), b) for a, b in zip(longer, new, strict=True)]
 
     def _written(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> Cache:
-        """Old entries where they are, if there is room behind them, and the new ones written there."""
+        """Write the new entries after the old ones in the buffers; make larger buffers if they cannot be used."""
         n_new = new[0].shape[-2]
         buffers, start = self._buffers, self._start
         if buffers is None or not self._may_write(buffers, old, n_new):
@@ -140,7 +143,7 @@ class Cache:
         return result
 
     def _may_write(self, buffers: Buffers, old: Sequence[Tensor], n_new: int) -> bool:
-        """Whether this is the newest view of its buffers, there is room, and torch lets them be written now."""
+        """Whether this is the newest view of its buffers, they have space, and torch allows writing to them now."""
         if self._n_writes != buffers.n_writes or self._start + self.length + n_new > buffers.capacity:
             return False
         if buffers.tensors[0].is_inference() and not torch.is_inference_mode_enabled():
@@ -149,25 +152,25 @@ class Cache:
 
 
 class GrowingState:
-    """For NamedTuples that hold a cache's tensors: the cache they came from, with its room.
+    """Base of states that hold a cache's tensors. It remembers the cache, so that the next append can write in place.
 
-    What `anymamba.parts.state` makes of a state is a new tuple without it, which copies when it is appended to.
+    The functions of `anymamba.parts.state` return new tuples without the cache; the next append to such a state copies.
     """
 
     cache: Cache | None = None
 
     def remember(self, cache: Cache) -> None:
-        """Keep the cache that this state's tensors are."""
+        """Keep the cache that holds this state's tensors."""
         if not torch.compiler.is_compiling():
             self.cache = cache
 
 
 def _writable(*tensors: Tensor) -> bool:
-    """Whether these may be written into memory that others hold: there is nobody but the caller to see it."""
+    """Whether these may be written in place: autograd, transforms and tracers are not recording."""
     return not torch.is_grad_enabled() and plain(*tensors) and not has_tangent(*tensors)
 
 
 def _expanded(place: Int[Tensor, "batch n"], like: Tensor) -> Tensor:
-    """Places in a tensor's length as an index of `gather` and `scatter`, (batch, ..., n, width)."""
+    """Indices along the length, expanded to (batch, ..., n, width) for `gather` and `scatter`."""
     index = place.reshape(place.shape[0], *[1] * (like.ndim - 3), place.shape[1], 1)
     return index.expand(-1, *like.shape[1:-2], -1, like.shape[-1])

@@ -19,7 +19,7 @@ class ShortConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """PyTorch's default for a depthwise convolution: uniform on ±width^-0.5, the weight drawn first."""
+        """PyTorch's default for a depthwise convolution: uniform on ±width^-0.5, the weight before the bias."""
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:

@@ -1,8 +1,8 @@
-"""Derivatives in any mode and of any order, for code whose fast form torch differentiates only once and in reverse.
+"""Choose between fast code, which torch can differentiate once in reverse mode, and plain torch operations.
 
-Functions of autograd, checkpoints and fused attention keep little for the backward pass. Beside each stands the same
-function in plain torch operations, which torch differentiates as often as it likes, forwards and backwards, and through
-which `torch.func` and the tracers see. What is here says which of the two runs.
+Autograd functions, checkpointing and fused attention save memory in the backward pass. Each has a second form in plain
+torch operations, which torch can differentiate in any mode and any number of times, and which `torch.func` and tracers
+can follow. The functions here decide which form runs.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from anymamba.ops.observers import differentiable, transformed
 
 
 def as_operations(*tensors: Tensor) -> bool:
-    """Whether plain torch operations are to run: in a transform of `torch.func`, in forward mode, in `jit.trace`."""
+    """Whether plain torch operations must run: in a `torch.func` transform, in forward mode, or in `jit.trace`."""
     return transformed(*tensors) or torch.jit.is_tracing()
 
 
 def in_operations(*tensors: Tensor) -> bool:
-    """Whether a backward pass is to be made of plain torch operations: one with a derivative of its own is wanted."""
+    """Whether a backward pass must use plain torch operations, because it may be differentiated itself."""
     return torch.is_grad_enabled() or transformed(*tensors)
 
 
 def recomputed(fn: Callable[..., Any], *args: Any) -> Any:
-    """fn(*args), whose inner results are computed again for its gradient instead of kept.
+    """Return fn(*args). The backward pass computes the intermediate results again instead of keeping them.
 
     Args:
-        fn: a function; every tensor that it reads is among args.
-        args: tensors, tuples of tensors, and others.
+        fn: a function; every tensor that it reads must be in args.
+        args: tensors, tuples of tensors, and other values.
     """
     tensors = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
     if not torch.is_grad_enabled() or as_operations(*tensors):
@@ -41,10 +41,10 @@ def recomputed(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def differentiable_again(y: Tensor, operations: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """y = operations(*inputs), computed by something that has no second derivative: y with one.
+    """Give y = operations(*inputs) a second derivative when the code that computed y has none.
 
-    The first derivative stays that of what computed y. Where the backward pass is itself differentiated, it is that of
-    `operations`.
+    The first derivative still comes from the code that computed y. If the backward pass is itself differentiated, the
+    gradient comes from `operations` instead.
     """
     if not differentiable(*inputs) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return y
@@ -52,7 +52,7 @@ def differentiable_again(y: Tensor, operations: Callable[..., Tensor], *inputs: 
 
 
 class _Again(torch.autograd.Function):
-    """y as it is. The gradient goes to y, to whom it is left to find its inputs, or to the inputs by operations."""
+    """Return y unchanged. The gradient goes to y and its own graph, or to the inputs through `operations`."""
 
     @staticmethod
     def forward(ctx: Any, operations: Callable[..., Tensor], y: Tensor, *inputs: Tensor) -> Tensor:

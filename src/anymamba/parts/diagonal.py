@@ -1,11 +1,12 @@
-"""What the powers of a diagonal matrix give: kernels, free responses and last states of diagonal state spaces.
+"""Sums over powers of a diagonal matrix: kernels, free responses and last states of diagonal state space models.
 
-A power base^t with t = q * block + r is base^(block q) base^r. So a sum over the states for every t, or over every t
-for the states, is a matrix product of two small tables of powers, and no tensor of (width, length, d_state) exists:
-memory grows as the square root of the length. Tables are made in float64 by doubling, so that there is no logarithm
-of a zero and an error of one rounding does not grow with t as it would in float32; products run in the layer's dtype.
+With t = q * block + r, base^t = base^(block q) base^r. So a sum over the states for each t, or over t for each state,
+is a matrix product of two small tables of powers. No tensor of (width, length, d_state) is needed, and the tables grow
+as the square root of the length. They are computed in float64 by repeated doubling: this takes no logarithm, which
+would fail at zero, and rounding errors do not grow with t as they would in float32. The products run in the layer's
+dtype.
 
-A complex base stands for itself and its conjugate: sums over states are then 2 Re(...).
+A complex base also represents its conjugate: sums over states are then 2 Re(...).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from anymamba.parts.parameters import complex_dtype
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, in which systems are discretised and their powers taken; float32 on Apple GPUs, which lack float64."""
+    """The dtype for discretisation and powers: float64, or float32 on Apple GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -57,7 +58,7 @@ def accumulate(
 def elapsed(
     base: Num[Tensor, "width n_states"], length: int, lengths: Int[Tensor, " rows"] | None
 ) -> Num[Tensor, "rows width n_states"]:
-    """base^lengths of each row, by squaring; lengths None: one row of base^length, for all."""
+    """base^lengths for each row, by squaring. Without lengths, a single row of base^length that serves every row."""
     exponents = torch.full((1,), length, device=base.device) if lengths is None else lengths
     result = torch.ones_like(base)[None]
     for bit in range(length.bit_length()):
@@ -70,7 +71,7 @@ def elapsed(
 def right_aligned(
     x: Float[Tensor, "rows length width"], lengths: Int[Tensor, " rows"] | None
 ) -> Float[Tensor, "rows length width"]:
-    """Rows moved so that their last real token is last, with zeros before the first; lengths None: they are."""
+    """Shift rows so that the last real token is at the end, with zeros before the first. A no-op without lengths."""
     if lengths is None:
         return x
     place = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths)[:, None]
@@ -79,7 +80,7 @@ def right_aligned(
 
 
 def in_precision(x: Num[Tensor, "..."], real_dtype: torch.dtype) -> Num[Tensor, "..."]:
-    """x, real or complex as it is, in the precision of a real dtype."""
+    """Convert x to the precision of a real dtype; a complex x stays complex."""
     return x.to(complex_dtype(real_dtype) if x.is_complex() else real_dtype)
 
 
@@ -91,7 +92,7 @@ def real_sum(x: Num[Tensor, "... n_states"]) -> Float[Tensor, "..."]:
 def require_sizes(width: int, d_state: int, pairs: bool, instead: str = "") -> None:
     """Raise ValueError unless both are at least 1 and d_state is even where states come in conjugate pairs.
 
-    `instead` is the end of the message: what there is besides pairs.
+    `instead` ends the message with an alternative to conjugate pairs.
     """
     if width < 1 or d_state < 1:
         raise ValueError(f"width and d_state must be at least 1, got {width} and {d_state}")
@@ -111,7 +112,7 @@ def draw_log_dt(log_dt: Float[Tensor, " width"], dt_min: float, dt_max: float) -
 
 
 def _powers(base: Num[Tensor, "width n_states"], count: int) -> tuple[Num[Tensor, "width count n_states"], Tensor]:
-    """base^0 ... base^(count - 1) and base^count, for count a power of two."""
+    """base^0 ... base^(count - 1), and base^count; count must be a power of two."""
     table = torch.ones_like(base)[:, None]
     while table.shape[1] < count:
         table = torch.cat([table, table * base[:, None]], 1)
@@ -120,7 +121,7 @@ def _powers(base: Num[Tensor, "width n_states"], count: int) -> tuple[Num[Tensor
 
 
 def _block(rows: int, length: int) -> int:
-    """The block for which the tables, of block and rows * length / block entries, are smallest: near the root."""
+    """The block length that makes the tables smallest. They have block and rows * length / block entries."""
     return _smallest_power_of_two(min(length, round((max(1, int(rows)) * length) ** 0.5)))
 
 
@@ -134,7 +135,7 @@ def _parts(x: Num[Tensor, "... n_states"]) -> Float[Tensor, "... n_parts"]:
 
 
 def _summands(x: Num[Tensor, "... n_states"]) -> Float[Tensor, "... n_parts"]:
-    """What, times `_parts(y)` and summed, is real_sum(x y)."""
+    """The factor for which the sum of `_summands(x) * _parts(y)` is real_sum(x y)."""
     return torch.cat([2 * x.real, -2 * x.imag], -1) if x.is_complex() else x
 
 

@@ -1,4 +1,4 @@
-"""Causal convolution with a kernel as long as the sequence, by FFT; what every time-invariant layer trains with.
+"""Causal convolution by FFT with a kernel as long as the sequence. Every time-invariant layer trains with it.
 
     y[t] = sum over j <= t of kernel[j] u[t - j]
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from anymamba.parts.derivatives import as_operations, in_operations
 
 CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
-"""Padded numbers that are transformed at a time: few MB on a processor, which stay in its cache between the passes."""
+"""Padded numbers per FFT call. On a CPU this is a few MB, which stay in its cache between the passes."""
 
 
 def fft_conv(
@@ -27,26 +27,27 @@ def fft_conv(
 
     Args:
         u: (batch, length, width), real.
-        kernel: (width, kernel_length), real; what exceeds the sequence is not used.
-    Returns (batch, length, width) in u's dtype, computed in float32 or wider. Gradients flow to both, in any mode and
-    of any order; the backward pass transforms u again rather than keep its spectrum.
+        kernel: (width, kernel_length), real; terms beyond the sequence length are not used.
+    Returns (batch, length, width) in u's dtype, computed in float32 or wider. Gradients flow to both arguments, in any
+    mode and of any order. The backward pass transforms u again instead of keeping its spectrum.
     Raises ValueError when the shapes disagree or a tensor is complex.
     """
     if u.ndim != 3 or kernel.ndim != 2 or kernel.shape[0] != u.shape[-1] or kernel.shape[1] < 1:
         raise ValueError(
-            "fft_conv wants u (batch, length, width) and kernel (width, kernel_length) with kernel_length at least 1, "
+            "fft_conv needs u (batch, length, width) and kernel (width, kernel_length) with kernel_length at least 1, "
             f"got {tuple(u.shape)} and {tuple(kernel.shape)}"
         )
     if u.is_complex() or kernel.is_complex():
         raise ValueError(
-            f"fft_conv is real, got u of {u.dtype} and kernel of {kernel.dtype}; convolve the real and imaginary parts"
+            f"fft_conv takes real tensors, got u of {u.dtype} and kernel of {kernel.dtype}; convolve the real and "
+            "imaginary parts separately"
         )
     kernel = kernel[:, : max(1, u.shape[1])]
     return _operations(u, kernel) if as_operations(u, kernel) else _FFTConv.apply(u, kernel)
 
 
 def fast_fft_size(at_least: int) -> int:
-    """The smallest even product of 2s, 3s and 5s from `at_least` on: FFT libraries have code for these factors."""
+    """The smallest even size of at least `at_least` with factors 2, 3 and 5 only, which FFT libraries are fast for."""
     best = 2 ** max(1, (at_least - 1).bit_length())
     five = 1
     while five < best:
@@ -60,16 +61,16 @@ def fast_fft_size(at_least: int) -> int:
 
 
 def _operations(u: Tensor, kernel: Tensor) -> Tensor:
-    """The convolution in torch operations, which hold every spectrum whole."""
+    """The convolution in plain torch operations, which keep whole spectra in memory."""
     if not u.numel():
-        return u * kernel[:, 0].to(u.dtype)  # nothing, of both
+        return u * kernel[:, 0].to(u.dtype)  # empty, but connected to both inputs
     length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
     product = _spectrum(u, size, wide) * torch.fft.rfft(kernel.to(wide), size)
     return torch.fft.irfft(product, size)[..., :length].transpose(1, 2).to(u.dtype)
 
 
 class _FFTConv(torch.autograd.Function):
-    """Rows and channels go through in blocks, so that the padded copies and spectra stay small."""
+    """The convolution in blocks of rows and channels, so that the padded copies and spectra stay small."""
 
     @staticmethod
     def forward(ctx, u: Tensor, kernel: Tensor) -> Tensor:
@@ -106,20 +107,20 @@ class _FFTConv(torch.autograd.Function):
 
 
 def _gradients(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Both gradients as convolutions, which can be differentiated in turn: a correlation is one with time reversed."""
+    """Both gradients as convolutions, which can be differentiated again: a correlation is one with time reversed."""
     wide = _wide(u, kernel)
     reversed_dy = dy.to(wide).flip(1)
     du = fft_conv(reversed_dy, kernel).flip(1)
     if not u.numel():
         return du.to(u.dtype), torch.zeros_like(kernel)
-    channels = u.to(wide).transpose(1, 2).flatten(0, 1)  # those of every row, each the kernel of its dy
+    channels = u.to(wide).transpose(1, 2).flatten(0, 1)  # each channel of each row is the kernel for its dy
     dkernel = fft_conv(reversed_dy.transpose(1, 2).flatten(0, 1).T[None], channels)[0].flip(0)
     dkernel = dkernel[: kernel.shape[1]].T.unflatten(0, (u.shape[0], -1)).sum(0)
     return du.to(u.dtype), dkernel.to(kernel.dtype)
 
 
 def _spectrum(x: Float[Tensor, "rows length width"], size: int, wide: torch.dtype) -> Tensor:
-    """(rows, width, frequencies): time goes last first, where the FFT reads it in order."""
+    """(rows, width, frequencies). Time is moved to the last dimension first, so that the FFT reads in memory order."""
     return torch.fft.rfft(x.transpose(1, 2).to(wide, memory_format=torch.contiguous_format), size)
 
 
@@ -132,7 +133,7 @@ def _wide(u: Tensor, kernel: Tensor) -> torch.dtype:
 
 
 def _blocks(u: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of the rows and the channels; they depend on the shapes only."""
+    """Slices of rows and channels; they depend only on the shapes."""
     batch, _, width = u.shape
     limit = CPU_BLOCK if u.device.type == "cpu" else GPU_BLOCK
     channels = min(width, max(1, limit // size))

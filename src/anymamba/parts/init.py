@@ -1,4 +1,4 @@
-"""Initialisation of state space layers, from the facts of the published models."""
+"""Initialisation of state space layers, as in the published models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms, computed in float32 or wider whatever their weights are."""
+"""Norms, computed in float32 or wider whatever the dtype of their weights."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layern
 
 
 def build_norm(name: str, size: int, eps: float, device=None, dtype=None) -> RMSNorm | LayerNorm:
-    """A norm by name.
+    """Build a norm from its name, "rmsnorm" or "layernorm".
 
-    Raises ValueError for a name that does not exist.
+    Raises ValueError for another name.
     """
     if name not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")

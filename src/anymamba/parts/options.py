@@ -1,6 +1,6 @@
-"""Options of the layers that a model can be made of: frozen dataclasses, free of torch.
+"""Options of the layers that a model can use: frozen dataclasses that do not import torch.
 
-A field has the name of the argument of its layer in `anymamba.layers`.
+Each field has the name of the layer's argument in `anymamba.layers`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MambaOptions:
     dt_init: Literal["random", "constant"] = "random"
     """How the weight of the step projection is drawn."""
     dt_scale: float = 1.0
-    """Scale of that weight, in units of dt_rank ** -0.5."""
+    """Scale of the step projection's weight, in units of dt_rank ** -0.5."""
     dt_init_floor: float = 1e-4
     """Lower bound of the initial step."""
     conv_bias: bool = True
@@ -40,11 +40,11 @@ class MambaOptions:
     b_discretization: Literal["euler", "zoh"] = "euler"
     """Rule for B: Euler (published checkpoints) or exact zero-order hold."""
     selective_delta: bool = True
-    """Δ depends on the input; else one step per channel."""
+    """Δ depends on the input; otherwise each channel has a constant step."""
     selective_B: bool = True
-    """B depends on the input; else constant (d_inner, d_state)."""
+    """B depends on the input; otherwise it is a constant (d_inner, d_state)."""
     selective_C: bool = True
-    """C depends on the input; else constant (d_inner, d_state)."""
+    """C depends on the input; otherwise it is a constant (d_inner, d_state)."""
     A_init: Literal["s4d-real", "s4d-lin", "constant", "random"] = "s4d-real"
     """A at initialisation: -(n+1); -1/2 + πni (complex); -1/2; -exp(N(0, 1))."""
     output_norm: Literal["rmsnorm", "layernorm"] | None = None
@@ -52,7 +52,7 @@ class MambaOptions:
     inner_norms: bool = False
     """RMS norms on dt, B and C (as in Jamba and FalconMamba)."""
     inner_norm_weights: bool = True
-    """The inner norms have weights (Jamba); else none (FalconMamba)."""
+    """The inner norms have weights (Jamba) or not (FalconMamba)."""
     norm_eps: float = 1e-6
     """Epsilon of the output and inner norms."""
 
@@ -77,9 +77,9 @@ class S4Options:
     """Options of S4 (arXiv:2111.00396)."""
 
     d_state: int = 64
-    """N: real numbers of state per channel, d_state / 2 conjugate pairs."""
+    """N: real numbers of state per channel; they are d_state / 2 conjugate pairs."""
     n_ssm: int | None = None
-    """Different A, B and P, which the channels share in turn; defaults to one for each channel."""
+    """Number of different A, B and P; channel d uses number d % n_ssm. Defaults to one for each channel."""
     dt_min: float = 0.001
     """Smallest initial step Δ."""
     dt_max: float = 0.1
@@ -114,10 +114,10 @@ class S4DOptions:
 
 @dataclass(frozen=True)
 class HyenaOptions:
-    """Options of Hyena and of its filter alone (arXiv:2302.10866)."""
+    """Options of `Hyena` and `HyenaFilter` (arXiv:2302.10866)."""
 
     order: int = 2
-    """Gates of the operator; a filter alone has none."""
+    """Number of gates of `Hyena`; `HyenaFilter` has none."""
     max_length: int = 2048
     """Longest sequence; the filter's positions are fractions of it."""
     emb_dim: int = 33
@@ -127,7 +127,7 @@ class HyenaOptions:
     w: float = 14.0
     """Initial frequency of that network's sines."""
     learn_positions: bool = False
-    """The positional features are parameters."""
+    """Whether the positional features are learned."""
 
     def __post_init__(self) -> None:
         for name, least in (("order", 2), ("max_length", 1), ("emb_dim", 3), ("d_filter", 1)):
@@ -140,7 +140,7 @@ class H3Options:
     """Options of H3 (arXiv:2212.14052)."""
 
     d_head: int = 1
-    """Size of a head: keys and values meet in d_head x d_head products."""
+    """Size of a head; each head has d_head x d_head products of a key channel and a value channel."""
     d_shift: int = 64
     """Length of the learned filter (the shift SSM) on the keys."""
     bias: bool = True
@@ -162,16 +162,16 @@ class AttentionOptions:
     d_head: int | None = None
     """Size of a head; defaults to d_model / n_heads."""
     positions: Literal["none", "absolute", "rotary", "xpos"] = "rotary"
-    """Absolute: a learned table added to the embeddings, in models without attention, too. Rotary and xPos: rotations
-    of queries and keys."""
+    """Absolute positions are a learned table that is added to the embeddings, also in models without attention. Rotary
+    and xPos rotate queries and keys."""
     max_positions: int = 2048
-    """Rows of the table of absolute positions; a longer sequence is an error."""
+    """Length of the table of absolute positions; a longer sequence is an error."""
     rotary_base: float = 10000.0
     """Base of the rotations' frequencies."""
     d_conv: int | None = None
     """Width of a short causal convolution of queries, keys and values; defaults to none."""
     window: int | None = None
-    """How many keys a query sees, its own included; defaults to all."""
+    """How many keys a query sees, including its own; defaults to all."""
     bias: bool = False
     """Biases of the projections."""
 
@@ -189,11 +189,11 @@ class MLPOptions:
     """Options of the MLP between other mixers."""
 
     kind: Literal["gelu", "swiglu", "geglu", "glu"] = "swiglu"
-    """GELU of one product; or SiLU, GELU or sigmoid of one product times another."""
+    """GELU of one projection, or one projection times SiLU, GELU or sigmoid of another."""
     d_hidden: int | None = None
-    """Width inside; defaults to 4 d_model for gelu, 8/3 d_model rounded up to a multiple of 128 for the others."""
+    """Hidden width; defaults to 4 d_model for gelu, 8/3 d_model rounded up to a multiple of 128 for the others."""
     bias: bool | None = None
-    """Biases of the projections; defaults to biases for gelu only."""
+    """Biases of the projections; defaults to True for gelu and False for the others."""
 
     def __post_init__(self) -> None:
         if self.d_hidden is not None:
@@ -205,11 +205,11 @@ class GAUOptions:
     """Options of the gated attention unit (arXiv:2202.10447)."""
 
     expand: float = 2
-    """Width of values and gate over d_model."""
+    """Width of values and gate, as a multiple of d_model."""
     d_key: int = 128
     """Size of the queries and keys."""
     max_distance: int = 128
-    """Entries of the learned bias by distance; further tokens share the last."""
+    """Entries of the learned bias by distance; tokens further away share the last entry."""
 
     def __post_init__(self) -> None:
         require_positive("expand", self.expand)
@@ -233,7 +233,7 @@ class RetentionOptions:
     """Options of RetNet's retention (arXiv:2307.08621)."""
 
     n_heads: int = 4
-    """Heads, each with a decay of its own."""
+    """Heads; each has its own decay."""
     d_value: int | None = None
     """Width of values and gate; defaults to 2 d_model."""
 

@@ -1,7 +1,7 @@
-"""Padded and packed batches as rows of one kind: real tokens first, padding only after them.
+"""Turn padded and packed batches into rows with the real tokens first and the padding after them.
 
-A layer that runs on such rows serves `attention_mask` (padding anywhere) and `cu_seqlens` (sequences packed along the
-length of one row) by the same code.
+A layer that runs on such rows supports `attention_mask` (padding anywhere) and `cu_seqlens` (sequences packed along the
+length of one row) with the same code.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from anymamba.ops.observers import plain
 
 
 class Rows(ABC):
-    """Rows of real tokens followed by padding, made of a batch of another arrangement and brought back to it."""
+    """Converts a batch to rows of real tokens followed by padding, and back."""
 
     mask: Bool[Tensor, "rows row_length"]
     """True at the real tokens of the rows."""
     lengths: Int[Tensor, " rows"]
-    """Real tokens in each row."""
+    """Number of real tokens in each row."""
 
     @abstractmethod
     def align(self, x: Float[Tensor, "batch length channels"]) -> Float[Tensor, "rows row_length channels"]:
-        """The rows, real tokens first; what stands at their padding is of no meaning."""
+        """The rows, real tokens first. Values at the padding are undefined."""
 
     @abstractmethod
     def restore(self, x: Float[Tensor, "rows row_length channels"]) -> Float[Tensor, "batch length channels"]:
         """The inverse of `align`."""
 
     def zero_padding(self, x: Float[Tensor, "rows row_length channels"]) -> Float[Tensor, "rows row_length channels"]:
-        """Rows with zeros at the padding."""
+        """Set the padding to zero."""
         return x.masked_fill(~self.mask[..., None], 0)
 
     def last(
@@ -42,7 +42,7 @@ class Rows(ABC):
         before: Float[Tensor, "rows n_last channels"] | None,
         n_last: int,
     ) -> Float[Tensor, "rows n_last channels"]:
-        """The last n_last real tokens of each row, reaching into what came before the row (or zeros)."""
+        """The last n_last real tokens of each row. A short row is extended by the end of `before`, or by zeros."""
         if before is None:
             before = x.new_zeros(x.shape[0], n_last, x.shape[-1])
         stream = torch.cat([before.to(x.dtype), x], 1)
@@ -54,7 +54,7 @@ class Alignment(Rows):
     """Moves the real tokens of each row to its start, in order, and back.
 
     Args:
-        attention_mask: (batch, length), true or nonzero where a token is real. Padding may lie anywhere.
+        attention_mask: (batch, length), true or nonzero where a token is real. Padding may be anywhere.
     """
 
     def __init__(self, attention_mask: Tensor, batch: int, length: int) -> None:
@@ -78,17 +78,17 @@ class Alignment(Rows):
 
 
 class Packing(Rows):
-    """The sequences packed along one row as a row each, and back.
+    """Splits a packed row into one row for each sequence, and packs it again.
 
     Args:
-        cu_seqlens: int32, (n + 1,): the offsets, rising from 0 to length.
+        cu_seqlens: int32, (n + 1,): the offsets, ascending from 0 to length.
     """
 
     def __init__(self, cu_seqlens: Tensor, batch: int, length: int) -> None:
         n_sequences(batch, cu_seqlens)
         offsets = cu_seqlens.long()
         self.lengths = offsets[1:] - offsets[:-1]
-        longest = length  # where the values cannot be looked at
+        longest = length  # for tensors whose values cannot be read
         if plain(cu_seqlens):
             require_offsets(cu_seqlens, length)
             longest = int(self.lengths.max())

@@ -1,4 +1,4 @@
-"""Parameters that are kept in float32 or wider and that weight decay must not touch."""
+"""Parameters that stay in float32 or wider, and the parameter groups of an optimizer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class WideParameters(nn.Module):
-    """A module whose floating-point parameters are never narrower than float32, whatever `.to()` is called.
+    """A module whose floating-point parameters stay in float32 or wider, whatever dtype `.to()` is given.
 
-    `.double()` widens them; a narrower dtype moves them to the device only. Gradients and buffers follow. Its
-    parameters are not weight-decayed.
+    `.double()` widens them. `.to()` with a narrower dtype moves them to the device and keeps float32. Gradients and
+    buffers do the same. Its parameters have no weight decay.
     """
 
     def _apply(self, fn, recurse: bool = True):
@@ -26,42 +26,42 @@ class WideParameters(nn.Module):
 
     @staticmethod
     def wide(dtype: torch.dtype | None) -> torch.dtype:
-        """The dtype of these parameters in a layer whose weights have `dtype` (None: torch's default)."""
+        """The dtype of these parameters in a layer whose weights have `dtype`, which defaults to torch's default."""
         return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
 class KernelParameters(WideParameters):
-    """Parameters of a time-invariant kernel (S4, S4D, H3's shift, Hyena's filter): optimised at the rate of the other
-    weights, but with a peak of at most 1e-3, as in the papers."""
+    """Parameters of a time-invariant kernel (S4, S4D, H3's shift, Hyena's filter). Their learning rate is that of the
+    other weights, but its peak is at most 1e-3, as in the papers."""
 
 
 def complex_dtype(real: torch.dtype) -> torch.dtype:
-    """The complex dtype whose parts hold a real one; as `dtype.to_complex()`, which torch.compile does not trace."""
+    """The complex dtype with parts of a real dtype: `dtype.to_complex()`, in a form that torch.compile can trace."""
     return torch.promote_types(real, torch.complex32)
 
 
 def activations_of(projection: nn.Module) -> dict[str, Any]:
-    """Device and dtype of what a projection takes, as keyword arguments; also of one that another library put there.
+    """Device and dtype of a projection's inputs, as keyword arguments.
 
-    The weight of such a one may hold integers, be a method or not exist. Then another of its tensors tells the dtype,
-    or torch's default does.
+    This also works for a projection from another library, such as a quantised one. Its weight may hold integers, be a
+    method or not exist; then the dtype is that of another of its tensors, or torch's default.
     """
     tensors = (getattr(projection, "weight", None), *projection.parameters(), *projection.buffers())
     found = [t for t in tensors if isinstance(t, Tensor)]
     dtype = next((t.dtype for t in found if t.is_floating_point() and t.itemsize > 1), torch.get_default_dtype())
-    device = found[0].device if found else torch.device("cpu")  # torch.ao packs weights, and on the CPU alone
+    device = found[0].device if found else torch.device("cpu")  # torch.ao hides packed weights, on the CPU only
     return {"device": device, "dtype": dtype}
 
 
 def without_decay(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters of a model that weight decay must not touch: all of `WideParameters`, every bias, every norm."""
+    """The parameters of a model that have no weight decay: all `WideParameters`, every bias and every norm."""
     inside = {p for module in model.modules() if isinstance(module, WideParameters) for p in module.parameters()}
     return inside | {p for p in model.parameters() if p.ndim < 2}
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """The trained parameters of a model, in its order: those that decay, those that do not, and those of kernels, which
-    do not either."""
+    """Split the trained parameters of a model, in its order, into three groups: with weight decay, without it, and
+    kernel parameters, which have none either."""
     inside = {p for module in model.modules() if isinstance(module, KernelParameters) for p in module.parameters()}
     exempt = without_decay(model) - inside
     trained = [p for p in model.parameters() if p.requires_grad]

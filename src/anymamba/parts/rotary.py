@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE) and the decay of xPos, on positions that are given.
+"""Rotary positions (RoPE) and the decay of xPos, at any given positions.
 
 Source: RoFormer (arXiv:2104.09864), section 3.2; xPos (arXiv:2212.10554), section 3.
 """
@@ -18,14 +18,14 @@ def rotate(
         [x_i, x_j] -> [x_i cos(p f_i) - x_j sin(p f_i), x_j cos(p f_i) + x_i sin(p f_i)]
         f_i = base ** (-2 i / d_head),  j = i + d_head / 2
 
-    The product of a rotated query and a rotated key depends on the difference of their positions alone.
+    The product of a rotated query and a rotated key depends only on the difference of their positions.
 
     Args:
         x: (batch, length, n_heads, d_head).
-        positions: (batch, length), of any sign; a batch of 1 serves all rows.
-        base: the slowest pair turns once in about 2 pi base positions.
-    Returns the same shape and dtype; angles are in float64 (a position of 2^20 in float32 is off by 0.06), the
-        products in float32 or wider.
+        positions: (batch, length), of any sign; a batch of 1 is used for all rows.
+        base: the slowest pair makes one turn in about 2 pi base positions.
+    Returns the same shape and dtype. Angles are computed in float64 (in float32 the angle at position 2^20 is off by
+        0.06), the products in float32 or wider.
     Raises ValueError when d_head is odd.
     """
     half = _half(x.shape[-1])
@@ -48,14 +48,14 @@ def xpos_scale(
 
         zeta_i = (2 i / d_head + gamma) / (1 + gamma) <= 1, the same for i and i + d_head / 2
 
-    A query is scaled with its position and a key with minus its own, so that their product holds zeta to the power of
-    the distance. Only differences of offsets matter: count both from a position near the query, since
-    zeta_0 ** (-n / 512) leaves float32 at n = 36,000 and float16 at 4,500.
+    Scale a query with its position and a key with minus its position: their product then has zeta to the power of the
+    distance. Only differences of offsets matter. Count both from a position near the query, because
+    zeta_0 ** (-n / 512) overflows float32 at n = 36,000 and float16 at 4,500.
 
     Args:
         x: (batch, length, n_heads, d_head), rotated.
-        offsets: (batch, length), of any sign; a batch of 1 serves all rows.
-        scale_base: positions in which a pair fades by zeta.
+        offsets: (batch, length), of any sign; a batch of 1 is used for all rows.
+        scale_base: number of positions over which a pair fades by a factor of zeta.
         gamma: keeps zeta_0 away from 0.
     Returns the same shape and dtype.
     Raises ValueError when d_head is odd.
@@ -71,10 +71,10 @@ def xpos_scale(
 def _half(d_head: int) -> int:
     """Pairs of channels of a head."""
     if d_head % 2:
-        raise ValueError(f"rotary positions turn pairs of channels: d_head must be even, got {d_head}; change d_head")
+        raise ValueError(f"rotary positions rotate pairs of channels: d_head must be even, got {d_head}; change d_head")
     return d_head // 2
 
 
 def _angle_dtype(x: Tensor) -> torch.dtype:
-    """float64 where the device has it."""
+    """float64, or float32 on Apple GPUs, which have no float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64

@@ -1,8 +1,9 @@
-"""State of recurrent layers: NamedTuples of tensors whose first dimension is the batch, and what one does with them.
+"""States of recurrent layers, and functions to select, join and copy their rows.
 
-A state goes in and comes out of every layer; nothing is remembered on a module. Every function here works on any nest
-of (named) tuples of tensors, so that a model's state is handled like a layer's. A state that grows with the sequence (a
-cache) keeps in a tensor of its own how much of it each row has filled, so that rows of any length can be joined.
+A state is a NamedTuple of tensors whose first dimension is the batch. A layer takes a state and returns the new one;
+nothing is stored on a module. The functions here work on nested tuples of tensors, so they take the state of a layer or
+of a whole model. A state that grows with the sequence (a cache) has a tensor that says how much of it each row has
+filled, so that rows of any length can be joined.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class MambaState(NamedTuple):
 
 
 def map_state(fn: Callable[..., Any], state: StateT, *others: StateT) -> StateT:
-    """Apply fn to every tensor of a state (and the same places of other states)."""
+    """Apply fn to each tensor of a state, together with the tensors at the same places of the other states."""
     if isinstance(state, Tensor):
         return fn(state, *others)
     if not isinstance(state, tuple):
-        raise TypeError(f"a state is a nest of tuples of tensors, got {type(state).__name__} inside it")
+        raise TypeError(f"a state is made of nested tuples of tensors, got {type(state).__name__} inside it")
     parts = [map_state(fn, *entries) for entries in zip(state, *others, strict=True)]
     return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
 
@@ -47,17 +48,17 @@ def state_tensors(state: Any) -> Iterator[Tensor]:
 
 
 def require_state(state: Any, kind: type, n_sequences: int) -> None:
-    """Raise TypeError unless a state is of this kind, ValueError unless it has a row for each sequence."""
+    """Raise TypeError unless a state has type `kind`, and ValueError unless it has a row for each sequence."""
     if not isinstance(state, kind):
         raise TypeError(
-            f"the state must be a {kind.__name__}, got a {type(state).__name__}; init_state of the layer that is to go "
-            "on makes one, and its forward and step return one"
+            f"the state must be a {kind.__name__}, got a {type(state).__name__}; use a state from this layer's "
+            "init_state, forward or step"
         )
     for tensor in state_tensors(state):
         if tensor.shape[0] != n_sequences:
             raise ValueError(
-                f"the state must have a row per sequence, got {tensor.shape[0]} rows for {n_sequences}; select_rows "
-                "repeats or drops rows, init_state makes new ones"
+                f"the state must have a row per sequence, got {tensor.shape[0]} rows for {n_sequences}; repeat or drop "
+                "rows with select_rows, or make a new state with init_state"
             )
 
 
@@ -67,18 +68,18 @@ def select_rows(state: StateT, index: Int[Tensor, " rows"]) -> StateT:
 
 
 class NoState(NamedTuple):
-    """State of a layer that looks at one token at a time."""
+    """State of a layer that computes each token by itself."""
 
 
 def concatenate_rows(states: Sequence[StateT]) -> StateT:
-    """Join states of the same model along the batch; caches of different lengths are padded at their ends."""
+    """Join states of the same model along the batch. Caches of different lengths are padded at the end."""
     if not states:
         raise ValueError("concatenate_rows needs at least one state, got none")
     return map_state(lambda *tensors: torch.cat(_of_one_shape(tensors)), *states)
 
 
 def _of_one_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors with zeros at the ends of all dimensions but the first, up to the largest size."""
+    """Pad tensors with zeros to the largest size in every dimension except the first."""
     sizes = [max(dimension) for dimension in zip(*(t.shape[1:] for t in tensors), strict=True)]
     return [
         t
@@ -89,12 +90,12 @@ def _of_one_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _padding(missing: Sequence[int]) -> list[int]:
-    """What F.pad takes for so many missing entries at the end of each dimension but the first."""
+    """The argument of F.pad that adds entries at the end of every dimension except the first."""
     return [n for size in reversed(missing) for n in (0, size)]
 
 
 def where_rows(mask: Bool[Tensor, " batch"], chosen: StateT, other: StateT) -> StateT:
-    """Row by row: `chosen` where mask is true, `other` elsewhere."""
+    """Take the rows of `chosen` where mask is true and those of `other` elsewhere."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         a, b = _of_one_shape([a, b])
@@ -104,10 +105,10 @@ def where_rows(mask: Bool[Tensor, " batch"], chosen: StateT, other: StateT) -> S
 
 
 def detach_state(state: StateT) -> StateT:
-    """The same values without their history, for truncated back-propagation."""
+    """Detach a state from the autograd graph, for truncated back-propagation."""
     return map_state(Tensor.detach, state)
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes that the tensors of a state hold."""
+    """The size of a state's tensors in bytes."""
     return sum(t.numel() * t.element_size() for t in state_tensors(state))
