@@ -193,7 +193,7 @@ def report(options: DemoOptions, out: Path, result: TrainResult) -> None:
 
 
 def compare(model: LanguageModel, tokenizer: Tokenizer, tokens_read: int) -> tuple[list[Score], str]:
-    """Scores of the model, the order-3 byte model, zlib and xz on the same held-out bytes, and which bytes these are."""
+    """Scores of the model, the order-3 byte model, zlib and xz on the same held-out bytes, and what these bytes are."""
     from anymamba.data.table import build_token_table
     from anymamba.evaluation.byte_models import OrderKByteModel, xz_bits_per_byte, zlib_bits_per_byte
     from anymamba.evaluation.perplexity import evaluate

@@ -1,7 +1,7 @@
 """Training state on disk: tensors through torch.distributed.checkpoint's safetensors storage, the rest as JSON.
 
-A checkpoint is a folder `step-00001000`. It is written under a temporary name, flushed to disk and renamed, so that one
-that bears its name is whole. Nothing is ever unpickled; a pickle among the files is refused.
+A checkpoint is a folder `step-00001000`. It is written under a temporary name, flushed to disk and renamed, so a folder
+with the final name is complete. Nothing is unpickled; a pickle among the files is an error.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".distcp", ".metadata", ".c
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The path of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
@@ -47,7 +47,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what a killed writer left."""
+    """Delete temporary folders of checkpoints whose writing was killed."""
     for path in (run / "checkpoints").glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -55,7 +55,7 @@ def remove_leftovers(run: Path) -> None:
 def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint and delete all but the `keep` newest.
 
-    Raises OSError (a full disk) with the earlier checkpoints untouched and nothing left behind.
+    Raises OSError (a full disk); the earlier checkpoints are untouched then, and no partial one remains.
     """
     target = checkpoint_folder(run, step)
     try:
@@ -75,7 +75,7 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: di
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and values of a checkpoint.
 
-    Raises CheckpointError for a pickle among its files, a broken file, one that is absent, or a newer format version.
+    Raises CheckpointError if a file is a pickle, is broken, is missing, or has a newer format version.
     """
     refuse_pickles(folder)
     way_out = f"delete {folder} to go on from the checkpoint before it"
@@ -97,12 +97,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"the tensors of {folder} are truncated or corrupt ({error}); {way_out}") from error
     missing = set(values.get("tensors", ())) ^ set(tensors)
     if missing:
-        raise CheckpointError(f"{folder} does not hold the tensors that it names: {min(missing)}; {way_out}")
+        raise CheckpointError(f"the tensors of {folder} are not those listed in its {STATE}: {min(missing)}; {way_out}")
     return tensors, values
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise CheckpointError when a file in a run's folder is a pickle by its name."""
+    """Raise CheckpointError if a file in a run's folder has the suffix of a pickle."""
     for path in sorted(folder.rglob("*")):
         if path.name.endswith(PICKLES):
             raise CheckpointError(f"{path} is a pickle, which could run code when read; a run holds none: delete it")
@@ -110,7 +110,7 @@ def refuse_pickles(folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the remarks of torch.distributed.checkpoint about running in one process."""
+    """Silence the warnings of torch.distributed.checkpoint about running in one process."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -123,14 +123,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _as_os_error(error: BaseException, run: Path) -> BaseException:
-    """A failure of the disk, which DCP wraps, with what to do about it; any other error as it is."""
+    """An OSError with the way out for a failure of the disk, which DCP wraps; any other error as it is."""
     causes = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
     for cause, _ in causes:
         if isinstance(cause, (OSError, SafetensorError)):
             words = getattr(cause, "strerror", None) or str(cause)
             return OSError(
                 getattr(cause, "errno", None) or 5,
-                f"the checkpoint could not be written ({words}); the earlier ones are whole: make room, then resume",
+                f"the checkpoint could not be written ({words}); the earlier ones are complete: make room, then resume",
                 str(run),
             )
     return error

@@ -1,4 +1,4 @@
-"""Configuration of a training run: frozen dataclasses, free of torch, as flags, as a file and in the run folder."""
+"""Configuration of a training run: frozen dataclasses for flags, config files and run folders. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from anymamba.base.sizes import require_at_least, require_positive
 from anymamba.models.config import ModelConfig
 
 VERSION = 1
-"""The format version of run folders that is written, and the newest that is read."""
+"""The format version of run folders: the one that is written, and the newest one that can be read."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train and to evaluate on."""
+    """The data to train and to evaluate on."""
 
     paths: tuple[str, ...] = ()
     """Files, folders and globs to train on."""
     eval_paths: tuple[str, ...] = ()
-    """Files to evaluate on; without them a share of the training documents is held out."""
+    """Files to evaluate on; defaults to a fraction of the training documents, which is held out."""
     held_out_fraction: float = 0.02
-    """Share of the documents held out, chosen by a hash of their names; 0 holds out none."""
+    """Fraction of the documents to hold out, chosen by a hash of their names; 0 holds out none."""
     text_field: str | None = None
     """The field that holds the text in .jsonl, .csv and .parquet files; defaults to "text"."""
     tokenizer: str | None = None
@@ -48,19 +48,19 @@ class OptimizerConfig:
     learning_rate: float = 2e-3
     """Peak learning rate."""
     kernel_learning_rate: float = 1e-3
-    """Largest peak of the parameters of time-invariant kernels (S4, S4D, H3's shift, Hyena's filter)."""
+    """Largest peak for the parameters of time-invariant kernels (S4, S4D, H3's shift, Hyena's filter)."""
     min_learning_rate: float = 1e-5
     """Learning rate at the last step."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the moments."""
+    """Decay rates of the first and the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Of matrices; A_log, D, biases and norms have none."""
+    """Weight decay of matrices; A_log, D, biases and norms have none."""
     clip_norm: float = 1.0
-    """Largest norm of the whole gradient."""
+    """Largest norm of the whole gradient; a larger gradient is scaled down to it."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "kernel_learning_rate", "eps", "clip_norm"):
@@ -83,7 +83,7 @@ class TrainConfig:
     """A training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """What to train on."""
+    """The data to train on."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(d_model=128, n_layers=4, vocab_size=257))
     """The model; the tokenizer decides its vocab_size."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -93,13 +93,13 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 8
-    """Rows of a batch; each reads its documents one after the other."""
+    """Rows per batch; each row reads its documents one after the other."""
     context: int = 256
-    """Tokens of a row, and of back-propagation."""
+    """Tokens per row, and the length of back-propagation."""
     accumulation: int = 1
-    """Batches whose gradients make one step."""
+    """Batches whose gradients are added up for one step."""
     carry_state: bool = True
-    """Documents longer than the context go on from the state of the previous batch (truncated back-propagation)."""
+    """Documents longer than the context continue from the state of the previous batch (truncated back-propagation)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the matrix products under autocast; weights and SSM stay float32."""
     activation_checkpointing: bool = False
@@ -107,23 +107,23 @@ class TrainConfig:
     compile: bool = False
     """Run the model through torch.compile; on a CPU that needs a C++ compiler."""
     seed: int = 0
-    """Of the initialisation and of the order of the documents."""
+    """Seed of the initialisation and of the order of the documents."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between entries in metrics.jsonl."""
     eval_every: int = 500
     """Steps between evaluations on held-out documents."""
     eval_tokens: int = 50_000
-    """Tokens of an evaluation at most."""
+    """Most tokens per evaluation; 0 turns evaluation off."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints kept; the last good one always is."""
+    """Newest checkpoints to keep."""
     max_nonfinite: int = 10
-    """Steps in a row with a non-finite loss or gradient, each skipped, after which the run fails."""
+    """Steps in a row with a non-finite loss or gradient after which the run fails; each is skipped."""
     device: str = "cpu"
-    """Where the model trains."""
+    """Device to train on."""
     threads: int | None = None
-    """CPU threads; defaults to torch's choice. The bits of a run depend on it."""
+    """CPU threads; defaults to torch's choice. Results are bit-identical only for the same number."""
 
     def __post_init__(self) -> None:
         counts = "steps batch_size context accumulation log_every eval_every checkpoint_every keep_checkpoints"
@@ -140,11 +140,11 @@ class TrainConfig:
 
 
 def file_values(config: TrainConfig) -> dict[str, Any]:
-    """The contents of a file of a config: its fields and the format version."""
+    """The contents of a config's file: its fields and the format version."""
     return {FORMAT_VERSION: VERSION, **config_to_dict(config)}
 
 
 def config_values(values: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The fields of a config in a file's contents. Raises CheckpointError for a file of a newer format version."""
+    """A config's fields from the contents of its file. Raises CheckpointError if the format version is newer."""
     require_format_version(values, VERSION, where)
     return {name: value for name, value in values.items() if name != FORMAT_VERSION}

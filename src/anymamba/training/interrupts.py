@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the step is finished and a checkpoint written before they take effect."""
+"""Ctrl-C and SIGTERM during training take effect after the step is finished and a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class PendingSignal:
-    """The signal that has arrived and waits, if any."""
+    """The number of the signal that was held back, or None."""
 
     def __init__(self) -> None:
         self.number: int | None = None

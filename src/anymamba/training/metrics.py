@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard events and loss.png, each step once, whatever interrupts it."""
+"""The record of a run: metrics.jsonl, TensorBoard events and loss.png. Each step is in it once, also after a kill."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class MetricsLog:
 
     Args:
         run: the run's folder.
-        step: the step that the run goes on from; later lines, of a run that was killed, are dropped and the events are
-            written anew from the lines that stay.
+        step: the step at which the run starts or resumes. Later lines, which a killed run left, are dropped, and the
+            events are written again from the other lines.
     """
 
     def __init__(self, run: Path, step: int) -> None:
@@ -42,13 +42,13 @@ class MetricsLog:
         self._add_events(line)
 
     def flush(self) -> None:
-        """Have the record reach the disk."""
+        """Flush the record to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
 
     def close(self) -> None:
-        """Flush and let go of the files."""
+        """Flush and close the files."""
         self.flush()
         self._file.close()
         self._events.close()

@@ -12,10 +12,10 @@ from anymamba.training.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over three groups: matrices, which decay; A_log, D, the step's bias, other biases and norms, which do not;
-    time-invariant kernels, which do not either and have a smaller rate.
+    """AdamW with three groups: matrices, with weight decay; A_log, D, the step's bias, other biases and norms, without;
+    time-invariant kernels, without weight decay and with a smaller learning rate.
 
-    Any model of this package's layers will do. What does not require a gradient is left out.
+    The model may be any module of this package's layers. Parameters that do not require a gradient are left out.
     """
     decayed, plain, kernels = parameter_groups(model)
     kernel_rate = min(1.0, config.kernel_learning_rate / config.learning_rate)
@@ -36,7 +36,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 1, 2, ..., steps: linear warm-up to the peak, then half a cosine down to the minimum."""
+    """The rate of a step, counted from 1: linear warm-up to the peak, then half a cosine down to the minimum."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -45,13 +45,13 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group: that of kernels is the same share of its peak."""
+    """Set the learning rate of every group; that of kernels is the same fraction of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate"]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name, "name.exp_avg" and so on; the tensors themselves."""
+    """The optimizer's state by parameter name, "name.exp_avg" and so on, without copying the tensors."""
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -60,7 +60,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Load what `optimizer_tensors` returned into the optimizer."""
     for name, parameter in model.named_parameters():
         state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if _is_state_of(key, name)}
         if state:

@@ -20,12 +20,12 @@ LossFunction = Callable[..., LossOutput]
 def batch_loss(
     model: LanguageModel, loss: LossFunction, batch: Batch, carried: LanguageModelState | None
 ) -> tuple[Tensor, Tensor, LanguageModelState]:
-    """Summed nats and counted labels of a batch, and the detached state of each row after it.
+    """The loss of a batch summed in nats, the number of labels counted, and the detached state of each row after it.
 
     Args:
         loss: `model.loss`, compiled or not.
-        carried: the state of each row after the previous batch; it is used where `batch.carried` says that the row goes
-            on with a document, and zeros elsewhere.
+        carried: the state of each row after the previous batch. Rows that continue a document (`batch.carried`) start
+            from it, other rows from zeros.
     """
     device = model.embedding.weight.device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
@@ -50,7 +50,7 @@ def batch_loss(
 
 
 def _spread(state: LanguageModelState, index: Tensor, n_sequences: int) -> LanguageModelState:
-    """Row states as those of the sequences that begin the rows; zeros for the documents that begin inside."""
+    """States of all sequences: a row's state for its first sequence, zeros for documents that begin inside a row."""
     return map_state(lambda t: t.new_zeros(n_sequences, *t.shape[1:]).index_copy(0, index, t), state)
 
 
@@ -65,9 +65,9 @@ def held_out_nats(
     max_tokens: int,
     carry_state: bool = True,
 ) -> float:
-    """Mean nats per label over the beginning of a table, always the same batches.
+    """Mean nats per label over the first `max_tokens` tokens of a table; every call reads the same batches.
 
-    Without carry_state every row begins anew.
+    Without carry_state every row starts from a zero state.
     """
     stream = BatchStream(table, batch_size=batch_size, context=context, eos_id=eos_id, seed=0)
     n_batches = max(1, math.ceil(min(max_tokens, table.n_tokens) / (batch_size * context)))

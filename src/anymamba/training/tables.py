@@ -13,7 +13,7 @@ from anymamba.training.config import DataConfig
 def open_tables(
     config: DataConfig, tokenizer: Tokenizer, progress: Callable[[int, int | None], None] | None = None
 ) -> tuple[TokenTable, TokenTable | None]:
-    """The training table, and the held-out one (None where nothing is held out)."""
+    """The training table, and the held-out one (None if nothing is held out)."""
     if not config.paths:
         raise ValueError("no training data: name files, folders or globs in data.paths (--data PATH)")
 
@@ -29,11 +29,11 @@ def open_tables(
         return training, None
     training, held_out = training.split(lambda name: is_held_out(name, config.held_out_fraction))
     if training.n_documents == 0:
-        raise ValueError("held_out_fraction leaves no training document; lower it or give eval_paths")
+        raise ValueError("held_out_fraction leaves no document to train on; lower it or give eval_paths")
     return training, held_out if held_out.n_documents else None
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Whether a document is held out: by a hash of its name, so that it stays so when others come or go."""
+    """Whether a document is held out. A hash of its name decides, so adding or removing others does not change it."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -55,7 +55,7 @@ TRAIN_CONFIG = "train_config.json"
 
 
 class Report(Protocol):
-    """Told what happens during a run."""
+    """Receives what happens during a run."""
 
     def on_tables(self, done: int, total: int | None) -> None:
         """Bytes of the data read so far."""
@@ -84,14 +84,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run tells."""
+    """The result of a run."""
 
     run: str
     steps: int
     tokens: int
-    """Tokens read, from the first step of the run on."""
+    """Tokens read since the first step of the run."""
     tokens_per_second: float
-    """Of this process, without evaluations and checkpoints."""
+    """Speed of this process, without evaluations and checkpoints."""
     bits_per_byte: float | None
     """Training loss of the last recorded step."""
     held_out_bits_per_byte: float | None
@@ -103,8 +103,8 @@ class TrainResult:
 def train(config: TrainConfig, run: str | Path, report: Report | None = None) -> TrainResult:
     """Train from the beginning into a new run folder.
 
-    Raises FileExistsError when the folder holds anything, ValueError when the model's state would grow without end;
-        whatever else goes wrong leaves the last good checkpoint.
+    Raises FileExistsError if the folder is not empty, ValueError if the carried state would grow from batch to batch.
+        After any other error the last good checkpoint remains.
     """
     run = Path(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
@@ -129,15 +129,15 @@ def _require_bounded_state(config: TrainConfig) -> None:
 
 
 def resume(run: str | Path, report: Report | None = None) -> TrainResult:
-    """Go on with a run from its newest checkpoint (or from its beginning when it has none yet), bit for bit.
+    """Resume a run from its newest checkpoint, or from its beginning if it has none yet.
 
-    Raises FileNotFoundError when the folder is not a run, CheckpointError when the checkpoint is broken or the data has
-    changed.
+    The result is bit-identical to that of a run without interruption. Raises FileNotFoundError if the folder is not a
+    run, CheckpointError if the checkpoint is broken or the data has changed.
     """
     run = Path(run)
     config = read_config(run)
     report = report or Silent()
-    own = run if (run / FILE_NAME).is_file() else config.data.tokenizer  # there from the first checkpoint on
+    own = run if (run / FILE_NAME).is_file() else config.data.tokenizer  # the run has one since its first checkpoint
     tokenizer = find_tokenizer(config.start_from, own)
     training, held_out = open_tables(config.data, tokenizer, report.on_tables)
     return _Trainer(config, run, tokenizer, training, held_out, report).run_to_end()
@@ -157,7 +157,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def _complete(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """The config with what the data and the given weights decide."""
+    """The config with the values that the tokenizer and the given weights decide."""
     if config.start_from is None:
         model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
         return dataclasses.replace(config, model=model)
@@ -174,7 +174,7 @@ def _complete(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 
 class _Trainer:
-    """A run in progress: what changes with each step, and how it is saved and restored."""
+    """A run in progress: what changes at each step, and how to save and restore it."""
 
     def __init__(
         self,
@@ -261,7 +261,7 @@ class _Trainer:
                 return
 
     def _one_step(self, stream: Iterator[Batch], loss: LossFunction) -> dict[str, Any]:
-        """One optimizer step over `accumulation` batches; a non-finite one changes nothing but the counters."""
+        """One optimizer step over `accumulation` batches; a non-finite one changes only the counters."""
         config, model = self.config, self.model
         rate = learning_rate(config.optimizer, self.step + 1, config.steps)
         batches = [next(stream) for _ in range(config.accumulation)]
@@ -289,8 +289,8 @@ class _Trainer:
         if self.skipped_in_a_row >= config.max_nonfinite:
             raise RuntimeError(
                 f"the loss or the gradient was not finite in {self.skipped_in_a_row} steps in a row, the last is step "
-                f"{self.step}; resume from the last checkpoint in {self.run} will meet it again: start anew with a "
-                "lower learning rate or a longer warm-up"
+                f"{self.step}; resuming from the last checkpoint in {self.run} would end the same way: start a new run "
+                "with a lower learning rate or a longer warm-up"
             )
         return {"nats_per_token": nats / count if finite else None, "learning_rate": rate, "gradient_norm": norm}
 
@@ -405,7 +405,7 @@ class _Trainer:
         try:
             self.model.load_state_dict(parts["model"])
         except RuntimeError as error:
-            raise CheckpointError(f"{folder} is of another model than {TRAIN_CONFIG}: {error}") from error
+            raise CheckpointError(f"{folder} does not fit the model in {TRAIN_CONFIG}: {error}") from error
         restore_optimizer(self.model, self.optimizer, parts["optimizer"])
         if parts["carried"]:
             device = self.model.embedding.weight.device
@@ -439,6 +439,6 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _as_state(model: LanguageModel, tensors: list[Tensor], device: torch.device) -> LanguageModelState:
-    """Tensors in the order of `state_tensors` as a state of the model."""
+    """A state of the model, made of tensors in the order of `state_tensors`."""
     remaining = iter([t.to(device) for t in tensors])
     return map_state(lambda _: next(remaining), model.init_state(0))
