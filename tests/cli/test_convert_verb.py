@@ -47,7 +47,7 @@ def test_dtypes(tmp_path, model, dtype, capsys):
     ("arguments", "code", "message"),
     [
         (["nowhere", "out", "--to", "hf"], 2, "no model folder nowhere; give a folder that holds config.json"),
-        (["MODEL", "MODEL", "--to", "hf"], 2, "is there already; name a folder that is not"),
+        (["MODEL", "MODEL", "--to", "hf"], 2, "exists already; name a new folder"),
         (["MODEL", "out", "--to", "hf", "--dtype", "q8_0"], 2, "dtype q8_0 is for gguf"),
         (["MODEL", "out", "--to", "hf", "--shard-bytes", "0"], 2, "--shard-bytes must be at least 1, got 0"),
         (["MODEL", "out", "--to", "hf", "--tokenizer", "absent"], 2, "no tokenizer at absent; give a tokenizer.json"),
@@ -79,7 +79,7 @@ def test_what_llama_cpp_does_otherwise_is_told_in_a_line(tmp_path, capsys):
     captured = capsys.readouterr()
     (line,) = [line for line in captured.err.splitlines() if "llama.cpp" in line]
     assert line.startswith(
-        "warning: llama.cpp does not do all that the tokenizer in x.gguf does: it has none of this kind"
+        "warning: llama.cpp does not do all that the tokenizer in x.gguf does: it does not support this kind"
     )
     assert captured.out == ""
     assert find_tokenizer(tmp_path / "x.gguf").encode("APPLE") == [7]

@@ -104,7 +104,7 @@ def test_broken_shards(tmp_path, moved):
             r"names the shard absent\.safetensors, which is not there",
         ),
         (values["weight_map"] | {"x": shard}, rf"{shard} lacks x, which"),
-        ([1], "weight_map must be a table"),
+        ([1], "weight_map must map tensor names to file names"),
     ):
         index.write_text(json.dumps({"weight_map": table}))
         with pytest.raises(CheckpointError, match=message):
@@ -113,7 +113,7 @@ def test_broken_shards(tmp_path, moved):
 
 def test_what_is_there_is_not_overwritten(tmp_path, moved):
     moved(PLAIN).save_pretrained(tmp_path / "a")
-    with pytest.raises(FileExistsError, match="is there already; name a folder that is not"):
+    with pytest.raises(FileExistsError, match="exists already; name a new folder"):
         convert(tmp_path / "a", tmp_path / "a", "gguf")
     (tmp_path / "x.gguf").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
@@ -177,14 +177,14 @@ def test_a_path_without_a_name(tmp_path, moved, name, monkeypatch):
     moved(PLAIN).save_pretrained(tmp_path / "a")
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
-    with pytest.raises(ValueError, match="has no name of its own; name a folder that is not there yet"):
+    with pytest.raises(ValueError, match="has no name of its own; give a folder that does not exist yet"):
         convert(tmp_path / "a", name, "hf")
     assert not list((tmp_path / "here" / "below").iterdir())
 
 
 def test_misuse(tmp_path, moved):
     moved(PLAIN).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="unknown format 'onnx'; there are hf, state-spaces, gguf, anymamba"):
+    with pytest.raises(ValueError, match="unknown format 'onnx'; the formats are hf, state-spaces, gguf, anymamba"):
         convert(tmp_path / "a", tmp_path / "b", "onnx")
     with pytest.raises(ValueError, match="dtype q8_0 is for gguf, not for hf"):
         convert(tmp_path / "a", tmp_path / "b", "hf", dtype="q8_0")
@@ -314,7 +314,7 @@ def test_a_repository_of_gguf_files_only(cached, tmp_path, monkeypatch):
     for path in (tmp_path / "hub" / "models--owner--tiny" / "snapshots" / cached).glob("*"):
         if path.suffix != ".gguf":
             path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"a GGUF file is named owner/tiny/NAME\.gguf"):
+    with pytest.raises(FileNotFoundError, match=r"for a GGUF file give owner/tiny/NAME\.gguf"):
         LanguageModel.from_pretrained("owner/tiny")
     assert LanguageModel.from_pretrained("owner/tiny/tiny.gguf").config == PLAIN
 

@@ -135,7 +135,7 @@ def test_without_our_table(tmp_path, moved):
         ("selective_delta=False", {"selective_delta": False}, {}),
         ("complex A", {"A_init": "s4d-lin"}, {}),
         ("inner_norms=True .with weights", {"inner_norms": True}, {}),
-        ("mamba.norm_eps=1e-06 beside norm_eps=1e-05", {"inner_norms": True, "inner_norm_weights": False}, {}),
+        ("mamba.norm_eps=1e-06 with norm_eps=1e-05", {"inner_norms": True, "inner_norm_weights": False}, {}),
         ("output_norm='layernorm'", {"output_norm": "layernorm"}, {}),
         ("norm='layernorm'", {}, {"norm": "layernorm"}),
         ("expand=3", {"expand": 3}, {}),
@@ -205,7 +205,7 @@ def text(value: str) -> bytes:
 
 HOSTILE = {
     "empty": (b"", "the header claims 4 bytes where 0 are left"),
-    "another file": (b"PK\x03\x04" + bytes(64), "is no GGUF file: it does not begin with b'GGUF'"),
+    "another file": (b"PK\x03\x04" + bytes(64), "is not a GGUF file: it does not begin with b'GGUF'"),
     "version": (header(0, 0, version=9), "is of GGUF version 9"),
     "many keys": (header(0, 2**60), "the header claims 1,152,921,504,606,846,976 keys"),
     "many tensors": (header(2**60, 0), "the header claims 1,152,921,504,606,846,976 tensors"),
@@ -287,7 +287,7 @@ def test_other_quantizations_are_refused_by_name(tmp_path, good, moved):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"token_embd\.weight is of type Q4_0; F32, F16, BF16, Q8_0 are read"):
+    with pytest.raises(CheckpointError, match=r"token_embd\.weight is of type Q4_0; F32, F16, BF16, Q8_0 can be read"):
         load_pretrained(tmp_path / "q4.gguf")
 
 

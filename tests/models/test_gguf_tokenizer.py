@@ -117,11 +117,11 @@ VARIANTS = {
                 [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
             )
         ),
-        "has none of this kind .model 'BPE' after pre_tokenizer 'Sequence' is no byte-level BPE.",
+        "does not support this kind .model 'BPE' after pre_tokenizer 'Sequence' is not a byte-level BPE.",
     ),
     "a space before": (lambda: split_by(pre_tokenizers.ByteLevel(True)), "it adds a space before the text"),
     "merges across words": (lambda: split_by(pre_tokenizers.ByteLevel(False, use_regex=False)), "merges across words"),
-    "pieces": (pieces, "model 'BPE' after pre_tokenizer None is no byte-level BPE"),
+    "pieces": (pieces, "model 'BPE' after pre_tokenizer None is not a byte-level BPE"),
     "words": (lambda: Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")), "model 'WordLevel'"),
     "word pieces": (
         lambda: Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]")),

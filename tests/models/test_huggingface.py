@@ -336,14 +336,14 @@ BROKEN = {
     "truncated": (truncate, r"model\.safetensors is truncated or not a safetensors file"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is truncated or not a safetensors file"),
     "pickle in disguise": (disguised_pickle, "is truncated or not a safetensors file"),
-    "only a pickle": (only_a_pickle, r"pytorch_model\.bin is .* no archive of torch\.save .* is never opened"),
+    "only a pickle": (only_a_pickle, r"pytorch_model\.bin is .* not an archive of torch\.save .* is not opened"),
     "wrong shape": (
         lambda f: edit_weights(f, lambda t: t.update({EMBEDDING: torch.zeros(31, 16)})),
         rf"{EMBEDDING} must have shape \(32, 16\), got \(31, 16\)",
     ),
     "missing tensor": (
         lambda f: edit_weights(f, lambda t: t.pop(EMBEDDING)),
-        rf"does not hold the model of config.json: tensors 1 missing \(first: {EMBEDDING}\)",
+        rf"does not hold the model described by config.json: tensors 1 missing \(first: {EMBEDDING}\)",
     ),
     "unexpected tensor": (
         lambda f: edit_weights(f, lambda t: t.update({"extra": torch.zeros(1)})),

@@ -116,7 +116,7 @@ def test_between_both_formats_bit_for_bit(tmp_path, moved, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attn_layer_idx": [1]}, r"attn_layer_idx=\[1\] asks for layers that are no Mamba"),
+        ({"attn_layer_idx": [1]}, r"attn_layer_idx=\[1\] asks for layers other than Mamba"),
         ({"d_intermediate": 64}, "d_intermediate=64"),
         ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer must be 'Mamba1', got 'Mamba2'"),
         ({"ssm_cfg": {"d_stat": 8}}, "unknown key 'd_stat' in ssm_cfg; did you mean 'd_state'"),
@@ -180,7 +180,7 @@ def test_an_archive_that_would_run_code(tmp_path):
     ):
         load_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trace(tmp_path / "trace")))
-    with pytest.raises(CheckpointError, match="is never opened"):
+    with pytest.raises(CheckpointError, match="is not opened"):
         load_pretrained(tmp_path)
     assert not (tmp_path / "trace").exists()
 
@@ -209,8 +209,8 @@ def truncated(folder: Path) -> None:
 EMBEDDING = "backbone.embedding.weight"
 BROKEN = {
     "compressed": (compressed, "is not as torch.save writes it"),
-    "truncated": (truncated, "is truncated or no archive of torch.save"),
-    "a list": (lambda f: damaged(f, lambda t: list(t.values())), "must be a table of names and tensors, got list"),
+    "truncated": (truncated, "is truncated or not an archive of torch.save"),
+    "a list": (lambda f: damaged(f, lambda t: list(t.values())), "must be a dict of tensors by name, got list"),
     "a word": (lambda f: damaged(f, lambda t: t | {"x": "y"}), "'x' must be a tensor, got str"),
     "nested": (lambda f: damaged(f, lambda t: {"state": t}), "'state' must be a tensor, got"),
     "a number as name": (lambda f: damaged(f, lambda t: t | {3: torch.zeros(1)}), "3 must be a tensor"),

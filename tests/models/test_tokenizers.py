@@ -39,7 +39,7 @@ def hub(tmp_path, monkeypatch, moved, words):
         folder.mkdir(parents=True)
         if name != "only":
             moved(FOREIGN).save_pretrained(folder)
-            with pytest.warns(CheckpointWarning, match="has none of this kind"):
+            with pytest.warns(CheckpointWarning, match="does not support this kind"):
                 moved(FOREIGN).save_pretrained(folder / "x.gguf", JsonTokenizer(words), format="gguf")
         if name != "bare":
             JsonTokenizer(words).save(folder)
@@ -70,13 +70,13 @@ def test_a_foreign_model_without_a_tokenizer_is_refused(tmp_path, moved, words, 
     for name in ("folder", tmp_path / "one.gguf", "owner/bare"):
         with pytest.raises(
             FileNotFoundError,
-            match=rf"{name} has no tokenizer that is read here, and its vocabulary of 300 is not bytes; name its "
+            match=rf"{name} has no tokenizer that can be read, and its vocabulary of 300 is not bytes; name its "
             r"tokenizer\.json with --tokenizer FILE \(tokenizer=FILE for lm-eval\)",
         ):
             find_tokenizer(name)
         assert is_words(find_tokenizer(name, words))
     with pytest.raises(
-        FileNotFoundError, match="the model has no tokenizer that is read here, and its vocabulary of 300"
+        FileNotFoundError, match="the model has no tokenizer that can be read, and its vocabulary of 300"
     ):
         find_tokenizer(vocab_size=300)
 
@@ -126,8 +126,8 @@ def test_a_tokenizer_on_the_hub_comes_without_the_weights(hub, monkeypatch):
         ("nowhere", "no tokenizer at nowhere; give a tokenizer.json or a folder"),
         ("some/where.json", "no tokenizer at some/where.json; give a tokenizer.json or a folder"),
         ("owner/absent", r"no tokenizer at owner/absent, here or on the hub \(.*\); give a tokenizer.json"),
-        ("owner/bare", "owner/bare holds no tokenizer that is read here; give a tokenizer.json"),
-        ("empty.gguf", "empty.gguf holds no tokenizer that is read here; give a tokenizer.json"),
+        ("owner/bare", "owner/bare holds no tokenizer that can be read; give a tokenizer.json"),
+        ("empty.gguf", "empty.gguf holds no tokenizer that can be read; give a tokenizer.json"),
     ],
 )
 def test_names_without_a_tokenizer(hub, moved, tmp_path, name, message):

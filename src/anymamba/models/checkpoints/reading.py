@@ -1,4 +1,4 @@
-"""A checkpoint of any format as one thing: its config, and its tensors under our names and in our shapes."""
+"""Reading checkpoints of any format: the config, and the tensors with our names and shapes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class TokenizerJson(NamedTuple):
     text: str
     """The contents of a tokenizer.json."""
     path: Path
-    """Where they come from: that file, or a .gguf file."""
+    """The file that the contents come from: that one, or a .gguf file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint whose tensors are those that its config asks for.
+    """An opened checkpoint. Its tensors are checked against its config.
 
-    Raises CheckpointError where tensors are missing, are not wanted, or have another shape.
+    Raises CheckpointError if tensors are missing, unexpected, or of another shape.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Checkpoint:
     config: ModelConfig
     file: TensorFile
     token_ids: dict[str, Any] = field(default_factory=dict)
-    """eos_token_id and its like."""
+    """Ids of special tokens, such as eos_token_id."""
 
     def __post_init__(self) -> None:
         stored = self.file.stored()
@@ -69,34 +69,34 @@ class Checkpoint:
         object.__setattr__(self, "_names", {key: name for name, key in keys.items()})
 
     stored: dict[str, StoredTensor] = field(init=False, repr=False)
-    """Our names, shapes and dtypes: the embedding's dtype for all but A_log, D and the step's bias."""
+    """Shapes and dtypes by our names. The dtype is the embedding's, except for A_log, D and the step's bias."""
     _names: dict[str, str] = field(init=False, repr=False)
-    """The file's names, and ours."""
+    """Our names by the file's names."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of `stored`, in its order; each is good until the next one is asked for."""
+        """Yield the tensors of `stored`, in its order; each is valid until the next one is requested."""
         for key, tensor in self.file.read(self._names):
             name = self._names[key]
             tensor = self.spelling.decode(name, tensor, f"{self.file.path}: {key}")
             yield name, tensor.to(self.stored[name].dtype).view(self.stored[name].shape)
 
     def tokenizer(self) -> TokenizerJson | None:
-        """The model's tokenizer; None without any.
+        """The model's tokenizer, or None.
 
-        One that a .gguf file holds whole comes before the tokenizer.json beside the model, and that before what a .gguf
-        file tells llama.cpp.
+        The first of: the complete tokenizer.json in a .gguf file, the tokenizer.json beside the model, one made from
+        the parts of a .gguf file that llama.cpp reads.
         """
         inside = self.file if isinstance(self.file, GGUFFile) else None
         whole = None if inside is None else inside.whole_tokenizer()
         beside = (self.path if self.path.is_dir() else self.path.parent) / FILE_NAME
         if whole is None and beside.is_file():
-            read_json(beside)  # says where it is not JSON
+            read_json(beside)  # raises CheckpointError if it is not JSON
             return TokenizerJson(beside.read_text(encoding="utf-8"), beside)
         text = whole if whole is not None or inside is None else inside.tokenizer_from_parts()
         return None if text is None else TokenizerJson(text, self.file.path)
 
     def _key(self, name: str, stored: Container[str]) -> str:
-        """The file's name of one of our parameters."""
+        """The name in the file of one of our parameters."""
         key = self.spelling.name(name)
         return next((other for other in self.spelling.aliases(key) if other in stored), key)
 
@@ -104,7 +104,7 @@ class Checkpoint:
 def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a model folder, a .gguf file, or a name on the hub; tensors are read later.
 
-    Raises FileNotFoundError when there is none, CheckpointError when it is broken or of another kind of model.
+    Raises FileNotFoundError if there is none, CheckpointError if it is broken or of another kind of model.
     """
     path = local_path(name, revision)
     if path.is_dir() and not (path / CONFIG).exists():
@@ -128,16 +128,16 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Load a model; memory stays within the weights in their dtype and one tensor.
+    """Load a model; peak memory is the weights in their dtype plus one tensor.
 
     Args:
         name: a folder of Hugging Face's or the original state-spaces format, a .gguf file, a name on the hub, or a
-            checkpoint that is open.
+            `Checkpoint`.
         device: where the weights go; defaults to the CPU.
         dtype: of the weights; defaults to that of the file. A_log, D and the step's bias stay float32 or wider.
         revision: of a repository on the hub.
-    Raises FileNotFoundError when a folder or file is absent, CheckpointError when a file is broken, is a pickle that
-        would run code, or does not hold the tensors of the model in its config.
+    Raises FileNotFoundError if a folder or file is missing, CheckpointError if a file is broken, is a pickle that would
+        run code, or does not hold the tensors of the model in its config.
     """
     checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, revision)
     model = LanguageModel(checkpoint.config, device="meta")
@@ -154,7 +154,7 @@ def load_pretrained(
 def parameter_shapes(config: ModelConfig, where: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's parameters.
 
-    Raises CheckpointError for a config that no model can have.
+    Raises CheckpointError if no model can have the config.
     """
     try:
         model = LanguageModel(config, device="meta")
@@ -177,7 +177,7 @@ def _only_gguf(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} has several GGUF files ({names}); give the path of one of them")
     if not found:
         raise FileNotFoundError(
-            f"{folder} has no {CONFIG}: it is not a model folder, or a run without a checkpoint yet"
+            f"{folder} has no {CONFIG}: it is not a model folder, or it is a run that has no checkpoint yet"
         )
     return found[0]
 
@@ -192,5 +192,5 @@ def _require_names(checkpoint: Checkpoint, stored: Iterable[str], wanted: Iterab
         ]
         what = "its metadata" if checkpoint.format == "gguf" else CONFIG
         raise CheckpointError(
-            f"{checkpoint.file.path} does not hold the model of {what}: tensors {' and '.join(parts)}"
+            f"{checkpoint.file.path} does not hold the model described by {what}: tensors {' and '.join(parts)}"
         )

@@ -10,7 +10,7 @@ from anymamba.models.checkpoints.hub import HUB_NAME, local_path
 from anymamba.models.checkpoints.reading import Checkpoint, open_checkpoint
 
 BYTE_VOCABULARIES = (256, 257)
-"""Sizes of vocabularies that are bytes: all of them, and one id more that ends documents."""
+"""Sizes of byte vocabularies: the 256 bytes, without or with one more id that ends documents."""
 
 
 def find_tokenizer(
@@ -20,16 +20,16 @@ def find_tokenizer(
     vocab_size: int | None = None,
     revision: str | None = None,
 ) -> Tokenizer:
-    """The tokenizer that is given, else the model's own, else bytes for a model of bytes.
+    """The given tokenizer, else the model's own, else bytes for a model with a byte vocabulary.
 
     Args:
-        model, revision: as `load_pretrained` takes them; None: a model in memory, or one that is yet to be made. A file
-            is opened once.
-        given: a tokenizer, or what names one: a tokenizer.json, a folder or .gguf file that holds one, or a name on the
-            hub.
-        vocab_size: the model's; None: it is read from the model, and a model that is yet to be made takes bytes.
-    Raises FileNotFoundError where there is none and the vocabulary is not of bytes, ValueError or CheckpointError for
-        one that cannot be read.
+        model, revision: as in `load_pretrained`; None for a model in memory or one that does not exist yet. A file is
+            opened once.
+        given: a tokenizer, or the name of one: a tokenizer.json, a folder or .gguf file that holds one, or a name on
+            the hub.
+        vocab_size: the model's; defaults to that of the opened model, and to bytes for a model that does not exist yet.
+    Raises FileNotFoundError if there is none and the vocabulary is not bytes, ValueError or CheckpointError if one
+        cannot be read.
     """
     if given is not None:
         return named_tokenizer(given) if isinstance(given, str | Path) else given
@@ -43,23 +43,23 @@ def find_tokenizer(
     if vocab_size not in BYTE_VOCABULARIES:
         name = model.path if isinstance(model, Checkpoint) else model or "the model"
         raise FileNotFoundError(
-            f"{name} has no tokenizer that is read here, and its vocabulary of {vocab_size} is not "
+            f"{name} has no tokenizer that can be read, and its vocabulary of {vocab_size} is not "
             f"bytes; name its {FILE_NAME} with --tokenizer FILE (tokenizer=FILE for lm-eval)"
         )
     return ByteTokenizer(end_of_document=vocab_size == BYTE_VOCABULARIES[-1])
 
 
 def model_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer | None:
-    """The tokenizer of a model: in its .gguf file, or the tokenizer.json beside it; None without any.
+    """The tokenizer in a model's .gguf file, or in the tokenizer.json beside it; None if there is none.
 
     Args:
-        name, revision: of the model, as `load_pretrained` takes them.
+        name, revision: of the model, as in `load_pretrained`.
     """
     return _own_tokenizer(_folder_or_checkpoint(name, revision))
 
 
 def _folder_or_checkpoint(name: str | Path, revision: str | None) -> Path | Checkpoint:
-    """A model folder, whose tokenizer is read without its weights, or what a .gguf file holds."""
+    """A model folder, whose tokenizer can be read without its weights, or the opened .gguf file."""
     path = local_path(name, revision)
     return path if path.is_dir() and (path / CONFIG).exists() else open_checkpoint(path)
 
@@ -69,7 +69,7 @@ def _own_tokenizer(model: Path | Checkpoint) -> Tokenizer | None:
     path = model if isinstance(model, Path) else model.path
     if path.is_dir():
         return load_tokenizer(path) if (path / FILE_NAME).is_file() else None
-    assert isinstance(model, Checkpoint), "a file is opened"
+    assert isinstance(model, Checkpoint), "a file has been opened as a checkpoint"
     own = model.tokenizer()
     return None if own is None else tokenizer_from_json(own.text, own.path)
 
@@ -77,7 +77,7 @@ def _own_tokenizer(model: Path | Checkpoint) -> Tokenizer | None:
 def named_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, of a folder or .gguf file that holds one, or of a name on the hub.
 
-    Raises FileNotFoundError where there is none, ValueError or CheckpointError where it cannot be read.
+    Raises FileNotFoundError if there is none, ValueError or CheckpointError if it cannot be read.
     """
     path = Path(name)
     if not path.exists() and path.suffix != ".json" and HUB_NAME.fullmatch(path.as_posix()):
@@ -91,5 +91,5 @@ def named_tokenizer(name: str | Path) -> Tokenizer:
     holds_gguf = path.suffix == ".gguf" or (not (path / FILE_NAME).exists() and any(path.glob("*.gguf")))
     own = model_tokenizer(path) if path.exists() and holds_gguf else load_tokenizer(path)
     if own is None:
-        raise FileNotFoundError(f"{name} holds no tokenizer that is read here; give a {FILE_NAME}")
+        raise FileNotFoundError(f"{name} holds no tokenizer that can be read; give a {FILE_NAME}")
     return own

@@ -1,4 +1,4 @@
-"""Weights to be written: a config and its tensors under our names, of a checkpoint or of a model, in any dtype."""
+"""Weights to be written: the config and the tensors of a checkpoint or of a model, with our names, in any dtype."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 
 Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all."""
+"""Called with the bytes done and the bytes in all."""
 
 
 class Weights(Protocol):
-    """A config and its tensors under our names: a checkpoint, or a model."""
+    """A config and its tensors with our names, of a checkpoint or of a model."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -53,7 +53,7 @@ class CastWeights:
         }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, in order; each is good until the next one is asked for."""
+        """Yield all tensors in order; each is valid until the next one is requested."""
         done, total = 0, sum(info.nbytes for info in self.stored.values())
         for name, tensor in self._weights.tensors():
             yield name, tensor.to(self.stored[name].dtype)
@@ -68,7 +68,7 @@ def is_wide(name: str) -> bool:
 
 
 def target_dtype(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """What a parameter is written as; None is as stored."""
+    """The dtype to write a parameter in; dtype None keeps the stored one."""
     if dtype is None:
         return stored
     return torch.promote_types(dtype, torch.float32) if is_wide(name) else dtype

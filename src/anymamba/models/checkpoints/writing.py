@@ -40,14 +40,14 @@ def save_pretrained(
     format: Format | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model, each file replacing its predecessor atomically, with the tokenizer's file if one is given.
+    """Write a model, with the tokenizer's file if one is given. Each file replaces an earlier one atomically.
 
     Args:
         folder: for "gguf" also the path of a .gguf file; in a folder it is called model.gguf.
         format: "hf" (Hugging Face's `mamba` or `falcon_mamba`), "state-spaces", "gguf", or "anymamba"; defaults to
-            "hf" where its readers compute the same function, else "anymamba".
-        shard_bytes: weights beyond this many are written in several files ("hf" and "anymamba").
-    Raises CheckpointError, naming the options, when the format cannot hold the model.
+            "hf" if its readers compute the same function, else "anymamba".
+        shard_bytes: weights with more bytes than this are written in several files ("hf" and "anymamba").
+    Raises CheckpointError, which names the options, if the format cannot hold the model.
     """
     if format is None:
         format = "anymamba" if nearest_spelling(model.config, "hf")[1] else "hf"
@@ -70,28 +70,26 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Write a checkpoint in another format without building the model; memory stays within one shard.
+    """Write a checkpoint in another format without building the model; peak memory is one shard.
 
     Args:
-        source: what `load_pretrained` takes.
-        out: a folder that is not there yet or is empty; for "gguf" also a path that ends in .gguf.
+        source: as in `load_pretrained`.
+        out: a folder that does not exist yet or is empty; for "gguf" also a path that ends in .gguf.
         to: one of FORMATS.
-        dtype: of the weights, "q8_0" for GGUF; defaults to the stored one.
+        dtype: of the weights; "q8_0" is for GGUF only. Defaults to the stored one.
         tokenizer: a tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the
             source's own, if there is one.
         without_tokenizer: leave the tokenizer out.
         shard_bytes: as in `save_pretrained`.
-    Raises FileExistsError when `out` holds something, CheckpointError when the source is broken or the format cannot
-        hold the model, naming the options.
+    Raises FileExistsError if `out` is not empty, CheckpointError if the source is broken or if the format cannot hold
+        the model (the message names the options).
     """
     out = Path(out)
     if out.name in ("", ".."):
-        raise ValueError(
-            f"{out} has no name of its own; name a folder that is not there yet, {out / 'NAME'} for example"
-        )
+        raise ValueError(f"{out} has no name of its own; give a folder that does not exist yet, such as {out / 'NAME'}")
     checkpoint = open_checkpoint(source)
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already; name a folder that is not, or remove it")
+        raise FileExistsError(f"{out} exists already; name a new folder, or remove it")
     text = None
     if tokenizer is not None:
         text = named_tokenizer(tokenizer).to_json()
@@ -127,12 +125,12 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Write weights in a format; the arguments are those of `convert`, `tokenizer` the contents of a tokenizer.json.
+    """Write weights in a format. The arguments are those of `convert`; `tokenizer` is the contents of a tokenizer.json.
 
-    Warns, as CheckpointWarning, where llama.cpp does not do all that the tokenizer does.
+    Warns with CheckpointWarning if llama.cpp differs from the tokenizer.
     """
     if to not in FORMATS:
-        raise ValueError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {to!r}; the formats are {', '.join(FORMATS)}")
     spelling = spelling_for(weights.config, to)
     if dtype == "q8_0" and to != "gguf":
         raise ValueError(f"dtype q8_0 is for gguf, not for {to}; take float32, bfloat16 or float16")
@@ -166,7 +164,7 @@ def _write_gguf(
     if differences:
         warnings.warn(
             f"llama.cpp does not do all that the tokenizer in {path.name} does: {'; '.join(differences)}. The file "
-            f"holds the tokenizer whole, and anymamba reads that",
+            f"also holds the complete tokenizer, which anymamba reads",
             CheckpointWarning,
             stacklevel=4,
         )

@@ -16,13 +16,13 @@ from anymamba.models.checkpoints.families.mamba import MAMBA
 from anymamba.models.config import ModelConfig
 
 FAMILIES: tuple[Family, ...] = (MAMBA, FALCON_MAMBA, ANYMAMBA)
-"""General families before special ones."""
+"""General families come before special ones."""
 
 
 def nearest_spelling(config: ModelConfig, to: Format) -> tuple[Spelling, list[str]]:
     """The spelling of a format that lacks the fewest options of a config, and these options.
 
-    Of two that lack equally many it is that of the more special family, whose words for them are closer.
+    On a tie the more special family wins: its names for the options are closer to the config.
     """
     candidates = [family.spellings[to] for family in reversed(FAMILIES) if to in family.spellings]
     found = [(spelling, spelling.foreign_options(config)) for spelling in candidates]
@@ -30,7 +30,7 @@ def nearest_spelling(config: ModelConfig, to: Format) -> tuple[Spelling, list[st
 
 
 def spelling_for(config: ModelConfig, to: Format) -> Spelling:
-    """The spelling that holds a config in a format. Raises CheckpointError, naming the options, where none does."""
+    """The spelling that holds a config in a format. Raises CheckpointError, which names the options, if none does."""
     spelling, options = nearest_spelling(config, to)
     if options:
         raise CheckpointError(f"the format {to} cannot hold this model: {', '.join(options)}; keep it as anymamba")
@@ -38,7 +38,7 @@ def spelling_for(config: ModelConfig, to: Format) -> Spelling:
 
 
 def recognise(values: Mapping[str, Any], formats: Container[Format]) -> tuple[Format, Spelling] | None:
-    """Which of these formats, and which family in it, a file with these values is of; None where it is of none."""
+    """The format, among `formats`, and the family of a file with these values; None if no family matches."""
     for family in FAMILIES:
         for format, spelling in family.spellings.items():
             if format in formats and spelling.matches(values):
@@ -47,6 +47,6 @@ def recognise(values: Mapping[str, Any], formats: Container[Format]) -> tuple[Fo
 
 
 def kinds(formats: Container[Format]) -> list[str]:
-    """What the families are called in these formats."""
+    """The names that these formats have for the families."""
     found = [s.kind for family in FAMILIES for format, s in family.spellings.items() if format in formats]
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""Every model that this package can build, in a format of our own: its whole config, under our own names."""
+"""Our own format, for every model that this package can build: its whole config, with our own parameter names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from anymamba.models.checkpoints.families.family import Family, Spelling
 from anymamba.models.config import ModelConfig
 
 TABLE = "anymamba"
-"""The key of our own config in a config.json; files that we write for other programs have it, too."""
+"""The key of our own config in a config.json. Files that we write for other programs have it, too."""
 
 
 class OwnFolder(Spelling):

@@ -11,11 +11,11 @@ from anymamba.models.checkpoints.families.mamba import DT_B_C_RMS, EPSILON, Mamb
 from anymamba.models.config import ModelConfig
 from anymamba.parts.options import MambaOptions
 
-HF_EPS = 1e-6  # of the inner norms, where config.json has none
+HF_EPS = 1e-6  # Hugging Face's default epsilon of the inner norms
 
 
 def _norm_options(config: ModelConfig) -> list[str]:
-    """What keeps the inner norms of a config from being those of FalconMamba."""
+    """The options of a config whose inner norms are not FalconMamba's."""
     if not config.mamba.inner_norms:
         return ["inner_norms=False"]
     return ["inner_norms=True (with weights)"] if config.mamba.inner_norm_weights else []
@@ -50,7 +50,7 @@ class FalconMambaGGUF(MambaGGUF):
         options = _norm_options(config)
         if not options and mamba.norm_eps != config.norm_eps:
             options.append(
-                f"mamba.norm_eps={mamba.norm_eps!r} beside norm_eps={config.norm_eps!r} (one serves all norms there)"
+                f"mamba.norm_eps={mamba.norm_eps!r} with norm_eps={config.norm_eps!r} (there is one for all norms)"
             )
         return options
 

@@ -1,4 +1,4 @@
-"""What a family of models tells the file formats: its config, its names and its tensors, both ways."""
+"""A family of models in the file formats: how its config, parameter names and tensors are written and read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Format = Literal["hf", "state-spaces", "gguf", "anymamba"]
 class Spelling(ABC):
     """One family of models in one format.
 
-    `values` are the contents of a config.json, or the metadata of a GGUF file. The latter have two keys more, which the
-    tensors decide: `vocab_size` and `tie_embeddings`.
+    `values` are the contents of a config.json, or the metadata of a GGUF file. To the metadata two keys are added that
+    come from the tensors: `vocab_size` and `tie_embeddings`.
     """
 
     kind: str
-    """What files call the family: the model_type of a config.json, the architecture of a GGUF file."""
+    """The family's name in files: the model_type in a config.json, the architecture in a GGUF file."""
     own_version: int | None = None
-    """The newest format version, where the format is our own."""
+    """The newest format version if the format is our own, else None."""
 
     @abstractmethod
     def matches(self, values: Mapping[str, Any]) -> bool:
@@ -33,7 +33,7 @@ class Spelling(ABC):
 
     @abstractmethod
     def foreign_options(self, config: ModelConfig) -> list[str]:
-        """Options of a config that this spelling cannot hold, by name and value; empty where it can hold the model."""
+        """Options of a config that this spelling cannot hold, as "name=value"; empty if it can hold the model."""
 
     @abstractmethod
     def to_fields(self, config: ModelConfig) -> dict[str, Any]:
@@ -48,11 +48,11 @@ class Spelling(ABC):
 
     @abstractmethod
     def name(self, ours: str) -> str:
-        """The file's name of one of our parameters. Raises KeyError where it has none."""
+        """The name in the file of one of our parameters. Raises KeyError if it has none."""
 
     @property
     def tied_head(self) -> str | None:
-        """The name under which a file may hold the embedding once more where the head shares its weight."""
+        """The name under which a file may hold the embedding a second time, if the head shares its weight."""
         return None
 
     def aliases(self, key: str) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Spelling(ABC):
         return (key,)
 
     def encode(self, name: str, tensor: Tensor) -> Tensor:
-        """One of our parameters as the file holds it."""
+        """Turn one of our parameters into the tensor that the file holds."""
         return tensor
 
     def decode(self, name: str, tensor: Tensor, where: str) -> Tensor:
@@ -70,7 +70,7 @@ class Spelling(ABC):
     def shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Our shape of a parameter that a file holds in the shape `stored`.
 
-        A filter may have the dimension of one input channel that torch's convolutions have.
+        A convolution filter in the file may have an extra dimension of size 1, as in torch's convolutions.
         """
         is_filter = name.endswith("conv.weight") and len(stored) == 3 and stored[1] == 1
         return (stored[0], stored[2]) if is_filter else stored
@@ -84,7 +84,7 @@ class Family(NamedTuple):
 
 
 def expansion(d_inner: int, d_model: int) -> float:
-    """The ratio of which int(ratio * d_model) is d_inner, in spite of rounding."""
+    """A ratio for which int(ratio * d_model) is exactly d_inner in spite of rounding."""
     require_at_least("intermediate_size", d_inner, 1)
     ratio = d_inner / d_model
     return ratio if int(ratio * d_model) == d_inner else math.nextafter(ratio, math.inf)

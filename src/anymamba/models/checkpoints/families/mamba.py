@@ -93,7 +93,7 @@ class _Mamba(Spelling):
 
     @abstractmethod
     def _other_options(self, config: ModelConfig) -> list[str]:
-        """Options that this format alone cannot hold."""
+        """Options that this format cannot hold, though other formats of Mamba can."""
 
     def name(self, ours: str) -> str:
         if ours in self.top:
@@ -132,7 +132,7 @@ class MambaFolder(_Mamba):
     def _other_options(self, config: ModelConfig) -> list[str]:
         options = []
         if config.mamba.expand != int(config.mamba.expand):
-            options.append(f"expand={config.mamba.expand!r} (no integer)")
+            options.append(f"expand={config.mamba.expand!r} (not an integer)")
         if config.norm != "rmsnorm":
             options.append(f"norm={config.norm!r}")
         return options
@@ -155,7 +155,7 @@ class MambaFolder(_Mamba):
             "layer_norm_epsilon": config.norm_eps,
             "tie_word_embeddings": config.tie_embeddings,
             "hidden_act": "silu",
-            "rescale_prenorm_residual": False,  # where true, transformers divides loaded weights once more
+            "rescale_prenorm_residual": False,  # if true, transformers divides the loaded weights again
             "initializer_range": 0.02,
             "use_cache": True,
         }
@@ -186,20 +186,20 @@ class MambaFolder(_Mamba):
         )
 
     def aliases(self, key: str) -> tuple[str, ...]:
-        """An older name of the embedding, and the names in a model without a head, which Hugging Face reads, too."""
+        """Also an older name of the embedding, and the names in a model without a head; Hugging Face reads both."""
         return key, key.replace("backbone.embeddings.", "backbone.embedding."), key.removeprefix("backbone.")
 
 
 # ------------------------------------------------------------------------------------------ the original format
 
-NORM_EPS = 1e-5  # written in the code of mamba_ssm, in no config
+NORM_EPS = 1e-5  # a constant in the code of mamba_ssm; configs do not have it
 SSM_OPTIONS = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
 SSM_BIASES = ("conv_bias", "bias")
 IGNORED = ("layer", "use_fast_path")
 
 
 class OriginalMamba(_Mamba):
-    """A folder of the `mamba_ssm` package, as state-spaces publishes it: no model_type, names of its own, ssm_cfg."""
+    """A folder of the `mamba_ssm` package, as state-spaces publishes it: no model_type, other names, ssm_cfg."""
 
     kind = "state-spaces"
     top = ORIGINAL_TOP
@@ -208,7 +208,7 @@ class OriginalMamba(_Mamba):
         return "model_type" not in values and {"d_model", "n_layer"} <= set(values)
 
     def _other_options(self, config: ModelConfig) -> list[str]:
-        return [f"norm_eps={config.norm_eps!r} (it is {NORM_EPS} there)"] if config.norm_eps != NORM_EPS else []
+        return [f"norm_eps={config.norm_eps!r} (always {NORM_EPS})"] if config.norm_eps != NORM_EPS else []
 
     def to_fields(self, config: ModelConfig) -> dict[str, Any]:
         ssm = {name: getattr(config.mamba, name) for name in (*SSM_OPTIONS, *SSM_BIASES)}
@@ -230,7 +230,9 @@ class OriginalMamba(_Mamba):
     def from_fields(self, values: Mapping[str, Any]) -> ModelConfig:
         for name in ("attn_layer_idx", "d_intermediate"):
             if values.get(name):
-                raise ValueError(f"{name}={values[name]!r} asks for layers that are no Mamba; this reader has none")
+                raise ValueError(
+                    f"{name}={values[name]!r} asks for layers other than Mamba, which this reader does not support"
+                )
         return ModelConfig(
             d_model=values["d_model"],
             n_layers=values["n_layer"],
@@ -260,7 +262,7 @@ class OriginalMamba(_Mamba):
 
 # ------------------------------------------------------------------------------------------ GGUF
 
-CONTEXT_LENGTH = 1 << 20  # llama.cpp wants a number; the state has none
+CONTEXT_LENGTH = 1 << 20  # llama.cpp requires a number; the model has no limit
 EPSILON, DT_B_C_RMS = "mamba.attention.layer_norm_rms_epsilon", "mamba.ssm.dt_b_c_rms"
 
 
@@ -278,7 +280,7 @@ class MambaGGUF(_Mamba):
         if config.norm != "rmsnorm":
             options.append(f"norm={config.norm!r}")
         if config.d_inner != 2 * config.d_model:
-            options.append(f"expand={mamba.expand!r} (it is 2 there)")
+            options.append(f"expand={mamba.expand!r} (always 2)")
         if mamba.bias:
             options.append("bias=True")
         if not mamba.conv_bias:
@@ -325,7 +327,7 @@ class MambaGGUF(_Mamba):
         return -torch.exp(tensor.double()) if name.endswith("A_log") else tensor
 
     def decode(self, name: str, tensor: Tensor, where: str) -> Tensor:
-        """A_log is float32, to half a unit in the last place of exp(A_log) or of A_log."""
+        """Also computes A_log in float32, exact to half a unit in the last place of exp(A_log) or of A_log."""
         if not name.endswith("A_log"):
             return tensor
         if not bool((tensor <= 0).all()):

@@ -1,7 +1,7 @@
-"""Files of tensors: safetensors and torch's archives, whole or in shards, mapped into memory and never trusted.
+"""Files of tensors: safetensors and torch's archives, as one file or in shards, mapped into memory and checked.
 
-A reader gives tensors that lie in the mapped file; they are good until the next one is asked for, so that the pages of
-a large file do not pile up. Nothing is unpickled but by torch's reader of weights, which calls nothing.
+A reader yields tensors that are views of the mapped file. Each is valid until the next one is requested, so that the
+pages of a large file do not stay in memory. Pickles are only read by torch with weights_only, which runs no code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from anymamba.base.errors import CheckpointError
 CONFIG = "config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 OTHER_PICKLES = ("model.pt", "model.pth", "pytorch_model.pt")
-MAPPED_BYTES = 1 << 26  # read before a file is opened anew, which lets go of the pages read so far
+MAPPED_BYTES = 1 << 26  # bytes to read before a file is opened again, which frees the pages read so far
 
 _DTYPES = {
     "F64": torch.float64,
@@ -34,7 +34,7 @@ _DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    """What a file says of a tensor before it is read."""
+    """Shape and dtype of a tensor, which are known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class TensorFile(Protocol):
         ...
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors by name, in that order; each lies in the mapped file and is good until the next is asked for."""
+        """Yield tensors by name, in order; each is a view of the mapped file, valid until the next is requested."""
         ...
 
 
@@ -103,7 +103,7 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """One file that torch.save wrote: a table of names and tensors. It is read without running any code of it."""
+    """One file that torch.save wrote: a dict of tensors by name. No code in the file is run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -124,28 +124,28 @@ class TorchFile:
         self._require_plain_archive()
         try:
             values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # it raises what its parts raise
+        except Exception as error:  # torch.load can raise many kinds of errors
             called = re.search(r"GLOBAL ([\w.]+)", str(error))
             if called:
-                why = f"it would call {called[1]} when it is read, which tensors never need"
+                why = f"reading it would call {called[1]}, which is not needed for tensors"
                 raise CheckpointError(f"{self.path} is refused: {why}") from None
             why = " ".join(str(error).split())[:120]
             raise CheckpointError(f"{self.path} is truncated or corrupt ({why}); copy it again") from None
         if not isinstance(values, dict):
-            raise CheckpointError(f"{self.path} must be a table of names and tensors, got {type(values).__name__}")
+            raise CheckpointError(f"{self.path} must be a dict of tensors by name, got {type(values).__name__}")
         for name, tensor in values.items():
             self._require_whole(name, tensor)
         return values
 
     def _require_plain_archive(self) -> None:
-        """An archive of uncompressed members that lie within the file, as torch.save writes it."""
+        """Require an archive as torch.save writes it: its members are uncompressed and lie within the file."""
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path} is truncated or no archive of torch.save ({error}); a bare pickle can run code when it "
-                "is read and is never opened"
+                f"{self.path} is truncated or not an archive of torch.save ({error}); a bare pickle is not opened, "
+                "because reading it can run code"
             ) from None
         size = self.path.stat().st_size
         for member in members:
@@ -172,10 +172,10 @@ class ShardedFiles:
         self.path, folder = path, path.parent
         table = read_json(path).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-            raise CheckpointError(f"{path}: weight_map must be a table of tensors and files")
+            raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
         for name in sorted(set(table.values())):
             if Path(name).name != name or name in ("", ".", ".."):
-                raise CheckpointError(f"{path}: {name!r} in weight_map must be a file beside it")
+                raise CheckpointError(f"{path}: {name!r} in weight_map must be a file in the same folder")
             if not (folder / name).is_file():
                 raise CheckpointError(f"{path} names the shard {name}, which is not there; copy it too")
         self._shard_of: dict[str, str] = table
@@ -204,9 +204,9 @@ class ShardedFiles:
 
 
 def open_weights(folder: Path) -> TensorFile:
-    """The weights of a model folder: safetensors before torch's archives, whole before in shards.
+    """Open the weights of a model folder; prefers safetensors to torch's archives, and one file to shards.
 
-    Raises FileNotFoundError when there are none, CheckpointError when there is only a bare pickle.
+    Raises FileNotFoundError if there are none, CheckpointError if there is only a bare pickle.
     """
     kinds: Sequence[tuple[str, type[SafetensorsFile] | type[TorchFile]]]
     kinds = ((SAFETENSORS, SafetensorsFile), (TORCH, TorchFile))
@@ -224,9 +224,9 @@ def open_weights(folder: Path) -> TensorFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file.
+    """The object in a JSON file.
 
-    Raises CheckpointError when it is something else.
+    Raises CheckpointError if the file holds anything else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -239,7 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def failures_told(name: str) -> Iterator[None]:
-    """Have a library that reports a full disk in words of its own name the file, as an OSError."""
+    """Turn a library's own errors about a full disk into an OSError that names the file."""
     try:
         yield
     except CheckpointError:

@@ -25,14 +25,14 @@ TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 FORMATS: tuple[Format, ...] = ("hf", "anymamba", "state-spaces")
 """Formats with a config.json."""
 UNREAD = {"architectures", "use_cache"}
-"""Fields that say nothing of the model's function."""
+"""Fields that do not change what the model computes."""
 
 
 # ------------------------------------------------------------------------------------------ reading
 
 
 def read_config(values: dict[str, Any], where: Path) -> tuple[Format, Spelling, ModelConfig]:
-    """The format, the family and the config that the contents of a config.json tell.
+    """The format, the family's spelling and the config from the contents of a config.json.
 
     Raises CheckpointError for another model_type, a newer version, or a value that no model of the family has.
     """
@@ -53,7 +53,7 @@ def read_config(values: dict[str, Any], where: Path) -> tuple[Format, Spelling, 
 
 
 def _own_config(values: dict[str, Any], format: Format) -> ModelConfig | None:
-    """Our own config, where the fields still are what it says; another program may have changed them."""
+    """Our own config in the file; None if the other fields do not agree with it: another program has changed them."""
     if format != "hf" or TABLE not in values:
         return None
     ours = config_from_dict(ModelConfig, values[TABLE], TABLE)
@@ -63,7 +63,7 @@ def _own_config(values: dict[str, Any], format: Format) -> ModelConfig | None:
 
 
 def token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
-    """eos_token_id and its like, those that a config.json has."""
+    """The ids of special tokens (eos_token_id, ...) that a config.json has."""
     return {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
 
 
@@ -71,7 +71,7 @@ def token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(weights: CastWeights, folder: Path, spelling: Spelling, token_ids: dict[str, Any], shard_bytes: int) -> None:
-    """Write a folder. Its safetensors are one file, or several of at most `shard_bytes` each."""
+    """Write a folder. The weights are one safetensors file, or several of at most `shard_bytes` each."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_safetensors(weights, folder, spelling, shard_bytes)
     dtype = weights.stored["embedding.weight"].dtype
@@ -82,7 +82,7 @@ def write(weights: CastWeights, folder: Path, spelling: Spelling, token_ids: dic
 
 
 def _write_safetensors(weights: CastWeights, folder: Path, spelling: Spelling, shard_bytes: int) -> None:
-    """One file, or numbered shards and their index; files of an earlier model go when the new ones are there."""
+    """Write one file, or numbered shards and their index; then delete the files of an earlier model."""
     shards = plan_shards(weights.stored, shard_bytes)
     numbered = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = numbered if len(shards) > 1 else [SAFETENSORS]
@@ -104,7 +104,7 @@ def _write_safetensors(weights: CastWeights, folder: Path, spelling: Spelling, s
 
 
 def plan_shards(stored: dict[str, StoredTensor], shard_bytes: int) -> list[list[str]]:
-    """Names in order, in groups of at most that many bytes (or of one tensor)."""
+    """Split the names, in order, into groups of at most `shard_bytes` bytes (or of one larger tensor)."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, info in stored.items():
@@ -117,7 +117,7 @@ def plan_shards(stored: dict[str, StoredTensor], shard_bytes: int) -> list[list[
 
 
 def _named(spelling: Spelling, tensors: Iterator[tuple[str, Tensor]], count: int) -> Iterable[tuple[str, Tensor]]:
-    """The next `count` tensors under the format's names and in its shapes, in memory of their own."""
+    """The next `count` tensors with the format's names and shapes, copied."""
     for _ in range(count):
         name, tensor = next(tensors)
         yield spelling.name(name), spelling.encode(name, tensor).contiguous().clone()

@@ -1,4 +1,4 @@
-"""GGUF files, which llama.cpp runs: config, tensors and tokenizer."""
+"""GGUF files, the format of llama.cpp: config, tensors and tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 OUR_CONFIG = "anymamba.config"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
-"""Types that are read, and what they are read as."""
+"""The types that can be read, and the dtypes they are read as."""
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -36,7 +36,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q
 class GGUFFile:
     """A GGUF file of an architecture that one of our families has.
 
-    Raises CheckpointError for a file that is broken, hostile, or of another architecture, ImportError without `gguf`.
+    Raises CheckpointError if the file is broken, hostile, or of another architecture, ImportError without `gguf`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +63,7 @@ class GGUFFile:
         return {tensor.name: tensor for tensor in self._reader.tensors}
 
     def field(self, key: str, default: Any = None) -> Any:
-        """A metadata value as a Python object, or the default where there is none."""
+        """A metadata value as a Python object, or the default if there is none."""
         found = self._reader.get_field(key)
         if found is None:
             return default
@@ -78,7 +78,7 @@ class GGUFFile:
         for name, tensor in self._tensors.items():
             kind = tensor.tensor_type.name
             if kind not in DTYPES:
-                raise CheckpointError(f"{self.path}: {name} is of type {kind}; {', '.join(DTYPES)} are read")
+                raise CheckpointError(f"{self.path}: {name} is of type {kind}; {', '.join(DTYPES)} can be read")
             found[name] = StoredTensor(tuple(int(size) for size in reversed(tensor.shape)), DTYPES[kind])
         return found
 
@@ -95,7 +95,7 @@ class GGUFFile:
                 yield name, torch.from_numpy(data).view(DTYPES[info.tensor_type.name]).view(shape)
 
     def config(self) -> ModelConfig:
-        """The model's config: our own where the file has it and its fields still agree, else from the fields."""
+        """The model's config: our own if the file has it and its fields agree, else one made from the fields."""
         text = self.field(OUR_CONFIG)
         try:
             if isinstance(text, str):
@@ -110,16 +110,16 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: {error}") from error
 
     def token_ids(self) -> dict[str, Any]:
-        """eos_token_id and its like, those that the file has."""
+        """The ids of special tokens (eos_token_id, ...) that the file has."""
         found = {name: self.field(key) for name, key in gguf_tokenizer.TOKEN_IDS.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def whole_tokenizer(self) -> str | None:
-        """The tokenizer.json that the file holds, word for word; None where there is none that still agrees with it."""
+        """The complete tokenizer.json in the file; None if there is none or its tokens are not those of the file."""
         return gguf_tokenizer.read_whole(self.field, self.path)
 
     def tokenizer_from_parts(self) -> str | None:
-        """A tokenizer.json of what the file tells llama.cpp; None where that is not of GPT-2's kind."""
+        """A tokenizer.json made from what llama.cpp reads; None if that is not a tokenizer like GPT-2's."""
         return gguf_tokenizer.read_parts(self.field)
 
     def keys(self) -> Iterator[str]:
@@ -128,7 +128,7 @@ class GGUFFile:
 
 
 class _Metadata(Mapping[str, Any]):
-    """The metadata of a file, and what its tensors tell: `vocab_size` and `tie_embeddings`."""
+    """The metadata of a file, with two keys that come from its tensors: `vocab_size` and `tie_embeddings`."""
 
     def __init__(self, file: GGUFFile) -> None:
         self._file = file
@@ -168,9 +168,9 @@ def write(
     """Write a file, tensor by tensor.
 
     Args:
-        kind: "F32", "F16", "BF16" or "Q8_0", of the matrices; A, D, norms, biases and filters are float32.
+        kind: type of the matrices: "F32", "F16", "BF16" or "Q8_0". A, D, norms, biases and filters are float32.
         tokenizer: the contents of a tokenizer.json, None to leave it out.
-    Returns what llama.cpp does otherwise than the tokenizer, a phrase each.
+    Returns phrases that say where llama.cpp differs from the tokenizer.
     """
     require_gguf()
     from gguf import GGUFWriter, LlamaFileType
@@ -204,14 +204,14 @@ def write(
 
 
 def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The type that one of our parameters is written as."""
+    """The type to write one of our parameters in."""
     if len(shape) == 1 or is_wide(name) or name.endswith("conv.weight"):
         return "F32"
     return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind  # blocks of 32
 
 
 def _encode(name: str, shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], Any]:
-    """Shape in bytes and type of a tensor in the file."""
+    """The shape of a tensor in the file, counted in bytes, and its type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     chosen = GGMLQuantizationType[_kind_of(name, shape, kind)]
@@ -231,7 +231,7 @@ def _bytes(name: str, tensor: Tensor, kind: str) -> np.ndarray:
 
 
 def require_gguf() -> None:
-    """Raise ImportError that says what to install where `gguf` is missing."""
+    """Raise ImportError, which says what to install, if `gguf` is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""A walk over a GGUF file's header that believes nothing: every length is held against the size of the file.
+"""Checks a GGUF file's header before it is read: every length is compared with the size of the file.
 
-The `gguf` package reads the header with loops as long as the header says; a file must pass here first.
+The `gguf` package loops as often as the header says, so a hostile header must be rejected first.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ VERSIONS = (2, 3)
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 MAX_ENTRIES = 1 << 24
-"""Elements of one array, keys, or tensors; the largest vocabularies have less than 2^19."""
+"""Most elements of one array, most keys, and most tensors; the largest vocabularies have less than 2^19 tokens."""
 MAX_DIMS = 4
 
 
 class _Header:
-    """The bytes of a header, in order; what would lie beyond the file is an error that names the field."""
+    """Reads a header in order; a length beyond the end of the file is an error that names the field."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path, self.field = file, path, "the header"
         self.left = path.stat().st_size
 
     def fail(self, words: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {self.field} {words}; the file is truncated, corrupt or no GGUF")
+        return CheckpointError(f"{self.path}: {self.field} {words}; the file is truncated, corrupt or not GGUF")
 
     def skip(self, size: int) -> None:
         if size > self.left:
@@ -56,18 +56,18 @@ class _Header:
 
 
 def check_header(path: Path) -> None:
-    """Walk over keys, values and tensor infos.
+    """Check all keys, values and tensor infos.
 
-    Raises CheckpointError that names the field or tensor whose length, type or place cannot be.
+    Raises CheckpointError, which names the field or tensor with an impossible length, type or offset.
     """
     with open(path, "rb") as file:
         header = _Header(file, path)
         if header.bytes(4) != MAGIC:
-            raise CheckpointError(f"{path} is no GGUF file: it does not begin with {MAGIC!r}")
+            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with {MAGIC!r}")
         version = header.number("I")
         if version not in VERSIONS:
             raise CheckpointError(
-                f"{path} is of GGUF version {version}; little-endian files of version 2 and 3 are read"
+                f"{path} is of GGUF version {version}; only little-endian files of version 2 or 3 can be read"
             )
         n_tensors, n_keys = header.count("tensors"), header.count("keys")
         for number in range(n_keys):
@@ -75,7 +75,7 @@ def check_header(path: Path) -> None:
             header.field = f"metadata key {header.name()!r}"
             _value(header, header.number("I"))
         tensors = [_tensor(header, number) for number in range(n_tensors)]
-    for name, offset, size in tensors:  # the alignment's padding is left to the reader
+    for name, offset, size in tensors:  # alignment padding is not counted here
         if offset + size > header.left:
             raise CheckpointError(f"{path}: tensor {name!r} ends beyond the file; it is truncated or corrupt")
 
@@ -99,7 +99,7 @@ def _value(header: _Header, kind: int) -> None:
 
 
 def _tensor(header: _Header, number: int) -> tuple[str, int, int]:
-    """Name, offset and the least number of bytes that a tensor of its shape takes."""
+    """Name and offset of a tensor, and the smallest number of bytes that its shape needs."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     header.field = f"tensor {number}"

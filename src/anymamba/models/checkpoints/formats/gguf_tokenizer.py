@@ -1,7 +1,7 @@
-"""The tokenizer in a GGUF file: its tokenizer.json whole, and the part of it that llama.cpp reads.
+"""The tokenizer in a GGUF file: the complete tokenizer.json, and the parts that llama.cpp reads.
 
-llama.cpp has the vocabulary, the merges, a rule that splits words, and whether a text begins and ends with a token. It
-knows no normaliser of byte-level files and no flags of added tokens; `differences` says where its ids are others.
+llama.cpp reads the vocabulary, the merges, a rule that splits words, and whether a text begins and ends with a token.
+It supports neither the normaliser of a byte-level tokenizer nor flags of added tokens; `write` returns the differences.
 Source: the GGUF specification, "Tokenizer" (`tokenizer.huggingface.json` is the entirety of a tokenizer.json).
 """
 
@@ -18,16 +18,14 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 Field = Callable[..., Any]
-"""A metadata value by its key, and a default."""
+"""Returns a metadata value, from its key and a default."""
 
 WHOLE = "tokenizer.huggingface.json"
-NO_MERGE = (
-    "<unused> <unused>"  # of words that no text has: llama.cpp wants a list of merges and gguf none that is empty
-)
+NO_MERGE = "<unused> <unused>"  # never applies: llama.cpp requires a list of merges, and gguf writes no empty list
 GPT2_SPLITS = {"gpt-2": None, "mpt": {"type": "NFC"}, "olmo": {"type": "NFC"}}
-"""llama.cpp's names of tokenizers that split words as GPT-2's does, and the normaliser of the published ones.
+"""llama.cpp's names for tokenizers that split words as GPT-2's does, with the normaliser of the published ones.
 
-MPT and OLMo have GPT-NeoX's tokenizer, as the published Mamba models do; llama.cpp's converter writes theirs so.
+MPT and OLMo use GPT-NeoX's tokenizer, like the published Mamba models; llama.cpp's converter writes these names.
 """
 
 
@@ -42,9 +40,9 @@ TOKEN_IDS = {
 
 
 def read_whole(field: Field, path: Path) -> str | None:
-    """The tokenizer.json that a file holds; None where it holds none, or its tokens are no longer those of the file.
+    """The tokenizer.json that a file holds; None if it holds none, or if its tokens are no longer those of the file.
 
-    Raises CheckpointError where it is not JSON.
+    Raises CheckpointError if it is not a tokenizer.json.
     """
     text, tokens = field(WHOLE), field("tokenizer.ggml.tokens")
     if not isinstance(text, str):
@@ -61,7 +59,7 @@ def read_whole(field: Field, path: Path) -> str | None:
 
 
 def read_parts(field: Field) -> str | None:
-    """A tokenizer.json of what llama.cpp reads; None where that is not of GPT-2's kind."""
+    """A tokenizer.json made from what llama.cpp reads; None if that is not a tokenizer like GPT-2's."""
     words, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     split = field("tokenizer.ggml.pre")
     if field("tokenizer.ggml.model") != "gpt2" or split not in GPT2_SPLITS or not words:
@@ -76,7 +74,8 @@ def read_parts(field: Field) -> str | None:
         if kind in (control, given)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    vocab = {word: i for i, (word, kind) in rows if kind in (normal, control, given)}  # else added ones move
+    # with the added tokens, whose ids would change otherwise
+    vocab = {word: i for i, (word, kind) in rows if kind in (normal, control, given)}
     specification = {
         "version": "1.0",
         "added_tokens": added,
@@ -90,7 +89,7 @@ def read_parts(field: Field) -> str | None:
 
 
 def _template(field: Field, words: list[str]) -> dict[str, Any] | None:
-    """The rule that puts the file's tokens before and after a text; None where it has none."""
+    """The rule that puts special tokens before and after a text; None if the file has none."""
     added = [end for end in ("bos", "eos") if field(f"tokenizer.ggml.add_{end}_token")]
     ids = {end: field(f"tokenizer.ggml.{end}_token_id") for end in added}
     ends = {end: i for end, i in ids.items() if i is not None and i < len(words)}
@@ -110,7 +109,7 @@ def _template(field: Field, words: list[str]) -> dict[str, Any] | None:
 
 
 def _parsed(text: str, what: str) -> tuple[dict[str, Any], dict[int, str]]:
-    """The contents of a tokenizer.json, and its ids with their tokens."""
+    """The contents of a tokenizer.json, and a dict of its tokens by id."""
     try:
         specification = json.loads(text)
         return specification, dict(_words(specification))
@@ -119,7 +118,7 @@ def _parsed(text: str, what: str) -> tuple[dict[str, Any], dict[int, str]]:
 
 
 def _words(specification: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """The ids of a tokenizer.json and their tokens, those of added tokens last."""
+    """The ids and tokens of a tokenizer.json, added tokens last."""
     vocab = specification["model"]["vocab"]
     if isinstance(vocab, dict):
         yield from ((i, word) for word, i in vocab.items())
@@ -138,13 +137,13 @@ def _kind(name: str) -> int:
 
 
 def write(writer: GGUFWriter, text: str | None, n_rows: int, token_ids: Mapping[str, Any]) -> list[str]:
-    """Write a tokenizer and the ids of special tokens; return what llama.cpp does otherwise than it, a phrase each.
+    """Write a tokenizer and the ids of special tokens. Returns phrases that say where llama.cpp differs from it.
 
     Args:
         text: the contents of a tokenizer.json, None to leave it out.
-        n_rows: ids that the model has.
-        token_ids: eos_token_id and its like, those that are known.
-    Raises CheckpointError for a tokenizer with ids that the model does not have, or that cannot be read.
+        n_rows: rows of the model's embedding.
+        token_ids: the known ids of special tokens (eos_token_id, ...).
+    Raises CheckpointError if the tokenizer cannot be read or has ids that the model does not have.
     """
     ids = dict(token_ids)
     if text is None:
@@ -158,7 +157,7 @@ def write(writer: GGUFWriter, text: str | None, n_rows: int, token_ids: Mapping[
 
 
 def _write_tokenizer(writer: GGUFWriter, text: str, n_rows: int, ids: dict[str, Any]) -> list[str]:
-    """Write a tokenizer, and its ends of texts among the ids; return the differences."""
+    """Write a tokenizer and add its begin and end tokens to `ids`; return the differences."""
     specification, words = _parsed(text, "the model's tokenizer")
     if max(words, default=0) >= n_rows:
         why = f"it has the id {max(words)}, the model has {n_rows} rows"
@@ -167,11 +166,11 @@ def _write_tokenizer(writer: GGUFWriter, text: str, n_rows: int, ids: dict[str, 
     why_not = unlike_gpt2(specification)
     if why_not is not None:
         writer.add_tokenizer_model("no_vocab")
-        return [f"it has none of this kind ({why_not}) and takes the file for one without a tokenizer"]
+        return [f"it does not support this kind ({why_not}) and reads the file as one without a tokenizer"]
     _write_parts(writer, specification, words, n_rows)
     before, after = _ends(text) if specification.get("post_processor") else ([], [])
     begins = len(before) == 1
-    ends = len(after) == 1 and ids.get("eos_token_id") in (None, after[0])  # it also ends what is generated
+    ends = len(after) == 1 and ids.get("eos_token_id") in (None, after[0])  # llama.cpp also stops generation at it
     writer.add_add_bos_token(begins)
     writer.add_add_eos_token(ends)
     ids |= ({"bos_token_id": before[0]} if begins else {}) | ({"eos_token_id": after[0]} if ends else {})
@@ -184,7 +183,7 @@ def _write_tokenizer(writer: GGUFWriter, text: str, n_rows: int, ids: dict[str, 
 
 
 def _write_parts(writer: GGUFWriter, specification: dict[str, Any], words: dict[int, str], n_rows: int) -> None:
-    """Write what llama.cpp reads of a byte-level BPE."""
+    """Write the parts of a byte-level BPE that llama.cpp reads."""
     from gguf import TokenType
 
     kinds = dict.fromkeys(words, TokenType.NORMAL)
@@ -200,10 +199,10 @@ def _write_parts(writer: GGUFWriter, specification: dict[str, Any], words: dict[
 
 
 def unlike_gpt2(specification: dict[str, Any]) -> str | None:
-    """Why llama.cpp's GPT-2 tokenizer cannot stand for a tokenizer.json at all; None where it can."""
+    """Why llama.cpp's GPT-2 tokenizer cannot replace a tokenizer.json at all; None if it can."""
     model, before = specification.get("model") or {}, specification.get("pre_tokenizer") or {}
     if model.get("type") != "BPE" or before.get("type") != "ByteLevel":
-        return f"model {model.get('type')!r} after pre_tokenizer {before.get('type')!r} is no byte-level BPE"
+        return f"model {model.get('type')!r} after pre_tokenizer {before.get('type')!r} is not a byte-level BPE"
     if before.get("add_prefix_space"):
         return "it adds a space before the text"
     if not before.get("use_regex", True) and model.get("merges"):
@@ -212,10 +211,10 @@ def unlike_gpt2(specification: dict[str, Any]) -> str | None:
 
 
 def _differences(specification: dict[str, Any]) -> Iterator[str]:
-    """What llama.cpp does otherwise than a tokenizer.json of GPT-2's kind, but for the ends of texts."""
+    """Where llama.cpp differs from a tokenizer.json like GPT-2's, except at the ends of texts."""
     normalizers = list(_types(specification.get("normalizer")))
     if normalizers:
-        yield f"it does not normalise text ({', '.join(normalizers)}), so that text not yet in that form gets other ids"
+        yield f"it does not normalise text ({', '.join(normalizers)}), so text not yet normalised gets other ids"
     flags = ("lstrip", "rstrip", "single_word")
     flagged = [t["content"] for t in specification.get("added_tokens") or [] if any(t.get(flag) for flag in flags)]
     if flagged:
@@ -224,11 +223,11 @@ def _differences(specification: dict[str, Any]) -> Iterator[str]:
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     unknown = [name for name in options if specification["model"].get(name)]
     if unknown:
-        yield f"it does not know {', '.join(unknown)}"
+        yield f"it does not support {', '.join(unknown)}"
 
 
 def _types(part: dict[str, Any] | None) -> Iterator[str]:
-    """The types of a normaliser and of those that it is made of."""
+    """The types of a normaliser, or of its parts if it is a sequence."""
     if part is None:
         return
     if part.get("type") != "Sequence":

@@ -1,4 +1,4 @@
-"""The original format of the `mamba_ssm` package: a config.json of its own and an archive of torch.save."""
+"""The original format of the `mamba_ssm` package: its own kind of config.json and an archive of torch.save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write(weights: CastWeights, folder: Path, spelling: Spelling) -> None:
 
 
 def _write_torch_archive(weights: CastWeights, folder: Path, spelling: Spelling) -> None:
-    """pytorch_model.bin. torch.save wants all tensors at once: they wait in files, mapped into memory."""
+    """Write pytorch_model.bin. torch.save needs all tensors at once, so they are kept in temporary mapped files."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".convert-") as waiting:
         table: dict[str, Tensor] = {}
         for number, (name, tensor) in enumerate(weights.tensors()):
@@ -36,7 +36,7 @@ def _write_torch_archive(weights: CastWeights, folder: Path, spelling: Spelling)
 
 
 def _to_mapped_file(tensor: Tensor, path: Path) -> Tensor:
-    """The tensor in a file of its own, mapped: its pages need no memory when it is scarce."""
-    with open(path, "wb") as file:  # not through the mapping: where the disk is full that would end the process
+    """Write the tensor to a file and map it: the system can drop its pages when memory is scarce."""
+    with open(path, "wb") as file:  # not through the mapping: on a full disk that would kill the process
         file.write(tensor.flatten().view(torch.uint8).numpy().data)
     return torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
