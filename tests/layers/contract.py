@@ -143,7 +143,7 @@ def check_rows_of_the_state(layer: nn.Module, width: int) -> None:
             lambda x=x, state=state: layer.step(x[:, 0], state),
             lambda x=x, state=state: layer(x[:1].repeat(1, 2, 1)[:, :5], state, cu_seqlens=packed),
         ):
-            with pytest.raises(ValueError, match=f"the state must have a row per sequence, got {rows} rows for 2; sel"):
+            with pytest.raises(ValueError, match=f"the state must have a row per sequence, got {rows} rows for 2; rep"):
                 call()
 
 
@@ -157,7 +157,7 @@ def check_kind_of_the_state(layer: nn.Module, width: int) -> None:
     """Another layer's state is refused by its name."""
     x, state = torch.randn(2, 4, width, dtype=torch.float64), AnotherState(torch.zeros(2, 1))
     for call in (lambda: layer(x, state), lambda: layer.step(x[:, 0], state)):
-        with pytest.raises(TypeError, match=r"the state must be a \w+State, got a AnotherState; init_state"):
+        with pytest.raises(TypeError, match=r"the state must be a \w+State, got a AnotherState; use a state"):
             call()
 
 

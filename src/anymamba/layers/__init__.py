@@ -1,4 +1,4 @@
-"""Every layer; each resolves when it is first used."""
+"""All layers; each is imported on first use."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
 """Causal multi-head attention, with a cache of keys and values as its state.
 
-    [q, k, v] = in_proj(x), optionally through a short causal convolution;  q, k = rotated by their positions
+    [q, k, v] = in_proj(x), optionally followed by a short causal convolution;  q, k = rotated by their positions
     y[t] = out_proj(concat over heads h of sum over s <= t of softmax_s(q[h, t] . k[h, s] / sqrt(d_head)) v[h, s])
 
 Source: the Transformer (arXiv:1706.03762), section 3.2; grouped keys and values: arXiv:2305.13245; rotary positions:
@@ -32,17 +32,17 @@ from anymamba.parts.sequence import SequenceLayer
 
 POSITIONS = ("none", "rotary", "xpos")
 MOST_QUERIES = 1024
-"""Queries that share a mask, and for xPos an origin of positions: zeta_0 ** (-1024 / 512) = 12 fits any float."""
+"""Queries per block. A block has one mask, and for xPos one origin: zeta_0 ** (-1024 / 512) = 12 fits every dtype."""
 
 
 class _AttentionTensors(NamedTuple):
     keys: Float[Tensor, "batch n_kv_heads cache_length d_head"]
-    """Oldest first, after their rotation."""
+    """Rotated keys, oldest first."""
     values: Float[Tensor, "batch n_kv_heads cache_length d_head"]
     n_seen: Int[Tensor, " batch"]
-    """Tokens that each row has seen; its cached keys are the last min(count, window - 1) of them."""
+    """Tokens that each row has seen. The cache has the keys of the last min(n_seen, window - 1) of them."""
     conv: Float[Tensor, "batch d_conv_minus_1 d_qkv"]
-    """The last inputs of the short convolution; no rows without one."""
+    """The last inputs of the short convolution; its size is 0 without a convolution."""
 
 
 class AttentionState(_AttentionTensors, GrowingState):
@@ -57,12 +57,12 @@ class Attention(SequenceLayer):
         n_heads: heads of the queries.
         n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads heads; defaults to n_heads.
         d_head: size of a head; defaults to d_model / n_heads.
-        positions: "none", "rotary" or "xpos". Absolute ones are `LearnedPositions` at the model's input.
+        positions: "none", "rotary" or "xpos". For absolute positions put `LearnedPositions` at the model's input.
         rotary_base: base of the rotations' frequencies.
         d_conv: width of a depthwise causal convolution of queries, keys and values; defaults to none.
-        bias: of the two projections.
-        window: keys that a query sees, its own included; no more are kept. Defaults to all.
-    Raises ValueError for sizes and names that do not fit.
+        bias: whether the two projections have biases.
+        window: how many keys a query sees, including its own; older keys are dropped. Defaults to all.
+    Raises ValueError for invalid sizes and names.
     """
 
     state_type = AttentionState
@@ -98,7 +98,7 @@ class Attention(SequenceLayer):
         if positions not in POSITIONS:
             raise ValueError(
                 f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}; "
-                f"absolute ones are LearnedPositions at the model's input"
+                f"for absolute positions put LearnedPositions at the model's input"
             )
         if positions != "none" and d_head % 2:
             raise ValueError(f"{positions} positions need an even d_head, got {d_head}; change d_head or n_heads")
@@ -106,7 +106,7 @@ class Attention(SequenceLayer):
         self.positions, self.rotary_base, self.d_conv, self.window = positions, rotary_base, d_conv, window
         self.d_qkv = (n_heads + 2 * n_kv_heads) * d_head
         self.in_proj = nn.Linear(d_model, self.d_qkv, bias, device, dtype)
-        # only its weights are used: the convolution of queries, keys and values has no SiLU
+        # only its weights are used, because its forward would apply SiLU
         self.conv = None if d_conv is None else ShortConvolution(self.d_qkv, d_conv, device=device, dtype=dtype)
         self.out_proj = nn.Linear(n_heads * d_head, d_model, bias, device, dtype)
 
@@ -149,7 +149,7 @@ class Attention(SequenceLayer):
         return self.out_proj(y.transpose(1, 2).flatten(2)), new
 
     def _most_kept(self, cache: Cache) -> int:
-        """Entries that a later query may see."""
+        """How many entries a later query can still see."""
         return cache.length if self.window is None else self.window - 1
 
     def _cache(self, state: AttentionState) -> Cache:
@@ -161,7 +161,7 @@ class Attention(SequenceLayer):
     def _project(
         self, x: Float[Tensor, "batch length d_model"], state: AttentionState, rows: Rows | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values (batch, heads, length, d_head), rotated, and the convolution's state."""
+        """Rotated queries and keys, and values, each (batch, heads, length, d_head); and the convolution's state."""
         qkv = self.in_proj(x)
         qkv, conv = self._convolve(qkv, state.conv, rows)
         heads = qkv.unflatten(-1, (-1, self.d_head))
@@ -172,7 +172,7 @@ class Attention(SequenceLayer):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), conv
 
     def _convolve(self, qkv: Tensor, state: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
-        """The short convolution and its state, the last real inputs."""
+        """The short convolution, and its new state: the last real inputs."""
         if self.conv is None:
             return qkv, state
         state = state.to(qkv.dtype)
@@ -185,7 +185,7 @@ class Attention(SequenceLayer):
     def _attend(
         self, q: Float[Tensor, "batch n_heads length d_head"], keys_values: tuple[Tensor, ...], before: Cache
     ) -> Float[Tensor, "batch n_heads length d_head"]:
-        """Softmax attention of queries whose keys lie in each row behind the entries that `before` has filled."""
+        """Softmax attention; in each row the queries' own keys come after the entries of `before`."""
         k, v = keys_values
         length, xpos = q.shape[2], self.positions == "xpos"
         if before.length == 0 and self.window is None and (length <= MOST_QUERIES or not xpos) and length > 0:
@@ -198,7 +198,7 @@ class Attention(SequenceLayer):
         return torch.cat(parts, 2) if parts else q
 
     def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, before: Cache) -> Float[Tensor, "batch n_heads 1 d_head"]:
-        """One query: heads that share keys become rows of one product, and even rows need no mask."""
+        """Attention of one query. Heads that share keys become rows of one product; even rows need no mask."""
         mask = None
         if not before.is_even:
             mask = (torch.arange(k.shape[2], device=k.device) <= before.filled[:, None])[:, None, None]
@@ -210,7 +210,7 @@ class Attention(SequenceLayer):
     def _attend_block(
         self, q: Tensor, k: Tensor, v: Tensor, before: Cache, start: int, stop: int
     ) -> Float[Tensor, "batch n_heads block d_head"]:
-        """Queries start .. stop - 1 under a mask of their own, against the keys that some of them may see."""
+        """Attention of queries start .. stop - 1 with their own mask, on the keys that at least one of them can see."""
         first, last = 0, k.shape[2]
         filled: int | Tensor = before.filled
         if before.is_even:
@@ -223,7 +223,7 @@ class Attention(SequenceLayer):
         return _softmax_attention(q, k, v, mask)
 
     def _blocks(self, length: int) -> Iterator[tuple[int, int]]:
-        """Ranges of queries: with a window about as many as it is wide, so that time and memory are linear."""
+        """Ranges of queries. With a window a range is about as long as the window, so time and memory are linear."""
         size = MOST_QUERIES if self.window is None else min(MOST_QUERIES, max(128, self.window))
         return ((start, min(length, start + size)) for start in range(0, length, size))
 
@@ -235,7 +235,7 @@ def _softmax_attention(
     mask: Bool[Tensor, "batch_or_1 1 queries keys"] | None = None,
     is_causal: bool = False,
 ) -> Float[Tensor, "batch n_heads queries d_head"]:
-    """torch's fused attention; where derivatives are wanted that it lacks, the operations that it stands for."""
+    """torch's fused attention, or the same in plain operations for derivatives that the fused form does not have."""
 
     def operations(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if is_causal else mask
@@ -255,7 +255,7 @@ def _softmax_attention(
 def _visible(
     filled: int | Int[Tensor, " batch"], start: int, stop: int, first: int, keys: Tensor, window: int | None
 ) -> Bool[Tensor, "batch_or_1 1 queries keys"]:
-    """Which of the keys first, first + 1, ... of each row its queries start .. stop - 1 see."""
+    """The mask of queries start .. stop - 1 on the keys first, first + 1, ... of each row: true where a key is seen."""
     place = torch.arange(start, stop, device=keys.device)[:, None]
     place = place + (filled if isinstance(filled, int) else filled[:, None, None])
     key = torch.arange(first, first + keys.shape[2], device=keys.device)
@@ -270,11 +270,11 @@ def _scaled(
     k: Float[Tensor, "batch n_kv_heads keys d_head"],
     k_offset: int | Int[Tensor, " batch"],
 ) -> tuple[Tensor, Tensor]:
-    """xPos's decay: queries times zeta ** n, keys times zeta ** -n, positions counted from the first query.
+    """Apply xPos's decay: queries times zeta ** n, keys times zeta ** -n, with n counted from the first query.
 
-    Counted from the sequence's beginning the factors would leave float32 beyond position 36 000, and the cache with
-    them. So keys are cached without a factor, and get it when they are read: old keys less than 1, which may underflow,
-    and those of the block at most 12.
+    Counted from the start of the sequence, the factors would overflow float32 after position 36 000. So keys are cached
+    without a factor and get it when they are read. It is below 1 for old keys, where it may underflow, and at most 12
+    for keys of the current block.
     """
 
     def offsets(first: int | Tensor, n: int) -> Int[Tensor, "batch_or_1 n"]:

@@ -1,15 +1,15 @@
-"""The gated attention unit: one gate, one head of attention that is a squared ReLU in place of a softmax.
+"""The gated attention unit: one gate, and one attention head with a squared ReLU in place of the softmax.
 
     [u, v, z] = silu(in_proj(x));  q = z * q_scale + q_offset;  k = z * k_scale + k_offset
     a[t, s] = relu(q[t] . k[s] / (t + 1) + bias[min(t - s, max_distance - 1)]) ** 2   for s <= t
     y[t] = out_proj(u[t] * sum over s <= t of a[t, s] v[s])
 
-The paper divides by the length of the sequence, which a causal layer does not know: a token's output would change with
-what follows it. Here it is the number of tokens that t sees, so that the last token of any sequence, whole or cut, is
-that of the paper. The relative bias is a table over distances, all from max_distance - 1 on sharing the last entry:
-without it the products, small at first, would be squared and hardly have a gradient.
+The paper divides by the length of the sequence. A causal layer cannot, because a token's output would then depend on
+later tokens. Here the divisor is the number of tokens that t sees, so the last token of a sequence, whole or cut, has
+the paper's output. The relative bias is a table over distances; all distances from max_distance - 1 on share the last
+entry. Without the bias, the squares of the products, which are small at first, would have almost no gradient.
 
-Source: Transformer Quality in Linear Time (arXiv:2202.10447), section 2; causal forms of the divisor are ours.
+Source: Transformer Quality in Linear Time (arXiv:2202.10447), section 2; the causal divisor is ours.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _GAUTensors(NamedTuple):
     """Oldest first."""
     values: Float[Tensor, "batch cache_length d_inner"]
     n_seen: Int[Tensor, " batch"]
-    """Tokens that each row has seen, all of them cached."""
+    """Tokens that each row has seen; all of them are cached."""
 
 
 class GAUState(_GAUTensors, GrowingState):
@@ -85,7 +85,7 @@ class GAU(SequenceLayer):
         return True
 
     def reset_parameters(self) -> None:
-        """Linear maps as torch draws them; scales and relative bias N(0, 0.02), offsets 0."""
+        """torch's defaults for the linear maps; scales and relative bias N(0, 0.02), offsets 0."""
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
         self._reset_vectors()
@@ -128,7 +128,7 @@ class GAU(SequenceLayer):
     def _read(
         self, q: Float[Tensor, "batch queries d_key"], keys: Tensor, values: Tensor, before: Cache, start: int
     ) -> Float[Tensor, "batch queries d_inner"]:
-        """sum over s of a[t, s] v[s] for queries that begin `start` behind the entries that `before` has filled."""
+        """sum over s of a[t, s] v[s], for queries that begin `start` places after the entries of `before`."""
         filled: Tensor | int = before.filled[:, None, None]
         if before.is_even:
             filled = before.length
@@ -136,7 +136,7 @@ class GAU(SequenceLayer):
             keys, values = keys[:, :last], values[:, :last]
         place = filled + start + torch.arange(q.shape[1], device=q.device)[:, None]
         distance = place - torch.arange(keys.shape[1], device=q.device)
-        wide = torch.promote_types(q.dtype, torch.float32)  # (1e-4)^2, as at first, is 0 in float16
+        wide = torch.promote_types(q.dtype, torch.float32)  # scores start near 1e-4, whose square is 0 in float16
         bias = self.relative_bias.to(wide)[distance.clamp(0, self.max_distance - 1)]
         scores = (q @ keys.mT).to(wide) / (place + 1) + bias
         weights = F.relu(scores).square().masked_fill(distance < 0, 0)

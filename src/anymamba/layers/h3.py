@@ -1,4 +1,4 @@
-"""H3: a shift, two multiplications, and any map of sequences between them.
+"""H3: a shift and two multiplications around any map of sequences.
 
     [q, k, v] = in_proj(input)
     k = shift(k) + D k                                a learned filter over the last d_shift keys
@@ -27,11 +27,12 @@ from anymamba.parts.state import map_state
 
 
 class ShiftSSM(KernelParameters):
-    """The state space model whose A shifts its d_shift states by one: a causal filter of that length, and a skip.
+    """A state space model whose A shifts its d_shift states by one: a causal filter of that length plus a skip.
 
         y[t] = sum over j < d_shift of C[j] u[t - j] + D u[t]
 
-    B is the first unit vector, as where the published layer starts: B and C enter only as their correlation.
+    B is fixed to the first unit vector, the initial value in the published layer: only the correlation of B and C
+    matters, so a learned B would add nothing.
     """
 
     def __init__(self, d_model: int, d_shift: int, device=None, dtype=None) -> None:
@@ -43,7 +44,7 @@ class ShiftSSM(KernelParameters):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """C uniform on ±d_shift^-0.5 (Kaiming's with a = sqrt(5)), D standard normal."""
+        """C uniform on ±d_shift^-0.5 (Kaiming's rule with a = sqrt(5)), D standard normal."""
         bound = self.C.shape[1] ** -0.5
         nn.init.uniform_(self.C, -bound, bound)
         nn.init.normal_(self.D)
@@ -62,7 +63,7 @@ class H3State(NamedTuple):
     shift: Float[Tensor, "batch d_shift_minus_1 d_model"]
     """The last keys before the shift, oldest first."""
     inner: Any
-    """The inner layer's for each product of two channels of a head: its tensors are (batch, d_head^2, ...)."""
+    """The inner layer's state for each product of two channels of a head; its tensors are (batch, d_head^2, ...)."""
 
 
 class H3(SequenceLayer):
@@ -70,12 +71,12 @@ class H3(SequenceLayer):
 
     Args:
         d_model: width of the input and output.
-        inner: a `SequenceLayer` over n_heads = d_model / d_head channels; each of the d_head^2 products of a key and a
-            value channel runs through it, a row of its batch.
+        inner: a `SequenceLayer` over n_heads = d_model / d_head channels. Each of the d_head^2 products of a key and a
+            value channel is one row of its batch.
         d_head: channels of a head.
         d_shift: length of the filter on the keys; 64 in the paper.
-        bias: of the projections.
-    Raises ValueError for sizes that do not exist or do not fit.
+        bias: whether the projections have biases.
+    Raises ValueError for invalid sizes.
     """
 
     state_type = H3State
@@ -112,12 +113,12 @@ class H3(SequenceLayer):
         return self.inner.grows
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, in the order of construction."""
+        """Redraw all parameters, in the order of construction."""
         for module in (self.inner, self.in_proj, self.shift, self.out_proj):
             module.reset_parameters()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> H3State:
-        """The shift's zeros, and the inner layer's beginning."""
+        """Zeros for the shift, and the inner layer's initial state."""
         like = activations_of(self.in_proj)
         like["dtype"] = dtype = dtype or like["dtype"]
         shift = torch.zeros(batch, self.d_shift - 1, self.d_model, **like)
@@ -127,7 +128,7 @@ class H3(SequenceLayer):
         self, x: Float[Tensor, "rows length d_model"], state: H3State | None, rows: Rows | None
     ) -> tuple[Tensor, H3State]:
         """The layer over rows of real tokens."""
-        q, k, v = self.in_proj(x).chunk(3, dim=-1)  # what the padding holds reaches no real token: it comes after them
+        q, k, v = self.in_proj(x).chunk(3, dim=-1)  # padding comes after all real tokens, so it does not reach them
         before = None if state is None else state.shift
         shifted, shift = self.shift(k, before)
         if rows is not None:
@@ -149,18 +150,18 @@ class H3(SequenceLayer):
     def _outer(
         self, k: Float[Tensor, "batch length d_model"], v: Float[Tensor, "batch length d_model"]
     ) -> Float[Tensor, "products length n_heads"]:
-        """The products of key and value channels of each head: row (batch, i, j) holds k_i v_j of all heads."""
+        """The products of key and value channels of each head; row (batch, i, j) has k_i v_j of all heads."""
         k, v = (t.unflatten(-1, (self.n_heads, self.d_head)).permute(0, 3, 1, 2) for t in (k, v))
         return (k[:, :, None] * v[:, None]).flatten(0, 2)
 
     def _contract(
         self, q: Float[Tensor, "batch length d_model"], products: Float[Tensor, "products length n_heads"]
     ) -> Float[Tensor, "batch length d_model"]:
-        """Sum over i of q_i times row (batch, i, j) of the products, back in the order of channels."""
+        """Sum over i of q_i times row (batch, i, j) of the products, in the original order of channels."""
         q = q.unflatten(-1, (self.n_heads, self.d_head)).permute(0, 3, 1, 2)
         y = (q[:, :, None] * products.unflatten(0, (q.shape[0], self.d_head, self.d_head))).sum(1)
         return y.permute(0, 2, 3, 1).flatten(2)
 
     def _unfold(self, inner: Any, batch: int) -> Any:
-        """The inner layer's state with the batch first, its rows of products second."""
+        """The inner layer's state as (batch, d_head^2, ...)."""
         return map_state(lambda t: t.reshape(batch, self.d_head**2, *t.shape[1:]), inner)

@@ -1,9 +1,9 @@
-"""Hyena: long convolutions whose filters are functions of the position, between gates.
+"""Hyena: gates and long convolutions, whose filters are functions of the position.
 
     h[c](t) = (MLP(features(t))[c]) (exp(-t |decay[c]|) + shift)          the implicit filter
     y[t] = sum over s <= t of h[t - s] x[s] + bias x[t]                   the long convolution
 
-A convolution with a filter of any shape has no recurrence: its state is every input so far.
+A convolution with an arbitrary filter has no recurrence: its state is all inputs so far.
 
 Source: Hyena (arXiv:2302.10866), section 3; the filter's features and sizes are those of its published models.
 """
@@ -33,7 +33,7 @@ from anymamba.parts.sequence import SequenceLayer
 
 
 class FilterOptions(TypedDict, total=False):
-    """Options of `ImplicitFilter`, which has their meanings and defaults."""
+    """Options of `ImplicitFilter`; its docstring has their meanings and defaults."""
 
     max_length: int
     emb_dim: int
@@ -48,7 +48,7 @@ class FilterOptions(TypedDict, total=False):
 
 
 class _Dense(nn.Module):
-    """A linear map inside a filter. It is no `nn.Linear`, which libraries replace by ones that compute in few bits."""
+    """A linear map inside a filter. It is not an `nn.Linear`, because quantisation libraries replace those."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Dense(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch draws its linear layers."""
+        """torch's default for linear layers."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = self.weight.shape[1] ** -0.5
@@ -73,19 +73,22 @@ class ImplicitFilter(KernelParameters):
         features(n) = [t, cos(f θ), -sin(f θ)],  θ = 2 π n / max_length,  f = linspace(1e-4, K - 1, K)
         h(n) = Linear(sin(a Linear(... sin(a Linear(features))))) * (exp(-t |decay|) + shift)
 
-    K = (emb_dim - 1) / 2; a, one number a unit, is shared by all layers; decay runs from log(target) / slow to
-    log(target) / fast over the channels of each filter. The bias of the convolution lives here, too.
+    K = (emb_dim - 1) / 2. The frequencies a, one per unit, are shared by all layers. decay goes from log(target) / slow
+    to log(target) / fast over the channels of each filter. The bias of the convolution is a parameter of this module.
 
     Args:
-        width, n_filters: channels of a filter, and filters that share the network.
-        max_length: positions that the filters are defined on: the most tokens of a sequence, its state included.
+        width: channels of each filter.
+        n_filters: filters that share the network.
+        max_length: positions on which the filters are defined: the most tokens of a sequence, including its state.
         emb_dim: features of a position, odd.
-        d_filter, n_inner: width of the network, and its layers between the first and the last.
+        d_filter: width of the network.
+        n_inner: layers between the first and the last.
         w: initial frequency a of the sines.
-        learn_positions: the features become parameters (max_length, emb_dim) that start as above.
-        slow_decay, fast_decay, decay_target: part of max_length after which the window of the slowest and the fastest
-            channel has fallen to decay_target.
-        shift: what the window never falls below.
+        learn_positions: make the features parameters (max_length, emb_dim), initialised as above.
+        slow_decay, fast_decay: fraction of max_length after which the window of the slowest and the fastest channel has
+            fallen to decay_target.
+        decay_target: see slow_decay.
+        shift: lower bound of the window.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class ImplicitFilter(KernelParameters):
         self._reset_vectors()
 
     def reset_parameters(self) -> None:
-        """Linear layers as torch draws them, a = w, features as in the equation, bias standard normal."""
+        """torch's default for linear layers, a = w, features as in the equation, bias standard normal."""
         for layer in (*self.layers, self.output):
             layer.reset_parameters()
         self._reset_vectors()
@@ -152,10 +155,10 @@ class ImplicitFilter(KernelParameters):
         return torch.cat([self._times(length, dtype)[:, None], torch.cos(angle), -torch.sin(angle)], 1)
 
     def forward(self, length: int) -> Float[Tensor, "n_filters width length"]:
-        """The first `length` values of every filter, in float32 or wider also under autocast.
+        """The first `length` values of every filter, in float32 or wider, even under autocast.
 
-        The sines are taken in float64: each of frequency a multiplies the roundings before it by up to a, so that in
-        float32 a filter would be off by 1e-4, and would depend on the length that is asked for.
+        The sines are computed in float64. A sine of frequency a multiplies earlier rounding errors by up to a; in
+        float32 a filter would be off by 1e-4 and would depend on the length that is requested.
         """
         with without_autocast(self.bias.device.type):
             exact = diagonal.exact_dtype(self.bias.device)
@@ -171,21 +174,21 @@ class ImplicitFilter(KernelParameters):
 
 
 class HyenaFilterState(NamedTuple):
-    """State of a long convolution: what it was given so far. May share memory with the inputs."""
+    """State of a long convolution: all inputs so far. May share memory with the inputs."""
 
     inputs: Float[Tensor, "batch most_filled width"]
-    """Oldest first; zeros from the row's `filled` on."""
+    """Oldest first; zeros after the first `filled` entries of a row."""
     filled: Int[Tensor, " batch"]
-    """Inputs of each row."""
+    """Number of inputs of each row."""
 
 
 class HyenaFilter(SequenceLayer):
-    """The long convolution alone: `width` channels in and out, each with its own implicit filter.
+    """The long convolution of Hyena by itself: `width` channels in and out, each with its own implicit filter.
 
     Args:
         width: channels of the input and output.
-        filter_options: max_length and the others of `ImplicitFilter`.
-    Raises ValueError for sizes that do not exist and for sequences beyond max_length.
+        filter_options: max_length and the other options of `ImplicitFilter`.
+    Raises ValueError for invalid sizes and for sequences longer than max_length.
     """
 
     state_type = HyenaFilterState
@@ -200,7 +203,7 @@ class HyenaFilter(SequenceLayer):
         return True
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
+        """Redraw all parameters."""
         self.filter.reset_parameters()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> HyenaFilterState:
@@ -210,7 +213,7 @@ class HyenaFilter(SequenceLayer):
     def run(
         self, x: Float[Tensor, "rows length width"], state: HyenaFilterState | None, rows: Rows | None
     ) -> tuple[Tensor, HyenaFilterState]:
-        """The convolution over what came before and x."""
+        """The convolution over the inputs so far and x."""
         state = self.init_state(x.shape[0], x.dtype) if state is None else state
         needed = _tokens(x, state, rows, self.filter.max_length)
         return _convolve(x, self.filter(needed)[0], self.filter.bias[0], state, rows)
@@ -222,7 +225,7 @@ class HyenaState(NamedTuple):
     conv: Float[Tensor, "batch short_width_minus_1 all_channels"]
     """The last inputs of the short convolution, (order + 1) * d_model channels, oldest first."""
     filters: tuple[HyenaFilterState, ...]
-    """Of each long convolution, in the order in which they run."""
+    """The state of each long convolution, in the order in which they run."""
 
 
 class Hyena(SequenceLayer):
@@ -235,10 +238,10 @@ class Hyena(SequenceLayer):
     Args:
         d_model: width of the input and output.
         order: gates, at least 2; there are order - 1 long convolutions. One network makes all their filters.
-        short_width: of the depthwise causal convolution behind the input projection.
-        bias: of the projections and the short convolution.
-        filter_options: max_length and the others of `ImplicitFilter`.
-    Raises ValueError for sizes that do not exist and for sequences beyond max_length.
+        short_width: width of the depthwise causal convolution after the input projection.
+        bias: whether the projections and the short convolution have biases.
+        filter_options: max_length and the other options of `ImplicitFilter`.
+    Raises ValueError for invalid sizes and for sequences longer than max_length.
     """
 
     state_type = HyenaState
@@ -270,7 +273,7 @@ class Hyena(SequenceLayer):
         return True
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, in the order of construction."""
+        """Redraw all parameters, in the order of construction."""
         for module in (self.in_proj, self.conv, self.filter, self.out_proj):
             module.reset_parameters()
 
@@ -307,14 +310,14 @@ def _nothing_yet(batch: int, width: int, like: Tensor, dtype: torch.dtype | None
 
 
 def _tokens(x: Tensor, state: HyenaFilterState, rows: Rows | None, max_length: int) -> int:
-    """Tokens of the longest row, those before x included: as many values of the filter are needed.
+    """The tokens of the longest row, including those before x: this many values of the filter are needed.
 
-    Raises ValueError when there are more than max_length. Where values cannot be looked at, `_convolve` makes NaN of
-    the outputs that are too late instead.
+    Raises ValueError if there are more than max_length. Where the values of tensors cannot be read, `_convolve` instead
+    sets the outputs after max_length to NaN.
     """
     batch, length = x.shape[:2]
     needed = int(state.inputs.shape[1] + length)
-    exact = rows is None and not state.inputs.shape[1]  # else the shapes are but a bound
+    exact = rows is None and not state.inputs.shape[1]  # otherwise the shapes give only an upper bound
     if batch and not exact and (rows is not None or needed > max_length):
         if not plain(state.filled, x):
             return min(needed, max_length)
@@ -335,21 +338,21 @@ def _convolve(
     state: HyenaFilterState,
     rows: Rows | None,
 ) -> tuple[Tensor, HyenaFilterState]:
-    """y at the tokens of x, in the dtype of x, and the inputs so far with those of x behind them."""
+    """y at the tokens of x, in the dtype of x, and the new state: the inputs so far followed by x."""
     if not x.numel():
         return x, state
     x = x if rows is None else rows.zero_padding(x)
     stream, place = _append(state, x)
-    if x.shape[1] == 1:  # one output: a sum does
+    if x.shape[1] == 1:  # one output is a single sum
         lag = (state.filled[:, None] - torch.arange(stream.shape[1], device=x.device)).clamp(0, kernel.shape[1] - 1)
-        y = (kernel.T[lag] * stream).sum(1, keepdim=True)  # what is beyond the present is zero
+        y = (kernel.T[lag] * stream).sum(1, keepdim=True)  # the stream is zero after the present token
     else:
         y = fft_conv(stream, kernel)
         y = y if place is None else y.gather(1, place)
     filled = state.filled + (x.shape[1] if rows is None else rows.lengths)
     after = HyenaFilterState(stream[:, : kernel.shape[1]].contiguous(), filled)
     y = y + bias * x
-    if stream.shape[1] > kernel.shape[1] and not plain(state.filled, x):  # the filter may end before the tokens do
+    if stream.shape[1] > kernel.shape[1] and not plain(state.filled, x):  # the filter may be shorter than the tokens
         late = _places(state, x) >= kernel.shape[1]
         y = y.masked_fill((late if rows is None else late & rows.mask)[..., None], math.nan)
     return y.to(x.dtype), after
@@ -358,7 +361,7 @@ def _convolve(
 def _append(
     state: HyenaFilterState, x: Float[Tensor, "rows length width"]
 ) -> tuple[Float[Tensor, "rows stream width"], Int[Tensor, "rows length width"] | None]:
-    """Each row's inputs so far, then x, then zeros; and where the tokens of x lie in it, None if at the start."""
+    """Each row's inputs so far, then x, then zeros; and the indices of x's tokens, or None if x is at the start."""
     if not state.inputs.shape[1]:
         return x, None
     place = _places(state, x)[..., None].expand(x.shape)

@@ -1,4 +1,4 @@
-"""Linear attention: a positive feature map in place of the softmax, so that sums of fixed size are all it keeps.
+"""Linear attention: a positive feature map in place of the softmax, so that the state is two sums of fixed size.
 
     S[t] = S[t-1] + φ(k[t]) v[t]ᵀ;  z[t] = z[t-1] + φ(k[t]);  y[t] = S[t]ᵀ φ(q[t]) / (φ(q[t])·z[t] + ε)
 
@@ -22,7 +22,7 @@ from anymamba.parts.sequence import SequenceLayer
 
 FEATURE_MAPS = {"elu+1": lambda x: F.elu(x) + 1, "relu": F.relu}
 EPSILON = 1e-6
-CHUNK = 64  # tokens whose scores are a matrix; the sums S cost as much as the scores where d_head is about this
+CHUNK = 64  # tokens per chunk; the sums S cost as much as the scores when d_head is about this
 
 
 class LinearAttentionState(NamedTuple):
@@ -40,9 +40,9 @@ class LinearAttention(SequenceLayer):
     Args:
         d_model: width of the input and output.
         n_heads: heads of d_model / n_heads channels.
-        feature_map: φ: "elu+1", as published, or "relu".
-        bias: biases of the projections.
-    Raises ValueError for sizes that do not fit and for a feature map that does not exist.
+        feature_map: φ, either "elu+1" as in the paper or "relu".
+        bias: whether the projections have biases.
+    Raises ValueError for invalid sizes and unknown feature maps.
     """
 
     state_type = LinearAttentionState
@@ -61,12 +61,12 @@ class LinearAttention(SequenceLayer):
         self.out_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, in the order of construction: PyTorch's default for linear layers."""
+        """Redraw all parameters, in the order of construction: PyTorch's default for linear layers."""
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> LinearAttentionState:
-        """Zeros, float32 or wider whatever the activations are."""
+        """Zeros in float32 or wider, whatever the dtype of the activations."""
         like = activations_of(self.in_proj)
         wide = torch.promote_types(dtype or like["dtype"], torch.float32)
         z = torch.zeros(batch, self.n_heads, self.d_head, device=like["device"], dtype=wide)
@@ -75,7 +75,7 @@ class LinearAttention(SequenceLayer):
     def run(
         self, x: Float[Tensor, "rows length d_model"], state: LinearAttentionState | None, rows: Rows | None
     ) -> tuple[Float[Tensor, "rows length d_model"], LinearAttentionState]:
-        """Chunks in parallel; see `SequenceLayer.run`."""
+        """Run over chunks in parallel; see `SequenceLayer.run`."""
         q, k, v = self._features(x)
         if rows is not None:  # padding adds nothing to the sums
             k, v = (t.masked_fill(~rows.mask[..., None, None], 0) for t in (k, v))
@@ -85,7 +85,7 @@ class LinearAttention(SequenceLayer):
     def run_step(
         self, x: Float[Tensor, "batch d_model"], state: LinearAttentionState
     ) -> tuple[Float[Tensor, "batch d_model"], LinearAttentionState]:
-        """One token, in time and memory that do not grow."""
+        """One token, in constant time and memory."""
         q, k, v = self._features(x)
         S = state.S + k[..., None] * v[..., None, :]
         z = state.z + k
@@ -107,10 +107,10 @@ def chunked_linear_attention(
     v: Float[Tensor, "batch length n_heads d_head"],
     state: LinearAttentionState,
 ) -> tuple[Float[Tensor, "batch length n_heads d_head"], LinearAttentionState]:
-    """Linear attention of features q and k: scores as masked matrices inside chunks, sums carried between them.
+    """Linear attention of features q and k, with masked score matrices inside chunks and sums carried between them.
 
-    Costs length * (CHUNK + d_head) * d_head multiplications a head, and memory of length * (CHUNK + d_head +
-    d_head**2 / CHUNK): scores, values and the sums before the chunks.
+    Needs length * (CHUNK + d_head) * d_head multiplications per head, and memory for length * (CHUNK + d_head +
+    d_head**2 / CHUNK) numbers: the scores, the values and the sums before the chunks.
     """
     length = q.shape[1]
     if length == 0:
@@ -131,6 +131,6 @@ def chunked_linear_attention(
 
 
 def _sums_before(terms: Float[Tensor, "batch n_chunks *sizes"], start: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum at the beginning of each chunk, and that after the last one."""
+    """The sum at the beginning of each chunk, and the sum after the last chunk."""
     sums = torch.cat([start[:, None].to(terms.dtype), terms], 1).cumsum(1)
     return sums[:, :-1], sums[:, -1]

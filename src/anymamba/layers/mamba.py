@@ -30,7 +30,7 @@ from anymamba.parts.state import MambaState
 
 
 class GatedBlock(SequenceLayer):
-    """Projections, short convolution and gate of the Mamba block, around a map of sequences that a subclass names.
+    """Projections, short convolution and gate of the Mamba block. A subclass provides the map of sequences inside.
 
     y = out_proj(map(silu(conv(x))) * silu(z)) where [x, z] = in_proj(input).
     """
@@ -40,7 +40,7 @@ class GatedBlock(SequenceLayer):
     def _build_projections(
         self, d_model: int, d_conv: int, expand: float, conv_bias: bool, bias: bool, like: dict[str, Any]
     ) -> None:
-        """Make what comes before the map. `_build_output` makes what comes after: weights are drawn in order."""
+        """Make the modules before the map. `_build_output` makes those after it, so that weights are drawn in order."""
         self.d_model, self.d_conv, self.d_inner = d_model, d_conv, int(expand * d_model)
         require_sizes(d_model=d_model, d_conv=d_conv, d_inner=self.d_inner)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **like)
@@ -101,26 +101,27 @@ class GatedBlock(SequenceLayer):
 
 
 class Mamba(SelectiveSSM, GatedBlock):
-    """A Mamba layer. `forward` and `step` take a state and return the new one; nothing is remembered on the module.
+    """A Mamba layer. `forward` and `step` take a state and return the new one; nothing is stored on the module.
 
     Args:
         d_model: width of the input and output.
         d_state: N, state per channel (complex numbers where A is complex).
         d_conv: width of the short convolution.
         expand: d_inner = int(expand * d_model).
-        dt_rank: rank of the step projection; None means ceil(d_model / 16).
-        dt_min, dt_max, dt_init_floor: the initial step is log-uniform on [dt_min, dt_max], at least the floor.
-        dt_init: "random" (uniform) or "constant" weight of the step projection.
-        dt_scale: its scale, in units of dt_rank ** -0.5.
-        conv_bias, bias: biases of the convolution, and of the input and output projections.
+        dt_rank: rank of the step projection; defaults to ceil(d_model / 16).
+        dt_min, dt_max, dt_init_floor: the initial step is log-uniform on [dt_min, dt_max], and at least dt_init_floor.
+        dt_init: how the weight of the step projection is initialised, "random" (uniform) or "constant".
+        dt_scale: the scale of that weight, in units of dt_rank ** -0.5.
+        conv_bias: whether the convolution has a bias.
+        bias: whether the input and output projections have biases.
         b_discretization: "euler" (published checkpoints) or "zoh" for B.
-        selective_delta, selective_B, selective_C: which of the three depend on the input; the others are parameters.
+        selective_delta, selective_B, selective_C: whether each depends on the input; otherwise it is a parameter.
         A_init: "s4d-real", "s4d-lin" (complex), "constant" or "random".
-        output_norm: None, "rmsnorm" or "layernorm" before the output projection.
-        inner_norms: RMS norms on dt, B and C.
-        inner_norm_weights: whether these have weights (Jamba) or not (FalconMamba).
+        output_norm: norm before the output projection: "rmsnorm" or "layernorm"; defaults to none.
+        inner_norms: whether dt, B and C have RMS norms.
+        inner_norm_weights: whether these norms have weights (Jamba) or not (FalconMamba).
         norm_eps: epsilon of the output and inner norms.
-    Raises ValueError for sizes and names that do not exist.
+    Raises ValueError for invalid sizes and names.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class Mamba(SelectiveSSM, GatedBlock):
         self._build_output(bias, norm, like)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, in the order of construction; for modules made on the meta device."""
+        """Redraw all parameters, in the order of construction, for example after creation on the meta device."""
         self.in_proj.reset_parameters()
         self.conv.reset_parameters()
         self._reset_selection()
@@ -182,8 +183,8 @@ class Mamba(SelectiveSSM, GatedBlock):
         """The state before the first token: zeros on the layer's device.
 
         Args:
-            batch: sequences.
-            dtype: of the convolution's part; defaults to that of the weights.
+            batch: number of sequences.
+            dtype: dtype of the convolution's state; defaults to that of the weights.
         """
         return MambaState(self._init_conv_state(batch, dtype), self._init_ssm_state(batch))
 
@@ -201,11 +202,11 @@ class Mamba(SelectiveSSM, GatedBlock):
 
 
 class MambaBlock(GatedBlock):
-    """The Mamba block around any map of sequences in place of the selective one (tables 1 and 6 of the paper).
+    """The Mamba block with any map of sequences in place of the selective one (tables 1 and 6 of the paper).
 
     Args:
         d_model: width of the input and output.
-        inner: makes the map from its number of channels, d_inner.
+        inner: a function that makes the map from its number of channels, d_inner.
         d_conv, expand, conv_bias, bias: as in `Mamba`.
     """
 
@@ -227,12 +228,12 @@ class MambaBlock(GatedBlock):
         self._build_output(bias, None, like)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, in the order of construction."""
+        """Redraw all parameters, in the order of construction."""
         for module in (self.in_proj, self.conv, self.inner, self.out_proj):
             module.reset_parameters()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> MambaState:
-        """The convolution's zeros, and in place of h the state of the inner layer."""
+        """Zeros for the convolution, and the inner layer's initial state in place of h."""
         return MambaState(self._init_conv_state(batch, dtype), self.inner.init_state(batch, dtype))
 
     @property

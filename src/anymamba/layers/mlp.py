@@ -1,9 +1,9 @@
-"""The MLP between other mixers: two projections, a nonlinearity, and in gated kinds a product.
+"""The MLP between other mixers: two projections, a nonlinearity, and a product in the gated kinds.
 
     gelu:    y = out_proj(gelu(in_proj(x)))
-    swiglu:  y = out_proj(u * silu(g)),  [u, g] = in_proj(x);  geglu and glu have gelu and sigmoid in place of silu
+    swiglu:  y = out_proj(u * silu(g)),  [u, g] = in_proj(x);  geglu and glu use gelu and sigmoid in place of silu
 
-Source: the Transformer (arXiv:1706.03762), section 3.3; the gated kinds are those of arXiv:2002.05202.
+Source: the Transformer (arXiv:1706.03762), section 3.3; the gated kinds: arXiv:2002.05202.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 class MLP(SequenceLayer):
-    """An MLP on each token; it has no state.
+    """An MLP that is applied to each token. It has no state.
 
     Args:
         d_model: width of the input and output.
         kind: "gelu" (tanh form), "swiglu", "geglu" or "glu".
-        d_hidden: width inside; defaults to 4 d_model for "gelu", 8/3 d_model rounded up to a multiple of 128 for the
-            gated kinds, whose three matrices then weigh about as much.
-        bias: of both projections; defaults to biases for "gelu" and none for the gated kinds.
-    Raises ValueError for sizes below 1 and kinds that do not exist.
+        d_hidden: hidden width; defaults to 4 d_model for "gelu", 8/3 d_model rounded up to a multiple of 128 for the
+            gated kinds, whose three matrices then have about as many parameters.
+        bias: whether both projections have biases; defaults to True for "gelu" and False for the gated kinds.
+    Raises ValueError for sizes below 1 and unknown kinds.
     """
 
     state_type = NoState
@@ -73,7 +73,7 @@ class MLP(SequenceLayer):
         return True
 
     def reset_parameters(self) -> None:
-        """PyTorch's default for linear maps, in the order of construction."""
+        """PyTorch's default for linear layers, in the order of construction."""
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
 

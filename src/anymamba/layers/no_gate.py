@@ -1,9 +1,9 @@
-"""A map of sequences without a gate: the S4 block with a linear mix in place of its GLU.
+"""A block without a gate: the S4 block with a linear map in place of its GLU.
 
     y = out_proj(gelu(inner(x)))
 
-The paper's "no gate" architecture (arXiv:2312.00752, table 1) does not say how it is wired; this is the block of S4
-(arXiv:2111.00396) less its multiplicative branch.
+The Mamba paper (arXiv:2312.00752, table 1) does not describe its "no gate" architecture in detail; this is the block of
+S4 (arXiv:2111.00396) without its multiplicative branch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from anymamba.parts.sequence import SequenceLayer
 
 
 class NoGate(SequenceLayer):
-    """`inner`, GELU, and a linear mix of the channels.
+    """`inner`, GELU, and a linear map of the channels.
 
     Args:
         d_model: width of the input and output.
-        inner: makes the map of sequences from its number of channels, d_model.
-        bias: of the mix.
+        inner: a function that makes the map of sequences from its number of channels, d_model.
+        bias: whether the linear map has a bias.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class NoGate(SequenceLayer):
         self.out_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, in the order of construction."""
+        """Redraw all parameters, in the order of construction."""
         self.inner.reset_parameters()
         self.out_proj.reset_parameters()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> Any:
-        """The inner layer's."""
+        """The inner layer's initial state."""
         return self.inner.init_state(batch, dtype)
 
     @property

@@ -22,16 +22,16 @@ class PositionsState(NamedTuple):
     """State of `LearnedPositions`."""
 
     n_seen: Int[Tensor, " batch"]
-    """Tokens seen by each row: the position of the next."""
+    """Tokens seen by each row, which is the position of the next one."""
 
 
 class LearnedPositions(SequenceLayer):
     """y[t] = x[t] + table[position of t].
 
     Args:
-        max_positions: rows of the table; a longer sequence is an error.
+        max_positions: length of the table; a longer sequence is an error.
         d_model: width of the embeddings.
-    Raises ValueError for sizes below 1, and for a sequence that leaves the table.
+    Raises ValueError for sizes below 1, and for a sequence that is longer than the table.
     """
 
     state_type = PositionsState
@@ -44,11 +44,11 @@ class LearnedPositions(SequenceLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 0.02), as embeddings are drawn."""
+        """N(0, 0.02), like the embeddings."""
         nn.init.normal_(self.table, std=0.02)
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> PositionsState:
-        """No tokens seen; counts are int64 whatever dtype is."""
+        """No tokens seen. Counts are int64, whatever dtype is."""
         return PositionsState(torch.zeros(batch, dtype=torch.int64, device=self.table.device))
 
     def run(
@@ -64,7 +64,7 @@ class LearnedPositions(SequenceLayer):
         if batch and plain(after):
             self._require_room(int(after.max()))
         positions = before[:, None] + torch.arange(length, device=x.device)
-        if rows is not None:  # padding may lie past the end of the table
+        if rows is not None:  # positions of padding may exceed the table
             positions = positions.masked_fill(~rows.mask, 0)
         return x + F.embedding(positions, self.table).to(x.dtype), PositionsState(after)
 
@@ -72,5 +72,5 @@ class LearnedPositions(SequenceLayer):
         if length > self.max_positions:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the table of {self.max_positions} absolute positions; "
-                f'raise max_positions, shorten the sequence, or choose positions="rotary", which have no end'
+                f'raise max_positions, shorten the sequence, or use positions="rotary", which has no limit'
             )

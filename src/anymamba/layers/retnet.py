@@ -1,4 +1,4 @@
-"""Retention (RetNet): linear attention whose sum fades at a rate of each head's own, with rotated queries and keys.
+"""Retention (RetNet): linear attention with a decay for each head, and with rotated queries and keys.
 
     S[t] = γ S[t-1] + k[t] v[t]ᵀ;   o[t] = S[t]ᵀ q[t];   y[t] = out_proj(silu(g[t]) * rmsnorm(o[t]))
 
@@ -25,30 +25,30 @@ from anymamba.parts.parameters import activations_of
 from anymamba.parts.rotary import rotate
 from anymamba.parts.sequence import SequenceLayer
 
-CHUNK = 64  # tokens whose scores are a matrix
+CHUNK = 64  # tokens per chunk
 
 
 class RetentionState(NamedTuple):
     """State of a retention layer; its size does not depend on how many tokens it has seen."""
 
     S: Float[Tensor, "batch n_heads d_head d_head_value"]
-    """The fading sum of k vᵀ, in float32 or wider."""
+    """The decayed sum of k vᵀ, in float32 or wider."""
     position: Int[Tensor, " batch"]
-    """Tokens seen, which the next rotation needs."""
+    """Tokens seen, needed for the next rotation."""
 
 
 class Retention(SequenceLayer):
     """Multi-scale retention with a swish gate.
 
-    Heads are normalised one by one, without weights. That makes the paper's normalisation of the rows of the score
-    matrix unnecessary: it multiplies o[t] of a head by a positive number, which the norm divides out.
+    Each head is normalised separately, without weights. So the paper's normalisation of the rows of the score matrix is
+    not needed: it multiplies o[t] of a head by a positive number, which the norm removes.
 
     Args:
         d_model: width of the input and output, and of queries and keys.
-        n_heads: heads of d_model / n_heads channels, an even number.
-        d_value: width of values and gate; None means 2 d_model.
+        n_heads: heads; each has d_model / n_heads channels, which must be even.
+        d_value: width of values and gate; defaults to 2 d_model.
         norm_eps: epsilon of the heads' norms.
-    Raises ValueError for sizes that do not fit.
+    Raises ValueError for invalid sizes.
     """
 
     state_type = RetentionState
@@ -80,13 +80,13 @@ class Retention(SequenceLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier-uniform, with gain 2^-2.5 into the heads and 2^-1 out of them."""
+        """Xavier-uniform, with gain 2^-1 for the output projection and 2^-2.5 for the others."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
             nn.init.xavier_uniform_(projection.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> RetentionState:
-        """Zeros: S is float32 or wider whatever the activations are."""
+        """Zeros. S is float32 or wider, whatever the dtype of the activations."""
         like = activations_of(self.q_proj)
         wide = torch.promote_types(dtype or like["dtype"], torch.float32)
         sizes = (batch, self.n_heads, self.d_head, self.d_head_value)
@@ -98,13 +98,13 @@ class Retention(SequenceLayer):
     def run(
         self, x: Float[Tensor, "rows length d_model"], state: RetentionState | None, rows: Rows | None
     ) -> tuple[Float[Tensor, "rows length d_model"], RetentionState]:
-        """Chunks in parallel; see `SequenceLayer.run`."""
+        """Run over chunks in parallel; see `SequenceLayer.run`."""
         state = state or self.init_state(x.shape[0], x.dtype)
         length = x.shape[1]
         positions = state.position[:, None] + torch.arange(length, device=x.device)
         q, k, v = self._rotated(x, positions)
         lengths = torch.full_like(state.position, length)
-        if rows is not None:  # padding adds nothing to the sum; that the sum must not fade there, `lengths` tells
+        if rows is not None:  # padding adds nothing to the sum; with `lengths` the sum does not decay there either
             k, v = (t.masked_fill(~rows.mask[..., None, None], 0) for t in (k, v))
             lengths = rows.lengths
         o, S = chunked_retention(q, k, v, log_decay(self.n_heads, q), state.S, lengths)
@@ -113,7 +113,7 @@ class Retention(SequenceLayer):
     def run_step(
         self, x: Float[Tensor, "batch d_model"], state: RetentionState
     ) -> tuple[Float[Tensor, "batch d_model"], RetentionState]:
-        """One token, in time and memory that do not grow."""
+        """One token, in constant time and memory."""
         q, k, v = (t[:, 0] for t in self._rotated(x[:, None], state.position[:, None]))
         S = torch.exp(log_decay(self.n_heads, q))[:, None, None] * state.S + k[..., None] * v[..., None, :]
         return self._output(x, torch.einsum("bhk,bhkv->bhv", q, S)), RetentionState(S, state.position + 1)
@@ -147,10 +147,11 @@ def chunked_retention(
     S: Float[Tensor, "batch n_heads d_head d_head_value"],
     lengths: Int[Tensor, " batch"],
 ) -> tuple[Float[Tensor, "batch length n_heads d_head_value"], Tensor]:
-    """o[t] and the state after the first `lengths` tokens of each row; k and v are zero beyond them.
+    """o[t], and the state after the first `lengths` tokens of each row; k and v must be zero after them.
 
-    Scores are masked matrices inside chunks, the state is carried between them. Every decay is exp of a number <= 0,
-    none is divided by. Costs length * (CHUNK + d_head) * (d_head + d_head_value) multiplications a head.
+    Scores are masked matrices inside chunks, and the state is carried between chunks. Every decay is exp of a number
+    <= 0, and nothing is divided by a decay. Needs length * (CHUNK + d_head) * (d_head + d_head_value) multiplications
+    per head.
     """
     length = q.shape[1]
     if length == 0:
@@ -180,7 +181,7 @@ def _powers(log_gamma: Float[Tensor, " n_heads"], exponents: Int[Tensor, "*sizes
 def _carried(
     sums: Float[Tensor, "batch n_chunks ..."], decays: Float[Tensor, "batch n_chunks ..."], S: Tensor
 ) -> tuple[Float[Tensor, "batch n_chunks ..."], Tensor]:
-    """The state at the beginning of each chunk, and that after the last one."""
+    """The state at the beginning of each chunk, and the state after the last chunk."""
     before = []
     for decay, added in zip(decays.unbind(1), sums.unbind(1), strict=True):
         before.append(S)
@@ -191,7 +192,7 @@ def _carried(
 def _require_sizes(d_model: int, n_heads: int, d_value: int) -> None:
     if n_heads < 1 or d_model < 1 or d_model % (2 * n_heads):
         raise ValueError(
-            f"d_model must be a multiple of 2 * n_heads, for heads rotate pairs of channels, got {d_model} and "
+            f"d_model must be a multiple of 2 * n_heads, because heads rotate pairs of channels, got {d_model} and "
             f"{n_heads} heads; change either"
         )
     if d_value < 1 or d_value % n_heads:

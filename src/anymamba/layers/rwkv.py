@@ -1,15 +1,15 @@
-"""RWKV-4: a weighted average of all values so far whose weights fade by channel, and a feed-forward layer; both look
-back one token.
+"""RWKV-4: an average of all values so far with weights that decay per channel, and a feed-forward layer. Both also see
+the previous token.
 
     wkv[t] = (Σ_{i<t} exp(k[i] - (t-1-i) w) v[i] + exp(u + k[t]) v[t]) / (the same sum without v),   w = exp(time_decay)
 
-The average before t and the logarithm of its weight are all that is remembered:
+The state is the average before t and the logarithm of its weight:
 
     weight[t] = log(exp(weight[t-1] - w) + exp(k[t]))
     average[t] = average[t-1] + sigmoid(k[t] - weight[t-1] + w) (v[t] - average[t-1])
 
-Nothing here can overflow, whatever k is. The second line is a selective scan with A = -1, B = C = 1 and exact
-zero-order hold, whose step is softplus(k[t] - weight[t-1] + w): theorem 1 of the Mamba paper.
+These cannot overflow for any k. The second line is a selective scan with A = -1, B = C = 1, exact zero-order hold and
+the step softplus(k[t] - weight[t-1] + w): theorem 1 of the Mamba paper.
 
 Source: RWKV (arXiv:2305.13048), section 3 and appendix on initialisation; Mamba (arXiv:2312.00752), section 3.5.1.
 """
@@ -30,7 +30,7 @@ from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import WideParameters
 from anymamba.parts.sequence import SequenceLayer
 
-EMPTY = -1e30  # the log weight of nothing; infinite would make NaN of differences
+EMPTY = -1e30  # the log weight before the first token; with -inf, differences would be NaN
 CHUNK = 32  # steps of the loop over time, which runs on all chunks at once
 
 
@@ -53,7 +53,7 @@ class RWKVChannelMixState(NamedTuple):
 
 
 class WKVParameters(WideParameters):
-    """How fast each channel forgets, exp(time_decay) a step, and the bonus u = time_first of the present token."""
+    """The decay of each channel, exp(time_decay) per step, and the bonus u = time_first of the present token."""
 
     def __init__(self, d_model: int, depth: float, device=None, dtype=None) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class WKVParameters(WideParameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Channel h: time_decay = -5 + 8 (h / (d_model - 1))^(0.7 + 1.3 depth), time_first = log 0.3 and -½, 0 or ½."""
+        """Channel h: time_decay = -5 + 8 (h / (d_model - 1))^(0.7 + 1.3 depth), time_first = log 0.3 + (-½, 0 or ½)."""
         d_model = self.time_decay.shape[0]
         channel = torch.arange(d_model, device=self.time_decay.device)
         self.time_decay.copy_(8 * (channel / max(d_model - 1, 1)) ** (0.7 + 1.3 * self.depth) - 5)
@@ -74,12 +74,14 @@ class WKVParameters(WideParameters):
 class RWKVTimeMix(SequenceLayer):
     """The time mix of RWKV-4: output(sigmoid(r) * wkv(k, v)), where r, k and v see x[t] and x[t-1].
 
-    Key, receptance and output start at zero (and are marked so that a model leaves them): a new layer gives zeros.
+    Key, receptance and output start at zero, so a new layer returns zeros. They are marked, so that a model's own
+    initialisation does not change them.
 
     Args:
         d_model: width of the input and output.
-        layer, n_layers: which of how many layers it is, from 0; the initialisation depends on the depth.
-    Raises ValueError for sizes that do not fit.
+        layer: index of the layer in the model, from 0; the initialisation depends on it.
+        n_layers: layers of the model.
+    Raises ValueError for invalid sizes.
     """
 
     state_type = RWKVTimeMixState
@@ -99,7 +101,7 @@ class RWKVTimeMix(SequenceLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Key, receptance and output are zero, the value orthogonal; the rest is a function of channel and depth."""
+        """Key, receptance and output are zero, the value is orthogonal; the rest depends on channel and depth."""
         channel = _channels(self.mix_key)
         rest = 1 - self.layer / self.n_layers
         self.mix_receptance.copy_(channel ** (0.5 * rest))
@@ -111,7 +113,7 @@ class RWKVTimeMix(SequenceLayer):
         self.wkv.reset_parameters()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> RWKVTimeMixState:
-        """No token seen: a zero before the first one, and an average without weight."""
+        """No token seen: the previous input is zero, and the average has no weight."""
         decay = self.wkv.time_decay
         average = torch.zeros(batch, self.d_model, device=decay.device, dtype=decay.dtype)
         return RWKVTimeMixState(
@@ -123,7 +125,7 @@ class RWKVTimeMix(SequenceLayer):
     def run(
         self, x: Float[Tensor, "rows length d_model"], state: RWKVTimeMixState | None, rows: Rows | None
     ) -> tuple[Float[Tensor, "rows length d_model"], RWKVTimeMixState]:
-        """All tokens; see `SequenceLayer.run`. Padding follows the real tokens, so that nothing of it reaches them."""
+        """All tokens; see `SequenceLayer.run`. Padding comes after the real tokens, so it does not reach them."""
         state = state or self.init_state(x.shape[0], x.dtype)
         r, k, v = self._projected(x, _before(x, state.previous))
         w, u = torch.exp(self.wkv.time_decay), self.wkv.time_first
@@ -138,7 +140,7 @@ class RWKVTimeMix(SequenceLayer):
     def run_step(
         self, x: Float[Tensor, "batch d_model"], state: RWKVTimeMixState
     ) -> tuple[Float[Tensor, "batch d_model"], RWKVTimeMixState]:
-        """One token, in time and memory that do not grow."""
+        """One token, in constant time and memory."""
         r, k, v = self._projected(x, state.previous.to(x.dtype))
         faded = state.log_weight - torch.exp(self.wkv.time_decay)
         y = self._output(r, self.wkv.time_first + k - state.log_weight, v, state.average)
@@ -154,7 +156,7 @@ class RWKVTimeMix(SequenceLayer):
         return r, k.to(wide), v.to(wide)
 
     def _output(self, r: Tensor, log_share: Tensor, v: Tensor, average: Tensor) -> Tensor:
-        """The average with the present token in it: log_share is the log ratio of the token's weight to the rest's."""
+        """Output of the average with the present token; log_share is the log of its weight over that of the average."""
         wkv = average + torch.sigmoid(log_share) * (v - average)
         return self.output(torch.sigmoid(r) * wkv.to(r.dtype))
 
@@ -162,13 +164,15 @@ class RWKVTimeMix(SequenceLayer):
 class RWKVChannelMix(SequenceLayer):
     """The channel mix of RWKV-4: sigmoid(r) * value(relu(key(x))^2), where r and the key see x[t] and x[t-1].
 
-    Receptance and value start at zero (and are marked so that a model leaves them): a new layer gives zeros.
+    Receptance and value start at zero, so a new layer returns zeros. They are marked, so that a model's own
+    initialisation does not change them.
 
     Args:
         d_model: width of the input and output.
-        d_hidden: width between key and value; None means 4 d_model.
-        layer, n_layers: which of how many layers it is, from 0; the initialisation depends on the depth.
-    Raises ValueError for sizes that do not fit.
+        d_hidden: width between key and value; defaults to 4 d_model.
+        layer: index of the layer in the model, from 0; the initialisation depends on it.
+        n_layers: layers of the model.
+    Raises ValueError for invalid sizes.
     """
 
     state_type = RWKVChannelMixState
@@ -204,7 +208,7 @@ class RWKVChannelMix(SequenceLayer):
         _start_at_zero(self.value)
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> RWKVChannelMixState:
-        """A zero before the first token."""
+        """The previous input is zero."""
         return RWKVChannelMixState(self.mix_key.new_zeros(batch, self.d_model, dtype=dtype))
 
     def run(
@@ -231,8 +235,9 @@ def decayed_logcumsumexp(
 ) -> Float[Tensor, "batch length d_model"]:
     """log(exp(start - (t+1) w) + Σ_{i<=t} exp(k[i] - (t-i) w)) at each t.
 
-    A loop over time inside chunks, all chunks at once, then one over chunks: CHUNK + length / CHUNK steps in a row. No
-    position is multiplied with w but within a chunk, so that float32 keeps its precision at any length.
+    A loop over time inside the chunks, for all chunks at once, is followed by a loop over the chunks: CHUNK +
+    length / CHUNK sequential steps. Only positions within a chunk are multiplied by w, so float32 keeps its precision
+    at any length.
     """
     length = k.shape[1]
     if length == 0:
@@ -251,9 +256,9 @@ def decayed_logcumsumexp(
 
 
 def _logaddexp(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """log(exp(a) + exp(b)), whose derivatives of any order are finite however far a and b lie apart.
+    """log(exp(a) + exp(b)), with finite derivatives of any order even if a and b are far apart.
 
-    The second one of torch's own is NaN where exp(a - b) overflows, as it does beside `EMPTY`.
+    The second derivative of torch.logaddexp is NaN if exp(a - b) overflows, as it does if b is `EMPTY`.
     """
     if as_operations(a, b):
         return torch.where(a > b, a + F.softplus(b - a), b + F.softplus(a - b))
@@ -262,7 +267,7 @@ def _logaddexp(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor
 
 
 class _LogAddExp(torch.autograd.Function):
-    """The share of exp(a) in the sum is its derivative, in a form that is differentiable in turn."""
+    """logaddexp whose backward pass, the share of exp(a) in the sum, can be differentiated again."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
@@ -302,12 +307,12 @@ def _mix(x: Float[Tensor, "... d_model"], previous: Tensor, share: Float[Tensor,
 
 
 def _before(x: Float[Tensor, "batch length width"], start: Float[Tensor, "batch width"]) -> Tensor:
-    """What stood one step earlier: start, x[0], x[1], ..."""
+    """x shifted by one step: start, x[0], x[1], ..."""
     return torch.cat([start[:, None].to(x.dtype), x], 1)[:, :-1]
 
 
 def _last(x: Tensor, start: Float[Tensor, "rows width"], rows: Rows | None) -> Float[Tensor, "rows width"]:
-    """The last real token of each row; start where there is none."""
+    """The last real token of each row, or start for a row without tokens."""
     if rows is not None:
         return rows.last(x, start[:, None], 1)[:, 0]
     return x[:, -1] if x.shape[1] else start
@@ -319,15 +324,15 @@ def _channels(mix: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
 
 
 def _orthogonal(projection: nn.Linear) -> None:
-    """An orthogonal matrix, scaled up by sqrt(outputs / inputs) where it widens."""
+    """Set an orthogonal matrix, scaled by sqrt(outputs / inputs) if there are more outputs than inputs."""
     outputs, inputs = projection.weight.shape
-    weight = torch.empty_like(projection.weight, dtype=torch.float32)  # its QR decomposition has no narrower form
+    weight = torch.empty_like(projection.weight, dtype=torch.float32)  # torch has no QR decomposition in 16 bits
     nn.init.orthogonal_(weight, gain=math.sqrt(max(outputs / inputs, 1)))
     projection.weight.copy_(weight)
 
 
 def _start_at_zero(projection: nn.Linear) -> None:
-    """Zeros that a model's own initialisation leaves alone."""
+    """Set zeros, and mark the projection so that a model's own initialisation does not change it."""
     nn.init.zeros_(projection.weight)
     projection.starts_at_zero = True  # type: ignore[assignment]
 
