@@ -94,7 +94,7 @@ def test_small_presets_hold_what_the_formula_says(name):
 
 
 def test_presets_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"unknown preset 'mamba-7b'; there are nano, .*mamba-130m"):
+    with pytest.raises(ValueError, match=r"unknown preset 'mamba-7b'; the presets are nano, .*mamba-130m"):
         preset("mamba-7b")
 
 

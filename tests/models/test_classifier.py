@@ -115,9 +115,9 @@ def test_what_a_caller_can_get_wrong(tmp_path):
     model = classifier()
     with pytest.raises(ValueError, match=r"inputs must be token ids \(batch, length\)"):
         model(torch.randn(2, 3, 4))
-    with pytest.raises(ValueError, match="pool_mask goes with pooling 'masked'"):
+    with pytest.raises(ValueError, match="pool_mask must be given exactly if pooling is 'masked'"):
         model(ids(), pool_mask=torch.ones(4, 9))
-    with pytest.raises(ValueError, match="pool_mask goes with pooling 'masked'"):
+    with pytest.raises(ValueError, match="pool_mask must be given exactly if pooling is 'masked'"):
         classifier(pooling="masked")(ids())
     with pytest.raises(ValueError, match="a position to pool"):
         model(ids(), attention_mask=torch.zeros(4, 9))
@@ -136,5 +136,5 @@ def test_what_a_caller_can_get_wrong(tmp_path):
     with pytest.raises(ValueError, match="n_outputs must be at least 1, got 0"):
         ClassifierConfig(0)
     LanguageModel(SMALL).save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="it is no classifier"):
+    with pytest.raises(FileNotFoundError, match="it holds no head"):
         SequenceClassifier.from_pretrained(tmp_path)

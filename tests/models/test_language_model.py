@@ -262,7 +262,7 @@ def test_bad_input(call, error, message):
 
 
 def test_an_unknown_mixer():
-    with pytest.raises(ValueError, match="unknown mixer 'atention' in mixers; there are mamba"):
+    with pytest.raises(ValueError, match="unknown mixer 'atention' in mixers; the mixers are mamba"):
         build(mixers=("mamba", "atention"))
 
 

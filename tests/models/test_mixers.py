@@ -157,7 +157,7 @@ def test_attention_among_mamba_by_index_or_pattern():
 
 
 def test_a_name_that_does_not_exist_lists_those_that_do():
-    with pytest.raises(ValueError, match="unknown mixer 'mamba3' in mixers; there are mamba, s4, "):
+    with pytest.raises(ValueError, match="unknown mixer 'mamba3' in mixers; the mixers are mamba, s4, "):
         model_of("mamba3")
 
 

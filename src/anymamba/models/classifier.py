@@ -1,4 +1,4 @@
-"""A model of whole sequences: the backbone of a language model, pooled, and a head for classes or numbers."""
+"""Classification and regression of whole sequences: a language model's backbone, pooling, and a head."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ HEAD_FILE, CONFIG_FILE = "classifier.safetensors", "classifier.json"
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What a sequence is mapped to, and from what."""
+    """Outputs, task, pooling and inputs of a `SequenceClassifier`."""
 
     n_outputs: int
-    """Classes, or numbers to predict."""
+    """Number of classes, or of numbers to predict."""
     task: Task = "classification"
-    """Cross-entropy over classes, or squared error of numbers."""
+    """The loss: cross-entropy over classes, or the squared error of numbers."""
     pooling: Pooling = "last"
-    """The last real position; the mean of all real ones; the mean of those that a pool_mask names."""
+    """The last position that is not padding; the mean of all such positions; the mean of those in a pool_mask."""
     d_input: int | None = None
-    """Size of input vectors in place of token ids, which a linear map embeds; defaults to token ids."""
+    """Size of input vectors, which a linear layer embeds; None: inputs are token ids."""
 
     def __post_init__(self) -> None:
         require_at_least("n_outputs", self.n_outputs, 1)
@@ -47,7 +47,7 @@ class ClassifierConfig:
 
 
 class SequenceClassifier(nn.Module):
-    """A sequence to class logits or to numbers.
+    """Maps a whole sequence to class logits or to numbers.
 
     Args:
         model: the backbone: its config, or a language model (pretrained or not) that becomes part of this one.
@@ -67,9 +67,9 @@ class SequenceClassifier(nn.Module):
         d_model, like = self.backbone.config.d_model, {"device": device, "dtype": dtype}
         self.embed = None if config.d_input is None else nn.Linear(config.d_input, d_model, **like)
         if self.embed is not None:
-            self.backbone.embedding.requires_grad_(False)  # there are no token ids
+            self.backbone.embedding.requires_grad_(False)  # unused: inputs are vectors
         if self.backbone.head is not None:
-            self.backbone.head.requires_grad_(False)  # and none to predict
+            self.backbone.head.requires_grad_(False)  # unused: no token is predicted
         self.head = nn.Linear(d_model, config.n_outputs, **like)
 
     def forward(
@@ -82,10 +82,10 @@ class SequenceClassifier(nn.Module):
         """Logits of the classes, or the numbers.
 
         Args:
-            inputs: token ids, or vectors where the config has d_input.
+            inputs: token ids, or vectors if the config has d_input.
             attention_mask: true at real positions; padding on either side changes nothing.
-            pool_mask: for pooling "masked", true at the positions that count.
-        Raises ValueError where inputs are of the other kind, or where a row has no position to pool.
+            pool_mask: for pooling "masked", true at the positions to average.
+        Raises ValueError if inputs are of the other kind, or if a row has no position to pool.
         """
         wanted = 2 if self.embed is None else 3
         if inputs.ndim != wanted:
@@ -98,9 +98,11 @@ class SequenceClassifier(nn.Module):
         return self.head(self._pooled(hidden, self._counted(hidden, attention_mask, pool_mask)))
 
     def _counted(self, hidden: Tensor, attention_mask: Tensor | None, pool_mask: Tensor | None) -> Tensor:
-        """True at the positions that pooling looks at."""
+        """True at the positions that are pooled."""
         if (pool_mask is None) == (self.config.pooling == "masked"):
-            raise ValueError(f"pool_mask goes with pooling 'masked' and no other, got pooling {self.config.pooling!r}")
+            raise ValueError(
+                f"pool_mask must be given exactly if pooling is 'masked', got pooling {self.config.pooling!r}"
+            )
         real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         for name, mask in (("attention_mask", attention_mask), ("pool_mask", pool_mask)):
             if mask is not None and mask.shape != real.shape:
@@ -110,7 +112,7 @@ class SequenceClassifier(nn.Module):
             if mask is not None:
                 real = real & mask.bool()
         if not real.any(1).all():
-            raise ValueError("every row needs a position to pool, got one without; drop it, or mend its mask")
+            raise ValueError("every row needs a position to pool, got one without; drop the row or correct its mask")
         return real
 
     def _pooled(self, hidden: Float[Tensor, "batch length d_model"], counted: Bool[Tensor, "batch length"]) -> Tensor:
@@ -123,7 +125,7 @@ class SequenceClassifier(nn.Module):
         return (summed / counted.sum(1, keepdim=True)).to(hidden.dtype)
 
     def loss(self, inputs: Tensor, targets: Tensor, **masks: Tensor | None) -> Float[Tensor, ""]:
-        """The mean loss of a batch: nats a row, or the squared error a number.
+        """The mean loss of a batch: nats per row, or squared error per number.
 
         Args:
             targets: (batch,) classes, or (batch, n_outputs) numbers.
@@ -153,12 +155,12 @@ class SequenceClassifier(nn.Module):
     def from_pretrained(cls, path: str | Path, device=None, dtype=None) -> SequenceClassifier:
         """Load what `save_pretrained` wrote.
 
-        Raises FileNotFoundError where the folder has no head: then give `LanguageModel.from_pretrained` to a new one.
+        Raises FileNotFoundError if the folder has no head; a new classifier can take `LanguageModel.from_pretrained`.
         """
         path = Path(path)
         if not (path / CONFIG_FILE).is_file():
             raise FileNotFoundError(
-                f"{path} has no {CONFIG_FILE}: it is no classifier; SequenceClassifier(LanguageModel.from_pretrained("
+                f"{path} has no {CONFIG_FILE}: it holds no head; SequenceClassifier(LanguageModel.from_pretrained("
                 "...), ClassifierConfig(...)) puts a new head on a language model"
             )
         values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The configuration of a model: a frozen dataclass, free of torch."""
+"""The configuration of a model: a frozen dataclass. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,25 +30,26 @@ class ModelConfig:
     n_layers: int = 24
     """Number of residual blocks."""
     vocab_size: int = 50277
-    """Ids that exist; a tokenizer decides it when one is given."""
+    """Number of token ids; taken from the tokenizer if one is given."""
     pad_vocab_multiple: int = 8
-    """The embedding's rows are rounded up to a multiple of this; sampling never emits the padding."""
+    """The number of rows of the embedding is rounded up to a multiple of this; sampling never emits the padding."""
     tie_embeddings: bool = True
     """The head shares the embedding's weight."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Norm before each mixer and before the head."""
     norm_eps: float = 1e-5
-    """Epsilon of those norms."""
+    """Epsilon of these norms."""
     residual_in_fp32: bool = True
-    """The residual stream is kept in float32 whatever the weights' dtype is."""
+    """Keep the residual stream in float32 for any dtype of the weights."""
     mixers: tuple[str, ...] = ("mamba",)
-    """The mixer of each block by name; a shorter tuple repeats. See `models/mixers.py` for the names."""
+    """The name of each block's mixer; a tuple shorter than n_layers repeats. `models/mixers.py` lists the names."""
     attention_layers: tuple[int, ...] = ()
-    """Blocks, counted from 0, whose mixer is attention whatever `mixers` says."""
+    """Blocks, counted from 0, whose mixer is attention instead of the one in `mixers`."""
     weight_std: float | None = None
-    """Weights of projections are N(0, weight_std), those of outputs over sqrt(n_layers); None: as the layers do."""
+    """Draw the weights of projections from N(0, weight_std), and divide those of output projections by sqrt(n_layers).
+    None: keep each layer's own initialisation."""
     mamba: MambaOptions = field(default_factory=MambaOptions)
-    """Options of Mamba, of S6 alone, and of the Mamba block around other layers."""
+    """Options of Mamba, of S6 without Mamba's block, and of Mamba's block with another inner layer."""
     s4: S4Options = field(default_factory=S4Options)
     """Options of S4."""
     s4d: S4DOptions = field(default_factory=S4DOptions)
@@ -102,12 +103,12 @@ class ModelConfig:
 
     @property
     def dt_rank(self) -> int:
-        """R: rank of the step projection."""
+        """R: rank of the projection to the step dt."""
         return self.mamba.dt_rank or math.ceil(self.d_model / 16)
 
     @property
     def has_absolute_positions(self) -> bool:
-        """Whether a table of positions is added to the embeddings, which every mixer then sees."""
+        """Whether a table of positions is added to the embeddings, for all mixers."""
         return self.attention.positions == "absolute"
 
     @property

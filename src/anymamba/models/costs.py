@@ -1,4 +1,4 @@
-"""What a layer costs: parameters, floating-point operations a token, bytes of state. Counted while it runs."""
+"""The cost of a layer: parameters, floating-point operations per token, bytes of state. It is counted in a run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from anymamba.models.mixers import build_mixer
 from anymamba.parts.state import state_bytes
 
 SCAN_FLOPS = 9
-"""Operations a token, channel and state of a scan: the step times A, its exponential, B's part, update and output."""
+"""Operations of a scan per token, channel and state: the step times A, its exponential, B's part, update and output."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one layer in float32."""
+    """The cost of one layer in float32."""
 
     parameters: int
     flops_per_token: float
-    """Of a forward pass over the sequence; a multiply-add counts as two, a product with a causal mask as it is
-    computed."""
+    """Floating-point operations of a forward pass over the sequence, per token. A multiply-add counts as two. A product
+    with a causal mask counts as much as is computed of it."""
     state_bytes: int
-    """What is kept for the next token after the sequence."""
+    """Bytes of the state after the sequence."""
 
 
 @torch.no_grad()
 def layer_cost(name: str, config: ModelConfig, length: int) -> Cost:
-    """Measure a mixer of a config by running it once over `length` tokens."""
+    """Measure a config's mixer by running it once over `length` tokens."""
     layer = build_mixer(name, replace(config, n_layers=1, mixers=(name,)), 0, {}).eval()
     x = torch.zeros(1, length, config.d_model)
     with OperationCounter() as counter:
@@ -43,7 +43,7 @@ def layer_cost(name: str, config: ModelConfig, length: int) -> Cost:
 
 
 def n_parameters(module: nn.Module) -> int:
-    """Parameters, a shared one counted once."""
+    """The number of parameters; a shared one counts once."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -56,7 +56,7 @@ def _convolution(x: Tensor, weight: Tensor, *_: Any) -> int:
 
 
 def _fourier(x: Tensor, dims: list[int], *rest: Any) -> int:
-    """2.5 n log2 n for a real transform of length n, twice that for a complex one."""
+    """2.5 n log2 n for a real transform of length n; a complex one takes twice as many."""
     size = math.prod(x.shape[d] for d in dims)
     if x.is_complex() and rest and isinstance(rest[-1], int) and not isinstance(rest[-1], bool):
         size = rest[-1]  # complex to real: the length of the result
@@ -77,7 +77,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_fft_c2c": lambda x, dims, *rest: 2 * _fourier(x, dims),
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
 }
-"""Operations of what torch's own registry does not know, from the arguments of a call."""
+"""The number of operations, from the arguments of a call, for operators that are not in torch's own registry."""
 
 
 class OperationCounter(TorchDispatchMode):

@@ -1,7 +1,7 @@
-"""A model outside Python: the one-token step as an ONNX file, and programs of `torch.export` as files.
+"""Exporting models: the one-token step as an ONNX file, and files of `torch.export` programs.
 
-`torch.export.export` takes a model, with a dynamic batch and length, as it is; `torch.export.save` and `load` want this
-module imported, for the names of our outputs and of the scan.
+`torch.export.export` takes a model without changes, with a dynamic batch and length. `torch.export.save` and `load`
+need this module to be imported, because it registers the names of our outputs and of the scan.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def state_names(state: Any, prefix: str = "state") -> Iterator[str]:
 
 
 class _Step(nn.Module):
-    """`LanguageModel.step` on tensors alone; logits of the ids that exist."""
+    """`LanguageModel.step` with tensors as arguments and results; its logits have no padding."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
         self.template = model.init_state(1)
-        self.training = False  # here alone, so that the exporter is content and the model is as it was
+        self.training = False  # the exporter requires it; set here only, so that the model is not changed
 
     def forward(self, token_ids: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         given = iter(state)
@@ -47,15 +47,16 @@ class _Step(nn.Module):
 
 
 def export_step_onnx(model: LanguageModel, path: str | Path) -> None:
-    """Write an ONNX file that reads one token for each row and returns the logits of the next and the new state.
+    """Write an ONNX file that reads one token per row and returns the logits of the next token and the new state.
 
     Inputs are `token_ids` (batch,) int64 and, for each layer i, `state.layers.i.conv` (batch, d_conv - 1, d_inner) and
     `state.layers.i.ssm` (batch, d_inner, d_state), zeros before the first token. Outputs are `logits` (batch,
-    vocab_size) and the same names with `new_` in front. The batch may be of any size, everything is float32.
+    vocab_size) and the new states under the same names with the prefix `new_`. The batch may be of any size; all but
+    the token ids is float32.
 
     Args:
         model: in float32, with a real A.
-        path: of the file; the weights of a model beyond 2 GB go into a second one beside it, path + ".data".
+        path: of the file. If the weights exceed 2 GB, they go into a second file, path + ".data".
     Raises ValueError for a model that ONNX cannot express, ImportError without onnx and onnxscript.
     """
     _require_expressible(model)
@@ -89,12 +90,12 @@ def _require_expressible(model: LanguageModel) -> None:
     for name, block in zip(model.config.layer_mixers, model.blocks, strict=True):
         if not block.mixer.exports_step:
             raise ValueError(
-                f"ONNX cannot express the step of the mixer {name!r}: it is to be real arithmetic on a state of fixed "
+                f"ONNX cannot express the step of the mixer {name!r}: it must be real arithmetic on a state of fixed "
                 "size; torch.export takes every model"
             )
     if model.positions is not None:
         raise ValueError(
-            "the ONNX step cannot tell when a table of absolute positions ends; torch.export takes every model"
+            "the ONNX step cannot check for the end of a table of absolute positions; torch.export takes every model"
         )
     dtype = model.embedding.weight.dtype
     if dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""A language model: embedding, pre-norm residual blocks, norm, head. The state is a value that goes in and out."""
+"""A language model: embedding, pre-norm residual blocks, norm, head. The state is an argument and a result."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from anymamba.parts.parameters import WideParameters, without_decay
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
 
-LOSS_CHUNK_ELEMENTS = 1 << 23  # logits held at once by the loss: 32 MiB in float32
+LOSS_CHUNK_ELEMENTS = 1 << 23  # most logits in memory during the loss: 32 MiB in float32
 
 
 class LanguageModelState(NamedTuple):
-    """State of all blocks. Recurrent ones have a size that does not depend on how many tokens they have seen."""
+    """State of all blocks. The state of a recurrent block has a size that does not depend on the number of tokens."""
 
     layers: tuple[Any, ...]
     positions: Any = ()
-    """How many tokens each row has seen, in models with a table of positions."""
+    """The number of tokens that each row has read, in models with a table of positions; else None."""
 
 
 class LanguageModelOutput(NamedTuple):
@@ -45,14 +45,14 @@ class LossOutput(NamedTuple):
     """What `loss` returns."""
 
     loss: Float[Tensor, ""]
-    """Sum over counted labels of -log p, in nats."""
+    """Sum of -log p over the counted labels, in nats."""
     n_tokens: Int[Tensor, ""]
-    """Counted labels."""
+    """Number of labels counted."""
     state: LanguageModelState
 
 
 class Block(nn.Module):
-    """residual + mixer(norm(residual)); the residual stays in float32 where the config says so."""
+    """residual + mixer(norm(residual)); the residual stays in float32 if the config says so."""
 
     def __init__(self, config: ModelConfig, index: int, like: dict[str, Any]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
 
     Args:
         config: sizes and options.
-        device: where the parameters live; "meta" makes them without memory, `reset_parameters` fills them later.
+        device: where the parameters live; "meta" creates them without memory, and `reset_parameters` fills them later.
         dtype: of the weights; A_log, D and the step's bias stay float32 or wider.
     """
 
@@ -104,9 +104,9 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _init_language_model(self) -> None:
-        """What a model changes of its layers' own initialisation.
+        """Change the layers' own initialisation where a model needs another.
 
-        The embedding is N(0, 0.02), biases of projections are 0, and the output projections are drawn anew and divided
+        The embedding is N(0, 0.02) and biases of projections are 0. The output projections are drawn again and divided
         by sqrt(n_layers), so that the residual's variance does not grow with depth (one addition per block). With
         `weight_std` all projections are normal.
         """
@@ -123,14 +123,14 @@ class LanguageModel(nn.Module):
                 module.weight.div_(math.sqrt(self.config.n_layers))
 
     def _projections(self) -> Iterator[tuple[str, nn.Linear]]:
-        """Linear modules by name, but for those that make kernels or that start at zero: these keep what they drew."""
+        """Linear modules by name. Those that make kernels or that start at zero keep their values and are left out."""
         own = {m for wide in self.modules() if isinstance(wide, WideParameters) for m in wide.modules()}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and module not in own and not getattr(module, "starts_at_zero", False):
                 yield name, module
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew; after `to_empty` it completes a model made on the meta device."""
+        """Draw all parameters again; call it after `to_empty` for a model that was made on the meta device."""
         self.embedding.reset_parameters()
         if self.positions is not None:
             self.positions.reset_parameters()
@@ -146,7 +146,7 @@ class LanguageModel(nn.Module):
 
     @property
     def grows(self) -> bool:
-        """Whether the state of a layer grows with the sequence."""
+        """Whether the state of any layer grows with the sequence."""
         return any(block.mixer.grows for block in self.blocks)
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> LanguageModelState:
@@ -175,7 +175,7 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
-        """`hidden` for vectors that stand in place of the tokens' embeddings."""
+        """`hidden` for vectors in place of the tokens' embeddings."""
         where: Any = ()
         if self.positions is not None:
             before = None if state is None else state.positions
@@ -201,11 +201,11 @@ class LanguageModel(nn.Module):
 
         Args:
             input_ids: (batch, length).
-            state: one row per sequence; defaults to the beginning.
-            attention_mask: (batch, length), true at real tokens; padding on either side leaves logits and state as they
-                are without it.
+            state: one row per sequence; defaults to the state before the first token.
+            attention_mask: (batch, length), true at real tokens; padding on either side changes neither the logits of
+                real tokens nor the state.
             cu_seqlens: int32 offsets of sequences packed along the length of one row.
-            num_last_logits: compute logits of that many last positions only; defaults to all.
+            num_last_logits: compute the logits of this many last positions only; defaults to all.
         """
         x, state = self.hidden(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         if num_last_logits is not None:
@@ -243,10 +243,10 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> LossOutput:
-        """Cross-entropy of the labels, summed in nats; logits of a long sequence are never held whole.
+        """Cross-entropy of the labels, summed in nats. Logits are computed in chunks, so they never fill memory.
 
         Args:
-            labels: (batch, length), the token that follows each position; -100 is not counted.
+            labels: (batch, length), the token after each position; -100 is not counted.
             Others as in `forward`.
         """
         if labels.shape != input_ids.shape:
@@ -266,7 +266,7 @@ class LanguageModel(nn.Module):
         return embedded.to(wide) if self.config.residual_in_fp32 else embedded
 
     def logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
-        """The head, on what `hidden` returns."""
+        """Apply the head to the output of `hidden`."""
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     def _cross_entropy(self, x: Float[Tensor, "tokens d_model"], labels: Int[Tensor, " tokens"]) -> Tensor:
@@ -277,11 +277,11 @@ class LanguageModel(nn.Module):
     # --------------------------------------------------------------------------------------------- parameters
 
     def n_parameters(self) -> int:
-        """Parameters, a tied weight counted once."""
+        """The number of parameters; a tied weight counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def no_decay_parameter_names(self) -> set[str]:
-        """Parameters that weight decay must not touch: those of the SSM, every bias, every norm."""
+        """Names of parameters that get no weight decay: those of the SSM, all biases, all norms."""
         exempt = without_decay(self)
         return {name for name, parameter in self.named_parameters() if parameter in exempt}
 
@@ -296,8 +296,8 @@ class LanguageModel(nn.Module):
                 .gguf file, or a name on the Hugging Face hub.
             dtype: of the weights; defaults to that of the file.
             revision: of a repository on the hub.
-        Raises FileNotFoundError when there is no such model, CheckpointError when its files are broken or of another
-            kind of model.
+        Raises FileNotFoundError if there is no such model, CheckpointError if its files are broken or of another kind
+            of model.
         """
         from anymamba.models.checkpoints import load_pretrained
 
@@ -313,8 +313,8 @@ class LanguageModel(nn.Module):
         """Write a model folder (or a .gguf file), each file atomically; with the tokenizer's file if given.
 
         Args:
-            format: defaults to Hugging Face's, where its readers compute the same function, else our own.
-        Raises CheckpointError, naming the options, when the format cannot hold the model.
+            format: defaults to Hugging Face's if its readers compute the same function, else to our own.
+        Raises CheckpointError, which names the options, if the format cannot hold the model.
         """
         from anymamba.models.checkpoints import save_pretrained
 

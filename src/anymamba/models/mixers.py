@@ -1,8 +1,8 @@
-"""The mixers that a config may name, and how each is built from it.
+"""The mixers that a config can name, and how each is built from the config.
 
-An inner layer (s4, s4d, hyena-filter, s6) named alone stands in a block without a gate; "h3-" and "mamba-" before it
-put it into H3's block or Mamba's, so that the paper's tables 1 and 6 are lists of names. "mamba" is Mamba's block with
-S6.
+The name of an inner layer (s4, s4d, hyena-filter, s6) gives a block without a gate around it. The prefix "h3-" or
+"mamba-" puts the layer into H3's or Mamba's block, so the paper's tables 1 and 6 are lists of names. "mamba" is Mamba's
+block with S6.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ INNER: dict[str, Builder] = {
     "hyena-filter": lambda config, width, like: HyenaFilter(width, **options(config.hyena, "order"), **like),
     "s6": lambda config, width, like: S6(width, **{n: getattr(config.mamba, n) for n in S6_OPTIONS}, **like),
 }
-"""Builders of the maps of sequences from the config and their number of channels."""
+"""Builders of inner layers, from the config and the number of channels."""
 
 
 def _no_gate(name: str) -> Builder:
@@ -82,7 +82,10 @@ def _attention(config: ModelConfig, _: int, like: Like) -> SequenceLayer:
 
 
 def _among_its_like(config: ModelConfig, index: int) -> dict[str, int]:
-    """A layer of RWKV is a time mix and a channel mix: where a block stands among those of its mixer."""
+    """A block's index among the blocks with the same mixer, and their number.
+
+    A layer of RWKV is two blocks, a time mix and a channel mix, so block indices do not count its layers.
+    """
     names = config.layer_mixers
     return {"layer": names[:index].count(names[index]), "n_layers": max(1, names.count(names[index]))}
 
@@ -103,11 +106,11 @@ MIXERS: dict[str, Builder] = {
     "rwkv": lambda config, i, like: RWKVTimeMix(config.d_model, **_among_its_like(config, i), **like),
     "rwkv-channel": lambda config, i, like: RWKVChannelMix(config.d_model, **_among_its_like(config, i), **like),
 }
-"""Builders from the config and the block's index."""
+"""Builders of mixers, from the config and the block's index."""
 
 
 def growing_mixers(config: ModelConfig) -> tuple[str, ...]:
-    """The names of mixers whose state grows with the sequence, as their classes say."""
+    """The names of a config's mixers whose state grows with the sequence."""
     names = config.layer_mixers
     like: Like = {"device": "meta", "dtype": None}
     return tuple(name for name in sorted(set(names)) if build_mixer(name, config, names.index(name), like).grows)
@@ -121,5 +124,5 @@ def build_mixer(name: str, config: ModelConfig, index: int, like: Like) -> Seque
     if name == "mamba-s6":
         raise ValueError("unknown mixer 'mamba-s6' in mixers; Mamba's block with S6 is \"mamba\"")
     if name not in MIXERS:
-        raise ValueError(f"unknown mixer {name!r} in mixers; there are {', '.join(MIXERS)}")
+        raise ValueError(f"unknown mixer {name!r} in mixers; the mixers are {', '.join(MIXERS)}")
     return MIXERS[name](config, index, like)

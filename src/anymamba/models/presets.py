@@ -1,7 +1,7 @@
 """Named sizes of language models.
 
-Sizes are those of arXiv:2312.00752, tables 3 and 12, and of arXiv:2212.14052 for H3; the small ones are for CPUs. A
-layer of a Transformer is two blocks here, attention and MLP; a Mamba of the same size has as many blocks.
+The sizes are from arXiv:2312.00752, tables 3 and 12, and for H3 from arXiv:2212.14052; the small ones are for CPUs. A
+layer of a Transformer is two blocks here, attention and MLP; a Mamba of the same size has the same number of blocks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def transformer_plus_plus(n_layers: int, d_model: int, n_heads: int, vocab_size:
 
 
 def h3(n_layers: int, d_model: int, n_heads: int, attention_at: tuple[int, ...] = ()) -> ModelConfig:
-    """H3 with S4D and an MLP in each layer; Hybrid-H3 where attention stands in for H3 in the layers named."""
+    """H3 with S4D and an MLP in each layer; Hybrid-H3 if attention replaces H3 in the layers `attention_at`."""
     return ModelConfig(
         d_model=d_model,
         n_layers=2 * n_layers,
@@ -62,7 +62,7 @@ def h3(n_layers: int, d_model: int, n_heads: int, attention_at: tuple[int, ...] 
 
 
 def h3_plus_plus(n_layers: int, d_model: int) -> ModelConfig:
-    """H3++: half as many layers again, the MLP's expansion 2, heads of 8, RMSNorm, no linear biases."""
+    """H3++: 1.5 times as many layers, MLPs with expansion 2, heads of 8, RMSNorm, no linear biases."""
     return ModelConfig(
         d_model=d_model,
         n_layers=2 * (n_layers * 3 // 2),
@@ -74,7 +74,7 @@ def h3_plus_plus(n_layers: int, d_model: int) -> ModelConfig:
 
 
 def spread(n_blocks: int, n_attention: int) -> tuple[int, ...]:
-    """Blocks for n_attention attention layers among n_blocks, evenly spread, neither first nor last."""
+    """Indices of n_attention attention blocks among n_blocks: evenly spread, neither first nor last."""
     return tuple(round((i + 1) * n_blocks / (n_attention + 1)) for i in range(n_attention))
 
 
@@ -97,7 +97,7 @@ PRESETS: dict[str, ModelConfig] = {
     **{f"h3-{name}": h3(*size) for name, size in SIZES.items()},
     **{f"hybrid-h3-{name}": h3(*size, attention_at=(size[0] // 2,)) for name, size in SIZES.items()},
     **{f"h3++-{name}": h3_plus_plus(*size[:2]) for name, size in SIZES.items()},
-    # about one block in ten attends (arXiv:2405.21060, table 2), or every second one is an MLP
+    # about one block in ten is attention (arXiv:2405.21060, table 2), or every second one is an MLP
     "mamba-attention-130m": replace(MAMBA["mamba-130m"], attention_layers=spread(24, 2)),
     "mamba-mlp-130m": replace(MAMBA["mamba-130m"], mixers=("mamba", "mlp")),
 }
@@ -106,8 +106,8 @@ PRESETS: dict[str, ModelConfig] = {
 def preset(name: str) -> ModelConfig:
     """The configuration of a preset.
 
-    Raises ValueError for an unknown name, naming those that exist.
+    Raises ValueError for an unknown name; the message lists the known ones.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
