@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_a_number_is_an_error(model):
     broken = LanguageModel(model.config)
     with torch.no_grad():
         broken.norm.weight.fill_(torch.nan)
-    with pytest.raises(RuntimeError, match=r"the loss from document 0 \(document 0\) on is nan"):
+    with pytest.raises(RuntimeError, match=r"the loss is nan from document 0 \(document 0\) on"):
         evaluate(broken, table_of([4]), EOS)
 
 
@@ -177,6 +177,6 @@ def test_the_result_says_what_was_counted():
     unknown = EvaluationResult(10.0, 5, None, 1, False)
     assert unknown.summary() == (
         "2.0000 nats per token, perplexity 7.39 over 1 document, 5 tokens "
-        "(the first token of each not counted, ends of documents not counted)"
+        "(the first token of each document not counted, ends of documents not counted)"
     )
     assert EvaluationResult(1e6, 1, 1, 1, True).perplexity == math.inf

@@ -182,7 +182,7 @@ def test_misuse_of_sample():
         sample(torch.zeros(1, 3), SamplingConfig())
     with pytest.raises(ValueError, match="temperature 0"):
         filter_logits(torch.zeros(1, 3), SamplingConfig(temperature=0))
-    with pytest.raises(ValueError, match="one number or one a prompt, got 3 for 2 prompts"):
+    with pytest.raises(ValueError, match="one number or one per prompt, got 3 for 2 prompts"):
         RowDraws([1, 2, 3], 2)
     with pytest.raises(ValueError, match="a seed must lie between 0 and"):
         RowDraws(-1, 1)

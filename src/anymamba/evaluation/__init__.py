@@ -1,1 +1,1 @@
-"""Evaluation: perplexity with carried state, and simple models of bytes to compare with."""
+"""Evaluation: perplexity with carried state, and simple byte models to compare with."""

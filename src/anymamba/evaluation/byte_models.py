@@ -1,7 +1,7 @@
-"""Simple models of bytes that a language model is compared with: an order-k byte model, zlib and xz.
+"""Simple byte models to compare a language model with: an order-k byte model, zlib and xz.
 
-All measure bits per byte of the same held-out documents. The order-k model is trained on the training documents; the
-compressors see the held-out bytes only, and learn from them as they go.
+All measure bits per byte on the same held-out documents. The order-k model is trained on the training documents; the
+compressors read only the held-out bytes and adapt to them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 1 << 22
-"""Bytes counted at once: it bounds the memory beside the tables, which grow with distinct contexts only."""
+"""Bytes counted at once. This bounds the memory apart from the tables, which grow with the distinct contexts only."""
 
 
 class OrderKByteModel:
@@ -26,11 +26,11 @@ class OrderKByteModel:
         p_j(b | c) = (n(c b) + t(c) p_{j-1}(b | c')) / (n(c) + t(c)),   p_{-1} = 1 / 256,
 
     where n counts in the training bytes, t(c) is the number of different bytes seen after the context c and c' is c
-    without its oldest byte; a context that was never seen leaves p_{j-1} as it is. Every probability is above 0.
+    without its oldest byte. For a context that was never seen p_j is p_{j-1}. Every probability is above 0.
     Source: Witten and Bell, The zero-frequency problem, IEEE Trans. Inf. Theory 37(4), 1991; Moffat, 1990 (PPMC).
 
     Args:
-        documents: the training bytes, each document from its beginning.
+        documents: the training bytes; contexts start anew in each document.
         order: k, 0 to 7.
     """
 
@@ -38,23 +38,23 @@ class OrderKByteModel:
         if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 7:
             raise ValueError(f"order must be an integer from 0 to 7 (a context is kept in 64 bits), got {order!r}")
         self.order = order
-        self._dtype: Any = np.uint32 if order <= 3 else np.uint64  # of k + 1 bytes as one number
+        self._dtype: Any = np.uint32 if order <= 3 else np.uint64  # holds k + 1 bytes as one number
         tables = [_Counts.of(np.zeros(0, self._dtype))] * (order + 1)
         for block in _blocks(documents, order):
             for known in range(order + 1):
                 tables[known] = tables[known].add(_Counts.of(block.grams(known, self._dtype)))
-        # Until here each byte is counted once, with all that is known before it; it counts at every lower order too.
+        # so far each byte is counted once, with its longest context; now also count it at every lower order
         for known in range(order, 0, -1):
             tables[known - 1] = tables[known - 1].add(tables[known].without_oldest(known))
         self.n_training_bytes = int(tables[0].counts.sum())
-        """Bytes that the model was trained on."""
+        """Number of bytes that the model was trained on."""
         self._tables = [_Followers(table) for table in tables]
         _require_bytes(self.n_training_bytes)
 
     def bits_per_byte(self, documents: Iterable[bytes]) -> float:
-        """Mean of -log2 p over the bytes of all documents, each from its beginning.
+        """Mean of -log2 p over the bytes of all documents; contexts start anew in each document.
 
-        Raises ValueError where there are no bytes.
+        Raises ValueError if there are no bytes.
         """
         bits, n_bytes = 0.0, 0
         for block in _blocks(documents, self.order):
@@ -65,13 +65,13 @@ class OrderKByteModel:
         return bits / _require_bytes(n_bytes)
 
     def probabilities(self, context: bytes) -> NDArray[np.float64]:
-        """(256,) the probability of each byte after a context, of which the last k bytes matter."""
+        """(256,) the probability of each byte after a context; only its last k bytes count."""
         known = min(len(context), self.order)
         number = int.from_bytes(context[len(context) - known :], "big")
         return self._probabilities(self._dtype(number << 8) + np.arange(256, dtype=self._dtype), known)
 
     def _probabilities(self, grams: NDArray[Any], known: int) -> NDArray[np.float64]:
-        """The probability of the last byte of each gram, given its `known` bytes before."""
+        """The probability of the last byte of each gram, given the `known` bytes before it."""
         p = np.full(len(grams), 1 / 256)
         for order in range(known + 1):
             suffix = grams & self._dtype(256 ** (order + 1) - 1)
@@ -110,11 +110,12 @@ def _require_bytes(n_bytes: int) -> int:
 
 
 class _Block(NamedTuple):
-    """A piece of the stream of documents."""
+    """A block of the concatenated documents."""
 
     data: NDArray[np.uint8]
     known: NDArray[np.uint8]
-    """How many bytes of its document come before each byte, at most k; CONTEXT_ONLY for bytes of the block before."""
+    """For each byte, the number of bytes before it in its document, at most k; CONTEXT_ONLY for bytes that belong to
+    the previous block."""
 
     def grams(self, known: int, dtype: Any) -> NDArray[Any]:
         """The grams of all bytes that have `known` bytes before them."""
@@ -129,9 +130,9 @@ CONTEXT_ONLY = 255
 
 
 def _blocks(documents: Iterable[bytes], order: int, size: int = BLOCK) -> Iterator[_Block]:
-    """The documents as blocks of less than 2 * size bytes; short ones share a block and long ones are cut."""
+    """The documents in blocks of less than 2 * size bytes; short documents share a block and long ones are cut."""
     pieces: list[NDArray[np.uint8]] = []
-    goes_on, length = False, 0  # whether the block's first piece goes on with a document
+    goes_on, length = False, 0  # goes_on: whether the block's first piece continues a document
     for document in documents:
         data = np.frombuffer(document, np.uint8)
         for begin in range(0, len(data), size):
@@ -149,7 +150,7 @@ def _join(pieces: list[NDArray[np.uint8]], goes_on: bool, order: int) -> _Block:
     data = np.concatenate(pieces)
     starts = np.cumsum([0, *map(len, pieces[:-1])])
     known = np.full(len(data), order, np.uint8)
-    for j in range(order - 1, -1, -1):  # the nearest beginning is written last
+    for j in range(order - 1, -1, -1):  # in this order, the nearest beginning is written last
         known[(starts + j)[starts + j < len(data)]] = j
     if goes_on:
         known[:order] = CONTEXT_ONLY
@@ -157,7 +158,7 @@ def _join(pieces: list[NDArray[np.uint8]], goes_on: bool, order: int) -> _Block:
 
 
 class _Counts(NamedTuple):
-    """How often each gram occurs; sorted, none twice."""
+    """The number of occurrences of each gram. Grams are sorted and distinct."""
 
     grams: NDArray[Any]
     counts: NDArray[np.int64]
@@ -167,12 +168,12 @@ class _Counts(NamedTuple):
         return _Counts(*np.unique(grams, return_counts=True))
 
     def add(self, other: _Counts) -> _Counts:
-        """The sum of both."""
+        """The sum of both counts."""
         grams = np.concatenate([self.grams, other.grams])
         return _sum_equal(grams, np.concatenate([self.counts, other.counts]))
 
     def without_oldest(self, known: int) -> _Counts:
-        """The counts of the grams with one known byte less."""
+        """The counts of the grams without their oldest byte."""
         return _sum_equal(self.grams & self.grams.dtype.type(256**known - 1), self.counts)
 
 
@@ -200,7 +201,7 @@ class _Followers:
         self._different = np.diff(first, append=len(contexts))
 
     def look_up(self, grams: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of each gram: its count, the count of its context, and how many different bytes follow that."""
+        """For each gram: its count, the count of its context, and the number of different bytes after that context."""
         contexts = grams >> grams.dtype.type(8)
         n_gram = _values_at(self._grams, grams, self._counts)
         n_context = _values_at(self._contexts, contexts, self._totals)
@@ -208,7 +209,7 @@ class _Followers:
 
 
 def _values_at(keys: NDArray[Any], wanted: NDArray[Any], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The value of each wanted key, 0 where it is not among the sorted keys."""
+    """The value of each wanted key; 0 for keys that are not among the sorted `keys`."""
     if not len(keys):
         return np.zeros(len(wanted), np.int64)
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

@@ -1,7 +1,7 @@
 """Bits per byte, nats per token and perplexity of a language model over documents of any length, in constant memory.
 
-The documents are one stream of tokens that is cut into passes of equal size: short documents share a pass, packed
-side by side with a state each, and a document that a pass cuts carries its state over into the next.
+The documents are concatenated and cut into passes of equal size. Short documents are packed into one pass, each with a
+state of its own. A document that continues in the next pass carries its state into it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.state import concatenate_rows, select_rows, state_bytes
 
 STATE_BYTES = 1 << 28
-"""States held at once, at most: it bounds how many documents share a pass."""
+"""Most bytes of states in memory; bounds the number of documents in a pass."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a model makes of documents, and what was counted. End-of-document labels never are."""
+    """The loss of a model on documents, and what was counted. End-of-document labels are never counted."""
 
     nats: float
-    """Sum over the counted tokens of -log p."""
+    """Sum of -log p over the counted tokens."""
     n_tokens: int
-    """Tokens counted."""
+    """Number of tokens counted."""
     n_bytes: int | None
-    """Bytes that the counted tokens stand for; None where that is not known."""
+    """Number of bytes of the counted tokens; None if it is not known."""
     n_documents: int
-    """Documents of which tokens were counted."""
+    """Number of documents with counted tokens."""
     counts_first_tokens: bool
-    """Whether the first token of each document is counted, predicted from the end-of-document id; without such an id
-    nothing comes before it that it could be predicted from."""
+    """Whether the first token of each document is counted. It is predicted from the end-of-document id and cannot be
+    counted without such an id."""
 
     @property
     def nats_per_token(self) -> float:
@@ -52,7 +52,7 @@ class EvaluationResult:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits per byte of the text, comparable between tokenizers; None where the bytes are not known."""
+        """Bits per byte of the text, comparable between tokenizers; None if the number of bytes is not known."""
         return None if self.n_bytes is None else self.nats / math.log(2) / self.n_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class EvaluationResult:
         """The measures and what was counted, in one line."""
         bits = "" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f} bits per byte, "
         size = "" if self.n_bytes is None else f", {self.n_bytes:,} bytes"
-        first = "first tokens included" if self.counts_first_tokens else "the first token of each not counted"
+        first = "first tokens included" if self.counts_first_tokens else "the first token of each document not counted"
         documents = "1 document" if self.n_documents == 1 else f"{self.n_documents:,} documents"
         return (
             f"{bits}{self.nats_per_token:.4f} nats per token, perplexity {self.perplexity:.2f} over {documents}, "
@@ -85,13 +85,13 @@ def evaluate(
     Args:
         model: a language model.
         table: documents as tokens.
-        eos_id: the id that documents begin and end with, from which the first token is predicted; None: there is
-            none, the first token of each document is not counted, and the bytes of the counted ones are not known.
-        chunk: tokens run at once, whatever the documents' lengths; the result does not depend on it.
+        eos_id: the id that documents begin and end with, from which the first token is predicted. None: the first token
+            of each document is not counted, and the number of bytes of the counted ones is not known.
+        chunk: tokens processed at once, for documents of any length; the result does not depend on it.
         progress: called with the tokens done and the tokens in all.
     Returns the sum of -log p in float64 and what was counted.
-    Raises ValueError where there is nothing to count or an id is outside the vocabulary, RuntimeError when the model's
-        loss is not a number.
+    Raises ValueError if there is nothing to count or an id is outside the vocabulary, RuntimeError if the model's loss
+        is not finite.
     """
     require_sizes(chunk=chunk)
     if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
@@ -116,17 +116,17 @@ def evaluate(
 
 
 class _Span(NamedTuple):
-    """Counted tokens [start, stop) of a document that are run in one pass."""
+    """Counted tokens [start, stop) of a document, processed in one pass."""
 
     document: int
     start: int
     stop: int
     is_last: bool
-    """Whether the document ends with it."""
+    """Whether the document ends with this span."""
 
 
 def _passes(counted: NDArray[np.int64], size: int, most_documents: int) -> Iterator[list[_Span]]:
-    """Cut the stream of all documents into passes of `size` tokens and at most so many documents."""
+    """Cut the concatenated documents into passes of `size` tokens and at most `most_documents` documents."""
     spans: list[_Span] = []
     room = size
     for document in np.flatnonzero(counted):
@@ -150,7 +150,7 @@ def _run(
     eos_id: int | None,
     carried: LanguageModelState | None,
 ) -> tuple[float, LanguageModelState | None]:
-    """The loss of one pass in nats, and the state of its last document if that goes on."""
+    """The loss of one pass in nats, and the state of its last document if that continues in the next pass."""
     device = next(model.parameters()).device
     pairs = [_inputs_and_labels(table, span, eos_id) for span in spans]
     arrays = [np.concatenate(rows) for rows in zip(*pairs, strict=True)]
@@ -166,7 +166,7 @@ def _run(
     loss = float(output.loss)
     if not math.isfinite(loss):
         raise RuntimeError(
-            f"the loss from document {spans[0].document} ({table.names[spans[0].document]}) on is {loss}; the model's "
+            f"the loss is {loss} from document {spans[0].document} ({table.names[spans[0].document]}) on; the model's "
             f"weights are broken, or their dtype overflows (float32 does not)"
         )
     if spans[-1].is_last:
@@ -177,7 +177,7 @@ def _run(
 def _inputs_and_labels(
     table: TokenTable, span: _Span, eos_id: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The tokens to predict, and the token before each; before the first is the end-of-document id if there is one."""
+    """The token before each token to predict, and those tokens. The end-of-document id comes before the first token."""
     if eos_id is None:
         tokens = table.read(span.document, span.start, span.stop + 1).astype(np.int64)
         return tokens[:-1], tokens[1:]

@@ -1,1 +1,1 @@
-"""Generation: sampling, streaming, beam search, states that are saved and forked."""
+"""Generation: sampling, streaming, beam search, saving and forking states."""

@@ -1,7 +1,7 @@
-"""Beam search: the likeliest continuations, found by keeping the best num_beams beginnings at every length.
+"""Beam search: finds the likeliest continuations by keeping the num_beams likeliest prefixes at each length.
 
-A continuation's score is its log-probability divided by its length in tokens to the power of length_penalty. The
-state of the beams is reordered with them.
+A continuation's score is its log-probability divided by length ** length_penalty, where the length is in tokens. When
+the beams are reordered, their states are reordered with them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel
+from anymamba.parts.derived import KeptTensors
 from anymamba.parts.state import select_rows
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -28,11 +29,11 @@ class Hypothesis(NamedTuple):
     """A continuation of a prompt."""
 
     ids: list[int]
-    """Its tokens; an end-of-sequence token is the last, as are the tokens of a stop string."""
+    """Its tokens, including an end-of-sequence token or the tokens of a stop string at the end."""
     log_probability: float
-    """Of all of them under the model, in nats."""
+    """Log-probability of all its tokens under the model, in nats."""
     score: float
-    """log_probability / length ** length_penalty; the best is the largest."""
+    """log_probability / length ** length_penalty; larger is better."""
     finish_reason: FinishReason
     """Why it ended: "eos", "stop" (a stop string) or "length" (max_new_tokens)."""
     text: str | None
@@ -54,24 +55,24 @@ def beam_search(
     state: GenerationState | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> list[list[Hypothesis]]:
-    """The n_best best continuations of each prompt that beam search finds, the best first.
+    """Run beam search and return the n_best best continuations of each prompt, best first.
 
     Args:
         model: a language model.
-        prompts: token ids of each, in any form that `generate` takes; none depends on the others.
-        tokenizer: makes text of tokens, finds stop strings, gives the end-of-sequence id; None: tokens only.
-        num_beams: beginnings that are kept at every length; 1 with early_stopping is greedy.
-        max_new_tokens: tokens at most.
-        n_best: continuations that are returned, at most num_beams. There are fewer only where no more exist.
-        length_penalty: 0 compares log-probabilities, 1 those per token; above 0 favours long continuations.
-        early_stopping: end a prompt as soon as num_beams continuations have ended. False: go on until none that still
-            runs can become better than the num_beams best that have ended.
-        eos_id: the token that ends a continuation; None: the tokenizer's, if there is one.
+        prompts: token ids of each, in any form that `generate` takes; each prompt is searched on its own.
+        tokenizer: for text, stop strings and the end-of-sequence id; None: tokens only.
+        num_beams: prefixes to keep at each length; 1 with early_stopping is greedy.
+        max_new_tokens: most tokens to generate.
+        n_best: continuations to return, at most num_beams. Fewer are returned only if no more exist.
+        length_penalty: 0 compares log-probabilities, 1 compares them per token; above 0 favours long continuations.
+        early_stopping: stop a prompt's search as soon as num_beams continuations have ended. False: search on until no
+            running beam can become better than the num_beams best that have ended.
+        eos_id: the token that ends a continuation; defaults to the tokenizer's, if there is a tokenizer.
         stop: strings that end a continuation; they need a tokenizer.
-        state: where to continue from, one row a prompt.
-        prefill_chunk: tokens of the prompts that are read at once.
-    Raises ValueError for options out of range and prompts that the model cannot read, RuntimeError when the model's
-        logits are not numbers.
+        state: the state to continue from, one row per prompt.
+        prefill_chunk: tokens of each prompt to read at once.
+    Raises ValueError for options out of range and prompts that the model cannot read, RuntimeError if the model's
+        logits are not finite.
     """
     _check_options(num_beams, max_new_tokens, n_best, length_penalty, stop, tokenizer)
     eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
@@ -85,28 +86,28 @@ def beam_search(
 
 
 class _Rules(NamedTuple):
-    """What holds for all prompts."""
+    """The options that are the same for all prompts."""
 
     num_beams: int
     max_new_tokens: int
     length_penalty: float
     early_stopping: bool
     end_of: Callable[[list[int]], FinishReason | None]
-    """Why tokens end a continuation; None where they do not."""
+    """The reason why these tokens end a continuation, or None if they do not."""
 
     def score(self, log_probability: float, length: int) -> float:
         return log_probability / max(length, 1) ** self.length_penalty
 
 
 class _Beam(NamedTuple):
-    """A beginning that still runs."""
+    """A prefix that is still being extended."""
 
     ids: list[int]
     log_probability: float
 
 
 class _Search:
-    """The search for one prompt: beams that run, in order of their probability, and continuations that have ended."""
+    """The search for one prompt: running beams, likeliest first, and continuations that have ended."""
 
     def __init__(self, rules: _Rules) -> None:
         self.rules = rules
@@ -115,7 +116,7 @@ class _Search:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing that runs can change the result any more."""
+        """Whether no running beam can change the result any more."""
         if not self.running:
             return True
         length = len(self.running[0].ids)
@@ -126,12 +127,15 @@ class _Search:
         return self.rules.early_stopping or self._best_possible(length) <= self.ended[-1].score
 
     def _best_possible(self, length: int) -> float:
-        """Bound of the score of anything that runs: probability is only lost, and the score is monotone in length."""
+        """Upper bound on the scores of running beams: probability only falls, and the score is monotone in length."""
         likeliest = self.running[0].log_probability
         return max(self.rules.score(likeliest, n) for n in (length + 1, self.rules.max_new_tokens))
 
     def advance(self, candidates: list[tuple[int, int, float]]) -> list[int]:
-        """Take the likeliest candidates (beam, token, log-probability), best first; return the beams that go on."""
+        """Replace the beams by the likeliest candidates (beam, token, log-probability), which are sorted, best first.
+
+        Returns the old beam that each new one extends.
+        """
         parents: list[int] = []
         running: list[_Beam] = []
         for rank, (beam, token, log_probability) in enumerate(candidates):
@@ -152,7 +156,7 @@ class _Search:
         del self.ended[self.rules.num_beams :]
 
     def best(self, n: int) -> list[Hypothesis]:
-        """The best continuations; beams that still run at max_new_tokens have ended there."""
+        """The best continuations; beams that are still running at max_new_tokens end there."""
         for beam in self.running:
             if len(beam.ids) == self.rules.max_new_tokens:
                 self._end(beam.ids, beam.log_probability, "length")
@@ -160,10 +164,10 @@ class _Search:
 
 
 def _run(model: LanguageModel, read: GenerationState, searches: list[_Search], tokenizer: Tokenizer | None) -> None:
-    """Advance all searches together until each is done; every row is a running beam of one of them."""
+    """Advance all searches together until each is done. The rows of the batch are their running beams."""
     vocab_size = model.config.vocab_size
     n_ids = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
-    logits, state = read.logits, read.model
+    logits, state, kept = read.logits, read.model, KeptTensors(model)
     active = [search for search in searches if not search.is_done]
     rows = [row for row, search in enumerate(searches) if not search.is_done]
     logits, state = logits[rows], select_rows(state, torch.tensor(rows, dtype=torch.int64, device=logits.device))
@@ -179,11 +183,12 @@ def _run(model: LanguageModel, read: GenerationState, searches: list[_Search], t
         if active:
             last = [beam.ids[-1] for search in active for beam in search.running]
             state = select_rows(state, torch.tensor(parents, device=logits.device))
-            logits, state = model.step(torch.tensor(last, device=logits.device), state)
+            with kept:
+                logits, state = model.step(torch.tensor(last, device=logits.device), state)
 
 
 def _candidates(active: list[_Search], logits: Float[Tensor, "rows n_ids"]) -> list[list[tuple[int, int, float]]]:
-    """Of each search, the likeliest (beam, token, log-probability): enough that num_beams of them do not end in eos."""
+    """The likeliest (beam, token, log-probability) of each search; at least num_beams of them do not end in eos."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     token_log_probabilities = logits.to(wide).log_softmax(-1)
     if not bool(torch.isfinite(token_log_probabilities.amax(-1)).all()):
@@ -202,7 +207,7 @@ def _candidates(active: list[_Search], logits: Float[Tensor, "rows n_ids"]) -> l
 def _end_test(
     eos_id: int | None, tokenizer: Tokenizer | None, stop: Sequence[str]
 ) -> Callable[[list[int]], FinishReason | None]:
-    """The test that tells why tokens end a continuation."""
+    """Make the function that returns the reason why tokens end a continuation, or None."""
 
     def end_of(ids: list[int]) -> FinishReason | None:
         if ids[-1] == eos_id:
@@ -215,7 +220,7 @@ def _end_test(
 
 
 def _decode(ids: list[int], tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text of tokens before a stop string, and whether there was one."""
+    """The text of tokens up to the first stop string, and whether there is one."""
     decoder = StoppingDecoder(tokenizer, stop)
     text = "".join(decoder.push(token) for token in ids) + decoder.flush()
     return text, decoder.stopped
@@ -247,4 +252,4 @@ def _check_options(
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be a finite number, got {length_penalty}")
     if stop and tokenizer is None:
-        raise ValueError("stop strings need the tokenizer that makes text of tokens; got tokenizer=None")
+        raise ValueError("stop strings need a tokenizer to turn tokens into text; got tokenizer=None")

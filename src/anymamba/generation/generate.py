@@ -1,7 +1,7 @@
-"""Generation of tokens and text, streamed or whole, for one prompt or a batch, from the beginning or from a state.
+"""Generation of tokens and text, streamed or at once, for one prompt or a batch, from the beginning or from a state.
 
-A row's tokens do not depend on the other rows of its batch (but for the last bits of the arithmetic), and neither does
-its end: rows that have ended are dropped from the computation. A token costs the same however long the context is.
+A row's tokens and its end do not depend on the other rows of its batch, except for rounding. Rows that have ended are
+dropped from the computation. With recurrent layers a token costs the same for any context length.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts,
 from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.parts.derived import KeptTensors
 from anymamba.parts.state import concatenate_rows, map_state, select_rows
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -31,39 +32,39 @@ class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of `generate`, `stream` and `stream_text`."""
 
     max_new_tokens: int
-    """Tokens to generate at most, for each prompt; 256 unless given."""
+    """Most tokens to generate for each prompt; defaults to 256."""
     sampling: SamplingConfig
-    """How tokens are chosen; drawn from the model's own distribution unless given."""
+    """How to choose tokens; defaults to drawing from the model's own distribution."""
     eos_id: int | None
     """The token that ends a row; defaults to the tokenizer's, if there is a tokenizer."""
     stop: Sequence[str]
-    """Strings that end a row's text, which is cut before them; they need a tokenizer."""
+    """Strings that end a row; its text is cut before them. They need a tokenizer."""
     seed: int | Sequence[int]
-    """The same seed gives the same tokens; 0 unless given. One number, with which every row draws differently, or one a
-    prompt: row r then draws as it does alone under seed[r]."""
+    """The same seed gives the same tokens; defaults to 0. With one number, every row draws different random numbers.
+    With one number per prompt, row r draws as it would alone with seed[r]."""
     state: GenerationState | None
-    """Where to continue from, one row a prompt (the prompts may be empty); defaults to the beginning."""
+    """The state to continue from, one row per prompt; prompts may then be empty. Defaults to the beginning."""
     prefill_chunk: int
-    """Tokens of the prompts that are read at once; memory grows with it, the result does not change."""
+    """Tokens of each prompt to read at once; memory grows with it, the result does not change."""
 
 
 class Step(NamedTuple):
-    """What one step of a stream brings; the lists have one entry for each row that was still running."""
+    """One step of a stream. The lists have one entry for each row that was still running."""
 
     rows: list[int]
-    """Which of the prompts these rows are."""
+    """The index of each row's prompt."""
     ids: list[int]
-    """The new token of each; an end-of-sequence token is the row's last."""
+    """The new token of each row; an end-of-sequence token is the row's last."""
     log_probabilities: list[float]
-    """Of these tokens under the model itself, in nats, before penalty, temperature and filters."""
+    """Log-probabilities of these tokens under the model, in nats, before penalty, temperature and filters."""
     texts: list[str]
-    """What is certain of the text by now; "" without a tokenizer."""
+    """The text that is final after this token and was not before; "" without a tokenizer."""
     finish_reasons: list[FinishReason | None]
-    """Why a row has ended with this token; None where it goes on."""
+    """Why a row has ended with this token; None if it continues."""
 
 
 class _Running(NamedTuple):
-    """Rows at work: what they need for the next step."""
+    """What the running rows need for the next step."""
 
     model: LanguageModelState
     """The state before `last`."""
@@ -94,13 +95,14 @@ class TokenStream(Iterator[Step]):
     ) -> None:
         require_at_least("max_new_tokens", max_new_tokens, 0)
         if stop and tokenizer is None:
-            raise ValueError("stop strings need the tokenizer that makes text of tokens; got tokenizer=None")
+            raise ValueError("stop strings need a tokenizer to turn tokens into text; got tokenizer=None")
         self._model, self._max_new_tokens = model, max_new_tokens
+        self._kept = KeptTensors(model)
         self._sampling = sampling or SamplingConfig()
         self._eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         rows = prompt_rows(prompts)
         self._decoders = None if tokenizer is None else [StoppingDecoder(tokenizer, stop) for _ in rows]
-        # Ids that may be emitted: a foreign model's vocabulary may be padded beyond its tokenizer's.
+        # ids that may be generated: a published model's vocabulary may be padded beyond its tokenizer's
         vocab_size = model.config.vocab_size
         self._n_ids = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
         self._draws = RowDraws(seed, len(rows))
@@ -108,14 +110,14 @@ class TokenStream(Iterator[Step]):
         self._ended: list[tuple[list[int], _Running]] = []
         self._n_steps = 0
         self.n_prompts = len(rows)
-        """How many prompts there are."""
+        """Number of prompts."""
         self.n_prompt_tokens = sum(map(len, rows))
-        """Tokens of all prompts."""
+        """Number of tokens in all prompts."""
         with torch.inference_mode():
             read = prefill(model, rows, self._eos_id, state, prefill_chunk)
             nothing = torch.zeros(len(rows), dtype=torch.int64, device=read.logits.device)
             self._running = _Running(read.model, nothing, read.seen.clone())
-            self._logits: Tensor | None = read.logits  # of the first token; later ones come from the step
+            self._logits: Tensor | None = read.logits  # of the first token; those of later ones come from the step
 
     @torch.inference_mode()
     def __next__(self) -> Step:
@@ -132,9 +134,9 @@ class TokenStream(Iterator[Step]):
 
     @property
     def state(self) -> GenerationState:
-        """The state after all tokens of the prompts and those generated so far, rows in the order of the prompts.
+        """The state after the prompts and all tokens generated so far, with rows in the order of the prompts.
 
-        A row that has ended is as it was at its end, the tokens of its end-of-sequence or stop string included.
+        The state of a row that has ended is that at its end, including the end-of-sequence token or the stop string.
         """
         with torch.inference_mode():
             parts = [part for part in (*self._ended, (self._rows, self._running)) if part[0]]
@@ -149,16 +151,17 @@ class TokenStream(Iterator[Step]):
         return map_state(Tensor.clone, result)  # a snapshot, made outside inference mode: usable by autograd, too
 
     def _next_logits(self) -> Float[Tensor, "rows n_ids"]:
-        """Logits of the ids that may be emitted; the model reads the last token first, if there is one."""
+        """Logits of the ids that may be generated, after reading the last token if there is one."""
         if self._logits is not None:
             logits, self._logits = self._logits, None
         else:
-            logits, model_state = self._model.step(self._running.last, self._running.model)
+            with self._kept:
+                logits, model_state = self._model.step(self._running.last, self._running.model)
             self._running = self._running._replace(model=model_state)
         return logits[:, : self._n_ids].float()
 
     def _choose(self, logits: Float[Tensor, "rows n_ids"]) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """A token a row and its log-probability under the model."""
+        """One token per row, and its log-probability under the model."""
         draws = None if self._sampling.is_greedy else self._draws.next(self._rows)
         ids = sample(logits, self._sampling, draws, self._running.seen[:, : self._n_ids])
         chosen = logits.gather(1, ids[:, None])[:, 0]
@@ -178,7 +181,7 @@ class TokenStream(Iterator[Step]):
         return Step(self._rows, ids, log_probabilities, texts, reasons)
 
     def _end_of(self, row: int, token: int) -> tuple[str, FinishReason | None]:
-        """The text that a row's new token makes certain, and why the row ends with it."""
+        """The text that is final after a row's new token, and why the row ends with it (None if it does not)."""
         reason: FinishReason | None = "length" if self._n_steps == self._max_new_tokens else None
         if token == self._eos_id:
             reason = "eos"
@@ -191,7 +194,7 @@ class TokenStream(Iterator[Step]):
         return text, "stop" if decoder.stopped else reason
 
     def _drop(self, places: list[int]) -> None:
-        """Take rows, by their place among the running ones, out of the computation."""
+        """Remove rows from the computation, by their indices among the running ones."""
         if not places:
             return
         gone = set(places)
@@ -209,7 +212,7 @@ def stream(
     tokenizer: Tokenizer | None = None,
     **options: Unpack[GenerationOptions],
 ) -> TokenStream:
-    """Generate step by step: iterating gives the new tokens of all running rows; `.state` is the state so far.
+    """Generate step by step. Iterating yields the new tokens of all running rows; `.state` is the state so far.
 
     The prompts are read before this returns.
 
@@ -217,10 +220,10 @@ def stream(
         model: a language model.
         prompts: token ids of each, which may differ in length: lists, ranges, arrays or tensors of integers, on any
             device; or one 2-D array or tensor.
-        tokenizer: makes text of tokens, finds stop strings, gives the end-of-sequence id; None: tokens only.
+        tokenizer: for text, stop strings and the end-of-sequence id; None: tokens only.
         options: see `GenerationOptions`.
-    Raises ValueError or TypeError for prompts that the model cannot read and options out of range, RuntimeError when
-        the model's logits are not numbers.
+    Raises ValueError or TypeError for prompts that the model cannot read and options out of range, RuntimeError if the
+        model's logits are not finite.
     """
     return TokenStream(model, prompts, tokenizer, **options)
 
@@ -230,9 +233,9 @@ class GenerationOutput:
     """What was generated after each prompt."""
 
     ids: list[list[int]]
-    """The new tokens of each row; an end-of-sequence token is the last, as are the tokens of a stop string."""
+    """The new tokens of each row, including an end-of-sequence token or the tokens of a stop string at the end."""
     log_probabilities: list[list[float]]
-    """Of each token under the model itself, in nats, before penalty, temperature and filters."""
+    """Log-probability of each token under the model, in nats, before penalty, temperature and filters."""
     finish_reasons: list[FinishReason]
     """Why each row ended: "eos", "stop" (a stop string) or "length" (max_new_tokens)."""
     texts: list[str] | None
@@ -245,7 +248,7 @@ class GenerationOutput:
         return self._stream.state
 
     def padded(self, pad_id: int) -> Int[Tensor, "batch length"]:
-        """The new tokens as one tensor; rows that ended early are filled up with pad_id."""
+        """The new tokens as one tensor; rows that ended early are padded with pad_id."""
         length = max(map(len, self.ids))
         rows = [ids + [pad_id] * (length - len(ids)) for ids in self.ids]
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
@@ -273,18 +276,18 @@ def generate(
 
 
 class TextStream(Iterator[str]):
-    """The text after one prompt in pieces, each as soon as it is certain; made by `stream_text`."""
+    """Iterates over pieces of the text after one prompt, each as soon as it is final; made by `stream_text`."""
 
     def __init__(self, steps: TokenStream) -> None:
         self._steps = steps
         self.ids: list[int] = []
-        """Tokens so far."""
+        """Number of tokens so far."""
         self.log_probabilities: list[float] = []
-        """Of these tokens under the model itself, in nats."""
+        """Log-probability of these tokens under the model, in nats."""
         self.finish_reason: FinishReason | None = None
-        """Why the text has ended; None while it goes on, and after max_new_tokens=0."""
+        """Why the text has ended; None until then, and after max_new_tokens=0."""
         self.n_prompt_tokens = steps.n_prompt_tokens
-        """Tokens of the prompt."""
+        """Number of tokens in the prompt."""
 
     def __next__(self) -> str:
         for step in self._steps:
@@ -304,12 +307,12 @@ class TextStream(Iterator[str]):
 def stream_text(
     model: LanguageModel, tokenizer: Tokenizer, prompt: str | bytes | ArrayLike, **options: Unpack[GenerationOptions]
 ) -> TextStream:
-    """Continue a text; iterating gives its pieces, never half a character or a part of a stop string.
+    """Continue a text. Iterating yields pieces of it, never part of a character or of a stop string.
 
     Args:
         model: a language model.
         tokenizer: its tokenizer.
-        prompt: the text to continue, or its token ids; it may be empty where there is a state, or an id that documents
+        prompt: the text to continue, or its token ids. It may be empty if there is a state, or an id that documents
             begin with.
         options: see `GenerationOptions`.
     Raises as `stream` does, and ValueError for a prompt that the tokenizer cannot encode.

@@ -1,4 +1,4 @@
-"""Reading prompts: in chunks, in constant memory, several of different lengths as one batch."""
+"""Reading prompts: in chunks, in constant memory, with different lengths in one batch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.state import concatenate_rows, map_state, select_rows
 
 PREFILL_CHUNK = 2048
-"""Tokens of each prompt that are read at once unless asked otherwise."""
+"""Default for the number of tokens of each prompt that are read at once."""
 
 Prompts = Sequence[ArrayLike] | NDArray[np.integer] | Tensor
 """Token ids of each prompt: lists, ranges, arrays or tensors of integers, on any device; or one 2-D array or tensor."""
 
 
 class GenerationState(NamedTuple):
-    """All that generation needs to go on after some tokens; its size does not depend on how many.
+    """All that generation needs to continue after some tokens. With recurrent layers its size is constant.
 
     Rows can be selected, repeated and joined with the functions of `anymamba.parts.state`: `select_rows(state,
     torch.tensor([0, 0]))` forks a prompt that was read once.
@@ -33,9 +33,9 @@ class GenerationState(NamedTuple):
     model: LanguageModelState
     """The model's state after these tokens."""
     logits: Float[Tensor, "batch vocab_size"]
-    """Of the token that comes next, without the padding of the vocabulary."""
+    """Logits of the next token, without the padding of the vocabulary."""
     seen: Bool[Tensor, "batch vocab_size"]
-    """Which tokens have occurred, for the repetition penalty."""
+    """True for ids that have occurred, for the repetition penalty."""
 
 
 def read_prompts(
@@ -50,18 +50,18 @@ def read_prompts(
 
     Args:
         model: a language model.
-        prompts: the ids of each, see `Prompts`; memory beside them depends on the chunk only.
-        eos_id: read in place of an empty prompt at the beginning, where documents begin with it; None: an empty
+        prompts: the ids of each, see `Prompts`; apart from them memory depends on the chunk only.
+        eos_id: the id that documents begin with, which is read for an empty prompt without state; None: an empty
             prompt is an error.
-        state: to continue from, one row a prompt; a prompt may then be empty.
-        chunk: tokens of each prompt that are read at once.
-    Raises ValueError for no prompts, ids outside the vocabulary, an empty prompt without eos_id or state, a state of
-        another batch; TypeError for ids that are not integers.
+        state: the state to continue from, one row per prompt; prompts may then be empty.
+        chunk: tokens of each prompt to read at once.
+    Raises ValueError if there are no prompts, an id is outside the vocabulary, a prompt is empty without eos_id or
+        state, or the state has another number of rows; TypeError if ids are not integers.
     """
-    rows = prompt_rows(prompts)  # outside inference mode, in which nested tensors cannot be taken apart
+    rows = prompt_rows(prompts)  # outside inference mode, where nested tensors cannot be unbound
     with torch.inference_mode():
         result = prefill(model, rows, eos_id, state, chunk)
-    return map_state(Tensor.clone, result)  # outside inference mode: usable by autograd, too
+    return map_state(Tensor.clone, result)  # outside inference mode, so that autograd can use it
 
 
 def prefill(
@@ -71,10 +71,10 @@ def prefill(
     state: GenerationState | None,
     chunk: int,
 ) -> GenerationState:
-    """`read_prompts`, to be called in inference mode.
+    """`read_prompts` for callers that are in inference mode.
 
-    Prompts are padded on the left so that their last tokens, whose logits are wanted, are in one place. They are
-    sorted by length, longest first, and a row takes part from the chunk in which its prompt begins.
+    Prompts are padded on the left, so that their last tokens, whose logits are needed, are in one column. They are
+    sorted by length, longest first, and a row is computed from the chunk in which its prompt begins.
     """
     require_sizes(prefill_chunk=chunk)
     rows = check_prompts(prompts, model.config.vocab_size, eos_id, state is not None)
@@ -84,8 +84,8 @@ def prefill(
         state = GenerationState(model.init_state(len(rows)), empty, empty.bool())
     elif tuple(state.logits.shape) != (len(rows), model.config.vocab_size):
         raise ValueError(
-            f"the state must have a row a prompt and the model's vocabulary, ({len(rows)}, {model.config.vocab_size}), "
-            f"got {tuple(state.logits.shape)}; select_rows repeats, drops and reorders rows"
+            f"the state must have one row per prompt and the model's vocabulary, ({len(rows)}, "
+            f"{model.config.vocab_size}), got {tuple(state.logits.shape)}; select_rows repeats, drops and reorders rows"
         )
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     state = select_rows(state, torch.tensor(order, device=device))
@@ -101,7 +101,7 @@ def _read_sorted(
     logits, seen, running = state.logits.clone(), state.seen.clone(), state.model
     for i, row in enumerate(rows):
         seen[i, torch.from_numpy(np.unique(row)).to(device)] = True
-    for start in range(-longest, 0, chunk):  # places are counted from the end, where all prompts meet
+    for start in range(-longest, 0, chunk):  # positions are counted from the end, where all prompts are aligned
         stop = min(start + chunk, 0)
         n_active = int((lengths > -stop).sum())
         ids, mask = _left_padded(rows[:n_active], start, stop)
@@ -122,7 +122,7 @@ def _read_sorted(
 def _left_padded(
     rows: list[NDArray[np.int64]], start: int, stop: int
 ) -> tuple[Int[np.ndarray, "rows length"], Bool[np.ndarray, "rows length"]]:
-    """Tokens [start, stop) of each row, counted from its end, and which of them there are."""
+    """Tokens [start, stop) of each row, counted from its end, and a mask that is false at padding."""
     ids = np.zeros((len(rows), stop - start), np.int64)
     mask = np.zeros(ids.shape, bool)
     for i, row in enumerate(rows):
@@ -138,7 +138,7 @@ def prompt_rows(prompts: Prompts) -> list[Int[np.ndarray, " length"]]:
     Raises TypeError for text and for values that are not integers, ValueError for ids that are not in rows.
     """
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-        raise TypeError(f"prompts is a list of lists of token ids, got {type(prompts).__name__}")
+        raise TypeError(f"prompts must be a list of lists of token ids, got {type(prompts).__name__}")
     if isinstance(prompts, Tensor):
         prompts = prompts.detach().cpu()  # once, not row by row
     return [_prompt_row(number, prompt) for number, prompt in enumerate(prompts)]
@@ -158,7 +158,7 @@ def _prompt_row(number: int, prompt: ArrayLike) -> Int[np.ndarray, " length"]:
 def check_prompts(
     prompts: Prompts, vocab_size: int, eos_id: int | None, may_be_empty: bool = False
 ) -> list[Int[np.ndarray, " length"]]:
-    """The prompts as arrays; each id is checked against the vocabulary, an empty prompt becomes [eos_id]."""
+    """The prompts as arrays. Ids are checked against the vocabulary, and an empty prompt becomes [eos_id]."""
     rows = prompt_rows(prompts)
     if not rows:
         raise ValueError("no prompts; give at least one list of token ids")

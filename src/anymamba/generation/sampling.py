@@ -1,11 +1,11 @@
-"""How the next token is chosen: greedy, or drawn from the model's distribution after filters.
+"""Choosing the next token: greedy, or drawn from the model's distribution after filters.
 
-The steps, in this order, on float32 logits of the ids that exist:
+The steps, in this order, on float32 logits without the padding of the vocabulary:
 
     repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
 
-Each filter sees what the one before left, renormalised. Tokens exactly as probable as the last one that a filter keeps
-are kept too, so that the result does not depend on how a sort breaks ties.
+Each filter gets the tokens that the previous one kept, renormalised. A filter also keeps tokens with exactly the same
+probability as the last one it keeps, so that the result does not depend on how a sort breaks ties.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class SamplingConfig:
     top_k: int | None = None
     """Draw among the k likeliest tokens."""
     top_p: float | None = None
-    """Draw among the fewest likeliest tokens that together hold at least this probability."""
+    """Draw among the smallest set of likeliest tokens with at least this total probability (nucleus sampling)."""
     min_p: float | None = None
-    """Draw among tokens of at least this share of the likeliest one's probability."""
+    """Draw among tokens with at least this fraction of the likeliest token's probability."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or generated (arXiv:1909.05858)."""
+    """Divides the positive and multiplies the negative logits of tokens that occur in the prompt or the text generated
+    so far (arXiv:1909.05858)."""
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or self.temperature < 0:
@@ -58,7 +59,7 @@ class SamplingConfig:
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is an integer of Python or numpy, and no boolean."""
+    """Whether a value is an integer of Python or numpy and not a boolean."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -67,27 +68,28 @@ def _is_number(value: object) -> bool:
 
 
 class RowDraws:
-    """Uniform numbers, one a row and token, from a stream of each row's own.
+    """Uniform random numbers, one per row and token; each row has a stream of its own.
 
-    What a row draws depends on its seed and on how many tokens it has drawn: not on the other rows, the vocabulary or
-    the device. The streams are counter-based (Philox), keyed by (seed, row), so that no two of them meet.
+    What a row draws depends only on its seed and on how many tokens it has drawn, not on the other rows, the vocabulary
+    or the device. The streams are counter-based (Philox) with the key (seed, row), so no two are the same.
 
     Args:
-        seed: one number: row r has the key (seed, r). Or one a row: row r has the key (seed[r], 0), as it has alone.
+        seed: one number, which gives row r the key (seed, r), or one number per row, which gives row r the key
+            (seed[r], 0), the same as when it runs alone.
         n_rows: rows of the batch.
     """
 
     def __init__(self, seed: int | Sequence[int], n_rows: int) -> None:
         keys = [(seed, row) for row in range(n_rows)] if isinstance(seed, int | np.integer) else [(s, 0) for s in seed]
         if len(keys) != n_rows:
-            raise ValueError(f"seed must be one number or one a prompt, got {len(keys)} for {n_rows} prompts")
+            raise ValueError(f"seed must be one number or one per prompt, got {len(keys)} for {n_rows} prompts")
         for number, _ in keys:
             if not 0 <= number < 1 << 64:
                 raise ValueError(f"a seed must lie between 0 and 2**64 - 1, got {number}")
         self._streams = [np.random.Generator(np.random.Philox(key=np.array(key, np.uint64))) for key in keys]
 
     def next(self, rows: Sequence[int]) -> Float[Tensor, " rows"]:
-        """The next number in [0, 1) of each of these rows."""
+        """The next random number in [0, 1) for each of these rows."""
         return torch.tensor([self._streams[row].random() for row in rows], dtype=torch.float64)
 
 
@@ -97,29 +99,29 @@ def sample(
     draws: Float[Tensor, " rows"] | None = None,
     seen: Bool[Tensor, "rows vocab_size"] | None = None,
 ) -> Int[Tensor, " rows"]:
-    """Choose one token a row.
+    """Choose one token per row.
 
     Args:
-        logits: of the ids that exist; padding of the vocabulary is cut off by the caller.
+        logits: without the padding of the vocabulary.
         config: the filters.
-        draws: a number in [0, 1) a row, which picks the token from the filtered distribution; greedy needs none.
-        seen: where a token has occurred in the row, for the repetition penalty; None: nowhere.
-    Returns ids. Raises ValueError where draws are missing.
+        draws: a number in [0, 1) per row, which picks the token from the filtered distribution; not needed for greedy.
+        seen: true for ids that have occurred in the row, for the repetition penalty; None: none have.
+    Returns ids. Raises ValueError if draws are needed and missing.
     """
     if config.is_greedy:
         return penalize_repetition(_wide(logits), config.repetition_penalty, seen).argmax(-1)
     if draws is None:
         raise ValueError(
-            f"sampling at temperature {config.temperature} needs draws, one number in [0, 1) a row; got None"
+            f"sampling at temperature {config.temperature} needs draws, one number in [0, 1) per row; got None"
         )
     probabilities = filter_logits(logits, config, seen).softmax(-1)
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # float32 sums lose tokens of 1e-8
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # float32 sums lose probabilities of 1e-8
     cumulative = probabilities.to(exact).cumsum(-1)
     total = cumulative[:, -1:]
     target = draws.to(logits.device, exact)[:, None] * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up to total
-    chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]  # right: an id of probability 0 is never met
-    return chosen.clamp_(max=logits.shape[-1] - 1)  # only where the logits are not numbers
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # the product can round up to total
+    chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]  # right: never picks an id of probability 0
+    return chosen.clamp_(max=logits.shape[-1] - 1)  # takes effect only if logits are NaN
 
 
 def filter_logits(
@@ -127,7 +129,7 @@ def filter_logits(
     config: SamplingConfig,
     seen: Bool[Tensor, "rows vocab_size"] | None = None,
 ) -> Float[Tensor, "rows vocab_size"]:
-    """Logits of the distribution that tokens are drawn from: float32, -inf where a filter removes a token.
+    """Logits of the distribution that tokens are drawn from, in float32; -inf for tokens that a filter removes.
 
     Raises ValueError for temperature 0, which has no distribution.
     """
@@ -135,7 +137,9 @@ def filter_logits(
         raise ValueError("temperature 0 takes the likeliest token and has no distribution; give one above 0")
     x = penalize_repetition(_wide(logits), config.repetition_penalty, seen)
     if config.temperature != 1:
-        x = (x - x.amax(-1, keepdim=True)) / config.temperature  # the maximum first: small temperatures would overflow
+        x = (
+            x - x.amax(-1, keepdim=True)
+        ) / config.temperature  # subtract the maximum first: small temperatures would overflow
     if config.top_k is not None:
         x = keep_top_k(x, config.top_k)
     if config.top_p is not None:
@@ -155,7 +159,7 @@ def penalize_repetition(
 
 
 def keep_top_k(logits: Float[Tensor, "rows vocab_size"], k: int) -> Float[Tensor, "rows vocab_size"]:
-    """Keep the k largest logits, and those equal to the k-th."""
+    """Keep the k largest logits, and all that equal the k-th."""
     if k >= logits.shape[-1]:
         return logits
     smallest = logits.topk(k, dim=-1).values[:, -1:]
@@ -163,18 +167,18 @@ def keep_top_k(logits: Float[Tensor, "rows vocab_size"], k: int) -> Float[Tensor
 
 
 def keep_top_p(logits: Float[Tensor, "rows vocab_size"], p: float) -> Float[Tensor, "rows vocab_size"]:
-    """Keep the fewest likeliest tokens with a total probability of at least p, and those as likely as the last."""
+    """Keep the smallest set of likeliest tokens with a total probability of at least p, and ties with the last."""
     if p == 1:
         return logits
     ordered = logits.sort(dim=-1, descending=True).values
     probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # the probability of all that are likelier
+    before = probabilities.cumsum(-1) - probabilities  # the total probability of all likelier tokens
     last = (before < p).sum(-1, keepdim=True).clamp(min=1) - 1
     return logits.masked_fill(logits < ordered.gather(-1, last), -math.inf)
 
 
 def keep_min_p(logits: Float[Tensor, "rows vocab_size"], share: float) -> Float[Tensor, "rows vocab_size"]:
-    """Keep tokens with at least this share of the probability of the likeliest token."""
+    """Keep tokens with at least this fraction of the likeliest token's probability."""
     if share == 0:
         return logits
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(share), -math.inf)

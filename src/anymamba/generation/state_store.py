@@ -1,7 +1,7 @@
-"""States in files: what a model knows after some tokens, saved once and loaded wherever the model is.
+"""States in files: the state of a model after some tokens, saved once and loaded on any device.
 
 A file is safetensors: the tensors of a GenerationState under their names (`model.layers.0.ssm`, `logits`, ...), and the
-model's config, so that a state is never given to another kind of model. The metadata have a format version.
+model's config, so that a state is not used with another kind of model. The metadata contain a format version.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from anymamba.parts.state import map_state
 
 KIND = "anymamba-state"
 VERSION = 1
-"""The format version that is written, and the newest that is read."""
+"""The format version: the one that is written, and the newest one that can be read."""
 
 
 def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -> None:
-    """Write a state, in place of a file that is there, atomically.
+    """Write a state atomically; an existing file is replaced.
 
-    Raises ValueError where the state is not one of this model's.
+    Raises ValueError if the state is not one of this model.
     """
     tensors = dict(_named(state))
     problem = _mismatch(tensors, model)
@@ -44,10 +44,10 @@ def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -
 
 
 def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
-    """Read a state of this model to the model's device.
+    """Read a state of this model onto the model's device.
 
-    Raises FileNotFoundError where there is no file, CheckpointError where it is truncated, not a state, of a newer
-        format version, or of a model with another config.
+    Raises FileNotFoundError if there is no file, CheckpointError if it is truncated, not a state, of a newer format
+        version, or of a model with another config.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +74,7 @@ def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
 
 
 def _template(model: LanguageModel) -> GenerationState:
-    """A state of one row, for its structure, shapes, dtypes and device."""
+    """A state with one row, to compare structure, shapes, dtypes and device with."""
     logits = torch.zeros(1, model.config.vocab_size, device=next(model.parameters()).device)
     return GenerationState(model.init_state(1), logits, logits.bool())
 
@@ -90,7 +90,7 @@ def _named(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _mismatch(tensors: dict[str, Tensor], model: LanguageModel) -> str | None:
-    """What keeps these tensors from being a state of the model, or None."""
+    """Why these tensors are not a state of the model, or None if they are."""
     wanted = dict(_named(_template(model)))
     if set(tensors) != set(wanted):
         odd = sorted(set(tensors) ^ set(wanted))
@@ -98,7 +98,7 @@ def _mismatch(tensors: dict[str, Tensor], model: LanguageModel) -> str | None:
     batch = tensors["logits"].shape[:1]
     for name, like in wanted.items():
         got, shape = tuple(tensors[name].shape), (*batch, *like.shape[1:])
-        grows = 0 in shape[1:]  # a cache, which is empty before the first token: of any length
+        grows = 0 in shape[1:]  # a cache, which is empty before the first token; it may have any length
         if len(got) != len(shape) or any(a != b and not (grows and b == 0) for a, b in zip(got, shape, strict=True)):
             return f"{name} must have shape {shape}, got {got}"
         if _kind(tensors[name]) != _kind(like):
@@ -111,7 +111,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _require_config(values: dict[str, Any], config: ModelConfig, path: Path) -> None:
-    """Raise CheckpointError where a file's config is not the model's; options that it does not name are defaults."""
+    """Raise CheckpointError if a file's config is not the model's; options missing in the file have their defaults."""
     try:
         stored, own = config_to_dict(config_from_dict(ModelConfig, values)), config_to_dict(config)
     except (TypeError, ValueError) as error:
@@ -120,5 +120,5 @@ def _require_config(values: dict[str, Any], config: ModelConfig, path: Path) -> 
     if different:
         key = different[0]
         raise CheckpointError(
-            f"{path} is a state of another model: {key} is {stored.get(key)!r} there and {own.get(key)!r} here"
+            f"{path} is a state of another model: {key} is {stored.get(key)!r} there, {own.get(key)!r} in this model"
         )

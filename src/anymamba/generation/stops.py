@@ -1,4 +1,4 @@
-"""Stop strings: text that comes token by token is given out up to the first stop string, and never a part of one."""
+"""Stop strings: text that arrives in pieces is passed on up to the first stop string, and no part of one is."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from anymamba.data.tokenizer import StreamDecoder, Tokenizer
 
 
 class StopMatcher:
-    """Gives out text as it comes, ending before the stop string that is complete first (of several, the longest).
+    """Passes on text piece by piece until the first stop string is complete (the longest, if several are).
 
-    The end of the text that may still become a stop string is held back. What is given out in all does not depend on
-    how the text is cut into pieces.
+    An end of the text that may still become a stop string is held back. The text passed on in all does not depend on
+    how it is cut into pieces.
 
     Args:
         stop: strings that end the text; they are not part of it.
-    Raises TypeError or ValueError for a stop that is not a list of strings with characters in them.
+    Raises TypeError or ValueError if stop is not a list of strings that are not empty.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
@@ -29,10 +29,10 @@ class StopMatcher:
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
-        """Whether a stop string has come; nothing is given out after it."""
+        """Whether a stop string has occurred; no text is passed on after it."""
 
     def push(self, piece: str) -> str:
-        """The text that is certain after this piece."""
+        """The text that becomes final with this piece."""
         if self.stopped:
             return ""
         text = self._held + piece
@@ -45,18 +45,18 @@ class StopMatcher:
         return text[:certain]
 
     def flush(self) -> str:
-        """What is held back, once no more text comes."""
+        """The text still held back; call it at the end of the text."""
         held, self._held = self._held, ""
         return held
 
     def _unfinished(self, text: str) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest suffix of the text that is a proper prefix of a stop string."""
         longest = min(len(text), max(map(len, self._stop), default=1) - 1)
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
 
 
 class StoppingDecoder:
-    """Text from tokens as they come, ended by stop strings wherever these lie across tokens."""
+    """Turns tokens into text one by one and ends it at stop strings, which may span several tokens."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._decoder = StreamDecoder(tokenizer)
@@ -64,13 +64,13 @@ class StoppingDecoder:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string has occurred."""
         return self._matcher.stopped
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain."""
+        """The text that becomes final with this token."""
         return self._matcher.push(self._decoder.push([token]))
 
     def flush(self) -> str:
-        """The rest of the text, once no more tokens come; it may still complete a stop string."""
+        """The rest of the text; call it after the last token. The rest may still complete a stop string."""
         return self._matcher.push(self._decoder.flush()) + self._matcher.flush()
