@@ -1,1 +1,26 @@
-"""Helpers for every level: atomic file writes, dataclasses as JSON, size checks and errors."""
+"""Helpers for every level; here: public names that are imported on first use, so that importing a package is fast."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the functions `__getattr__` and `__dir__` for a package.
+
+    Args:
+        package: the full name of the package.
+        homes: maps each public name to the module that defines it.
+    """
+
+    def getattr_(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    def dir_() -> list[str]:
+        return sorted(homes)
+
+    return getattr_, dir_

@@ -1,4 +1,4 @@
-"""Errors and warnings about checkpoint files, and the check of a file's format version."""
+"""Errors and warnings about files, and the check of a file's format version."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ FORMAT_VERSION = "format_version"
 
 class CheckpointError(RuntimeError):
     """A checkpoint is truncated, corrupt, from another model, or of a kind that is refused."""
+
+
+class InUseError(RuntimeError):
+    """Another process is writing the file or folder."""
 
 
 class CheckpointWarning(UserWarning):

@@ -1,26 +1,107 @@
-"""Atomic writes: a file or folder is complete or not there, even if the process is killed or the disk is full."""
+"""Atomic writes, and one writer at a time for a folder.
+
+A file or folder is complete or not there, even if the process is killed or the disk is full. It is written in a temporary
+folder `.NAME.PID-XXXXXX.tmp` and then renamed. The writer holds a lock in the temporary folder, so `sweep` can tell what a
+killed process left from what is being written.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from anymamba.base.locks import Lock, is_alive
+
+LOCK = ".lock"
+"""The name of a folder's lock file."""
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-[0-9a-f]+)?\.tmp")
+
+# ------------------------------------------------------------------------------------------------------------ owning
+
+
+@contextmanager
+def own_folder(folder: Path, *, wait: float | None = 0.0) -> Iterator[None]:
+    """Be the only writer of a folder while the block runs, and delete what killed processes left in it.
+
+    The folder is made if it does not exist. If the block leaves such a new folder empty, it is removed again. Calls of
+    the same thread may be nested.
+
+    Args:
+        wait: how many seconds to wait for another owner; None waits without a limit.
+    Raises InUseError, naming the owner, if there is another one; OSError if the folder cannot be written.
+    """
+    lock, made = Lock(folder / LOCK), False
+    while True:
+        made = _make(folder) or made
+        try:
+            lock.acquire(folder, wait)
+            break
+        except FileNotFoundError:  # the last owner has just removed it
+            continue
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+    try:
+        sweep(folder)
+        sweep(folder.absolute().parent, folder.absolute().name)
+        yield
+    finally:
+        lock.release()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def own_file(path: Path, *, wait: float | None = 0.0) -> Iterator[None]:
+    """Like `own_folder`, for one file, or for a folder that is replaced: the lock is `.NAME.lock` in the same folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = Lock(path.with_name(f".{path.name}.lock"))
+    lock.acquire(path, wait)
+    try:
+        sweep(path.parent, path.name)
+        yield
+    finally:
+        lock.release()
+
+
+def contents(folder: Path) -> list[Path]:
+    """The entries of a folder, without its lock file."""
+    return [path for path in folder.iterdir() if path.name != LOCK]
+
+
+def _make(folder: Path) -> bool:
+    """Make a folder if it does not exist, and return whether it was made."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; it is flushed to disk and renamed to `path` if the block succeeds."""
-    temporary = _beside(path)
-    try:
+    """Give a temporary path with the same file name; it is flushed to disk and renamed to `path` if the block succeeds.
+
+    The file gets the permissions of the umask, whatever the block gave it.
+    """
+    with _workplace(path) as (place, mode):
+        temporary = place / path.name
         yield temporary
-        flush(temporary)
+        _settle(temporary, mode)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -29,18 +110,18 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises OSError if `path` is a folder that is not empty, unless `replace` is set: then the old folder is deleted.
     """
-    temporary = _beside(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with _workplace(path) as (place, mode):
+        temporary = place / path.name
         yield temporary
-        for entry in [*temporary.iterdir(), temporary]:
-            flush(entry)
-        if path.exists():
-            shutil.rmtree(path) if replace else path.rmdir()
+        for entry in [*temporary.rglob("*"), temporary]:
+            _settle(entry, mode)
+        if path.exists() and replace:
+            shutil.rmtree(path)
+        elif path.exists():
+            Lock(path / LOCK).remove_file()
+            path.rmdir()
         os.replace(temporary, path)
         flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,13 +136,66 @@ def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to disk. Windows has no flush for folders."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _settle(path: Path, mode: int) -> None:
+    if not path.is_dir():
+        path.chmod(mode)
+    flush(path)
+
+
+@contextmanager
+def _workplace(path: Path) -> Iterator[tuple[Path, int]]:
+    """Give a new temporary folder, deleted at the end, and the permissions that a new file gets in it."""
+    sweep(path.parent, path.name)
+    while True:
+        place = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+        try:
+            place.mkdir()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path.parent)) from error
+        lock = Lock(place / LOCK)
+        try:
+            if lock.try_acquire(again=False):
+                break
+        except FileNotFoundError:  # another process swept it before it was locked
+            continue
+    try:
+        yield place, stat.S_IMODE(lock.path.stat().st_mode)
+    finally:
+        lock.release()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ sweeping
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Delete the temporary files and folders of ended processes in a folder: those for one name, or all."""
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        for path in folder.iterdir():
+            match = TEMPORARY.fullmatch(path.name)
+            if match is not None and name in (None, match["name"]):
+                _remove_abandoned(path, int(match["pid"]))
+
+
+def _remove_abandoned(path: Path, pid: int) -> None:
+    if not path.is_dir():
+        if not is_alive(pid):
+            path.unlink(missing_ok=True)
+        return
+    lock = Lock(path / LOCK)
+    with suppress(OSError):
+        if lock.try_acquire(again=False):
+            try:
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                lock.release()

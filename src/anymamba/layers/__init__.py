@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from anymamba.base.lazy import lazy_names
+from anymamba.base import lazy_names
 
 __all__ = [
     "GAU",
