@@ -92,7 +92,7 @@ def test_misuse():
     seq_idx = torch.zeros(BATCH, 5, dtype=torch.int32)
     for arguments, message in (
         ({"activation": "gelo"}, 'activation must be None, "silu" or "swish", got \'gelo\''),
-        ({"seq_idx": seq_idx, "return_final_states": True}, "seq_idx cannot go with"),
+        ({"seq_idx": seq_idx, "return_final_states": True}, "seq_idx cannot be combined with"),
         ({"seq_idx": seq_idx[:, :2]}, r"seq_idx must be \(batch, length\) = \(3, 5\), got \(3, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -304,7 +304,7 @@ def test_the_activation_in_its_older_places():
         causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu"),
     )
     for function in (causal_conv1d_fn, causal_conv1d_ref):
-        with pytest.raises(TypeError, match="activation was given twice, as 'silu' by place and as 'swish' by name"):
+        with pytest.raises(TypeError, match="activation was given twice, as 'silu' by position and as 'swish' by name"):
             function(x, weight, bias, "silu", activation="swish")
 
 

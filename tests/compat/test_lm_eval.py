@@ -186,7 +186,7 @@ def test_a_model_and_a_tokenizer_from_python():
         want = model(torch.tensor([[97, 98]])).logits[0, -1].log_softmax(-1)[99].item()
     assert log_probability == pytest.approx(want, abs=1e-4)
     assert harness.eot_token_id == 256 and harness.tokenizer_name.startswith("bytes-")
-    with pytest.raises(ValueError, match="dtype, device and revision are for models to be loaded"):
+    with pytest.raises(ValueError, match="dtype, device and revision apply only when a model is loaded"):
         AnymambaLM(model, ByteTokenizer(), dtype="float32")
 
 

@@ -194,7 +194,7 @@ def test_a_short_prompt_is_padded_on_the_left():
 
 def test_misuse_of_the_layer():
     params = InferenceParams(max_seqlen=4, max_batch_size=1)
-    with pytest.raises(ValueError, match="caching needs the layer's number; give layer_idx"):
+    with pytest.raises(ValueError, match="caching needs the layer's number; pass layer_idx"):
         Mamba(16)(torch.randn(1, 2, 16), inference_params=params)
     layer = Mamba(16)
     with pytest.raises(ValueError, match="step takes one token, got 2"):
@@ -272,7 +272,7 @@ def test_create_block_of_both_versions():
     assert create_block(16, 32).mlp.fc2.weight.shape == (16, 128)
     with pytest.raises(ValueError, match=r"ssm_cfg\['layer'\] must be 'Mamba1', got 'Mamba2'"):
         create_block(16, 0, {"layer": "Mamba2"})
-    with pytest.raises(ValueError, match=r"asks for attention .* in block 1; there is Mamba only"):
+    with pytest.raises(ValueError, match=r"asks for attention .* in block 1, but only Mamba"):
         create_block(16, attn_layer_idx=[1], layer_idx=1)
 
 
@@ -422,7 +422,7 @@ def test_configs_that_do_not_fit_the_file(tmp_path, change, message):
 def test_what_cannot_be_read_back_is_not_saved(tmp_path):
     model = MambaLMHeadModel(MambaConfig(**SMALL))
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"holds model\.safetensors, which readers take before"):
+    with pytest.raises(ValueError, match=r"holds model\.safetensors, which readers prefer to"):
         model.save_pretrained(tmp_path)
     model.config.ssm_cfg["dt_min"] = torch.tensor(0.1)
     with pytest.raises(TypeError, match="not JSON serializable"):

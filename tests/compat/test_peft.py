@@ -194,7 +194,7 @@ def test_a_head_is_trained_whole_where_it_is_one(model, ids, tmp_path):
     assert wrapped.lm_head is untied.head
     torch.testing.assert_close(lora(ids).logits, 2 * fresh(ids).logits)
     assert torch.equal(saved_and_loaded(lora, fresh, tmp_path)(ids).logits, lora(ids).logits)
-    with pytest.raises(ValueError, match="embedding's weight and cannot be set or trained apart"):
+    with pytest.raises(ValueError, match="embedding's weight and cannot be set or trained separately"):
         peft.get_peft_model(wrap(model), config)
 
 

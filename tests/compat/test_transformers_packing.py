@@ -274,9 +274,9 @@ def test_positions_need_no_look_at_their_values_under_torch_compile(ids):
         ),
         ({"position_ids": torch.arange(30).view(2, 15)}, r"or \(1, 15\), got \(2, 15\)"),
         ({"seq_idx": torch.zeros(1, 1, 15)}, r"seq_idx must be .*got \(1, 1, 15\)"),
-        ({"position_ids": torch.tensor([[*range(5), *range(7, 17)]])}, r"start anew at 0 .*got 7 after 4 in row 0"),
-        ({"position_ids": torch.arange(15).flip(0)[None]}, r"start anew at 0 in the next, got 13 after 14"),
-        ({"position_ids": POSITIONS, "cu_seqlens": torch.tensor([0, 4, 15])}, "same tokens.* token 4 the first"),
+        ({"position_ids": torch.tensor([[*range(5), *range(7, 17)]])}, r"start again at 0 .*got 7 after 4 in row 0"),
+        ({"position_ids": torch.arange(15).flip(0)[None]}, r"start again at 0 in the next, got 13 after 14"),
+        ({"position_ids": POSITIONS, "cu_seqlens": torch.tensor([0, 4, 15])}, "same tokens.* differ at token 4;"),
         ({"position_ids": torch.arange(15)[None], "seq_idx": NUMBERS}, "seq_idx and position_ids must begin"),
         ({"seq_idx": NUMBERS, "cu_seqlens": torch.tensor([0, 15])}, "cu_seqlens and seq_idx must begin"),
         ({"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": torch.tensor([0, 15])}, "cu_seq_lens_q and cu_seq_lens_k must"),
@@ -306,7 +306,7 @@ def test_a_new_sequence_inside_a_row_that_goes_on_is_refused(ids):
     wrapped = wrap(new_model()).eval()
     cache = wrapped(ids).cache
     for saying in (SAYINGS["position_ids"], SAYINGS["seq_idx"]):
-        with pytest.raises(ValueError, match=r"goes on from a cache; .*cu_seqlens and a cache with a row for each"):
+        with pytest.raises(ValueError, match=r"continues from a cache; .*cu_seqlens and a cache with a row for each"):
             wrapped(ids, cache=cache, **saying)
     with pytest.raises(ValueError, match="a row per sequence, got 1 rows for 4"):
         wrapped(ids, cache=cache, cu_seqlens=OFFSETS)
@@ -315,10 +315,10 @@ def test_a_new_sequence_inside_a_row_that_goes_on_is_refused(ids):
 def test_a_table_of_positions_refuses_others_than_it_counts(ids):
     wrapped = wrap(new_model("absolute")).eval()
     later = torch.arange(3, 18)[None]
-    with pytest.raises(ValueError, match=r"row 0 must start at 0, the tokens that it has seen, got 3; .*leave"):
+    with pytest.raises(ValueError, match=r"row 0 must start at 0, the number of tokens that it has seen, got 3; leave"):
         wrapped(ids, position_ids=later)
     cache = wrapped(ids).cache
-    with pytest.raises(ValueError, match="must start at 15, the tokens that it has seen, got 0"):
+    with pytest.raises(ValueError, match="must start at 15, the number of tokens that it has seen, got 0"):
         wrapped(ids, cache=cache, position_ids=torch.arange(15)[None])
     wrapped(ids, cache=cache, position_ids=torch.arange(15, 30)[None])
     rotary = wrap(new_model("rotary")).eval()  # where only distances count

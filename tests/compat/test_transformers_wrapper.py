@@ -141,7 +141,7 @@ def test_what_the_model_has_not_is_refused(plain, ids):
     wrapped = wrap(plain)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         wrapped()
-    with pytest.raises(TypeError, match="no use for token_type_ids, tokenizer; leave out"):
+    with pytest.raises(TypeError, match="do not take token_type_ids, tokenizer; leave"):
         wrapped(ids, token_type_ids=ids, tokenizer="gpt2")
     wrapped(ids, output_attentions=False, token_type_ids=None)
     wrapped.hf_device_map = {"embedding": 0, "blocks": 1}

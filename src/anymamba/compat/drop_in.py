@@ -1,7 +1,7 @@
-"""Makes `import mamba_ssm` and `import causal_conv1d` mean anymamba's, in this process.
+"""Makes `import mamba_ssm` and `import causal_conv1d` import anymamba's modules in this process.
 
-Either the distribution in `compat/` is installed, whose packages call `provide` when they are imported, or a program
-calls `activate`. The modules are those of `anymamba.compat`, under the other names.
+There are two ways. The packages of the distribution in `compat/` call `provide` when they are imported. Without it, a
+program calls `activate`. Both give the modules of `anymamba.compat` these names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 HOME = "anymamba.compat"
 PACKAGES = ("mamba_ssm", "causal_conv1d")
 REAL = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
-"""The packages, and the distributions that the originals come in."""
+"""For each package, the distribution of the original."""
 OURS = "anymamba-compat"
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 COMPILED = ("causal_conv1d_fwd_function", "causal_conv1d_bwd_function", "causal_conv1d_update_function")
@@ -32,9 +32,9 @@ HANDED_ON = {
 
 
 def provide(package: str) -> None:
-    """Put anymamba's modules in the place of a package that is being imported.
+    """Replace a package that is being imported by anymamba's modules.
 
-    Raises ImportError where the original is installed, too, saying how to remove one.
+    Raises ImportError if the original is installed too, and says how to remove either of them.
     """
     real = installed(REAL[package])
     if real is not None:
@@ -47,10 +47,10 @@ def provide(package: str) -> None:
 
 
 def activate() -> None:
-    """Have `mamba_ssm` and `causal_conv1d` mean anymamba's from now on in this process, installed or not.
+    """Make `mamba_ssm` and `causal_conv1d` import anymamba's modules from now on in this process, installed or not.
 
-    transformers' models that were imported before are patched to take our operators.
-    Raises RuntimeError where an original was imported before, or where a version of transformers cannot be patched.
+    Models of transformers that were imported before are patched to use our operators.
+    Raises RuntimeError if an original was imported before, or if the version of transformers cannot be patched.
     """
     for package in PACKAGES:
         module = sys.modules.get(package)
@@ -65,12 +65,12 @@ def activate() -> None:
 
 
 def is_ours(module: ModuleType) -> bool:
-    """Whether a module is anymamba's, under whichever name."""
+    """Whether a module is anymamba's, under either name."""
     return module.__name__.startswith(f"{HOME}.")
 
 
 def status() -> dict[str, str]:
-    """For each package what `import` of it would give, in words, without importing it."""
+    """For each package, a phrase that says which one `import` would give; nothing is imported."""
     return {package: _status(package) for package in PACKAGES}
 
 
@@ -118,10 +118,10 @@ def _hand_on(package: str) -> None:
 
 
 def patch_transformers() -> list[str]:
-    """Resolve the operators of transformers' imported models anew; returns the names `module.function` that changed.
+    """Look up the operators of transformers' imported models again; returns the names `module.function` that changed.
 
     transformers looks for the packages when a model's file is imported and keeps what it finds.
-    Raises RuntimeError where an imported model with such operators keeps them in another way.
+    Raises RuntimeError if an imported model keeps such operators in another way.
     """
     changed = []
     for module in _models_imported():
@@ -138,7 +138,7 @@ def patch_transformers() -> list[str]:
 
 
 def _models_imported() -> Iterator[ModuleType]:
-    """The imported files of transformers' models that name one of the packages."""
+    """The imported files of transformers' models whose source names one of the packages."""
     for name, module in list(sys.modules.items()):
         if name.startswith("transformers.models.") and ".modeling_" in name and module is not None:
             source = inspect.getsource(module)
@@ -147,7 +147,7 @@ def _models_imported() -> Iterator[ModuleType]:
 
 
 def _resolved_operators(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The functions that transformers' decorator has made, each with a call that makes it anew."""
+    """The functions that transformers' decorator has made, each with a call that makes it again."""
     try:
         from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback as decorator
     except ImportError:  # before version 5

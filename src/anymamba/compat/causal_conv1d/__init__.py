@@ -1,4 +1,4 @@
-"""The package `causal_conv1d`, interface 1.7.0, over anymamba's operators, on any device."""
+"""The package `causal_conv1d`, interface 1.7.0, with anymamba's operators, on any device."""
 
 from anymamba.compat.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_fn,

@@ -1,6 +1,6 @@
-"""The functions of `causal_conv1d` 1.7 over `anymamba.ops.causal_conv1d`, with its layout (batch, dim, length).
+"""The functions of `causal_conv1d` 1.7 with `anymamba.ops.causal_conv1d`, in the layout (batch, dim, length).
 
-Width and length are not limited, gradients flow through the states, and every device is served.
+Width and length are not limited, gradients flow through the states, and the functions run on every device.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def causal_conv1d_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A causal depthwise convolution.
 
-    The activation may also come fourth, as in version 1.0, or fifth, as in 1.1.
+    The activation may also be the fourth positional argument, as in version 1.0, or the fifth, as in 1.1.
 
     Args:
         x: (batch, dim, length), any strides.
         weight, bias: (dim, width) and (dim,).
-        seq_idx: (batch, length), which sequence each position belongs to; taps do not reach into another one. -1 is
-            padding, where the output is 0. Not together with states.
-        initial_states: (batch, dim, width - 1), the inputs before the first, oldest first.
-        return_final_states: return the last width - 1 inputs, too.
-        final_states_out: filled with them, and returned where they have no derivative to carry.
-        activation: None, "silu" or "swish"; in a process with transformers also its names of activations, which its
-            models pass on.
+        seq_idx: (batch, length), the sequence that each position belongs to; an output depends only on inputs of its
+            sequence. -1 is padding, where the output is 0. Cannot be combined with states.
+        initial_states: (batch, dim, width - 1), the inputs before the first one, oldest first.
+        return_final_states: also return the last width - 1 inputs.
+        final_states_out: a tensor that they are copied into; it is returned unless they carry a derivative.
+        activation: None, "silu" or "swish"; if transformers is imported, also any name of its activations, because its
+            models pass them on.
     Returns out, like x, or (out, final_states); gradients flow through both. Raises ValueError for shapes and names.
     Source: the interface of causal-conv1d 1.7.0.
     """
@@ -52,7 +52,9 @@ def causal_conv1d_fn(
     _require_three(x)
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
-            raise ValueError("seq_idx cannot go with initial_states or return_final_states; give one of them")
+            raise ValueError(
+                "seq_idx cannot be combined with initial_states or return_final_states; leave one of them out"
+            )
         return _separate(x, weight, bias, seq_idx, silu, after)
     before = None if initial_states is None else initial_states.transpose(1, 2)
     y, last = causal_conv1d(x.transpose(1, 2), weight, bias, activation=silu, initial_state=before)
@@ -72,15 +74,15 @@ def causal_conv1d_update(
     cache_seqlens: Int[Tensor, " batch"] | None = None,
     conv_state_indices: Int[Tensor, " batch"] | None = None,
 ) -> Tensor:
-    """The next inputs of a convolution whose state is changed in place.
+    """Run the next inputs of a convolution and update its state in place.
 
     Args:
-        x: (batch, dim), or (batch, dim, length) for several.
-        conv_state: (batch or more, dim, state_length of at least width - 1), the newest input last; or a circular
-            buffer whose next place is cache_seqlens % state_length.
-        cache_seqlens: (batch,) inputs seen so far.
-        conv_state_indices: (batch,) the row of conv_state for each row of x; negative is padding: its output is 0 and
-            no state changes.
+        x: (batch, dim), or (batch, dim, length) for several inputs.
+        conv_state: (batch or more, dim, state_length of at least width - 1), the newest input last. With cache_seqlens
+            it is a circular buffer, and the next input goes to index cache_seqlens % state_length.
+        cache_seqlens: (batch,) the number of inputs seen so far.
+        conv_state_indices: (batch,) the row of conv_state for each row of x. A negative index is padding: the output is
+            0 and no state changes.
         activation: as in `causal_conv1d_fn`.
     Returns out, like x; gradients flow through it and through the changed state.
     Raises ValueError for shapes and names.
@@ -95,7 +97,7 @@ def causal_conv1d_update(
     width, state_length = weight.shape[1], conv_state.shape[-1]
     if state_length < width - 1:
         raise ValueError(f"conv_state must hold at least width - 1 = {width - 1} inputs, got {state_length}")
-    if conv_state_indices is None:  # autograd may keep what the output is computed from
+    if conv_state_indices is None:  # autograd may save the state, so it is copied before it is changed
         state = conv_state.clone() if torch.is_grad_enabled() else conv_state
     else:
         state = conv_state[conv_state_indices.clamp_min(0).long()]
@@ -110,7 +112,7 @@ def causal_conv1d_update(
 
 
 class CausalConv1dFn:
-    """The name of the original's autograd function; `apply` is `causal_conv1d_fn`."""
+    """Has the name of the original's autograd function; `apply` is `causal_conv1d_fn`."""
 
     apply = staticmethod(causal_conv1d_fn)
 
@@ -125,7 +127,7 @@ def causal_conv1d_ref(
     activation: str | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`causal_conv1d_fn` with seq_idx last; the activation may also come fourth, as in versions 1.0 and 1.1."""
+    """`causal_conv1d_fn` with seq_idx last; the activation may also be the fourth argument, as in 1.0 and 1.1."""
     if isinstance(initial_states, str):
         activation, initial_states = _only_activation(initial_states, activation), None
     return causal_conv1d_fn(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation)
@@ -144,7 +146,7 @@ def causal_conv1d_update_ref(
 
 
 def _activation(name: str | None) -> tuple[str | None, Callable[[Tensor], Tensor]]:
-    """The activation that the operator fuses, and one to apply after it."""
+    """The activation that the operator fuses, and a function to apply after the operator."""
     if name in (None, "silu", "swish"):
         return None if name is None else "silu", lambda out: out
     activations = sys.modules.get("transformers.activations")  # a model of transformers passes its hidden_act on
@@ -154,14 +156,14 @@ def _activation(name: str | None) -> tuple[str | None, Callable[[Tensor], Tensor
 
 
 def _only_activation(positional: str, named: str | None) -> str:
-    """The activation that came in the place that it has in an older version."""
+    """The activation that was passed at the position that it has in an older version."""
     if named is not None:
-        raise TypeError(f"activation was given twice, as {positional!r} by place and as {named!r} by name")
+        raise TypeError(f"activation was given twice, as {positional!r} by position and as {named!r} by name")
     return positional
 
 
 def _write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> None:
-    """Put new values into a state, or into some of its rows; one that was made in inference mode, in that mode."""
+    """Write new values into a state, or into some of its rows; in inference mode if the state was made in that mode."""
     if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
         with torch.inference_mode():
             return _write(state, new, rows)
@@ -172,11 +174,11 @@ def _write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> None:
 
 
 def _write_rows(state: Tensor, new: Tensor, indices: Tensor) -> None:
-    """Put each new row into the row of the state that its index names, or nowhere if that is negative."""
+    """Write each new row into the row of the state that its index gives; a negative index writes nothing."""
     if observers.plain(state, new, indices):
         valid = indices >= 0
         return _write(state, new[valid], indices[valid].long())
-    named = indices == torch.arange(len(state), device=state.device)[:, None]  # shapes may not depend on values
+    named = indices == torch.arange(len(state), device=state.device)[:, None]  # shapes must not depend on values
     found = named.any(dim=1)[:, None, None]
     return _write(state, torch.where(found, new[named.int().argmax(dim=1)].to(state.dtype), state))
 
@@ -194,7 +196,7 @@ def _separate(
     silu: str | None,
     after: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """All rows as one, cut wherever the row or the sequence changes."""
+    """Run all rows as one packed row, with an offset wherever the row or the sequence changes."""
     batch, dim, length = x.shape
     if seq_idx.shape != (batch, length):
         raise ValueError(f"seq_idx must be (batch, length) = {(batch, length)}, got {tuple(seq_idx.shape)}")
@@ -207,7 +209,7 @@ def _separate(
 
 
 def _offsets(cuts: Tensor) -> Tensor:
-    """The places of the cuts, and the end; where shapes may not depend on values, many times the end."""
+    """The offsets of the cuts and the end; while tracing, shapes must be fixed, so the end is repeated."""
     end = cuts.numel()
     if observers.plain(cuts):
         starts = cuts.nonzero().flatten()

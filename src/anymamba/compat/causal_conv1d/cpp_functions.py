@@ -1,4 +1,4 @@
-"""Forward, backward and update as the compiled module of `causal_conv1d` offers them, without autograd."""
+"""Forward, backward and update with the interface of the compiled module of `causal_conv1d`, without autograd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def causal_conv1d_fwd_function(
     final_states_out: Tensor | None,
     silu_activation: bool,
 ) -> Tensor:
-    """The output; the last inputs go to final_states_out."""
+    """Returns the output, and writes the last inputs to final_states_out."""
     activation = "silu" if silu_activation else None
     with torch.no_grad():
         out = causal_conv1d_fn(
@@ -39,7 +39,7 @@ def causal_conv1d_bwd_function(
     return_dinitial_states: bool,
     silu_activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dx (also written to `dx` if given), dweight and dbias in float32, dinitial_states if asked for."""
+    """Returns dx (also written to `dx` if given), dweight and dbias in float32, and optionally dinitial_states."""
     inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, initial_states)]
     activation = "silu" if silu_activation else None
     with torch.enable_grad():

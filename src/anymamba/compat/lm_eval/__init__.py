@@ -1,7 +1,7 @@
 """Our language models as the model type `anymamba` of lm-eval (EleutherAI's evaluation harness).
 
 Importing this registers it: `simple_evaluate(model="anymamba", model_args={"pretrained": "runs/x"}, ...)`. Scores are
-those of the type `hf` on the same weights, in batches of any size.
+those of the type `hf` with the same weights, and do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ except ImportError as error:
     raise ImportError(f'lm-eval is needed here ({error}); pip install "anymamba[lm-eval]"') from error
 
 STATE_BYTES = 1 << 28
-"""States held at once, about, where the batch size is "auto"."""
+"""Approximate bytes of all states held at once, when the batch size is "auto"."""
 GENERATED_ROWS = 64
-"""Prompts continued at once, at most, where the batch size is "auto"."""
+"""Most prompts that are continued at once, when the batch size is "auto"."""
 HARNESS_DEVICE = "cuda:0"
-"""What lm-eval's command line asks for unless told otherwise, on machines without a GPU, too."""
+"""The default device of lm-eval's command line, even on machines without a GPU."""
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
-"""Generation options that are handed on as they are."""
+"""Generation options that are passed on unchanged."""
 
-eval_logger = logging.getLogger("lm_eval.models.anymamba")  # below theirs, whose handler and level it shares
+eval_logger = logging.getLogger("lm_eval.models.anymamba")  # a child of lm-eval's logger, with its handler and level
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""What lm-eval asks for: the texts (None for a window of a longer text), the context's and the continuation's ids."""
+"""One request: the texts (None for a window of a longer text), the ids of the context and of the continuation."""
 
 
 @register_model("anymamba")
 class AnymambaLM(TemplateLM):
-    """A `LanguageModel` that lm-eval can ask.
+    """The lm-eval model that runs a `LanguageModel`.
 
     Args:
-        pretrained: a model folder, a .gguf file, a name on the Hugging Face hub, or a LanguageModel, which stays where
-            and as it is.
+        pretrained: a model folder, a .gguf file, a name on the Hugging Face hub, or a LanguageModel, which is used as
+            it is, on its device.
         tokenizer: a tokenizer.json, a folder that holds one, or a Tokenizer; defaults to the model's own.
-        dtype: of the weights: "float32", "bfloat16", "float16", "float64" or "auto", that of the file; defaults to
-            float32.
+        dtype: dtype of the weights: "float32", "bfloat16", "float16", "float64", or "auto" for the dtype of the file;
+            defaults to float32.
         device: cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one.
-        batch_size: requests in one pass at most; "auto": what fits. Results do not depend on it.
-        max_batch_size: bounds "auto".
-        max_length: tokens that the model sees at most, as in `hf`: longer contexts lose their beginning, longer texts
-            are cut into windows. The model itself has no such limit.
-        max_gen_toks: tokens to generate unless a task says otherwise.
-        add_bos_token: begin every text with the beginning-of-text id, or with nothing; defaults to what tokenizer.json
-            does.
-        prefix_token_id: stands for an empty context; defaults to the beginning-of-text id, else the end-of-text id.
-        revision: of a repository on the hub.
+        batch_size: most requests in one pass; "auto" runs as many as fit. Results do not depend on it.
+        max_batch_size: upper bound of "auto".
+        max_length: most tokens that the model reads at once, as in `hf`: longer contexts lose their beginning, longer
+            texts are cut into windows. The model itself has no such limit.
+        max_gen_toks: tokens to generate by default; a task may give its own number.
+        add_bos_token: whether every text begins with the beginning-of-text id; defaults to what tokenizer.json does.
+        prefix_token_id: the id used for an empty context; defaults to the beginning-of-text id, else the end-of-text
+            id.
+        revision: revision of a repository on the hub.
     Raises ValueError for options out of range, FileNotFoundError and CheckpointError as `from_pretrained` does.
     """
 
@@ -106,7 +106,7 @@ class AnymambaLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> AnymambaLM:
-        """From `--model_args` and from what lm-eval adds (batch_size, max_batch_size, device); the former win."""
+        """Create it from `--model_args` and lm-eval's batch_size, max_batch_size and device; the former override."""
         added = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if added.get("device") == HARNESS_DEVICE and not torch.cuda.is_available():
             del added["device"]
@@ -121,38 +121,38 @@ class AnymambaLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text. Raises ValueError where the tokenizer has none."""
+        """The id that ends a text. Raises ValueError if the tokenizer has none."""
         return _required(self._eos_id, self.tokenizer)
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands for an empty context. Raises ValueError where there is none."""
+        """The id used for an empty context. Raises ValueError if there is none."""
         return _required(self._prefix_id, self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the mapping from text to ids, for caches."""
+        """A name of the mapping from text to ids, for caches."""
         return f"{self.tokenizer.name}-{self.tokenizer.fingerprint[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """The ids of a text, behind what texts begin with, if anything: unless it is there, or False is given."""
+        """The ids of a text. Ids that texts begin with are put first, unless they are there or False is given."""
         ids = self.tokenizer.encode(string)
         before = [] if add_special_tokens is False else self._before_texts
         return ids if ids[: len(before)] == before else before + ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Raises ValueError: lm-eval asks for it only where one is to be applied."""
+        """Raises ValueError: there are no templates, and lm-eval calls this only to apply one."""
         raise ValueError("the model type anymamba has no chat templates; leave --apply_chat_template out")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results."""
+        """Facts about the model that lm-eval writes next to the results."""
         weight = self.model.embedding.weight
         return {"model_num_parameters": self.model.n_parameters(), "model_dtype": str(weight.dtype)}
 
     # --------------------------------------------------------------------------------------------- likelihoods
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts in nats, in windows of max_length tokens; each token is predicted once."""
+        """The log-probability of whole texts in nats, in windows of max_length tokens; each token is predicted once."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -171,13 +171,13 @@ class AnymambaLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """For each request the continuation's log-probability in nats, and whether greedy decoding gives it."""
+        """For each request, the continuation's log-probability in nats, and whether greedy decoding gives it."""
         rows = [self._cut(number, *request) for number, request in enumerate(requests)]
         n_cut = sum(len(row.context) < len(request[1]) for row, request in zip(rows, requests, strict=True))
         if n_cut:
             eval_logger.warning(
                 f"{n_cut} of {len(rows)} contexts lose their beginning: with the continuation they exceed max_length="
-                f"{self.max_length}; the model has no such limit, --model_args max_length=N raises it"
+                f"{self.max_length}; the model has no such limit, raise it with --model_args max_length=N"
             )
         answers: list[tuple[float, bool]] = []
         with tqdm(total=len(rows), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
@@ -191,17 +191,17 @@ class AnymambaLM(TemplateLM):
         return answers
 
     def _cut(self, number: int, texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Row:
-        """A request of which the model sees at most max_length tokens; what is too much is cut off on the left."""
+        """A request cut on the left, so that the model reads at most max_length tokens."""
         if not 0 < len(continuation) <= self.max_length:
             raise ValueError(
                 f"continuation {'' if texts is None else repr(texts[1][:40])} of request {number} must have 1 to "
-                f"max_length={self.max_length} tokens, got {len(continuation)}; --model_args max_length=N raises that"
+                f"max_length={self.max_length} tokens, got {len(continuation)}; raise it with --model_args max_length=N"
             )
         return Row(context[-(self.max_length + 1 - len(continuation)) :], continuation)
 
     @property
     def _most_rows(self) -> int:
-        """Rows of one pass."""
+        """Most rows in one pass."""
         if self.batch_size != "auto":
             return int(self.batch_size)
         fit = max(1, STATE_BYTES // max(1, state_bytes(self.model.init_state(1))))
@@ -212,8 +212,8 @@ class AnymambaLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to a stop string, the end-of-text id or max_gen_toks tokens.
 
-        Greedy unless a temperature above 0 is asked for; what a request draws then depends on torch's seed (`--seed`)
-        and on its number, not on its batch. Raises ValueError for generation options that are not known.
+        Decoding is greedy unless the temperature is above 0. Then the tokens of a request depend on torch's seed
+        (`--seed`) and on the request's number, not on its batch. Raises ValueError for unknown generation options.
         """
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         order = Collator(
@@ -235,13 +235,13 @@ class AnymambaLM(TemplateLM):
         return order.get_original(texts)
 
     def _continue(self, prompts: list[list[int]], numbers: list[int], gen_kwargs: dict[str, Any]) -> list[str]:
-        """The texts after prompts that share their options."""
+        """The continuations of prompts that share their options."""
         n_tokens, stop, sampling = generation_options(gen_kwargs, self.max_gen_toks)
         room = self.max_length - n_tokens
         if room < 1:
             raise ValueError(
-                f"max_gen_toks must be below max_length={self.max_length}, got {n_tokens}; --model_args max_length=N "
-                "raises that"
+                f"max_gen_toks must be below max_length={self.max_length}, got {n_tokens}; raise it with --model_args "
+                "max_length=N"
             )
         output = generate(
             self.model,
@@ -259,9 +259,9 @@ class AnymambaLM(TemplateLM):
 
 
 def generation_options(gen_kwargs: dict[str, Any], max_gen_toks: int) -> tuple[int, list[str], SamplingConfig]:
-    """Tokens to generate at most, stop strings and sampling, from the generation_kwargs of a task.
+    """The most tokens to generate, stop strings and sampling, from the generation_kwargs of a task.
 
-    Raises ValueError, naming it, for an option that there is not.
+    Raises ValueError for an unknown option and names it.
     """
     options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
     stop = handle_stop_sequences(options.pop("until"), eos=None)
@@ -270,9 +270,9 @@ def generation_options(gen_kwargs: dict[str, Any], max_gen_toks: int) -> tuple[i
     if do_sample and temperature == 0:
         raise ValueError("do_sample=True needs a temperature above 0; give one, or leave do_sample out to be greedy")
     sampling = {name: options.pop(name) for name in SAMPLING if name in options}
-    if sampling.get("top_k") == 0:  # how transformers says that there is no such filter
+    if sampling.get("top_k") == 0:  # in transformers 0 means no such filter
         del sampling["top_k"]
-    if options.get("num_beams") == 1:  # how tasks say that there are no beams
+    if options.get("num_beams") == 1:  # in tasks 1 means no beam search
         del options["num_beams"]
     if options:
         known = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *SAMPLING))
@@ -291,7 +291,7 @@ def _at_least_one(name: str, value: int | str) -> int:
 def _required(token: int | None, tokenizer: Tokenizer) -> int:
     if token is None:
         raise ValueError(
-            f"the tokenizer {tokenizer.name} has no token that texts begin or end with; give the id of one, "
+            f"the tokenizer {tokenizer.name} has no token that texts begin or end with; pass the id of one as "
             f"prefix_token_id=N"
         )
     return token

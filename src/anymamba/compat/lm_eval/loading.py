@@ -1,4 +1,4 @@
-"""What `--model_args` name: the model, where it runs, its tokenizer and the tokens that texts begin and end with."""
+"""Loads what `--model_args` name: the model, its device, and the tokens that texts begin and end with."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def load_model(
     device: str | torch.device | None,
     revision: str | None,
 ) -> LanguageModel:
-    """The model of that name, in float32 unless told otherwise, or the one that is given, as it is."""
+    """Load the model of that name, by default in float32; a LanguageModel is returned as it is."""
     if isinstance(pretrained, LanguageModel):
         if (dtype, device, revision) != (None, None, None):
             raise ValueError(
-                "dtype, device and revision are for models to be loaded; leave them out for a LanguageModel"
+                "dtype, device and revision apply only when a model is loaded; leave them out for a LanguageModel"
             )
         return pretrained
     if isinstance(dtype, str):
@@ -38,7 +38,7 @@ def load_model(
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name, or the best there is. Raises ValueError where it cannot be used."""
+    """The device of that name; defaults to a GPU if there is one. Raises ValueError if it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -49,7 +49,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def special_id(tokenizer: Tokenizer, key: str, default: int | None) -> int | None:
-    """The id of "bos_token" or "eos_token" in the tokenizer_config.json beside a tokenizer.json, which `hf` takes."""
+    """The id of "bos_token" or "eos_token" in the tokenizer_config.json next to a tokenizer.json, as `hf` reads it."""
     if not isinstance(tokenizer, JsonTokenizer):
         return default
     file = tokenizer.path.with_name("tokenizer_config.json")
@@ -59,7 +59,7 @@ def special_id(tokenizer: Tokenizer, key: str, default: int | None) -> int | Non
 
 
 def ids_before_texts(tokenizer: Tokenizer) -> list[int]:
-    """What a tokenizer.json itself puts before every text: nothing in most of them, the id of <s> in others."""
+    """The ids that a tokenizer.json puts before every text: in most files none, in others the id of <s>."""
     by_template = tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode("a").ids
     plain = tokenizer.encode("a")
     return by_template[: -len(plain)] if by_template[-len(plain) :] == plain else []

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations, packed: no padding, a context that neighbours share read once, memory bounded."""
+"""Log-probabilities of continuations, from packed rows in bounded memory; a context that neighbours share runs once."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from anymamba.models.language_model import LOSS_CHUNK_ELEMENTS, LanguageModel, L
 from anymamba.parts.state import select_rows
 
 PASS_TOKENS = 4096
-"""Tokens of contexts, and of continuations, that are run at once; results do not depend on it."""
+"""Most tokens of contexts, and of continuations, that run at once; results do not depend on it."""
 
 
 class Row(NamedTuple):
-    """Wanted is log p(continuation | context); neither is empty."""
+    """One request for log p(continuation | context); neither is empty."""
 
     context: list[int]
     continuation: list[int]
 
 
 class Wanted(NamedTuple):
-    """A token of a continuation."""
+    """A token of a continuation whose probability is needed."""
 
     owner: int
     """The row that it belongs to."""
     sequence: int
-    """The one of the packed sequences that predicts it,"""
+    """The packed sequence that predicts it."""
     position: int
-    """and where in it."""
+    """The position in this sequence that predicts it."""
     token: int
 
 
 class Scores(NamedTuple):
-    """Of single tokens."""
+    """Scores of single tokens."""
 
     log_probabilities: NDArray[np.float64]
     """In nats."""
     greedy: NDArray[np.bool_]
-    """Whether the token is the likeliest one."""
+    """Whether the token is the most likely one."""
 
 
 def batches(rows: Sequence[Row], most_rows: int) -> Iterator[list[Row]]:
     """Cut rows into runs of neighbours for `score`.
 
-    A run has most_rows at most, contexts of PASS_TOKENS together, where one that neighbours share counts once, and as
-    many tokens of continuations; a row that is longer still has a run of its own.
+    A run has at most most_rows rows, PASS_TOKENS tokens of contexts (a context that neighbours share counts once) and
+    PASS_TOKENS tokens of continuations. A longer row is a run by itself.
     """
     batch: list[Row] = []
     n_context = n_continuation = 0
@@ -70,12 +70,12 @@ def batches(rows: Sequence[Row], most_rows: int) -> Iterator[list[Row]]:
 
 @torch.inference_mode()
 def score(model: LanguageModel, rows: list[Row]) -> list[tuple[float, bool]]:
-    """For each row the continuation's log-probability in nats, and whether greedy decoding gives it.
+    """For each row, the continuation's log-probability in nats, and whether greedy decoding gives it.
 
-    A context that one row has is read with its continuation. One that neighbours share is read once: it predicts the
-    first token of each continuation, and what follows starts from copies of its state.
+    A context of a single row runs together with its continuation. A context that neighbours share runs once: it
+    predicts the first token of each continuation, and the other tokens start from copies of its state.
 
-    Raises ValueError for ids outside the vocabulary, RuntimeError when a log-probability is not a number.
+    Raises ValueError for ids outside the vocabulary, RuntimeError if a log-probability is not finite.
     """
     trunks: list[list[int]] = []
     branches: list[list[int]] = []
@@ -102,14 +102,14 @@ def score(model: LanguageModel, rows: list[Row]) -> list[tuple[float, bool]]:
 
 
 def _wanted(owner: int, sequence: int, start: int, tokens: list[int]) -> list[Wanted]:
-    """Tokens that the positions of a sequence from start on predict."""
+    """The tokens that consecutive positions of a sequence predict, beginning at `start`."""
     return [Wanted(owner, sequence, start + i, token) for i, token in enumerate(tokens)]
 
 
 def _read(
     model: LanguageModel, sequences: list[list[int]], wanted: list[Wanted], state: LanguageModelState | None = None
 ) -> tuple[Scores, LanguageModelState]:
-    """Run sequences packed along one row, each from its state; the scores of what is wanted, and the states after."""
+    """Run sequences packed along one row, each from its state; returns the scores and the new states."""
     if len(sequences) == 1 and len(sequences[0]) > PASS_TOKENS:
         return _read_in_pieces(model, sequences[0], wanted, state)
     device = _device(model)
@@ -127,7 +127,7 @@ def _read(
 def _read_in_pieces(
     model: LanguageModel, sequence: list[int], wanted: list[Wanted], state: LanguageModelState | None
 ) -> tuple[Scores, LanguageModelState]:
-    """`_read` of one long sequence, whose activations are held a piece at a time; wanted is in order of position."""
+    """`_read` for one long sequence, in pieces to save memory; `wanted` is in order of position."""
     parts = []
     for start in range(0, len(sequence), PASS_TOKENS):
         stop = start + PASS_TOKENS
@@ -139,7 +139,7 @@ def _read_in_pieces(
 
 
 def _scores(model: LanguageModel, x: Float[Tensor, "n d_model"], tokens: Int[Tensor, " n"]) -> Scores:
-    """Log-probabilities over all columns of the checkpoint's vocabulary; a part of the logits is held at a time."""
+    """Log-probabilities over all columns of the checkpoint's vocabulary, computed in parts to save memory."""
     size = max(1, LOSS_CHUNK_ELEMENTS // model.config.padded_vocab_size)
     log_probabilities, greedy = [], []
     for part, ids in zip(x.split(size), tokens.split(size), strict=True):
@@ -155,11 +155,11 @@ def _join(parts: list[Scores]) -> Scores:
 
 
 def _sums(n_rows: int, wanted: list[Wanted], scores: Scores) -> list[tuple[float, bool]]:
-    """Scores of tokens, in the order of wanted, as scores of the rows that own them."""
+    """Sum the scores of tokens, in the order of `wanted`, for each row."""
     if not np.isfinite(scores.log_probabilities).all():
         raise RuntimeError(
-            "the model's log-probabilities are not finite; its weights are broken, or their dtype overflows (float32 "
-            "does not)"
+            "the model's log-probabilities are not finite; its weights are broken, or their dtype overflows; try "
+            "float32"
         )
     owners = [w.owner for w in wanted]
     sums, greedy = np.zeros(n_rows), np.ones(n_rows, bool)
@@ -172,8 +172,8 @@ def _check(model: LanguageModel, ids: Int[Tensor, " n"]) -> None:
     n_ids = model.config.padded_vocab_size
     if ids.numel() and int(ids.max()) >= n_ids:
         raise ValueError(
-            f"the tokenizer gives the id {int(ids.max())}, outside the model's vocabulary of {n_ids}; give the model's "
-            f"own with tokenizer=PATH"
+            f"the tokenizer gives the id {int(ids.max())}, outside the model's vocabulary of {n_ids}; pass the model's "
+            f"own tokenizer with tokenizer=PATH"
         )
 
 

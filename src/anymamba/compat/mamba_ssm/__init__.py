@@ -1,4 +1,4 @@
-"""The package `mamba_ssm`, interface 2.3.2, for Mamba (S6) over anymamba's operators, on any device."""
+"""The package `mamba_ssm`, interface 2.3.2, for Mamba (S6) with anymamba's operators, on any device."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _refuse = refusing(__name__)
 
 
 def _declined(*args: Any, **kwargs: Any) -> None:
-    """What transformers gets for `mamba_inner_fn`: None sends it down its own path, through its own modules.
+    """What transformers gets for `mamba_inner_fn`: it returns None, so transformers calls its own modules instead.
 
-    It would call the fused function with bare weights, past adapters on them and past the mask after the convolution.
+    transformers would pass the weights to the fused function, which would ignore adapters and the mask after the
+    convolution.
     """
 
 

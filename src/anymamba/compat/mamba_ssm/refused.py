@@ -1,7 +1,7 @@
-"""Names of the published `mamba_ssm` that are refused: `hasattr` says no, and an import says why and what to do.
+"""Names of the published `mamba_ssm` that are refused: `hasattr` is False, and the error of an import gives the reason.
 
-Everything of the published modules that is not here is offered. A module with refused names takes its `__getattr__`
-from here; the import of a refused module is stopped by a finder that is asked after all others.
+Every other name of the published modules exists here. A module with refused names takes its `__getattr__` from this
+file. A finder that runs after all others stops the import of a refused module.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ MAMBA_2 = f"it belongs to Mamba-2; {ORIGINAL}"
 MAMBA_3 = f"it belongs to Mamba-3; {ORIGINAL}"
 ATTENTION = f"it is attention; {ORIGINAL}"
 PARALLEL = f"it splits layers over processes; {ORIGINAL}"
-SOFTPLUS = "it is code for the inside of Triton kernels; torch.nn.functional.softplus does its work outside"
+SOFTPLUS = "it is code for use inside Triton kernels; use torch.nn.functional.softplus"
 TUNING = "it tunes Triton kernels; there is nothing to tune here"
-DECORATORS = "it is torch's; take custom_fwd and custom_bwd of torch.amp"
-COMPILED = (
-    "it is the compiled module; the functions beside it, SelectiveScanFn and causal_conv1d_fn among them, do its work"
-)
+DECORATORS = "it is torch's; use custom_fwd and custom_bwd of torch.amp"
+COMPILED = "it is the compiled module; use the Python functions, such as SelectiveScanFn and causal_conv1d_fn"
 
 MODULES = {
     "distributed": PARALLEL,
@@ -44,7 +42,7 @@ MODULES = {
     "ops.triton.ssd_chunk_state": MAMBA_2,
     "ops.triton.ssd_combined": MAMBA_2,
     "ops.triton.ssd_state_passing": MAMBA_2,
-    "utils.determinism": "it steers Triton kernels; results here are the same in every run, with nothing to set",
+    "utils.determinism": "it configures Triton kernels; results here are the same in every run, with nothing to set",
     "utils.torch": DECORATORS,
 }
 """Refused modules, and why."""
@@ -69,17 +67,18 @@ NAMES = {
     },
     "ops.triton.selective_state_update": {"softplus": SOFTPLUS},
     "utils.generation": {
-        "allocate_inference_cache": "it makes caches of attention; take that of MambaLMHeadModel or of the layer"
+        "allocate_inference_cache": "it makes caches of attention; use the method of MambaLMHeadModel or of the layer"
     },
 }
-"""Refused names inside modules that are offered, and why."""
+"""Refused names inside modules that exist here, and why."""
 
 
 def refusing(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module: an AttributeError that says why a name is refused.
+    """The `__getattr__` of a module: it raises an AttributeError that says why a name is refused.
 
-    `from module import name` hides an AttributeError's message, but asks the finders for a module of that name where
-    the module has a `__path__`, as packages do. So the module gets one, and the finder has the last word.
+    `from module import name` hides the message of an AttributeError. But if the module has a `__path__`, as packages
+    do, Python then calls the finders for a submodule of that name. So the module gets a `__path__`, and the error of
+    the finder is what the caller sees.
     """
     vars(sys.modules[module]).setdefault("__path__", [])
 
@@ -101,15 +100,15 @@ def reason(full: str) -> str | None:
 
 
 class RefusedFinder(MetaPathFinder):
-    """Stops imports of what is refused. It answers the question whether a module exists with no."""
+    """Stops the import of refused names and modules; `importlib.util.find_spec` returns None for them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         why = reason(fullname) if _is_ours(fullname) else None
-        asker = sys._getframe(1).f_back
-        if why is None or (asker is not None and asker.f_globals.get("__name__") == "importlib.util"):
-            return None  # importlib.util.find_spec asks whether there is such a module
+        caller = sys._getframe(1).f_back
+        if why is None or (caller is not None and caller.f_globals.get("__name__") == "importlib.util"):
+            return None  # importlib.util.find_spec only checks whether there is such a module
         published = fullname.removeprefix(HOME)
         kind = ModuleNotFoundError if published.removeprefix(f"{PACKAGE}.") in MODULES else ImportError
         raise kind(why, name=published)

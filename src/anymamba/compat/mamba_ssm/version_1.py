@@ -1,4 +1,4 @@
-"""Positional arguments in the order that version 1 of `mamba_ssm` had, where version 2 has another."""
+"""Positional arguments in the order of version 1 of `mamba_ssm`, where version 2 has another order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def accepting_version_1(
     names: tuple[str, ...], is_version_1: Callable[[tuple[Any, ...], dict[str, Any]], bool]
 ) -> Callable[[Function], Function]:
-    """Have a function take the positional arguments of version 1, too.
+    """A decorator that makes a function also accept the positional arguments of version 1.
 
     Args:
-        names: version 1's, in order; `self` among them for a method.
-        is_version_1: tells from the arguments of a call.
+        names: the arguments of version 1 in order, with `self` for a method.
+        is_version_1: whether the arguments of a call are in the order of version 1.
     """
 
     def decorate(function: Function) -> Function:
@@ -27,7 +27,7 @@ def accepting_version_1(
             if len(arguments) > len(names):
                 raise TypeError(
                     f"{function.__qualname__} takes at most {len(names)} positional arguments in the order of "
-                    f"version 1 ({', '.join(names)}), got {len(arguments)}; name the others"
+                    f"version 1 ({', '.join(names)}), got {len(arguments)}; pass the others by name"
                 )
             return function(**dict(zip(names, arguments, strict=False)), **options)
 

@@ -1,7 +1,8 @@
 """Our models as models of `transformers`: `AutoModelForCausalLM`, `generate()`, `Trainer`, pipelines, PEFT, TRL.
 
-Importing this package registers `model_type: "anymamba"`. Folders keep our parameters' names, so that what either side
-saves the other loads. `wrap` gives any `LanguageModel`, a published Mamba included, to the same tools.
+Importing this package registers `model_type: "anymamba"`. Folders keep the names of our parameters, so anymamba loads
+what transformers saves, and the reverse. `wrap` makes any `LanguageModel`, a published Mamba included, usable with
+these tools.
 """
 
 try:
@@ -30,5 +31,5 @@ __all__ = [
 AutoConfig.register(AnyMambaConfig.model_type, AnyMambaConfig, exist_ok=True)
 AutoModel.register(AnyMambaConfig, AnyMambaModel, exist_ok=True)
 AutoModelForCausalLM.register(AnyMambaConfig, AnyMambaForCausalLM, exist_ok=True)
-# `Trainer` shifts the labels of label smoothing for the classes of this list only, and pipelines complain of others.
+# `Trainer` shifts the labels of label smoothing only for the classes of this list, and pipelines warn about others.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AnyMambaConfig.model_type] = AnyMambaForCausalLM.__name__

@@ -1,4 +1,4 @@
-"""The layers of a `LanguageModel` without its head, as `transformers` and what builds on it find them in a model."""
+"""The layers of a `LanguageModel` without its head, with the interface that `transformers` expects of a base model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anymamba.compat.transformers.packing import LENGTHS, OFFSETS, PackedRow, pa
 from anymamba.models.language_model import Block, LanguageModel, LanguageModelState
 
 HEAD = "head"
-"""The head's name among the children of a `LanguageModel`."""
+"""The name of the head among the children of a `LanguageModel`."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class AnyMambaModelOutput(ModelOutput):
     last_hidden_state: Float[Tensor, "batch length d_model"] | None = None
     """The normed output of the last block."""
     cache: AnyMambaCache | None = None
-    """The state after the sequence; that of a packed batch has a row for each of its sequences."""
+    """The state after the sequence; for a packed batch it has a row for each sequence."""
     hidden_states: tuple[Float[Tensor, "batch length d_model"], ...] | None = None
     """The residual before each block, and the normed output of the last."""
     sequence_starts: Bool[Tensor, "batch length"] | None = None
@@ -37,12 +37,12 @@ class AnyMambaModelOutput(ModelOutput):
 
 
 class AnyMambaPreTrainedModel(PreTrainedModel):
-    """What the backbone and the whole model share: they run the layers of one `LanguageModel`.
+    """The base class of the backbone and of the whole model, which run the layers of one `LanguageModel`.
 
     Args:
         config: sizes and options.
         language_model: the model that runs the layers.
-        children: its table of children, or a view of that.
+        children: its table of children, or a view of that table.
     """
 
     language_model: LanguageModel
@@ -59,20 +59,20 @@ class AnyMambaPreTrainedModel(PreTrainedModel):
         self, config: AnyMambaConfig, language_model: LanguageModel, children: MutableMapping[str, nn.Module | None]
     ) -> None:
         super().__init__(config)
-        # The layers are this module's own children, under the names of our files, and the same table of children
-        # serves the LanguageModel that runs them: a layer that PEFT or a new vocabulary replaces is replaced in both.
+        # The layers are children of this module, under the names of our files. The LanguageModel that runs them uses
+        # the same table of children. So when PEFT or a new vocabulary replaces a layer, it is replaced in both.
         self.__dict__["language_model"] = language_model
         self.__dict__["_modules"] = children
 
     def post_init(self) -> None:
-        """What `transformers` does at the end of construction; weights are drawn already."""
-        for parameter in self.parameters():  # drawn as our models are; on "meta" they are still to be loaded
+        """Finish the construction as `transformers` does, but keep the weights, which are drawn already."""
+        for parameter in self.parameters():  # initialised like our models; parameters on "meta" are loaded later
             parameter._is_hf_initialized = not parameter.is_meta  # type: ignore[attr-defined]
         super().post_init()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw what is neither drawn nor loaded as a new model draws it; `transformers` asks for it after loading."""
+        """Initialise the parameters that were neither drawn nor loaded; `transformers` calls this after loading."""
         missing = [p for p in self.named_parameters() if not getattr(p[1], "_is_hf_initialized", False)]
         if missing and not any(parameter.is_meta for _, parameter in missing):
             drawn = LanguageModel(self.config.to_model_config()).state_dict()
@@ -85,7 +85,7 @@ class AnyMambaPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As everywhere in `transformers`; all rows of the new embedding are ids that exist."""
+        """Like the method of `PreTrainedModel`; in the new embedding every row is an id of the vocabulary."""
         before = self.config.vocab_size
         embedding = super().resize_token_embeddings(*args, **kwargs)
         if self.config.vocab_size != before:
@@ -94,7 +94,7 @@ class AnyMambaPreTrainedModel(PreTrainedModel):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Recompute each block in backward; `transformers` sets it, without re-entrance whatever its options say."""
+        """Whether backward recomputes each block; `transformers` sets it. It is always non-reentrant."""
         return self.language_model.activation_checkpointing
 
     @gradient_checkpointing.setter
@@ -131,7 +131,7 @@ class AnyMambaModel(AnyMambaPreTrainedModel):
 
     @property
     def embed_tokens(self) -> nn.Module:
-        """The embedding, by the name that it has in most models of `transformers`."""
+        """The embedding, under the name that most models of `transformers` use."""
         return self.language_model.embedding
 
     def forward(
@@ -148,25 +148,25 @@ class AnyMambaModel(AnyMambaPreTrainedModel):
         cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
         **others: Any,
     ) -> tuple[Any, ...] | AnyMambaModelOutput:
-        """The normed output of the last block at each position, and what else is asked for.
+        """The normed output of the last block at each position, and optionally the state and the hidden states.
 
         Args:
             input_ids, inputs_embeds: exactly one of them.
-            attention_mask: (batch, length), nonzero at real tokens, padding on any side; columns of earlier calls may
-                come before.
-            cache: the state to go on from; defaults to the beginning.
+            attention_mask: (batch, length), nonzero at real tokens, padding on any side; it may start with the columns
+                of earlier calls.
+            cache: the state to continue from; defaults to the beginning.
             use_cache: return the state; defaults to the config's `use_cache`, and to False in training.
-            output_hidden_states: return them; defaults to the config's.
-            return_dict: an `AnyMambaModelOutput`, else a tuple of what there is; defaults to the config's.
-            position_ids: (batch, length) or (1, length), rising by one in a sequence; where they start anew at 0 inside
-                a row, another sequence begins. The model counts positions itself.
+            output_hidden_states: return the hidden states; defaults to the config's value.
+            return_dict: return an `AnyMambaModelOutput` instead of a tuple; defaults to the config's value.
+            position_ids: (batch, length) or (1, length), rising by one in a sequence; a new sequence begins where they
+                start again at 0 inside a row. The model counts positions itself.
             seq_idx: (batch, length) or (1, length), the number of the sequence that a token belongs to.
             cu_seqlens: int32 offsets of sequences packed along the length of one row.
-            others: FlashAttention's `cu_seq_lens_q` and `cu_seq_lens_k`, which mean what cu_seqlens means, with
+            others: FlashAttention's `cu_seq_lens_q` and `cu_seq_lens_k`, which have the meaning of cu_seqlens, with
                 `max_length_q` and `max_length_k`, which follow from them; `logits_to_keep`, which is for the head; and
                 arguments of other models, which must be None or False.
-        Raises ValueError when there is nothing or too much to read, or what is said of sequences contradicts itself,
-            TypeError for what this model has not.
+        Raises ValueError if not exactly one input is given, or if the arguments that describe sequences contradict
+            each other, and TypeError for an argument that this model does not have.
         """
         require_one_place(getattr(self, "hf_device_map", {}))
         if (input_ids is None) == (inputs_embeds is None):
@@ -209,7 +209,7 @@ class AnyMambaModel(AnyMambaPreTrainedModel):
         )
 
     def _first_positions(self, inputs: Tensor, state: LanguageModelState | None) -> Int[Tensor, " batch"] | None:
-        """How many tokens each row has seen, where a table of positions asks for it."""
+        """How many tokens each row has seen; None if the model has no table of positions."""
         if not self.language_model.config.has_absolute_positions:
             return None
         if state is None:
@@ -218,7 +218,7 @@ class AnyMambaModel(AnyMambaPreTrainedModel):
 
 
 class WithoutHead(MutableMapping[str, Any]):
-    """A table of children without the head among them; what is set in it is set in the table.
+    """A view of a table of children that leaves out the head; assignments change the table.
 
     Args:
         table: the children of a `LanguageModel`.
@@ -245,12 +245,12 @@ class WithoutHead(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def copy(self) -> dict[str, Any]:
-        """The children in a table of their own."""
+        """The children in a new table."""
         return dict(self)
 
 
 class TiedHead(nn.Module):
-    """The head of a model whose head is the embedding's weight: it has no parameter of its own.
+    """The head of a model that uses the embedding's weight as its head; it has no parameters.
 
     Args:
         language_model: a model without a head.
@@ -283,7 +283,7 @@ class TiedHead(nn.Module):
 
 
 def _may_step(blocks: Any) -> bool:
-    """Whether no one waits for these blocks to be called, which a step does not: to gather shards, move or record."""
+    """Whether a step may skip the calls of the blocks: they have no hooks, no replaced forward and no shards."""
     return all(
         type(block) is Block
         and not block._forward_pre_hooks
@@ -317,11 +317,11 @@ def require_one_place(device_map: dict[str, Any]) -> None:
 def _refuse(others: dict[str, Any]) -> None:
     unknown = sorted(name for name, value in others.items() if value is not None and value is not False)
     if unknown:
-        raise TypeError(f"models of anymamba have no use for {', '.join(unknown)}; leave out what is not theirs")
+        raise TypeError(f"models of anymamba do not take {', '.join(unknown)}; leave these arguments out")
 
 
 def _mask_of(attention_mask: Tensor | None, inputs: Tensor, continues: bool) -> Tensor | None:
-    """The mask of these inputs, without the columns of earlier calls; None where nothing is padding."""
+    """The mask of these inputs, without the columns of earlier calls; None if there is no padding."""
     if attention_mask is None:
         return None
     if continues:
@@ -333,7 +333,7 @@ def _mask_of(attention_mask: Tensor | None, inputs: Tensor, continues: bool) -> 
 
 @contextmanager
 def _inputs_of(blocks: Any) -> Iterator[list[Tensor]]:
-    """A list that fills with what goes into each of the blocks."""
+    """A list that collects the input of each block while the context is open."""
     seen: list[Tensor] = []
     handles = [block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for block in blocks]
     try:

@@ -20,16 +20,16 @@ class AnyMambaConfig(PretrainedConfig):
 
     Args:
         anymamba: the fields of a `ModelConfig` that differ from its defaults, as a table; see `models/config.py`.
-        eos_token_id, bos_token_id, pad_token_id: of the tokenizer; default to none.
-        use_cache: `forward` returns the state outside training, unless it is told otherwise.
-        others: what every config of `transformers` takes.
+        eos_token_id, bos_token_id, pad_token_id: ids of the tokenizer; default to None.
+        use_cache: outside training, `forward` returns the state by default.
+        others: arguments that every config of `transformers` takes.
     Raises ValueError or TypeError for fields that a `ModelConfig` cannot have.
     """
 
     model_type = "anymamba"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """No code comes with a folder; TRL looks for it in models that `transformers` does not name itself."""
+    """Empty, because folders contain no code; TRL reads it from models that are not part of `transformers`."""
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class AnyMambaConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> AnyMambaConfig:
-        """As everywhere in `transformers`, but a config of another model_type is an error, not a warning."""
+        """Like `PretrainedConfig.from_dict`, but a config of another model_type is an error, not a warning."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
                 f"this is a model of model_type {kind!r}, whose parameters have other names; load it with "
-                "anymamba's LanguageModel.from_pretrained and give that to anymamba.compat.transformers.wrap"
+                "anymamba's LanguageModel.from_pretrained and pass the model to anymamba.compat.transformers.wrap"
             )
         return super().from_dict(config_dict, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What `generate()` keeps between steps, and the ids that it may emit."""
+"""The cache that `generate()` keeps between steps, and a filter of the ids that it may emit."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from anymamba.parts.state import select_rows
 
 
 class AnyMambaCache:
-    """The state between two calls, in the place where `transformers` keeps a cache; a call returns a new one.
+    """The state between two calls, which `transformers` handles as its cache; each call returns a new one.
 
-    It holds no positions: `generate` reads the whole of its `input_ids` on top of a cache that it is given.
+    It holds no positions, so `generate` with a cache reads all of its `input_ids` after that state.
     """
 
     is_compileable = False
     is_croppable = False
     is_linear = (True,)
-    """For each layer whether it is without positions; `generate` drops no ids for those."""
+    """For each layer, whether it has no positions; for such layers `generate` drops no ids."""
 
     def __init__(self, state: LanguageModelState) -> None:
         self.state = state
 
     def reorder_cache(self, beam_idx: Int[Tensor, " rows"]) -> None:
-        """Rows by index, for beam search."""
+        """Select rows by index, for beam search."""
         self.state = select_rows(self.state, beam_idx)
 
 
 class ExistingIds(LogitsProcessor):
-    """Lets pass the ids of the vocabulary, not the rows that fill the embedding up to a round number."""
+    """Sets the scores of padding rows of the embedding to -inf; the ids of the vocabulary are unchanged."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

@@ -25,7 +25,7 @@ from anymamba.compat.transformers.generating import AnyMambaCache, ExistingIds
 from anymamba.models.language_model import LanguageModel
 
 FOR_GENERATE = ("tokenizer", "assistant_tokenizer")
-"""What `generate` needs itself and hands on to the model."""
+"""Arguments that `generate` uses itself and also passes on to the model."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class AnyMambaOutput(ModelOutput):
     """What `AnyMambaForCausalLM` returns."""
 
     loss: Float[Tensor, ""] | None = None
-    """In nats a label; absent without labels."""
+    """In nats per label; None without labels."""
     logits: Float[Tensor, "batch length padded_vocab"] | None = None
     cache: AnyMambaCache | None = None
     """The state after the sequence."""
@@ -45,10 +45,10 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
     """A `LanguageModel` with the interface of `transformers`.
 
     Its backbone is `model` (`base_model`, `get_decoder()`), its head `lm_head` (`get_output_embeddings()`). Parameters
-    keep our names: PEFT knows the embedding as `embedding` and a head of its own as `head`.
+    keep our names: for PEFT the embedding is `embedding`, and an untied head is `head`.
 
-    Where `Trainer` is to decay weights it must be given an optimizer, as `training.optimizer.build_optimizer` makes one
-    of `language_model`: its own would decay A_log and D, too.
+    To use weight decay with `Trainer`, pass it the optimizer that `training.optimizer.build_optimizer` makes for
+    `language_model`. The default optimizer of `Trainer` would also decay A_log and D.
 
     Args:
         config: sizes and options.
@@ -65,7 +65,7 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
         if language_model is None:
             language_model = LanguageModel(config.to_model_config())
         super().__init__(config, language_model, language_model._modules)
-        # They share the layers, and so are no children of this module.
+        # They share the layers, so they must not be children of this module.
         self.__dict__.update(model=AnyMambaModel(config, language_model), _tied_head=TiedHead(language_model))
         self.post_init()
 
@@ -86,16 +86,16 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
         cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
         **others: Any,
     ) -> tuple[Any, ...] | AnyMambaOutput:
-        """Logits of the next token at each position, and what else is asked for.
+        """Logits of the next token at each position, and optionally the loss, the state and the hidden states.
 
         Args:
-            labels: like input_ids, not shifted; -100 is not counted, nor is the first token of a sequence.
-            return_dict: an `AnyMambaOutput`, else a tuple of what there is; defaults to the config's.
+            labels: like input_ids, not shifted; -100 and the first token of a sequence are not counted.
+            return_dict: return an `AnyMambaOutput` instead of a tuple; defaults to the config's value.
             logits_to_keep: compute logits of that many last positions, or of these positions; 0 means all.
-            num_items_in_batch: divide the summed loss by it; defaults to the counted labels.
+            num_items_in_batch: divide the summed loss by it; defaults to the number of counted labels.
             Others as in `AnyMambaModel.forward`.
-        Raises ValueError when there is nothing or too much to read, or what is said of sequences contradicts itself,
-            TypeError for what this model has not.
+        Raises ValueError if not exactly one input is given, or if the arguments that describe sequences contradict
+            each other, and TypeError for an argument that this model does not have.
         """
         require_one_place(getattr(self, "hf_device_map", {}))
         hidden = self.model(
@@ -114,7 +114,7 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(_positions(hidden.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            if hidden.sequence_starts is not None:  # no token of another sequence foretells it
+            if hidden.sequence_starts is not None:  # the token before it belongs to another sequence
                 labels = labels.masked_fill(hidden.sequence_starts.to(labels.device), -100)
             size = logits.shape[-1]
             loss = self.loss_function(logits, labels, vocab_size=size, num_items_in_batch=num_items_in_batch)
@@ -124,7 +124,7 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
         )
 
     def train(self, mode: bool = True) -> AnyMambaForCausalLM:
-        """Set the mode of the layers, and of those that run them."""
+        """Set the mode of the layers and of the modules that run them."""
         super().train(mode)
         for module in (self.model, self.language_model, self._tied_head):
             module.training = mode
@@ -133,14 +133,14 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------------------------------ generation
 
     def generate(self, *args: Any, logits_processor: list[LogitsProcessor] | None = None, **kwargs: Any) -> Any:
-        """As everywhere in `transformers`; ids that only pad the embedding's rows are never emitted."""
+        """Like `GenerationMixin.generate`; ids of padding rows of the embedding are never emitted."""
         existing = ExistingIds(self.language_model.config.vocab_size)
         parent: Any = super()
         return parent.generate(
             *args, logits_processor=LogitsProcessorList([*(logits_processor or ()), existing]), **kwargs
         )
 
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` asks for its arguments
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` inspects its signature
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         parent: Any = super()
         return parent.prepare_inputs_for_generation(
@@ -152,18 +152,18 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first call makes the state
+        return False  # the first call creates the state
 
     # ------------------------------------------------------------------------------------------ the head
 
     @property
     def lm_head(self) -> Any:
-        """The head; one without parameters where it is the embedding's weight."""
+        """The head; for a tied model, a module without parameters that uses the embedding's weight."""
         head = self.language_model.head
         return self._tied_head if head is None else head
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "lm_head":  # a Module would become a child by that name, past the property
+        if name == "lm_head":  # nn.Module would register it as a child and bypass the property
             self.set_output_embeddings(value)
         else:
             super().__setattr__(name, value)
@@ -171,7 +171,7 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Every module by its name, the tied head among them, so that it is found where heads are looked for."""
+        """Every module by its name, including the tied head, so that code that looks for a head finds it."""
         unseen = False
         for pair in super().named_modules(memo, prefix, remove_duplicate):
             unseen = True
@@ -180,20 +180,20 @@ class AnyMambaForCausalLM(AnyMambaPreTrainedModel, GenerationMixin):
             yield f"{prefix}.lm_head" if prefix else "lm_head", self._tied_head
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head; its `weight` is the embedding's where they are tied."""
+        """The head; if they are tied, its `weight` is the embedding's."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Replace the head.
 
-        Raises ValueError where it is the embedding's weight.
+        Raises ValueError if the head is the embedding's weight.
         """
         if self.language_model.head is not None:
             self.language_model.head = new_embeddings
         elif new_embeddings is not self._tied_head:
             raise ValueError(
-                "the head is the embedding's weight and cannot be set or trained apart; set or train the embedding, or "
-                "make the model with tie_embeddings=False"
+                "the head is the embedding's weight and cannot be set or trained separately; set or train the "
+                "embedding, or make the model with tie_embeddings=False"
             )
 
     def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> Any:
@@ -216,9 +216,9 @@ def wrap(language_model: LanguageModel, eos_token_id: int | None = None) -> AnyM
     """A model for the tools of `transformers` that shares the parameters of a `LanguageModel`.
 
     Args:
-        language_model: any that we load or make.
-        eos_token_id: ends generation, and stands for the beginning and for padding, too; defaults to none.
-    What it saves is a folder of model_type "anymamba"; `language_model.save_pretrained` writes the other formats.
+        language_model: any `LanguageModel`.
+        eos_token_id: ends generation, and is also the id for the beginning and for padding; defaults to None.
+    The model saves folders of model_type "anymamba"; `language_model.save_pretrained` writes the other formats.
     """
     ids = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), eos_token_id)
     dtype = language_model.embedding.weight.dtype
@@ -227,7 +227,7 @@ def wrap(language_model: LanguageModel, eos_token_id: int | None = None) -> AnyM
 
 
 def _positions(x: Float[Tensor, "batch length d_model"], keep: int | Tensor) -> Tensor:
-    """The positions whose logits are wanted: the last `keep` (0: all), or these."""
+    """The positions whose logits are computed: the last `keep` (0 means all), or those that `keep` lists."""
     if isinstance(keep, Tensor):
         return x[:, keep]
     return x[:, -keep:] if keep else x

@@ -1,7 +1,7 @@
-"""Sequences that are packed along the rows of a batch, from whatever a collator says of them.
+"""Finds the sequences that are packed along the rows of a batch, from the arguments that a collator gives.
 
-Offsets (`cu_seqlens`, or `cu_seq_lens_q` and `cu_seq_lens_k` as FlashAttention's callers name them), `position_ids`
-that start anew, and `seq_idx` that changes all say where a sequence begins. Each alone is enough; several must agree.
+Offsets (`cu_seqlens`, or `cu_seq_lens_q` and `cu_seq_lens_k` for callers of FlashAttention), `position_ids` that start
+again at 0, and changes of `seq_idx` all say where a sequence begins. One of them is enough; several must agree.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from anymamba.ops.checks import n_sequences, require_offsets, require_shape
 
 OFFSETS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 LENGTHS = ("max_length_q", "max_length_k")
-"""The longest sequence, which collators give beside the offsets that it follows from."""
+"""The length of the longest sequence, which collators pass with the offsets; it follows from them and is ignored."""
 
 
 class PackedRow(NamedTuple):
-    """The real tokens of a batch as one row of sequences, each after the other."""
+    """The real tokens of a batch as one row of sequences, one after the other."""
 
     offsets: Int[Tensor, " n_plus_1"]
-    """Where each sequence begins in the row, and the row's length at the end."""
+    """The offset of each sequence in the row, then the length of the row."""
     places: Int[Tensor, " tokens"] | None
-    """Where the row's tokens stand in the flattened batch; None where the batch is that row already."""
+    """The indices of the row's tokens in the flattened batch; None if the batch is that row already."""
 
     def pack(self, x: Tensor) -> Tensor:
         """(batch, length, ...) as (1, tokens, ...)."""
@@ -56,16 +56,16 @@ def packed_row(
     continues: bool,
     first: Int[Tensor, " batch"] | None,
 ) -> PackedRow | None:
-    """The packed row that a batch holds; None where its rows are its sequences.
+    """The packed row of a batch; None if each row is one sequence.
 
     Args:
         inputs: (batch, length, ...).
-        mask: (batch, length), nonzero at real tokens; None where all are.
-        position_ids, seq_idx: (batch, length), or (1, length) for all rows; what they say of padding is not read.
-        offsets: those that are given, by the name of their argument.
-        continues: the sequences go on from a state.
-        first: the position that the first token of each row must have; None where the model has no use for it.
-    Raises ValueError where these contradict each other, or leave out positions.
+        mask: (batch, length), nonzero at real tokens; None if all are real.
+        position_ids, seq_idx: (batch, length), or (1, length) for all rows; their values at padding are ignored.
+        offsets: the given offsets, by the name of their argument.
+        continues: whether the sequences continue from a state.
+        first: the position that the first token of each row must have; None if the model does not need it.
+    Raises ValueError if these contradict each other, or skip positions.
     """
     batch, length = inputs.shape[:2]
     given = {name: tensor.to(inputs.device, torch.int32) for name, tensor in offsets.items() if tensor is not None}
@@ -74,7 +74,7 @@ def packed_row(
         return None
     if told is not None:
         n_sequences(batch, told)
-        if torch.compiler.is_compiling() or mask is not None:  # what follows compares values; the layers refuse a mask
+        if torch.compiler.is_compiling() or mask is not None:  # the rest compares values; the layers refuse a mask
             return PackedRow(told, None)
         for tensor in given.values():
             require_offsets(tensor, length)
@@ -85,7 +85,7 @@ def packed_row(
     if position_ids is not None:
         positions = tokens.pick("position_ids", position_ids)
         begins["position_ids"] = tokens.first | _differs(positions, 1)
-        if continues and told is not None:  # a sequence may by chance be numbered on from the one before it
+        if continues and told is not None:  # the positions may by chance rise by one from one sequence to the next
             begins["position_ids"] = begins["position_ids"] | _begins_at(told, length)
     found = _agreed(begins)
     if position_ids is not None and not (continues and told is not None):
@@ -96,7 +96,7 @@ def packed_row(
         return None
     if continues:
         raise ValueError(
-            f"{' and '.join(begins)} must not begin a new sequence inside a row that goes on from a cache; give the "
+            f"{' and '.join(begins)} must not begin a new sequence inside a row that continues from a cache; pass the "
             "sequences as rows, or cu_seqlens and a cache with a row for each sequence"
         )
     edges = [found.nonzero()[:, 0], torch.tensor([found.numel()], device=found.device)]
@@ -108,7 +108,7 @@ class _Tokens(NamedTuple):
 
     shape: tuple[int, int]
     places: Int[Tensor, " tokens"]
-    """Where each stands in the flattened batch."""
+    """The index of each in the flattened batch."""
     row: Int[Tensor, " tokens"]
     """The row of each."""
     first: Bool[Tensor, " tokens"]
@@ -140,27 +140,27 @@ class _Tokens(NamedTuple):
 
 
 def _differs(values: Int[Tensor, " tokens"], step: int) -> Bool[Tensor, " tokens"]:
-    """For each token whether its value is other than that of the token before it plus `step`; false for the first."""
+    """For each token, whether its value differs from that of the previous token plus `step`; False for the first."""
     result = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     result[1:] = values[1:] != values[:-1] + step
     return result
 
 
 def _begins_at(offsets: Int[Tensor, " n_plus_1"], n_tokens: int) -> Bool[Tensor, " tokens"]:
-    """True at the first token of each sequence; empty ones have none."""
+    """True at the first token of each sequence that is not empty."""
     begins = torch.zeros(n_tokens + 1, dtype=torch.bool, device=offsets.device)
     return begins.index_fill(0, offsets.long(), True)[:n_tokens]
 
 
 def _agreed(begins: dict[str, Bool[Tensor, " tokens"]]) -> Bool[Tensor, " tokens"]:
-    """Where sequences begin, as all say."""
+    """Where sequences begin; raises ValueError unless all arguments agree."""
     (name, found), *others = begins.items()
     for other, theirs in others:
         if not torch.equal(found, theirs):
             place = int((found != theirs).nonzero()[0])
             raise ValueError(
-                f"{name} and {other} must begin their sequences at the same tokens, got different ones, token {place} "
-                "the first; give one of them"
+                f"{name} and {other} must begin their sequences at the same tokens, but they first differ at token "
+                f"{place}; pass only one of them"
             )
     return found
 
@@ -168,7 +168,7 @@ def _agreed(begins: dict[str, Bool[Tensor, " tokens"]]) -> Bool[Tensor, " tokens
 def _require_positions(
     positions: Tensor, begins: Tensor, tokens: _Tokens, first: Tensor | None, continues: bool
 ) -> None:
-    """Raise ValueError unless positions start anew at 0, or where their row starts, and rows start as they must."""
+    """Raise ValueError unless rows start at `first`, and later sequences at 0 or at the first position of their row."""
     starts = positions[tokens.first]
     rows = tokens.row[tokens.first]
     if first is not None:
@@ -177,8 +177,8 @@ def _require_positions(
         if wrong.numel():
             row = int(wrong[0])
             raise ValueError(
-                f"position_ids of row {int(rows[row])} must start at {int(wanted[row])}, the tokens that it has seen, "
-                f"got {int(starts[row])}; this model's table of positions counts them itself: leave position_ids out"
+                f"position_ids of row {int(rows[row])} must start at {int(wanted[row])}, the number of tokens that it "
+                f"has seen, got {int(starts[row])}; leave position_ids out, this model counts positions itself"
             )
     if continues:
         return
@@ -188,7 +188,7 @@ def _require_positions(
     if wrong.numel():
         place = int(wrong[0])
         raise ValueError(
-            "position_ids must rise by one in a sequence and start anew at 0 in the next, got "
-            f"{int(positions[place])} after {int(positions[place - 1])} in row {int(tokens.row[place])}; padding "
-            "belongs into attention_mask"
+            "position_ids must rise by one in a sequence and start again at 0 in the next, got "
+            f"{int(positions[place])} after {int(positions[place - 1])} in row {int(tokens.row[place])}; mark padding "
+            "in attention_mask"
         )

@@ -77,12 +77,12 @@ _MIXER_1 = (
 
 
 def _is_block_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Where version 2 has the integer d_intermediate, version 1 has ssm_cfg."""
+    """Whether the second argument is not an integer: version 1 has ssm_cfg there, version 2 d_intermediate."""
     return len(arguments) > 1 and not isinstance(arguments[1], Integral)
 
 
 def _is_mixer_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Version 2 has two integers after n_layer, d_intermediate and vocab_size, version 1 the second alone."""
+    """Whether there is one integer after n_layer, vocab_size; version 2 has two, d_intermediate and vocab_size."""
     if len(arguments) == 4:
         return "vocab_size" not in options
     return len(arguments) > 4 and not isinstance(arguments[4], Integral)
@@ -103,9 +103,9 @@ def create_block(
     device=None,
     dtype=None,
 ) -> Block:
-    """One block; the positional arguments of version 1, without d_intermediate, are taken, too.
+    """Make one block; the positional arguments of version 1, without d_intermediate, are accepted too.
 
-    Raises ValueError for layers that are not Mamba (S6): attention and Mamba-2.
+    Raises ValueError for layers other than Mamba (S6): attention and Mamba-2.
     """
     options = dict(ssm_cfg or {})
     layer = options.pop("layer", "Mamba1")
@@ -113,7 +113,8 @@ def create_block(
         raise ValueError(f"ssm_cfg['layer'] must be 'Mamba1', got {layer!r}")
     if layer_idx is not None and layer_idx in (attn_layer_idx or []):
         raise ValueError(
-            f"attn_layer_idx asks for attention (attn_cfg={attn_cfg!r}) in block {layer_idx}; there is Mamba only"
+            f"attn_layer_idx asks for attention (attn_cfg={attn_cfg!r}) in block {layer_idx}, but only Mamba is "
+            "available; leave attn_layer_idx out"
         )
     like: dict[str, Any] = {"device": device, "dtype": dtype}
     mixer = partial(Mamba, layer_idx=layer_idx, **options, **like)
@@ -133,7 +134,7 @@ def _init_weights(
     rescale_prenorm_residual: bool = True,
     n_residuals_per_layer: int = 1,
 ) -> None:
-    """Zero biases, N(0, initializer_range) embeddings, and output projections drawn anew and scaled down by depth."""
+    """Set biases to zero, draw embeddings from N(0, initializer_range), and draw output projections scaled by depth."""
     if isinstance(module, nn.Linear):
         if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
             nn.init.zeros_(module.bias)
@@ -148,7 +149,7 @@ def _init_weights(
 
 
 class MixerModel(nn.Module):
-    """Embedding, blocks, norm; the positional arguments of version 1, without d_intermediate, are taken, too."""
+    """Embedding, blocks and norm; the positional arguments of version 1, without d_intermediate, are accepted too."""
 
     @accepting_version_1(_MIXER_1, _is_mixer_1)
     def __init__(
@@ -170,7 +171,7 @@ class MixerModel(nn.Module):
     ) -> None:
         super().__init__()
         if vocab_size is None:
-            raise TypeError("MixerModel needs vocab_size")
+            raise TypeError("MixerModel needs vocab_size, the number of rows of the embedding, got None")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
         self.embedding = nn.Embedding(vocab_size, d_model, **like)
@@ -202,7 +203,7 @@ class MixerModel(nn.Module):
         }
 
     def forward(self, input_ids: Tensor, inference_params=None, **mixer_kwargs) -> Tensor:
-        """(batch, length) ids to the normed output (batch, length, d_model)."""
+        """Map (batch, length) ids to the normed output (batch, length, d_model)."""
         hidden, residual = self.embedding(input_ids), None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, inference_params=inference_params, **mixer_kwargs)
@@ -221,7 +222,7 @@ class MixerModel(nn.Module):
 
 
 class MambaLMHeadModel(nn.Module, GenerationMixin):
-    """A language model as published.
+    """A language model with the interface of `mamba_ssm`.
 
     Args:
         config: sizes and options.
@@ -234,7 +235,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         super().__init__()
         if isinstance(config, Integral):
             raise TypeError(
-                f"config must be a MambaConfig, got the number {config}, as mamba_ssm 1.0 took sizes; write "
+                f"config must be a MambaConfig, got the number {config} as in mamba_ssm 1.0; write "
                 f"MambaLMHeadModel(MambaConfig(d_model={config}, n_layer=..., vocab_size=...))"
             )
         self.config = config
@@ -260,7 +261,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """The head shares the embedding's weight where the config says so."""
+        """Make the head share the embedding's weight if the config says so."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 
@@ -273,7 +274,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     ) -> Any:
         """Logits (batch, length or num_last_tokens, padded vocabulary) in a named tuple.
 
-        position_ids mean nothing to a recurrence; generation passes them.
+        position_ids are ignored, because a recurrence needs none; generation passes them.
         """
         hidden = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
         if num_last_tokens > 0:
@@ -284,8 +285,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name: str, device=None, dtype=None, **kwargs) -> MambaLMHeadModel:
         """Load a published model: a folder, a .gguf file, or a name on the hub, in any format that anymamba reads.
 
-        A_log and D are float32 whatever the dtype is. kwargs go to the constructor.
-        Raises CheckpointError for a model that these classes cannot be (FalconMamba, say).
+        A_log and D are float32 for every dtype. kwargs go to the constructor.
+        Raises CheckpointError for a model that these classes cannot hold, such as FalconMamba.
         """
         path = local_path(pretrained_model_name)
         values = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
@@ -308,8 +309,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     def save_pretrained(self, save_directory: str) -> None:
         """Write pytorch_model.bin and config.json.
 
-        Raises ValueError for weights that are not floating point (quantised ones), and for a folder whose
-        model.safetensors readers would take before pytorch_model.bin.
+        Raises ValueError for weights that are not floating point (quantised ones), and for a folder with a
+        model.safetensors, which readers would prefer to pytorch_model.bin.
         """
         folder = Path(save_directory)
         tensors = self.state_dict()
@@ -319,7 +320,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
                 raise ValueError(f"{name} must be floating point to be saved, got {kind}; save before quantising")
         if (folder / SAFETENSORS).exists():
             raise ValueError(
-                f"{folder} holds {SAFETENSORS}, which readers take before {TORCH}; save to another folder or remove it"
+                f"{folder} holds {SAFETENSORS}, which readers prefer to {TORCH}; save to another folder or remove it"
             )
         text = json.dumps(vars(self.config), indent=4)
         folder.mkdir(parents=True, exist_ok=True)
@@ -331,7 +332,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
 def _open_own(
     kind: type[MambaLMHeadModel], path: Path, values: dict[str, Any], dtype: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[MambaLMHeadModel, Iterator[tuple[str, Tensor]]]:
-    """A model without weights, and the weights of a folder of the published format, every option of `MambaConfig`."""
+    """A model without weights, and the weights of a folder in the published format; takes any `MambaConfig`."""
     names = [field.name for field in dataclasses.fields(MambaConfig)]
     config = MambaConfig(**{name: values[name] for name in names if name in values})
     weights = open_weights(path)
@@ -360,7 +361,7 @@ def _open_own(
 def _open_other(
     kind: type[MambaLMHeadModel], path: Path, dtype: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[MambaLMHeadModel, Iterator[tuple[str, Tensor]]]:
-    """The same for a checkpoint of another format, if it holds a model that these classes can be."""
+    """The same for a checkpoint in another format, if these classes can hold its model."""
     checkpoint = open_checkpoint(path)
     foreign = ORIGINAL.foreign_options(checkpoint.config)
     if foreign:

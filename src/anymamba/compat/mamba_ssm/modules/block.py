@@ -1,4 +1,4 @@
-"""The pre-norm block of version 2: residual, norm, mixer, and an MLP where there is one."""
+"""The pre-norm block of version 2: residual, norm, mixer, and optionally an MLP."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Block(nn.Module):
 
     Args:
         dim: width.
-        mixer_cls, mlp_cls, norm_cls: called with dim; mlp_cls nn.Identity means none.
-        fused_add_norm: addition and norm as one call; the same numbers in float32.
+        mixer_cls, mlp_cls, norm_cls: called with dim; mlp_cls=nn.Identity means no MLP.
+        fused_add_norm: addition and norm as one call; in float32 the result is the same.
         residual_in_fp32: the residual is kept in float32.
     """
 
     layer_idx: int | None
-    """Its number in the model; `create_block` sets it."""
+    """The number of the block in the model; `create_block` sets it."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Block(nn.Module):
         return hidden_states, residual
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs):
-        """The mixer's."""
+        """The zero states of the mixer."""
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
     def _add_norm(self, norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

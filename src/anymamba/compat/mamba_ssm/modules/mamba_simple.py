@@ -34,10 +34,10 @@ class Mamba(nn.Module):
     """The layer with the parameters, the arguments and the states of `mamba_ssm.Mamba` 2.3.
 
     The state is (batch, d_inner, d_conv) inputs of the convolution, the newest last, and h (batch, d_inner, d_state).
-    With a cache any number of tokens goes on from the state, not only one. Gradients flow through the states: two
-    calls have those of one. The projections are called as modules, so that adapters on them take effect.
+    With a cache, any number of tokens can continue from the state, not only one. Gradients flow through the states, so
+    two calls give the same gradients as one. The projections are called as modules, so adapters on them take effect.
 
-    Args: as there; use_fast_path changes nothing here, there is one path.
+    Args: those of `mamba_ssm.Mamba`; use_fast_path has no effect, because there is only one path.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Mamba(nn.Module):
         self.mark_parameters()
 
     def mark_parameters(self) -> None:
-        """Flags that optimizers and initialisations look for; parameters that are put in anew lose them."""
+        """Set the flags that optimizers and initialisations look for; call it again after replacing parameters."""
         self.A_log._no_weight_decay = self.D._no_weight_decay = True  # type: ignore[attr-defined]
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
 
@@ -96,10 +96,10 @@ class Mamba(nn.Module):
         self.dt_proj.bias.copy_(delta_bias(self.d_inner, *steps, device=self.dt_proj.bias.device))
 
     def forward(self, hidden_states: Tensor, inference_params=None) -> Tensor:
-        """(batch, length, d_model) to the same.
+        """Map (batch, length, d_model) to the same shape.
 
-        With inference_params the states of this layer in its key_value_memory_dict are read (unless seqlen_offset is 0,
-        the beginning) and written: in place, or while gradients are recorded as new tensors that carry them.
+        With inference_params, the states of this layer in its key_value_memory_dict are read (unless seqlen_offset is
+        0, the beginning) and written: in place, or as new tensors with gradients while gradients are recorded.
         """
         if inference_params is None:
             return self._run(hidden_states, None)[0]
@@ -117,7 +117,7 @@ class Mamba(nn.Module):
         return out
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch, 1, d_model) to the same; both states are changed in place and returned."""
+        """Map (batch, 1, d_model) to the same shape; both states are changed in place and returned."""
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, got {hidden_states.shape[1]}; forward takes any number")
         before = before_writing(conv_state), before_writing(ssm_state)
@@ -128,8 +128,8 @@ class Mamba(nn.Module):
         """Zero states; their size does not depend on max_seqlen.
 
         Args:
-            dtype: of both; defaults to those of conv1d and dt_proj. Where their weights are quantised, the state of the
-                convolution is float32 and h as that.
+            dtype: dtype of both; defaults to those of conv1d and dt_proj. If conv1d is quantised its state is float32;
+                if dt_proj is quantised, h has the dtype of the convolution's state.
         """
         conv_dtype = dtype or _dtype_of(self.conv1d, torch.float32)
         ssm_dtype = dtype or _dtype_of(self.dt_proj, conv_dtype)
@@ -143,7 +143,7 @@ class Mamba(nn.Module):
         self, inference_params: Any, batch_size: int, initialize_states: bool = False
     ) -> tuple[Tensor, Tensor]:
         if self.layer_idx is None:
-            raise ValueError("caching needs the layer's number; give layer_idx when building Mamba")
+            raise ValueError("caching needs the layer's number; pass layer_idx to Mamba")
         cache = inference_params.key_value_memory_dict
         if self.layer_idx not in cache:
             cache[self.layer_idx] = self.allocate_inference_cache(batch_size, inference_params.max_seqlen)
@@ -174,39 +174,39 @@ class Mamba(nn.Module):
         return self.out_proj(scan.y), self._last_inputs(inputs, states), scan.last_state
 
     def _convolve(self, x: Tensor, before: Tensor | None) -> Tensor:
-        """The short convolution and its SiLU, after the d_conv - 1 inputs (batch, d_conv - 1, d_inner) before x."""
+        """The short convolution and its SiLU; `before` has the inputs before x, (batch, d_conv - 1, d_inner)."""
         if _is_bare(self.conv1d, nn.Conv1d):
             weight = self.conv1d.weight.squeeze(1)
             return causal_conv1d(x, weight, self.conv1d.bias, activation="silu", initial_state=before).y
         whole = x if before is None else torch.cat([before, x], dim=1)
-        y = self.conv1d(whole.transpose(1, 2))  # padded on both sides: the last d_conv - 1 outputs come after the end
+        y = self.conv1d(whole.transpose(1, 2))  # padded on both sides: the last d_conv - 1 outputs are past the end
         return F.silu(y[..., whole.shape[1] - x.shape[1] : whole.shape[1]].transpose(1, 2))
 
     def _delta(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The step before its softplus, and the bias that is still to be added in float32 or wider."""
+        """The step before its softplus, and the bias, if the scan still has to add it in float32 or wider."""
         if _is_bare(self.dt_proj, nn.Linear):
             bias = self.dt_proj.bias
             return F.linear(dt, self.dt_proj.weight), None if bias is None else _wide(bias)
         return self.dt_proj(dt), None
 
     def _last_inputs(self, x: Tensor, states: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The last d_conv inputs (batch, d_inner, d_conv), the newest last, after those of the state or zeros."""
+        """The last d_conv inputs (batch, d_inner, d_conv), the newest last, filled up from the state or with zeros."""
         x = x.transpose(1, 2)
         before = x.new_zeros(*x.shape[:2], self.d_conv) if states is None else states[0].to(x.dtype)
         return torch.cat([before, x[..., -self.d_conv :]], dim=-1)[..., -self.d_conv :]
 
 
 def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is its weights and nothing else, so that they may be used without calling it.
+    """Whether a module can be replaced by its weights: it is exactly of this class, with no hooks and its own forward.
 
-    An adapter, a quantised module, one with hooks, and one whose forward was put in are not.
+    This is False for adapters, quantised modules, modules with hooks, and modules whose forward was replaced.
     """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is kind and not hooks and "forward" not in vars(module)
 
 
 def _dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype that a module computes in, as far as its weight says: quantised weights are integers or no tensors."""
+    """The dtype of a module's weight, or the default if the weight is quantised (integers, or not a tensor)."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1:
         return weight.dtype

@@ -13,7 +13,7 @@ class GatedMLP(nn.Module):
 
     Args:
         in_features: width of the input.
-        hidden_features: defaults to 8/3 of it; rounded up to a multiple of `multiple_of`.
+        hidden_features: defaults to 8/3 of in_features; rounded up to a multiple of `multiple_of`.
         out_features: defaults to in_features.
     """
 

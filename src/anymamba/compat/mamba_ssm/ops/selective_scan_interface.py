@@ -1,6 +1,6 @@
-"""`selective_scan_fn` and `mamba_inner_fn` of `mamba_ssm` 2.3 over anymamba's operators, layout (batch, dim, length).
+"""`selective_scan_fn` and `mamba_inner_fn` of `mamba_ssm` 2.3 with anymamba's operators, layout (batch, dim, length).
 
-Every gradient flows, that of the last state, of out_proj's bias and of the norms' weights included.
+All gradients are computed, including those of the last state, of out_proj's bias and of the norms' weights.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def selective_scan_fn(
     Args:
         u, delta, z: (batch, dim, length), any strides.
         A: (dim, dstate), real or complex.
-        B, C: (dim, dstate) constant, (batch, dstate, length) or (batch, n_groups, dstate, length) selective; where A is
-            complex the selective ones are real with twice the length, real and imaginary parts in turn.
+        B, C: (dim, dstate) constant, (batch, dstate, length) or (batch, n_groups, dstate, length) selective. If A is
+            complex, the selective ones are real with twice the length: real and imaginary parts alternate.
         D, delta_bias: (dim,).
     Returns out, like u, or (out, last_state (batch, dim, dstate)).
     Raises ValueError for shapes, TypeError for dtypes.
@@ -90,16 +90,16 @@ def mamba_inner_fn(
     Args:
         xz: (batch, 2 dim, length), x above z.
         conv1d_weight, conv1d_bias: (dim, 1, width), (dim,).
-        x_proj_weight: (dt_rank + 2 dstate, dim), 4 dstate where A is complex (real and imaginary parts in turn).
+        x_proj_weight: (dt_rank + 2 dstate, dim); 4 dstate if A is complex (real and imaginary parts alternate).
         delta_proj_weight: (dim, dt_rank).
         out_proj_weight, out_proj_bias: (d_model, dim), (d_model,).
         A, D, delta_bias: as in `selective_scan_fn`.
-        B, C: as there; defaults to those from x_proj.
-        B_proj_bias, C_proj_bias: (dstate,) added to those.
-        checkpoint_lvl: 0 keeps the convolution's and the step's outputs for backward, 1 computes them again.
-        b_rms_weight, c_rms_weight: (dstate,) of RMS norms on B and C.
-        dt_rms_weight: of an RMS norm on the step: (dim,) after its projection, (dt_rank,) before it.
-        b_c_dt_rms_eps: epsilon of those.
+        B, C: as in `selective_scan_fn`; default to the rows of x_proj.
+        B_proj_bias, C_proj_bias: (dstate,) added to the rows of x_proj.
+        checkpoint_lvl: 0 keeps the outputs of the convolution and of the step for backward, 1 computes them again.
+        b_rms_weight, c_rms_weight: (dstate,) weights of RMS norms on B and C.
+        dt_rms_weight: weight of an RMS norm on the step: (dim,) after its projection, (dt_rank,) before it.
+        b_c_dt_rms_eps: epsilon of these norms.
     Returns (batch, length, d_model).
     """
     arguments: tuple[Any, ...] = (
@@ -133,7 +133,7 @@ def mamba_inner_ref(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
 ) -> Tensor:
-    """`mamba_inner_fn` that keeps everything for backward."""
+    """`mamba_inner_fn` without checkpointing: it keeps all intermediate results for backward."""
     return mamba_inner_fn(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias,
         A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, checkpoint_lvl=0,
@@ -148,13 +148,13 @@ def rms_norm_forward(
 
 
 class SelectiveScanFn:
-    """The name of the original's autograd function; `apply` is `selective_scan_fn`."""
+    """Has the name of the original's autograd function; `apply` is `selective_scan_fn`."""
 
     apply = staticmethod(selective_scan_fn)
 
 
 class MambaInnerFn:
-    """The name of the original's autograd function; `apply` is `mamba_inner_fn`."""
+    """Has the name of the original's autograd function; `apply` is `mamba_inner_fn`."""
 
     apply = staticmethod(mamba_inner_fn)
 

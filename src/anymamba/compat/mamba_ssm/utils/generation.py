@@ -21,7 +21,7 @@ GenerateOutput = namedtuple("GenerateOutput", ["sequences", "scores"])
 
 @dataclass
 class InferenceParams:
-    """What the layers remember between calls, and how far the sequence is."""
+    """The states of the layers between calls, and the position in the sequence."""
 
     max_seqlen: int
     max_batch_size: int
@@ -31,25 +31,25 @@ class InferenceParams:
     lengths_per_sample: Tensor | None = None
 
     def reset(self, max_seqlen: int, max_batch_size: int) -> None:
-        """Back to the beginning; the next forward starts from a state of zeros."""
+        """Go back to the beginning; the next forward starts from a state of zeros."""
         self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
         if self.lengths_per_sample is not None:
             self.lengths_per_sample.zero_()
 
 
 def modify_logits_for_min_p_filtering(logits: Tensor, min_p: float) -> None:
-    """In place: -inf for tokens below min_p times the likeliest token's probability, row by row."""
+    """Set to -inf in place, row by row, tokens below min_p times the probability of the most likely token."""
     if 0.0 < min_p < 1.0:
         logits.copy_(keep_min_p(logits, min_p))
 
 
 def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
-    """In place: -inf below the k largest logits."""
+    """Set to -inf in place all but the k largest logits."""
     logits.copy_(keep_top_k(logits, top_k))
 
 
 def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
-    """In place: -inf but for the likeliest tokens that hold top_p of the probability."""
+    """Set to -inf in place all but the most likely tokens, which together have the probability top_p."""
     if 0.0 < top_p < 1.0:
         logits.copy_(keep_top_p(logits, top_p))
 
@@ -57,7 +57,7 @@ def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
 def modify_logit_for_repetition_penalty(
     logits: Tensor, prev_output_tokens: Tensor, repetition_penalty: float = 1.0
 ) -> Tensor:
-    """Logits (batch, vocab) with those of the tokens (batch, length) made less likely."""
+    """Logits (batch, vocab), in which the tokens (batch, length) are less likely."""
     if repetition_penalty == 1.0:
         return logits
     score = logits.gather(1, prev_output_tokens)
@@ -69,9 +69,9 @@ def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.
     """Token ids (batch,) drawn from logits (batch, vocab).
 
     Args:
-        top_k: 1 takes the likeliest, 0 all tokens.
-        top_p: keep the likeliest tokens of this probability together; 0 keeps all.
-        min_p: keep tokens of at least this share of the likeliest one's probability; 0 keeps all.
+        top_k: 1 takes the most likely token, 0 keeps all.
+        top_p: keep the most likely tokens that together have this probability; 0 keeps all.
+        min_p: keep tokens with at least this fraction of the probability of the most likely one; 0 keeps all.
         temperature: divides the logits, before top_p.
     """
     if top_k == 1:
@@ -109,18 +109,18 @@ def decode(
 ) -> GenerateOutput:
     """Continue (batch, length) prompts to max_length, the prompt included.
 
-    A row that has emitted an end token is filled with it; generation ends when all rows have.
+    A row that has emitted an end token is filled up with end tokens. Generation stops when all rows have ended.
 
     Args:
         top_k, top_p, min_p, temperature: as in `sample`.
         repetition_penalty: above 1 makes tokens of the sequence less likely.
-        eos_token_id: one or several ends.
-        teacher_outputs: (batch, length) tokens to take instead of the model's own while there are any.
-        vocab_size: ids from here on are padding of the embedding and are never emitted.
-        cg: run a step through `update_graph_cache`.
+        eos_token_id: one or several end tokens.
+        teacher_outputs: (batch, length) tokens to use instead of the model's own, as far as they go.
+        vocab_size: ids from this one on are padding of the embedding and are never emitted.
+        cg: run steps through `update_graph_cache`.
         enable_timing: print the time of prompt and steps to stdout.
         output_scores: keep the logits of each new token.
-        streamer: has put(ids) and end().
+        streamer: an object with put(ids) and end().
     Returns sequences (batch, up to max_length) and scores, a tuple of (batch, vocab) logits.
     """
     batch, prompt_length = input_ids.shape
@@ -210,7 +210,7 @@ class GenerationMixin:
 
 @dataclass
 class DecodingCGCache:
-    """What a step runs through: here the model itself with its own `InferenceParams`."""
+    """Holds what runs a step; here it is the model itself, with separate `InferenceParams`."""
 
     max_batch_size: int = 0
     max_seqlen: int = 0
@@ -233,7 +233,7 @@ def update_graph_cache(
     dtype: torch.dtype | None = None,
     n_warmups: int = 2,
 ) -> DecodingCGCache:
-    """A cache whose `run(ids, position_ids, seqlen)` is a step; no graph is captured, the model runs as it is."""
+    """A cache whose `run(ids, position_ids, seqlen)` runs a step; no graph is captured, the model is called."""
     cache = cache or DecodingCGCache()
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if cache.inference_params is None or cache.max_batch_size < batch_size or cache.max_seqlen < max_seqlen:
@@ -266,7 +266,7 @@ def capture_graph(
     mempool: Any = None,
     n_warmups: int = 2,
 ) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """`run(ids, position_ids, seqlen)`, the logits of that many last tokens; the model runs as it is."""
+    """A function `run(ids, position_ids, seqlen)` that returns logits of the last tokens; it calls the model."""
 
     def run(new_input_ids: Tensor, new_position_ids: Tensor, seqlen: int) -> Tensor:
         inference_params.seqlen_offset = seqlen

@@ -20,8 +20,8 @@ def load_state_dict_hf(model_name: str, device=None, dtype: torch.dtype | None =
     """All tensors of a model's weights under the names of the file, read without running code.
 
     Args:
-        device: where they go; defaults to the CPU.
-        dtype: of all of them; defaults to that of each as stored.
+        device: device of the tensors; defaults to the CPU.
+        dtype: dtype of all tensors; defaults to the stored dtype of each.
     """
     weights = open_weights(local_path(model_name))
     names = list(weights.stored())

@@ -1,4 +1,4 @@
-"""The gated activation that `mamba_ssm` fuses; plain torch here, on any device."""
+"""The gated activation of `mamba_ssm`, in plain torch on any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __getattr__ = refusing(__name__)
 
 
 def swiglu(xy: Tensor) -> Tensor:
-    """silu(x) y of xy (..., 2 d), x before y in the last dimension; (..., d).
+    """silu(x) y, (..., d), for xy (..., 2 d) with x before y in the last dimension.
 
     Source: the interface of mamba-ssm 2.3.2.
     """
@@ -20,6 +20,6 @@ def swiglu(xy: Tensor) -> Tensor:
 
 
 class SwiGLU:
-    """The name of the original's autograd function; `apply` is `swiglu`."""
+    """Has the name of the original's autograd function; `apply` is `swiglu`."""
 
     apply = staticmethod(swiglu)

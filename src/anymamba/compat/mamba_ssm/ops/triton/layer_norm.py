@@ -1,4 +1,4 @@
-"""Norms fused with the addition of the residual, as `mamba_ssm` offers them; plain torch here, on any device."""
+"""The norms of `mamba_ssm` that also add the residual, in plain torch on any device."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _MODULE_1 = ("self", "hidden_size", "eps", "device", "dtype")
 
 
 def _is_norm_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Where version 2 has the tensor x1, version 1 has eps or prenorm."""
+    """Whether the fifth argument is a number: version 1 has eps or prenorm there, version 2 the tensor x1."""
     return len(arguments) > 4 and isinstance(arguments[4], int | float)
 
 
 def _is_module_1(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Where version 2 has the number dropout_p, version 1 has the device."""
+    """Whether the fourth argument is not a number: version 1 has the device there, version 2 the number dropout_p."""
     return len(arguments) > 3 and not isinstance(arguments[3], float | int)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, optionally of x + residual and with dropout of x.
 
-    The positional arguments of version 1, without dropout_p, are taken, too.
+    The positional arguments of version 1, without dropout_p, are accepted too.
     """
 
     bias: None
@@ -85,18 +85,18 @@ def layer_norm_fn(
 ) -> Any:
     """norm(dropout(x rowscale) + dropout(x1) + residual), one or two norms of the same sum.
 
-    The positional arguments of version 1 (x, weight, bias, residual, eps, prenorm, ...) are taken, too.
+    The positional arguments of version 1 (x, weight, bias, residual, eps, prenorm, ...) are accepted too.
 
     Args:
         x, residual, x1: (..., hidden_size).
         weight, bias, weight1, bias1: (hidden_size,) of the first and the second norm.
-        eps: of both.
-        dropout_p: of x and x1.
+        eps: epsilon of both norms.
+        dropout_p: dropout rate of x and x1.
         rowscale: (...), factors of the rows of x.
-        prenorm: return the sum, too, in float32 with residual_in_fp32 or in the residual's dtype.
+        prenorm: also return the sum, in float32 with residual_in_fp32, else in the residual's dtype.
         is_rms_norm: RMS instead of layer norm.
-        return_dropout_mask: return the masks of x and x1 (None without dropout), too.
-    Returns out, then the second norm's where there is one, then the sum, then the masks; alone if it is only one.
+        return_dropout_mask: also return the masks of x and x1 (None without dropout).
+    Returns a tuple of out, the second norm (with weight1), the sum and the masks; out itself if it is the only one.
     """
     dropout = _Dropout(dropout_p, None, None)
     results, masks = _norms(
@@ -142,7 +142,7 @@ def layer_norm_linear_fn(
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
 ) -> Any:
-    """linear(norm(x + residual)), and the sum with prenorm."""
+    """linear(norm(x + residual)); with prenorm also the sum."""
     normed = layer_norm_fn(
         x,
         norm_weight,
@@ -160,13 +160,13 @@ def layer_norm_linear_fn(
 
 
 class LayerNormFn:
-    """The name of the original's autograd function; `apply` is `layer_norm_fn`."""
+    """Has the name of the original's autograd function; `apply` is `layer_norm_fn`."""
 
     apply = staticmethod(layer_norm_fn)
 
 
 class LayerNormLinearFn:
-    """The name of the original's autograd function; `apply` is `layer_norm_linear_fn`."""
+    """Has the name of the original's autograd function; `apply` is `layer_norm_linear_fn`."""
 
     apply = staticmethod(layer_norm_linear_fn)
 
@@ -191,8 +191,8 @@ def layer_norm_ref(
     """`layer_norm_fn` without the options of its kernels.
 
     Args:
-        dropout_mask, dropout_mask1: what is kept of x and x1; defaults to a draw.
-        upcast: the sum is returned in float32.
+        dropout_mask, dropout_mask1: which elements of x and x1 are kept; drawn at random by default.
+        upcast: return the sum in float32.
     """
     dropout = _Dropout(dropout_p, dropout_mask, dropout_mask1)
     results, _ = _norms(
@@ -229,9 +229,9 @@ def rms_norm_ref(
 class _Dropout(NamedTuple):
     p: float
     mask: Tensor | None
-    """What is kept of x; drawn where there is none."""
+    """Which elements of x are kept; drawn at random if None."""
     mask1: Tensor | None
-    """What is kept of x1."""
+    """The same for x1."""
 
 
 def _norms(

@@ -1,4 +1,4 @@
-"""Norms with a gate, over the last dimension or groups of it, as `mamba_ssm` offers them; plain torch on any device."""
+"""The gated norms of `mamba_ssm`, over the last dimension or groups of it, in plain torch on any device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class _GatedNorm(nn.Module):
-    """What both norms share: the arguments and the attributes of the original's modules."""
+    """The base class of both norms, with the arguments and the attributes of the original's modules."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class RMSNorm(_GatedNorm):
     Args:
         hidden_size: width.
         group_size: elements that are normalised together; defaults to all.
-        norm_before_gate: the gate comes after the norm.
+        norm_before_gate: apply the gate after the norm.
     """
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -47,7 +47,7 @@ class RMSNorm(_GatedNorm):
 
 
 class LayerNorm(_GatedNorm):
-    """`RMSNorm` with the mean taken off, and a bias."""
+    """Like `RMSNorm`, but it subtracts the mean and has a bias."""
 
     def _add_bias(self, hidden_size: int, device, dtype) -> None:
         self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
@@ -115,7 +115,7 @@ def rmsnorm_fn(
 
 
 class LayerNormFn:
-    """The name of the original's autograd function; `apply` is `layernorm_fn`."""
+    """Has the name of the original's autograd function; `apply` is `layernorm_fn`."""
 
     apply = staticmethod(layernorm_fn)
 
@@ -130,5 +130,5 @@ def rms_norm_ref(
     norm_before_gate: bool = True,
     upcast: bool = True,
 ) -> Tensor:
-    """`rmsnorm_fn`; the arithmetic is in float32 or wider with and without `upcast`."""
+    """`rmsnorm_fn`; `upcast` has no effect, the arithmetic is always in float32 or wider."""
     return rmsnorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate)

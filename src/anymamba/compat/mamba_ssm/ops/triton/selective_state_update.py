@@ -29,14 +29,14 @@ def selective_state_update(
     """One token of the selective scan.
 
     Args:
-        state: (batch, dim, dstate) or (batch, nheads, dim, dstate), of any dtype, changed in place; the arithmetic is
-            in float32 and the output is that of the state before it is rounded.
+        state: (batch, dim, dstate) or (batch, nheads, dim, dstate), of any dtype, changed in place. The arithmetic is
+            in float32, and the output is computed before the new state is rounded to its dtype.
         x, dt, z: (batch, dim) or (batch, nheads, dim).
         A: (dim, dstate) or (nheads, dim, dstate).
         B, C: (batch, dstate) or (batch, ngroups, dstate).
         D, dt_bias: (dim,) or (nheads, dim).
-        state_batch_indices: (batch,) the row of `state` for each row of x; negative is padding: its output is 0 and no
-            state changes.
+        state_batch_indices: (batch,) the row of `state` for each row of x. A negative index is padding: the output is 0
+            and no state changes.
     Returns out, like x; gradients flow through it and through the changed state. Raises ValueError for shapes.
     Source: the interface of mamba-ssm 2.3.2.
     """
@@ -81,14 +81,14 @@ def selective_state_update_ref(
 
 
 def before_writing(state: Tensor) -> Tensor:
-    """A state to compute from that may be written to afterwards: a copy where autograd could keep it for backward."""
+    """The state to compute from, if the state is overwritten later: a copy if autograd may save it for backward."""
     return state.clone() if torch.is_grad_enabled() else state
 
 
 def write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Put new values into a state, or into some of its rows; returns the state.
+    """Write new values into a state, or into some of its rows; returns the state.
 
-    A state that was made in inference mode is written in that mode; it can hold no gradient.
+    A state that was made in inference mode is written in that mode; it cannot carry a gradient.
     """
     if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
         with torch.inference_mode():
@@ -97,12 +97,12 @@ def write(state: Tensor, new: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def _write_rows(state: Tensor, new: Tensor, indices: Tensor) -> None:
-    """Put each new row into the row of the state that its index names, or nowhere if that is negative."""
+    """Write each new row into the row of the state that its index gives; a negative index writes nothing."""
     if observers.plain(state, new, indices):
         valid = indices >= 0
         write(state, new[valid], indices[valid].long())
         return
-    named = indices == torch.arange(len(state), device=state.device)[:, None]  # shapes may not depend on values
+    named = indices == torch.arange(len(state), device=state.device)[:, None]  # shapes must not depend on values
     found = named.any(dim=1).view(-1, *[1] * (state.ndim - 1))
     write(state, torch.where(found, new[named.int().argmax(dim=1)].to(state.dtype), state))
 
