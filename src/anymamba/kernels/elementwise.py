@@ -1,6 +1,6 @@
-"""Elementwise functions whose bits do not depend on how threads share the elements.
+"""Elementwise functions whose results do not depend, bit for bit, on how threads share the elements.
 
-torch's own sigmoid, silu and softplus treat the last elements of each thread's part differently from the others.
+torch's own sigmoid, silu and softplus compute the last elements of each thread's part differently from the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), exactly 0 at -inf and x itself above the threshold; not for autograd."""
+    """log(1 + exp(x)), exactly 0 at -inf and exactly x above the threshold; not for autograd."""
     small = x.clamp(max=SOFTPLUS_THRESHOLD).exp_().log1p_()
     return torch.maximum(small, x, out=small)  # softplus(x) is never below x
 
@@ -55,10 +55,10 @@ def _series(x: Tensor, coefficients: list[float]) -> Tensor:
 
 
 def conj(x: Tensor) -> Tensor:
-    """The conjugate; a real tensor itself."""
+    """The conjugate; a real tensor is returned unchanged."""
     return torch.conj_physical(x) if x.is_complex() else x
 
 
 def real_part(x: Tensor) -> Tensor:
-    """The real part; a real tensor itself."""
+    """The real part; a real tensor is returned unchanged."""
     return x.real if x.is_complex() else x

@@ -1,4 +1,4 @@
-"""The compiled CPU module: loaded once, and why it is absent."""
+"""Load the compiled CPU module once, or say why it is missing, and pass tensors to it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-"""The numbers of csrc/args.h."""
+"""The dtype codes of csrc/args.h."""
 
 ISA_VARIABLE = "ANYMAMBA_ISA"
-"""Environment variable that forces one of the instruction sets that the machine has."""
+"""Environment variable that selects one of the machine's instruction sets."""
 
 
 @cache
 def load() -> Any | None:
-    """The compiled module, or None where it is not installed.
+    """The compiled module, or None if it is not installed.
 
-    Raises ValueError when ANYMAMBA_ISA names an instruction set that the machine or the module does not have.
+    Raises ValueError if ANYMAMBA_ISA names an instruction set that the machine or the module does not have.
     """
     try:
         module = importlib.import_module("anymamba._native")
@@ -37,26 +37,26 @@ def load() -> Any | None:
 
 
 def module() -> Any:
-    """The compiled module, which must be there."""
+    """The compiled module, which must be installed."""
     found = load()
-    assert found is not None, "dispatch asks for reason() first"
+    assert found is not None, "dispatch must check reason() first"
     return found
 
 
 @cache
 def reason() -> str | None:
-    """Why the compiled module is absent, in words; None where it is there."""
+    """The reason why the compiled module is missing, or None if it is installed."""
     if load() is not None:
         return None
     try:
         build_info = importlib.import_module("anymamba._build_info")
     except ImportError:
-        return "the package was not built with it; install it with pip"
-    return build_info.REASON or "the compiled module cannot be imported; install the package anew"
+        return "the package was not built with the compiled module; install the package with pip"
+    return build_info.REASON or "the compiled module cannot be imported; reinstall the package"
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why the compiled kernels cannot serve a device, in words; None where they can."""
+    """The reason why the compiled kernels cannot serve a device, or None if they can."""
     return _REASON if device_type == "cpu" else "it serves tensors on the CPU"
 
 
@@ -64,25 +64,25 @@ def description() -> str:
     """Compiler, instruction set and threads of the loaded module."""
     build_info = importlib.import_module("anymamba._build_info")
     others = ", ".join(name for name in module().instruction_sets() if name != module().instruction_set())
-    threads = "the process's OpenMP" if module().shares_openmp() else "threads of its own"
+    threads = "the process's OpenMP" if module().shares_openmp() else "its own threads"
     return f"{build_info.COMPILER}, {module().instruction_set()} (also {others or 'none'}), {threads}"
 
 
 PLAIN = (Tensor, nn.Parameter)
-"""Types of tensors that are what they seem: anything else may have no memory, or other values than its memory holds."""
+"""Tensor types whose values are in their memory. Other types may have no memory, or values that differ from it."""
 
 
 def address(name: str, tensor: Tensor) -> int:
-    """Where a dense real tensor's values lie. Every pointer that compiled code gets comes from here.
+    """The memory address of a dense real tensor. All pointers for compiled code come from this function.
 
-    Raises TypeError for a tensor whose memory does not hold its values: of a tracer or a fake mode, a subclass, one on
-    another device, a sparse or lazily negated one.
+    Raises TypeError for a tensor whose CPU memory does not hold its values: one of a tracer or a fake mode, a subclass,
+    a tensor on another device, a sparse or a lazily negated one.
     """
     kind = type(tensor)
     ours = kind is Tensor or kind is nn.Parameter or _computes_as_a_tensor(kind)
     if ours and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg():
         place = tensor.data_ptr()
-        if place or not tensor.numel():  # what has values but no memory has the address 0
+        if place or not tensor.numel():  # a tensor that has values but no memory has the address 0
             return place
     raise TypeError(
         f"{name} must be a dense tensor with values in memory for compiled code, got {kind.__name__} on "
@@ -91,15 +91,15 @@ def address(name: str, tensor: Tensor) -> int:
 
 
 def _computes_as_a_tensor(kind: type[Tensor]) -> bool:
-    """Whether a subclass leaves what operations compute to torch, and only names or wraps their results."""
+    """Whether torch computes operations on a subclass as on a plain tensor; the subclass may only wrap the results."""
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-LARGE = 1 << 22  # bytes from which a tensor gets large pages
+LARGE = 1 << 22  # tensors of at least this many bytes get large pages
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised dense tensor on the CPU, of the shape and dtype of another one unless they are given."""
+    """An uninitialised dense tensor on the CPU; its shape and dtype default to those of `like`."""
     tensor = torch.empty(shape or like.shape, dtype=dtype or like.dtype, device="cpu")
     if tensor.nbytes >= LARGE:
         module().use_large_pages(address("a result", tensor), tensor.nbytes)
@@ -107,7 +107,7 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 
 
 class Call:
-    """The arguments of one call of the module; it keeps what they point to alive."""
+    """The arguments of one call of the compiled module. Keeps the tensors that they point to alive."""
 
     def __init__(self, args: Any, dtype: torch.dtype) -> None:
         self.args = args
@@ -118,7 +118,7 @@ class Call:
         args.n_threads = torch.get_num_threads()
 
     def rows(self, **tensors: Tensor | None) -> None:
-        """Pass (b, l, d) or (b, l, g, n) with their dtypes and strides; a copy where the last dimension is strided."""
+        """Pass (b, l, d) or (b, l, g, n) with dtype and strides. If the last dimension is strided, a copy is passed."""
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
@@ -135,7 +135,7 @@ class Call:
             setattr(self.args, name, self._Rows(*place))
 
     def vectors(self, **tensors: Tensor | None) -> None:
-        """Pass tensors as dense ones of the working dtype."""
+        """Pass tensors as contiguous ones of the working dtype."""
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
@@ -145,7 +145,7 @@ class Call:
             setattr(self.args, name, address(name, tensor))
 
     def pointers(self, **tensors: Tensor | None) -> None:
-        """Pass dense tensors as they are; null where one is absent."""
+        """Pass contiguous tensors without conversion; None becomes a null pointer."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 self._alive.append(tensor)
@@ -158,4 +158,4 @@ class Call:
             self.pointers(offsets=cu_seqlens.to("cpu", torch.int64).contiguous())
 
 
-_REASON = reason()  # asked once, so that torch.compile can trace `unavailable`
+_REASON = reason()  # computed once, so that torch.compile can trace `unavailable`

@@ -1,4 +1,4 @@
-"""Checks that the operators share: each raises an error that names what, got and wanted."""
+"""Checks that the operators share. Each error says what is wrong, what was given and what is wanted."""
 
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], words: str) -> None:
-    """Raise ValueError unless the tensor has this shape; None stands for any size."""
+    """Raise ValueError unless the tensor has this shape; None matches any size."""
     got = tensor.shape
     fits = got == shape or (len(got) == len(shape) and all(map(_fits, got, shape)))
     if not fits:
@@ -22,7 +22,7 @@ def _fits(got: int, wanted: int | None) -> bool:
 
 
 def require_floating(name: str, tensor: Tensor, *, allow_complex: bool = False) -> None:
-    """Raise TypeError unless the tensor holds floating-point (or, where allowed, complex) numbers."""
+    """Raise TypeError unless the tensor holds floating-point (or, if allowed, complex) numbers of at least 16 bits."""
     if not (tensor.is_floating_point() or (allow_complex and tensor.is_complex())):
         kinds = "floating point or complex" if allow_complex else "floating point"
         raise TypeError(f"{name} must be {kinds}, got {tensor.dtype}")
@@ -31,7 +31,7 @@ def require_floating(name: str, tensor: Tensor, *, allow_complex: bool = False) 
 
 
 def require_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
-    """Raise ValueError unless all tensors lie on one device."""
+    """Raise ValueError unless all tensors are on one device."""
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(given.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in given.items())
@@ -39,9 +39,9 @@ def require_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
 
 
 def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
-    """How many sequences, and so states, there are: the rows, or what cu_seqlens packs into one row.
+    """The number of sequences, and so of states: the batch size, or the number of sequences packed into one row.
 
-    Raises TypeError or ValueError when cu_seqlens is not an int32 vector or the batch is not one.
+    Raises TypeError or ValueError if cu_seqlens is not an integer vector of at least two offsets or the batch is not 1.
     """
     if cu_seqlens is None:
         return batch
@@ -60,7 +60,7 @@ def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
 
 
 def require_offsets(cu_seqlens: Tensor | None, length: int) -> None:
-    """Raise ValueError unless the offsets rise from 0 to length. It reads values, so it runs inside the op."""
+    """Raise ValueError unless the offsets ascend from 0 to length. It reads values, so it runs inside the op."""
     if cu_seqlens is None:
         return
     offsets = cu_seqlens.long().cpu()
@@ -73,7 +73,7 @@ ArgumentsT = TypeVar("ArgumentsT")
 
 
 def without_lazy(arguments: ArgumentsT) -> ArgumentsT:
-    """A record of arguments whose tensors are neither conjugated nor negated lazily, which kernels do not see."""
+    """Resolve lazy conjugation and negation of a record's tensors, because kernels read the memory directly."""
     fields: Any = arguments
     if not torch.compiler.is_compiling():
         for field in fields:

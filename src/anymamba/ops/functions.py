@@ -1,7 +1,7 @@
-"""The ways in which an op runs, and the autograd functions of one of them.
+"""The ways to run an op, and the autograd functions for one of them.
 
-Values and first derivatives come from the op's backends, in eager code and under `grad` and `vmap` of `torch.func`. The
-derivative of a first derivative is that of plain torch operations, in turn differentiable to any order.
+Values and first derivatives come from the op's backends, in eager code and under `grad` and `vmap` of `torch.func`.
+Higher derivatives come from plain torch operations, which can be differentiated to any order.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from anymamba.ops import observers
 
 Tensors = Sequence[Tensor | None]
 Outputs = tuple[Tensor, Tensor, Tensor | None]
-"""y, the last state, and what the backward pass needs besides: it may be None."""
+"""y, the last state, and what forward saves for the backward pass, which may be None."""
 
 
 class Op(NamedTuple):
-    """What runs in each way. `arguments` is the op's record, whose first tensor is like y."""
+    """The functions that run an op in each way. `arguments` is the op's record; its first tensor has the shape of y."""
 
     record: Callable[..., Any]
-    """Makes the record from its fields: first all tensors, then the options."""
+    """Builds the record from its fields: first all tensors, then the options."""
     forward: Callable[[Any, bool, str], Outputs]
-    """(arguments, save, backend): the kernels."""
+    """Runs a kernel: (arguments, save, backend)."""
     registered_forward: Callable[[Any, bool, str], Outputs]
-    """The same through the op that torch knows."""
+    """The same through the op registered with torch."""
     backward: Callable[[Tensor, Tensor, Any, Tensor, str], list[Tensor]]
-    """(dy, dlast_state, arguments, saved, backend): the gradients of the record's tensors, anything for absent ones."""
+    """Gradients of the record's tensors: (dy, dlast_state, arguments, saved, backend). Entries of tensors that are not
+    given are undefined."""
     registered_backward: Callable[[Tensor, Tensor, Any, Tensor, str], list[Tensor]]
+    """The same through the op registered with torch."""
     operations: Callable[[Any], tuple[Tensor, Tensor]]
-    """y and the last state by differentiable torch operations."""
+    """y and the last state, computed by differentiable torch operations."""
 
 
 def run(op: Op, arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
-    """y and the last state by a backend, in the way that whoever looks needs."""
+    """Compute y and the last state with a backend, in the way that `observers.way` chooses."""
     way = observers.way(*arguments.tensors)
     if way == "operations":
         return op.operations(arguments)
@@ -46,7 +48,7 @@ def run(op: Op, arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
     elif way == "kernel":
         y, last_state, _ = op.forward(arguments, False, backend)
     else:
-        # A trace must not depend on the mode that it was made in: its backward pass runs forward once more.
+        # A trace must not depend on whether gradients were enabled: its backward pass runs forward again.
         save = observers.differentiable(*arguments.tensors) and not torch.jit.is_tracing()
         y, last_state, _ = op.registered_forward(arguments, save, backend)
     return y, last_state
@@ -87,7 +89,7 @@ class _Forward(Function):
 
 
 class _Backward(Function):
-    """The gradients of the tensors that can have one."""
+    """The gradients of all tensors that can have one."""
 
     @staticmethod
     def forward(
@@ -130,25 +132,25 @@ class _Backward(Function):
 def _pull_operations(
     op: Op, options: tuple[Any, ...], tensors: Tensors, dy: Tensor, dlast_state: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients that `_Backward` gives, by torch operations."""
+    """The gradients that `_Backward` returns, computed by torch operations."""
     wanted = _differentiable(tensors)
 
     def operations(*values: Tensor) -> tuple[Tensor, Tensor]:
         return op.operations(op.record(*_spread(wanted, values, len(tensors), tensors), *options))
 
     pull: Any = torch.func.vjp(operations, *(tensors[i] for i in wanted))[1]
-    return pull((dy, dlast_state), create_graph=True)  # else torch runs fused backwards that have no forward mode
+    return pull((dy, dlast_state), create_graph=True)  # otherwise torch uses fused backwards without a forward mode
 
 
 def _differentiable(tensors: Tensors) -> list[int]:
-    """Places of the tensors that can have a gradient."""
+    """Indices of the tensors that can have a gradient."""
     return [i for i, t in enumerate(tensors) if t is not None and (t.is_floating_point() or t.is_complex())]
 
 
 def _spread(
     places: list[int], values: Sequence[Tensor], n: int, others: Sequence[Tensor | None] | None = None
 ) -> list[Tensor | None]:
-    """A list of n with the values at their places, and between them None or what stands there in `others`."""
+    """A list of length n with the values at the given places; the other entries come from `others`, or are None."""
     spread: list[Tensor | None] = [None] * n if others is None else list(others)
     for place, value in zip(places, values, strict=True):
         spread[place] = value
@@ -158,7 +160,7 @@ def _spread(
 def _each(
     function: type[Function], batch_size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The function of each entry along the mapped dimensions, and the results stacked."""
+    """Apply the function to each entry of the mapped dimensions, and stack the results."""
 
     def entry(i: int) -> list[Any]:
         return [a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)]

@@ -1,8 +1,8 @@
-"""Who looks at an op besides its caller: gradients, transforms, tracers, modes, profilers, subclasses of tensors.
+"""Detect what observes an op: gradients, transforms, tracers, modes, profilers or tensor subclasses.
 
-An op has four ways to run, and `way` chooses: the kernel itself, the op registered with torch, an autograd function, or
-plain torch operations. The private functions of torch that tell the cases apart are fenced in this file. A version of
-torch may lack one: then somebody may look, and the op that is registered runs.
+An op can run in four ways, and `way` chooses one: the kernel itself, the op registered with torch, an autograd
+function, or plain torch operations. The private torch functions that distinguish these cases are used only in this
+file. If a version of torch does not have one of them, we assume an observer and run the registered op.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _is_zero: Ask = _private(Tensor, "_is_zerotensor")
 
 
 def way(*tensors: Tensor | None) -> Way:
-    """How an op on these tensors must run to be right, and at what cost.
+    """The fastest way to run an op on these tensors that is correct.
 
-    - "kernel": nobody looks. torch's Python wrappers of an op cost as much again as all of its own Python where caches
-      are cold, as they are after a matrix product, so they are left out.
-    - "op": a compiler, tracer, mode, profiler or subclass sees the registered op.
+    - "kernel": there is no observer. This skips torch's Python wrappers of a registered op. With cold CPU caches, as
+      after a matrix product, they take as long as the rest of the op's Python code.
+    - "op": a compiler, tracer, mode, profiler or tensor subclass needs the registered op.
     - "function": reverse mode, in eager code and under `torch.func`, and `vmap`.
-    - "operations": forward mode, and transforms that torch's functions do not pass through.
+    - "operations": forward mode, and transforms that autograd functions do not support.
     """
     if torch.compiler.is_compiling():
         return "operations" if _traced_transforms() else "op"
@@ -62,7 +62,7 @@ def way(*tensors: Tensor | None) -> Way:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether tensors are what they seem, so that code may read their memory: no tracer, transform or subclass."""
+    """Whether the tensors' values are in their memory and may be read: no tracer, transform or subclass is involved."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _may(_dispatch_modes) or _may(_top_transform):
         return False
     if _is_functional is None or _is_zero is None:
@@ -76,12 +76,12 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def _may(ask: Ask) -> bool:
-    """Whether somebody looks, as far as torch can be asked."""
+    """Whether there may be an observer: the answer of torch's function, or True if this torch does not have it."""
     return ask is None or bool(ask())
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
-    """Whether gradients in reverse mode may be asked of what is computed from these."""
+    """Whether reverse-mode gradients may be needed for results that are computed from these tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -90,16 +90,16 @@ def differentiable(*tensors: Tensor | None) -> bool:
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether any of these is a dual tensor of forward mode."""
+    """Whether any of these tensors is a dual tensor of forward mode."""
     if getattr(forward_ad, "_current_level", 0) < 0:
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of `torch.func` is active or forward mode differentiates these.
+    """Whether a `torch.func` transform is active, or forward mode differentiates these tensors.
 
-    Then code that torch cannot see through, as checkpoints and old functions of autograd, must give way to operations.
+    Then plain operations must replace code that these cannot follow, such as checkpointing and old autograd functions.
     """
     if torch.compiler.is_compiling():
         return _traced_transforms()
@@ -107,16 +107,16 @@ def transformed(*tensors: Tensor | None) -> bool:
 
 
 def transforms() -> list[str]:
-    """The names of the active transforms of `torch.func`, outermost first; none where torch cannot be asked."""
+    """The names of the active `torch.func` transforms, outermost first; empty if this torch cannot list them."""
     if _all_transforms is None:
         return []
     return [interpreter.key().name for interpreter in _all_transforms() or ()]
 
 
 def _traced_transforms() -> bool:
-    """Whether code that torch.compile traces stands inside a transform: asked while it traces."""
+    """Whether torch.compile is tracing code inside a transform; evaluated at tracing time."""
     return _top_transform is not None and _top_transform() is not None
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import the compiler, which takes two seconds.
+# The same as torch.compiler.assume_constant_result, which would import the compiler and take two seconds.
 _traced_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What every backend of the causal convolution is given: the op's tensors and options in one record."""
+"""The arguments of every backend of the causal convolution: the op's tensors and options in one record."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ConvArguments(NamedTuple):
 
     @property
     def n_sequences(self) -> int:
-        """Rows of the states: the batch, or what is packed into its one row."""
+        """Rows of the states: the batch size, or the number of packed sequences."""
         return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
     @property
@@ -49,11 +49,11 @@ class ConvArguments(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of sums and gradients of weights: float32, or float64 where x or the weights are."""
+        """The dtype of sums and of weight gradients: float64 if x or the weights are, otherwise float32."""
         narrow = torch.promote_types(self.x.dtype, self.weight.dtype)
         return torch.promote_types(torch.float32, narrow)
 
     def of_sequence(self, index: int, start: int, stop: int) -> ConvArguments:
-        """One packed sequence by itself."""
+        """The arguments of a single packed sequence."""
         state = None if self.initial_state is None else self.initial_state[index : index + 1]
         return self._replace(x=self.x[:, start:stop], initial_state=state, cu_seqlens=None)

@@ -1,7 +1,7 @@
-"""The causal depthwise convolution in plain PyTorch: shifted multiply-adds over a sequence with its state in front.
+"""The causal depthwise convolution in plain PyTorch: shifted multiply-adds over a sequence with its state before it.
 
 Notation: b batch, l length, d channels, k taps. Packed sequences are laid out with k - 1 rows of state before each
-one, so that one pass over the padded stream serves them all; the rows between are computed and dropped.
+one, so that one pass over the padded stream computes all of them. The outputs at the rows of state are dropped.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
-    """Gradients of x, weight, bias and initial_state (None where the input is absent)."""
+    """Gradients of x, weight, bias and initial_state (None for an input that is not given)."""
     layout, dtype = _Layout(a), a.dtype
     padded = layout.pad(a.x, a.initial_state)
     dy = dy.to(dtype)
-    if a.silu:  # at the tokens only: what lies between packed sequences must not reach their gradients, not even a NaN
+    if a.silu:  # only at the tokens: a value between packed sequences must not reach the gradients, not even a NaN
         y = layout.tokens_of_outputs(_taps(padded, a))
         gate = sigmoid(y)
         dy = (1 - gate).mul_(y).add_(1).mul_(gate).mul_(dy)
@@ -88,7 +88,7 @@ def _taps(padded: Tensor, a: ConvArguments) -> Tensor:
 
 
 class _Layout:
-    """Where the tokens and the states of each sequence lie in the padded stream."""
+    """The positions of each sequence's tokens and state in the padded stream."""
 
     def __init__(self, a: ConvArguments) -> None:
         self.batch, self.length, self.d_inner = a.x.shape

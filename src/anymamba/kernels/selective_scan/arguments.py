@@ -1,4 +1,4 @@
-"""What every backend of the selective scan is given: the op's tensors and options in one record, checked by the op."""
+"""The arguments of every backend of the selective scan: the op's tensors and options in one record, already checked."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 Activations = Float[Tensor, "batch length d_inner"]
 """u, delta, z and y."""
 StateMatrix = Float[Tensor, "d_inner d_state"] | Complex[Tensor, "d_inner d_state"]
-"""A, and B and C where they are constant."""
+"""A, and a constant B or C."""
 StepMatrix = (
     StateMatrix | Float[Tensor, "batch length n_groups d_state"] | Complex[Tensor, "batch length n_groups d_state"]
 )
-"""B and C: constant, or one for each token and group of channels."""
+"""B and C: constant, or different for each token and group of channels."""
 PerChannel = Float[Tensor, " d_inner"]
 """D and delta_bias."""
 State = Float[Tensor, "n_sequences d_inner d_state"] | Complex[Tensor, "n_sequences d_inner d_state"]
-"""h of each sequence, float32 or wider."""
+"""h of each sequence, in float32 or wider."""
 Offsets = Int[Tensor, " n_sequences_plus_1"]
-"""cu_seqlens: 0, the offset at which each packed sequence but the first begins, and the length."""
+"""cu_seqlens: the offset at which each packed sequence begins, and the length. The first offset is 0."""
 
 
 N_TENSORS = 10
@@ -70,7 +70,7 @@ class ScanArguments(NamedTuple):
 
     @property
     def n_groups(self) -> int:
-        """Groups of channels that share B and C; 1 where both are constant."""
+        """Number of groups of channels that share B and C; 1 if both are constant."""
         for M in (self.B, self.C):
             if M.ndim == 4:
                 return M.shape[2]
@@ -78,7 +78,7 @@ class ScanArguments(NamedTuple):
 
     @property
     def n_sequences(self) -> int:
-        """Rows of the states: the batch, or what is packed into its one row."""
+        """Rows of the states: the batch size, or the number of packed sequences."""
         return self.batch if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
     @property
@@ -87,19 +87,19 @@ class ScanArguments(NamedTuple):
 
     @property
     def real_dtype(self) -> torch.dtype:
-        """Of what is not a state: float32, or float64 where any of u, delta and A is that."""
+        """The dtype of values other than states: float64 if u, delta or A is float64, otherwise float32."""
         narrow = torch.promote_types(self.u.dtype, self.delta.dtype)
         wide = torch.promote_types(torch.float32, narrow)
         return wide if self.A.dtype == wide else torch.promote_types(wide, self.A.real.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the state: `real_dtype`, complex where A is."""
+        """The dtype of the state: `real_dtype`, or its complex dtype if A is complex."""
         real = self.real_dtype
         return real if self.A.dtype == real else torch.promote_types(real, self.A.dtype)
 
     def of_sequence(self, index: int, start: int, stop: int) -> ScanArguments:
-        """One packed sequence by itself."""
+        """The arguments of a single packed sequence."""
         tokens = slice(start, stop)
         state = None if self.initial_state is None else self.initial_state[index : index + 1]
         return self._replace(

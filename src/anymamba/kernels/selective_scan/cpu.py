@@ -1,6 +1,6 @@
-"""The selective scan in C++ (csrc/scan.cpp), for real A: tensors become pointers, parts of sums are added.
+"""The selective scan in C++ (csrc/scan.cpp), for real A. This module passes pointers and adds up partial sums.
 
-Rows may be strided as long as their last dimension is dense; what is not is copied.
+Tensors may be strided if their last dimension is contiguous; others are copied.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from anymamba.kernels.selective_scan.arguments import ScanArguments
 NAME = "cpu"
 TRANSPARENT: frozenset[str] = frozenset()
 
-TILE = 32  # steps between saved states, which cost d_state / 32 of u
-LONG = 1 << 14  # steps from which a shape of one task is cut in time
+TILE = 32  # steps between saved states; they take d_state / 32 of the memory of u
+LONG = 1 << 14  # from this length on, work that would be a single task is split in time
 VERY_LONG = 1 << 17
 
 
@@ -31,25 +31,25 @@ def description() -> str:
 
 
 def task_channels(d_inner: int, n_groups: int) -> int:
-    """Channels of a task: many share the reading of B and C and the sums over them, few keep all cores busy."""
+    """Channels per task. More channels share the reads of B and C and the sums for them; fewer keep all cores busy."""
     per_group = max(1, d_inner // n_groups)
     return 128 if per_group >= 512 else 64 if per_group >= 256 else 32 if per_group >= 64 else 16
 
 
 def task_steps(batch: int, length: int, d_inner: int, n_groups: int) -> int:
-    """Steps of a task: the whole length unless that leaves a single task; chunks cost a second pass over most of it."""
+    """Steps per task: the whole length, unless that gives one task. Chunks cost a second pass over most steps."""
     n_tasks = batch * n_groups * -(-(d_inner // n_groups) // task_channels(d_inner, n_groups))
     n_chunks = 1 if n_tasks > 1 or length < LONG else 3 if length < VERY_LONG else 9
     return -(-length // (n_chunks * TILE)) * TILE
 
 
 def saved_shape(a: ScanArguments) -> tuple[int, ...]:
-    """Of the states that forward saves for backward, before each tile (the last two may stay unused)."""
+    """Shape of the states before each tile, which forward saves for backward (the last two may be unused)."""
     return (a.length // TILE + 2, a.batch, a.d_state, a.d_inner)
 
 
 def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (n_sequences, d, n), and the states before each tile, for backward (or nothing)."""
+    """y (b, l, d), last_state (n_sequences, d, n), and the states before each tile for backward, empty unless save."""
     call = _Call(a)
     y = native.empty(a.u)
     last_state = _initial_states(a, call.dtype)
@@ -64,7 +64,7 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _initial_states(a: ScanArguments, dtype: torch.dtype) -> Tensor:
-    """Where the last states go, filled where a sequence may be empty: its state passes through."""
+    """The tensor for the last states. It holds the initial states if a sequence may be empty and so keep its state."""
     shape = (a.n_sequences, *a.A.shape)
     if a.cu_seqlens is None and a.u.numel():
         return native.empty(a.u, *shape, dtype=dtype)
@@ -73,7 +73,7 @@ def _initial_states(a: ScanArguments, dtype: torch.dtype) -> Tensor:
 
 
 def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is absent)."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None for an input that is not given)."""
     call = _Call(a)
     (batch, length, d_inner), d_state = a.u.shape, a.d_state
     du, ddelta, dz = native.empty(a.u), native.empty(a.delta), None if a.z is None else native.empty(a.z)
@@ -81,7 +81,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
 
     n_parts = batch * call.n_chunks
 
-    def parts(*shape: int) -> Tensor:  # every one of them is written, unless there is nothing to do
+    def parts(*shape: int) -> Tensor:  # the kernel writes every element, unless u is empty
         made = native.empty(a.u, *shape, dtype=call.dtype)
         return made if a.u.numel() else made.zero_()
 
@@ -93,7 +93,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     dA, dB, dC = parts(n_parts, d_state, d_inner), matrix_parts(a.B), matrix_parts(a.C)
     dD, dbias = parts(n_parts, d_inner), parts(n_parts, d_inner)
     dlast_state = dlast_state.to(call.dtype).contiguous()
-    dinitial = None if a.initial_state is None else dlast_state.clone()  # what an empty sequence passes through
+    dinitial = None if a.initial_state is None else dlast_state.clone()  # as an empty sequence needs it
     if a.u.numel():
         call.rows(dy=dy, du=du, ddelta=ddelta, dz=dz)
         call.pointers(dlast_state=dlast_state, dinitial_state=dinitial, saved=saved)
@@ -149,7 +149,7 @@ def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _sum_of_parts(parts: Tensor, M: Tensor) -> Tensor:
-    """The gradient of B or C from its parts: (b, n, d) where it is constant, else (b, g, ranges, l, n)."""
+    """The gradient of B or C from partial sums: (b, n, d) for a constant one, otherwise (b, g, ranges, l, n)."""
     if M.ndim == 2:
         return _like(parts.sum(0).T, M)
     total = parts[:, :, 0] if parts.shape[2] == 1 else parts.sum(2)

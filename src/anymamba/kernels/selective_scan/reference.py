@@ -1,6 +1,6 @@
-"""The selective scan as the recurrence itself, a loop over time in differentiable PyTorch: the oracle of every backend.
+"""The selective scan by its definition, a loop over time in differentiable PyTorch: the oracle of every backend.
 
-Notation: b batch, l length, d channels, n state, g groups of channels that share B and C. Never optimised; it holds
+Notation: b batch, l length, d channels, n state, g groups of channels that share B and C. It is not optimised and holds
 (b, l, d, n) tensors. Any float dtype; the state is float32 or wider.
 """
 
@@ -33,7 +33,7 @@ def description() -> str:
 
 
 def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (n_sequences, d, n) and an empty tensor, where other backends may save states."""
+    """y (b, l, d), last_state (n_sequences, d, n) and an empty tensor; other backends may save states in it."""
     y, last_state = _scan(a) if a.cu_seqlens is None else _packed_scan(a)
     return y, last_state, last_state.new_empty(0)
 
@@ -99,9 +99,9 @@ def _per_channel(M: Tensor, a: ScanArguments) -> Tensor:
 
 
 def expm1_ratio(x: Tensor) -> Tensor:
-    """(exp(x) - 1) / x, and its limit 1 at 0, without cancellation, with a gradient that does not cancel either.
+    """(exp(x) - 1) / x, and its limit 1 at 0, without cancellation in the value or the gradient.
 
-    Near zero its power series sum x^k / (k+1)!, elsewhere the quotient.
+    Near zero it is the power series sum x^k / (k+1)!, elsewhere the quotient.
     """
     near = x.abs() < 0.5
     small = torch.where(near, x, 0.1)

@@ -1,4 +1,4 @@
-"""The causal convolution: `api` is the contract, `checks` what it refuses, `registration` what torch knows of it."""
+"""The causal convolution: public functions in `api`, argument checks in `checks`, torch's op in `registration`."""
 
 from anymamba.ops.causal_conv1d.api import ConvOutput, causal_conv1d, causal_conv1d_step
 

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution: its contract and its public functions."""
+"""The causal depthwise convolution: its public functions and their contract."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from anymamba.ops.causal_conv1d.registration import OP, run
 
 
 class ConvOutput(NamedTuple):
-    """What a convolution returns."""
+    """The result of a convolution."""
 
     y: Activations
     """Like x, in its dtype."""
@@ -30,24 +30,25 @@ def causal_conv1d(
     cu_seqlens: Offsets | None = None,
     backend: str | None = None,
 ) -> ConvOutput:
-    """Convolve each channel with its own filter over the present and the past.
+    """Convolve each channel with its own filter over the present and past inputs.
 
         y[t] = act(bias + sum_i weight[i] x[t - width + 1 + i])
 
-    Sums are in float32 or wider. What lies before the sequence is the initial state, or zero.
+    Sums are computed in float32 or wider. Inputs before the sequence are the initial state, or zero.
 
     Args:
         x: (batch, length, d_inner).
-        weight: (d_inner, width), the last column is the present; any width of at least 1.
-        bias: (d_inner,); None for none.
+        weight: (d_inner, width) for any width of at least 1; the last column multiplies the present input.
+        bias: (d_inner,); defaults to none.
         activation: None or "silu".
         initial_state: (n_sequences, width - 1, d_inner), oldest first; defaults to zeros. n_sequences is batch, or the
             number of sequences that cu_seqlens packs.
         cu_seqlens: int32 offsets of sequences packed along the length of one row, as in `selective_scan`.
         backend: as in `selective_scan`.
-    Returns y, like x, and last_state; gradients flow to every tensor, through both. Derivatives in forward mode, and
-    second and higher ones, run as torch operations, those of backend "reference".
-    Raises ValueError for shapes and names, TypeError for dtypes, RuntimeError when a named backend cannot serve.
+    Returns y, like x, and last_state; gradients flow through both to every tensor. Forward-mode, second and higher
+    derivatives run as the torch operations of backend "reference".
+    Raises ValueError for wrong shapes and names, TypeError for wrong dtypes, RuntimeError if a named backend cannot
+    serve.
     Source: the short convolution of the Mamba block (arXiv:2312.00752, section 3.4).
     """
     arguments = checked(ConvArguments(x, weight, bias, initial_state, cu_seqlens), activation)
@@ -63,11 +64,11 @@ def causal_conv1d_step(
     activation: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token of `causal_conv1d`: the state goes in and the new state comes out.
+    """Run `causal_conv1d` for one token: it takes the state and returns the new one.
 
-    Returns y (batch, d_inner) and the state (batch, width - 1, d_inner), both in the dtype of x. Plain torch
-    operations under export.
+    Returns y (batch, d_inner) and the state (batch, width - 1, d_inner), both in the dtype of x. It is exported as
+    plain torch operations.
     """
     arguments = checked_step(ConvArguments(x, weight, bias, state), activation)
     y, last_state = dispatch.step_kernel(OP, arguments, x.device.type, backend)(arguments)
-    return y[:, 0], last_state.contiguous()  # as it came: a compiled step guards on strides
+    return y[:, 0], last_state.contiguous()  # compiled steps guard on strides, so every state has the same ones

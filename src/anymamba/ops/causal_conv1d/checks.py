@@ -1,4 +1,4 @@
-"""What a causal convolution refuses, and the form in which backends get its arguments."""
+"""Check the arguments of a causal convolution, and bring them into the form that backends take."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from anymamba.ops.checks import n_sequences, require_floating, require_same_devi
 
 
 def checked(a: ConvArguments, activation: str | None) -> ConvArguments:
-    """The arguments with their activation, nothing lazy.
+    """Check the arguments, set their activation, and resolve lazy tensors.
 
-    Raises ValueError for shapes, sizes, names and devices that do not fit, TypeError for dtypes.
+    Raises ValueError for wrong shapes, sizes, names and devices, TypeError for wrong dtypes.
     """
     x, weight, bias, initial_state, cu_seqlens, _ = a
     if x.ndim != 3:
@@ -35,7 +35,7 @@ def checked(a: ConvArguments, activation: str | None) -> ConvArguments:
 
 
 def checked_step(a: ConvArguments, activation: str | None) -> ConvArguments:
-    """The arguments of one token, x (batch, d_inner), as a sequence of length one."""
+    """Check the arguments of one token, x (batch, d_inner), and return them as a sequence of length one."""
     if a.x.ndim != 2:
         raise ValueError(f"x must be (batch, d_inner), got {tuple(a.x.shape)}")
     return checked(ConvArguments(a.x[:, None], *a[1:]), activation)

@@ -1,4 +1,4 @@
-"""What a selective scan refuses, and the form in which backends get its arguments."""
+"""Check the arguments of a selective scan, and bring them into the form that backends take."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ NAMES = ScanArguments._fields[:N_TENSORS]
 
 
 def checked(a: ScanArguments) -> ScanArguments:
-    """The arguments with B and C constant or (batch, length, n_groups, d_state) with equal groups, nothing lazy.
+    """Check the arguments, make a selective B and C (batch, length, n_groups, d_state) with equal groups, and resolve
+    lazy tensors.
 
-    Raises ValueError for shapes, sizes, names and devices that do not fit, TypeError for dtypes.
+    Raises ValueError for wrong shapes, sizes, names and devices, TypeError for wrong dtypes.
     """
     if a.u.ndim != 3:
         raise ValueError(f"u must be (batch, length, d_inner), got {tuple(a.u.shape)}")
@@ -49,7 +50,8 @@ def checked(a: ScanArguments) -> ScanArguments:
 
 
 def checked_step(a: ScanArguments) -> ScanArguments:
-    """The arguments of one token, (batch, d_inner) each and (batch, n_groups, d_state), as a sequence of length one."""
+    """Check the arguments of one token, (batch, d_inner) and (batch, n_groups, d_state), and return them as a sequence
+    of length one."""
     state = a.initial_state
     assert state is not None
     if a.A.ndim != 2:
@@ -95,7 +97,7 @@ def _grouped(name: str, M: Tensor, batch: int, length: int, d_inner: int, d_stat
 
 
 def _equal_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """One group is repeated where the other has several."""
+    """Repeat the single group of B or C if the other has several groups."""
     if B.ndim == C.ndim == 4 and B.shape[2] != C.shape[2]:
         if 1 not in (B.shape[2], C.shape[2]):
             raise ValueError(f"B and C must have the same n_groups or one group, got {B.shape[2]} and {C.shape[2]}")

@@ -1,14 +1,14 @@
 """The selective scan in plain PyTorch, chunked: the fallback on every device.
 
-Notation. Time is cut into spans of k blocks of t steps in s segments. Inside a block every expanded tensor is
-(t, s, b, g, n, p): t steps, s segments, b rows, g groups, n state, p channels of a group. Channels are last, so that
-every operation runs along contiguous memory, and the recurrence is one fused multiply-add a step over all segments,
-rows, states and channels. The segments of a block (more than one only where a row alone is too narrow to keep a step
-busy) are scanned side by side from zero and joined by their running products of decays. What is not expanded by the
-state is computed for a span at once, as (k, t, s, b, g, 1, p).
+Notation. Time is split into spans. A span has k blocks, a block has s segments, and a segment has t steps. Inside a
+block every expanded tensor is (t, s, b, g, n, p): t steps, s segments, b rows, g groups, n state, p channels of a
+group. Channels are last, so that every operation runs along contiguous memory, and a step of the recurrence is one
+fused multiply-add over all segments, rows, states and channels. A block has more than one segment only if a single row
+is too narrow to keep a step busy. The segments are scanned side by side, each from zero, and joined by their running
+products of decays. Tensors without a state dimension are computed for a whole span at once, as (k, t, s, b, g, 1, p).
 
-Only one block's expanded tensors exist at a time. Forward saves the state at the start of each block, backward
-recomputes the states inside it. The split depends on shapes only.
+Only one block's expanded tensors exist at a time. Forward saves the state at the start of each block, and backward
+recomputes the states inside it. The split depends only on shapes.
 """
 
 from anymamba.kernels.selective_scan.arguments import ScanArguments

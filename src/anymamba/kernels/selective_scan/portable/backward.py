@@ -19,7 +19,7 @@ from anymamba.kernels.selective_scan.portable.splitting import Span
 
 @dataclass
 class _Gradients:
-    """Gradients of the op's tensors; those of constants and vectors are summed in the order of the loop."""
+    """Gradients of the op's tensors. Those of constant matrices and vectors are summed in the order of the loop."""
 
     du: Tensor
     ddelta: Tensor
@@ -33,7 +33,7 @@ class _Gradients:
 
 
 def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is absent)."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None for an input that is not given)."""
     inputs = prepare(a)
     packed = a.cu_seqlens is not None
     plan = Plan(a.batch, a.length, inputs, a.cu_seqlens)
@@ -47,7 +47,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
         dA=torch.zeros_like(inputs.A),
         dD=None if inputs.D is None else torch.zeros_like(inputs.D),
         dbias=None if inputs.delta_bias is None else torch.zeros_like(inputs.delta_bias),
-        dinitial=None if a.initial_state is None else dlast.clone(),  # what an empty sequence passes through
+        dinitial=None if a.initial_state is None else dlast.clone(),  # as an empty sequence needs it
     )
     scratch = Workspace(inputs.A)
     for rows in plan.row_slices:
@@ -65,7 +65,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
 
 
 class _BackwardSpan:
-    """Backward through one span: its blocks from the last to the first, then what is not expanded by the state."""
+    """Backward through one span: its blocks from the last to the first, then the tensors without a state dimension."""
 
     def __init__(
         self, inputs: Inputs, span: Span, dy: Tensor, rows: slice, grads: _Gradients, scratch: Workspace
@@ -80,13 +80,13 @@ class _BackwardSpan:
         self.dB, self.dC = (self._matrix_buffer(M) for M in (inputs.B, inputs.C))
 
     def _matrix_buffer(self, M: Tensor) -> Tensor | None:
-        """Where the gradient of a selective B or C is gathered, (k, t, s, b, g, n, 1); a constant one is summed."""
+        """A buffer for the gradient of a selective B or C, (k, t, s, b, g, n, 1); None for a constant one."""
         if M.ndim == 3:
             return None
         return self.c.x.new_empty(*self.c.x.shape[:5], M.shape[-1], 1, dtype=self.inputs.dtype)
 
     def block(self, k: int, number: int, sequences: Sequences, before: Tensor, dlast: Tensor, dafter: Tensor) -> Tensor:
-        """Gradients of block k; d loss / d (state after it) goes in, that of the state before it comes out."""
+        """Gradients of block k. Takes d loss / d (state after the block), returns d loss / d (state before it)."""
         inputs, c, scratch = self.inputs, self.c, self.scratch
         e = expand(inputs, c, k, sequences, number, before, scratch)
         if c.gate is not None:
@@ -139,7 +139,7 @@ class _BackwardSpan:
                 target[self.rows, self.span.tokens] = rearrange(values, "k t s b g n 1 -> b (k s t) g n")
 
     def _drive_backward(self, k: int, e: Expanded, dh: Tensor) -> None:
-        """Through ratio B (Δ u): the gradient of Δ u, with that of B."""
+        """Backward through ratio B (Δ u): the gradients of Δ u and of B."""
         B = conj(self.c.B[k])
         weighted = dh if e.ratio is None else dh * conj(e.ratio)
         self._accumulate_matrix(self.dB, self.grads.dB, k, weighted, self.c.drive[k])
@@ -150,7 +150,7 @@ class _BackwardSpan:
         self.ddrive[k] = real_part(ddrive)
 
     def _decay_backward(self, sequences: Sequences, number: int, e: Expanded, dh: Tensor, before: Tensor) -> Tensor:
-        """d loss / d (Δ A) through the decay, whose place it takes, with that of packed sequences' initial states."""
+        """d loss / d (Δ A) through the decay, whose buffer it reuses; also the gradients of packed initial states."""
         ddelta_A = conj(e.decay).mul_(dh)
         h = conj(e.h)
         ddelta_A[1:].mul_(h[:-1])
@@ -158,7 +158,7 @@ class _BackwardSpan:
         ddelta_A[0, 0].mul_(conj(before))
         starts, initial_state = sequences.starts.get(number), self.inputs.initial_state
         if starts is not None:
-            ddelta_A[starts.where] = 0  # which it is already, unless the sequence before ends in a NaN
+            ddelta_A[starts.where] = 0  # already 0, unless the sequence before ends in a NaN
             if e.start_decay is not None and initial_state is not None and self.grads.dinitial is not None:
                 dinitial = dh[starts.where] * conj(e.start_decay)
                 self.grads.dinitial[starts.sequence] = dinitial[:, 0]
@@ -168,8 +168,8 @@ class _BackwardSpan:
     def _accumulate_matrix(
         self, gathered: Tensor | None, total: Tensor, k: int, states: Tensor, channels: Tensor
     ) -> None:
-        """Gradient of B or C from (t, s, b, g, n, p) and (t, s, b, g, 1, p): over p where it is selective, else over
-        time and rows."""
+        """Gradient of B or C from (t, s, b, g, n, p) and (t, s, b, g, 1, p), summed over p for a selective one and
+        over time and rows for a constant one."""
         if gathered is None:
             total += self.scratch.product("product", states, channels).sum((0, 1, 2))
         else:

@@ -45,10 +45,10 @@ class Workspace:
         return self._buffers[name][:size].view(shape)
 
     def _allocate(self, size: int, number: int) -> Tensor:
-        """A buffer whose place in its page is its own.
+        """Allocate a buffer at an offset in its memory page that no other buffer has.
 
-        Large tensors begin at the same place of a page, so that in step i a row that is read and a row that is written
-        agree in their low address bits: processors then take one for the other and wait, some ten times as long.
+        Large tensors normally all begin at the same offset. Then the rows that step i reads and writes have the same
+        low address bits. Processors take such accesses for dependent ones and wait; a step takes ten times as long.
         """
         item = self._like.element_size()
         buffer = self._like.new_empty(size + PAGE // item)
@@ -57,10 +57,10 @@ class Workspace:
 
 
 class Expanded(NamedTuple):
-    """What one block of the scan holds, each (t, s, b, g, n, p) unless said otherwise."""
+    """The tensors of one block of the scan, each (t, s, b, g, n, p) unless noted."""
 
     decay: Tensor  # exp(Δ A), 0 where a packed sequence starts
-    start_decay: Tensor | None  # exp(Δ A) where packed sequences with a state start (m, b, g, n, p)
+    start_decay: Tensor | None  # exp(Δ A) where packed sequences with an initial state start (m, b, g, n, p)
     ratio: Tensor | None  # (exp(Δ A) - 1) / (Δ A) under zero-order hold
     h: Tensor
     last: Tensor  # the state after the block (b, g, n, p)
@@ -69,7 +69,7 @@ class Expanded(NamedTuple):
 def expand(
     inputs: Inputs, c: Channels, k: int, sequences: Sequences, block: int, before: Tensor, scratch: Workspace
 ) -> Expanded:
-    """The states of block k of a span, number `block` of all, from the state before it."""
+    """Compute the states of block k of a span from the state before it. `block` is its number among all blocks."""
     delta_A = scratch.product("decay", c.step[k], inputs.A)
     ratio = expm1_ratio(delta_A) if inputs.zoh else None
     decay = delta_A.exp_()
@@ -95,6 +95,6 @@ def expand(
 
 
 def contract(C: Tensor, h: Tensor, scratch: Workspace) -> Tensor:
-    """sum over n of C h: (t, s, b, g, 1, p), twice the real part where it is complex."""
+    """sum over n of C h, (t, s, b, g, 1, p); twice the real part if it is complex."""
     y = scratch.product("product", C, h).sum(-2, keepdim=True) if C.ndim == 3 else torch.matmul(C.transpose(-1, -2), h)
     return y.real * 2 if y.is_complex() else y

@@ -15,7 +15,7 @@ from anymamba.kernels.selective_scan.portable.splitting import saved_shape
 
 
 def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (n_sequences, d, n), and the states before each block, for backward (or nothing)."""
+    """y (b, l, d), last_state (n_sequences, d, n), and the states before each block for backward, empty unless save."""
     inputs = prepare(a)
     batch, packed = a.batch, a.cu_seqlens is not None
     plan = Plan(batch, a.length, inputs, a.cu_seqlens)
@@ -47,7 +47,7 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _output_(inputs: Inputs, c: Channels, y: Tensor) -> Tensor:
-    """The skip and the gate, in place."""
+    """Apply the skip and the gate in place."""
     if inputs.D is not None:
         y.addcmul_(inputs.D, c.x)
     if c.gate is not None:

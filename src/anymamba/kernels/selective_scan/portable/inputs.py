@@ -33,7 +33,7 @@ class Inputs:
     dtype: torch.dtype
 
     def rows(self, rows: slice) -> Inputs:
-        """The same for a slice of the batch."""
+        """The inputs of a slice of the batch."""
 
         def cut(M: Tensor) -> Tensor:
             return M if M.ndim == 3 else M[rows]
@@ -54,14 +54,14 @@ class Inputs:
         return rearrange(x, "b (k s t) (g p) -> k t s b g 1 p", g=self.n_groups, **span.sizes)
 
     def states(self, M: Tensor, span: Span) -> Tensor:
-        """A span of B or C as (k, t, s, b, g, n, 1), or (k, g, n, p) views where it is constant."""
+        """A span of B or C as (k, t, s, b, g, n, 1), or for a constant one as a (k, g, n, p) view."""
         if M.ndim == 3:
             return M.expand(span.n_blocks, *M.shape)
         return rearrange(M[:, span.tokens].to(self.dtype), "b (k s t) g n -> k t s b g n 1", **span.sizes)
 
 
 def prepare(a: ScanArguments) -> Inputs:
-    """The op's arguments in the layout and precision of the work."""
+    """Convert the op's arguments to the layout and precision of the computation."""
     real, dtype, n_groups = a.real_dtype, a.dtype, a.n_groups
 
     def per_group(M: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def prepare(a: ScanArguments) -> Inputs:
 
 
 class Channels:
-    """What a span of the scan holds without the state's factor, each (k, t, s, b, g, 1, p), and its B and C."""
+    """The tensors of a span without a state dimension, each (k, t, s, b, g, 1, p), and its B and C."""
 
     def __init__(self, inputs: Inputs, span: Span) -> None:
         self.x = inputs.channels(inputs.u, span)

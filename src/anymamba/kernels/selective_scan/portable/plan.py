@@ -1,4 +1,4 @@
-"""Spans of time, slices of rows, and where packed sequences start and end."""
+"""The spans of time, the slices of rows, and the places where packed sequences start and end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sequences:
 
     @staticmethod
     def _by_block(positions: Tensor, sequence: Tensor, blocks: list[tuple[int, int]]) -> dict[int, Places]:
-        """The places in each block that has any."""
+        """The places in each block that has at least one."""
         starts = torch.tensor([start for start, _ in blocks], device=positions.device)
         cuts = [*torch.searchsorted(positions, starts).tolist(), positions.numel()]
         places = {}
@@ -46,7 +46,7 @@ class Sequences:
 
 
 class Plan:
-    """How the work of a call is split: spans of time, slices of rows, and where packed sequences lie."""
+    """How the work of a call is split: spans of time, slices of rows, and the places of packed sequences."""
 
     def __init__(self, batch: int, length: int, inputs: Inputs, cu_seqlens: Tensor | None) -> None:
         n_groups, d_state, per_group = inputs.A.shape

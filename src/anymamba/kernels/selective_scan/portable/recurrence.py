@@ -18,13 +18,13 @@ def scan_(
     reverse_segments: bool,
     fresh: list[Tensor] | None = None,
 ) -> Tensor:
-    """In place x[i] += coefficient[i] * x[i - 1] in the order of the lists, the first one from the carry.
+    """Compute x[i] += coefficient[i] * x[i - 1] in place, in the order of the lists, beginning with the carry.
 
     Args:
-        x, coefficient: one (s, ...) slab a step. Segments follow one another in the order of s, or against it.
+        x, coefficient: one (s, ...) slab per step. The segments are in the order of s, or in reverse.
         carry: (...) the value before the first step of the first segment.
-        through: (s, ...) the product of each segment's coefficients, of `segment_decays`; unused by a single segment.
-        fresh: one boolean (s, 1, ...) a step, true where the coefficient is 0; there a NaN goes no further.
+        through: (s, ...) the product of each segment's coefficients, from `segment_decays`; not used for one segment.
+        fresh: one boolean (s, 1, ...) per step, true where the coefficient is 0; a NaN is not carried past it.
     Returns the value after the last step of the last segment.
     """
     n_segments = x[0].shape[0]
@@ -34,7 +34,7 @@ def scan_(
         for value, factor, stop in zip(x, coefficient, stops, strict=True):
             previous = value.addcmul_(factor, _unless(stop, previous))
         return previous[0].clone()  # x is a buffer that the next block reuses
-    assert through is not None, "segments are joined by it"
+    assert through is not None, "several segments need it"
     product, seen = [coefficient[0]], [stops[0]]
     for i in range(1, len(x)):
         x[i].addcmul_(coefficient[i], _unless(stops[i], x[i - 1]))
@@ -50,14 +50,16 @@ def scan_(
 
 
 def segment_decays(A: Tensor, step: Tensor, starts: Places | None, *, reverse: bool = False) -> Tensor | None:
-    """What each segment leaves of the state that enters it, (s, ...): exp(A times the sum of its steps).
+    """The decay of a state over each whole segment, (s, ...): exp(A times the sum of its steps).
 
-    It joins segments over the whole length, and a running product of decays near 1 would round to one side.
+    It is not computed as a running product, because the rounding errors of decays near 1 would all have the same sign
+    and add up over the length.
 
     Args:
         step: (t, s, ...) Δ.
-        starts: where packed sequences start, which leave nothing.
-        reverse: what each segment leaves of a gradient, whose steps are its own but the first and the next one's first.
+        starts: where packed sequences start; the decay of their segments is 0.
+        reverse: return the decay of a gradient instead. It covers the segment's steps without the first one, and the
+            first step of the next segment.
     """
     if step.shape[1] == 1:
         return None
@@ -77,11 +79,11 @@ def segment_decays(A: Tensor, step: Tensor, starts: Places | None, *, reverse: b
 def reverse_scan_(
     dh: Tensor, decay: Tensor, carry: Tensor, through: Tensor | None, fresh: Tensor | None = None
 ) -> Tensor:
-    """In place dh[t] += conj(decay[t + 1]) dh[t + 1]; the carry is d loss / d (state after the block).
+    """Compute dh[t] += conj(decay[t + 1]) dh[t + 1] in place; the carry is d loss / d (state after the block).
 
     Args:
         dh, decay: (t, s, ...).
-        through: (s, ...) of `segment_decays`.
+        through: (s, ...), from `segment_decays`.
         fresh: boolean (t, s, 1, ...), as in `scan_`.
     Returns d loss / d (state before the block).
     """
@@ -108,7 +110,7 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def leaks(state: Tensor) -> bool:
-    """Whether a value that is not finite reached the end of a block, where a decay of 0 does not stop it."""
+    """Whether a NaN or infinity reached the end of a block. A decay of 0 does not stop them, because 0 * NaN is NaN."""
     return not bool(torch.isfinite(state).all())
 
 

@@ -1,4 +1,4 @@
-"""How the work of a call is split: by shapes only."""
+"""How the work of a call is split. It depends only on shapes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 
-N_STEPS = 32  # of a segment: saved states cost d_state / 32 of u, and a block's calls are paid once in 32 tokens
-STEP = 49152  # elements of a step up to which segments are set side by side: a call then costs its work
-NARROW = 12288  # elements of a step of one row below which that pays for scanning twice
+N_STEPS = 32  # per segment: saved states take d_state / 32 of the memory of u, and 32 tokens share a block's overhead
+STEP = 49152  # segments are added up to this many elements per step, so that work outweighs the overhead of a call
+NARROW = 12288  # a row with more elements per step gets no segments, because scanning twice would cost more
 BLOCK = 1 << 20  # elements of an expanded tensor: a few of them fit the caches
 SPAN = 1 << 18  # elements of a tensor that is not expanded
 
 
 def split(batch: int, d_inner: int, d_state: int) -> tuple[int, int]:
-    """(n_segments, n_steps) of a block; segments are for single rows, where several rows fill a step together."""
+    """(n_segments, n_steps) of a block. Only a single row is split into segments; several rows fill a step together."""
     n_segments, slab = 1, d_inner * d_state
     while batch == 1 and slab <= NARROW and n_segments < 32 and 2 * n_segments * slab <= STEP:
         n_segments *= 2
@@ -22,13 +22,13 @@ def split(batch: int, d_inner: int, d_state: int) -> tuple[int, int]:
 
 
 def rows_at_once(batch: int, d_inner: int, d_state: int) -> int:
-    """How many rows of the batch are worked on together: as many as keep a block small."""
+    """How many rows of the batch are processed together: as many as fit in BLOCK elements."""
     n_segments, n_steps = split(batch, d_inner, d_state)
     return max(1, min(batch, BLOCK // max(1, n_segments * n_steps * d_inner * d_state)))
 
 
 def saved_shape(a: ScanArguments) -> tuple[int, ...]:
-    """Of the states that forward saves for backward, before each block (the last two may stay unused)."""
+    """Shape of the states before each block, which forward saves for backward (the last two may be unused)."""
     n_segments, n_steps = split(a.batch, a.d_inner, a.d_state)
     return (a.length // (n_segments * n_steps) + 2, a.batch, a.n_groups, a.d_state, a.d_inner // a.n_groups)
 
@@ -54,7 +54,7 @@ class Span(NamedTuple):
 
 
 def spans(length: int, n_segments: int, n_steps: int, elements_per_token: int) -> list[Span]:
-    """Spans of whole blocks, then one of the whole segments that are left, then one of the steps that are left."""
+    """Spans of whole blocks, then a span of the remaining whole segments, then a span of the remaining steps."""
     tokens = n_segments * n_steps
     whole, rest = divmod(length, tokens)
     per_span = max(1, SPAN // max(1, tokens * elements_per_token))

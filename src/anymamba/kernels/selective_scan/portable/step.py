@@ -1,4 +1,4 @@
-"""One token of the scan, of plain operations."""
+"""One token of the scan in plain operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
     if a.delta_softplus:
         step_size = F.softplus(step_size)
     B, C = (_step_matrix(M.to(dtype), a.d_inner) for M in (a.B, a.C))
-    column = step_size.transpose(1, 2)  # (b, d, 1), beside the states
+    column = step_size.transpose(1, 2)  # (b, d, 1), to broadcast over the states
     delta_A = column * a.A.to(dtype)
     drive = (step_size * x).transpose(1, 2) * B
     if a.zoh:
