@@ -37,7 +37,7 @@ SHARED = {
     *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
     *("generation.sampling", "generation.prompts", "generation.stops"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
-    *("training.interrupts", "training.steps", "training.tables"),
+    *("training.interrupts", "training.report", "training.snapshot", "training.steps", "training.tables"),
     *("lab.experiment", "lab.results", "lab.report", "lab.charts"),
     *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
 }

@@ -1,8 +1,8 @@
 """Atomic writes, and one writer at a time for a folder.
 
-A file or folder is complete or not there, even if the process is killed or the disk is full. It is written in a temporary
-folder `.NAME.PID-XXXXXX.tmp` and then renamed. The writer holds a lock in the temporary folder, so `sweep` can tell what a
-killed process left from what is being written.
+A file or folder is complete or not there, even if the process is killed or the disk is full. It is written in a
+temporary folder `.NAME.PID-XXXXXX.tmp` and then renamed. The writer holds a lock in the temporary folder, so `sweep`
+can tell what a killed process left from what is being written.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def own_folder(folder: Path, *, wait: float | None = 0.0) -> Iterator[None]:
 
 @contextmanager
 def own_file(path: Path, *, wait: float | None = 0.0) -> Iterator[None]:
-    """Like `own_folder`, for one file, or for a folder that is replaced: the lock is `.NAME.lock` in the same folder."""
+    """Be the only writer of a file, or of a folder that is replaced as a whole, while the block runs.
+
+    Like `own_folder`, with the lock `.NAME.lock` beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(path.with_name(f".{path.name}.lock"))
     lock.acquire(path, wait)
@@ -116,12 +119,18 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         for entry in [*temporary.rglob("*"), temporary]:
             _settle(entry, mode)
         if path.exists() and replace:
-            shutil.rmtree(path)
+            os.replace(path, place / "replaced")
         elif path.exists():
             Lock(path / LOCK).remove_file()
             path.rmdir()
         os.replace(temporary, path)
         flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder atomically: even if the process is killed, it is complete or not there."""
+    with _workplace(path) as (place, _):
+        os.replace(path, place / path.name)
 
 
 def write_text(path: Path, text: str) -> None:

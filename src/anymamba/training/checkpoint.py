@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,32 +23,26 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from anymamba.base.errors import FORMAT_VERSION, CheckpointError, require_format_version
-from anymamba.base.files import atomic_folder
+from anymamba.base.files import atomic_folder, remove_folder
 from anymamba.training.config import VERSION
 
-STATE = "state.json"
+FOLDER, STATE = "checkpoints", "state.json"
 NAME = re.compile(r"step-(\d{8,})")
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".distcp", ".metadata", ".ckpt")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """The path of the checkpoint of a step."""
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / FOLDER / f"step-{step:08d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    folder = run / "checkpoints"
+    folder = run / FOLDER
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
-
-
-def remove_leftovers(run: Path) -> None:
-    """Delete temporary folders of checkpoints whose writing was killed."""
-    for path in (run / "checkpoints").glob(".*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> Path:
@@ -59,8 +52,9 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: di
     """
     target = checkpoint_folder(run, step)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(target, replace=True) as temporary:  # it exists where a run was killed after writing it
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
             with _quiet():
                 dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary)), no_dist=True)
             state = {FORMAT_VERSION: VERSION, **values}
@@ -68,7 +62,7 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: di
     except BaseException as error:
         raise _as_os_error(error, run) from error
     for path in checkpoints(run)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
     return target
 
 

@@ -1,0 +1,53 @@
+"""What a run tells while it trains, and its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Report(Protocol):
+    """Receives what happens during a run."""
+
+    def on_tables(self, done: int, total: int | None) -> None:
+        """Bytes of the data read so far."""
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        """After every step: step, steps, bits_per_byte, tokens_per_second, seconds_left, skipped."""
+
+    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+        """After an evaluation on held-out documents."""
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """After a checkpoint."""
+
+
+class Silent:
+    """A report that says nothing."""
+
+    def on_tables(self, done: int, total: int | None) -> None: ...
+
+    def on_step(self, metrics: dict[str, Any]) -> None: ...
+
+    def on_evaluation(self, metrics: dict[str, Any]) -> None: ...
+
+    def on_checkpoint(self, step: int, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a run."""
+
+    run: str
+    steps: int
+    tokens: int
+    """Tokens read since the first step of the run."""
+    tokens_per_second: float
+    """Speed of this process, without evaluations and checkpoints."""
+    bits_per_byte: float | None
+    """Training loss of the last recorded step."""
+    held_out_bits_per_byte: float | None
+    skipped: int
+    """Steps skipped for a non-finite loss or gradient."""
+    n_parameters: int
