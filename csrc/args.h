@@ -1,4 +1,4 @@
-// What the kernels are told: pointers, and sizes and strides in elements. Python checks everything before.
+// The arguments of the kernels: pointers, and sizes and strides in elements. Python checks them before the call.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace anymamba {
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-// A tensor (batch, length, d_inner) or (batch, length, n_groups, d_state), dense in its last dimension.
+// A tensor (batch, length, d_inner) or (batch, length, n_groups, d_state) whose last dimension is contiguous.
 struct Rows {
     void* data = nullptr;
     int dtype = 0;
@@ -16,16 +16,17 @@ struct Rows {
     int64_t at(int64_t b, int64_t t) const { return b * batch_stride + t * length_stride; }
 };
 
-// The selective scan. T is the type of the state and of all that is not Rows: float, or double where is_double.
-// Per-channel matrices are dense: A (d_inner, d_state); states (n_sequences, d_inner, d_state).
-// Saved states are (n_tiles or more, batch, d_state, d_inner). Sums are kept in parts, each written by one task:
-// dB_parts, dC_parts (batch, n_ranges, length, d_state) where selective, else (batch n_chunks, d_state, d_inner), as
-// dA_parts is; dD_parts and dbias_parts (batch n_chunks, d_inner). Chunks of time are for narrow and long shapes:
-// chunk_states and chunk_decays (batch, n_chunks, d_inner, d_state) carry what one hands to the next.
+// The selective scan. T is the type of the state and of everything that is not Rows: double if is_double, else float.
+// Matrices per channel are contiguous: A (d_inner, d_state); states (n_sequences, d_inner, d_state).
+// Saved states are (n_tiles or more, batch, d_state, d_inner). Gradients that are sums are stored as partial sums, each
+// written by one task: dB_parts and dC_parts are (batch, n_ranges, length, d_state) for a selective B or C and
+// (batch n_chunks, d_state, d_inner) for a constant one; dA_parts (batch n_chunks, d_state, d_inner); dD_parts and
+// dbias_parts (batch n_chunks, d_inner). Narrow and long shapes are split into chunks of time: chunk_states and
+// chunk_decays (batch, n_chunks, d_inner, d_state) carry states from one chunk to the next.
 struct ScanArgs {
     bool is_double = false, softplus = false, zoh = false, selective_B = true, selective_C = true;
     int64_t batch = 0, length = 0, d_inner = 0, d_state = 0, n_groups = 1;
-    int64_t tile = 0, range = 0, chunk = 0;  // steps of a tile, channels of a task, steps of a task (whole tiles)
+    int64_t tile = 0, range = 0, chunk = 0;  // steps per tile, channels per task, steps per task (whole tiles)
     int n_threads = 1;
     Rows u, delta, z, B, C, y;
     void *A = nullptr, *D = nullptr, *delta_bias = nullptr, *constant_B = nullptr, *constant_C = nullptr;
@@ -39,13 +40,13 @@ struct ScanArgs {
     void *dA_parts = nullptr, *dB_parts = nullptr, *dC_parts = nullptr, *dD_parts = nullptr, *dbias_parts = nullptr;
 };
 
-// The causal convolution y[t] = silu(bias + sum over i of weight[i] x[t - width + 1 + i]). T as above; weight is dense
-// (width, d_inner), bias (d_inner,). States are dense (n_sequences, width - 1, d_inner), of the dtype of x, their
-// gradients of T. dweight_parts (batch n_chunks, width, d_inner), dbias_parts (batch n_chunks, d_inner).
+// The causal convolution y[t] = silu(bias + sum over i of weight[i] x[t - width + 1 + i]). T is as above. All of these
+// are contiguous: weight (width, d_inner), bias (d_inner,), states (n_sequences, width - 1, d_inner) in the dtype of x
+// and their gradients in T, dweight_parts (batch n_chunks, width, d_inner), dbias_parts (batch n_chunks, d_inner).
 struct ConvArgs {
     bool is_double = false, silu = false;
     int64_t batch = 0, length = 0, d_inner = 0, width = 0;
-    int64_t chunk = 0;  // steps of a task
+    int64_t chunk = 0;  // steps per task
     int n_threads = 1;
     Rows x, y;
     void *weight = nullptr, *bias = nullptr, *initial_state = nullptr, *last_state = nullptr;

@@ -1,7 +1,7 @@
 // The causal depthwise convolution for one instruction set: forward and backward.
 //
-// A task is a chunk of steps of one row of the batch, for backward of some of its channels only. What lies before a
-// sequence is read from its initial state, or from a row of zeros. Notation: k the width.
+// A task is a chunk of steps of one row of the batch; in backward it covers only some of the channels. Inputs before a
+// sequence are read from its initial state, or from a row of zeros. Notation: k is the width.
 
 #include <algorithm>
 #include <type_traits>
@@ -17,12 +17,12 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-// Where the inputs of a row lie: in x, in the initial state, or nowhere.
+// Finds the inputs of a row: in x, in the initial state, or in a row of zeros.
 class Inputs {
   public:
     Inputs(const ConvArgs& a, int64_t row) : a(a), row(row), size(item_size(a.x.type())), zeros_(a.d_inner) {}
 
-    // Step t of a sequence; before its begin that is the initial state.
+    // The input at step t of a sequence; before the sequence begins it is in the initial state.
     const char* at(const Piece& p, int64_t t) const {
         if (t >= p.begin) return static_cast<const char*>(a.x.data) + a.x.at(row, t) * size;
         if (!a.initial_state) return reinterpret_cast<const char*>(zeros_.get());
@@ -36,7 +36,7 @@ class Inputs {
     const Scratch<double> zeros_;
 };
 
-// bias + sum over taps of channels [c, c + count). K is the width, or 0 for any.
+// bias + sum over taps, for channels [c, c + count). K is the width, or 0 for any width.
 template <typename T, int K>
 ANYMAMBA_INLINE Vector<T> sum_of_taps(const ConvArgs& a, DType dtype, const char* const* taps, int64_t c, int count) {
     const int width = K ? K : int(a.width);
@@ -46,8 +46,8 @@ ANYMAMBA_INLINE Vector<T> sum_of_taps(const ConvArgs& a, DType dtype, const char
     return sum;
 }
 
-// U steps from `place` in y on, of channels [c, c + count): each input and weight is read once for all of them. The
-// inputs of the U steps after these, behind those in `taps`, are fetched meanwhile.
+// U steps of channels [c, c + count), written to y from `place` on: each input and weight is read once for all of them.
+// The inputs of the next U steps, which follow these in `taps`, are prefetched.
 template <typename T, int K, int U>
 ANYMAMBA_INLINE void forward_block(const ConvArgs& a, DType dtype, const char* const* taps, int64_t place, int64_t c,
                                    int count) {
@@ -93,7 +93,7 @@ void forward_steps(const ConvArgs& a, const char* const* taps, int64_t place) {
 
 template <typename T, int K, int U>
 void forward_steps(const ConvArgs& a, const char* const* taps, int64_t place) {
-    switch (a.x.type()) {  // so that the compiler knows it in the loop
+    switch (a.x.type()) {  // makes the dtype a compile-time constant in the loop
         case DType::float32: return forward_steps<T, K, U, DType::float32>(a, taps, place);
         case DType::float64: return forward_steps<T, K, U, DType::float64>(a, taps, place);
         case DType::bfloat16: return forward_steps<T, K, U, DType::bfloat16>(a, taps, place);
@@ -103,7 +103,7 @@ void forward_steps(const ConvArgs& a, const char* const* taps, int64_t place) {
 
 template <typename T, int K>
 void forward_chunk(const ConvArgs& a, int64_t row, int64_t first, int64_t last) {
-    constexpr int U = K ? ANYMAMBA_VECTOR_BYTES / 16 : 1;  // as the registers allow
+    constexpr int U = K ? ANYMAMBA_VECTOR_BYTES / 16 : 1;  // as many steps as fit in registers
     const Inputs inputs(a, row);
     const int64_t size = item_size(a.x.type()), n_states = a.width - 1;
     std::vector<const char*> taps(n_states + 2 * U);
@@ -129,7 +129,8 @@ void forward_chunk(const ConvArgs& a, int64_t row, int64_t first, int64_t last) 
 
 constexpr int TILE = 32;
 
-// Channels [c, c + count) of a chunk: gradients of x and the initial state, and this task's part of those of weights.
+// Channels [c, c + count) of a chunk: gradients of x and the initial state, and this task's share of the gradients of
+// weight and bias.
 template <typename T, int K>
 class BackwardBlock {
     static constexpr int W = LANES<T>;
@@ -173,10 +174,10 @@ class BackwardBlock {
     const int64_t row, c;
     const int count, width;
     std::vector<const char*> taps_;
-    const Scratch<T> weight_, dtaps_;  // dtaps: gradients of the sums of taps from the tile's first step on
-    const Sums<T> sums_;               // over time: dweight and dbias
+    const Scratch<T> weight_, dtaps_;  // dtaps: gradients of the sums of taps, from the tile's first step on
+    const Sums<T> sums_;               // sums over time: dweight and dbias
 
-    // The gradient of the sum of taps at step t; `own` where this tile adds it to the weights' gradients.
+    // The gradient of the sum of taps at step t. If `own`, this tile also adds it to the gradients of the weights.
     void taps_back(const Piece& p, int64_t t, int64_t first, bool own) {
         for (int i = 0; i < width; i++) taps_[i] = inputs.at(p, t - width + 1 + i);
         V d = read_row<T>(a.dy.data, a.dy.type(), a.dy.at(row, t) + c, count);
@@ -195,7 +196,7 @@ class BackwardBlock {
         store<T>(dbias, load<T>(dbias) + d);
     }
 
-    // d loss / d the input at step s, which may lie before the sequence.
+    // d loss / d (input at step s), which may be before the sequence.
     V gradient(const Piece& p, int64_t s, int64_t first) const {
         V d{};
         for (int i = 0; i < width; i++) {
@@ -203,7 +204,7 @@ class BackwardBlock {
             if (t >= p.begin && t < p.end)
                 d += load<T>(weight_.get() + i * W) * load<T>(dtaps_.get() + (t - first) * W);
         }
-        const int64_t state = s - (p.end - width + 1);  // its place in the last state
+        const int64_t state = s - (p.end - width + 1);  // its index in the last state
         if (state >= 0)
             d += read_row<T>(a.dlast_state, OWN_DTYPE<T>, (p.index * (width - 1) + state) * a.d_inner + c, count);
         return d;

@@ -1,4 +1,4 @@
-// The Python module anymamba._native: which instruction sets there are, and the kernels of the chosen one.
+// The Python module anymamba._native: lists the available instruction sets and calls the kernels of the chosen one.
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -67,10 +67,10 @@ void choose(const std::string& name) {
             chosen = &kernels;
             return;
         }
-    throw std::invalid_argument("no instruction set " + name + " here");
+    throw std::invalid_argument("this machine does not have the instruction set " + name);
 }
 
-// A pointer is an integer in Python, 0 where there is none.
+// In Python a pointer is an integer; 0 is a null pointer.
 template <typename Args>
 void pointer(nb::class_<Args>& type, const char* name, void* Args::* member) {
     type.def_prop_rw(
@@ -78,8 +78,8 @@ void pointer(nb::class_<Args>& type, const char* name, void* Args::* member) {
         [member](Args& a, uintptr_t address) { a.*member = reinterpret_cast<void*>(address); });
 }
 
-// Ask for pages of 2 MiB under fresh memory: the system hands out and clears pages of 4 KiB one fault at a time, which
-// can cost as much as what is computed into them.
+// Request pages of 2 MiB for fresh memory. The system allocates and clears pages of 4 KiB with one page fault each,
+// which can take as long as computing the values that are written to them.
 void use_large_pages(uintptr_t address, int64_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = 1 << 21;
@@ -152,8 +152,8 @@ void bind_conv(nb::module_& m) {
 
 NB_MODULE(_native, m) {
     choose(instruction_sets().front());
-    m.def("instruction_sets", &instruction_sets, "Those that this machine has, best first.");
-    m.def("instruction_set", [] { return std::string(chosen->name); }, "The one in use.");
+    m.def("instruction_sets", &instruction_sets, "The instruction sets that this machine has, best first.");
+    m.def("instruction_set", [] { return std::string(chosen->name); }, "The instruction set in use.");
     m.def("choose_instruction_set", &choose, nb::arg("name"));
     m.def(
         "shares_openmp", [] { return anymamba::openmp_region() != nullptr; },

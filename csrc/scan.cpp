@@ -1,16 +1,17 @@
 // The selective scan for one instruction set: forward and backward.
 //
-// Notation. A task is one row of the batch, some neighbouring channels of one group and a chunk of time, which is all
-// of it but for narrow and long shapes. A chunk is cut into tiles of a.tile steps; in a tile, vectors of channels
-// ("blocks") are worked on one after the other: lanes are channels, the states of a block stay in registers while time
-// runs. Rows of a tile are (step, lane), states (n, lane).
+// Notation. A task is one row of the batch, some adjacent channels of one group and a chunk of time. The chunk is the
+// whole length, except for narrow and long shapes. A chunk is split into tiles of a.tile steps. In a tile, vectors of
+// channels ("blocks") are processed one after the other: lanes are channels, and the states of a block stay in
+// registers for all steps. Rows of a tile are (step, lane), states (n, lane).
 //
-// Several chunks take three phases: each finds what it hands to the next from a state of zero (the first one, which
-// knows its state, does all its work at once), what arrives at each follows from that, and the others do their work.
+// Several chunks take three phases. First, each chunk computes the state that it passes on if it starts from zero; the
+// first chunk has its initial state and is computed completely. From these follows the state at the start of each
+// chunk. Then the other chunks are computed.
 //
-// What is not a whole vector is padded with zeros in scratch memory. The split and the order of every sum depend on
-// the shapes only. Sums over time are of tiles (sums.h). Forward saves the states before each tile; backward recomputes
-// those inside it.
+// Incomplete vectors are padded with zeros in scratch memory. The split and the order of every sum depend only on the
+// shapes. Sums over time are added up tile by tile (sums.h). Forward saves the states before each tile; backward
+// recomputes the states inside it.
 
 #include "kernels.h"
 #include "scan_task.h"
@@ -20,7 +21,8 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-// Of the work on a chunk: all of it where what arrives is known at the start, what it hands over, or all of it later.
+// The work on a chunk: all of it in the first phase, because its start is known; only what it passes on; or all of it
+// in the last phase.
 enum class Part { first, summary, rest };
 
 template <typename T>
@@ -117,9 +119,9 @@ class BackwardTask : Task<T> {
 
   private:
     Scratch<T> kept_, dB_, dC_, dh_;
-    Sums<T> sums_;  // over time, of each block: dD, dbias, dA, and dB and dC where they are constant
+    Sums<T> sums_;  // sums over time for each block: dD, dbias, dA, and dB and dC of a constant B and C
 
-    // The places of these.
+    // Their indices.
     int64_t first_dA() const { return 2; }
     int64_t first_dB() const { return first_dA() + a.d_state; }
     int64_t first_dC() const { return first_dB() + (a.selective_B ? 0 : a.d_state); }
@@ -178,7 +180,7 @@ class BackwardTask : Task<T> {
         for (int i = 0; i < this->n_blocks; i++) this->hand_over(block_back(i), block_back(i).dh, i);
     }
 
-    // The gradient of the scan's own output from that of y; with a gate, z's is written.
+    // The gradient of the scan's output before the gate, from that of y; with a gate, the gradient of z is written.
     void read_gradients(const Block<T>& k, int64_t first, int n_steps, bool with_dz) const {
         for (int t = 0; t < n_steps; t++) {
             V dy = read_row<T>(a.dy.data, a.dy.type(), a.dy.at(row, first + t) + k.channel, k.count);
@@ -214,14 +216,14 @@ class BackwardTask : Task<T> {
         store<T>(sums + W, dbias);
     }
 
-    // Sum (step, n, lane) over lanes into this range's part.
+    // Sum (step, n, lane) over lanes into the partial sums of this range.
     void reduce(const T* sums, void* parts, int64_t first, int n_steps) const {
         const int64_t n_ranges = a.n_groups * this->ranges_per_group;
         T* target = static_cast<T*>(parts) + ((row * n_ranges + this->range) * a.length + first) * a.d_state;
         for (int64_t j = 0; j < n_steps * a.d_state; j++) target[j] = sum_of_lanes<T, W>(sums + j * W);
     }
 
-    // Write what was summed over time.
+    // Write the sums over time.
     void finish(int i) const {
         const Block<T> k = block_back(i);
         const int64_t index = row * this->n_chunks + this->chunk;
@@ -238,19 +240,19 @@ class BackwardTask : Task<T> {
     }
 };
 
-// `known` is the chunk at which nothing arrives: the first one, or the last one for backward.
+// `known` is the chunk that receives no state from another one: the first one, or for backward the last one.
 template <typename AnyTask>
 void work(const ScanArgs& a, bool backward) {
     const int64_t per_group = a.d_inner / a.n_groups, n_ranges = a.n_groups * ((per_group + a.range - 1) / a.range);
     const int64_t n_chunks = (a.length + a.chunk - 1) / a.chunk, known = backward ? n_chunks - 1 : 0;
-    const int64_t end = backward ? 0 : n_chunks - 1;  // hands nothing over
+    const int64_t end = backward ? 0 : n_chunks - 1;  // passes nothing on
     const auto all = [&](int64_t n, const auto& chunk_of, const auto& part_of) {
         parallel_for(a.batch * n_ranges * n, a.n_threads, [&](int64_t i) {
             const int64_t chunk = chunk_of(i / n_ranges % n);
             AnyTask(a, i / n_ranges / n, chunk, i % n_ranges).work(part_of(chunk));
         });
     };
-    // In the order of their cost: the known chunk is the largest task of the first phase.
+    // The most expensive tasks start first: the known chunk is the largest task of the first phase.
     const auto nth = [&](int64_t i) { return backward ? n_chunks - 1 - i : i; };
     all(std::max<int64_t>(n_chunks - 1, 1), nth,
         [&](int64_t chunk) { return chunk == known ? Part::first : Part::summary; });

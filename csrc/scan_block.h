@@ -1,4 +1,4 @@
-// The recurrence of one block of channels in one tile of time, forwards and backwards: where a scan's time goes.
+// The recurrence of one block of channels in one tile of time, forwards and backwards: the inner loops of the scan.
 // See scan.cpp for the notation.
 #pragma once
 
@@ -16,25 +16,25 @@ constexpr int REGISTERS = 16;
 // One block in one tile.
 template <typename T>
 struct Block {
-    int64_t channel;  // its first
-    int count;        // of channels; lanes from it on are padding
+    int64_t channel;  // the first channel
+    int count;        // number of channels; the lanes after them are padding
     int d_state;
     bool zoh, selective_B, selective_C;
     bool inside;                       // whether all exponents delta A of the tile are moderate
     const T *B, *C;                    // selective: (step, n)
     const T *constant_B, *constant_C;  // (n, lane)
-    const T *high, *low, *rate;        // A as exp_product takes it, and A (n, lane)
+    const T *high, *low, *rate;        // A in the form for exp_product, and A itself (n, lane)
     T *delta, *drive, *y;              // rows; drive is delta u
     T* h;                              // (n, lane)
-    const char* ahead[4];              // rows of the block after this one, to be fetched meanwhile
+    const char* ahead[4];              // rows of the next block, to prefetch
     int64_t ahead_stride[4];           // in bytes, from step to step
     // backward
     T *decay, *before;        // exp(delta A) and the state before the step (step, n, lane)
     T *dh, *dA;               // (n, lane)
     T *dy, *ddelta, *ddrive;  // rows
-    T *dB, *dC;               // sums over blocks: (step, n, lane) where selective, else (n, lane)
+    T *dB, *dC;               // sums over blocks: (step, n, lane) if selective, else (n, lane)
 
-    // The same from state n on.
+    // The same block from state n on.
     Block from(int n) const {
         constexpr int W = LANES<T>;
         Block k = *this;
@@ -49,8 +49,8 @@ struct Block {
 
 // ---------------------------------------------------------------------------------------------- the recurrence
 
-// The first NB states of k over steps [first, last). GENERAL: zero-order hold, or constant B or C. KEEP: for backward.
-// INSIDE: no exponent of the tile is too large for exp_product_inside.
+// Runs the first NB states of k over steps [first, last). GENERAL: zero-order hold, or constant B or C. KEEP: store
+// decays and states for backward. INSIDE: no exponent of the tile is too large for exp_product_inside.
 template <typename T, int NB, bool GENERAL, bool KEEP, bool INSIDE>
 __attribute__((noinline)) void run_states(const Block<T>& k, int first, int last) {
     constexpr int W = LANES<T>;
@@ -65,7 +65,7 @@ __attribute__((noinline)) void run_states(const Block<T>& k, int first, int last
     for (int64_t t = first; t < last; t++) {
         const V delta = load<T>(deltas + t * W), drive = load<T>(drives + t * W);
         const T *const b = k.B + t * d_state, *const c = k.C + t * d_state;
-        V y[2] = {};  // without D u, at whose size every addition would round
+        V y[2] = {};  // D u is added at the end: a large D u would round every addition
         for (int i = 0; i < 4; i++) __builtin_prefetch(k.ahead[i] + t * k.ahead_stride[i]);
 #pragma GCC unroll 16
         for (int n = 0; n < NB; n++) {
@@ -92,7 +92,7 @@ __attribute__((noinline)) void run_states(const Block<T>& k, int first, int last
     for (int n = 0; n < NB; n++) store<T>(k.h + n * W, h[n]);
 }
 
-// d loss / d everything of the first NB states of k over steps [first, last), backwards.
+// The gradients of all inputs of the first NB states of k, over steps [first, last) backwards.
 template <typename T, int NB, bool GENERAL>
 __attribute__((noinline)) void run_states_back(const Block<T>& k, int first, int last) {
     constexpr int W = LANES<T>;
@@ -129,7 +129,7 @@ __attribute__((noinline)) void run_states_back(const Block<T>& k, int first, int
             store<T>(dC, load<T>(dC) + dy * h);
             store<T>(dB, load<T>(dB) + dh[n] * input);
             ddrive += dh[n] * weight;
-            V dexponent = dh[n] * decay;  // is also what goes to the step before
+            V dexponent = dh[n] * decay;  // also the gradient of the state before this step
             const V dbefore = dexponent;
             dexponent *= before;
             if (GENERAL && k.zoh) {
@@ -150,7 +150,7 @@ __attribute__((noinline)) void run_states_back(const Block<T>& k, int first, int
     }
 }
 
-// The gradient of the states alone, backwards: what a chunk hands to the one before it.
+// Only the gradient of the states, backwards: a chunk passes it to the previous chunk.
 template <typename T>
 void run_dstate(const Block<T>& k, int first, int last) {
     constexpr int W = LANES<T>;
@@ -170,7 +170,7 @@ void run_dstate(const Block<T>& k, int first, int last) {
     }
 }
 
-// decays *= exp(A times the sum of delta), over steps [first, last).
+// decays *= exp(A times the sum of delta over steps [first, last)).
 template <typename T>
 void run_decay(const Block<T>& k, T* decays, int first, int last) {
     constexpr int W = LANES<T>;

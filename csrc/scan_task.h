@@ -1,5 +1,5 @@
-// What the tasks of forward and of backward share: their place, scratch memory, how tensors are read into it, and what
-// chunks of time hand to each other. See scan.cpp for the notation.
+// Shared by the tasks of forward and backward: their position, scratch memory, the reading of tensors into it, and the
+// states that chunks of time pass to each other. See scan.cpp for the notation.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-// What a task of forward and of backward hold: scratch memory, and how tensors are read into it.
+// The base of the forward and backward tasks.
 template <typename T>
 class Task {
   public:
@@ -81,7 +81,7 @@ class Task {
         return k;
     }
 
-    // Selective B and C of a tile as T.
+    // Read selective B and C of a tile, converted to T.
     void read_matrices(int64_t first, int n_steps) const {
         if (a.selective_B) read_matrix(a.B, first, n_steps, B_.get());
         if (a.selective_C) read_matrix(a.C, first, n_steps, C_.get());
@@ -96,8 +96,8 @@ class Task {
         }
     }
 
-    // delta, delta u and y = D u of a tile, whether its exponents are moderate, and for backward u and delta before the
-    // softplus.
+    // Read a tile: delta, delta u and y = D u, whether its exponents are moderate, and for backward also u and delta
+    // before the softplus.
     template <bool KEEP>
     void read_rows(Block<T>& k, int64_t first, int n_steps) const {
         V largest{}, largest_rate{};
@@ -121,7 +121,7 @@ class Task {
         for (int i = 0; i < W; i++) k.inside &= largest[i] * largest_rate[i] < LARGEST_EXPONENT;
     }
 
-    // Have run_states fetch the rows of the block after block i: the next in the tile, or the first in the next tile.
+    // Make run_states prefetch the rows of the block after block i: the next in the tile, or the first of the next one.
     void fetch_ahead(Block<T>& k, int i, int64_t first, int64_t next_first, const Rows& other) const {
         const bool in_tile = i + 1 < n_blocks;
         const int64_t channel = in_tile ? k.channel + W : begin, step = in_tile ? first : next_first;
@@ -133,12 +133,12 @@ class Task {
         }
     }
 
-    // A vector (d_inner,) of the working type; zeros where it is absent.
+    // A vector (d_inner,) of the working type; zeros for a null pointer.
     V vector(const void* data, const Block<T>& k) const {
         return data ? read_row<T>(data, OWN_DTYPE<T>, k.channel, k.count) : V{};
     }
 
-    // (n, lane) from a dense (..., d_inner, d_state) at its first channel.
+    // Read (n, lane) from a contiguous (..., d_inner, d_state), from `channel` on. `scatter` is the inverse.
     void gather(const void* matrix, int64_t channel, int count, T* out) const {
         const T* source = static_cast<const T*>(matrix) + channel * a.d_state;
         for (int64_t n = 0; n < a.d_state; n++)
@@ -150,7 +150,7 @@ class Task {
             for (int i = 0; i < count; i++) target[i * a.d_state + n] = states_of_block[n * W + i];
     }
 
-    // The state with which a sequence starts.
+    // Set the state with which a sequence starts.
     void start(const Block<T>& k, int64_t sequence) const {
         if (a.initial_state)
             gather(a.initial_state, sequence * a.d_inner + k.channel, k.count, k.h);
@@ -158,7 +158,7 @@ class Task {
             std::fill_n(k.h, states, T(0));
     }
 
-    // Whether a sequence starts in a chunk: nothing passes through that.
+    // Whether a sequence starts in a chunk; then no state passes through it.
     bool starts_in(int64_t other_chunk) const {
         const int64_t first = other_chunk * a.chunk, last = std::min(first + a.chunk, a.length);
         if (!a.offsets) return first == 0;
@@ -167,17 +167,17 @@ class Task {
         return next < offsets + a.n_sequences && *next < last;
     }
 
-    // Of each block: the product of the decays of a chunk.
+    // The product of a block's decays over the chunk.
     T* decays(int block) const { return decays_.get() + block * states; }
 
-    // Keep for the other chunks what leaves this one where nothing arrives, and how much of an arrival goes through.
+    // Store for the other chunks the state that leaves this one after a start from zero, and its decay over the chunk.
     void hand_over(const Block<T>& k, const T* leaving, int block) const {
         const int64_t channel = (row * n_chunks + chunk) * a.d_inner + k.channel;
         scatter(leaving, channel, k.count, a.chunk_states);
         scatter(decays(block), channel, k.count, a.chunk_decays);
     }
 
-    // What arrives at this chunk from the chunks `from`, from + direction and so on.
+    // The state that arrives at this chunk from the chunks `from`, from + direction, and so on.
     void arrive(const Block<T>& k, int64_t from, int direction, T* arriving) const {
         std::vector<T> leaving(states), passing(states);
         for (int64_t other = from; other != chunk; other += direction) {
@@ -189,7 +189,7 @@ class Task {
         }
     }
 
-    // (d_state, d_inner) of the states saved before a tile.
+    // The states saved before a tile, (d_state, d_inner).
     T* saved(int64_t tile) const { return static_cast<T*>(a.saved) + (tile * a.batch + row) * a.d_state * a.d_inner; }
 
   private:

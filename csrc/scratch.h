@@ -1,4 +1,4 @@
-// Aligned memory, zeroed, that a task works in.
+// Aligned, zeroed memory for a task.
 #pragma once
 
 #include <algorithm>

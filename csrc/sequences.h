@@ -1,4 +1,4 @@
-// Where sequences lie in a stretch of a row: one a row, or several packed along its length.
+// Finds the sequences in a range of a row: one per row, or several packed along its length.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +7,14 @@
 
 namespace anymamba {
 
-// Steps [first, last) of sequence `index`, which is [begin, end).
+// Steps [first, last) of sequence `index`, which covers [begin, end).
 struct Piece {
     int64_t index, begin, end, first, last;
     bool starts() const { return first == begin; }
     bool ends() const { return last == end; }
 };
 
-// The sequences, or parts of them, in steps [first, last) of a row. Empty sequences have none.
+// The sequences, or parts of them, in steps [first, last) of a row. Empty sequences are left out.
 template <typename Args>
 std::vector<Piece> pieces_of(const Args& a, int64_t row, int64_t first, int64_t last) {
     if (!a.offsets) return {{row, 0, a.length, first, last}};

@@ -1,6 +1,6 @@
-// Vectors of T by compiler extensions, as wide as the instruction set, and the functions that the kernels need.
+// Vectors of T as wide as the instruction set allows, by compiler extensions, and the functions that the kernels need.
 //
-// Everything here is inside the namespace of one instruction set (ANYMAMBA_ISA), so that one program can hold several.
+// Everything is in the namespace of one instruction set (ANYMAMBA_ISA), so that one program can contain several.
 #pragma once
 
 #include <cmath>
@@ -70,7 +70,7 @@ struct Narrow {
     typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
 
-// The sum of N neighbours, by halves.
+// The sum of N adjacent elements, by halving.
 template <typename T, int N>
 ANYMAMBA_INLINE T sum_of_lanes(const T* p) {
     if constexpr (N == 1) {
@@ -88,7 +88,7 @@ ANYMAMBA_INLINE T sum_of_lanes(const T* p) {
 
 // ---------------------------------------------------------------------------------------------- multiply-add, lookup
 
-// a b - c, where the rounding of a b alone may be lost to a c next to it.
+// a b - c without rounding a b first: if c is close to a b, that rounding error would dominate the result.
 ANYMAMBA_INLINE vfloat multiply_subtract(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)
     return (vfloat)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
@@ -96,7 +96,7 @@ ANYMAMBA_INLINE vfloat multiply_subtract(vfloat a, vfloat b, vfloat c) {
     return (vfloat)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
     return (vfloat)vfmaq_f32(-(float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else  // the product in two parts, after Dekker (1971)
+#else  // the exact product in two parts, after Dekker (1971)
     const vfloat a_high = (vfloat)((vint)a & ~0xfff), b_high = (vfloat)((vint)b & ~0xfff);
     const vfloat a_low = a - a_high, b_low = b - b_high, product = a * b;
     const vfloat lost = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
@@ -104,7 +104,7 @@ ANYMAMBA_INLINE vfloat multiply_subtract(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// The smaller and the larger one of a bound and x; x where it is NaN.
+// The minimum and the maximum of a bound and x; NaN if x is NaN.
 ANYMAMBA_INLINE vfloat at_most(float bound, vfloat x) {
 #if defined(__AVX512F__)
     return (vfloat)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(bound), (__m512)x);
@@ -133,7 +133,7 @@ constexpr int TABLE_BITS = 3;
 constexpr int TABLE_BITS = 0;
 #endif
 constexpr int TABLE_SIZE = 1 << TABLE_BITS;
-constexpr float LARGEST_EXPONENT = 126.0f * TABLE_SIZE;  // below which powers and their inverses are normal numbers
+constexpr float LARGEST_EXPONENT = 126.0f * TABLE_SIZE;  // below it, powers and their inverses are normal numbers
 
 struct PowerTable {
     alignas(64) int32_t bits[LANES<float>];
@@ -142,20 +142,20 @@ struct PowerTable {
             const int entry = i % TABLE_SIZE;
             const float power = static_cast<float>(std::exp2(static_cast<double>(entry) / TABLE_SIZE));
             std::memcpy(&bits[i], &power, 4);
-            bits[i] -= entry << (23 - TABLE_BITS);  // so that adding n to the exponent's place gives all of the power
+            bits[i] -= entry << (23 - TABLE_BITS);  // so that adding n at the exponent gives the whole power
         }
     }
 };
 inline const PowerTable POWER_TABLE;
 
-// The table in a register, for a loop to load once; nothing for double.
+// The table in a register, so that a loop loads it once; empty for double.
 template <typename T>
 struct Powers {};
 template <>
 struct Powers<float> {
     vint table;
     ANYMAMBA_INLINE Powers() { std::memcpy(&table, POWER_TABLE.bits, sizeof table); }
-    // 2^(n / TABLE_SIZE), n the lowest bits of each lane.
+    // 2^(n / TABLE_SIZE), where n is in the lowest bits of each lane.
     ANYMAMBA_INLINE vfloat of(vint n) const {
 #if defined(__AVX512F__)
         const vint entry = (vint)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)n, (__m512i)table);
@@ -170,10 +170,10 @@ struct Powers<float> {
 
 // ---------------------------------------------------------------------------------------------- exp and softplus
 
-// q of 2^(f / TABLE_SIZE) = 1 + f q(f) for |f| <= 1/2, highest power first. The last coefficient is ln 2 / TABLE_SIZE
-// to a rounding, and the others are minimax beside it: an error of it would be one of the rate of slow decays, whose f
-// is near 0, and add up over a sequence. A larger table with a shorter polynomial loses more by rounding its entries.
-// For a table of one entry:
+// The polynomial q with 2^(f / TABLE_SIZE) = 1 + f q(f) for |f| <= 1/2, highest power first. The last coefficient is
+// ln 2 / TABLE_SIZE, correctly rounded; the others are the minimax fit for it. An error of the last coefficient would
+// change the rate of slow decays, whose f is near 0, and would add up over a sequence. A larger table with a shorter
+// polynomial would lose more precision by rounding its entries. For a table of one entry:
 ANYMAMBA_INLINE vfloat whole_power_polynomial(vfloat f) {
     vfloat q = broadcast(0.00015472158f);
     q = q * f + 0.00133912265f;
@@ -202,7 +202,7 @@ ANYMAMBA_INLINE vfloat power_polynomial(vfloat f) {
 ANYMAMBA_INLINE vfloat power_polynomial(vfloat f) { return whole_power_polynomial(f); }
 #endif
 
-// The same by one multiply-add less where that shows: for gates, whose errors do not add up.
+// The same with one multiply-add less where that saves time: for gates, whose errors do not add up.
 ANYMAMBA_INLINE vfloat short_power_polynomial(vfloat f) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     return (0.000108415683f * f + 0.00375402486f) * f + 0.0866433978f;
@@ -211,7 +211,7 @@ ANYMAMBA_INLINE vfloat short_power_polynomial(vfloat f) {
 #endif
 }
 
-// A rate r is kept as TABLE_SIZE r log2(e) in two parts, so that exp(x r) is exact to a rounding whatever x r is.
+// A rate r is stored as TABLE_SIZE r log2(e) in two parts, so that exp(x r) is accurate to one rounding for any x r.
 template <typename T>
 struct Rate {
     T high, low;
@@ -229,20 +229,20 @@ ANYMAMBA_INLINE Rate<double> make_rate(double rate) { return {rate, 0.0}; }
 struct Exponential {
     vfloat power, f;
     ANYMAMBA_INLINE Exponential(vfloat x, vfloat high, vfloat low, const Powers<float>& powers) {
-        const vfloat magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds to an integer, in the lowest bits
+        const vfloat magic = broadcast(12582912.0f);  // 1.5 2^23: adding it leaves a rounded integer in the lowest bits
         const vfloat rounded = x * high + magic;
         f = x * low + multiply_subtract(x, high, rounded - magic);
         power = powers.of((vint)rounded);
     }
 };
 
-// exp(x rate) where |x high| < LARGEST_EXPONENT.
+// exp(x rate) for |x high| < LARGEST_EXPONENT.
 ANYMAMBA_INLINE vfloat exp_product_inside(vfloat x, vfloat high, vfloat low, const Powers<float>& powers) {
     const Exponential e(x, high, low, powers);
     return e.power * (e.f * power_polynomial(e.f)) + e.power;
 }
 
-// exp(x rate), by its root where that is outside.
+// exp(x rate) for any x; outside that range it is computed as the square of its root.
 ANYMAMBA_INLINE vfloat exp_product(vfloat x, vfloat high, vfloat low, const Powers<float>& powers) {
     const vfloat exponent = x * high, zero{};
     const vint inside = (exponent < LARGEST_EXPONENT) & (exponent > -LARGEST_EXPONENT);
@@ -270,12 +270,12 @@ ANYMAMBA_INLINE vdouble exp_product_inside(vdouble x, vdouble high, vdouble low,
 // log2(e) TABLE_SIZE in two parts.
 constexpr float RATE_HIGH = 1.44269502f * TABLE_SIZE, RATE_LOW = 1.92596303e-8f * TABLE_SIZE;
 
-// exp(x) for x in [-87, 87]; a NaN stays one.
+// exp(x) for x in [-87, 87]; NaN for NaN.
 ANYMAMBA_INLINE vfloat exp_inside(vfloat x) {
     return exp_product_inside(x, broadcast(RATE_HIGH), broadcast(RATE_LOW), Powers<float>());
 }
 
-// (exp(x rate) - 1) / (x rate) and its limit 1 at 0, without a difference that cancels.
+// (exp(x rate) - 1) / (x rate) and its limit 1 at 0, without cancellation.
 ANYMAMBA_INLINE vfloat expm1_ratio(vfloat x, vfloat high, vfloat low) {
     const vfloat magic = broadcast(12582912.0f);
     const vfloat power_exponent = x * high * (1.0f / TABLE_SIZE);
@@ -293,7 +293,7 @@ ANYMAMBA_INLINE vdouble expm1_ratio(vdouble x, vdouble high, vdouble) {
     return by_lane(x * high, [](double v) { return v == 0 ? 1.0 : std::expm1(v) / v; });
 }
 
-// Derivative of expm1_ratio by its argument v = x rate, (exp(v) - ratio) / v, by its series near 0.
+// Derivative of expm1_ratio with respect to v = x rate: (exp(v) - ratio) / v, near 0 by its series.
 template <typename T>
 ANYMAMBA_INLINE T expm1_ratio_derivative(T v) {
     if (std::fabs(v) < T(0.5)) {
@@ -309,7 +309,7 @@ ANYMAMBA_INLINE T expm1_ratio_derivative(T v) {
     return (e - ratio) / v;
 }
 
-// log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), the latter by a polynomial in the exponential; 0 at -inf.
+// log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)); the second term is a polynomial in the exponential. 0 at -inf.
 ANYMAMBA_INLINE vfloat softplus(vfloat x) {
     const vfloat minus_size = (vfloat)((vint)x | INT32_MIN);
     const vfloat e = minus_size < -87.0f ? vfloat{} : exp_inside(minus_size);
@@ -331,7 +331,7 @@ ANYMAMBA_INLINE vdouble softplus(vdouble x) {
 // 1 / x for x in [1, 2^126].
 ANYMAMBA_INLINE vfloat reciprocal(vfloat x) {
 #if defined(__AVX512F__)
-    const vfloat guess = (vfloat)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // and one step of Newton's
+    const vfloat guess = (vfloat)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // improved by one Newton step
     return guess + guess * (1.0f - x * guess);
 #else
     return 1.0f / x;
@@ -347,8 +347,8 @@ ANYMAMBA_INLINE vdouble sigmoid(vdouble x) {
     return by_lane(x, [](double v) { return 1 / (1 + std::exp(-v)); });
 }
 
-// x / (1 + exp(-x)), by one division in place of a reciprocal with its corrections. From -88.7228 down exp(-x) is
-// infinity, so that all but -inf give 0.
+// x / (1 + exp(-x)), by one division instead of a reciprocal with its corrections. For x <= -88.7228, exp(-x) is
+// infinity and the result is 0, except for -inf.
 ANYMAMBA_INLINE vfloat silu(vfloat x) {
     const vfloat bounded = at_least(-88.7228394f, at_most(87.0f, x));
     const Exponential e(bounded, broadcast(-RATE_HIGH), broadcast(-RATE_LOW), Powers<float>());
@@ -356,19 +356,19 @@ ANYMAMBA_INLINE vfloat silu(vfloat x) {
 }
 ANYMAMBA_INLINE vdouble silu(vdouble x) { return x * sigmoid(x); }
 
-// The larger size of each lane so far; a NaN is larger than all.
+// The largest magnitude of each lane so far; NaN counts as the largest.
 ANYMAMBA_INLINE vfloat larger_size(vfloat so_far, vfloat x) {
     const vint size = (vint)x & INT32_MAX, known = (vint)so_far;
     return (vfloat)(size > known ? size : known);
 }
-ANYMAMBA_INLINE vdouble larger_size(vdouble so_far, vdouble) { return so_far; }  // no use for it
+ANYMAMBA_INLINE vdouble larger_size(vdouble so_far, vdouble) { return so_far; }  // not needed for double
 
 // ---------------------------------------------------------------------------------------------- rows of any dtype
 
-typedef uint16_t vhalf __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES / 2)));  // the bits of as many 16-bit floats
+typedef uint16_t vhalf __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES / 2)));  // bits of 16-bit floats, one per lane
 typedef uint32_t vbits __attribute__((vector_size(ANYMAMBA_VECTOR_BYTES)));
 
-// Compilers know these two, but not that they are one instruction.
+// Compilers can express these two conversions, but do not use the single instruction for them.
 ANYMAMBA_INLINE vbits widen(vhalf bits) {
 #if defined(__AVX512F__)
     return (vbits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
@@ -388,7 +388,7 @@ ANYMAMBA_INLINE vhalf narrow(vbits bits) {
 
 ANYMAMBA_INLINE vfloat from_bfloat16(vhalf bits) { return (vfloat)(widen(bits) << 16); }
 
-ANYMAMBA_INLINE vhalf to_bfloat16(vfloat value) {  // to the nearest, ties to even; a NaN stays one
+ANYMAMBA_INLINE vhalf to_bfloat16(vfloat value) {  // to nearest, ties to even; NaN stays NaN
     const vbits bits = (vbits)value;
     const vbits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return narrow(value == value ? rounded : (bits >> 16) | 0x40);
@@ -429,7 +429,7 @@ constexpr DType OWN_DTYPE = sizeof(T) == 4 ? DType::float32 : DType::float64;
 ANYMAMBA_INLINE int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <typename V, typename E>
-ANYMAMBA_INLINE V load_some(const E* source, int count) {  // zeros behind them
+ANYMAMBA_INLINE V load_some(const E* source, int count) {  // followed by zeros
     V v{};
     std::memcpy(&v, source, count * sizeof(E));
     return v;
@@ -440,7 +440,7 @@ ANYMAMBA_INLINE void store_some(E* target, V v, int count) {
     std::memcpy(target, &v, count * sizeof(E));
 }
 
-// `count` neighbouring elements of a float tensor from `index` on, zeros behind them up to a whole vector.
+// `count` adjacent elements of a float tensor from `index` on, followed by zeros up to a whole vector.
 ANYMAMBA_INLINE vfloat read_floats(const void* data, DType dtype, int64_t index, int count) {
     const bool whole = count == LANES<float>;
     if (dtype == DType::float32) {

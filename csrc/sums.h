@@ -1,5 +1,5 @@
-// Sums over a long time. Steps are added up tile by tile, and tiles by compensated addition (Neumaier, 1974): the
-// rounding error does not grow with the length, as that of one running sum does.
+// Sums over many steps. The steps of a tile are added up first, then the tiles by compensated addition (Neumaier,
+// 1974). So the rounding error does not grow with the length, as it would in a single running sum.
 #pragma once
 
 #include "scratch.h"
@@ -17,7 +17,7 @@ class Sums {
   public:
     Sums(int64_t n_sets, int64_t n_vectors) : size(n_vectors * W), data_(n_sets * size * 3) {}
 
-    // (vector, lane) of the tile at hand, for the caller to add to.
+    // The sums (vector, lane) of the current tile, to which the caller adds.
     T* tile(int64_t set) const { return part(set, 0); }
 
     // Move a tile's sums to the totals; the next tile starts from zero.
@@ -35,7 +35,7 @@ class Sums {
 
     V total(int64_t set, int64_t vector) const {
         const V sum = load<T>(part(set, 1) + vector * W), loss = load<T>(part(set, 2) + vector * W);
-        return loss - loss == 0 ? sum + loss : sum;  // an infinite sum has lost NaN
+        return loss - loss == 0 ? sum + loss : sum;  // the loss of an infinite sum is NaN
     }
 
   private:

@@ -1,5 +1,5 @@
-// Runs tasks on the threads of the OpenMP runtime that the process has loaded (torch's, where torch is), so that two
-// pools do not fight for the cores; on threads of the standard library where there is none.
+// Runs tasks on the threads of the OpenMP runtime that the process has loaded, such as torch's, so that two thread
+// pools do not compete for the cores. Without such a runtime it uses threads of the standard library.
 #pragma once
 
 #include <atomic>
@@ -16,7 +16,7 @@ namespace anymamba {
 
 using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// GOMP_parallel of the loaded runtime, which LLVM's and Intel's have, too; null where there is none.
+// GOMP_parallel of the loaded runtime, which LLVM's and Intel's also have; null if there is none.
 inline ParallelRegion openmp_region() {
 #if defined(__linux__) && !defined(ANYMAMBA_STD_THREADS)
     static const auto region = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -39,7 +39,7 @@ void parallel_for(int64_t n_tasks, int n_threads, const Task& task) {
             auto* shared = static_cast<Shared*>(data);
             try {
                 for (int64_t i; (i = shared->next.fetch_add(1)) < shared->n_tasks;) shared->task(i);
-            } catch (...) {  // memory; it must not leave the region
+            } catch (...) {  // such as bad_alloc; an exception must not leave the parallel region
                 if (!shared->failed.exchange(true)) shared->failure = std::current_exception();
             }
         }
