@@ -32,7 +32,7 @@ SHARED = {
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("data.documents", "data.table", "data.tokenizer"),
     *("ops.dispatch", "ops.checks", "ops.observers", "ops.functions"),
-    *("parts.padding", "parts.state", "parts.sequence", "parts.parameters", "parts.derivatives"),
+    *("parts.derived", "parts.padding", "parts.state", "parts.sequence", "parts.parameters", "parts.derivatives"),
     "layers.s6",
     *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
     *("generation.sampling", "generation.prompts", "generation.stops"),

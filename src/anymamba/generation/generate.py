@@ -22,6 +22,7 @@ from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts,
 from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.parts.derived import KeptTensors
 from anymamba.parts.state import concatenate_rows, map_state, select_rows
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -96,6 +97,7 @@ class TokenStream(Iterator[Step]):
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer to turn tokens into text; got tokenizer=None")
         self._model, self._max_new_tokens = model, max_new_tokens
+        self._kept = KeptTensors(model)
         self._sampling = sampling or SamplingConfig()
         self._eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         rows = prompt_rows(prompts)
@@ -153,7 +155,8 @@ class TokenStream(Iterator[Step]):
         if self._logits is not None:
             logits, self._logits = self._logits, None
         else:
-            logits, model_state = self._model.step(self._running.last, self._running.model)
+            with self._kept:
+                logits, model_state = self._model.step(self._running.last, self._running.model)
             self._running = self._running._replace(model=model_state)
         return logits[:, : self._n_ids].float()
 

@@ -1,20 +1,21 @@
-"""S4: a time-invariant state space model per channel, with A diagonal plus rank one, begun at HiPPO-LegS.
+"""S4: a time-invariant state space model per channel; A is diagonal plus rank one and is initialised as HiPPO-LegS.
 
     h'(τ) = A h(τ) + B u(τ),   y(τ) = C h(τ) + D u(τ),   A = Λ - P P*          discretised by the bilinear rule
 
-The rule keeps the structure: Abar = 2 (1 - Δ/2 A)^-1 - 1 is diagonal plus rank one again,
+The bilinear rule keeps this structure: Abar = 2 (1 - Δ/2 A)^-1 - 1 is again diagonal plus rank one,
 
-    Abar = Γ - p q*,   h[t] = Γ h[t-1] - p s[t] + Bbar u[t],   s[t] = q* h[t-1],
+    Abar = Γ - p q*,   h[t] = Γ h[t-1] - p s[t] + Bbar u[t],   s[t] = q* h[t-1].
 
-that is a diagonal system with the scalar s fed back: O(d_state) a step. Unrolled, with k_xy[t] = x Γ^t y the kernels of
-the diagonal part as power series in z,
+This is a diagonal system with feedback of the scalar s, so a step costs O(d_state). Let k_xy[t] = x Γ^t y be the
+kernels of the diagonal part, written as power series in z. Unrolling the recurrence gives
 
     S = z k_qB / (1 + z k_qp)  (from u to s),   K = k_CB - k_Cp S  (from u to y).
 
-This is Woodbury's identity, as in the paper's generating function, but on power series cut at z^length, not at
-roots of unity: the length is no property of the parameters (C is stored, not C (1 - Abar^length)), a kernel is the
-beginning of a longer one, and there is no singular frequency. A is dissipative, so Abar is a contraction and
-1 / (1 + z k_qp) is bounded on the unit circle by 1 + Δ/2 |P* (1 - Δ/2 Λ)^-1 P|: nothing in the recursion grows.
+This is Woodbury's identity, as in the paper's generating function. The paper evaluates it at roots of unity; here the
+power series are truncated at z^length. So the parameters do not depend on the length (C is stored, not
+C (1 - Abar^length)), a short kernel is the beginning of a longer one, and there is no singular frequency. A is
+dissipative, so Abar is a contraction and 1 / (1 + z k_qp) is bounded on the unit circle by
+1 + Δ/2 |P* (1 - Δ/2 Λ)^-1 P|: nothing in the recursion grows.
 
 Source: S4 (arXiv:2111.00396), section 3 and appendices B and C.
 """
@@ -39,21 +40,21 @@ from anymamba.parts.parameters import KernelParameters, complex_dtype
 from anymamba.parts.sequence import SequenceLayer
 
 KERNEL_BLOCK = 2**18
-"""Terms of a kernel, of all channels together, that are computed at a time."""
+"""Kernel terms, counted over all channels, that are computed at a time."""
 
 
 class S4State(NamedTuple):
     """State of an S4 layer; its size does not depend on how many tokens it has seen."""
 
     h: Complex[Tensor, "batch width n_states"]
-    """In the basis of Λ: d_state / 2 entries, conjugates implied; complex64 or wider."""
+    """In the basis of Λ: d_state / 2 entries, whose conjugates are implied; complex64 or wider."""
 
 
 class Kernels(NamedTuple):
-    """The first `length` terms of what convolution mode needs, (width, length) each."""
+    """The first `length` terms of the kernels of convolution mode, (width, length) each."""
 
     K: Float[Tensor, "width length"]
-    """From u to y, D included."""
+    """From u to y, including D."""
     S: Float[Tensor, "width length"]
     """From u to s."""
     loop: Float[Tensor, "width length"]
@@ -63,7 +64,8 @@ class Kernels(NamedTuple):
 
 
 class LowRankSystem(NamedTuple):
-    """A discretised system in float64: h = Γ h - p s + Bbar u, s = q . h before, y = C . h + D u; dots are real_sum."""
+    """A discretised system in float64: s = q . h; then h = Γ h - p s + Bbar u; then y = C . h + D u. Dots are
+    real_sum."""
 
     Gamma: Complex[Tensor, "width n_states"]
     p: Complex[Tensor, "width n_states"]
@@ -73,7 +75,7 @@ class LowRankSystem(NamedTuple):
     D: Float[Tensor, " width"]
 
     def kernels(self, length: int, dtype: torch.dtype) -> Kernels:
-        """All four, computed in float64 and given in dtype; some channels at a time, which bounds the memory."""
+        """All four kernels, computed in float64 and returned in dtype. Groups of channels bound the memory."""
         channels = max(1, KERNEL_BLOCK // length)
         parts = []
         for start in range(0, self.D.shape[0], channels):
@@ -93,7 +95,7 @@ class LowRankSystem(NamedTuple):
     def undisturbed(
         self, h: Complex[Tensor, "batch width n_states"], length: int
     ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "batch length width"]]:
-        """q . Γ^t h and C . Γ^(t + 1) h: what s and y would be without feedback or input."""
+        """q . Γ^t h and C . Γ^(t + 1) h: the values of s and y without feedback and input."""
         weights = torch.cat([self.q.to(h.dtype) * h, (self.C * self.Gamma).to(h.dtype) * h])
         s, y = diagonal.exponential_sums(weights, self.Gamma, length).transpose(1, 2).chunk(2)
         return s, y
@@ -103,11 +105,11 @@ class S4(SequenceLayer):
     """S4 as a map of `width` channels, without projections or activation.
 
     Args:
-        width: channels; each has a step, C and D of its own.
-        d_state: real numbers of state per channel, kept as d_state / 2 complex ones.
-        n_ssm: how many different Λ, P and B there are; channel d has number d % n_ssm. None: one for each channel.
+        width: channels; each has its own step, C and D.
+        d_state: real numbers of state per channel, stored as d_state / 2 complex numbers.
+        n_ssm: number of different Λ, P and B; channel d uses number d % n_ssm. Defaults to one for each channel.
         dt_min, dt_max: the initial step Δ is log-uniform between them, one draw per channel.
-    Raises ValueError for sizes that cannot be.
+    Raises ValueError for invalid sizes.
     """
 
     state_type = S4State
@@ -129,18 +131,18 @@ class S4(SequenceLayer):
         self.kernel = S4Kernel(width, d_state, n_ssm, (dt_min, dt_max), device, dtype)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
+        """Redraw all parameters."""
         self.kernel.reset_parameters()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> S4State:
-        """Zeros in the precision of the kernel's parameters, whatever the activations' is."""
+        """Zeros in the precision of the kernel's parameters, whatever the dtype of the activations."""
         shape = (batch, self.width, self.d_state // 2)
         return S4State(torch.zeros(shape, device=self.kernel.D.device, dtype=self.kernel.state_dtype))
 
     def run(
         self, x: Float[Tensor, "rows length width"], state: S4State | None, rows: Rows | None
     ) -> tuple[Tensor, S4State]:
-        """Convolution mode: O(length (log length + d_state)) operations and O(length) numbers a channel."""
+        """Convolution mode: O(length (log length + d_state)) operations and O(length) numbers per channel."""
         length, lengths = int(x.shape[1]), None if rows is None else rows.lengths
         if not length:
             return x, self.init_state(x.shape[0]) if state is None else state
@@ -162,9 +164,9 @@ class S4(SequenceLayer):
             return y.to(x.dtype), S4State(h.to(self.kernel.state_dtype))
 
     def run_step(self, x: Float[Tensor, "batch width"], state: S4State) -> tuple[Float[Tensor, "batch width"], S4State]:
-        """Recurrent mode, O(d_state) a channel. In float64: Γ rounded to float32 is off more with every token."""
+        """Recurrent mode, O(d_state) per channel. Float64, because the error of a float32 Γ grows with each token."""
         with without_autocast(x.device.type):
-            system = self.kernel.discretise()
+            system = self.kernel.derived("system", self.kernel.discretise)
             u, s = x.to(system.D.dtype), diagonal.real_sum(system.q * state.h)
             h = system.Gamma * state.h - system.p * s[..., None] + system.Bbar * u[..., None]
             y = diagonal.real_sum(system.C * h) + system.D * u
@@ -172,7 +174,7 @@ class S4(SequenceLayer):
 
 
 class S4Kernel(KernelParameters):
-    """log Δ, Λ = -exp(A_log) + i A_imag, P, B, C and D; complex ones have real and imaginary parts last."""
+    """log Δ, Λ = -exp(A_log) + i A_imag, P, B, C and D. P, B and C are complex: their last dimension is (re, im)."""
 
     def __init__(
         self, width: int, d_state: int, n_ssm: int, dt_range: tuple[float, float], device=None, dtype=None
@@ -199,12 +201,12 @@ class S4Kernel(KernelParameters):
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Complex, in the parameters' precision."""
+        """The complex dtype of the parameters' precision."""
         return complex_dtype(self.D.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """log Δ, HiPPO-LegS, C (complex) standard normal, D standard normal, in this order."""
+        """log Δ, HiPPO-LegS, C complex standard normal, D standard normal, in this order."""
         diagonal.draw_log_dt(self.log_dt, *self.dt_range)
         frequencies, P = legs(2 * self.A_log.shape[1])
         self.A_log.fill_(math.log(0.5))
@@ -215,7 +217,7 @@ class S4Kernel(KernelParameters):
         self.D.normal_()
 
     def discretise(self) -> LowRankSystem:
-        """The system at the channels' steps, by Sherman and Morrison's formula for (1 - Δ/2 A)^-1."""
+        """The system discretised with each channel's step, by the Sherman-Morrison formula for (1 - Δ/2 A)^-1."""
         exact = diagonal.exact_dtype(self.D.device)
         repeats = self.D.shape[0] // self.A_log.shape[0]
         A_log, A_imag, P, B = (p.to(exact).repeat(repeats, *[1] * (p.ndim - 1)) for p in self._of_ssm())
@@ -234,9 +236,9 @@ class S4Kernel(KernelParameters):
 def legs(d_state: int) -> tuple[Float[Tensor, " n_states"], Float[Tensor, " n_states"]]:
     """HiPPO-LegS as -1/2 + i frequencies - P P*, in the basis where P is real; B is sqrt(2) P there.
 
-    A[n, k] = -sqrt((2n + 1)(2k + 1)) below the diagonal, -(n + 1) on it, B[n] = sqrt(2n + 1), P[n] = sqrt(n + 1/2):
-    A + P P^T + 1/2 is skew-symmetric. Its eigenvectors' phases are free and chosen to make V* P positive; B then has no
-    imaginary part that would need a bound. Returns the half with positive frequencies; the others are conjugates.
+    A[n, k] = -sqrt((2n + 1)(2k + 1)) below the diagonal, -(n + 1) on it, B[n] = sqrt(2n + 1), P[n] = sqrt(n + 1/2).
+    A + P P^T + 1/2 is skew-symmetric. The phases of its eigenvectors V are free; they are chosen so that V* P is
+    positive and B is real. Returns the half with positive frequencies; the others are their conjugates.
     """
     P = torch.sqrt(torch.arange(d_state, dtype=torch.float64, device="cpu") + 0.5)
     outer = P[:, None] * P
@@ -247,32 +249,32 @@ def legs(d_state: int) -> tuple[Float[Tensor, " n_states"], Float[Tensor, " n_st
 
 
 def shifted(series: Float[Tensor, "width length"], first: float = 0) -> Float[Tensor, "width length"]:
-    """first + z series, cut at the same length."""
+    """first + z series, truncated to the same length."""
     return F.pad(series[:, :-1], (1, 0), value=first)
 
 
 def multiply_series(
     a: Float[Tensor, "width length"], b: Float[Tensor, "width length"]
 ) -> Float[Tensor, "width length"]:
-    """The product of two power series, cut at their length."""
+    """The product of two power series, truncated to their length."""
     length = int(a.shape[1])
     size = fast_fft_size(2 * length - 1)
     return torch.fft.irfft(torch.fft.rfft(a, size) * torch.fft.rfft(b, size), size)[:, :length]
 
 
 def inverse_series(a: Float[Tensor, "width length"]) -> Float[Tensor, "width length"]:
-    """1 / a for a power series that begins with 1, cut at its length; O(length log length)."""
+    """1 / a for a power series that begins with 1, truncated to its length; O(length log length)."""
     return _newton(a) if as_operations(a) else _InverseSeries.apply(a)
 
 
 def _newton(a: Float[Tensor, "width length"]) -> Float[Tensor, "width length"]:
-    """1 / a by the iteration g <- g - g (a g - 1), which doubles the number of terms that are right."""
+    """1 / a by the iteration g <- g - g (a g - 1), which doubles the number of correct terms."""
     lengths = [int(a.shape[1])]
     while lengths[-1] > 1:
         lengths.append(-(-lengths[-1] // 2))
     g = torch.ones_like(a[:, :1])
     for known, wanted in zip(lengths[:0:-1], lengths[-2::-1], strict=True):
-        size = fast_fft_size(2 * known)  # what wraps around falls on terms that are known
+        size = fast_fft_size(2 * known)  # terms that wrap around land on terms that are already known
         spectrum = torch.fft.rfft(g, size)
         error = torch.fft.irfft(torch.fft.rfft(a[:, :wanted], size) * spectrum, size)[:, known:wanted]
         correction = torch.fft.irfft(torch.fft.rfft(error, size) * spectrum, size)[:, : wanted - known]
@@ -281,7 +283,7 @@ def _newton(a: Float[Tensor, "width length"]) -> Float[Tensor, "width length"]:
 
 
 class _InverseSeries(torch.autograd.Function):
-    """The inverse alone is kept for the backward pass: d(1/a) = -(1/a)^2 da, which is differentiable in turn."""
+    """1 / a. Only the result is kept for the backward pass, d(1/a) = -(1/a)^2 da, which can be differentiated again."""
 
     @staticmethod
     def forward(ctx, a: Tensor) -> Tensor:

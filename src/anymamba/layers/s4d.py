@@ -1,9 +1,9 @@
 """S4D: a time-invariant state space model per channel, with a diagonal A.
 
-    h'(τ) = A h(τ) + u(τ),   y(τ) = 2 Re(C . h(τ)) + D u(τ)          discretised with a step of the channel's own
+    h'(τ) = A h(τ) + u(τ),   y(τ) = 2 Re(C . h(τ)) + D u(τ)          discretised with a learned step per channel
 
-A sequence is a convolution with the kernel K[t] = 2 Re(sum over n of C Bbar Abar^t), a token is a step of the
-recurrence h = Abar h + Bbar u: the same function.
+A sequence is computed by a convolution with the kernel K[t] = 2 Re(sum over n of C Bbar Abar^t), a single token by a
+step of the recurrence h = Abar h + Bbar u. Both give the same result.
 
 Source: S4D (arXiv:2206.11893), sections 3 and 4.
 """
@@ -35,11 +35,11 @@ class S4DState(NamedTuple):
     """State of an S4D layer; its size does not depend on how many tokens it has seen."""
 
     h: Num[Tensor, "batch width n_states"]
-    """Complex with d_state / 2 entries, conjugates implied, or real with d_state; float32 or wider."""
+    """d_state / 2 complex entries, whose conjugates are implied, or d_state real entries; float32 or wider."""
 
 
 class DiagonalSystem(NamedTuple):
-    """A discretised system, in float64: h = Abar h + Bbar u, y = C . h + D u with real_sum for the dot."""
+    """A discretised system in float64: h = Abar h + Bbar u, y = C . h + D u; the dot is real_sum."""
 
     Abar: Num[Tensor, "width n_states"]
     Bbar: Num[Tensor, "width n_states"]
@@ -47,13 +47,13 @@ class DiagonalSystem(NamedTuple):
     D: Float[Tensor, " width"]
 
     def kernel(self, length: int, dtype: torch.dtype) -> Float[Tensor, "width length"]:
-        """K[t] = C . Abar^t Bbar, and D, which is one more term of K[0]."""
+        """K[t] = C . Abar^t Bbar, with D added to K[0]."""
         weights = diagonal.in_precision(self.C * self.Bbar, dtype)
         K = diagonal.exponential_sums(weights[None], self.Abar, length)[0]
         return torch.cat([K[:, :1] + self.D[:, None].to(dtype), K[:, 1:]], 1)
 
     def free_response(self, h: Num[Tensor, "batch width n_states"], length: int) -> Float[Tensor, "batch length width"]:
-        """C . Abar^(t + 1) h: what a state adds to the outputs that follow it."""
+        """C . Abar^(t + 1) h: the part of the outputs that comes from the state h."""
         weights = (self.C * self.Abar).to(h.dtype) * h
         return diagonal.exponential_sums(weights, self.Abar, length).transpose(1, 2)
 
@@ -62,14 +62,14 @@ class S4D(SequenceLayer):
     """S4D as a map of `width` channels, without projections or activation.
 
     Args:
-        width: channels; each has a state space of its own.
-        d_state: real numbers of state per channel: "s4d-lin" and "s4d-inv" keep d_state / 2 complex ones.
+        width: channels; each has its own state space model.
+        d_state: real numbers of state per channel; "s4d-lin" and "s4d-inv" store d_state / 2 complex numbers.
         init: A[n] = -1/2 + π n i ("s4d-lin"), -1/2 + N/π (N/(2n + 1) - 1) i with N = d_state ("s4d-inv"), or -(n + 1)
             ("s4d-real").
         discretization: "zoh", Abar = exp(ΔA) and Bbar = (exp(ΔA) - 1)/A, or "bilinear",
             Abar = (1 + ΔA/2) / (1 - ΔA/2) and Bbar = Δ / (1 - ΔA/2).
         dt_min, dt_max: the initial step Δ is log-uniform between them, one draw per channel.
-    Raises ValueError for sizes and names that cannot be.
+    Raises ValueError for invalid sizes and names.
     """
 
     state_type = S4DState
@@ -91,18 +91,18 @@ class S4D(SequenceLayer):
         self.kernel = S4DKernel(width, d_state, init, discretization, (dt_min, dt_max), device, dtype)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
+        """Redraw all parameters."""
         self.kernel.reset_parameters()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> S4DState:
-        """Zeros in the precision of the kernel's parameters, whatever the activations' is."""
+        """Zeros in the precision of the kernel's parameters, whatever the dtype of the activations."""
         A_log = self.kernel.A_log
         return S4DState(torch.zeros(batch, *A_log.shape, device=A_log.device, dtype=self.kernel.state_dtype))
 
     def run(
         self, x: Float[Tensor, "rows length width"], state: S4DState | None, rows: Rows | None
     ) -> tuple[Tensor, S4DState]:
-        """Convolution mode: O(length (log length + d_state)) operations and O(length) numbers a channel."""
+        """Convolution mode: O(length (log length + d_state)) operations and O(length) numbers per channel."""
         length, lengths = int(x.shape[1]), None if rows is None else rows.lengths
         if not length:
             return x, self.init_state(x.shape[0]) if state is None else state
@@ -121,9 +121,9 @@ class S4D(SequenceLayer):
     def run_step(
         self, x: Float[Tensor, "batch width"], state: S4DState
     ) -> tuple[Float[Tensor, "batch width"], S4DState]:
-        """Recurrent mode, O(d_state) a channel. In float64: Abar rounded to float32 is off more with every token."""
+        """Recurrent mode, O(d_state) per channel. In float64: the error of a float32 Abar grows with every step."""
         with without_autocast(x.device.type):
-            system = self.kernel.discretise()
+            system = self.kernel.derived("system", self.kernel.discretise)
             u = x.to(system.D.dtype)
             h = system.Abar * state.h + system.Bbar * u[..., None]
             y = diagonal.real_sum(system.C * h) + system.D * u
@@ -131,7 +131,7 @@ class S4D(SequenceLayer):
 
 
 class S4DKernel(KernelParameters):
-    """log Δ, A = -exp(A_log) + i A_imag, C and D. B is 1: a factor of B is one of C."""
+    """log Δ, A = -exp(A_log) + i A_imag, C and D. B is fixed to 1, because C can take any factor of B."""
 
     def __init__(
         self,
@@ -165,12 +165,12 @@ class S4DKernel(KernelParameters):
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Complex or real, in the parameters' precision."""
+        """The complex or real dtype of the parameters' precision."""
         return self.A_log.dtype if self.A_imag is None else complex_dtype(self.A_log.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """log Δ, A, C (complex) standard normal, D standard normal, in this order."""
+        """log Δ, A, C standard normal (complex if A is), D standard normal, in this order."""
         diagonal.draw_log_dt(self.log_dt, *self.dt_range)
         n = torch.arange(self.A_log.shape[1], dtype=torch.float64, device="cpu")
         if self.A_imag is None:
@@ -183,7 +183,7 @@ class S4DKernel(KernelParameters):
         self.D.normal_()
 
     def discretise(self) -> DiagonalSystem:
-        """The system at the channels' steps."""
+        """The system discretised with each channel's step."""
         exact = diagonal.exact_dtype(self.D.device)
         A = -torch.exp(self.A_log.to(exact))
         C = self.C.to(exact)

@@ -1,4 +1,4 @@
-"""The selective state space model (S6): Δ, B and C come from the input, and a scan runs them.
+"""The selective state space model (S6): Δ, B and C are computed from the input, and a scan runs the recurrence.
 
     [dt, B, C] = x_proj(u);   delta = softplus(dt_proj(dt) + delta_bias);   y = scan(u, delta, A, B, C, D)
 
@@ -25,9 +25,9 @@ from anymamba.parts.sequence import SequenceLayer
 
 
 class SSMParameters(WideParameters):
-    """What discretisation needs: A, D, the step's bias, and B and C where they are constant.
+    """The parameters of the state space model: A, D, the bias of the step, and B and C if they are constant.
 
-    A = -exp(A_log) + i A_imag. None of them is to be weight-decayed.
+    A = -exp(A_log) + i A_imag. None of them has weight decay.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SSMParameters(WideParameters):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=wide))
 
-        parts = (2,) if self.is_complex else ()  # real and imaginary parts are last
+        parts = (2,) if self.is_complex else ()  # the last dimension is (real, imaginary)
         self.delta_bias = parameter(d_inner)
         self.A_log = parameter(d_inner, d_state)
         self.A_imag = parameter(d_inner, d_state) if self.is_complex else None
@@ -60,7 +60,7 @@ class SSMParameters(WideParameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """delta_bias, A, D as published; constant B is 1, constant C is (complex) standard normal, as in S4D."""
+        """delta_bias, A and D as in the paper. A constant B is 1, a constant C is standard normal, as in S4D."""
         d_inner, d_state = self.A_log.shape
         device = self.A_log.device
         self.delta_bias.copy_(init.delta_bias(d_inner, *self.dt_range, device=device))
@@ -82,15 +82,15 @@ class SSMParameters(WideParameters):
         return real if self.A_imag is None else torch.complex(real, self.A_imag)
 
     def constant(self, name: str) -> Tensor:
-        """Constant "B" or "C" as (d_inner, d_state)."""
+        """The constant B or C, by name, as (d_inner, d_state)."""
         matrix = getattr(self, name)
         return torch.complex(*matrix.unbind(-1)) if self.is_complex else matrix
 
 
 class SelectiveSSM(nn.Module):
-    """The selective map, which takes its gate: what `S6` and `Mamba` are made of.
+    """The selective map with its gate, shared by `S6` and `Mamba`.
 
-    It is a mixin. Its parameters are direct members of either layer, under the names of checkpoints and adapters.
+    It is a mixin, so that its parameters are direct members of these layers, as in checkpoints and adapters.
     """
 
     def _build_selection(
@@ -111,9 +111,10 @@ class SelectiveSSM(nn.Module):
         """Make the parameters.
 
         Args:
-            dt_range: the initial step is log-uniform between the first two, at least the third.
+            dt_range: (smallest, largest, floor): the initial step is log-uniform between the first two, and at least
+                the third.
             selective: whether Δ, B and C depend on the input.
-            norms: RMS norms on dt, B and C: whether they have weights, and their epsilon.
+            norms: for RMS norms on dt, B and C: (whether they have weights, their epsilon). None means no norms.
         """
         require_sizes(d_state=d_state, dt_rank=dt_rank)
         if dt_init not in ("random", "constant"):
@@ -139,7 +140,7 @@ class SelectiveSSM(nn.Module):
         projection = nn.Linear(self.dt_rank, width, bias=True, **like)
         projection.register_parameter(
             "bias", None
-        )  # drawn, as the published module draws it, then dropped: it is ssm.delta_bias
+        )  # drawn for the same random numbers as the published module, then dropped: the bias is ssm.delta_bias
         self._init_dt_weight(projection)
         return projection
 
@@ -153,7 +154,7 @@ class SelectiveSSM(nn.Module):
 
     @torch.no_grad()
     def _reset_selection(self) -> None:
-        """Draw every parameter anew, in the order of construction."""
+        """Redraw all parameters, in the order of construction."""
         if self.x_proj is not None:
             self.x_proj.reset_parameters()
         if self.dt_proj is not None:
@@ -179,7 +180,7 @@ class SelectiveSSM(nn.Module):
         rows: Rows | None,
         cu_seqlens: Tensor | None,
     ) -> ScanOutput:
-        """The scan over a sequence, gated by z where given; padding leaves the state as it is."""
+        """The scan over a sequence, gated by z if it is given. Padding leaves the state unchanged."""
         delta, B, C = self._selection(u)
         if rows is not None:  # softplus(-inf) = 0 freezes the state
             delta = delta.masked_fill(~rows.mask[..., None], -math.inf)
@@ -207,7 +208,7 @@ class SelectiveSSM(nn.Module):
             state,
             u,
             delta,
-            self.ssm.A(),
+            self.ssm.derived("A", self.ssm.A),
             B[:, None] if self.selective_B else B,
             C[:, None] if self.selective_C else C,
             self.ssm.D,
@@ -218,7 +219,7 @@ class SelectiveSSM(nn.Module):
         )
 
     def _selection(self, u: Float[Tensor, "... width"]) -> tuple[Tensor, Tensor, Tensor]:
-        """delta before its bias and softplus, B and C: from the input where selective, else the parameters."""
+        """delta before its bias and softplus, B and C. Selective ones come from the input, others are parameters."""
         projected = u.new_empty(*u.shape[:-1], 0) if self.x_proj is None else self.x_proj(u)
         dt, B, C = projected.split(self.x_proj_rows, dim=-1)
         if self.dt_norm is not None:
@@ -229,7 +230,7 @@ class SelectiveSSM(nn.Module):
         return delta, B, C
 
     def _matrix(self, M: Tensor, norm: RMSNorm | None) -> Tensor:
-        """Selective B or C (..., d_state) from its projected rows; a complex one has real and imaginary halves."""
+        """Selective B or C (..., d_state) from its projection; for a complex one that is real and imaginary halves."""
         if norm is not None:
             M = norm(M)
         if not self.ssm.is_complex:
@@ -246,12 +247,12 @@ class S6State(NamedTuple):
 
 
 class S6(SelectiveSSM, SequenceLayer):
-    """The selective state space model alone: `width` channels in and out, no projections around it.
+    """The selective state space model as a map of `width` channels, without projections around it.
 
     Args:
         width: channels of the input and output.
         d_state, dt_rank, dt_min, dt_max, dt_init_floor, dt_init, dt_scale, b_discretization, A_init, selective_delta,
-        selective_B, selective_C: as in `Mamba`; dt_rank None means ceil(width / 16).
+        selective_B, selective_C: as in `Mamba`; dt_rank defaults to ceil(width / 16).
     """
 
     state_type = S6State
@@ -293,11 +294,11 @@ class S6(SelectiveSSM, SequenceLayer):
         )
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, in the order of construction."""
+        """Redraw all parameters, in the order of construction."""
         self._reset_selection()
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> S6State:
-        """Zeros; the state's dtype is that of A, whatever the activations' is."""
+        """Zeros in the dtype of A, whatever the dtype of the activations."""
         return S6State(self._init_ssm_state(batch))
 
     @property

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.ops.causal_conv1d import ConvOutput, causal_conv1d, causal_conv1d_step
+from anymamba.parts.derived import DerivesTensors
 
 
-class ShortConvolution(nn.Module):
+class ShortConvolution(DerivesTensors):
     """Depthwise causal convolution followed by SiLU; each channel has its own filter."""
 
     def __init__(self, d_inner: int, width: int, bias: bool = True, device=None, dtype=None) -> None:
@@ -38,4 +39,9 @@ class ShortConvolution(nn.Module):
         self, x: Float[Tensor, "batch d_inner"], state: Float[Tensor, "batch width_minus_1 d_inner"]
     ) -> tuple[Tensor, Tensor]:
         """One token and the new state."""
-        return causal_conv1d_step(state, x, self.weight, self.bias, activation="silu")
+        weight = self.weight if self._kept is None else self.derived("weight", self._channels_last)
+        return causal_conv1d_step(state, x, weight, self.bias, activation="silu")
+
+    def _channels_last(self) -> Float[Tensor, "d_inner width"]:
+        """The weight as kernels read it: the taps of one position for all channels lie side by side."""
+        return self.weight.T.contiguous().T

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def inverse_softplus(y: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -42,3 +44,26 @@ def initial_A(
     if name == "random":
         return torch.randn_like(n), None
     raise ValueError(f'A_init must be "s4d-real", "s4d-lin", "constant" or "random", got {name!r}')
+
+
+FILLS = (
+    *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_, Tensor.copy_, Tensor.mul_, Tensor.div_),
+    *(torch.nn.init.uniform_, torch.nn.init.normal_, torch.nn.init.kaiming_uniform_, torch.nn.init.zeros_),
+    torch.nn.init.ones_,
+)
+
+
+class WithoutMetaValues(TorchFunctionMode):
+    """A context in which filling a tensor on the meta device does nothing.
+
+    Such a tensor has no values. torch would still dispatch each call, and the first one imports its compiler, which
+    takes longer than loading a small model.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)

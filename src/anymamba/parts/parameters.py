@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anymamba.parts.derived import DerivesTensors
 
-class WideParameters(nn.Module):
+
+class WideParameters(DerivesTensors):
     """A module whose floating-point parameters stay in float32 or wider, whatever dtype `.to()` is given.
 
     `.double()` widens them. `.to()` with a narrower dtype moves them to the device and keeps float32. Gradients and

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution in C++ (csrc/conv.cpp): tensors become pointers, parts of sums are added."""
+"""The causal depthwise convolution in C++ (csrc/conv.cpp). This module passes pointers and adds up partial sums."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 NAME = "cpu"
 TRANSPARENT: frozenset[str] = frozenset()
 
-STEPS = 64  # of a task
-STEPS_BACKWARD = 512  # of a task, each of which writes its part of the weights' gradients
+STEPS = 64  # per task
+STEPS_BACKWARD = 512  # per task; each task writes a partial sum of the weights' gradients
 
 
 def unavailable(device_type: str) -> str | None:
@@ -30,9 +30,7 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     """y (b, l, d) and the last width - 1 inputs of each sequence."""
     call = _Call(a, STEPS)
     y = native.empty(a.x)
-    last_state = a.x.new_zeros(a.state_shape)
-    if a.initial_state is not None:
-        last_state.copy_(a.initial_state)  # what an empty sequence passes through
+    last_state = _last_state(a)
     if y.numel():
         call.rows(y=y)
         call.pointers(last_state=last_state)
@@ -40,15 +38,23 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     return y, last_state
 
 
+def _last_state(a: ConvArguments) -> Tensor:
+    """Where the last states go, filled where a sequence may be empty: its state passes through."""
+    if a.cu_seqlens is None and a.x.numel():
+        return native.empty(a.x, *a.state_shape)
+    states = a.x.new_zeros(a.state_shape)
+    return states if a.initial_state is None else states.copy_(a.initial_state)
+
+
 def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
-    """Gradients of x, weight, bias and initial_state (None where the input is absent)."""
+    """Gradients of x, weight, bias and initial_state (None for an input that is not given)."""
     call = _Call(a, STEPS_BACKWARD)
     dx = native.empty(a.x)
     (d_inner, width), n_parts = a.weight.shape, a.x.shape[0] * -(-a.x.shape[1] // STEPS_BACKWARD)
     dweight = a.x.new_zeros((n_parts, width, d_inner), dtype=a.dtype)
     dbias = a.x.new_zeros((n_parts, d_inner), dtype=a.dtype)
     dlast_state = dlast_state.to(a.dtype).contiguous()
-    dinitial = None if a.initial_state is None else dlast_state.clone()  # what an empty sequence passes through
+    dinitial = None if a.initial_state is None else dlast_state.clone()  # as an empty sequence needs it
     if a.x.numel():
         call.rows(dy=dy, dx=dx)
         call.pointers(dlast_state=dlast_state, dinitial_state=dinitial, dweight_parts=dweight, dbias_parts=dbias)
