@@ -147,7 +147,7 @@ def test_a_stream_may_be_read_twice_from_where_it_began():
 def test_positions_of_something_else_are_refused():
     table = numbered([5, 9])
     position = take(stream(table), 1)[0].position
-    with pytest.raises(ValueError, match=r"other data: n_documents was 2, is 1; continue with the data"):
+    with pytest.raises(ValueError, match=r"other data: n_documents was 2, now it is 1; continue with the data"):
         stream(numbered([14]), position=position)
     with pytest.raises(ValueError, match=r"other data: n_tokens was 14, is 15"):
         stream(numbered([5, 10]), position=position)

@@ -155,7 +155,7 @@ def test_prompts_on_a_gpu(hash_model):
         ([torch.tensor([True])], TypeError, r"prompt 0 must hold integer token ids, got torch\.bool"),
         (np.ones((1, 2), bool), TypeError, "prompt 0 must hold integer token ids, got bool"),
         ([[1, None]], TypeError, "prompt 0 must hold integer token ids, got None"),
-        ([[1, 2**70]], ValueError, "prompt 0 has the id 1180591620717411303424, which no vocabulary holds"),
+        ([[1, 2**70]], ValueError, "prompt 0 has the id 1180591620717411303424, which is too large for any vocabulary"),
         ([torch.tensor([4, -1])], ValueError, "prompt 0 has the id -1 at position 1"),
         (np.array([[0, 5, 13]], np.uint8), ValueError, "prompt 0 has the id 13 at position 2"),
         ([3, 4], ValueError, "prompt 0 must be a list of token ids, got 3; prompts is a list of lists: write .ids."),

@@ -1,4 +1,4 @@
-"""Batches for training: every row reads documents one after another, from their first token to their last."""
+"""Batches for training: each row reads documents one after another, from the first token to the last."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .table import TokenTable
 
 
 class Batch(NamedTuple):
-    """What one step trains on."""
+    """The data of one training step."""
 
     input_ids: Int[Tensor, "batch length"]
     labels: Int[Tensor, "batch length"]
-    """The token after each input; -100 is not counted (a stream of documents has none)."""
+    """The token after each input; -100 is not counted (`BatchStream` makes none)."""
     cu_seqlens: Int[Tensor, " n_sequences_and_1"]
-    """Offsets in the flattened (batch * length) tokens, int32: every row's start, every document's start, the end."""
+    """int32 offsets in the flattened (batch * length) tokens: the starts of all rows and documents, and the end."""
     carried: Bool[Tensor, " batch"]
-    """Where the row goes on with the document that the same row of the batch before ended in."""
+    """True where a row continues the document in which the same row of the previous batch ended."""
     position: dict[str, Any]
-    """The stream after this batch, as JSON: give it to a new stream to go on from here."""
+    """The position in the stream after this batch, as JSON values; a new stream can continue from it."""
 
 
 class _Plan(NamedTuple):
@@ -45,23 +45,24 @@ class _Plan(NamedTuple):
 
 
 class BatchStream:
-    """Endless batches over a table's documents, each exactly once an epoch, in an order shuffled afresh.
+    """Endless batches over a table's documents. Each epoch has every document once, in a new shuffled order.
 
     A document of n tokens t gives, with an end-of-document id, the inputs [eos, t[0], ..., t[n-1]] and the labels
-    [t[0], ..., t[n-1], eos]; without one the inputs t[:-1] and the labels t[1:]. Each row of the batch (a lane) reads
-    a document to its end and then takes the next of the epoch, so rows are always full and no token is dropped.
+    [t[0], ..., t[n-1], eos]; without one, the inputs t[:-1] and the labels t[1:]. Each row of the batch (a lane) reads
+    a document to its end and then the next one of the epoch, so rows are always full and no token is dropped.
 
-    The spans are planned in the main process and only read in the workers: batches do not depend on `workers`, and a
-    stream made with the `position` of a batch goes on exactly behind it.
+    The main process plans the spans and the workers only read them. So batches do not depend on `workers`, and a stream
+    made with the `position` of a batch continues exactly after it.
 
     Args:
-        table: the documents; empty ones, and without eos_id those of one token, have no label and are skipped.
-        batch_size: lanes of all processes together.
-        context: tokens of a row.
+        table: the documents. Those without a label (empty ones, and without eos_id those of one token) are skipped.
+        batch_size: number of lanes, of all processes together.
+        context: tokens per row.
         eos_id: the id before and after every document, or None.
-        seed: of the shuffles; epoch e is shuffled by (seed, e).
-        workers: processes that read tokens ahead; 0 reads in this one. They end with the iterator.
-        position: a batch's position to go on from, by a stream over the same table with the same batch_size.
+        seed: seed of the shuffles; epoch e is shuffled with (seed, e).
+        workers: processes that read tokens ahead; 0 reads in this process. They end with the iterator.
+        position: the position of a batch to continue from, made by a stream over the same table with the same
+            batch_size.
         rank, world_size: this process gets the rows [rank, rank + 1) * batch_size / world_size of each batch.
     """
 
@@ -89,7 +90,9 @@ class BatchStream:
             raise ValueError(f"batch_size * context must stay below 2**31 tokens, got {batch_size} * {context}")
         self.table, self.batch_size, self.context, self.eos_id, self.seed = table, batch_size, context, eos_id, seed
         self.workers, self.rank, self.world_size = workers, rank, world_size
-        self._sizes = table.lengths + 1 if eos_id is not None else table.lengths - 1  # positions of each document
+        self._sizes = (
+            table.lengths + 1 if eos_id is not None else table.lengths - 1
+        )  # number of positions in each document
         self._eligible = np.flatnonzero((table.lengths > 0) & (self._sizes > 0))
         if not len(self._eligible):
             raise ValueError(f"none of the {table.n_documents} documents is long enough to train on; give more text")
@@ -97,7 +100,7 @@ class BatchStream:
 
     @property
     def epoch_size(self) -> int:
-        """Labels of an epoch."""
+        """Number of labels in an epoch."""
         return int(self._sizes[self._eligible].sum())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -112,7 +115,7 @@ class BatchStream:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             worker_init_fn=partial(_serve_the_main_process, os.getpid()),
-            # The loader draws a seed for its workers: not from the generator that the model's dropout uses.
+            # the loader draws a seed for its workers; this keeps it from using the generator of the model's dropout
             generator=torch.Generator(),
         )
         yield from loader
@@ -127,7 +130,7 @@ class BatchStream:
         }
 
     def _checked(self, position: dict[str, Any]) -> dict[str, Any]:
-        """A position that is this table's and this batch size's."""
+        """The position, checked against this table and batch size."""
         fresh = self._first_position()
         if set(position) != set(fresh):
             raise ValueError(
@@ -136,7 +139,7 @@ class BatchStream:
         for key in ("n_documents", "n_tokens"):
             if position[key] != fresh[key]:
                 raise ValueError(
-                    f"the position is of other data: {key} was {position[key]}, is {fresh[key]}; "
+                    f"the position is of other data: {key} was {position[key]}, now it is {fresh[key]}; "
                     f"continue with the data that the run began with"
                 )
         if len(position["lanes"]) != self.batch_size:
@@ -146,7 +149,7 @@ class BatchStream:
         return position
 
     def _plans(self) -> Iterator[_Plan]:
-        """This process's rows of every batch to come."""
+        """Yield this process's rows of all further batches."""
         planner = _Planner(self.position, self._sizes, self._eligible, self.seed)
         mine = self.batch_size // self.world_size
         while True:
@@ -154,7 +157,7 @@ class BatchStream:
 
 
 class _Planner:
-    """Deals an epoch's documents to lanes. A lane is [its document or -1, the next position in it]."""
+    """Assigns an epoch's documents to lanes. A lane is [its document or -1, the next position in it]."""
 
     def __init__(
         self, position: dict[str, Any], sizes: NDArray[np.int64], eligible: NDArray[np.int64], seed: int
@@ -165,7 +168,7 @@ class _Planner:
         self._order = self._shuffled()
 
     def plan(self, context: int, rows: slice) -> _Plan:
-        """The next batch; all lanes move, the spans of `rows` are given."""
+        """Advance all lanes by one batch; return the spans of `rows`."""
         carried = np.array([document >= 0 for document, _ in self._lanes])
         spans = [self._fill(lane, context) for lane in range(len(self._lanes))]
         document, start, stop = np.array([span for row in spans[rows] for span in row], np.int64).T
@@ -189,7 +192,7 @@ class _Planner:
         return spans
 
     def _deal(self) -> int:
-        """The epoch's next document, or the first of the epoch after."""
+        """The epoch's next document, or the first one of the next epoch."""
         if self._next == len(self._order):
             self._epoch, self._next = self._epoch + 1, 0
             self._order = self._shuffled()
@@ -201,14 +204,14 @@ class _Planner:
 
 
 class _Reader(Dataset[Batch]):
-    """Turns a plan into a batch by reading its tokens; what a worker is given."""
+    """Turns a plan into a batch by reading its tokens. Workers run it."""
 
     def __init__(self, table: TokenTable, eos_id: int | None, context: int) -> None:
         self._store, self._starts, self._lengths = table.store, table.starts, table.lengths
         self._eos_id, self._context = eos_id, context
 
     def __getitem__(self, plan: _Plan) -> Batch:
-        # Token t[i] is the label at position i when eos comes before the document, else at position i - 1.
+        # token t[i] is the label at position i if eos comes before the document, else at position i - 1
         shift = 0 if self._eos_id is not None else 1
         starts, n = self._starts[plan.document], self._lengths[plan.document]
         ends = np.cumsum(plan.stop - plan.start)
@@ -220,7 +223,7 @@ class _Reader(Dataset[Batch]):
         text[ends[closed] - 1] = False
         labels[text] = self._store.gather(starts + plan.start + shift, counts)
         labels[~text] = -1 if self._eos_id is None else self._eos_id
-        # An input is the label before it, except where a span begins.
+        # an input is the previous label, except at the start of a span
         inputs = np.empty_like(labels)
         inputs[1:] = labels[:-1]
         before = plan.start + shift - 1
@@ -242,10 +245,11 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _serve_the_main_process(main: int, worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole group; the main process still needs its workers to end in order.
+    """Ignore Ctrl-C and SIGTERM in a worker; exit if the main process is gone already.
 
-    A worker ends when the main process tells it to, or is gone. torch watches for that from here on, and takes whoever
-    is the parent by now for the main process: a worker whose own was killed before this moment would wait for ever.
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the main process needs its workers until it ends
+    them. A worker also ends when its parent does: torch watches the process that is the parent from now on. If the main
+    process was killed before, the parent is another process by now, and the worker would wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source and documentation of the running Python's standard library."""
+"""Real text on every machine: source and documentation of the running Python's standard library."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 _SUFFIXES = (".py", ".txt", ".rst", ".md")
 _HELD_OUT_PERCENT = 5
 
-# Not the standard library; or its tests, which many distributions leave out (Debian, slim images), so that the corpus
-# is much the same everywhere; or written by the build for one machine.
+# Left out: packages that are not part of the library, its tests (many distributions do not have them, and the corpus
+# should be much the same everywhere), and files that the build writes for one machine.
 _OTHER_FOLDERS = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 _BUILT_PREFIXES = ("_sysconfigdata", "config-", "_sysconfig_vars")
 
 
 def standard_library() -> Path:
-    """The folder of the standard library; of the base interpreter in a virtual environment."""
+    """The folder of the standard library; in a virtual environment, that of the base interpreter."""
     return Path(os.path.abspath(sysconfig.get_path("stdlib")))
 
 
 def standard_library_files() -> list[Path]:
-    """Its source and documentation, sorted; about 750 files and 12 MB in Python 3.11.
+    """The library's source and documentation, sorted; about 750 files and 12 MB in Python 3.11.
 
     The documentation is the docstrings, `pydoc_data/topics.py` (the language reference, 0.76 MB, the largest file)
-    and the text files. The generated tables in `encodings` stay, being an eighth of it at most. Tests and what one
-    machine's build wrote are left out.
+    and the text files. The generated tables in `encodings` are kept: they are an eighth of it at most. Tests and files
+    written by the build for one machine are left out.
     """
     found = []
     for parent, folders, names in os.walk(standard_library()):
@@ -38,10 +38,10 @@ def standard_library_files() -> list[Path]:
 
 
 def is_held_out(name: str | Path) -> bool:
-    """Whether a file is for evaluation: a hash of its name inside the standard library picks 5 % of all names.
+    """Whether a file is for evaluation: a hash of its path inside the standard library picks 5 % of all files.
 
     Args:
-        name: the file's path, or its path inside the standard library (`json/decoder.py`); both give the same answer.
+        name: the file's path, or its path inside the standard library (`json/decoder.py`); the result is the same.
     """
     path = Path(name)
     if path.is_absolute() and path.is_relative_to(standard_library()):

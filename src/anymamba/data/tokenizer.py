@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or any `tokenizer.json`; rows of ids in any form; text from tokens, in whole characters."""
+"""Tokenizers: bytes, or any `tokenizer.json`. Also streaming decoding, and rows of ids in any form as arrays."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from numpy.typing import ArrayLike
 END_OF_DOCUMENT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
 
-# Names of the end-of-document token in published tokenizers; the first one that a tokenizer has is taken.
+# names of the end-of-document token in published tokenizers; the first one that a tokenizer has is used
 _EOS_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. Ids are 0 .. vocab_size - 1; eos_id ends a document and is never part of its text."""
+    """Maps text to ids and back. Ids are 0 .. vocab_size - 1; eos_id ends a document and is never part of its text."""
 
     name: str
     vocab_size: int
     eos_id: int | None
     fingerprint: str
-    """Names the mapping from text to ids: two tokenizers with equal fingerprints give equal ids."""
+    """Identifies the mapping from text to ids: two tokenizers with equal fingerprints give equal ids."""
 
     def encode(self, text: str | bytes) -> list[int]:
-        """The ids of a text; nothing is added at its ends."""
+        """The ids of a text; nothing is added before or after it."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel where that helps."""
+        """`encode` of each text, in parallel if that is faster."""
         ...
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        """The bytes of a row of ids, those of special tokens included; they may end inside a character."""
+        """The bytes of a row of ids, including special tokens; they may end inside a character."""
         ...
 
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
@@ -51,12 +51,12 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` (and `tokenizer_config.json`, which `transformers` wants) into a folder."""
+        """Write `tokenizer.json` (and `tokenizer_config.json`, which `transformers` needs) into a folder."""
         ...
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte in byte-level BPE files (GPT-2): itself or U+0100 on."""
+    """The character for each byte in byte-level BPE files (GPT-2): the byte's own character, or one from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     alphabet, spare = [], 0x100
     for byte in range(256):
@@ -71,13 +71,13 @@ _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_ALPHABET
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are the bytes, 256 ends a document. Any input survives, whatever its encoding.
+    """Ids 0 to 255 are the bytes, 256 ends a document. Input in any encoding, or none, is preserved.
 
-    Text is only text: `<|endoftext|>` inside it is encoded as its 13 bytes. The saved `tokenizer.json` gives the same
-    ids for UTF-8 text, except that there, as in every such file, `<|endoftext|>` in the text is the special token.
+    `<|endoftext|>` inside a text is encoded as its 13 bytes, not as a special token. The saved `tokenizer.json` gives
+    the same ids for UTF-8 text, except that it encodes `<|endoftext|>` as the special token, as every such file does.
 
     Args:
-        end_of_document: whether there is the id 256; models with a vocabulary of 256 have none.
+        end_of_document: whether to have the id 256; models with a vocabulary of 256 do not have it.
     """
 
     name = "bytes"
@@ -88,7 +88,7 @@ class ByteTokenizer:
         self.fingerprint = f"bytes-{self.vocab_size}"
 
     def encode(self, text: str | bytes) -> list[int]:
-        """The bytes of a text; a str as UTF-8, with undecodable bytes of the command line (PEP 383) as they were."""
+        """The bytes of a text. A str becomes UTF-8, with undecodable bytes of the command line (PEP 383) restored."""
         return list(text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -96,11 +96,11 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        """The bytes back; 256 is written out as `<|endoftext|>`."""
+        """The bytes of the ids; 256 becomes `<|endoftext|>`."""
         return b"".join(map(self.token_bytes, row_of_ids(ids).tolist()))
 
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
-        """The bytes as UTF-8; what is not becomes U+FFFD."""
+        """The bytes of the ids decoded as UTF-8; invalid bytes become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
@@ -113,16 +113,16 @@ class ByteTokenizer:
         return json.dumps(_byte_specification(self.eos_id is not None), ensure_ascii=False, indent=2)
 
     def save(self, folder: Path) -> None:
-        """Write `to_json`, and the configuration that `transformers` wants."""
+        """Write `to_json`, and the configuration that `transformers` needs."""
         _write(folder, self.to_json(), None if self.eos_id is None else END_OF_DOCUMENT)
 
 
 class JsonTokenizer:
-    """Any `tokenizer.json` of the `tokenizers` library; truncation and padding that it asks for are switched off.
+    """Any `tokenizer.json` of the `tokenizers` library; its truncation and padding are switched off.
 
     Args:
         path: the file, or the one that `text` comes from (a .gguf file).
-        text: the contents of a `tokenizer.json`; None: those of the file.
+        text: the contents of a `tokenizer.json`; defaults to those of the file.
     """
 
     def __init__(self, path: str | Path, text: str | None = None) -> None:
@@ -146,7 +146,7 @@ class JsonTokenizer:
         self._bytes_of: dict[int, bytes] | None = {} if _is_byte_level(json.loads(self._json).get("decoder")) else None
 
     def encode(self, text: str | bytes) -> list[int]:
-        """The ids of a text, which must be UTF-8; names of special tokens in it become these tokens."""
+        """The ids of a text, which must be UTF-8; names of special tokens in it become those tokens."""
         return self.encode_batch([_utf8(text)])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -154,14 +154,14 @@ class JsonTokenizer:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode_bytes(self, ids: ArrayLike | Iterable[int]) -> bytes:
-        """The bytes of the ids where the file is a byte-level one, else its text in UTF-8."""
+        """The bytes of the ids if the tokenizer is byte-level, else their text in UTF-8."""
         row: list[int] = row_of_ids(ids).tolist()
         if self._bytes_of is None:
             return self.decode(row).encode("utf-8")
         return b"".join(self.token_bytes(token) or b"" for token in row)
 
     def decode(self, ids: ArrayLike | Iterable[int]) -> str:
-        """The text of the ids; what is not UTF-8 becomes U+FFFD."""
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
         row: list[int] = row_of_ids(ids).tolist()
         if self._bytes_of is not None:
             return self.decode_bytes(row).decode("utf-8", errors="replace")
@@ -170,7 +170,7 @@ class JsonTokenizer:
         return self._tokenizer.decode(row, skip_special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes | None:
-        """The bytes of one id; None where they depend on its neighbours (files that are not byte-level)."""
+        """The bytes of one id; None if they depend on its neighbours, as in tokenizers that are not byte-level."""
         if self._bytes_of is None:
             return None
         if token not in self._bytes_of:
@@ -179,18 +179,18 @@ class JsonTokenizer:
         return self._bytes_of[token]
 
     def to_json(self) -> str:
-        """The contents as they were read."""
+        """The contents of the file, unchanged."""
         return self._json
 
     def save(self, folder: Path) -> None:
-        """Write the file as it was read."""
+        """Write the file unchanged."""
         _write(folder, self._json, None if self.eos_id is None else self._tokenizer.id_to_token(self.eos_id))
 
 
 def load_tokenizer(path: str | Path | None) -> ByteTokenizer | JsonTokenizer:
-    """The tokenizer of a `tokenizer.json`, or of a folder that holds one; None is bytes.
+    """Load the tokenizer of a `tokenizer.json`, or of a folder that holds one; None gives bytes.
 
-    The file that `ByteTokenizer.save` writes gives a ByteTokenizer again.
+    A file written by `ByteTokenizer.save` gives a ByteTokenizer.
     """
     if path is None:
         return ByteTokenizer()
@@ -206,7 +206,7 @@ def load_tokenizer(path: str | Path | None) -> ByteTokenizer | JsonTokenizer:
 
 
 def tokenizer_from_json(text: str, path: Path) -> ByteTokenizer | JsonTokenizer:
-    """The tokenizer of the contents of a `tokenizer.json`; `path` is where they come from, for names and messages."""
+    """Make a tokenizer from the contents of a `tokenizer.json`; `path` is their origin, for names and messages."""
     try:
         specification = json.loads(text)
     except ValueError as error:
@@ -218,18 +218,18 @@ def tokenizer_from_json(text: str, path: Path) -> ByteTokenizer | JsonTokenizer:
 
 
 class StreamDecoder:
-    """Text from tokens as they come, never half a character; all pushes and the flush together equal `decode`.
+    """Turns tokens into text one by one, in whole characters. All pushes and the flush together equal `decode`.
 
-    The work per token does not grow with what came before.
+    The work per token does not grow with the number of earlier tokens.
     """
 
-    _HELD = 16  # tokens that may wait for the rest of a character; the longest takes 4, special tokens have no text
+    _HELD = 16  # most tokens to hold back for a character; it takes at most 4, but special tokens have no text
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._token_bytes = getattr(tokenizer, "token_bytes", lambda token: None)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._ids: list[int] = []  # the last tokens; those before _read have been given out
+        self._ids: list[int] = []  # the last tokens; the text of those before _read has been returned
         self._read = 0
 
     def push(self, ids: ArrayLike | Iterable[int]) -> str:
@@ -237,7 +237,7 @@ class StreamDecoder:
         return "".join(map(self._push, row_of_ids(ids).tolist()))
 
     def flush(self) -> str:
-        """What is left at the end; an unfinished character becomes U+FFFD."""
+        """The rest of the text; an unfinished character becomes U+FFFD."""
         text = self._utf8.decode(b"", final=True) + self._rest()
         self._utf8.reset()
         self._ids, self._read = [], 0
@@ -247,7 +247,7 @@ class StreamDecoder:
         data = self._token_bytes(token)
         if data is not None:
             return self._utf8.decode(data)
-        # Here a token's text depends on the one before (spaces, byte fallback): decode again from the last given ones.
+        # here a token's text depends on the previous ones (spaces, byte fallback): decode again with those
         self._ids.append(token)
         text = self._rest()
         if not text or (text.endswith("\ufffd") and len(self._ids) - self._read < self._HELD):
@@ -261,13 +261,13 @@ class StreamDecoder:
 
 
 def row_of_ids(ids: ArrayLike | Iterable[int], what: str = "ids") -> Int[np.ndarray, " length"]:
-    """One row of token ids as an array of integers, in whatever form a caller has it.
+    """Turn one row of token ids, in any form, into an array of integers.
 
     Args:
-        ids: a list, range, array or tensor of any integer type, on any device, or any other iterable of integers; those
-            of a list may be Python's, numpy's, or tensors of no dimension.
+        ids: a list, range, array or tensor of any integer type, on any device, or any other iterable of integers. Items
+            of a list may be integers of Python or numpy, or 0-dimensional tensors.
         what: the name of the row in messages.
-    Raises ValueError for anything but one dimension, TypeError for values that are not integers, such as booleans.
+    Raises ValueError if ids do not have one dimension, TypeError if values are not integers (booleans are not).
     """
     if isinstance(ids, str):
         raise TypeError(f"{what} must hold integer token ids, got text; encode it with the tokenizer first")
@@ -282,8 +282,8 @@ def row_of_ids(ids: ArrayLike | Iterable[int], what: str = "ids") -> Int[np.ndar
 
 
 def _as_array(ids: Any, what: str) -> np.ndarray:
-    """Ids as an array in a type of their own."""
-    if hasattr(ids, "detach"):  # a tensor: numpy reads those of the CPU only, and has no bfloat16
+    """Ids as an array of their own dtype."""
+    if hasattr(ids, "detach"):  # a tensor: numpy reads only those on the CPU and has no bfloat16
         if ids.dim() and ids.numel() and not _holds_integers(ids):
             raise TypeError(f"{what} must hold integer token ids, got {ids.dtype}")
         return ids.detach().cpu().numpy() if _holds_integers(ids) else np.empty(tuple(ids.shape))
@@ -293,7 +293,7 @@ def _as_array(ids: Any, what: str) -> np.ndarray:
 
 
 def _list_as_array(values: list[Any], what: str) -> np.ndarray:
-    """A list of integers; numpy alone would take booleans for numbers and round large ids."""
+    """A list of integers as an array; numpy itself would accept booleans and round large ids."""
     kinds = set(map(type, values))
     for value in values if kinds - {int} else ():
         if getattr(value, "ndim", 0) or isinstance(value, list | tuple | range):
@@ -304,7 +304,7 @@ def _list_as_array(values: list[Any], what: str) -> np.ndarray:
     try:
         return np.array(numbers, np.int64)
     except OverflowError:
-        raise ValueError(f"{what} has the id {max(numbers, key=abs)}, which no vocabulary holds") from None
+        raise ValueError(f"{what} has the id {max(numbers, key=abs)}, which is too large for any vocabulary") from None
 
 
 def _holds_integers(values: Any) -> bool:
@@ -321,7 +321,7 @@ def _check_id(token: int, tokenizer: Tokenizer) -> None:
 
 
 def _write(folder: Path, specification: str, eos: str | None) -> None:
-    """Write both files; the second keeps transformers from choosing a class of its own by the model's type."""
+    """Write both files; without the second, transformers would choose a tokenizer class by the model's type."""
     (Path(folder) / FILE_NAME).write_text(specification, encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if eos is not None:
@@ -330,7 +330,7 @@ def _write(folder: Path, specification: str, eos: str | None) -> None:
 
 
 def _utf8(text: str | bytes) -> str:
-    """A text as str without surrogates; raises ValueError where it is not UTF-8."""
+    """A text as str without surrogates; raises ValueError if it is not UTF-8."""
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
     try:
         return data.decode("utf-8")
@@ -342,7 +342,7 @@ def _utf8(text: str | bytes) -> str:
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    """Whether a file's decoder maps each token to bytes by itself."""
+    """Whether a file's decoder maps each token to bytes independently of its neighbours."""
     if decoder is None:
         return False
     if decoder["type"] == "Sequence":
@@ -351,7 +351,7 @@ def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
 
 
 def _token_to_bytes(token: str) -> bytes:
-    """A byte-level token's bytes; added tokens with characters outside the alphabet stand for themselves."""
+    """A byte-level token's bytes; an added token with characters outside the alphabet is its own text in UTF-8."""
     try:
         return bytes(_BYTE_OF_CHARACTER[character] for character in token)
     except KeyError:
@@ -387,7 +387,7 @@ def _byte_specification(end_of_document: bool) -> dict[str, Any]:
 
 
 def _is_byte_specification(specification: Any, end_of_document: bool) -> bool:
-    """Whether a file maps text to ids as ByteTokenizer does; fields that another version adds do not matter."""
+    """Whether a file maps text to ids as ByteTokenizer does; fields added by other versions are ignored."""
     if not isinstance(specification, dict):
         return False
     model, before = specification.get("model") or {}, specification.get("pre_tokenizer") or {}

@@ -1,4 +1,4 @@
-"""Files of DNA and proteins, which are refused: read as text, their headers and line breaks would become tokens."""
+"""Detects files of DNA and proteins, which are an error: as text, their headers and line breaks would become tokens."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ FORMATS = {
     **dict.fromkeys((".fastq", ".fq"), "FASTQ"),
     ".2bit": "2bit",
 }
-"""Suffixes of such files, without that of a compression, and their formats."""
+"""The formats of such files by suffix, without that of the compression."""
 
 _TWO_BIT = (b"\x1aA'C", b"C'A\x1a")  # the signature in either byte order
 _NUCLEOTIDES = re.compile(rb"[ACGTURYSWKMBDHVN*.-]+", re.IGNORECASE)
 _AMINO_ACIDS = re.compile(rb"[A-Z*-]+")
-_LINES = 200  # that are looked at
+_LINES = 200  # number of lines to look at
 
 
 def format_by_content(first: bytes) -> str | None:
-    """The format of sequences that a file's first bytes are of; None where they are of none.
+    """The sequence format of a file from its first bytes, or None.
 
-    FASTA is a line that begins with > and then nothing but letters of DNA, or long lines of capitals. A text that
-    begins with a quotation is neither.
+    FASTA is a line that begins with > and then only letters of DNA, or long lines of capitals. Text that begins with a
+    quotation (>) does not match.
     """
     if first.startswith(_TWO_BIT):
         return "2bit"
@@ -37,7 +37,7 @@ def format_by_content(first: bytes) -> str | None:
 
 
 def refusal(file: Path, kind: str, sign: str) -> ValueError:
-    """The error for a file of sequences; `sign` says how the format shows, "name" or "content"."""
+    """The error for a file of sequences; `sign` says how it was recognised, by "name" or "content"."""
     rename = "; if it is plain text, rename it to .txt" if sign == "name" else ""
     return ValueError(
         f"{file} is {kind} by its {sign}, and DNA and proteins are not read yet: as text, headers and line breaks "

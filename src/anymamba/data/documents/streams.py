@@ -1,4 +1,4 @@
-"""A file's bytes, decompressed, counted as they are read from disk; damaged data is an error that names the file."""
+"""Decompresses files and counts the bytes read from disk; damaged data is an error that names the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK = 1 << 20  # bytes read at once
 
 @contextmanager
 def open_decompressed(file: Path, on_read: Callable[[int], None]) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed by its suffix."""
+    """Open a file for reading, decompressed according to its suffix."""
     with io.BufferedReader(_CountedFile(file, on_read), BLOCK) as raw:
         compression = suffixes(file)[1]
         if not compression:
@@ -30,19 +30,19 @@ def open_decompressed(file: Path, on_read: Callable[[int], None]) -> Iterator[Bi
 
 
 def _decompressor(compression: str, raw: Any) -> IO[bytes]:
-    if compression in (".gz", ".bgz"):  # bgzip writes gzip in blocks
+    if compression in (".gz", ".bgz"):  # bgzip files are blocks of gzip
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if compression == ".bz2":
         return bz2.BZ2File(raw)
     if compression == ".xz":
         return lzma.LZMAFile(raw)
     pyarrow = import_pyarrow()
-    # Not the zstandard package: its stream reader takes a truncated file for a complete one.
+    # not the zstandard package: its stream reader does not notice a truncated file
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
 
 
 def import_pyarrow() -> Any:
-    """pyarrow, or which extra brings it."""
+    """Import pyarrow; raises ImportError, which names the extra to install, if it is missing."""
     try:
         import pyarrow
     except ImportError:
@@ -51,12 +51,12 @@ def import_pyarrow() -> Any:
 
 
 class _CountedFile(io.FileIO):
-    """A file that reports how much has been read from it."""
+    """A file that reports the number of bytes read from it."""
 
     def __init__(self, file: Path, on_read: Callable[[int], None]) -> None:
         super().__init__(file)
         self._on_read = on_read
-        self._left = file.stat().st_size  # parquet reads some bytes twice: no more than the file holds are counted
+        self._left = file.stat().st_size  # parquet reads some bytes twice: count at most the size of the file
 
     def readinto(self, buffer: Any) -> int | None:
         count = super().readinto(buffer)
@@ -89,7 +89,7 @@ class _Decompressed(io.RawIOBase):
             data = self._stream.read(len(buffer))
         except (EOFError, lzma.LZMAError, zlib.error, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's, not the format's
+                raise  # an error of the disk, not of the format
             raise ValueError(f"{self._file}: damaged or truncated {self._file.suffix} data ({error})") from None
         buffer[: len(data)] = data
         return len(data)

@@ -1,1 +1,1 @@
-"""Synthetic tasks, made on the fly."""
+"""Synthetic tasks, generated on the fly."""

@@ -1,14 +1,14 @@
-"""Copying: remember tokens that lie among noise, and write them down, in order, when asked.
+"""Copying: remember tokens among noise and repeat them in order.
 
-A row is n_noise + 2 M tokens long. M tokens to remember, drawn from 1 to A - 2, and n_noise times the noise token 0
-come first; M times the marker A - 1 follow, and the answer at the i-th marker is the i-th token.
+A row has n_noise + 2 M tokens. First come M tokens to remember, drawn from 1 to A - 2, and n_noise times the noise
+token 0. Then comes M times the marker A - 1; the answer at the i-th marker is the i-th token to remember.
 
-- Selective copying: the tokens lie at random places among the noise, in order. What lies where has to be read off the
-  content, which no map that treats all tokens alike can do.
+- Selective copying: the tokens are at random positions among the noise, in order. A model has to find them by their
+  content, which a time-invariant map cannot do.
 - Plain copying: the tokens are the first M. A fixed delay of n_noise + M solves it.
 
 Source: the copying data set of the S4 repository (`variable=True` for the selective one), which the authors of Mamba
-(arXiv:2312.00752, section 4.1.1) name as theirs; so 14 of 16 symbols carry data.
+(arXiv:2312.00752, section 4.1.1) say they used. So 14 of 16 symbols carry data.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Copying:
     """Sizes of the task."""
 
     n_noise: int
-    """Noise tokens in a row."""
+    """Number of noise tokens in a row."""
     n_tokens: int
-    """M: tokens to remember."""
+    """M: number of tokens to remember."""
     alphabet: int = 16
-    """A: noise, marker, and A - 2 symbols that carry data."""
+    """A: number of ids: the noise, the marker, and A - 2 symbols that carry data."""
     selective: bool = True
-    """The tokens lie at random places; else they come first."""
+    """Put the tokens at random positions; else they come first."""
 
     def __post_init__(self) -> None:
         for name, least in (("n_noise", 0), ("n_tokens", 1), ("alphabet", 3)):
@@ -45,22 +45,22 @@ class Copying:
 
     @property
     def marker(self) -> int:
-        """The token that asks for the next answer."""
+        """The id of the marker, at which the model must answer."""
         return self.alphabet - 1
 
     @property
     def n_symbols(self) -> int:
-        """Symbols that carry data."""
+        """Number of symbols that carry data."""
         return self.alphabet - 2
 
     @property
     def length(self) -> int:
-        """Tokens in a row."""
+        """Number of tokens in a row."""
         return self.n_noise + 2 * self.n_tokens
 
 
 def copying_batch(task: Copying, generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both (rows, length); the labels are -100 but at the markers."""
+    """Token ids and labels, both (rows, length); the labels are -100 except at the markers."""
     before = task.n_noise + task.n_tokens
     tokens = torch.randint(1, task.alphabet - 1, (rows, task.n_tokens), generator=generator)
     ids = torch.full((rows, task.length), NOISE)
@@ -72,7 +72,7 @@ def copying_batch(task: Copying, generator: torch.Generator, rows: int) -> tuple
 
 
 def places(task: Copying, generator: torch.Generator, rows: int) -> Tensor:
-    """Where the tokens lie, in order, (rows, M): a random choice of the places before the markers, or the first."""
+    """Positions of the tokens in order, (rows, M): a random choice of those before the markers, or the first M."""
     if not task.selective:
         return torch.arange(task.n_tokens).expand(rows, -1)
     draws = torch.rand((rows, task.n_noise + task.n_tokens), generator=generator)
@@ -80,15 +80,15 @@ def places(task: Copying, generator: torch.Generator, rows: int) -> Tensor:
 
 
 def guess_accuracy(task: Copying) -> float:
-    """Expected accuracy of a guess that knows nothing."""
+    """Expected accuracy of a uniform guess."""
     return 1 / task.n_symbols
 
 
 def histogram_accuracy(task: Copying) -> float:
-    """Expected accuracy of one that knows which tokens there are but not their order, and answers the commonest.
+    """Expected accuracy of a model that knows the counts of the tokens but not their order, and answers the commonest.
 
-    It is E[largest count] / M for M draws from n_symbols, exactly: no count exceeds c in M! [x^M] (sum of x^k / k! for
-    k up to c) ^ n_symbols of the n_symbols ^ M rows.
+    It is E[largest count] / M for M draws from n_symbols, computed exactly: of the n_symbols ^ M rows, M! [x^M] (sum of
+    x^k / k! for k up to c) ^ n_symbols have no count above c.
     """
     M, rows = task.n_tokens, task.n_symbols**task.n_tokens
     at_most = [factorial(M) * power_coefficient(c, task.n_symbols, M) / rows for c in range(M)]

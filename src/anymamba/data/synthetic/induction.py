@@ -1,15 +1,15 @@
 """Induction heads: recall the token that followed a special one.
 
-A sequence is of ordinary tokens, drawn uniformly and independently, but for a trigger that occurs twice: somewhere
-early or anywhere, and at the very end. The answer is the token behind the first trigger:
+A sequence consists of ordinary tokens, drawn uniformly and independently, and a trigger that occurs twice: once early
+or anywhere, and once at the very end. The answer is the token after the first trigger:
 
     7 2 T 9 4 ... 0 3 T  ->  9
 
-With `n_tokens` ordinary ids 0 ... n_tokens - 1 the trigger is the id n_tokens: "vocabulary 16" are 16 ordinary tokens,
+The ordinary ids are 0 ... n_tokens - 1 and the trigger is the id n_tokens. "Vocabulary 16" means 16 ordinary tokens, so
 17 ids, and a guess is right once in 16.
 
 Source: the task as in H3 (arXiv:2212.14052, section 3.1) and Mamba (arXiv:2312.00752, section 4.1.2). The latter does
-not say where the first trigger stands; both choices that are known are here.
+not say where the first trigger is; both known choices are implemented.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from torch import Tensor
 from anymamba.base.sizes import require_sizes
 
 Placement = Literal["uniform", "first-ten"]
-"""Of the first trigger: at any position that leaves room for the answer, or at one of the first ten."""
+"""Position of the first trigger: any that leaves room for the answer, or one of the first ten."""
 EARLY = 10
 
 
 @dataclass(frozen=True)
 class InductionSequences:
-    """Some sequences that are made piece by piece, so that a million tokens need no memory."""
+    """Sequences that are generated piece by piece, so that a million tokens are never in memory at once."""
 
     length: int
     n_tokens: int
     first: Tensor
-    """(rows,) where the first trigger stands."""
+    """(rows,) position of the first trigger."""
     answers: Tensor
-    """(rows,) the token behind it."""
+    """(rows,) the token after it."""
     generator: torch.Generator
-    """At the state from which the tokens are drawn."""
+    """In the state from which the tokens are drawn."""
 
     def chunks(self, size: int) -> Iterator[Tensor]:
-        """The sequences in order, (rows, at most size) ids at a time; the size does not change them. Only once."""
+        """Yield the sequences in order, (rows, at most size) ids at a time. The size does not change the ids. Call it
+        only once."""
         require_sizes(size=size)
         rows = torch.arange(len(self.first))
         for start in range(0, self.length, size):
             end = min(start + size, self.length)
-            # position after position, so that the stream of draws does not depend on the size
+            # drawn one position after the other, so that the random numbers do not depend on the size
             ids = torch.randint(self.n_tokens, (end - start, len(rows)), generator=self.generator).T.contiguous()
             for where, what in ((self.first, self.n_tokens), (self.first + 1, self.answers)):
                 here = (where >= start) & (where < end)
@@ -60,14 +61,14 @@ class InductionSequences:
 def induction_sequences(
     generator: torch.Generator, rows: int, length: int, *, n_tokens: int = 16, placement: Placement = "uniform"
 ) -> InductionSequences:
-    """Sequences of `length` ids, the last trigger included; the answer is not part of them.
+    """Make sequences of `length` ids, including the last trigger but not the answer.
 
     Args:
-        generator: decides everything; it moves on while the sequences are read.
+        generator: source of all random numbers; its state advances while the sequences are read.
         length: at least 3: a trigger, the answer, a trigger.
         n_tokens: ordinary tokens; the trigger is the id n_tokens.
-        placement: of the first trigger.
-    Raises ValueError for sizes or placements that do not exist.
+        placement: where to put the first trigger.
+    Raises ValueError if a size is too small or the placement is unknown.
     """
     if length < 3:
         raise ValueError(f"length must be at least 3 (trigger, answer, trigger), got {length}")

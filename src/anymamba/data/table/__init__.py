@@ -1,4 +1,4 @@
-"""Documents as tokens in one memory-mapped table: built once from files, cached, read by spans."""
+"""Documents as tokens in one memory-mapped table: built once from files, cached, read in spans."""
 
 from __future__ import annotations
 

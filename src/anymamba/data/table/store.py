@@ -1,4 +1,4 @@
-"""The tokens of all documents as one stream, memory-mapped from Arrow and read without Arrow's per-row cost."""
+"""The tokens of all documents as one stream, memory-mapped from Arrow and read without Arrow's cost per row."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ TOKENS_FILE = "tokens.arrow"
 
 
 class TokenStore:
-    """A stream of tokens that lies in chunks (Arrow's record batches) of one array.
+    """A stream of tokens stored in chunks (Arrow's record batches) of one array.
 
     Args:
-        flat: the array that holds the chunks, in a file's case the whole file seen as tokens.
+        flat: the array that holds the chunks; for a file, the whole file viewed as tokens.
         offsets: (n_chunks + 1,) where each chunk begins in the stream, then the stream's length.
         places: (n_chunks,) where each chunk begins in `flat`.
-        folder: where the tokens were mapped from; a copy for another process maps them again instead of carrying them.
+        folder: the folder that the tokens were mapped from. Unpickling in another process maps it again, so pickles do
+            not contain tokens.
     """
 
     def __init__(
         self, flat: NDArray, offsets: NDArray[np.int64], places: NDArray[np.int64], folder: Path | None = None
     ) -> None:
         self._flat, self._offsets, self._folder = flat, offsets, folder
-        self._shifts = places - offsets[:-1]  # place in flat = place in the stream + shift of the chunk
+        self._shifts = places - offsets[:-1]  # index in flat = index in the stream + shift of the chunk
         self._offset_list, self._shift_list = (
             offsets.tolist(),
             self._shifts.tolist(),
-        )  # scalar look-ups are faster in lists
+        )  # looking up single values is faster in lists
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._folder is not None:
@@ -38,7 +39,7 @@ class TokenStore:
         return TokenStore, (self._flat, self._offsets, self._shifts + self._offsets[:-1])
 
     def slice(self, start: int, stop: int) -> NDArray:
-        """The tokens [start, stop) of the stream: a view, or a copy where they lie in several chunks."""
+        """The tokens [start, stop) of the stream: a view, or a copy if they are in several chunks."""
         chunk = bisect_right(self._offset_list, start) - 1
         if stop <= self._offset_list[min(chunk + 1, len(self._offset_list) - 1)]:
             shift = self._shift_list[chunk] if stop > start else 0
@@ -46,11 +47,11 @@ class TokenStore:
         return self.gather(np.array([start]), np.array([stop - start]))
 
     def gather(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray:
-        """The tokens of several spans of the stream, one after another; no loop over spans that are short."""
+        """The tokens of several spans of the stream, concatenated. Short spans are read without a loop over them."""
         filled = lengths > 0
         places, lengths = self._parts(starts[filled], lengths[filled])
         total = int(lengths.sum())
-        if total >= 256 * len(lengths):  # long spans: copying slices beats an index of each token
+        if total >= 256 * len(lengths):  # long spans: copying slices is faster than indexing each token
             views = [self._flat[place : place + n] for place, n in zip(places.tolist(), lengths.tolist(), strict=True)]
             return np.concatenate(views) if views else self._flat[:0]
         before = np.cumsum(lengths) - lengths
@@ -59,7 +60,7 @@ class TokenStore:
     def _parts(
         self, starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Places in `flat` and lengths of spans, each span cut where its chunk ends."""
+        """Indices in `flat` and lengths of the spans, which are cut where their chunks end."""
         first = np.searchsorted(self._offsets, starts, side="right") - 1
         last = np.searchsorted(self._offsets, starts + lengths - 1, side="right") - 1
         counts = last - first + 1
@@ -73,7 +74,7 @@ class TokenStore:
 
 
 def open_store(folder: Path) -> TokenStore:
-    """Map the tokens of a cached table; nothing is read but the record batches' headers."""
+    """Map the tokens of a cached table; only the headers of the record batches are read."""
     import pyarrow
 
     file = pyarrow.memory_map(str(folder / TOKENS_FILE))
