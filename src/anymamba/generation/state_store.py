@@ -6,6 +6,7 @@ model's config, so that a state is not used with another kind of model. The meta
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,28 +26,30 @@ from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import map_state
 
 KIND = "anymamba-state"
+DIGEST = "sha256"
 VERSION = 1
 """The format version: the one that is written, and the newest one that can be read."""
 
 
 def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -> None:
-    """Write a state atomically; an existing file is replaced.
+    """Write a state atomically; an existing file is replaced. Its metadata contain its digest.
 
     Raises ValueError if the state is not one of this model.
     """
-    tensors = dict(_named(state))
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _named(state)}
     problem = _mismatch(tensors, model)
     if problem is not None:
         raise ValueError(f"the state is not one of this model: {problem}")
     metadata = {"kind": KIND, FORMAT_VERSION: str(VERSION), "config": json.dumps(config_to_dict(model.config))}
+    metadata[DIGEST] = _digest(tensors, metadata)
     with atomic_file(Path(path)) as temporary:
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
+        save_file(tensors, temporary, metadata)
 
 
 def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
     """Read a state of this model onto the model's device.
 
-    Raises FileNotFoundError if there is no file, CheckpointError if it is truncated, not a state, of a newer format
+    Raises FileNotFoundError if there is no file, CheckpointError if it is damaged, not a state, of a newer format
         version, or of a model with another config.
     """
     path = Path(path)
@@ -64,13 +67,25 @@ def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
         raise CheckpointError(f"{path} is not a state; give a file that save_state has written")
     version = metadata.get(FORMAT_VERSION, "1")
     require_format_version({FORMAT_VERSION: int(version) if version.isdecimal() else version}, VERSION, path)
-    _require_config(json.loads(metadata["config"]), model.config, path)
+    if metadata.get(DIGEST, "") not in ("", _digest(tensors, metadata)):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not that in its metadata; save the state again")
+    _require_config(metadata.get("config", ""), model.config, path)
     problem = _mismatch(tensors, model)
     if problem is not None:
         raise CheckpointError(f"{path} is not a state of this model: {problem}")
     template = _template(model)
     names = iter(dict(_named(template)))
     return map_state(lambda like: tensors[next(names)].to(like.device, like.dtype), template)
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """The SHA-256 of all tensors and of the metadata without their own digest. Earlier files have none."""
+    described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    rest = {key: value for key, value in metadata.items() if key != DIGEST}
+    digest = hashlib.sha256(json.dumps([described, rest], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _template(model: LanguageModel) -> GenerationState:
@@ -110,10 +125,10 @@ def _kind(tensor: Tensor) -> str:
     return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else str(tensor.dtype)
 
 
-def _require_config(values: dict[str, Any], config: ModelConfig, path: Path) -> None:
+def _require_config(text: str, config: ModelConfig, path: Path) -> None:
     """Raise CheckpointError if a file's config is not the model's; options missing in the file have their defaults."""
     try:
-        stored, own = config_to_dict(config_from_dict(ModelConfig, values)), config_to_dict(config)
+        stored, own = config_to_dict(config_from_dict(ModelConfig, json.loads(text))), config_to_dict(config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is a state of another model: {error}") from error
     different = sorted(key for key in {*stored, *own} if stored.get(key) != own.get(key))

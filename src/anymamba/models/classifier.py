@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from anymamba.base import manifest
 from anymamba.base.files import atomic_file, write_json
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.base.sizes import require_at_least
@@ -147,15 +148,20 @@ class SequenceClassifier(nn.Module):
         path = Path(path)
         self.backbone.save_pretrained(path)
         own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
-        with atomic_file(path / HEAD_FILE) as temporary:
-            save_file(own, temporary)
-        write_json(path / CONFIG_FILE, config_to_dict(self.config))
+        with manifest.rewritten(path) as files:
+            with atomic_file(path / HEAD_FILE) as temporary:
+                save_file(own, temporary)
+            write_json(path / CONFIG_FILE, config_to_dict(self.config))
+            files += [HEAD_FILE, CONFIG_FILE]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device=None, dtype=None) -> SequenceClassifier:
+    def from_pretrained(cls, path: str | Path, device=None, dtype=None, *, verify: bool = True) -> SequenceClassifier:
         """Load what `save_pretrained` wrote.
 
+        Args:
+            verify: as in `LanguageModel.from_pretrained`.
         Raises FileNotFoundError if the folder has no head; a new classifier can take `LanguageModel.from_pretrained`.
+            CheckpointError as `LanguageModel.from_pretrained` does.
         """
         path = Path(path)
         if not (path / CONFIG_FILE).is_file():
@@ -163,8 +169,8 @@ class SequenceClassifier(nn.Module):
                 f"{path} has no {CONFIG_FILE}: it holds no head; SequenceClassifier(LanguageModel.from_pretrained("
                 "...), ClassifierConfig(...)) puts a new head on a language model"
             )
+        backbone = LanguageModel.from_pretrained(path, device=device, dtype=dtype, verify=verify)  # and all the files
         values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        backbone = LanguageModel.from_pretrained(path, device=device, dtype=dtype)
         model = cls(backbone, config_from_dict(ClassifierConfig, values))
         missing, unexpected = model.load_state_dict(load_file(path / HEAD_FILE), strict=False)
         wrong = [name for name in missing if not name.startswith("backbone.")] + unexpected

@@ -288,7 +288,9 @@ class LanguageModel(nn.Module):
     # --------------------------------------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device=None, dtype=None, revision: str | None = None) -> LanguageModel:
+    def from_pretrained(
+        cls, path: str | Path, device=None, dtype=None, revision: str | None = None, *, verify: bool = True
+    ) -> LanguageModel:
         """Load a published or a saved model.
 
         Args:
@@ -296,12 +298,13 @@ class LanguageModel(nn.Module):
                 .gguf file, or a name on the Hugging Face hub.
             dtype: of the weights; defaults to that of the file.
             revision: of a repository on the hub.
-        Raises FileNotFoundError if there is no such model, CheckpointError if its files are broken or of another kind
-            of model.
+            verify: compare the files with the digests or checksums that they have. This reads them once more.
+        Raises FileNotFoundError if there is no such model, CheckpointError if its files are broken, have changed since
+            they were saved, or are of another kind of model.
         """
         from anymamba.models.checkpoints import load_pretrained
 
-        return load_pretrained(path, device=device, dtype=dtype, revision=revision)
+        return load_pretrained(path, device=device, dtype=dtype, revision=revision, verify=verify)
 
     def save_pretrained(
         self,

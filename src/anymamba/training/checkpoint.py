@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from anymamba.base import manifest
 from anymamba.base.errors import FORMAT_VERSION, CheckpointError, require_format_version
 from anymamba.base.files import atomic_folder, remove_folder
 from anymamba.training.config import VERSION
@@ -59,6 +60,7 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: di
                 dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary)), no_dist=True)
             state = {FORMAT_VERSION: VERSION, **values}
             (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            manifest.write(temporary)
     except BaseException as error:
         raise _as_os_error(error, run) from error
     for path in checkpoints(run)[:-keep]:
@@ -73,6 +75,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     refuse_pickles(folder)
     way_out = f"delete {folder} to go on from the checkpoint before it"
+    manifest.check(folder, way_out)
     try:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError
 from anymamba.data.tokenizer import FILE_NAME
 from anymamba.models.checkpoints.families import Format, Spelling
 from anymamba.models.checkpoints.formats import folder as folders
-from anymamba.models.checkpoints.formats.files import CONFIG, StoredTensor, TensorFile, open_weights, read_json
+from anymamba.models.checkpoints.formats.files import CONFIG, TORCH, StoredTensor, TensorFile, open_weights, read_json
 from anymamba.models.checkpoints.formats.gguf import GGUFFile
 from anymamba.models.checkpoints.hub import local_path
 from anymamba.models.checkpoints.weights import is_wide
@@ -101,22 +102,27 @@ class Checkpoint:
         return next((other for other in self.spelling.aliases(key) if other in stored), key)
 
 
-def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str | Path, revision: str | None = None, *, verify: bool = True) -> Checkpoint:
     """Open a model folder, a .gguf file, or a name on the hub; tensors are read later.
 
-    Raises FileNotFoundError if there is none, CheckpointError if it is broken or of another kind of model.
+    Args:
+        verify: read the files once to compare them with the digests or checksums that they have: the manifest of a
+            folder that we saved, the digest in a GGUF file of ours, the CRC-32s of torch's archives.
+    Raises FileNotFoundError if there is none, CheckpointError if it is broken, has changed since it was saved, or is of
+        another kind of model.
     """
     path = local_path(name, revision)
+    verified = manifest.check(path) if verify and path.is_dir() else frozenset()
     if path.is_dir() and not (path / CONFIG).exists():
         path = _only_gguf(path)
     try:
         if path.is_dir():
-            return _open_folder(path)
+            return _open_folder(path, verify and TORCH not in verified)
         if path.suffix != ".gguf":
             raise FileNotFoundError(
                 f"{path} is a file; give the folder that holds {CONFIG} and model.safetensors, or a .gguf file"
             )
-        file = GGUFFile(path)
+        file = GGUFFile(path, verify)
         return Checkpoint(path, "gguf", file.spelling, file.config(), file, file.token_ids())
     except KeyError as error:  # a parameter that the format has no name for
         raise CheckpointError(f"{path}: its format has no name for the parameter {error} of its config") from error
@@ -127,6 +133,8 @@ def load_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    *,
+    verify: bool = True,
 ) -> LanguageModel:
     """Load a model; peak memory is the weights in their dtype plus one tensor.
 
@@ -136,10 +144,11 @@ def load_pretrained(
         device: where the weights go; defaults to the CPU.
         dtype: of the weights; defaults to that of the file. A_log, D and the step's bias stay float32 or wider.
         revision: of a repository on the hub.
-    Raises FileNotFoundError if a folder or file is missing, CheckpointError if a file is broken, is a pickle that would
-        run code, or does not hold the tensors of the model in its config.
+        verify: as in `open_checkpoint`.
+    Raises FileNotFoundError if a folder or file is missing, CheckpointError if a file is broken, has changed since it
+        was saved, is a pickle that would run code, or does not hold the tensors of the model in its config.
     """
-    checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, revision)
+    checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, revision, verify=verify)
     model = LanguageModel(checkpoint.config, device="meta")
     tensors = {}
     for key, tensor in checkpoint.tensors():
@@ -164,10 +173,10 @@ def parameter_shapes(config: ModelConfig, where: Path) -> dict[str, tuple[int, .
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path, verify: bool) -> Checkpoint:
     values = read_json(folder / CONFIG)
     format, spelling, config = folders.read_config(values, folder / CONFIG)
-    return Checkpoint(folder, format, spelling, config, open_weights(folder), folders.token_ids(values))
+    return Checkpoint(folder, format, spelling, config, open_weights(folder, verify), folders.token_ids(values))
 
 
 def _only_gguf(folder: Path) -> Path:

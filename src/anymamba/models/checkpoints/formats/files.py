@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +25,7 @@ from anymamba.base.errors import CheckpointError
 CONFIG = "config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 OTHER_PICKLES = ("model.pt", "model.pth", "pytorch_model.pt")
+READ_BYTES = 1 << 20
 MAPPED_BYTES = 1 << 26  # bytes to read before a file is opened again, which frees the pages read so far
 
 _DTYPES = {
@@ -103,10 +106,14 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """One file that torch.save wrote: a dict of tensors by name. No code in the file is run."""
+    """One file that torch.save wrote: a dict of tensors by name. No code in the file is run.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        verify: compare the members with the archive's CRC-32s before the first one is used.
+    """
+
+    def __init__(self, path: Path, verify: bool = True) -> None:
+        self.path, self._unverified = path, verify
 
     def stored(self) -> dict[str, StoredTensor]:
         return {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in self._load().items()}
@@ -122,6 +129,9 @@ class TorchFile:
 
     def _load(self) -> dict[str, Tensor]:
         self._require_plain_archive()
+        if self._unverified:
+            self._require_checksums()
+            self._unverified = False
         try:
             values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch.load can raise many kinds of errors
@@ -152,6 +162,20 @@ class TorchFile:
             if member.compress_type != zipfile.ZIP_STORED or member.header_offset + member.file_size > size:
                 raise CheckpointError(f"{self.path}: its member {member.filename!r} is not as torch.save writes it")
 
+    def _require_checksums(self) -> None:
+        """Compare all members with their CRC-32s; torch.load does not. Zeros are those of set_crc32_options(False)."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                if not any(member.CRC for member in archive.infolist()):
+                    return
+                for member in archive.infolist():
+                    with archive.open(member) as file:
+                        while file.read(READ_BYTES):
+                            pass
+        except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, struct.error) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"{self.path} is damaged ({why}); copy it again") from None
+
     def _require_whole(self, name: Any, tensor: Any) -> None:
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise CheckpointError(f"{self.path}: {name!r} must be a tensor, got {type(tensor).__name__}")
@@ -168,7 +192,7 @@ class TorchFile:
 class ShardedFiles:
     """Several files and an index that says which tensor is in which."""
 
-    def __init__(self, path: Path, kind: type[SafetensorsFile] | type[TorchFile]) -> None:
+    def __init__(self, path: Path, open_shard: Callable[[Path], TensorFile]) -> None:
         self.path, folder = path, path.parent
         table = read_json(path).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
@@ -179,7 +203,7 @@ class ShardedFiles:
             if not (folder / name).is_file():
                 raise CheckpointError(f"{path} names the shard {name}, which is not there; copy it too")
         self._shard_of: dict[str, str] = table
-        self._shards = {name: kind(folder / name) for name in dict.fromkeys(table.values())}
+        self._shards = {name: open_shard(folder / name) for name in dict.fromkeys(table.values())}
 
     def stored(self) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}
@@ -203,18 +227,20 @@ class ShardedFiles:
             yield from self._shards[shard].read(wanted)
 
 
-def open_weights(folder: Path) -> TensorFile:
+def open_weights(folder: Path, verify: bool = True) -> TensorFile:
     """Open the weights of a model folder; prefers safetensors to torch's archives, and one file to shards.
 
+    Args:
+        verify: compare torch's archives with their CRC-32s; safetensors have none.
     Raises FileNotFoundError if there are none, CheckpointError if there is only a bare pickle.
     """
-    kinds: Sequence[tuple[str, type[SafetensorsFile] | type[TorchFile]]]
-    kinds = ((SAFETENSORS, SafetensorsFile), (TORCH, TorchFile))
-    for name, kind in kinds:
+    kinds: dict[str, Callable[[Path], TensorFile]]
+    kinds = {SAFETENSORS: SafetensorsFile, TORCH: partial(TorchFile, verify=verify)}
+    for name, open_file in kinds.items():
         if (folder / name).exists():
-            return kind(folder / name)
+            return open_file(folder / name)
         if (folder / f"{name}.index.json").exists():
-            return ShardedFiles(folder / f"{name}.index.json", kind)
+            return ShardedFiles(folder / f"{name}.index.json", open_file)
     for name in OTHER_PICKLES:
         if (folder / name).exists():
             raise CheckpointError(

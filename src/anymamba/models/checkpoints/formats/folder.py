@@ -70,18 +70,24 @@ def token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write(weights: CastWeights, folder: Path, spelling: Spelling, token_ids: dict[str, Any], shard_bytes: int) -> None:
-    """Write a folder. The weights are one safetensors file, or several of at most `shard_bytes` each."""
+def write(
+    weights: CastWeights, folder: Path, spelling: Spelling, token_ids: dict[str, Any], shard_bytes: int
+) -> list[str]:
+    """Write a folder and return the names of its files.
+
+    The weights are one safetensors file, or several of at most `shard_bytes` each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_safetensors(weights, folder, spelling, shard_bytes)
+    files = _write_safetensors(weights, folder, spelling, shard_bytes)
     dtype = weights.stored["embedding.weight"].dtype
     values = spelling.to_fields(weights.config)
     values |= {TABLE: config_to_dict(weights.config), "dtype": str(dtype).removeprefix("torch.")}
     values |= dict.fromkeys(TOKEN_IDS, token_ids.get("eos_token_id")) | token_ids
     write_json(folder / CONFIG, values)
+    return [*files, CONFIG]
 
 
-def _write_safetensors(weights: CastWeights, folder: Path, spelling: Spelling, shard_bytes: int) -> None:
+def _write_safetensors(weights: CastWeights, folder: Path, spelling: Spelling, shard_bytes: int) -> list[str]:
     """Write one file, or numbered shards and their index; then delete the files of an earlier model."""
     shards = plan_shards(weights.stored, shard_bytes)
     numbered = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -101,6 +107,7 @@ def _write_safetensors(weights: CastWeights, folder: Path, spelling: Spelling, s
     old = {*folder.glob("model-*-of-*.safetensors"), folder / SAFETENSORS, index} - {folder / file for file in files}
     for path in old - ({index} if len(shards) > 1 else set()):
         path.unlink(missing_ok=True)
+    return [*files, index.name] if len(shards) > 1 else files
 
 
 def plan_shards(stored: dict[str, StoredTensor], shard_bytes: int) -> list[list[str]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,11 @@ from torch import Tensor
 from anymamba.base.errors import CheckpointError
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.checkpoints.families import Spelling, kinds, nearest_spelling, recognise
-from anymamba.models.checkpoints.formats import gguf_tokenizer
+from anymamba.models.checkpoints.formats import gguf_digest, gguf_tokenizer
 from anymamba.models.checkpoints.formats.files import StoredTensor
-from anymamba.models.checkpoints.formats.gguf_bounds import check_header
+from anymamba.models.checkpoints.formats.gguf_header import read_header
 from anymamba.models.checkpoints.weights import CastWeights, is_wide
 from anymamba.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
 
 OUR_CONFIG = "anymamba.config"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -36,63 +32,42 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q
 class GGUFFile:
     """A GGUF file of an architecture that one of our families has.
 
-    Raises CheckpointError if the file is broken, hostile, or of another architecture, ImportError without `gguf`.
+    Args:
+        verify: compare the file with its digest, if it has one.
+    Raises CheckpointError if the file is broken, hostile, or of another architecture.
     """
 
-    def __init__(self, path: Path) -> None:
-        require_gguf()
+    def __init__(self, path: Path, verify: bool = True) -> None:
         self.path = path
-        check_header(path)
+        self._header = read_header(path)
+        if verify:
+            gguf_digest.check(self._header)
         found = recognise(_Metadata(self), ("gguf",))
         if found is None:
             architecture, known = self.field("general.architecture"), ", ".join(map(repr, kinds(("gguf",))))
             raise CheckpointError(f"{path} is of architecture {architecture!r}; this reader takes {known}")
         self.spelling: Spelling = found[1]
 
-    @cached_property
-    def _reader(self) -> GGUFReader:
-        from gguf import GGUFReader
-
-        try:
-            return GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-            raise CheckpointError(f"{self.path} is truncated or corrupt ({error}); copy it again") from error
-
-    @cached_property
-    def _tensors(self) -> dict[str, ReaderTensor]:
-        return {tensor.name: tensor for tensor in self._reader.tensors}
-
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object, or the default if there is none."""
-        found = self._reader.get_field(key)
-        if found is None:
-            return default
-        try:
-            value = found.contents()
-        except (ValueError, IndexError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{self.path}: metadata key {key!r} cannot be read ({error})") from error
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        return default if key not in self._header.values else self._header.value(key)
 
     def stored(self) -> dict[str, StoredTensor]:
         found = {}
-        for name, tensor in self._tensors.items():
-            kind = tensor.tensor_type.name
-            if kind not in DTYPES:
-                raise CheckpointError(f"{self.path}: {name} is of type {kind}; {', '.join(DTYPES)} can be read")
-            found[name] = StoredTensor(tuple(int(size) for size in reversed(tensor.shape)), DTYPES[kind])
+        for name, tensor in self._header.tensors.items():
+            if tensor.kind not in DTYPES:
+                raise CheckpointError(f"{self.path}: {name} is of type {tensor.kind}; {', '.join(DTYPES)} can be read")
+            found[name] = StoredTensor(tensor.shape, DTYPES[tensor.kind])
         return found
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        from gguf.quants import dequantize
-
         for name in names:
-            info = self._tensors[name]
-            shape = tuple(int(size) for size in reversed(info.shape))
-            data = np.memmap(self.path, mode="c", offset=info.data_offset, shape=(int(info.n_bytes),))
-            if info.tensor_type.name == "Q8_0":
-                yield name, torch.from_numpy(dequantize(data.reshape(shape[0], -1), info.tensor_type)).view(shape)
+            info = self._header.tensors[name]
+            data = torch.from_numpy(np.memmap(self.path, mode="c", offset=info.offset, shape=(info.n_bytes,)))
+            if info.kind == "Q8_0":
+                yield name, _from_q8_0(data).view(info.shape)
             else:
-                yield name, torch.from_numpy(data).view(DTYPES[info.tensor_type.name]).view(shape)
+                yield name, data.view(DTYPES[info.kind]).view(info.shape)
 
     def config(self) -> ModelConfig:
         """The model's config: our own if the file has it and its fields agree, else one made from the fields."""
@@ -120,11 +95,11 @@ class GGUFFile:
 
     def tokenizer_from_parts(self) -> str | None:
         """A tokenizer.json made from what llama.cpp reads; None if that is not a tokenizer like GPT-2's."""
-        return gguf_tokenizer.read_parts(self.field)
+        return gguf_tokenizer.read_parts(self.field, self.path)
 
     def keys(self) -> Iterator[str]:
         """All metadata keys."""
-        return iter(self._reader.fields)
+        return iter(self._header.values)
 
 
 class _Metadata(Mapping[str, Any]):
@@ -154,6 +129,13 @@ class _Metadata(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
+def _from_q8_0(data: Tensor) -> Tensor:
+    """Values of blocks of 34 bytes: a float16 scale and 32 int8 multiples of it."""
+    blocks = data.view(-1, 34)
+    scales = blocks[:, :2].contiguous().view(torch.float16).float()
+    return blocks[:, 2:].view(torch.int8).float().mul_(scales)
+
+
 # ------------------------------------------------------------------------------------------ writing
 
 
@@ -179,6 +161,7 @@ def write(
     file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(LlamaFileType[file_types[kind]])
     writer.add_quantization_version(2)
+    writer.add_string(gguf_digest.KEY, gguf_digest.BLANK)
     writer.add_string(OUR_CONFIG, json.dumps(config_to_dict(weights.config)))
     for key, value in spelling.to_fields(weights.config).items():
         if isinstance(value, bool):
@@ -200,6 +183,7 @@ def write(
     for name, tensor in weights.tensors():
         writer.write_tensor_data(_bytes(name, spelling.encode(name, tensor), kind))
     writer.close()
+    gguf_digest.sign(path)
     return differences
 
 
@@ -235,4 +219,4 @@ def require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ImportError('GGUF files need the package gguf: pip install "anymamba[gguf]"') from error
+        raise ImportError('writing GGUF files needs the package gguf: pip install "anymamba[gguf]"') from error

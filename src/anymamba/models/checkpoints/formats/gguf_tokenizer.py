@@ -28,7 +28,8 @@ GPT2_SPLITS = {"gpt-2": None, "mpt": {"type": "NFC"}, "olmo": {"type": "NFC"}}
 MPT and OLMo use GPT-NeoX's tokenizer, like the published Mamba models; llama.cpp's converter writes these names.
 """
 
-
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Types of tokens, from the specification."""
 TOKEN_IDS = {
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "bos_token_id": "tokenizer.ggml.bos_token_id",
@@ -49,33 +50,39 @@ def read_whole(field: Field, path: Path) -> str | None:
         return None
     try:
         words = dict(_words(json.loads(text)))
+        # another program may have changed the tokens
+        changed = tokens is not None and any(i >= len(tokens) or tokens[i] != word for i, word in words.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: {WHOLE} is not a tokenizer.json ({error}); give one with --tokenizer"
         ) from error
-    if tokens is not None and any(i >= len(tokens) or tokens[i] != word for i, word in words.items()):
-        return None  # another program has changed the tokens
-    return text
+    return None if changed else text
 
 
-def read_parts(field: Field) -> str | None:
-    """A tokenizer.json made from what llama.cpp reads; None if that is not a tokenizer like GPT-2's."""
-    words, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    split = field("tokenizer.ggml.pre")
-    if field("tokenizer.ggml.model") != "gpt2" or split not in GPT2_SPLITS or not words:
+def read_parts(field: Field, path: Path) -> str | None:
+    """A tokenizer.json made from what llama.cpp reads; None if that is not a tokenizer like GPT-2's.
+
+    Raises CheckpointError if the tokens, their types and the merges are not lists that belong together.
+    """
+    words, split = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.pre")
+    if field("tokenizer.ggml.model") != "gpt2" or not isinstance(split, str) or split not in GPT2_SPLITS or not words:
         return None
-    normal, control, given = (_kind(name) for name in ("NORMAL", "CONTROL", "USER_DEFINED"))
-    rows = list(enumerate(zip(words, kinds or [normal] * len(words), strict=True)))
-    merges = [merge for merge in field("tokenizer.ggml.merges", []) if merge != NO_MERGE]
+    merges, kinds = field("tokenizer.ggml.merges", []), field("tokenizer.ggml.token_type")
+    if not _are_strings(words) or not _are_strings(merges):
+        raise CheckpointError(f"{path}: its tokens and merges must be lists of strings; give --tokenizer")
+    kinds = [NORMAL] * len(words) if kinds is None else kinds
+    if not isinstance(kinds, list) or len(kinds) != len(words):
+        raise CheckpointError(f"{path}: its types of tokens must be {len(words):,}, one for each; give --tokenizer")
+    rows = list(enumerate(zip(words, kinds, strict=True)))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
-        {"id": i, "content": word, **flags, "special": kind == control}
+        {"id": i, "content": word, **flags, "special": kind == CONTROL}
         for i, (word, kind) in rows
-        if kind in (control, given)
+        if kind in (CONTROL, USER_DEFINED)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     # with the added tokens, whose ids would change otherwise
-    vocab = {word: i for i, (word, kind) in rows if kind in (normal, control, given)}
+    vocab = {word: i for i, (word, kind) in rows if kind in (NORMAL, CONTROL, USER_DEFINED)}
     specification = {
         "version": "1.0",
         "added_tokens": added,
@@ -83,16 +90,20 @@ def read_parts(field: Field) -> str | None:
         "pre_tokenizer": byte_level,
         "post_processor": _template(field, words),
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [merge for merge in merges if merge != NO_MERGE]},
     }
     return json.dumps(specification, ensure_ascii=False)
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _template(field: Field, words: list[str]) -> dict[str, Any] | None:
     """The rule that puts special tokens before and after a text; None if the file has none."""
     added = [end for end in ("bos", "eos") if field(f"tokenizer.ggml.add_{end}_token")]
     ids = {end: field(f"tokenizer.ggml.{end}_token_id") for end in added}
-    ends = {end: i for end, i in ids.items() if i is not None and i < len(words)}
+    ends = {end: i for end, i in ids.items() if isinstance(i, int) and 0 <= i < len(words)}
     if not ends:
         return None
 
@@ -125,12 +136,6 @@ def _words(specification: dict[str, Any]) -> Iterator[tuple[int, str]]:
     else:  # Unigram: words and their scores
         yield from ((i, word) for i, (word, _) in enumerate(vocab))
     yield from ((token["id"], token["content"]) for token in specification.get("added_tokens") or [])
-
-
-def _kind(name: str) -> int:
-    from gguf import TokenType
-
-    return int(TokenType[name])
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -184,17 +189,15 @@ def _write_tokenizer(writer: GGUFWriter, text: str, n_rows: int, ids: dict[str, 
 
 def _write_parts(writer: GGUFWriter, specification: dict[str, Any], words: dict[int, str], n_rows: int) -> None:
     """Write the parts of a byte-level BPE that llama.cpp reads."""
-    from gguf import TokenType
-
-    kinds = dict.fromkeys(words, TokenType.NORMAL)
+    kinds = dict.fromkeys(words, NORMAL)
     for added in specification.get("added_tokens") or []:
-        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     rows = range(n_rows)
     merges = [m if isinstance(m, str) else " ".join(m) for m in specification["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([words.get(i, f"[PAD{i}]") for i in rows])
-    writer.add_token_types([kinds.get(i, TokenType.UNUSED) for i in rows])
+    writer.add_token_types([kinds.get(i, UNUSED) for i in rows])
     writer.add_token_merges(merges or [NO_MERGE])
 
 

@@ -14,11 +14,12 @@ from anymamba.models.checkpoints.formats.files import CONFIG, TORCH, failures_to
 from anymamba.models.checkpoints.weights import CastWeights
 
 
-def write(weights: CastWeights, folder: Path, spelling: Spelling) -> None:
-    """Write a folder. Its config.json has no place for ids of special tokens."""
+def write(weights: CastWeights, folder: Path, spelling: Spelling) -> list[str]:
+    """Write a folder and return the names of its files. Its config.json has no place for ids of special tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_torch_archive(weights, folder, spelling)
     write_json(folder / CONFIG, spelling.to_fields(weights.config))
+    return [TORCH, CONFIG]
 
 
 def _write_torch_archive(weights: CastWeights, folder: Path, spelling: Spelling) -> None:
