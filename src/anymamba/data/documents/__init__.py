@@ -1,4 +1,4 @@
-"""A user's files as documents: text files whole, rows of .jsonl, .csv and .parquet one by one, also compressed."""
+"""Reads a user's files as documents: each text file, and each row of .jsonl, .csv and .parquet; also compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files a user means by paths, folders and patterns, and what their suffixes say."""
+"""Finds the files that paths, folders and patterns name, and the format of each from its suffix."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".csv", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".bgz", ".bz2", ".xz", ".zst")
 READ = f"{' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}, also with {' '.join(COMPRESSION_SUFFIXES)}"
-"""The suffixes that are read, in words."""
-_LISTED = 8  # suffixes that a message counts one by one
+"""The suffixes that can be read, for messages."""
+_LISTED = 8  # most suffixes that a message lists with their own counts
 
 
 def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The files that paths mean, sorted and each once.
+    """The files that paths name, sorted and without duplicates.
 
     Args:
-        paths: files (any suffix; an unknown one is read as text), folders (searched for the suffixes that are known,
-            hidden files and folders left out), or patterns with `*`, `?`, `[]` and `**`.
-    Raises FileNotFoundError for a path or a pattern that leads to no file, ValueError for a file of DNA or proteins.
+        paths: files (any suffix; an unknown one is read as text), folders (searched for known suffixes; hidden files
+            and folders are skipped), or patterns with `*`, `?`, `[]` and `**`.
+    Raises FileNotFoundError if a path or a pattern gives no file, ValueError for a file of DNA or proteins.
     """
     found: dict[str, Path] = {}
     for path in [paths] if isinstance(paths, str | Path) else paths:
@@ -39,7 +39,7 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def file_format(file: Path) -> str:
-    """The suffix of a file's format, in lower case and without that of a compression."""
+    """The suffix of a file's format, in lower case and without that of the compression."""
     return suffixes(file)[0]
 
 
@@ -52,7 +52,7 @@ def suffixes(file: Path) -> tuple[str, str]:
 
 
 def _expand(path: Path) -> list[Path]:
-    """The files that one path means."""
+    """The files that one path names."""
     if path.is_dir():
         readable, others = _walk(path)
         if not readable:
@@ -68,7 +68,7 @@ def _expand(path: Path) -> list[Path]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """The files that a pattern finds, and those in the folders that it finds."""
+    """The files that a pattern matches, and those in the folders that it matches."""
     matches = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
     if not matches:
         raise FileNotFoundError(f"the pattern {pattern} matches no file")
@@ -83,9 +83,9 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files below a folder with known suffixes, and the others.
+    """The files below a folder with known suffixes, and those with others.
 
-    Symbolic links are followed, each folder once; hidden files and folders are left out.
+    Symbolic links are followed, but each folder is read once. Hidden files and folders are skipped.
     """
     readable: list[Path] = []
     others: list[Path] = []
@@ -102,8 +102,8 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _sought_and_found(files: list[Path]) -> str:
-    """What a message says where no file has a known suffix: those that are read, those that there are, the way out."""
-    counts = Counter("".join(suffixes(file)) for file in set(files))  # a pattern may lead to a file by two folders
+    """The end of a message if no file has a known suffix: the suffixes that can be read, those found, the way out."""
+    counts = Counter("".join(suffixes(file)) for file in set(files))  # a pattern may find a file through two folders
     kinds = sorted(counts.items(), key=lambda kind: (-kind[1], kind[0]))
     found = [f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds]
     if len(kinds) > _LISTED:

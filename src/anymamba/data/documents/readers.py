@@ -1,4 +1,4 @@
-"""Documents: text files whole, rows of .jsonl, .csv and .parquet one by one."""
+"""Reads documents: a text file is one document, each row of .jsonl, .csv and .parquet is one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DEFAULT_TEXT_FIELD = "text"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document, to be read before the next one is asked for."""
+    """One document. It must be read before the next one is requested."""
 
     file: Path
     row: int | None
-    """Line (.jsonl, .csv) or row (.parquet) in the file, from 1; None where the document is the whole file."""
+    """Line (.jsonl, .csv) or row (.parquet) in the file, from 1; None if the document is the whole file."""
     pieces: Iterator[bytes]
-    """Its bytes, in pieces of at most 1 MiB where it is a whole file."""
+    """Its bytes; those of a whole file come in pieces of at most 1 MiB."""
 
     @property
     def name(self) -> str:
@@ -37,7 +37,7 @@ class Document:
 
 
 def document_name(file: Path | str, row: int | None) -> str:
-    """How a document is called in messages and splits."""
+    """The name of a document in messages and for splits."""
     return str(file) if row is None else f"{file}:{row}"
 
 
@@ -49,10 +49,10 @@ def iter_documents(
     """The documents of files, in order, streamed.
 
     Args:
-        files: as `find_files` gives them; the suffix says how each is read.
-        text_field: the field of a row that holds its text; None: "text".
-        on_read: called with the number of bytes read from disk since the last call (compressed ones where they are).
-    Raises ValueError, naming file and line, for data that is binary, damaged, malformed, without the field, or DNA.
+        files: as from `find_files`; the suffix decides how each is read.
+        text_field: the field of a row that holds its text; defaults to "text".
+        on_read: called with the number of bytes read from disk since the last call, before decompression.
+    Raises ValueError, which names file and line, if data is binary, damaged, malformed, lacks the field, or is DNA.
     """
     files = list(files)
     if text_field is not None and not any(file_format(file) in ROW_SUFFIXES for file in files):
@@ -90,7 +90,7 @@ def _read_text(file: Path, stream: BinaryIO) -> Iterator[Document]:
 
 
 def _read_jsonl(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
-    """One JSON object a line; blank lines are skipped."""
+    """One JSON object per line; blank lines are skipped."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
@@ -107,16 +107,16 @@ def _read_jsonl(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
         text = record[field]
         if not isinstance(text, str):
             raise ValueError(f"{document_name(file, number)}: field {field!r} must be a string, got {_kind(text)}")
-        # A lone surrogate (\ud800) passes as bytes that are not UTF-8, so that the tokenizer decides about it.
+        # a lone surrogate (\ud800) becomes bytes that are not UTF-8; the tokenizer decides whether to accept them
         yield Document(file, number, iter((text.encode("utf-8", "surrogatepass"),)))
 
 
 def _read_csv(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
-    """Comma-separated values with a header; fields may be of any size and hold newlines; bytes survive."""
+    """Comma-separated values with a header. Fields may be of any size and contain newlines; bytes are preserved."""
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     limit = csv.field_size_limit(
         min(sys.maxsize, 2**31 - 1)
-    )  # the default, 131,072 characters, is less than a document
+    )  # the default, 131,072 characters, is too small for documents
     rows = csv.reader(text, strict=True)
     try:
         header = [name.removeprefix("\ufeff") for name in next(rows, [])]
@@ -134,11 +134,11 @@ def _read_csv(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
         raise ValueError(f"{document_name(file, rows.line_num)}: malformed csv ({error})") from None
     finally:
         csv.field_size_limit(limit)
-        text.detach()  # the stream is closed by who opened it
+        text.detach()  # the caller closes the stream
 
 
 def _read_parquet(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
-    """One row after another, by row groups; compressed files are unpacked to a temporary file, for parquet seeks."""
+    """One document per row, by row groups. Compressed files are unpacked to a temporary file, because parquet seeks."""
     pyarrow = import_pyarrow()
     from pyarrow import parquet
 
@@ -180,7 +180,7 @@ def _missing_field(where: str, field: str, present: Iterable[str]) -> ValueError
 
 
 def _kind(value: Any) -> str:
-    """A JSON value's type in JSON's words."""
+    """The type of a JSON value, as JSON names it."""
     words = {
         type(None): "null",
         bool: "a boolean",

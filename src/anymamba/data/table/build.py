@@ -20,9 +20,9 @@ from .encoding import encode_documents, token_dtype
 from .store import TOKENS_FILE
 from .tokens import DOCUMENTS_FILE, FILES_FILE, TokenTable
 
-WINDOW = 65_536  # tokens of a row at most
-_BATCH_TOKENS, _BATCH_ROWS = 64 * WINDOW, 65_536  # a record batch is written when it has either
-_FORMAT = 2  # part of the cache's key: raise it when a table of the same input would look different
+WINDOW = 65_536  # most tokens of a row
+_BATCH_TOKENS, _BATCH_ROWS = 64 * WINDOW, 65_536  # a record batch is written when it reaches either
+_FORMAT = 2  # part of the cache's key: raise it if the same input gives another table
 _META_FILE = "meta.json"
 
 
@@ -35,20 +35,20 @@ def build_token_table(
     progress: Callable[[int, int | None], None] | None = None,
     keep: Callable[[str], bool] | None = None,
 ) -> TokenTable:
-    """The documents of files as a memory-mapped table of tokens, from the cache when they have not changed.
+    """The documents of files as a memory-mapped table of tokens; taken from the cache if the files have not changed.
 
-    Files are streamed: memory does not grow with a document's length. The table on disk is one that `datasets` reads
-    too (`Dataset.from_file(".../tokens.arrow")`): rows of at most 65,536 tokens with their document and offset. It is
-    built aside and renamed when complete; a build that is killed leaves nothing that would be taken for a table.
+    Files are streamed: memory does not grow with a document's length. `datasets` can read the table on disk, too
+    (`Dataset.from_file(".../tokens.arrow")`): its rows have at most 65,536 tokens with their document and offset. It is
+    built in a temporary folder and renamed when complete, so a killed build leaves no incomplete table.
 
     Args:
         paths: files, folders and patterns, as for `find_files`.
-        tokenizer: what makes tokens of bytes.
-        text_field: the field of .jsonl, .csv and .parquet rows that holds the text; None: "text".
-        cache_dir: the folder of cached tables; None: `$XDG_CACHE_HOME/anymamba/tokens`, or in `~/.cache`.
-        progress: called with (bytes read, bytes of all files) while the table is built, not when it is cached.
-        keep: which documents to take, by name; None: all. The cached table holds all of them.
-    Raises ValueError when nothing is left, FileNotFoundError for a path without files, OSError when the disk is full.
+        tokenizer: turns text into tokens.
+        text_field: the field of .jsonl, .csv and .parquet rows that holds the text; defaults to "text".
+        cache_dir: the folder of cached tables; defaults to `$XDG_CACHE_HOME/anymamba/tokens`, or to one in `~/.cache`.
+        progress: called with (bytes read, bytes of all files) while the table is built; not called for a cached one.
+        keep: tells from a document's name whether to take it; defaults to all. The cached table holds all of them.
+    Raises ValueError if no document is left, FileNotFoundError for a path without files, OSError if the disk is full.
     """
     files = find_files(paths)
     cache = default_cache() if cache_dir is None else Path(cache_dir)
@@ -67,13 +67,13 @@ def build_token_table(
 
 
 def default_cache() -> Path:
-    """Where tables are cached; the folder may be deleted whenever nothing uses it."""
+    """The folder where tables are cached; it may be deleted while nothing uses it."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "anymamba" / "tokens"
 
 
 def _key(files: list[Path], tokenizer: Tokenizer, text_field: str | None) -> str:
-    """The name of a table in the cache: what it is made from, by size and time of change rather than by reading."""
+    """The name of a table in the cache: a hash of its inputs, with the files' sizes and times instead of their bytes."""
     digest = hashlib.sha256(json.dumps([_FORMAT, tokenizer.fingerprint, text_field]).encode())
     for file in files:
         stat = file.stat()
@@ -82,7 +82,7 @@ def _key(files: list[Path], tokenizer: Tokenizer, text_field: str | None) -> str
 
 
 def _meta(folder: Path) -> dict[str, Any] | None:
-    """What was noted when a table was completed; None where there is none, or its files are not as they were."""
+    """The notes written when a table was completed; None if there are none, or if the files' sizes have changed."""
     try:
         meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in meta["sizes"]}
@@ -98,7 +98,7 @@ def _build_once(
     text_field: str | None,
     progress: Callable[[int, int | None], None] | None,
 ) -> None:
-    """Build a table unless another process does so first; the lock ends with the process that holds it."""
+    """Build a table unless another process does it first. The lock is released when the process that holds it ends."""
     from filelock import FileLock
 
     with _writing(folder):
@@ -151,7 +151,7 @@ def _listed(files: list[Path]) -> str:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """An OSError inside says that it is the cache that cannot be written, and the way out."""
+    """Turn an OSError in the body into one that says that the cache cannot be written, and the way out."""
     try:
         yield
     except OSError as error:
@@ -176,13 +176,13 @@ class _TableWriter:
             self._documents = _ArrowFile(folder / DOCUMENTS_FILE, documents)
         self._ids: list[np.ndarray] = []
         self._windows: list[tuple[int, int, int]] = []  # document, offset, tokens
-        self._waiting = 0  # tokens not yet written
+        self._waiting = 0  # number of tokens not yet written
         self._ended: list[tuple[int, int, int, int]] = []
         self._length = 0  # of the document that is being written
         self.n_documents = self.n_empty = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """Tokens that follow in the current document."""
+        """Append tokens to the current document."""
         for start in range(0, len(ids), WINDOW):
             window = ids[start : start + WINDOW]
             self._ids.append(window)
@@ -193,7 +193,7 @@ class _TableWriter:
                 self._write_windows()
 
     def end_document(self, file: Path, row: int | None, n_bytes: int) -> None:
-        """The current document is complete; one without tokens is only counted."""
+        """Complete the current document; one without tokens is only counted."""
         if self._length:
             self._ended.append((self._length, n_bytes, self._file_number[file], -1 if row is None else row))
             self.n_documents += 1
@@ -204,7 +204,7 @@ class _TableWriter:
             self._write_documents()
 
     def finish(self) -> None:
-        """Write what waits and, last, the note that makes the folder a table."""
+        """Write the remaining tokens and, last, the notes that mark the table as complete."""
         self._write_windows()
         self._write_documents()
         with _writing(self._folder):
@@ -239,7 +239,7 @@ class _TableWriter:
 
 
 class _ArrowFile:
-    """One Arrow stream written by `datasets`; a column's type is [dtype] where its values are lists."""
+    """One Arrow stream written by `datasets`; the type of a column of lists is given as [dtype]."""
 
     def __init__(self, path: Path, columns: dict[str, Any]) -> None:
         try:
@@ -257,7 +257,7 @@ class _ArrowFile:
         self._writer = ArrowWriter(features=Features({k: feature(v) for k, v in columns.items()}), stream=self._stream)
 
     def write(self, columns: dict[str, Any]) -> None:
-        """One record batch; a column of lists is given as (offsets, values)."""
+        """Write one record batch; a column of lists is given as (offsets, values)."""
         import pyarrow
 
         def array(column: Any) -> Any:
@@ -271,6 +271,6 @@ class _ArrowFile:
         self._writer.finalize()
 
     def close(self) -> None:
-        """Close the file as it is; of one that is not finished nothing will be kept, so a full disk is no news."""
+        """Close the file as it is. An unfinished file will be deleted, so errors from a full disk are ignored."""
         with suppress(OSError):
             self._stream.close()

@@ -1,4 +1,4 @@
-"""Documents to tokens, in pieces that fit in memory."""
+"""Turns documents into tokens, in pieces that fit in memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from ..documents import Document
 from ..tokenizer import ByteTokenizer, Tokenizer
 
-# In characters. The tokenizers library takes some 500 bytes a token while it works, so 2 MiB of text take 250 MB.
+# In characters. The tokenizers library needs about 500 bytes per token, so 2 MiB of text need 250 MB.
 WHOLE = 2 << 20  # a document up to this size is encoded in one piece
 SEGMENT = 1 << 20  # a piece of a longer one
-_GROUP_TEXTS = 4096  # what the tokenizer is given at once, to work on in parallel: so many texts, ...
-_GROUP_CHARACTERS = SEGMENT * max(2, min(16, os.cpu_count() or 1))  # ... or a segment for each core
+_GROUP_TEXTS = 4096  # most texts in one call of the tokenizer, which encodes them in parallel, ...
+_GROUP_CHARACTERS = SEGMENT * max(2, min(16, os.cpu_count() or 1))  # ... and most characters: a segment for each core
 
 
 class DocumentEnd(NamedTuple):
-    """The end of a document: which one, and how many bytes it had."""
+    """The end of a document: which document, and its number of bytes."""
 
     file: Path
     row: int | None
@@ -30,14 +30,14 @@ class DocumentEnd(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Tokens that follow those of the piece before; `end` where they are their document's last."""
+    """The next tokens; `end` is set if they are the last of their document."""
 
     ids: NDArray
     end: DocumentEnd | None
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The narrowest type for a tokenizer's text; the byte tokenizer's 257th id ends documents and is never stored."""
+    """The narrowest type for a tokenizer's ids. The byte tokenizer's 257th id ends documents and is never stored."""
     top = 255 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size - 1
     return np.min_scalar_type(top)
 
@@ -45,12 +45,13 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Piece]:
     """The tokens of documents in order.
 
-    Bytes are passed through. For another tokenizer a document must be UTF-8; up to 2 Mi characters are encoded whole. A
-    longer one is cut into segments of about 1 Mi, before whitespace that follows other characters (a space after a
-    letter or digit where there is one). For tokenizers that split at whitespace first, as the byte-level BPE of
-    GPT-2, GPT-NeoX and Llama 3 do, that gives the ids of the whole. It may differ at the cuts for tokenizers that
-    join words over spaces, that put something before every text, that have added tokens with inner spaces, or whose
-    normalisation looks across spaces; and in text that has no whitespace for 2 Mi characters, which is cut anywhere.
+    For the byte tokenizer, bytes are passed through. For others a document must be UTF-8. Up to 2 Mi characters are
+    encoded in one piece; a longer document is cut into segments of about 1 Mi, before whitespace that follows other
+    characters (if possible, before a space that follows a letter or digit). For tokenizers that split at whitespace
+    first, such as the byte-level BPE of GPT-2, GPT-NeoX and Llama 3, the ids are those of the uncut text. They may
+    differ at the cuts for tokenizers that join words over spaces, that put something before every text, that have added
+    tokens with inner spaces, or whose normalisation looks across spaces; and in text without whitespace for 2 Mi
+    characters, which is cut anywhere.
     """
     if isinstance(tokenizer, ByteTokenizer):
         return _bytes_as_tokens(documents)
@@ -67,7 +68,7 @@ def _bytes_as_tokens(documents: Iterable[Document]) -> Iterator[Piece]:
 
 
 def _encode_texts(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Texts in groups, so that many short documents are encoded by one call."""
+    """Encode texts in groups, so that many short documents need one call."""
     dtype = token_dtype(tokenizer)
     texts: list[str] = []
     ends: list[DocumentEnd | None] = []
@@ -91,14 +92,14 @@ def _encode_texts(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterat
 
 
 def _segments(document: Document) -> Iterator[tuple[str, DocumentEnd | None]]:
-    """A document's text, whole or cut; the last one with the document's end."""
+    """A document's text, in one piece or in segments; the last one comes with the document's end."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     text, n_bytes, limit = "", 0, WHOLE
     for piece in document.pieces:
         text += _decode(decoder, piece, n_bytes, document)
         n_bytes += len(piece)
         while len(text) > limit:
-            limit = SEGMENT  # now that it is a long one
+            limit = SEGMENT  # the document is a long one
             cut = last_cut(text, SEGMENT) or last_cut(text, WHOLE)
             if cut is None and len(text) <= WHOLE:
                 break
@@ -110,7 +111,7 @@ def _segments(document: Document) -> Iterator[tuple[str, DocumentEnd | None]]:
 
 
 def last_cut(text: str, stop: int) -> int | None:
-    """The last place in (0, stop] where a text may be cut: before whitespace that follows something else."""
+    """The last position in (0, stop] where a text may be cut: before whitespace that follows other characters."""
     stop = min(stop, len(text) - 1)
     place = text.rfind(" ", 1, stop + 1)
     for _ in range(1000):  # a space after a letter or digit is the safest place
@@ -128,7 +129,7 @@ def last_cut(text: str, stop: int) -> int | None:
 def _decode(
     decoder: codecs.IncrementalDecoder, piece: bytes, before: int, document: Document, final: bool = False
 ) -> str:
-    """The next text of a document; an error says at which of its bytes it is."""
+    """The next text of a document; an error gives the position in bytes."""
     waiting = len(decoder.getstate()[0])  # bytes of an unfinished character
     try:
         return decoder.decode(piece, final)

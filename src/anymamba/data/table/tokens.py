@@ -1,4 +1,4 @@
-"""The table of documents: how long each is, what it is called, and its tokens."""
+"""The table of documents: the length, the name and the tokens of each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FILES_FILE = "files.arrow"
 
 
 class DocumentNames(Sequence[str]):
-    """The names of documents, made when asked for: a file's number and a row each instead of millions of strings."""
+    """The names of documents, made on access from a file's number and a row instead of kept as millions of strings."""
 
     def __init__(self, files: Sequence[Any], file: NDArray[np.integer], row: NDArray[np.integer]) -> None:
         self._files, self._file, self._row = files, file, row
-        self._last = (-1, "")  # number and path of the file asked for last: neighbours are often of the same
+        self._last = (-1, "")  # number and path of the last file: the next document is often in the same one
 
     def __len__(self) -> int:
         return len(self._file)
@@ -52,13 +52,13 @@ class TokenTable:
     """
 
     lengths: Int[np.ndarray, " n_documents"]
-    """Tokens of each document."""
+    """Number of tokens in each document."""
     byte_lengths: Int[np.ndarray, " n_documents"]
-    """Bytes of each document, before tokenisation."""
+    """Number of bytes in each document, before tokenisation."""
     names: DocumentNames
-    """What each document is called: its file, with `:row` where a file holds many."""
+    """The name of each document: its file, with `:row` if the file holds several."""
     n_empty: int
-    """Empty documents that were left out when the table was made."""
+    """Number of empty documents that were left out."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class TokenTable:
         names: DocumentNames,
         n_empty: int = 0,
     ) -> None:
-        self.store, self.starts = store, starts  # starts: where each document begins in the store's stream
+        self.store, self.starts = store, starts  # starts: the offset of each document in the store's stream
         self.lengths, self.byte_lengths, self.names, self.n_empty = lengths, byte_lengths, names, n_empty
 
     @classmethod
@@ -80,8 +80,8 @@ class TokenTable:
 
         Args:
             documents: the token ids of each document: lists, ranges, arrays or tensors of integers.
-            byte_lengths: the bytes of each; None: one a token, which is right for byte tokens.
-            names: what each is called; None: "document 0", "document 1", ...
+            byte_lengths: the number of bytes in each; defaults to the number of tokens, as for byte tokens.
+            names: the name of each; defaults to "document 0", "document 1", ...
         """
         arrays = [row_of_ids(document, f"document {i}") for i, document in enumerate(documents)]
         lengths = np.array([len(array) for array in arrays], np.int64)
@@ -114,21 +114,21 @@ class TokenTable:
 
     @property
     def n_documents(self) -> int:
-        """How many documents there are."""
+        """Number of documents."""
         return len(self.lengths)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all documents."""
+        """Number of tokens in all documents."""
         return int(self.lengths.sum())
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all documents, before tokenisation."""
+        """Number of bytes in all documents, before tokenisation."""
         return int(self.byte_lengths.sum())
 
     def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, " tokens"]:
-        """The tokens [start, stop) of a document: mostly a view of the mapped file, not to be written to."""
+        """The tokens [start, stop) of a document. Usually a view of the mapped file, which must not be written to."""
         if not 0 <= start <= stop <= self.lengths[document]:
             raise ValueError(
                 f"document {document} ({self.names[document]}) has {self.lengths[document]} tokens, "
@@ -138,13 +138,13 @@ class TokenTable:
         return self.store.slice(first + start, first + stop)
 
     def select(self, documents: ArrayLike) -> TokenTable:
-        """A table of some of the documents, by their numbers; tokens are shared, not copied."""
+        """A table of some of the documents, given by number; tokens are shared, not copied."""
         index = np.asarray(documents, np.int64).reshape(-1)
         return TokenTable(
             self.store, self.starts[index], self.lengths[index], self.byte_lengths[index], self.names.select(index)
         )
 
     def split(self, held_out: Callable[[str], bool]) -> tuple[TokenTable, TokenTable]:
-        """(documents whose name is not held out, those whose name is)."""
+        """Two tables: the documents whose names are not held out, and those whose names are."""
         out = np.fromiter((held_out(name) for name in self.names), bool, self.n_documents)
         return self.select(np.flatnonzero(~out)), self.select(np.flatnonzero(out))
