@@ -11,6 +11,17 @@ os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"  # a graph of an older version 
 import pytest
 import torch
 
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where tests/ops has its tensors")
+
+
+def pytest_configure(config):
+    """Tensors without a device are made there. A default device of torch is a mode, which the operators would see."""
+    if config.getoption("--device") == "cuda":
+        torch.set_default_tensor_type(torch.cuda.FloatTensor)
+
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

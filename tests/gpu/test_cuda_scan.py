@@ -198,6 +198,15 @@ def test_nothing_waits_for_the_gpu_and_a_graph_holds_it(call):
     assert all(torch.equal(a, b) for a, b in zip(held, everything(call, dy, dlast), strict=True))
 
 
+def test_a_graph_may_be_captured_with_the_first_call(call, monkeypatch):
+    monkeypatch.setattr(nvrtc, "_kernels", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = cuda.forward(call, False)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(held, cuda.forward(call, False), strict=True))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 255])
 @pytest.mark.parametrize("d_state", [16, 64, 5])
 @pytest.mark.parametrize("dtype", SHORT)

@@ -1,17 +1,38 @@
-"""The backends that tests run on: the compiled kernels once for each instruction set that this machine has."""
+"""The backends that tests run on: the compiled kernels once for each instruction set that this machine has.
+
+`python -m pytest tests/ops --device cuda` runs them on a GPU, for the backends that serve one.
+"""
 
 from __future__ import annotations
 
 import pytest
 
 from anymamba.kernels import native
+from anymamba.kernels.backends import BACKENDS
 
-FAST = ["portable", *(f"cpu {name}" for name in (native.module().instruction_sets() if native.load() else []))]
+
+def served(device: str) -> list[str]:
+    """Every backend but the reference that serves an op on a device."""
+    if device == "cpu":
+        found = native.module().instruction_sets() if native.load() else []
+        return ["portable", *(f"cpu {name}" for name in found)]
+    names = dict.fromkeys(m.NAME for modules in BACKENDS.values() for m in modules if m.unavailable(device) is None)
+    return [name for name in names if name != "reference"]
 
 
-def serve(param: str):
+def pytest_generate_tests(metafunc):
+    """`fast` is every backend but the reference, `backend` is every one; a file may have a fixture of its own."""
+    names = served(metafunc.config.getoption("--device"))
+    for fixture, params in (("fast", names), ("backend", [*names, "reference"])):
+        if fixture in metafunc.fixturenames and not hasattr(metafunc.module, fixture):
+            metafunc.parametrize(fixture, params, indirect=True)
+
+
+def serve(request):
     """The backend's name, with its instruction set chosen while the test runs."""
-    name, _, instruction_set = param.partition(" ")
+    name, _, instruction_set = request.param.partition(" ")
+    if "conv" in request.node.nodeid and name not in {m.NAME for m in BACKENDS["causal_conv1d"]}:
+        pytest.skip(f"{name} is no backend of the convolution")
     if not instruction_set:
         yield name
         return
@@ -21,16 +42,14 @@ def serve(param: str):
     native.module().choose_instruction_set(before)
 
 
-@pytest.fixture(params=FAST)
+@pytest.fixture
 def fast(request):
-    """Every backend but the reference."""
-    yield from serve(request.param)
+    yield from serve(request)
 
 
-@pytest.fixture(params=[*FAST, "reference"])
+@pytest.fixture
 def backend(request):
-    """Every backend."""
-    yield from serve(request.param)
+    yield from serve(request)
 
 
 def pytest_collection_modifyitems(config, items):

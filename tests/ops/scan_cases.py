@@ -9,6 +9,9 @@ from torch import Tensor
 
 from anymamba import selective_scan
 
+HERE = torch.empty(0).device
+"""Where the tests' tensors are: see tests/conftest.py."""
+
 TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
@@ -35,8 +38,11 @@ def scan_inputs(
     generator = torch.Generator().manual_seed(seed)
     real = torch.float64
 
+    def random(*shape: int, dtype: torch.dtype = real) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype, device="cpu").to(HERE)
+
     def normal(*shape: int, complex_too: bool = False) -> Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=real.to_complex() if complex_too else real)
+        values = random(*shape, dtype=real.to_complex() if complex_too else real)
         target = torch.promote_types(dtype, torch.float32).to_complex() if complex_too else dtype
         return values.to(target)
 
@@ -48,11 +54,11 @@ def scan_inputs(
         return normal(batch, length, int(kind), d_state, complex_too=is_complex)
 
     wide = torch.promote_types(dtype, torch.float32)
-    rate = -torch.exp(torch.randn(d_inner, d_state, generator=generator, dtype=real) * 0.5)
-    A = torch.complex(rate, 3 * torch.randn(d_inner, d_state, generator=generator, dtype=real)) if is_complex else rate
+    rate = -torch.exp(random(d_inner, d_state) * 0.5)
+    A = torch.complex(rate, 3 * random(d_inner, d_state)) if is_complex else rate
     n_sequences = batch if lengths is None else len(lengths)
-    delta = torch.randn(batch, length, d_inner, generator=generator, dtype=real)
-    state = torch.randn(n_sequences, d_inner, d_state, generator=generator, dtype=A.dtype)
+    delta = random(batch, length, d_inner)
+    state = random(n_sequences, d_inner, d_state, dtype=A.dtype)
     return {
         "u": normal(batch, length, d_inner),
         "delta": (delta if softplus else delta.abs() * 0.3).to(dtype),
@@ -71,7 +77,9 @@ def scan_inputs(
 
 def offsets(lengths: list[int]) -> Tensor:
     """cu_seqlens of packed sequences of these lengths."""
-    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+    return torch.tensor(
+        [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32, device=HERE
+    )
 
 
 def widened(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def run_scan(inputs: dict[str, Any], backend: str, gradients: bool = True) -> di
     if gradients:
         generator = torch.Generator().manual_seed(1)
         cotangents = [
-            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, last_state)
+            torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t) for t in (y, last_state)
         ]
         present = [k for k in TENSORS if leaves[k] is not None]
         pairs = zip((y, last_state), cotangents, strict=True)

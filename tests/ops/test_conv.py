@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scan_cases import assert_close, assert_within_budget, offsets
+from scan_cases import HERE, assert_close, assert_within_budget, offsets
 
 from anymamba import causal_conv1d, causal_conv1d_step
 
@@ -30,7 +30,7 @@ def conv_inputs(
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(HERE, dtype)
 
     rows = batch if lengths is None else len(lengths)
     return {
@@ -48,7 +48,9 @@ def run(inputs: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
     leaves = {k: v.detach().requires_grad_() if k in NAMES and v is not None else v for k, v in inputs.items()}
     y, last_state = causal_conv1d(**leaves, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, last_state)]
+    weights = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t) for t in (y, last_state)
+    ]
     loss = (y * weights[0]).sum() + (last_state * weights[1]).sum()
     present = [k for k in NAMES if leaves[k] is not None]
     grads = torch.autograd.grad(loss, [leaves[k] for k in present], materialize_grads=True)

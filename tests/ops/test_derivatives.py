@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from scan_cases import TENSORS, scan_inputs
+from scan_cases import HERE, TENSORS, scan_inputs
 from test_scan_gradients import step_inputs
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -38,7 +38,7 @@ def scan_step(**options: Any) -> tuple[Call, list[Tensor]]:
 
 
 def conv(lengths: list[int] | None = None, activation: str | None = "silu") -> tuple[Call, list[Tensor]]:
-    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int()
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], device=HERE).cumsum(0).int()
     rows = 1 if lengths is None else len(lengths)
     shapes = [(1, 5, 2), (2, 3), (2,), (rows, 2, 2)]
 
@@ -55,7 +55,7 @@ def conv_step() -> tuple[Call, list[Tensor]]:
 
 def random(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(HERE) for shape in shapes]
 
 
 CASES = {
@@ -70,8 +70,8 @@ CASES = {
     "conv-packed": functools.partial(conv, lengths=[3, 0, 2]),
     "conv-step": conv_step,
 }
-SERVING = {line.backend for line in dispatch.report("cpu") if line.available}
-BACKENDS = [name for name in ("cpu", "portable") if name in SERVING]
+SERVING = {line.backend for line in dispatch.report(HERE.type) if line.available}
+BACKENDS = [name for name in ("cpu", "cuda", "portable") if name in SERVING]
 """Every backend whose derivatives are not torch's own."""
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import ast
 import inspect
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from scan_cases import run_scan, scan_inputs
+from scan_cases import HERE, run_scan, scan_inputs
 
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
-from anymamba.kernels import native
+from anymamba.kernels import native, nvrtc
 from anymamba.kernels.backends import BACKENDS
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.ops import dispatch
 
 OPS = sorted(BACKENDS)
-NAMES = ["cpu", "portable", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +44,15 @@ def test_a_named_backend_that_cannot_serve_says_why(op):
         dispatch.resolve(op, "cuda", "cpu")
 
 
+def test_a_gpu_without_a_part_of_cuda_says_which_and_takes_the_next(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_reason", lambda: "the package cuda-bindings is not installed; pip install it")
+    lines = {line.backend: line for line in dispatch.report("cuda") if line.op == "selective_scan"}
+    assert not lines["cuda"].available and "cuda-bindings is not installed" in lines["cuda"].reason
+    assert lines["portable"].chosen
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve .*: the package cuda-b.* take one of portable"):
+        dispatch.resolve("selective_scan", "cuda", "cuda")
+
+
 def test_a_backend_may_refuse_arguments():
     arguments = ScanArguments(
         *(v for k, v in scan_inputs(is_complex=True).items() if k in ("u", "delta", "A", "B", "C"))
@@ -65,7 +72,7 @@ def test_native_says_why_it_is_absent():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_report(device):
     lines = dispatch.report(device)
-    assert {(line.op, line.backend) for line in lines} == set(itertools.product(OPS, NAMES))
+    assert {(line.op, line.backend) for line in lines} == {(op, m.NAME) for op in OPS for m in BACKENDS[op]}
     for line in lines:
         assert line.device == device and line.reason
         assert line.chosen == (dispatch.resolve(line.op, device, None) == line.backend)
@@ -92,7 +99,9 @@ def test_counters_say_which_backend_ran(backend):
 
 def test_the_best_backend_ran():
     selective_scan(**scan_inputs())
-    assert dict(dispatch.calls) == {("selective_scan", dispatch.resolve("selective_scan", "cpu", None), "forward"): 1}
+    assert dict(dispatch.calls) == {
+        ("selective_scan", dispatch.resolve("selective_scan", HERE.type, None), "forward"): 1
+    }
 
 
 PROTOCOL = ("unavailable", "refuses", "description", "forward", "backward", "step")
@@ -110,7 +119,8 @@ def test_backends_of_an_op_have_the_same_signatures(op, name):
 def test_every_backend_says_what_it_sees_through(op):
     for module in BACKENDS[op]:
         assert module.TRANSPARENT.issubset({"forward", "step"})
-        assert module.description()
+        if module.unavailable(HERE.type) is None:
+            assert module.description()
     assert [m.NAME for m in BACKENDS[op] if "forward" in m.TRANSPARENT] == ["reference"]
 
 
@@ -121,7 +131,10 @@ def test_backends_never_import_each_other(op):
         modules = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
-        ours = (*(f"anymamba.kernels.{n}" for n in ("elementwise", "native", f"{op}.arguments")), f"{module.__name__}.")
+        ours = (
+            *(f"anymamba.kernels.{n}" for n in ("elementwise", "native", "nvrtc", f"{op}.arguments")),
+            module.__name__,
+        )
         others = {m for m in modules if m.startswith("anymamba.kernels.") and not m.startswith(ours)}
         assert not relative and not others, module.NAME
 

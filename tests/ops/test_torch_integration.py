@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from scan_cases import TENSORS, assert_close, run_scan, scan_inputs
+from scan_cases import HERE, TENSORS, assert_close, offsets, run_scan, scan_inputs
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -40,7 +40,7 @@ def test_opcheck_of_the_scan(options, fast):
     torch.library.opcheck(scan_op, (*ScanArguments(**leaves), True, fast))
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 3, 11], dtype=torch.int32)], ids=["batch", "packed"])
+@pytest.mark.parametrize("cu_seqlens", [None, offsets([3, 0, 8])], ids=["batch", "packed"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 @pytest.mark.parametrize("width", [1, 4])
 def test_opcheck_of_the_convolution(cu_seqlens, state, width, fast):
@@ -158,7 +158,7 @@ def test_export_with_dynamic_length():
 def test_nothing_inside_the_scan_is_autocast(backend):
     inputs = scan_inputs(dtype=torch.float32)
     want = run_scan(inputs, backend, gradients=backend != "reference")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(HERE.type, torch.bfloat16):
         got = run_scan(inputs, backend, gradients=backend != "reference")
         step = [inputs["initial_state"], *(inputs[k][:, 0] for k in ("u", "delta")), inputs["A"]]
         matrices = [inputs[k][:, 0, None] for k in ("B", "C")]
@@ -173,7 +173,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
     def recomputed(*inputs):
         return checkpoint(both_ops, *inputs, use_reentrant=False)
 
-    best = dispatch.resolve("selective_scan", "cpu", None)
+    best = dispatch.resolve("selective_scan", HERE.type, None)
     dispatch.calls.clear()
     got = gradients(recomputed, values)
     assert dispatch.calls["selective_scan", best, "forward"] == 2
@@ -243,7 +243,7 @@ def test_eager_inference_is_unobserved_and_gives_the_same_bits():
     assert observers.way(*values.values()) == "kernel"
     got = selective_scan(**values)
     tensors = [values[name] for name in ("u", "delta", "A")] + [values[name][:, :, None] for name in ("B", "C")]
-    backend = dispatch.resolve("selective_scan", "cpu", None)
+    backend = dispatch.resolve("selective_scan", HERE.type, None)
     want = scan_op(*tensors, None, values["z"], None, None, None, False, "euler", False, backend)
     assert torch.equal(got.y, want[0])
     assert torch.equal(got.last_state, want[1])
@@ -313,9 +313,9 @@ def test_a_default_device_does_not_move_the_outputs():
     want = selective_scan(**values)
     with torch.device("meta"):
         got = selective_scan(**values)
-        conv = causal_conv1d(values["u"], torch.ones(values["u"].shape[2], 4, device="cpu"))
+        conv = causal_conv1d(values["u"], torch.ones(values["u"].shape[2], 4, device=HERE))
     assert torch.equal(got.y, want.y)
-    assert conv.y.device.type == conv.last_state.device.type == "cpu"
+    assert conv.y.device == conv.last_state.device == values["u"].device
 
 
 def test_an_exported_step_is_not_autocast_either():

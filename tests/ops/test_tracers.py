@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scan_cases import scan_inputs
+from scan_cases import HERE, scan_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize, grad, vmap
@@ -191,10 +191,10 @@ def test_compiled_code_gets_no_pointer_of_what_has_no_memory():
 
 @torch.no_grad()
 def test_steps_run_on_kernels_while_nobody_looks_at_tensors():
-    best = dispatch.resolve("selective_scan", "cpu", None)
+    best = dispatch.resolve("selective_scan", HERE.type, None)
     dispatch.calls.clear()
     scan_step(*values())
-    with torch.device("cpu"), torch.autograd.profiler.profile():  # neither changes what a tensor is
+    with torch.device(HERE), torch.autograd.profiler.profile():  # neither changes what a tensor is
         scan_step(*values())
     assert dispatch.calls["selective_scan", best, "step"] == 2
 
@@ -223,15 +223,15 @@ def test_a_context_insists_on_a_backend(name):
         with anymamba.backend("portable"):
             assert backends_that_ran(use_the_layer) == {"portable"}
         assert backends_that_ran(use_the_layer) == {name}
-    assert dispatch.resolve("selective_scan", "cpu", None) == dispatch.resolve("causal_conv1d", "cpu", None)
-    assert backends_that_ran(lambda: layer(x)) == {dispatch.resolve("selective_scan", "cpu", None)}
+    assert dispatch.resolve("selective_scan", HERE.type, None) == dispatch.resolve("causal_conv1d", HERE.type, None)
+    assert backends_that_ran(lambda: layer(x)) == {dispatch.resolve("selective_scan", HERE.type, None)}
 
 
 def test_a_context_ends_with_an_error_too():
-    before = dispatch.resolve("selective_scan", "cpu", None)
+    before = dispatch.resolve("selective_scan", HERE.type, None)
     with pytest.raises(ZeroDivisionError), anymamba.backend("reference"):
         raise ZeroDivisionError
-    assert dispatch.resolve("selective_scan", "cpu", None) == before
+    assert dispatch.resolve("selective_scan", HERE.type, None) == before
 
 
 def test_a_context_says_what_it_cannot():
@@ -240,7 +240,7 @@ def test_a_context_says_what_it_cannot():
     with anymamba.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' cannot serve selective_scan on meta"):
         scan(*(t.to("meta") for t in values()))
     with anymamba.backend("reference"):
-        assert [line.chosen for line in dispatch.report("cpu") if line.backend == "reference"] == [True, True]
+        assert [line.chosen for line in dispatch.report() if line.backend == "reference"] == [True, True]
 
 
 def test_compiled_code_follows_the_context():

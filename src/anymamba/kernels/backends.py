@@ -1,6 +1,6 @@
-"""The backends of each op, best first, and what a module must have to be one.
+"""The backends of each op, best first, and the interface of a backend module.
 
-A backend of another op or device is one module more in `BACKENDS`: nothing else names it.
+To add a backend, write a module and add it to `BACKENDS`; no other code names it.
 """
 
 from __future__ import annotations
@@ -14,38 +14,41 @@ from anymamba.kernels.causal_conv1d import cpu as conv_cpu
 from anymamba.kernels.causal_conv1d import portable as conv_portable
 from anymamba.kernels.causal_conv1d import reference as conv_reference
 from anymamba.kernels.selective_scan import cpu as scan_cpu
+from anymamba.kernels.selective_scan import cuda as scan_cuda
 from anymamba.kernels.selective_scan import portable as scan_portable
 from anymamba.kernels.selective_scan import reference as scan_reference
 
 
 class Backend(Protocol):
-    """A module that computes one op. `arguments` is the op's record; results are described in the op's reference."""
+    """A module that computes one op. `arguments` is the op's record. The op's `reference` describes the results."""
 
     NAME: str
     TRANSPARENT: frozenset[str]
-    """Of "forward" and "step", those that are differentiable torch operations: autograd and tracers see through."""
+    """Which of "forward" and "step" are differentiable torch operations, which autograd and tracers can follow."""
+    CLAMPS_OFFSETS: bool
+    """Whether wrong `cu_seqlens` are clamped on the device, so that the CPU need not read them; defaults to False."""
 
     def unavailable(self, device_type: str, /) -> str | None:
-        """Why it cannot serve a device, in words; None where it can."""
+        """The reason why it cannot serve a device, or None if it can."""
 
     def refuses(self, arguments: Any, /) -> str | None:
-        """Why it leaves these arguments to another backend, in words; None where it takes them."""
+        """The reason why it does not support these arguments, or None if it does."""
 
     def description(self) -> str:
-        """One line for the report: what it is, and what goes elsewhere."""
+        """One line for the report: what it is, and which arguments go to another backend."""
 
     forward: Callable[..., Any]
-    """From the record (and for the scan whether to save states for the backward pass) to the outputs."""
+    """Takes the record, and for the scan whether to save states for the backward pass; returns the outputs."""
 
     backward: Callable[..., list[Tensor | None]]
-    """From the gradients of the outputs, the record and what was saved to the gradients of the record's floating-point
-    tensors, in their order; None where one is absent."""
+    """Takes the gradients of the outputs, the record and what forward saved; returns the gradients of the record's
+    floating-point tensors in their order, with None for tensors that are not given."""
 
     step: Callable[..., tuple[Tensor, Tensor]]
-    """Forward at length one, from `initial_state`."""
+    """`forward` at length one, from `initial_state`."""
 
 
 BACKENDS: dict[str, tuple[Any, ...]] = {
-    "selective_scan": (scan_cpu, scan_portable, scan_reference),
+    "selective_scan": (scan_cpu, scan_cuda, scan_portable, scan_reference),
     "causal_conv1d": (conv_cpu, conv_portable, conv_reference),
 }

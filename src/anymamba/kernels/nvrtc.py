@@ -32,7 +32,12 @@ OLDEST = 80
 HEADERS = Path(__file__).parent / "cuda"
 """What the kernels of all ops share."""
 
-INSTALL = "pip install cuda-bindings nvidia-cuda-nvrtc, of the CUDA version that torch.version.cuda names"
+
+def _install() -> str:
+    """The command that installs the compiler, of the CUDA version that torch was built for."""
+    major = (torch.version.cuda or "13").partition(".")[0]
+    library = f"nvidia-cuda-nvrtc-cu{major}" if int(major) < 13 else f"nvidia-cuda-nvrtc=={major}.*"
+    return f'pip install "cuda-bindings=={major}.*" "{library}"'
 
 
 class Source(NamedTuple):
@@ -89,11 +94,11 @@ def _compiler() -> Any:
     try:
         nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     except ImportError:
-        return f"the package cuda-bindings is not installed; {INSTALL}"
+        return f"the package cuda-bindings is not installed; {_install()}"
     try:
         _check_nvrtc(nvrtc, nvrtc.nvrtcVersion())
     except Exception as error:  # what a missing library raises depends on the version of cuda-bindings
-        return f"NVRTC cannot be loaded ({_first_line(error)}); {INSTALL}"
+        return f"NVRTC cannot be loaded ({_first_line(error)}); {_install()}"
     return nvrtc
 
 
@@ -104,7 +109,7 @@ def _driver() -> Any:
         driver = importlib.import_module("cuda.bindings.driver")
         (status,) = driver.cuInit(0)
     except ImportError:
-        return f"the package cuda-bindings is not installed; {INSTALL}"
+        return f"the package cuda-bindings is not installed; {_install()}"
     except Exception as error:
         return f"there is no NVIDIA driver ({_first_line(error)}); install one that fits torch.version.cuda"
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -123,15 +128,55 @@ def cannot_compile() -> str | None:
 
 
 @cache
-def reason() -> str | None:
-    """Why kernels can not be compiled and run in this process, in words; None where they can."""
+def _reason() -> str | None:
+    if torch.version.hip:
+        return "it is for NVIDIA GPUs, and this torch is built for those of AMD"
     if cannot_compile():
         return cannot_compile()
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
     if isinstance(_driver(), str):
         return _driver()
-    return _no_architecture(min(device(i).capability for i in range(torch.cuda.device_count())))
+    return _old_driver() or _every_gpu_too_old()
+
+
+def reason() -> str | None:
+    """Why kernels cannot be compiled and run in this process, in words; None where they run on some GPU."""
+    return _reason()
+
+
+def _old_driver() -> str | None:
+    """A driver runs what NVRTC compiles for its own major version of CUDA and for older ones."""
+    driver = _require(_driver())
+    status, newest = driver.cuDriverGetVersion()
+    if status == driver.CUresult.CUDA_SUCCESS and newest // 1000 < version()[0]:
+        return (
+            f"the NVIDIA driver is for CUDA {newest // 1000}.{newest % 1000 // 10} and does not run what "
+            f"NVRTC {'.'.join(map(str, version()))} compiles; install a newer driver, or a torch built for "
+            f"CUDA {newest // 1000}"
+        )
+    return None
+
+
+def _every_gpu_too_old() -> str | None:
+    refused = [refuses_gpu(i) for i in range(torch.cuda.device_count())]
+    return None if None in refused else refused[0]
+
+
+@cache
+def _refuses_gpu(index: int) -> str | None:
+    why = _no_architecture(device(index).capability)
+    return None if why is None else f"{torch.cuda.get_device_name(index)}: {why}"
+
+
+def refuses_gpu(index: int) -> str | None:
+    """Why kernels do not run on a GPU by its number, in words; None where they do."""
+    return _refuses_gpu(index)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler, which takes two seconds.
+for _constant in (reason, refuses_gpu):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _no_architecture(capability: int) -> str | None:
@@ -185,7 +230,9 @@ def architecture(capability: int) -> int:
 
 
 def description() -> str:
-    """The compiler's version and where compiled kernels are kept."""
+    """The compiler's version and where compiled kernels are kept, or what is missing."""
+    if cannot_compile():
+        return str(cannot_compile())
     where = f"kept in {cache_folder()}" if _can_keep() else f"not kept: {cache_folder()} cannot be written"
     return f"NVRTC {'.'.join(map(str, version()))}, compiled kernels {where}"
 
@@ -317,9 +364,11 @@ class Kernel:
         target = architecture(device(index).capability)
         with torch.cuda.device(index):
             torch.cuda.current_stream().cuda_stream  # noqa: B018  torch makes the context when it is first needed
-            torch.cuda.synchronize() if not torch.cuda.is_current_stream_capturing() else None
+            relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # a graph may be captured meanwhile
+            before = self._check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
             self._module = self._load(compile_for(variant, target), variant, target)
             self._function = self._check(driver.cuModuleGetFunction(self._module, variant.kernel.encode()))
+            self._check(driver.cuThreadExchangeStreamCaptureMode(before))
         self._shared = 48 << 10  # what a block gets without asking
 
     def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes) -> None:

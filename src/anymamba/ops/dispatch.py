@@ -1,7 +1,7 @@
-"""Which backend runs: one rule, one report, and counters of what ran.
+"""Choose the backend of an op, report which backends are available, and count which ones ran.
 
-The rule: the first backend in the op's list that serves the device and takes the arguments. A named backend that cannot
-serve raises and says why.
+The rule: take the first backend in the op's list that serves the device and supports the arguments. A backend that is
+named and cannot serve is an error that says why.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from anymamba.kernels.backends import BACKENDS, Backend
 from anymamba.ops import observers
 
 calls: Counter[tuple[str, str, str]] = Counter()
-"""How often (op, backend, pass) ran; pass is "forward", "backward" or "step"."""
+"""How often each (op, backend, pass) ran; pass is "forward", "backward" or "step"."""
 
 _insisted: list[str] = []
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Insist on a backend for every op that runs inside: of layers, models, drop-ins and transformers' models, too.
+    """Use one backend for every op inside the `with` block, also in layers, models, drop-ins and transformers models.
 
-    A `backend` argument of an op goes first; of nested contexts the inner one does. The setting is the process's, as
-    torch's own choices of backends are. The derivatives that a backend does not have run as they do without it.
+    An op's own `backend` argument takes precedence, and an inner context over an outer one. The setting applies to the
+    whole process, like torch's own backend flags. Derivatives that the backend does not have are computed as usual.
 
     Args:
-        name: a name of `anymamba info`, such as "cpu", "portable" or "reference".
-    Raises ValueError at once for an unknown name, and where an op runs RuntimeError if the backend cannot serve it.
+        name: a backend from the list of `anymamba info`, such as "cpu", "portable" or "reference".
+    Raises ValueError at once for an unknown name. An op that the backend cannot serve raises RuntimeError when it runs.
     """
     known = dict.fromkeys(module.NAME for modules in BACKENDS.values() for module in modules)
     if name not in known:
@@ -50,9 +50,9 @@ def resolve(op: str, device_type: str, backend: str | None, arguments: Any = Non
     Args:
         op: a key of BACKENDS.
         device_type: `tensor.device.type`.
-        backend: a name to insist on; None takes that of the context `backend`, or the best there is.
-        arguments: the op's record; None asks for the device alone.
-    Raises ValueError for an unknown name, RuntimeError for a backend that cannot serve, both saying what can.
+        backend: a backend name; defaults to that of the context `backend`, or to the best one that can serve.
+        arguments: the op's record; None checks only the device.
+    Raises ValueError for an unknown name and RuntimeError for a backend that cannot serve; both list the alternatives.
     """
     name = backend or (_insisted[-1] if _insisted else None)
     if name is None:
@@ -77,7 +77,7 @@ def _why_not(module: Backend, arguments: Any, device_type: str) -> str | None:
 
 
 def transparent(op: str, what: str, arguments: Any) -> str:
-    """The first backend whose "forward" or "step" is differentiable torch operations."""
+    """The first backend whose `what`, "forward" or "step", is made of differentiable torch operations."""
     served = (m for m in BACKENDS[op] if what in m.TRANSPARENT and m.refuses(arguments) is None)
     return next(module.NAME for module in served)
 
@@ -93,10 +93,16 @@ def kernel(op: str, backend: str) -> Any:
     raise ValueError(f"unknown backend {backend!r} for {op}; there are {', '.join(m.NAME for m in BACKENDS[op])}")
 
 
+def clamps_offsets(op: str, backend: str) -> bool:
+    """Whether a backend clamps wrong offsets on the device, so that their values need not be read on the CPU."""
+    return getattr(kernel(op, backend), "CLAMPS_OFFSETS", False)
+
+
 def step_kernel(
     op: str, arguments: Any, device_type: str, backend: str | None
 ) -> Callable[[Any], tuple[Tensor, Tensor]]:
-    """The step of the backend that serves; of one that autograd, transforms and tracers see through where they look."""
+    """The step function of the backend that serves, or under autograd, transforms and tracers of one that is made of
+    torch operations."""
     name, tensors = resolve(op, device_type, backend, arguments), arguments.tensors
     if "step" not in kernel(op, name).TRANSPARENT and (
         not observers.plain(*tensors) or observers.differentiable(*tensors) or observers.has_tangent(*tensors)
@@ -107,7 +113,7 @@ def step_kernel(
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which operations keep the dtypes of their operands; what is exported keeps it for autocast later."""
+    """A context in which operations keep the dtypes of their operands. An exported program keeps this context."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     needed = torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
@@ -115,13 +121,13 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def count(op: str, backend: str, what: str) -> None:
-    """Count a pass, unless it is traced: compiled code would guard on the number and be compiled anew each time."""
+    """Count a pass, unless it is traced: compiled code would guard on the number and be recompiled each time."""
     if not torch.compiler.is_compiling():
         calls[op, backend, what] += 1
 
 
 class BackendStatus(NamedTuple):
-    """One line of the report."""
+    """One row of the report."""
 
     op: str
     backend: str
@@ -129,11 +135,11 @@ class BackendStatus(NamedTuple):
     available: bool
     chosen: bool
     reason: str
-    """Why it is not available, or what it is."""
+    """Why the backend is not available, or its description if it is."""
 
 
 def report(device_type: str | None = None) -> list[BackendStatus]:
-    """For each op and backend whether it runs on a device (default: the best device there is) and why not."""
+    """For each op and backend: whether it runs on a device, and if not, why. Defaults to a GPU if there is one."""
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     lines = []

@@ -1,4 +1,4 @@
-"""The causal convolution as torch knows it: the registered op, its shapes, its gradients, its ways to run."""
+"""The causal convolution's op registered with torch: its shapes, its gradients and the ways to run it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ OP = "causal_conv1d"
 
 
 def run(arguments: ConvArguments, backend: str) -> tuple[Tensor, Tensor]:
-    """y and the last state by a backend."""
+    """Compute y and the last state with a backend."""
     if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
         return _operations(arguments, backend)
     return functions.run(RULES, arguments, backend)
 
 
 def _operations(arguments: ConvArguments, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Differentiable torch operations, of a named backend or the first that has them."""
+    """The same in differentiable torch operations, of a named backend or of the first that has them."""
     return _forward(arguments, backend or dispatch.transparent(OP, "forward", arguments))
 
 
 def _forward(arguments: ConvArguments, backend: str) -> tuple[Tensor, Tensor]:
-    require_offsets(arguments.cu_seqlens, arguments.x.shape[1])
+    if not dispatch.clamps_offsets(OP, backend):
+        require_offsets(arguments.cu_seqlens, arguments.x.shape[1])
     dispatch.count(OP, backend, "forward")
     return dispatch.kernel(OP, backend).forward(arguments)
 

@@ -1,4 +1,4 @@
-"""The selective scan as torch knows it: the registered op, its shapes, its gradients, its ways to run."""
+"""The selective scan's op registered with torch: its shapes, its gradients and the ways to run it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ OP = "selective_scan"
 
 
 def run(arguments: ScanArguments, backend: str) -> tuple[Tensor, Tensor]:
-    """y and the last state by a backend."""
+    """Compute y and the last state with a backend."""
     if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
         return _operations(arguments, backend)
     return functions.run(RULES, arguments, backend)
 
 
 def _operations(arguments: ScanArguments, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Differentiable torch operations, of a named backend or the first that has them."""
+    """The same in differentiable torch operations, of a named backend or of the first that has them."""
     name = backend or dispatch.transparent(OP, "forward", arguments)
     y, last_state, _ = _forward(arguments, False, name)
     return y, last_state
 
 
 def _forward(arguments: ScanArguments, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    require_offsets(arguments.cu_seqlens, arguments.length)
+    if not dispatch.clamps_offsets(OP, backend):
+        require_offsets(arguments.cu_seqlens, arguments.length)
     dispatch.count(OP, backend, "forward")
     with dispatch.without_autocast(arguments.u.device.type):
         return dispatch.kernel(OP, backend).forward(arguments, save)
@@ -119,7 +120,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _gradients(ctx: Any, dy: Tensor, dlast_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, saved = ctx.saved_tensors
     arguments = ScanArguments(*tensors, *ctx.options)
-    if not ctx.save:  # it was called by something that hides from it that gradients are wanted
+    if not ctx.save:  # the forward pass could not see that gradients would be needed
         saved = forward_op(*arguments, True, ctx.backend)[2]
     grads = backward_op(dy, dlast_state, *arguments, saved, ctx.backend)
     of_tensors = (None if t is None else g for t, g in zip(tensors[:-1], grads, strict=True))

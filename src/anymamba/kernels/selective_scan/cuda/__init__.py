@@ -16,6 +16,7 @@ from anymamba.kernels.selective_scan.cuda.call import Call, real
 
 NAME = "cuda"
 TRANSPARENT: frozenset[str] = frozenset()
+CLAMPS_OFFSETS = True
 
 
 def unavailable(device_type: str) -> str | None:
@@ -24,7 +25,8 @@ def unavailable(device_type: str) -> str | None:
 
 
 def refuses(arguments: ScanArguments) -> str | None:
-    return None
+    device = arguments.u.device
+    return nvrtc.refuses_gpu(device.index) if device.type == "cuda" else None
 
 
 def description() -> str:
@@ -63,6 +65,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
         summed = [None if t is None else t.zero_() for t in (dA, dB, dC, dD, dbias)]
         passed = None if dinitial is None else dinitial.copy_(dlast_state)
         return [du, ddelta, *summed[:4], dz, summed[4], passed]
+    dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))  # autograd hands over lazy ones
     call, dtype = _start(a)
     layouts = plan.layouts(a)
     rows = (du, ddelta, dz)

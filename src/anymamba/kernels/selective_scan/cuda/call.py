@@ -51,11 +51,15 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 
 class Call:
-    """The arguments of the kernels of one call; it keeps what they point to alive."""
+    """The arguments of the kernels of one call; it keeps what they point to alive.
+
+    Its methods raise ValueError for a tensor on another device than u's.
+    """
 
     def __init__(self, a: ScanArguments) -> None:
         self.dtype = a.dtype
         self.like = a.u
+        self._device = a.u.device
         self.index: int = a.u.device.index or 0
         self.values = [0] * (6 * len(ROWS) + len(FIELDS))
         self._alive: list[Tensor] = []
@@ -93,7 +97,7 @@ class Call:
             if tensor is None:
                 continue
             tensor = readable(tensor)
-            self._alive.append(tensor)
+            self._hold(name, tensor)
             stride = [0 if size == 1 else s for size, s in zip(tensor.shape, tensor.stride(), strict=True)]
             group = stride[2] if len(stride) == 4 else 0
             place, width = tensor.data_ptr(), tensor.element_size()
@@ -109,8 +113,15 @@ class Call:
             if tensor is not None:
                 tensor = tensor.contiguous()
                 tensor = tensor.clone() if tensor.data_ptr() % 16 else tensor
-                self._alive.append(tensor)
+                self._hold(name, tensor)
                 self.values[PLACE[name]] = tensor.data_ptr()
+
+    def _hold(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self._device:
+            raise ValueError(
+                f"the scan wants its tensors on one device, got u on {self._device}, {name} on {tensor.device}"
+            )
+        self._alive.append(tensor)
 
     def states(self, **tensors: Tensor | None) -> None:
         """Tensors as dense ones of the state's dtype."""

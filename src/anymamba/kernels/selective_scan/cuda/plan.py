@@ -97,9 +97,10 @@ def layouts(a: ScanArguments) -> Layouts | None:
     """
     selective = a.B.ndim == 4 and a.C.ndim == 4
     short = a.dtype == torch.float32 and element(a) in FAST_DTYPES
-    if not selective or not short or a.zoh or a.d_state > LARGEST_STATE:
+    d_state = int(a.d_state)  # a symbol while torch.compile traces
+    if not selective or not short or a.zoh or d_state > LARGEST_STATE:
         return None
-    return _fitting(element(a), -(-a.d_state // GROUP) * GROUP, nvrtc.device(a.u.device.index or 0))
+    return _fitting(element(a), -(-d_state // GROUP) * GROUP, nvrtc.device(a.u.device.index or 0))
 
 
 @cache
