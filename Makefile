@@ -1,4 +1,4 @@
-# make demo and make test are all the set-up there is: each makes .venv and installs what it needs.
+# There is no other set-up: each target makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -12,7 +12,7 @@ $(VENV)/installed-demo: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"
 	touch $@
 
-# Here a failed build of the compiled kernels is an error; elsewhere the package installs without them and says so.
+# With `required` a failed build of the compiled kernels is an error; otherwise the package installs without them.
 $(VENV)/installed-test: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	ANYMAMBA_NATIVE=required $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,lint]"
@@ -24,7 +24,7 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not slow"
 
-# Compiles llama.cpp, some ten minutes on two cores, to read the GGUF files that we write.
+# Compiles llama.cpp (about ten minutes on two cores) to check that it can read the GGUF files that we write.
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test-all]"
 	$(BIN)/python -m pytest
@@ -42,7 +42,7 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The site is made from the sources alone: the tools are installed for it, the package and torch are not.
+# The site is built from the sources: only the tools are installed for it, not the package and torch.
 $(VENV)/installed-docs: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
@@ -57,7 +57,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks
 
-# The kernels alone under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+# Runs only the kernels, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer.
 sanitize:
 	tests/native/run build/sanitize-address -fsanitize=address,undefined -fno-sanitize-recover=all
 	tests/native/run build/sanitize-thread -fsanitize=thread

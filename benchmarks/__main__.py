@@ -1,4 +1,4 @@
-"""Run every benchmark, or those named, in a process of its own and write benchmarks/RESULTS.md.
+"""Run all benchmarks or the named ones, each in its own process, and write benchmarks/RESULTS.md.
 
 python -m benchmarks [NAME ...]
 """
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; absent: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; defaults to all")
     names = parser.parse_args().names or list(BENCHMARKS)
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"there is no benchmark {sorted(unknown)[0]!r}")
@@ -45,16 +45,16 @@ def main() -> None:
 
 
 def sections_of(text: str) -> dict[str, str]:
-    """What stands below each title; a benchmark that is run again replaces its own."""
+    """The text below each title. A benchmark that is run again replaces its section."""
     parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)[1:]
     return {title: body.strip() for title, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def document(sections: dict[str, str]) -> str:
-    """The sections in the order of the benchmarks, each with the machine and the date that it was run on."""
+    """The sections in the order of the benchmarks, each with its machine and date."""
     known = [title for title in BENCHMARKS.values() if title in sections]
     body = "\n".join(f"## {title}\n\n{sections[title]}\n" for title in known)
-    return f"# Results\n\nWritten by `make bench`; `python -m benchmarks NAME` runs one anew.\n\n{body}"
+    return f"# Results\n\nWritten by `make bench`; `python -m benchmarks NAME` runs one again.\n\n{body}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The 130m backbone (no head) against the F.linear calls of its own layers alone: forward and a training step.
+"""The 130m backbone (no head) against only the F.linear calls of its layers: forward and a training step.
 
 python -m benchmarks.backbone_vs_products [--layers 24]
 """
@@ -21,7 +21,7 @@ STEP = {torch.float32: 1.4, torch.bfloat16: 1.8}
 
 
 def products(model: LanguageModel, length: int) -> tuple[Callable[[], list[Tensor]], Callable[[], None]]:
-    """The matrix products of every layer, forward and (with gradients) backward, and nothing else."""
+    """Functions that run only the matrix products of every layer: forward, and forward with backward."""
     layers = [(b.mixer.in_proj, b.mixer.x_proj, b.mixer.dt_proj, b.mixer.out_proj) for b in model.blocks]
     dtype = layers[0][0].weight.dtype
     inputs = [torch.randn(1, length, linear.in_features, dtype=dtype, requires_grad=True) for linear in layers[0]]

@@ -1,4 +1,4 @@
-"""The 130m backbone (no head): ours against transformers' own Mamba with the same weights, in turns; batch 1.
+"""The 130m backbone (no head): ours against transformers' Mamba with the same weights, timed in turns; batch 1.
 
 python -m benchmarks.backbone_vs_transformers [--length 512] [--layers 24] [--step-layers 2]
 """
@@ -34,10 +34,10 @@ model.save_pretrained(sys.argv[2])
 
 
 def build(layers: int, dtype: torch.dtype = torch.float32) -> tuple[LanguageModel, torch.nn.Module]:
-    """Our model and transformers' with the same weights, moved away from their initialisation.
+    """Our model and transformers' with the same weights, which differ from their initialisation.
 
-    Another process writes them: what it leaves on the heap would serve transformers' large temporaries, which in a
-    program that only loads a model come fresh from the system.
+    Another process makes the weights. Otherwise transformers could reuse the memory that this leaves on the heap for
+    its large temporaries; a program that only loads a model must get that memory from the system.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import MambaForCausalLM
@@ -53,14 +53,14 @@ PARTS = ("float32", "bfloat16", "step")
 
 
 def run(options: list[str]) -> str:
-    """Measure each part in a process of its own, for the reason that `build` gives, and return the Markdown."""
+    """Measure each part in its own process, for the reason given in `build`, and return the Markdown."""
     command = [sys.executable, "-m", "benchmarks.backbone_vs_transformers", *options, "--part"]
     lines = [subprocess.run([*command, part], capture_output=True, text=True, check=True).stdout for part in PARTS]
     return table(HEADER, [line.strip().split(";") for line in lines]) + "\n"
 
 
 def forward(length: int, layers: int, repeats: int, dtype: torch.dtype) -> list[str]:
-    """The pass without gradients, and whether the logits agree."""
+    """The forward pass without gradients, and the difference of the logits."""
     ours, theirs = build(layers, dtype)
     ids = torch.randint(0, 512, (1, length))
     with torch.no_grad():

@@ -1,5 +1,5 @@
 """The compiled scan and convolution against limits of the same machine: torch.exp of the expanded tensor, a copy of the
-input, and themselves on one thread. Every pair takes turns.
+input, and the same kernel on one thread. The two candidates of a pair run in turns.
 
 python -m benchmarks.cpu_kernels
 """
@@ -32,12 +32,12 @@ def scan(batch: int, length: int, d_inner: int, d_state: int, gradients: bool = 
     u, delta, z = (normal(batch, length, d_inner) for _ in range(3))
     A = -torch.arange(1.0, d_state + 1).repeat(d_inner, 1)
     B, C, D = normal(batch, length, d_state), normal(batch, length, d_state), normal(d_inner)
-    bias = torch.full((d_inner,), -3.0)  # steps of some 0.1
+    bias = torch.full((d_inner,), -3.0)  # gives steps of about 0.1
     return lambda: selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, backend="cpu").y
 
 
 def against_exp() -> str:
-    """The forward scan, each instruction set, against one torch.exp of the expanded tensor."""
+    """The forward scan with each instruction set against one torch.exp of the expanded tensor."""
     _, length, d_inner, d_state = SHAPE
     expanded = torch.randn(length, d_inner, d_state)
     out = torch.empty_like(expanded)
@@ -56,7 +56,7 @@ def against_exp() -> str:
 
 
 def forward_and_backward() -> str:
-    """Both passes against the forward alone, gradients of everything."""
+    """Forward and backward, with all gradients, against forward only."""
     run = scan(*SHAPE, gradients=True)
     cotangent = torch.ones(SHAPE[:3])
     times = interleaved({"forward": lambda: run().detach(), "both": lambda: run().backward(cotangent)}, REPEATS // 2)

@@ -1,6 +1,6 @@
-"""A token's cost in generation after a context of 128 tokens and of 32,768, and the bytes of the state after each.
+"""The time per generated token after a context of 128 and of 32,768 tokens, and the size of the state after each.
 
-Both streams take turns, a few tokens each; the whole path of `stream` is measured, sampling included.
+The two streams run in turns, a few tokens each. The whole path of `stream` is measured, including sampling.
 
     python -m benchmarks.decode_context [--context 32768]
 """
@@ -24,11 +24,11 @@ from benchmarks.timing import machine, table
 LIMIT = 1.1
 SHORT = 128
 MODELS = {"tiny": (400, 4), "mamba-130m": (30, 2)}
-"""Repeats, and tokens in each turn."""
+"""For each model, the number of repeats and the tokens in each turn."""
 
 
 def measure(config: ModelConfig, contexts: list[int], repeats: int, tokens: int) -> dict[int, tuple[float, int]]:
-    """Median seconds a token and bytes of the state, for each context."""
+    """For each context, the median seconds per token and the bytes of the state."""
     torch.manual_seed(0)
     model = LanguageModel(config)
     sampling = SamplingConfig(temperature=0.8, top_p=0.95)

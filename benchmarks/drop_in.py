@@ -1,4 +1,4 @@
-"""transformers' own 130m-shaped Mamba with our operators dropped in against itself without them; batch 1, in turns.
+"""transformers' Mamba in the shape of the 130m model, with and without our operators, timed in turns; batch 1.
 
 python -m benchmarks.drop_in [--length 512] [--layers 24] [--step-layers 2]
 """
@@ -23,7 +23,7 @@ HEADER = [
 ]
 NOTE = "Random weights over 24 layers amplify a rounding a thousandfold; the tests compare both with float64."
 PARTS = {"float32": 3.5, "bfloat16": 3.5, "step": 10.0}
-"""What is measured, each in a process of its own, and how many times as fast it is to be."""
+"""The parts, each measured in its own process, with the target of how many times as fast it should be."""
 
 
 def build(layers: int, dtype: torch.dtype):

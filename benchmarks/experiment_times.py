@@ -1,7 +1,7 @@
-"""How long the two longest experiments take at scale cpu: seconds a step of each arm, times the steps that it took.
+"""How long the two longest experiments take at scale cpu: the seconds per step of each arm times its number of steps.
 
-Their reports were measured beside other work. The steps are those of the committed results, all learning rates
-together.
+The times in their reports were measured while other work was running. The numbers of steps come from the committed
+results, summed over all learning rates.
 
 python -m benchmarks.experiment_times [--steps 40]
 """
@@ -24,11 +24,12 @@ from benchmarks.timing import machine, table
 NAMES = ("selective-copying", "associative-recall")
 FOLDER = Path(__file__).parents[1] / "docs" / "experiments"
 LIMIT = 60
-"""Minutes of one seed of all arms."""
+"""Minutes for one seed of all arms."""
 
 
 def seconds_per_step(experiment: Experiment, arm: Arm, steps: int) -> float:
-    """The better of two short trainings. Each is judged once, more often than in a long one: an upper bound."""
+    """The better of two short trainings. Each includes one evaluation, a larger share than in a long training, so this
+    is an upper bound."""
     settings: Any = arm.settings
     short = replace(settings, optimization=replace(settings.optimization, steps=steps))
     if hasattr(settings, "more_learning_rates"):
@@ -39,7 +40,7 @@ def seconds_per_step(experiment: Experiment, arm: Arm, steps: int) -> float:
 
 
 def steps_taken(arm: Arm, record: Record) -> int:
-    """Of all learning rates that were tried; each but one that ended early takes all its steps."""
+    """The steps of all learning rates that were tried. At most one of them ended early; the others took all steps."""
     settings: Any = arm.settings
     n_rates = len(record.values.get("sweep", [None]))
     return (n_rates - 1) * settings.optimization.steps + record.values["steps"]

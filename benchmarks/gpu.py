@@ -1,9 +1,9 @@
-"""The CUDA kernels of the scan on a GPU against its limits, against themselves packed, and against mamba-ssm's kernels.
+"""The CUDA kernels of the scan against the limits of the GPU, on packed sequences, and against mamba-ssm's kernels.
 
 python -m benchmarks.gpu [--original FOLDER]
 
 FOLDER holds mamba-ssm's compiled module `selective_scan_cuda`; without it the columns of the original are empty. Times
-are medians of replays of a CUDA graph: what the GPU does, without Python.
+are medians over replays of a CUDA graph, so they contain only the work of the GPU and no Python.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SHAPES = {
     (1, 1 << 20, 256, torch.bfloat16): (2.9, 2.7),
     (8, 2048, 1536, torch.float32): (4.0, 2.6),
 }
-"""batch, length, channels and dtype: how many times as fast as the original forward, and forward and backward."""
+"""For each (batch, length, channels, dtype): how many times as fast as the original it should be, for forward and for
+forward with backward."""
 
 D_STATE = 16
 DOCUMENTS = 1000
@@ -59,7 +60,7 @@ print(time.perf_counter() - start)
 
 
 def inputs(batch: int, length: int, d_inner: int, dtype: torch.dtype, d_state: int = D_STATE) -> ScanArguments:
-    """z, D, bias and softplus on; steps of some 0.02."""
+    """Arguments with z, D, bias and softplus; steps are about 0.02."""
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -73,7 +74,8 @@ def inputs(batch: int, length: int, d_inner: int, dtype: torch.dtype, d_state: i
 
 
 def time_of(run: Callable[[], object], repeats: int = 15, in_graph: int = 1) -> float:
-    """Milliseconds of what `run` queues: the median of repeats of about a millisecond, replays of `in_graph` runs."""
+    """Milliseconds of GPU work per call of `run`: the median over repeats of about a millisecond each. A repeat replays
+    a graph of `in_graph` calls."""
     for _ in range(2):
         run()
     graph = torch.cuda.CUDAGraph()
@@ -96,7 +98,7 @@ def time_of(run: Callable[[], object], repeats: int = 15, in_graph: int = 1) -> 
 
 
 def both_passes(a: ScanArguments) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Forward as training wants it, and forward with backward."""
+    """Forward that saves states for training, and forward with backward."""
     dlast = torch.zeros(a.n_sequences, a.d_inner, a.d_state, device="cuda")
     dy = torch.randn_like(a.u)
 
@@ -108,7 +110,7 @@ def both_passes(a: ScanArguments) -> tuple[Callable[[], object], Callable[[], ob
 
 
 def original_passes(module: Any, a: ScanArguments) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The same in mamba-ssm's kernels, whose tensors are (batch, channels, length)."""
+    """The same with mamba-ssm's kernels, whose tensors are (batch, channels, length)."""
     u, delta, z = (t.mT.contiguous() for t in (a.u, a.delta, a.z) if t is not None)
     B, C = (t.permute(0, 2, 3, 1).contiguous() for t in (a.B, a.C))
     dy = torch.randn_like(u)
@@ -125,12 +127,12 @@ def original_passes(module: Any, a: ScanArguments) -> tuple[Callable[[], object]
 
 
 def limits() -> tuple[float, float]:
-    """Bytes a copy moves and exponentials that are computed in a millisecond."""
+    """Bytes that a copy moves per millisecond, and exponentials that the GPU computes per millisecond."""
     source = torch.zeros(1 << 28, device="cuda")
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / time_of(lambda: target.copy_(source))
     properties = torch.cuda.get_device_properties(0)
-    clock = int(_smi("clocks.max.sm")) * 1e3  # a millisecond
+    clock = int(_smi("clocks.max.sm")) * 1e3  # cycles per millisecond
     return copied, properties.multi_processor_count * 16 * clock
 
 
@@ -140,13 +142,13 @@ def _smi(field: str) -> str:
 
 
 def floor_of(a: ScanArguments, copied: float, exponentials: float) -> float:
-    """Milliseconds that a forward pass takes at least: for its bytes, or its exponentials with softplus and gate."""
+    """The least possible milliseconds of a forward pass, from its bytes or its exponentials with softplus and gate."""
     n_bytes = 4 * a.u.nbytes + 2 * a.B.nbytes
     return max(n_bytes / copied, a.u.numel() * (a.d_state + 4) / exponentials)
 
 
 def against_original(module: Any | None) -> str:
-    """The table of the shapes."""
+    """The table of all shapes."""
     copied, exponentials = limits()
     rows = []
     for (batch, length, d_inner, dtype), targets in SHAPES.items():
@@ -185,7 +187,7 @@ def packed() -> str:
 
 
 def steps() -> str:
-    """One token, of many in a graph, against the bytes of the state, read and written."""
+    """One token, in a graph of many, against the time to read and write its bytes."""
     copied, _ = limits()
     rows = []
     for d_inner, batch in STEPS:
@@ -198,7 +200,7 @@ def steps() -> str:
 
 
 def first_calls() -> str:
-    """Forward and backward of a small shape, each in a fresh process: nothing kept, and then all of it."""
+    """Forward and backward of a small shape in a fresh process: with an empty kernel cache, then with a full one."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {nvrtc.CACHE_VARIABLE: folder}
         times = [

@@ -1,4 +1,4 @@
-"""What each layer costs at equal width: parameters, operations a token, bytes of state. Counted, not timed.
+"""The cost of each layer at equal width: parameters, operations per token, bytes of state. Counted, not timed.
 
 python -m benchmarks.layer_costs
 """

@@ -1,4 +1,4 @@
-"""A training step over 1,000 packed short documents against one sequence of the same total length, taking turns.
+"""A training step on 1,000 packed short documents against one sequence of the same total length, timed in turns.
 
 python -m benchmarks.packing [--documents 1000]
 """

@@ -12,8 +12,8 @@ import sys
 
 from benchmarks.timing import machine, table
 
-LIMIT = 12.0  # times the bytes of u, above the inputs, at the longest
-SLOPE = (0.95, 1.05)  # of log time over log length
+LIMIT = 12.0  # peak memory above the inputs at the longest length, in units of the bytes of u
+SLOPE = (0.95, 1.05)  # allowed slope of log time over log length
 
 MEASURE = """
 import sys, time, torch
@@ -35,7 +35,7 @@ def run(length, repeats):
     cotangent = torch.ones(1, length, d_inner)
     before, times = status("VmRSS:"), []
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     for _ in range(repeats):
         for t in leaves:
             t.grad = None
@@ -49,7 +49,7 @@ print(*run(length, repeats))
 
 
 def measured(length: int, d_inner: int, d_state: int, repeats: int) -> tuple[float, float]:
-    """Peak above the inputs in bytes of u, and the median of the seconds."""
+    """Peak memory above the inputs, in units of the bytes of u, and the median seconds."""
     command = [sys.executable, "-c", MEASURE, *map(str, (length, d_inner, d_state, repeats))]
     peak, seconds = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(peak), float(seconds)

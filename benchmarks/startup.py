@@ -1,4 +1,4 @@
-"""How long one waits before anything happens: importing the package over importing torch, and `anymamba --help`.
+"""The start-up time: importing the package (beyond importing torch), and `anymamba --help`.
 
 python -m benchmarks.startup [--repeats 5]
 """

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: candidates take turns in one run, so that a ratio sees one machine."""
+"""How the benchmarks measure: candidates run in turns in one process, so that ratios compare like conditions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, float]:
-    """Smallest wall time of each candidate in seconds; every repeat runs each once."""
+    """The smallest wall time of each candidate in seconds. Every repeat runs each candidate once."""
     best = dict.fromkeys(candidates, float("inf"))
     for i in range(warm_up + repeats):
         for name, run in candidates.items():
