@@ -314,7 +314,7 @@ def test_the_variable_forces_an_instruction_set(instruction_set):
 
 def test_a_dtype_that_the_kernels_do_not_know():
     x = torch.zeros(1, 3, 2, dtype=torch.float8_e5m2)
-    with pytest.raises(TypeError, match=r"x must have 16 bits or more a number, got torch\.float8_e5m2"):
+    with pytest.raises(TypeError, match=r"x must have at least 16 bits per number, got torch\.float8_e5m2"):
         causal_conv1d(x, torch.zeros(2, 4), backend="cpu")
 
 

@@ -60,7 +60,7 @@ def test_a_backend_may_refuse_arguments():
     assert dispatch.resolve("selective_scan", "cpu", None, arguments) == "portable"
     if native.load():
         with pytest.raises(
-            RuntimeError, match=r"'cpu' cannot serve selective_scan on cpu: it is for real A; .* portable"
+            RuntimeError, match=r"'cpu' cannot serve selective_scan on cpu: it supports only real A; .* portable"
         ):
             dispatch.resolve("selective_scan", "cpu", "cpu", arguments)
 

@@ -75,7 +75,7 @@ SCAN = {
     "device": (
         {"D": torch.zeros(6, device="meta")},
         ValueError,
-        "wants its tensors on one device, got u on c.* D on meta",
+        "needs all tensors on one device, got u on c.* D on meta",
     ),
     "backend": (
         {"backend": "fast"},
@@ -85,7 +85,7 @@ SCAN = {
     "cpu-backend": (
         {"backend": "cpu", **{k: v for k, v in scan_inputs(is_complex=True).items() if k in LIKE_A}},
         RuntimeError,
-        "backend 'cpu' cannot serve selective_scan on c.*: it (is for real A|serves tensors on the CPU)",
+        "backend 'cpu' cannot serve selective_scan on c.*: it (supports only real A|serves tensors on the CPU)",
     ),
 }
 
@@ -212,7 +212,7 @@ CONV = {
     "weight-int": ({"weight": torch.zeros(6, 4).int()}, TypeError, "weight must be floating point, got torch.int32"),
     "bias-int": ({"bias": torch.zeros(6).int()}, TypeError, "bias must be floating point, got torch.int32"),
     "state-int": ({"initial_state": torch.zeros(2, 3, 6).int()}, TypeError, "initial_state must be floating point"),
-    "device": ({"bias": torch.zeros(6, device="meta")}, ValueError, "causal_conv1d wants its tensors on one device"),
+    "device": ({"bias": torch.zeros(6, device="meta")}, ValueError, "causal_conv1d needs all tensors on one device"),
     "backend": ({"backend": "fast"}, ValueError, "unknown backend 'fast' for causal_conv1d"),
 }
 

@@ -180,7 +180,7 @@ def test_compiled_code_gets_no_pointer_of_what_has_no_memory():
     """The last line: whatever path a call takes, pointers come from one function."""
     fake = FakeTensorMode().from_tensor(torch.ones(3))
     for tensor in (fake, Doubled(torch.ones(3)), torch.ones(3, device="meta"), torch.ones(3).to_mkldnn()):
-        with pytest.raises(TypeError, match=r'x must be a dense tensor .* take backend "portable"'):
+        with pytest.raises(TypeError, match=r'x must be a dense tensor .* use backend "portable"'):
             native.address("x", tensor)
     for tensor in (torch.ones(3, dtype=torch.complex64).conj().imag, torch._efficientzerotensor((3,))):
         with pytest.raises(TypeError, match="x must be a dense tensor"):

@@ -86,7 +86,7 @@ def address(name: str, tensor: Tensor) -> int:
             return place
     raise TypeError(
         f"{name} must be a dense tensor with values in memory for compiled code, got {kind.__name__} on "
-        f'{tensor.device}, {tensor.layout}; take backend "portable"'
+        f'{tensor.device}, {tensor.layout}; use backend "portable"'
     )
 
 
@@ -124,7 +124,7 @@ class Call:
                 continue
             if tensor.dtype not in DTYPES:
                 known = ", ".join(str(dtype) for dtype in DTYPES)
-                raise TypeError(f'{name} is {tensor.dtype}, backend "cpu" takes {known}; convert it or take "portable"')
+                raise TypeError(f'{name} is {tensor.dtype}, backend "cpu" takes {known}; convert it or use "portable"')
             strides = tensor.stride()
             if strides[-1] != 1 and tensor.shape[-1] > 1:
                 tensor = tensor.contiguous()

@@ -27,7 +27,9 @@ def require_floating(name: str, tensor: Tensor, *, allow_complex: bool = False) 
         kinds = "floating point or complex" if allow_complex else "floating point"
         raise TypeError(f"{name} must be {kinds}, got {tensor.dtype}")
     if tensor.dtype.itemsize < 2:
-        raise TypeError(f"{name} must have 16 bits or more a number, got {tensor.dtype}; convert it to torch.bfloat16")
+        raise TypeError(
+            f"{name} must have at least 16 bits per number, got {tensor.dtype}; convert it to torch.bfloat16"
+        )
 
 
 def require_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
@@ -35,7 +37,7 @@ def require_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(given.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in given.items())
-        raise ValueError(f"{op} wants its tensors on one device, got {places}")
+        raise ValueError(f"{op} needs all tensors on one device, got {places}")
 
 
 def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:

@@ -43,5 +43,5 @@ class ShortConvolution(DerivesTensors):
         return causal_conv1d_step(state, x, weight, self.bias, activation="silu")
 
     def _channels_last(self) -> Float[Tensor, "d_inner width"]:
-        """The weight as kernels read it: the taps of one position for all channels lie side by side."""
+        """The weight in the layout that kernels read: the taps of all channels at one position are contiguous."""
         return self.weight.T.contiguous().T

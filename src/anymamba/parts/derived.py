@@ -1,4 +1,4 @@
-"""Tensors that a step computes from weights alone, kept while the weights stay as they are."""
+"""Tensors that a step computes only from weights, kept until the weights change."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ ValueT = TypeVar("ValueT")
 
 
 class DerivesTensors(nn.Module):
-    """A module that computes something from its weights alone, such as A from A_log."""
+    """A module that computes tensors only from its weights, such as A from A_log."""
 
     _kept: dict[str, Any] | None = None
 
     def derived(self, name: str, compute: Callable[[], ValueT]) -> ValueT:
-        """What `compute` returns. Inside a `KeptTensors` context it is called once."""
+        """Return the result of `compute`. Inside a `KeptTensors` context it is called once."""
         kept = self._kept
         if kept is None:
             return compute()
@@ -28,8 +28,8 @@ class DerivesTensors(nn.Module):
 class KeptTensors:
     """A context around each step of one generation: inside it, derived tensors are computed once and kept.
 
-    Entering it compares the versions and addresses of the weights with those of the last time, and a change drops what
-    was kept. Writing through `weight.data` changes neither: make a new object after that.
+    On entry it compares the versions and addresses of the weights with those of the last entry; a change drops the kept
+    tensors. Writing through `weight.data` changes neither, so make a new object after that.
 
     Args:
         model: the modules whose derived tensors are kept.

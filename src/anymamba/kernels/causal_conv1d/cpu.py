@@ -39,7 +39,7 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
 
 
 def _last_state(a: ConvArguments) -> Tensor:
-    """Where the last states go, filled where a sequence may be empty: its state passes through."""
+    """The tensor for the last states. It holds the initial states if a sequence may be empty and so keep its state."""
     if a.cu_seqlens is None and a.x.numel():
         return native.empty(a.x, *a.state_shape)
     states = a.x.new_zeros(a.state_shape)

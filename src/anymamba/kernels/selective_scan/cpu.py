@@ -23,7 +23,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def refuses(arguments: ScanArguments) -> str | None:
-    return "it is for real A" if arguments.A.is_complex() else None
+    return "it supports only real A" if arguments.A.is_complex() else None
 
 
 def description() -> str:
