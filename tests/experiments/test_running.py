@@ -235,7 +235,7 @@ def test_less_than_one_seed(dice, tmp_path, seeds):
 
 
 def test_an_arm_that_does_not_exist(dice, tmp_path):
-    with pytest.raises(ValueError, match="no arm 'four'; there are one, two, three"):
+    with pytest.raises(ValueError, match="unknown arm 'four'; there are one, two, three"):
         run(dice, tmp_path, only=["one", "four"])
     assert dice.measured == []
 
@@ -303,7 +303,7 @@ def test_the_verbs_list(verb):
     ("arguments", "words"),
     [
         (("nothing",), "unknown experiment 'nothing'"),
-        ((NAME, "--arms", "four"), "no arm 'four'; there are one, two, three"),
+        ((NAME, "--arms", "four"), "unknown arm 'four'; there are one, two, three"),
         ((NAME, "--seeds", "0"), "seeds must be at least 1"),
         ((NAME, "--scale", "huge"), "huge"),
         ((NAME, "--scale", "paper"), "the paper has no dice"),

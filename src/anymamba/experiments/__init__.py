@@ -1,6 +1,6 @@
-"""The experiments that carry the paper's argument, one folder each: arms, measurement, findings, charts.
+"""The experiments behind the paper's claims, one folder each: arms, measurement, findings, charts.
 
-To add one, write a folder whose `EXPERIMENT` is an `Experiment`, and name it in EXPERIMENTS.
+To add one, write a folder whose `EXPERIMENT` is an `Experiment`, and add its name to EXPERIMENTS.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import importlib
 from anymamba.lab.experiment import Experiment
 
 EXPERIMENTS = {
-    "selective-copying": "which block and which inner layer can select: remember tokens, skip noise",
-    "induction-heads": "recall what followed a token, at lengths far beyond training",
-    "associative-recall": "many keys and values: where states of fixed size fail, and what attention repairs",
-    "selection-ablation": "which of the step, B and C must be selective, and what a larger state is worth then",
-    "speed": "scan, convolution and attention against the length; prefill, training and decoding of whole models",
+    "selective-copying": "which block and which inner layer can remember tokens and skip noise",
+    "induction-heads": "recall the token after a trigger, at lengths far beyond training",
+    "associative-recall": "many keys and values: where states of fixed size fail and attention helps",
+    "selection-ablation": "which of the step, B and C must be selective, and what a larger state then gains",
+    "speed": "time of scan, convolution and attention by length; prefill, training and decoding of whole models",
 }
-"""Names and what each shows."""
+"""Each experiment by name, with a line on what it shows."""
 
 
 def load_experiment(name: str) -> Experiment:
-    """The experiment of that name.
+    """The experiment with that name.
 
-    Raises ValueError for a name that does not exist.
+    Raises ValueError for an unknown name.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(EXPERIMENTS)}")

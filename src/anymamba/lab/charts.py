@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float = 7.0, height: float = 4.5) -> Figure:
-    """An empty figure, in inches, that needs no display.
+    """An empty figure that needs no display; the sizes are in inches.
 
-    Raises ImportError, naming the extra, where matplotlib is missing.
+    Raises ImportError if matplotlib is missing, and names the extra.
     """
     try:
         from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
 
 
 def plot_learning(axes: Axes, results: Results, label: Callable[[str], str], dashed: Sequence[str] = ()) -> None:
-    """Draw accuracy on the validation set against the step: a line for each seed, a colour for each arm."""
+    """Draw the accuracy on the validation set against the step, with a line per seed and a colour per arm."""
     for i, arm in enumerate(results.arms):
         for j, curve in enumerate(results.values(arm, "curve")):
             steps, values = [point[0] for point in curve], [100 * point[2] for point in curve]
@@ -50,7 +50,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
-    """The mean of some values, with the smallest and largest where there are several; nothing for none."""
+    """The mean of some values, and the smallest and largest if there are several; "" if there are none."""
     scaled = [scale * value for value in values]
     if not scaled:
         return ""
@@ -59,10 +59,10 @@ def spread(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent, without the sign."""
+    """A share in percent, without the percent sign."""
     return f"{100 * share:.1f}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A difference with its sign; nothing for None."""
+    """A difference with its sign; "" for None."""
     return "" if value is None else f"{value:+.{digits}f}"

@@ -1,4 +1,4 @@
-"""What an experiment is: arms that are measured one by one, thresholds set before, charts, and its own sentences."""
+"""The parts of an experiment: arms that are measured one by one, thresholds set in advance, charts, report sections."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Arm:
     name: str
     """Unique in its experiment; letters, digits and hyphens."""
     settings: Any
-    """A frozen dataclass that decides, with the seed, what comes out."""
+    """A frozen dataclass; with the seed, it determines the result."""
     seeds: int = 1
-    """How often it is measured unless the caller says otherwise."""
+    """The number of seeds that are measured by default."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a measurement may use."""
+    """What a measurement gets besides its settings."""
 
     device: torch.device
     seed: int
     progress: Callable[[float, float, str], None]
-    """Told now and then: how much is done, of how much, and words."""
+    """Called now and then with the work done, the total work, and a text."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        """The arm and the seed in one word."""
+        """The arm and the seed as one string."""
         return record_key(self.arm, self.seed)
 
 
@@ -63,7 +63,7 @@ def record_key(arm: str, seed: int) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """What an experiment has measured at a scale, complete or not."""
+    """The results of an experiment at a scale, complete or not."""
 
     experiment: str
     scale: Scale
@@ -80,7 +80,7 @@ class Results:
         return [record.values[name] for record in self.of(arm)]
 
     def mean(self, arm: str, name: str) -> float | None:
-        """The mean of a value over the seeds of an arm; None where none is measured."""
+        """The mean of a value over the seeds of an arm; None if none is measured."""
         values = self.values(arm, name)
         return sum(values) / len(values) if values else None
 
@@ -100,22 +100,22 @@ Verdict = Literal["holds", "fails", "tie", "not judged"]
 
 @dataclass(frozen=True)
 class Threshold:
-    """The bounds of a number, set before it was measured, and what was measured."""
+    """The bounds of a number, set before it was measured, and the measured values."""
 
     what: str
     got: Sequence[float | None] = ()
-    """One number, or one for each seed: all must lie within the bounds. None is what is not measured."""
+    """One number, or one for each seed: all must lie within the bounds. None means not measured."""
     at_least: float = -math.inf
     at_most: float = math.inf
     below: float = math.inf
     tie: float = -1.0
-    """A number of at most this size is a tie, which does not hold."""
+    """If all numbers are at most this far from 0, the verdict is a tie, and the threshold does not hold."""
     show: Callable[[float], str] = "{:g}".format
-    """How its numbers are written."""
+    """Formats the numbers for the report."""
 
     @property
     def measured(self) -> list[float]:
-        """The numbers that there are."""
+        """The numbers that were measured."""
         return [value for value in self.got if value is not None]
 
     @property
@@ -137,20 +137,20 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One claim: what is measured at each scale and how, what must come out, and how the results are shown."""
+    """One claim: what is measured at each scale and how, the thresholds, and how the results are shown."""
 
     name: str
     title: str
     protocol: str
-    """What is measured and how, in Markdown; true at every scale."""
+    """What is measured and how, in Markdown; it must be true at every scale."""
     arms: Callable[[Scale], Sequence[Arm]]
-    """What is measured at a scale, in order. Raises ValueError where the experiment has no such scale."""
+    """The arms at a scale, in order. Raises ValueError if the experiment does not have that scale."""
     measure: Callable[[Any, Context], dict[str, Any]]
     """Measures an arm once, given its settings. Returns a dictionary that JSON can hold. The same settings and seed
     give the same numbers."""
     thresholds: Callable[[Results], Sequence[Threshold]]
-    """What must come out of the arms that are planned, and what did."""
+    """The thresholds of the planned arms, with the measured values."""
     sections: Callable[[Results], Mapping[str, str]]
-    """Its own part of the report, by heading: tables, and sentences about them."""
+    """The sections of the report that are specific to the experiment, by heading: tables and sentences."""
     figures: Mapping[str, Callable[[Results], Figure | None]]
-    """Charts by file name without suffix; None where nothing is measured that one could show."""
+    """Charts by file name without suffix; a chart is None if nothing that it shows is measured."""

@@ -1,4 +1,4 @@
-"""Learning a task of tokens whose batches are made on the fly: a stream to train on, a fixed set to be judged by."""
+"""Trains a model on a task whose batches are made on the fly, and evaluates it on a fixed validation set."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from anymamba.training import optimizer as adamw
 from anymamba.training.config import OptimizerConfig
 
 Batch = tuple[Tensor, Tensor]
-"""Token ids (rows, length) and labels (rows, length), -100 where none counts."""
+"""Token ids (rows, length) and labels (rows, length); labels of -100 are not counted."""
 MakeBatch = Callable[[torch.Generator, int], Batch]
-"""Makes that many rows."""
+"""Makes a batch with the given number of rows."""
 
 VALIDATION_SEED = (1 << 32) - 1
-"""Far from every training seed (torch takes 32 bits of it), and the same for all: one set for all arms and seeds."""
+"""Far from every training seed (torch uses 32 bits of it). All arms and seeds have the same validation set."""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with warm-up and a constant rate, or half a cosine down to none."""
+    """AdamW with warm-up, then a constant rate or half a cosine down to 0."""
 
     steps: int
     batch_size: int
@@ -42,18 +42,18 @@ class Optimization:
     """Largest rate of the parameters of time-invariant kernels (S4, S4D, Hyena's filter)."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    """Added to the root of the second moment. Gradients below it teach nothing: a task whose loss goes to nothing, but
-    whose solution is to get better still, needs a smaller one."""
+    """Added to the root of the second moment. Gradients far below it have almost no effect. If the solution should keep
+    improving after the loss is near 0, a smaller epsilon is needed."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model answers at the labelled positions of a set."""
+    """How many labelled positions of a set a model predicts correctly."""
 
     tokens: float
-    """Share of the labelled positions that are right."""
+    """Share of the labelled positions that are correct."""
     sequences: float
-    """Share of the sequences with labels that are right at every one of them."""
+    """Share of the sequences with labels in which every labelled position is correct."""
     loss: float
     """Mean over labelled positions of -log p, in nats."""
     n_tokens: int
@@ -61,12 +61,12 @@ class Score:
 
 
 def build_model(config: ModelConfig, context: Context) -> LanguageModel:
-    """A model drawn on the CPU, so that every device starts from the same weights."""
+    """A model whose weights are drawn on the CPU, so that every device starts from the same weights."""
     return LanguageModel(config).to(context.device)
 
 
 def fixed_set(make: MakeBatch, rows: int, device: torch.device, seed: int = VALIDATION_SEED) -> Batch:
-    """The same rows on every call; by default those that judge a model while it learns."""
+    """A set with the same rows on every call; by default the validation set."""
     ids, labels = make(torch.Generator().manual_seed(seed), rows)
     return ids.to(device), labels.to(device)
 
@@ -82,18 +82,18 @@ def learn(
     enough: Callable[[Score], bool] = lambda score: False,
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """Train a model on a task and judge it now and then.
+    """Train a model on a task and evaluate it at intervals.
 
     Args:
         make: makes batches.
-        validation: the fixed set that the model is judged by.
-        every: steps between two judgements; the last step is judged, too.
-        enough: asked at each judgement whether to stop before the last step.
-        generator: decides the batches; given by the caller where one training is a continuation of another and must
-            see fresh rows, else made from the context's seed, so that every arm sees the same.
-    Returns a JSON-able dictionary: `accuracy` (tokens), `sequence_accuracy` and `validation_loss` at the end, `steps`
-    and `training_seconds` (judgements included), `parameters`, and `curve`, a list of [step, training loss since the
-    one before, token accuracy]. A loss that is not finite is None.
+        validation: the fixed set that the model is evaluated on.
+        every: steps between two evaluations; the model is also evaluated after the last step.
+        enough: called with the score of each evaluation; True stops the training.
+        generator: source of the batches. Pass one if this training continues another and needs fresh rows. By default
+            it is made from the context's seed, so that all arms get the same batches.
+    Returns a dictionary that JSON can hold: `accuracy` (tokens), `sequence_accuracy` and `validation_loss` at the end,
+    `steps` and `training_seconds` (evaluations included), `parameters`, and `curve`, a list of [step, mean training
+    loss since the previous evaluation, token accuracy]. A loss that is not finite is None.
     """
     generator = generator or torch.Generator().manual_seed(context.seed)
     optimizer, start = build_optimizer(model, how), time.perf_counter()
@@ -127,7 +127,7 @@ def learn(
 
 
 def train_step(model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None) -> float:
-    """One step on a batch. Returns the loss before it, in nats a label."""
+    """Take one step on a batch. Returns the loss before the step, in nats per label."""
     out = model.loss(*batch)
     loss = out.loss / out.n_tokens
     optimizer.zero_grad(set_to_none=True)
@@ -139,7 +139,7 @@ def train_step(model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Ba
 
 
 def build_optimizer(model: LanguageModel, how: Optimization) -> torch.optim.AdamW:
-    """AdamW in the groups of training."""
+    """AdamW with the same parameter groups as in training."""
     config = OptimizerConfig(
         learning_rate=how.learning_rate,
         kernel_learning_rate=how.kernel_learning_rate,
@@ -152,7 +152,7 @@ def build_optimizer(model: LanguageModel, how: Optimization) -> torch.optim.Adam
 
 
 def set_rates(optimizer: torch.optim.Optimizer, how: Optimization, step: int) -> None:
-    """The rates of step 1, 2, ..."""
+    """Set the learning rates of a step; steps count from 1."""
     share = min(1.0, step / how.warmup_steps) if how.warmup_steps else 1.0
     if how.cosine and step > how.warmup_steps:
         done = (step - how.warmup_steps) / max(1, how.steps - how.warmup_steps)
@@ -164,14 +164,14 @@ def set_rates(optimizer: torch.optim.Optimizer, how: Optimization, step: int) ->
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, batch: Batch, rows: int = 64) -> Score:
-    """Judge a model on a set, `rows` sequences at a time.
+    """Evaluate a model on a set, `rows` sequences at a time.
 
-    Raises ValueError where the set has no label.
+    Raises ValueError if the set has no label.
     """
     ids, labels = batch
     counted = labels != -100
     if not counted.any():
-        raise ValueError("no position has a label: all labels are -100; label those whose answers count")
+        raise ValueError("at least one position must have a label, but all labels are -100; label the answers")
     was_training = model.training
     model.eval()
     right, loss = torch.zeros_like(counted), 0.0
@@ -191,5 +191,5 @@ def evaluate(model: LanguageModel, batch: Batch, rows: int = 64) -> Score:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for infinities and NaN, which JSON has no words for."""
+    """The value, or None for infinities and NaN, which JSON cannot hold."""
     return value if math.isfinite(value) else None

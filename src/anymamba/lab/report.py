@@ -1,4 +1,4 @@
-"""The report of every experiment: verdict, protocol, its own sections, thresholds, charts, settings, how it was run."""
+"""Writes reports: verdict, protocol, sections of the experiment, thresholds, charts, settings, how it was run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from anymamba.lab.results import FILE
 from anymamba.models.config import ModelConfig
 
 NOTES = "notes.md"
-"""A file that a folder of results may hold: how the settings were chosen, what was tried."""
+"""An optional file in a results folder that says how the settings were chosen and what was tried."""
+UNJUDGED = (
+    "**Not judged.** The scale `toy` shows that everything runs; the thresholds are for the larger scales. "
+    "`--scale cpu` gives a verdict."
+)
+"""The verdict at the scale toy."""
 
 
 def write_report(folder: Path, experiment: Experiment, results: Results) -> None:
@@ -27,14 +32,15 @@ def write_report(folder: Path, experiment: Experiment, results: Results) -> None
 
 
 def report(experiment: Experiment, results: Results, charts: Sequence[str] = (), with_notes: bool = False) -> str:
-    """The report in Markdown, with links to files beside it."""
-    thresholds = experiment.thresholds(results)
-    parts = [f"# {experiment.title}", verdicts(thresholds), experiment.protocol.strip()]
+    """The report in Markdown, with links to files in the same folder."""
+    thresholds, judged = experiment.thresholds(results), results.scale != "toy"
+    parts = [f"# {experiment.title}", verdicts(thresholds) if judged else UNJUDGED, experiment.protocol.strip()]
     if with_notes:
         parts.append(f"How the settings were chosen, and what else was tried, is in the [notes]({NOTES}).")
     for heading, text in experiment.sections(results).items():
         parts += [f"## {heading}", text] if text else []
-    parts += ["## Thresholds", "Set before running. Of several seeds each must hold.", thresholds_table(thresholds)]
+    rule = "Set before running. Of several seeds each must hold." if judged else "Set for the larger scales."
+    parts += ["## Thresholds", rule, thresholds_table(thresholds, judged)]
     parts += [f"![{name}]({name}.svg)" for name in charts]
     parts += ["## Settings", settings_table(experiment, results), "## How it was run", how_it_was_run(results)]
     return "\n\n".join(parts) + "\n"
@@ -44,7 +50,7 @@ def report(experiment: Experiment, results: Results, charts: Sequence[str] = (),
 
 
 def verdicts(thresholds: Sequence[Threshold]) -> str:
-    """How many thresholds hold, and which do not."""
+    """A paragraph that says how many thresholds hold, and which do not."""
     named: dict[Verdict, list[str]] = {"holds": [], "fails": [], "tie": [], "not judged": []}
     for threshold in thresholds:
         named[threshold.verdict].append(threshold.what)
@@ -58,12 +64,14 @@ def verdicts(thresholds: Sequence[Threshold]) -> str:
     return " ".join(words)
 
 
-def thresholds_table(thresholds: Sequence[Threshold]) -> str:
-    """Every threshold with what came out: of several numbers the least and the greatest."""
+def thresholds_table(thresholds: Sequence[Threshold], judged: bool = True) -> str:
+    """A table of every threshold and its result: of several numbers the smallest and the largest."""
+    marks: dict[Verdict, str] = {"fails": "**fails**"}
     rows = []
     for t in thresholds:
         ends = dict.fromkeys(map(t.show, (min(t.measured), max(t.measured)) if t.measured else ()))
-        rows.append([t.what, t.wanted, " to ".join(ends), "**fails**" if t.verdict == "fails" else t.verdict])
+        verdict = t.verdict if judged else "not judged"
+        rows.append([t.what, t.wanted, " to ".join(ends), marks.get(verdict, verdict)])
     return table(("what", "wanted", "got", ""), rows)
 
 
@@ -71,9 +79,9 @@ def thresholds_table(thresholds: Sequence[Threshold]) -> str:
 
 
 def settings_table(experiment: Experiment, results: Results) -> str:
-    """Every setting with its value, or its values in the order of the arms.
+    """A table of every setting with its value, or its values in the order of the arms.
 
-    Of a model's configuration only what some arm sets is shown.
+    Of a model's config it shows only the fields that some arm sets.
     """
     values: dict[str, list[str]] = {}
     hidden: dict[str, bool] = {}
@@ -87,7 +95,7 @@ def settings_table(experiment: Experiment, results: Results) -> str:
 
 
 def leaves(settings: Any, prefix: str = "", in_model: bool = False) -> dict[str, tuple[str, bool]]:
-    """Every setting by its dotted name: its value in words, and whether it is a default of a model's configuration."""
+    """Every setting by its dotted name: its value as text, and whether it is a default of a model's config."""
     in_model = in_model or isinstance(settings, ModelConfig)
     found: dict[str, tuple[str, bool]] = {}
     for field in fields(settings):
@@ -100,7 +108,7 @@ def leaves(settings: Any, prefix: str = "", in_model: bool = False) -> dict[str,
 
 
 def in_words(value: Any) -> str:
-    """A setting's value: a number, words, or several of them."""
+    """The value of a setting as text."""
     if is_dataclass(value) and not isinstance(value, type):
         return f"({', '.join(f'{field.name} {in_words(getattr(value, field.name))}' for field in fields(value))})"
     if isinstance(value, tuple):
@@ -114,7 +122,7 @@ def in_words(value: Any) -> str:
 
 
 def how_it_was_run(results: Results) -> str:
-    """What was run, where, for how long, and what is missing."""
+    """The section that says what was run, where and for how long, and what is missing."""
     rows = []
     for arm in results.arms:
         records = results.of(arm)
@@ -136,10 +144,10 @@ def how_it_was_run(results: Results) -> str:
 
 
 def time_span(seconds: Sequence[float]) -> str:
-    """The least and the greatest time, or the one that there is."""
+    """The shortest and the longest time, or the only one."""
     return " to ".join(dict.fromkeys(duration(end) for end in (min(seconds), max(seconds))))
 
 
 def duration(seconds: float) -> str:
-    """A time in seconds, or from a minute on in minutes."""
+    """A time in seconds; from one minute on, in minutes."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"

@@ -1,4 +1,4 @@
-"""Results on disk: results.json holds every finished arm and is all that a run needs to go on."""
+"""Results on disk: results.json holds every finished arm, and a run resumes from it alone."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ VERSION = 1
 
 
 def read_results(folder: Path) -> Results | None:
-    """What a folder holds, or None where nothing was measured there.
+    """The results in a folder, or None if it has none.
 
-    Raises ValueError where the file is not one of results, CheckpointError where its format version is newer: it is
-        never overwritten unasked.
+    Raises ValueError if results.json is not a file of results, and CheckpointError if its format version is newer, so
+        such a file is never overwritten.
     """
     path = folder / FILE
     try:
@@ -45,9 +45,9 @@ def read_results(folder: Path) -> Results | None:
 
 
 def read_checked(folder: Path, experiment: str, scale: Scale, arms: Sequence[Arm]) -> list[Record]:
-    """The records of a folder, which must be of this experiment and scale and of these arms with their settings.
+    """The records of a folder, checked against the experiment, the scale, the arms and their settings.
 
-    Raises ValueError where they are not.
+    Raises ValueError if they do not match.
     """
     found, path = read_results(folder), folder / FILE
     if found is None:
@@ -73,7 +73,7 @@ def write_results(folder: Path, results: Results) -> None:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make a folder and try to write there. Raises OSError where that is impossible."""
+    """Make a folder and check that files can be written to it. Raises OSError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe-{os.getpid()}"
     probe.touch()
@@ -81,7 +81,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def same_settings(settings: Any, written: dict[str, Any]) -> bool:
-    """Whether settings are those of a record; one that is older than a setting had its default."""
+    """Whether settings equal those of a record; settings that the record lacks had their defaults."""
     try:
         return config_from_dict(type(settings), written) == settings
     except (TypeError, ValueError):
@@ -94,12 +94,12 @@ def results_as_json(results: Results) -> dict[str, Any]:
 
 
 def as_json(values: Any) -> Any:
-    """A dataclass or plain values as JSON has them: tuples are lists."""
+    """A dataclass or plain values as JSON gives them back: tuples become lists."""
     return json.loads(json.dumps(config_to_dict(values), allow_nan=False))
 
 
 def machine(device: torch.device) -> str:
-    """The processor or GPU, threads, Python and torch, in a line."""
+    """One line with the processor or GPU, threads, Python and torch."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Runs an experiment: every arm that is not finished yet, then the charts and the report."""
+"""Runs an experiment: measures every arm that is not finished, then writes the charts and the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anymamba.lab.report import write_report
 from anymamba.lab.results import as_json, machine, prepare_folder, read_checked, today, write_results
 
 Progress = Callable[[str, float, float, str], None]
-"""Told now and then: the arm, how much of it is done, of how much, and words."""
+"""Called now and then with the arm, the work done, the total work, and a text."""
 
 
 def run_experiment(
@@ -30,15 +30,15 @@ def run_experiment(
 ) -> Results:
     """Measure what is missing in the folder and write results.json, the charts and report.md there.
 
-    results.json is written after every arm, with what other processes have added to it since. An arm that it holds is
-    never measured again: after an interruption the same call goes on. The report is of all arms of the scale that the
-    folder holds, also of those that this call does not ask for, and names the others.
+    results.json is written after every arm, and keeps what other processes have added to it. An arm in it is never
+    measured again, so after an interruption the same call continues. The report covers all finished arms of the scale
+    in the folder, not only those of this call, and lists the missing ones.
 
     Args:
-        seeds: of every arm; defaults to as many as the arm says.
+        seeds: number of seeds for every arm; defaults to the number in the arm.
         only: names of arms; defaults to all.
-    Raises ValueError for a name that no arm has, or where the folder holds results of other settings; ImportError where
-    matplotlib is missing; OSError where the folder cannot be written: all before anything is measured.
+    Before anything is measured, raises ValueError for an unknown arm or if the folder holds results of other settings,
+    ImportError if matplotlib is missing, and OSError if the folder cannot be written.
     """
     arms, device = experiment.arms(scale), torch.device(device)
     if seeds is not None:
@@ -67,7 +67,7 @@ def run_experiment(
 
 
 def arranged(experiment: Experiment, scale: Scale, counts: dict[str, int], records: Sequence[Record]) -> Results:
-    """The records in the order of the plan, which has as many seeds of an arm as are wanted or finished."""
+    """The records in the order of the plan; for each arm it has the requested seeds, or more if more are finished."""
     by_key = {record.key: record for record in records}
     planned = []
     for arm, wanted in counts.items():
@@ -78,10 +78,10 @@ def arranged(experiment: Experiment, scale: Scale, counts: dict[str, int], recor
 
 
 def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
-    """The arms of these names, or all."""
+    """The arms with these names, or all."""
     unknown = set(only) - {arm.name for arm in arms}
     if unknown:
-        raise ValueError(f"no arm {sorted(unknown)[0]!r}; there are {', '.join(arm.name for arm in arms)}")
+        raise ValueError(f"unknown arm {sorted(unknown)[0]!r}; there are {', '.join(arm.name for arm in arms)}")
     return [arm for arm in arms if not only or arm.name in only]
 
 

@@ -1,7 +1,7 @@
-"""Associative recall (MQAR): many keys and values, where states of fixed size fail, and what attention repairs.
+"""Associative recall (MQAR): many keys and values, where states of fixed size fail and attention helps.
 
-The counterpart to selective copying and induction heads, where Mamba shines. Sources: Zoology (arXiv:2312.04927) for
-the task and its sizes; Mamba-2 (arXiv:2405.21060), figure 8, for Mamba's recall.
+Unlike selective copying and induction heads, this task is hard for Mamba. Sources: Zoology (arXiv:2312.04927) for the
+task and its sizes; Mamba-2 (arXiv:2405.21060), figure 8, for Mamba's recall.
 """
 
 from __future__ import annotations

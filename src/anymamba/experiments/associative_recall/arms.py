@@ -1,4 +1,4 @@
-"""The systems, their settings at each scale, and what must come out, written before any arm was measured."""
+"""The systems, and their settings at each scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anymamba.models.config import ModelConfig
 from anymamba.parts.options import AttentionOptions, HyenaOptions, MambaOptions
 
 WIDE = 0.3
-"""Standard deviation of the weights of projections at scale cpu, in every arm."""
+"""Standard deviation of the projections' initial weights at scale cpu, in every arm."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class System:
     mixers: tuple[str, ...]
     """The mixer of each block."""
     d_state: int = 16
-    """N of its Mamba blocks."""
+    """N of the Mamba blocks."""
 
     @property
     def is_hybrid(self) -> bool:
-        """Mamba and attention."""
+        """Whether it has both Mamba and attention."""
         return {"mamba", "attention"} <= set(self.mixers)
 
 
@@ -43,34 +43,35 @@ SYSTEMS = {
     "hybrid-2": System("Mamba with 2 attentions, 4 blocks", ("mamba", "attention") * 2),
 }
 MAMBA_BY_STATE = ("mamba-n4", "mamba-n16", "mamba-n64")
-"""The same but for the state, smallest first."""
+"""Systems that differ only in the size of the state, smallest first."""
 TIME_INVARIANT = ("h3", "hyena")
 SLOW = (*MAMBA_BY_STATE, "mamba-deep", "h3")
-"""Take more than five minutes at scale cpu, and have one seed there."""
+"""Systems that take more than five minutes at scale cpu; they have one seed there."""
 WITHOUT_ATTENTION = {"hybrid-1": "mamba-n16", "hybrid-2": "mamba-deep"}
-"""A hybrid, and what it is with Mamba in the place of attention."""
+"""For each hybrid, the system with Mamba instead of attention."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, with the seed, what an arm gives."""
+    """The settings of an arm; with the seed, they determine its result."""
 
     system: str
     """A key of SYSTEMS."""
     model: ModelConfig
     tasks: tuple[Recall, ...]
-    """Learned together, about as many queries of each in every batch; all of one length, fewest pairs first."""
+    """Tasks that are learned together, with about as many queries of each in every batch. They have the same length;
+    the one with the fewest pairs is first."""
     optimization: Optimization
     more_learning_rates: tuple[float, ...] = ()
-    """Tried, too, one after another; the best on the validation set counts."""
+    """Other learning rates that are tried one after another; the best on the validation set is used."""
     enough: float = 0.998
-    """Recall on the validation set that ends the training, and the search for a rate."""
+    """Recall on the validation set at which the training, and the search for a rate, end."""
     validation_rows: int = 240
-    """Of all tasks together, mixed like a batch."""
+    """Validation rows of all tasks together, mixed as in a batch."""
     test_rows: int = 256
-    """Of each task."""
+    """Test rows of each task."""
     judge_every: int = 200
-    """Steps between two looks at the validation set."""
+    """Steps between two evaluations on the validation set."""
 
     def __post_init__(self) -> None:
         if len({(task.length, task.vocab_size) for task in self.tasks}) != 1:
@@ -80,7 +81,7 @@ class Settings:
 
 
 def build_config(system: System, width: int, task: Recall, weight_std: float | None = None) -> ModelConfig:
-    """The model of a system at a width, for rows like the task's; Hyena's filter as in its authors' synthetic tasks."""
+    """The config of a system at a width, for rows of the task; Hyena's filter as in its authors' synthetic tasks."""
     return ModelConfig(
         d_model=width,
         n_layers=len(system.mixers),
@@ -97,7 +98,7 @@ PAPER_SIZES = tuple(Recall(n, length, random_filler=True) for length, n in ((64,
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """At toy and cpu scale an arm is a system that learns all numbers of pairs; at the others, one width and size."""
+    """At scales toy and cpu an arm is a system that learns all numbers of pairs; at gpu and paper it has one size."""
     return {"toy": toy_arms, "cpu": cpu_arms, "gpu": gpu_arms, "paper": paper_arms}[scale]()
 
 
@@ -117,7 +118,7 @@ def toy_arms() -> list[Arm]:
 
 
 def cpu_arms() -> list[Arm]:
-    """Short rows of a small vocabulary, all numbers of pairs learned together by two blocks (four)."""
+    """Short rows with a small vocabulary; two (or four) blocks learn all numbers of pairs together."""
     tasks = tuple(Recall(n, 64, 64) for n in (2, 4, 8, 16))
     how = Optimization(steps=6000, batch_size=30, learning_rate=6e-3, warmup_steps=100, cosine=True)
     rates: dict[str, Any] = {"more_learning_rates": (1e-2, 3e-3)}
@@ -132,7 +133,7 @@ def gpu_arms() -> list[Arm]:
 
 
 def paper_arms() -> list[Arm]:
-    """The published sizes at three widths; four rates from 1e-4 to 1e-2, evenly spaced in the logarithm, best first."""
+    """The published sizes at three widths, with four rates from 1e-4 to 1e-2, equally spaced on a log scale."""
     how = Optimization(
         steps=100_000, batch_size=64, learning_rate=2.15e-3, weight_decay=0.1, warmup_steps=1000, cosine=True
     )
@@ -140,7 +141,7 @@ def paper_arms() -> list[Arm]:
 
 
 def one_by_one(widths: tuple[int, ...], how: Optimization, more_learning_rates: tuple[float, ...]) -> list[Arm]:
-    """An arm for each width, size and system, at the layers' own initialisation."""
+    """An arm for each width, size and system, with the default initialisation of the layers."""
     more: dict[str, Any] = {"more_learning_rates": more_learning_rates, "validation_rows": 256, "judge_every": 500}
     return [
         Arm(f"{name}-d{width}-{task.n_pairs}", settings_of(name, width, (task,), how, **more))

@@ -17,7 +17,7 @@ COLORS = {system: f"C{i}" for i, system in enumerate(SYSTEMS)}
 
 
 def against_state(results: Results) -> Figure:
-    """A panel for each number of pairs: a mark for each system and width, recall against bytes of state."""
+    """Recall against the bytes of state: a panel for each number of pairs, a mark for each system and width."""
     asked = pairs(results)
     figure = new_figure(width=3.2 * len(asked) + 1, height=4.8)
     row = figure.subplots(1, len(asked), sharey=True, squeeze=False)[0]
@@ -42,7 +42,7 @@ def against_state(results: Results) -> Figure:
 
 
 def against_pairs(results: Results) -> Figure:
-    """A panel for each width: a line for each system, recall against the number of pairs."""
+    """Recall against the number of pairs: a panel for each width, a line for each system."""
     found, asked = widths(results), pairs(results)
     figure = new_figure(width=4.2 * len(found) + 2.5, height=4.8)
     row = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""What the results say: thresholds, and recall against the number of pairs and the bytes of state."""
+"""The findings: thresholds, and recall against the number of pairs and the bytes of state."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from anymamba.lab.experiment import Record, Results, Threshold
 
 @dataclass(frozen=True)
 class Point:
-    """A system of a width asked with a number of pairs."""
+    """The results of a system at a width for a number of pairs."""
 
     system: str
     width: int
     n_pairs: int
     recall: list[float]
-    """Of each seed."""
+    """The recall of each seed."""
     records: list[Record]
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """The mean recall over the seeds."""
         return sum(self.recall) / len(self.recall)
 
     @property
     def state_bytes(self) -> int:
-        """What the model carries for a sequence."""
+        """The bytes of state that the model carries for a sequence."""
         return int(self.records[0].values["state_bytes"])
 
 
 def points(results: Results) -> list[Point]:
-    """Every system, width and number of pairs that was asked, in the order of the arms."""
+    """The points of every system, width and number of pairs that was tested, in the order of the arms."""
     found = []
     for records in map(results.of, results.arms):
         settings = records[0].settings
@@ -50,17 +50,17 @@ def points(results: Results) -> list[Point]:
 
 
 def widths(results: Results) -> list[int]:
-    """Widths that were measured, in order."""
+    """The measured widths, in order."""
     return sorted({point.width for point in points(results)})
 
 
 def pairs(results: Results) -> list[int]:
-    """Numbers of pairs that were asked, in order."""
+    """The tested numbers of pairs, in order."""
     return sorted({point.n_pairs for point in points(results)})
 
 
 def by_system(results: Results, width: int) -> dict[str, dict[int, Point]]:
-    """The points of a width by system and number of pairs; every system is there."""
+    """The points of a width by system and number of pairs; every system has an entry."""
     found: dict[str, dict[int, Point]] = {system: {} for system in SYSTEMS}
     for point in points(results):
         if point.width == width:
@@ -69,7 +69,7 @@ def by_system(results: Results, width: int) -> dict[str, dict[int, Point]]:
 
 
 def label(system: str) -> str:
-    """A system in words."""
+    """The name of a system in tables and charts."""
     return SYSTEMS[system].label
 
 
@@ -77,7 +77,7 @@ def label(system: str) -> str:
 
 
 def thresholds(results: Results) -> list[Threshold]:
-    """Those of every width, for the worst seeds."""
+    """The thresholds of every width, for the worst seeds."""
     found = []
     for width in widths(results):
         prefix = f"width {width}: " if len(widths(results)) > 1 else ""
@@ -86,7 +86,7 @@ def thresholds(results: Results) -> list[Threshold]:
 
 
 def thresholds_at(of: dict[str, dict[int, Point]]) -> list[Threshold]:
-    """Attention recalls all, hybrids nearly so, small states and time-invariant layers do not, more state helps."""
+    """Attention recalls all, hybrids nearly all, small states and time-invariant layers less; a larger state helps."""
     top = of["attention"]
     worst = min((min(point.recall) for point in top.values()), default=None)
     found = [Threshold("attention: recall at its worst, %", [worst], at_least=0.99, show=percent)]
@@ -100,7 +100,7 @@ def thresholds_at(of: dict[str, dict[int, Point]]) -> list[Threshold]:
 
 
 def below_attention(of: dict[str, dict[int, Point]], system: str, gap: float) -> Threshold:
-    """How far a system is below attention at the most pairs."""
+    """How far a system is below attention at the largest number of pairs."""
     most = max(of["attention"], default=0)
     got = [min(of["attention"][most].recall) - max(of[system][most].recall)] if most in of[system] else []
     what = f"{label(system)}: recall below attention at the most pairs, points"
@@ -108,7 +108,7 @@ def below_attention(of: dict[str, dict[int, Point]], system: str, gap: float) ->
 
 
 def state_thresholds(of: dict[str, dict[int, Point]]) -> list[Threshold]:
-    """Mamba's recall grows with its state: means over the seeds, at the most pairs."""
+    """Mamba's recall grows with its state: means over the seeds, at the largest number of pairs."""
     most = max(n for found in of.values() for n in found)
     means = [of[system][most].mean for system in MAMBA_BY_STATE if most in of[system]]
     whole = len(means) == len(MAMBA_BY_STATE)
@@ -126,13 +126,13 @@ def state_thresholds(of: dict[str, dict[int, Point]]) -> list[Threshold]:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Recall at each width, and what more state or attention changes."""
+    """The sections of the report: recall at each width, and the effect of a larger state and of attention."""
     tables = {f"Recall, %, width {width}": recall_table(results, width) for width in widths(results)}
     return {**tables, "Differences at the most pairs": differences(results)}
 
 
 def recall_table(results: Results, width: int) -> str:
-    """Recall by system and number of pairs, with parameters and bytes of state after a row."""
+    """A table of recall by system and number of pairs, with parameters and bytes of state after a row."""
     asked, n_values = pairs(results), results.records[0].values["tests"][0]["vocab_size"] // 2
     header = ("system", "parameters", "state, bytes", "best rate", "steps", *(f"{n} pairs" for n in asked))
     rows = []
@@ -149,13 +149,13 @@ def recall_table(results: Results, width: int) -> str:
 
 
 def span(sizes: Iterable[int]) -> str:
-    """A number, or the least and the largest."""
+    """The number if all sizes are equal, otherwise the smallest and the largest."""
     least, *more = sorted(set(sizes))
     return f"{least:,} to {more[-1]:,}" if more else f"{least:,}"
 
 
 def differences(results: Results) -> str:
-    """What more state, or attention in the place of Mamba, changes in means of the seeds."""
+    """A table of what a larger state, or attention instead of Mamba, changes in the means over the seeds."""
     rows = []
     for width in widths(results):
         of = by_system(results, width)

@@ -1,4 +1,4 @@
-"""Trains a system on rows of all its tasks and judges it on each."""
+"""Trains a system on rows of all its tasks and evaluates it on each."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import state_bytes
 
 TEST_SEED = (1 << 32) - 2
-"""Far from the training seeds and not that of the validation set."""
+"""Far from the training seeds, and different from that of the validation set."""
 
 
 def measure(settings: Settings, context: Context) -> dict[str, Any]:
-    """What `learn` returns of the best learning rate, and what came out of it.
+    """Train at each learning rate; returns the values of `learn` for the best rate, and
 
-    `tests`: for each task its score on the test rows. `state_bytes`: of one sequence after a row. `learning_rate`: the
-    best. `sweep`: [rate, recall on the validation set] of each that was tried.
+    `tests`, the score of each task on its test rows; `state_bytes`, the bytes of state of one sequence after a row;
+    `learning_rate`, the best rate; `sweep`, [rate, recall on the validation set] for each rate that was tried.
     """
     tried: list[tuple[dict[str, Any], LanguageModel]] = []
     sweep: list[list[float]] = []
@@ -42,7 +42,7 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
 
 
 def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context: Context) -> dict[str, Any]:
-    """What `learn` returns."""
+    """Train at one learning rate; returns the values of `learn`."""
     make = partial(mixed_batch, settings.tasks)
     return learn(
         model,
@@ -56,7 +56,7 @@ def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context
 
 
 def mixed_batch(tasks: tuple[Recall, ...], generator: torch.Generator, rows: int) -> Batch:
-    """Rows of all tasks, one task after another, with about as many queries of each; the rest are of the last task."""
+    """A batch of all tasks, one after another, with about as many queries of each; the last task gets the rest."""
     shares = [1 / task.n_pairs for task in tasks]
     counts = [max(1, round(rows * share / sum(shares))) for share in shares[:-1]]
     counts.append(rows - sum(counts))
@@ -75,6 +75,6 @@ def test_values(model: LanguageModel, task: Recall, settings: Settings, context:
 
 @torch.no_grad()
 def bytes_after_a_row(model: LanguageModel, task: Recall, context: Context) -> int:
-    """The bytes that a model carries for one sequence after a row of the task, all tensors of its state."""
+    """The bytes of all tensors of the state that a model has for one sequence after a row of the task."""
     ids, _ = fixed_set(partial(recall_batch, task), 1, context.device, TEST_SEED)
     return state_bytes(model.hidden(ids)[1])

@@ -1,4 +1,4 @@
-"""Induction heads: recall what followed a token, at lengths far beyond training (arXiv:2312.00752, section 4.1.2)."""
+"""Induction heads: recall the token after a trigger, far beyond the training length (arXiv:2312.00752, 4.1.2)."""
 
 from __future__ import annotations
 

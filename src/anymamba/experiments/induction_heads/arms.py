@@ -1,4 +1,4 @@
-"""The arms, their settings at each scale, the paper's numbers, and what must come out, written before any run."""
+"""The arms, their settings at each scale, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ PAPER = {
     "hyena": Published("Hyena", "69M", (97.7, 100, 100, 100, 44.1, 12.5, 6.6, 5.1, 7.0, 5.9, 6.6, 6.6, 5.9, 6.3, 9.8)),
     "mamba": Published("Mamba", "74K", (100,) * 15),
 }
-"""By system; the lengths of the last test of attention are bounded by memory."""
+"""Table 11 by system; the test lengths of attention are limited by memory."""
 PAPER_FIRST = 6
-"""Its accuracies begin at 2^6."""
+"""The accuracies in the paper begin at length 2^6."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, with the seed, what an arm gives."""
+    """The settings of an arm; with the seed, they determine its result."""
 
     system: str
-    """Its row in table 11."""
+    """The row in table 11."""
     placement: Placement
-    """Of the first trigger, in training, validation and tests."""
+    """Placement of the first trigger, in training, validation and tests."""
     model: ModelConfig
     optimization: Optimization
     test_lengths: tuple[int, ...]
     train_length: int = 256
     cycles: int = 1
-    """Rounds of training at the training length. In each, Adam and its rate begin anew; the model does not."""
+    """Rounds of training at the training length. Each starts with a new Adam and the initial rate; the model stays."""
     lengths_before: tuple[int, ...] = ()
     """Shorter lengths that training begins with, one round each. The paper has none."""
     optimization_before: Optimization | None = None
-    """That of a round at a shorter length; defaults to that at the training length."""
+    """The optimization at the shorter lengths; defaults to that at the training length."""
     grow_at: float = 0.95
-    """Accuracy on the validation set of a shorter length that leads to the next."""
+    """Accuracy on the validation set of a shorter length at which training goes on to the next length."""
     n_tokens: int = 16
     """Ordinary tokens; the trigger is one more id."""
     validation_rows: int = 256
     judge_every: int = 500
-    """Steps between two looks at the validation set."""
+    """Steps between two evaluations on the validation set."""
     perfect_in_a_row: int | None = 5
-    """Judgements in a row without a mistake that end the training; None lets it take all its steps."""
+    """Training ends after this many evaluations in a row without a mistake; None means after all steps."""
     test_rows: int = 256
     long_rows: int = 16
-    """Test sequences at lengths beyond long_beyond."""
+    """Test sequences at lengths above long_beyond."""
     long_beyond: int = 1 << 14
     test_tokens: int = 1 << 16
-    """Tokens that a test reads at once; whole sequences are read by models whose state grows, however long they are."""
+    """Tokens that a test reads at once; a model whose state grows always reads whole sequences."""
 
     def rows_at(self, length: int) -> int:
         """Test sequences at a length."""
@@ -82,13 +82,14 @@ N_TOKENS = 16
 LONGEST, LONGEST_ATTENTION = 20, 14
 
 RESTARTS = Optimization(steps=500, batch_size=8, learning_rate=5e-3, cosine=True, clip_norm=None, eps=1e-16)
-"""One of many rounds of Mamba at scale cpu (warm restarts, arXiv:1608.03983). The epsilon lies below the gradients of a
+"""One of many rounds of Mamba at scale cpu (warm restarts, arXiv:1608.03983). The epsilon is below the gradients at a
 loss of 1e-7."""
 BEFORE = replace(RESTARTS, steps=5000, learning_rate=2e-3, cosine=False)
-"""At the shorter lengths, which are left as soon as they are learned."""
+"""A round at a shorter length, which ends as soon as that length is learned."""
 WIDE, SMALLEST_STEP = 0.1, 1e-5
-"""Mamba at scale cpu: standard deviation of the projections' weights, so that what the state holds is not lost beside
-the skip D u; smallest initial step, so that some channels hold far beyond the training length from the beginning."""
+"""Mamba at scale cpu. WIDE is the standard deviation of the projections' weights: with smaller ones the skip D u
+outweighs the contribution of the state. With SMALLEST_STEP, the smallest initial step, some channels of a new model
+remember far beyond the training length."""
 
 
 def mamba(width: int = 64) -> ModelConfig:
@@ -97,7 +98,7 @@ def mamba(width: int = 64) -> ModelConfig:
 
 
 def attention(positions: str, longest: int, width: int = 128, heads: int = 8) -> ModelConfig:
-    """Two attention blocks without MLPs, LayerNorm, biases, an untied head: what has the paper's 137K parameters."""
+    """Two attention blocks without MLPs, with LayerNorm, biases and an untied head: 137K parameters as in the paper."""
     options = AttentionOptions(n_heads=heads, positions=positions, max_positions=longest, bias=True)  # type: ignore[arg-type]
     return replace(mamba(width), mixers=("attention",), norm="layernorm", tie_embeddings=False, attention=options)
 
@@ -115,18 +116,18 @@ def hyena(longest: int, width: int = 128) -> ModelConfig:
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """Mamba with both placements, then the others; attention is asked as far as memory allows."""
+    """Mamba with both placements, then the other systems; attention is tested up to the length that memory allows."""
     return {"toy": toy_arms, "cpu": cpu_arms, "gpu": gpu_arms, "paper": paper_arms}[scale]()
 
 
 def mamba_arms(base: Settings, seeds: int = 1) -> list[Arm]:
-    """Both placements of the trigger."""
+    """Mamba with both placements of the trigger."""
     first, anywhere = replace(base, placement="first-ten"), replace(base, placement="uniform")
     return [Arm("mamba-first-ten", first, seeds), Arm("mamba-uniform", anywhere, seeds)]
 
 
 def toy_arms() -> list[Arm]:
-    """A few steps at length 16, to try the machinery."""
+    """A few steps at length 16, to test the code."""
     base = Settings(
         "mamba",
         "uniform",
@@ -150,7 +151,7 @@ def toy_arms() -> list[Arm]:
 
 
 def cpu_arms() -> list[Arm]:
-    """Mamba in short rounds, from wider weights and steps than the published ones; rotary attention to 2^12."""
+    """Mamba in short rounds, with a wider range of initial weights and steps; rotary attention up to 2^12."""
     base = Settings(
         "mamba",
         "uniform",
@@ -177,19 +178,19 @@ def cpu_arms() -> list[Arm]:
 
 
 def gpu_arms() -> list[Arm]:
-    """All systems at the paper's learning rates, with larger batches and fewer steps; three seeds of what is quick."""
+    """All systems at the paper's learning rates, with larger batches and fewer steps; quick ones with three seeds."""
     steps = {"mamba": 20_000, "attention": 50_000, "h3": 20_000, "hyena": 20_000}
     return all_arms(batch_size=64, steps=steps, seeds={"attention": 3, "hyena": 3})
 
 
 def paper_arms() -> list[Arm]:
-    """As published: batches of 8, and the steps after which table 11 was measured."""
+    """The published settings: batches of 8, and the numbers of steps of table 11."""
     steps = {"mamba": 204_800, "attention-absolute": 204_800, "attention": 409_600, "h3": 81_920, "hyena": 81_920}
     return all_arms(batch_size=8, steps=steps)
 
 
 def all_arms(batch_size: int, steps: dict[str, int], seeds: dict[str, int] | None = None) -> list[Arm]:
-    """Mamba with both placements and its rate 1e-3, the others with uniform triggers at 2e-4; constant rates."""
+    """Mamba with both placements at rate 1e-3, the other systems with uniform triggers at 2e-4; constant rates."""
     optimization = Optimization(steps["mamba"], batch_size, learning_rate=1e-3, clip_norm=None)
     base = Settings(
         "mamba", "uniform", mamba(), optimization, powers(6, LONGEST), judge_every=1000, test_tokens=1 << 20

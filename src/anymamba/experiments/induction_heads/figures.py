@@ -1,4 +1,4 @@
-"""Charts: accuracy against the length, beside the paper's, and how the arms learned."""
+"""Charts: accuracy against the length, with the paper's, and the learning curves of the arms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def lengths(results: Results) -> Figure:
-    """Accuracy at each length: a line for each seed, a colour for each arm; the paper's dotted in the same colour."""
+    """Accuracy at each length: a line per seed, a colour per arm, and the paper's numbers dotted in the same colour."""
     figure = new_figure(width=8.0)
     axes = figure.subplots()
     published = set()
@@ -49,7 +49,7 @@ def learning(results: Results) -> Figure:
 
 
 def finish(axes: Axes, results: Results) -> None:
-    """Chance, label and legend."""
+    """Add the line of guesses, the axis label and the legend."""
     chance = 100 / results.records[0].settings["n_tokens"]
     axes.axhline(chance, color="gray", linestyle=":", linewidth=1, label="guesses")
     axes.set_ylabel("sequences that are right, %")

@@ -1,4 +1,4 @@
-"""What the results say: thresholds, and accuracy at each length beside table 11 of the paper."""
+"""The findings: thresholds, and accuracy at each length next to table 11 of the paper."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from anymamba.lab.experiment import Record, Results, Threshold
 
 
 def label(arm: str) -> str:
-    """An arm in words."""
+    """The name of an arm in tables and charts."""
     system, _, placement = arm.partition("-")
     return f"Mamba, {placement}" if system == "mamba" else PAPER[arm].label
 
 
 def system_of(results: Results, arm: str) -> str:
-    """The arm's row in table 11."""
+    """The row of an arm in table 11."""
     return str(results.of(arm)[0].settings["system"])
 
 
 def accuracies(record: Record) -> dict[int, float]:
-    """By length."""
+    """The accuracy at each test length."""
     return {test["length"]: test["right"] / test["sequences"] for test in record.values["tests"]}
 
 
@@ -27,7 +27,7 @@ def accuracies(record: Record) -> dict[int, float]:
 
 
 def thresholds(results: Results) -> list[Threshold]:
-    """Those of every arm that the run plans."""
+    """The thresholds of every planned arm."""
     found = []
     for arm in results.planned_arms:
         found += (mamba_thresholds if arm.startswith("mamba") else other_thresholds)(arm, results.of(arm))
@@ -35,17 +35,17 @@ def thresholds(results: Results) -> list[Threshold]:
 
 
 def learned(arm: str, records: list[Record]) -> Threshold:
-    """The validation set at the training length, at the end of training."""
+    """At the end of training, every answer on the validation set at the training length is correct."""
     got = [record.values["accuracy"] for record in records]
     return Threshold(f"{label(arm)}: validation accuracy, %", got, at_least=1.0, show=percent)
 
 
 def mamba_thresholds(arm: str, records: list[Record]) -> list[Threshold]:
-    """It learns, in time where the trigger is early, and it answers at every length."""
+    """Mamba learns the task, answers at every length, and learns within a time limit if the trigger is early."""
     first, worst = learned(arm, records), [min(accuracies(record).values()) for record in records]
     found = [first, Threshold(f"{label(arm)}: accuracy at its worst length, %", worst, at_least=1.0, show=percent)]
     if arm == "mamba-first-ten":
-        # a model that has not learned says nothing
+        # the time is not judged for a model that has not learned
         minutes = [minutes_to_learn(record) for record in records] if first.verdict == "holds" else []
         what = f"{label(arm)}: minutes of training until the validation set is right"
         found.append(Threshold(what, minutes, at_most=15.0, show="{:.1f}".format))
@@ -53,9 +53,9 @@ def mamba_thresholds(arm: str, records: list[Record]) -> list[Threshold]:
 
 
 def minutes_to_learn(record: Record) -> float:
-    """Minutes until the first judgement without a mistake at the training length, all steps taken to last as long.
+    """Minutes until the first evaluation without a mistake at the training length, if all steps take equally long.
 
-    Those at shorter lengths, which come before, last shorter: it was no later than that.
+    The earlier steps, at shorter lengths, take less time, so this is an upper bound.
     """
     values = record.values
     before = sum(steps for length, steps in values["stages"] if length < record.settings["train_length"])
@@ -64,9 +64,9 @@ def minutes_to_learn(record: Record) -> float:
 
 
 def other_thresholds(arm: str, records: list[Record]) -> list[Threshold]:
-    """It learns, and is not perfect far beyond; attention nearly guesses at 16 times the training length."""
+    """A baseline learns, and makes mistakes far beyond; attention is close to guessing at 16 times the length."""
     first = learned(arm, records)
-    judged = records if first.verdict == "holds" else []  # one that has not learned shows nothing by failing
+    judged = records if first.verdict == "holds" else []  # mistakes of a model that has not learned show nothing
     best = [max(found) for record in judged if (found := beyond(record, times=4))]
     what = f"{label(arm)}: best accuracy from 4 times the training length on, %"
     thresholds = [first, Threshold(what, best, below=1.0, show=percent)]
@@ -78,7 +78,7 @@ def other_thresholds(arm: str, records: list[Record]) -> list[Threshold]:
 
 
 def beyond(record: Record, times: int) -> list[float]:
-    """Accuracies from that many times the training length on, shortest first."""
+    """Accuracies at lengths of at least `times` times the training length, shortest first."""
     return [a for length, a in accuracies(record).items() if length >= times * record.settings["train_length"]]
 
 
@@ -86,12 +86,12 @@ def beyond(record: Record, times: int) -> list[float]:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """The training of each arm, and what it answers."""
+    """The sections of the report: the training of each arm, and its accuracy at each length."""
     return {"Training and reach": arms_table(results), "Accuracy at each length, %": lengths_table(results)}
 
 
 def arms_table(results: Results) -> str:
-    """How each arm learned, and how far all its seeds answer without a mistake."""
+    """A table of the training of each arm, and of the lengths at which all its seeds make no mistake."""
     header = ["arm", "parameters (paper)", "d_model", "batch", "learning rate", "steps", "minutes", "validation, %"]
     header += ["lengths without a mistake", "test tokens a second"]
     rows = []
@@ -111,26 +111,26 @@ def arms_table(results: Results) -> str:
 
 
 def reach(results: Results, arm: str) -> str:
-    """At how many lengths every seed answers every sequence, and the longest of them."""
+    """The number of lengths at which no seed makes a mistake, and the longest of them."""
     found = [accuracies(record) for record in results.of(arm)]
     perfect = [length for length in found[0] if all(a.get(length) == 1 for a in found)]
     return f"{len(perfect)} of {len(found[0])}" + (f", longest {power(max(perfect))}" if perfect else "")
 
 
 def power(length: int) -> str:
-    """A power of two as one."""
+    """A power of two, written as one."""
     return f"2^{length.bit_length() - 1}"
 
 
 def tokens_a_second(results: Results, arm: str) -> str:
-    """Of all tests; nothing where they took no time that shows."""
+    """The speed over all tests; "" if their time was too short to measure."""
     tests = [test for record in results.of(arm) for test in record.values["tests"]]
     seconds = sum(test["seconds"] for test in tests)
     return f"{sum(test['length'] * test['sequences'] for test in tests) / seconds:,.0f}" if seconds else ""
 
 
 def lengths_table(results: Results) -> str:
-    """A row for each length: the number of sequences, and each arm beside its row in the paper's table 11."""
+    """A row for each length: the number of sequences, and each arm next to its row in the paper's table 11."""
     tests = {t["length"]: t["sequences"] for r in results.records for t in r.values["tests"]}
     columns: dict[str, list[str]] = {}
     for arm in results.arms:
@@ -142,6 +142,6 @@ def lengths_table(results: Results) -> str:
 
 
 def published(system: str, length: int) -> str:
-    """The paper's accuracy in percent; nothing where it has none."""
+    """The paper's accuracy in percent; "" if it has none."""
     place, row = length.bit_length() - 1 - PAPER_FIRST, PAPER[system].accuracy
     return f"{row[place]:g}" if 0 <= place < len(row) else ""

@@ -1,4 +1,4 @@
-"""Trains one arm at one length and asks it at many."""
+"""Trains one arm and tests it at many lengths."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from anymamba.lab.learning import Score, build_model, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
 
 TEST_SEED = 1 << 31
-"""Plus the length. Far from every training and validation seed: arms of one placement are asked the same."""
+"""The length is added to it. Far from every training and validation seed; arms with the same placement share tests."""
 
 
 def measure(settings: Settings, context: Context) -> dict[str, Any]:
-    """What `learn_growing` returns of an arm, and `tests`: for each length the sequences, those right, the seconds."""
+    """The values of `learn_growing`, and `tests`: for each length the sequences, the correct ones and the seconds."""
     model = build_model(settings.model, context)
     learned = learn_growing(model, settings, context)
     return {**learned, "tests": ask_at_all_lengths(model, settings, context)}
 
 
 def learn_growing(model: LanguageModel, settings: Settings, context: Context) -> dict[str, Any]:
-    """Train at the shorter lengths, if there are any, then round after round at the training length.
+    """Train at the shorter lengths, if any, then in several rounds at the training length.
 
-    Returns what `learn` does of the last round, with the steps, seconds and curve of all, and `stages`: the length and
-    the steps of each.
+    Returns the values of `learn` for the last round, but with the steps, seconds and curve of all rounds, and `stages`,
+    the length and the steps of each round.
     """
     lengths = (*settings.lengths_before, *[settings.train_length] * settings.cycles)
     generator = torch.Generator().manual_seed(context.seed)
@@ -52,7 +52,7 @@ def learn_growing(model: LanguageModel, settings: Settings, context: Context) ->
 def learn_at(
     model: LanguageModel, length: int, settings: Settings, context: Context, generator: torch.Generator
 ) -> dict[str, Any]:
-    """What `learn` returns of one round at a length, on the next rows of the generator."""
+    """Train one round at a length on the next rows of the generator; returns the values of `learn`."""
     make = partial(induction_batch, length=length, n_tokens=settings.n_tokens, placement=settings.placement)
     validation = fixed_set(make, settings.validation_rows, context.device)
     how, enough = settings.optimization, perfect_in_a_row(settings.perfect_in_a_row)
@@ -62,7 +62,7 @@ def learn_at(
 
 
 def perfect_in_a_row(wanted: int | None) -> Callable[[Score], bool]:
-    """Says that it is enough when that many judgements one after another were without a mistake; None: never."""
+    """A function that stops training after that many evaluations in a row without a mistake; None never stops."""
     in_a_row = 0
 
     def enough(score: Score) -> bool:
@@ -74,22 +74,22 @@ def perfect_in_a_row(wanted: int | None) -> Callable[[Score], bool]:
 
 
 def ask_at_all_lengths(model: LanguageModel, settings: Settings, context: Context) -> list[dict[str, Any]]:
-    """The test at each length, shortest first."""
+    """Run the test at each length, shortest first."""
     total = sum(length * settings.rows_at(length) for length in settings.test_lengths)
     done, results = 0, []
     for length in settings.test_lengths:
         rows, start = settings.rows_at(length), time.perf_counter()
-        context.progress(done, total, f"asked at length {length:,}")
+        context.progress(done, total, f"testing length {length:,}")
         right = count_right(model, settings, length, context.device)
         seconds = time.perf_counter() - start
         results.append({"length": length, "sequences": rows, "right": right, "seconds": round(seconds, 2)})
         done += rows * length
-    context.progress(total, total, "asked at all lengths")
+    context.progress(total, total, "tested all lengths")
     return results
 
 
 def count_right(model: LanguageModel, settings: Settings, length: int, device: torch.device) -> int:
-    """How many of the test sequences of a length the model answers."""
+    """How many test sequences of a length the model answers correctly."""
     sequences = induction_sequences(
         torch.Generator().manual_seed(TEST_SEED + length),
         settings.rows_at(length),
@@ -103,10 +103,11 @@ def count_right(model: LanguageModel, settings: Settings, length: int, device: t
 
 @torch.no_grad()
 def last_predictions(model: LanguageModel, sequences: InductionSequences, tokens: int, device: torch.device) -> Tensor:
-    """The likeliest id after each whole sequence, about `tokens` tokens at a time.
+    """The most likely id after each whole sequence; the model reads about `tokens` tokens at a time.
 
-    A model whose state does not grow reads all sequences side by side, piece by piece with the state carried, in the
-    same memory at every length. Others (attention, Hyena) read a few whole sequences at a time, at least one.
+    If the state of the model does not grow, all sequences run as one batch, in pieces with the state carried, so the
+    memory is the same at every length. Other models (attention, Hyena) read a few whole sequences at a time, at least
+    one.
     """
     model.eval()
     if model.grows:

@@ -1,4 +1,4 @@
-"""What must be selective, and what a larger state is worth then (arXiv:2312.00752, tables 7 and 10)."""
+"""Which of Δ, B and C must be selective, and what a larger state then gains (arXiv:2312.00752, tables 7 and 10)."""
 
 from __future__ import annotations
 

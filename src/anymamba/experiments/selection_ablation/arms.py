@@ -1,4 +1,4 @@
-"""The arms, their settings at each scale, the paper's numbers, and what must come out, written before any run."""
+"""The arms, their settings at each scale, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ PAPER_10 = {
 }
 """Perplexities of table 10 by B and C and by N; Δ is selective in all."""
 KINDS = {"constant": "delta", "selective": "all"}
-"""What is selective in each half of table 10."""
+"""The row of SELECTIVE for each half of table 10."""
 TRANSFORMER = "transformer"
 WIDE = 0.15
-"""Standard deviation of the weights of projections in selective copying at scale cpu, in every arm."""
+"""Standard deviation of the projections' initial weights in selective copying at scale cpu, in every arm."""
 
 
 def paper_gap(above: float, below: float) -> float:
-    """Nats between two perplexities."""
+    """The difference of two perplexities in nats."""
     return log(above / below)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, with the seed, what an arm gives."""
+    """The settings of an arm; with the seed, they determine its result."""
 
     model: ModelConfig
     optimization: Optimization
     copying: Copying | None = None
-    """The task; None for the language model."""
+    """The copying task; None for the language model."""
     window: int = 256
-    """Bytes that the language model sees at once."""
+    """Bytes in a window of the language model."""
     validation_rows: int = 256
     judge_every: int = 200
-    """Steps between two looks at the validation set."""
+    """Steps between two evaluations on the validation set."""
 
 
 def mamba(d_model: int, n_layers: int, vocab_size: int, selective: str, d_state: int = 16) -> ModelConfig:
@@ -65,18 +65,18 @@ def mamba(d_model: int, n_layers: int, vocab_size: int, selective: str, d_state:
 
 
 PLACEHOLDER = ModelConfig(d_model=8, n_layers=2, vocab_size=8)
-"""In the settings that all arms of a task share, but for the model."""
+"""Stands for the model in the settings that all arms of a task share."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """What the arms of a scale share."""
+    """The settings that the arms of a scale share."""
 
     copying: Settings
     language: Settings
     width: int
     n_layers: int
-    """Of the Mambas of the language model; the Transformer++ has half as many layers of attention and MLP."""
+    """Blocks of the Mamba language models; the Transformer++ has half as many layers of attention and MLP."""
     n_heads: int
     seeds: int = 1
     copying_std: float | None = None
@@ -84,19 +84,19 @@ class Base:
 
 
 def language_settings(steps: int, batch_size: int, rate: float, window: int, rows: int, every: int) -> Settings:
-    """Of the language model: a tenth of the steps is warm-up, as in the paper."""
+    """Settings of the language model; a tenth of the steps is warm-up, as in the paper."""
     how = Optimization(steps, batch_size, rate, 0.1, warmup_steps=steps // 10, cosine=True, betas=(0.9, 0.95))
     return Settings(PLACEHOLDER, how, window=window, validation_rows=rows, judge_every=every)
 
 
 def copying_settings(task: Copying, steps: int, batch_size: int, rate: float, warmup: int, every: int) -> Settings:
-    """Of selective copying."""
+    """Settings of selective copying."""
     how = Optimization(steps, batch_size, rate, warmup_steps=warmup, cosine=True)
     return Settings(PLACEHOLDER, how, task, judge_every=every)
 
 
 def base_at(scale: Scale) -> Base:
-    """The settings of a scale."""
+    """The shared settings at a scale."""
     if scale == "toy":
         copying = replace(copying_settings(Copying(8, 2), 2, 4, 3e-3, 0, 1), validation_rows=8)
         return Base(copying, language_settings(2, 2, 3e-3, 16, 4, 1), width=16, n_layers=2, n_heads=2)
@@ -122,21 +122,21 @@ def arms_at(scale: Scale) -> list[Arm]:
 
 
 def copying_arm(base: Base, selective: str) -> Settings:
-    """Two blocks of width 64, as in the paper's task (of the toy's width at toy scale)."""
+    """Two blocks of width 64, as in the paper's task; narrower at scale toy."""
     assert base.copying.copying is not None
     model = mamba(min(64, base.width), 2, base.copying.copying.alphabet, selective)
     return replace(base.copying, model=replace(model, weight_std=base.copying_std))
 
 
 def language_arm(base: Base, selective: str, d_state: int) -> Settings:
-    """A Mamba of the scale."""
+    """A Mamba language model with the sizes of the scale."""
     return replace(base.language, model=mamba(base.width, base.n_layers, 256, selective, d_state))
 
 
 def transformer(base: Base) -> ModelConfig:
-    """Transformer++ whose MLPs are as wide as gives it the parameters of the Mamba with everything selective.
+    """Transformer++ with MLPs so wide that it has about the parameters of the Mamba with everything selective.
 
-    A layer of attention and MLP, 4 D^2 + 3 D H parameters, stands against two blocks of Mamba.
+    A layer of attention and MLP has 4 D^2 + 3 D H parameters, and corresponds to two blocks of Mamba.
     """
     config = transformer_plus_plus(base.n_layers // 2, base.width, base.n_heads, vocab_size=256)
     d, inner, rank = base.width, 2 * base.width, -(-base.width // 16)

@@ -1,4 +1,4 @@
-"""Windows of bytes of the standard library's files: random ones to learn from, fixed ones to be judged by."""
+"""Windows of bytes of the standard library's files: random ones for training, fixed ones for evaluation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ VOCABULARY = 256
 
 @cache
 def corpus_bytes(held_out: bool) -> Tensor:
-    """The files of one side, one after another in the order of their names, as uint8."""
+    """The training or the held-out files, concatenated in the order of their names, as uint8."""
     files = [path for path in standard_library_files() if is_held_out(path) is held_out]
     return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
 
 
 def random_windows(text: Tensor, length: int) -> Callable[[torch.Generator, int], Batch]:
-    """Makes batches of windows from anywhere in the text; every byte is to be predicted from those before it."""
+    """A function that makes batches of windows from random places of the text; the labels are the next bytes."""
     require_length(text, length)
 
     def make(generator: torch.Generator, rows: int) -> Batch:
@@ -32,21 +32,21 @@ def random_windows(text: Tensor, length: int) -> Callable[[torch.Generator, int]
 
 
 def fixed_windows(text: Tensor, length: int, rows: int) -> Batch:
-    """That many windows, spread evenly from the first byte to the last."""
+    """Windows at equal distances, from the first byte to the last."""
     require_length(text, length)
     starts = torch.linspace(0, len(text) - length - 1, rows, dtype=torch.float64).long()
     return windows(text, starts, length)
 
 
 def windows(text: Tensor, starts: Tensor, length: int) -> Batch:
-    """The bytes from each start, and those that follow each of them."""
+    """The window at each start, and the next byte of each position."""
     found = text[starts[:, None] + torch.arange(length + 1)].long()
     return found[:, :-1], found[:, 1:]
 
 
 def require_length(text: Tensor, length: int) -> None:
-    """Raises ValueError where no window fits."""
+    """Raises ValueError if no window fits."""
     if len(text) <= length:
         raise ValueError(
-            f"the text must be longer than a window of {length} bytes, got {len(text)}; shorten the window"
+            f"the text must be longer than a window of {length} bytes, got {len(text)} bytes; shorten the window"
         )

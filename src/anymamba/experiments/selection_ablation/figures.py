@@ -1,4 +1,4 @@
-"""Charts: tables 7 and 10 beside the paper's, and how the language models learned."""
+"""Charts of tables 7 and 10, with the paper's numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def selection(results: Results) -> Figure:
-    """Table 7: accuracy of copying, and nats of the language model above the arm with everything selective."""
+    """Table 7: accuracy of copying, and how many nats the loss is above that with everything selective."""
     figure = new_figure(width=10.0)
     left, right = figure.subplots(1, 2)
     for i, name in enumerate(SELECTIVE):
@@ -46,7 +46,7 @@ def selection(results: Results) -> Figure:
 
 
 def bars(axes: Axes, x: float, values: list[float], color: str) -> None:
-    """A bar of the mean, a dot for each seed, of those that did not diverge; the legend names the first of the axes."""
+    """A bar of the mean and a dot per seed, without seeds that diverged; only the first bar gets a legend entry."""
     values = [value for value in values if isfinite(value)]
     if values:
         new = not axes.containers
@@ -55,7 +55,7 @@ def bars(axes: Axes, x: float, values: list[float], color: str) -> None:
 
 
 def state(results: Results) -> Figure:
-    """Table 10: nats against N, ours and the paper's as they differ from N = 1 with constant B and C."""
+    """Table 10: nats against N with constant and selective B and C, ours on the left and the paper's on the right."""
     figure = new_figure(width=10.0)
     left, right = figure.subplots(1, 2)
     for i, (kind, name) in enumerate(KINDS.items()):
@@ -73,7 +73,7 @@ def state(results: Results) -> Figure:
     right.set(title="paper (350M, the Pile)", ylabel="nats a token")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_xlim(STATES[0] / 1.3, STATES[-1] * 1.3)  # also where nothing is measured
+        axes.set_xlim(STATES[0] / 1.3, STATES[-1] * 1.3)  # the same limits if nothing is measured
         axes.set_xticks(STATES, [str(n) for n in STATES])
         axes.set_xlabel("N, states per channel")
         axes.legend(fontsize=8)

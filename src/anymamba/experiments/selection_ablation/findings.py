@@ -1,4 +1,4 @@
-"""What the results say: thresholds, and tables 7 and 10 with our numbers beside the paper's."""
+"""The findings: thresholds, and tables 7 and 10 with our numbers next to the paper's."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from anymamba.lab.experiment import Results, Threshold
 WORDS = {"none": "none", "B": "B", "C": "C", "delta": "Δ", "all": "Δ, B, C"}
 LEAST, MOST = STATES[0], STATES[-1]
 TIE = 0.01
-"""Nats a byte: a smaller difference is none."""
+"""In nats per byte; a difference of at most this size is a tie."""
 
 
 def losses(results: Results, arm: str) -> list[float]:
-    """Held-out nats a byte of each seed of `lm-ARM`; infinite where training diverged."""
+    """The held-out loss of each seed of `lm-ARM` in nats per byte; infinite if training diverged."""
     return [inf if value is None else value for value in results.values(f"lm-{arm}", "validation_loss")]
 
 
 def loss(results: Results, arm: str) -> float:
-    """The mean of an arm's losses; infinite where it is not measured, too."""
+    """The mean of an arm's losses; infinite if it diverged or is not measured."""
     values = losses(results, arm)
     return sum(values) / len(values) if values else inf
 
 
 def gap(results: Results, above: str, below: str) -> float | None:
-    """Nats between the means of two arms of the language model, None where one is missing or diverged."""
+    """The difference of the mean losses of two language models in nats; None if one diverged or is missing."""
     a, b = loss(results, above), loss(results, below)
     return a - b if isfinite(a) and isfinite(b) else None
 
 
 def gain(results: Results, kind: str) -> float | None:
-    """What N = 16 gains over N = 1 with constant or selective B and C, in nats."""
+    """The gain of N = 16 over N = 1 with constant or selective B and C, in nats."""
     return gap(results, f"{KINDS[kind]}-n{LEAST}", f"{KINDS[kind]}-n{MOST}")
 
 
 def nats(value: float | None) -> str:
-    """A difference with its sign; nothing for None."""
+    """A difference with its sign; "" for None."""
     return "" if value is None else f"{value:+.3f}"
 
 
@@ -53,7 +53,7 @@ def nats(value: float | None) -> str:
 
 
 def thresholds(results: Results) -> list[Threshold]:
-    """Selection solves copying, each step of table 7 lowers the loss, and a larger state pays where B and C select."""
+    """Selection solves copying, each row of table 7 lowers the loss, a larger state helps with selective B and C."""
     whole, without = (results.mean(f"copying-{name}", "accuracy") for name in ("all", "none"))
     lost = whole - without if whole is not None and without is not None else None
     copying = [
@@ -65,7 +65,7 @@ def thresholds(results: Results) -> list[Threshold]:
 
 
 def order_threshold(results: Results, above: str, below: str) -> Threshold:
-    """The loss falls from one to the next by more than a tie, or does not rise by more: B and C may be alike."""
+    """The loss falls from one row to the next by more than a tie; only from B to C it may rise by up to a tie."""
     alike, got = (above, below) == ("B", "C"), gap(results, f"{above}-n16", f"{below}-n16")
     paper = nats(paper_gap(PAPER_7[above], PAPER_7[below]))
     return Threshold(
@@ -78,7 +78,7 @@ def order_threshold(results: Results, above: str, below: str) -> Threshold:
 
 
 def state_threshold(results: Results) -> Threshold:
-    """A larger state pays where B and C are selective: more than a tie, and so many times as much."""
+    """With selective B and C a larger state gains more than a tie, and 5 times as much as with constant ones."""
     selective, constant = gain(results, "selective"), gain(results, "constant")
     return Threshold(
         f"language model: gain of N = {MOST} over {LEAST} with selective B and C, nats (wanted is 5 times that "
@@ -93,7 +93,7 @@ def state_threshold(results: Results) -> Threshold:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Both tables."""
+    """The sections of the report: both tables."""
     return {
         "Table 7: what is selective": f"{table_7(results)}\n\n{corpus_words(results)}",
         "Table 10: the size of the state": f"{table_10(results)}\n\n{spread_words(results)}",
@@ -101,7 +101,7 @@ def sections(results: Results) -> dict[str, str]:
 
 
 def table_7(results: Results) -> str:
-    """Accuracy of copying and loss of the language model by what is selective; last the Transformer++."""
+    """Table 7: accuracy of copying and loss of the language model by what is selective, then the Transformer++."""
     header = ("selective", "copying, %", "parameters", "nats a byte", "bits a byte", "above all", "paper", "paper, ppl")
     rows = []
     for name in SELECTIVE:
@@ -117,7 +117,7 @@ def table_7(results: Results) -> str:
 
 
 def table_10(results: Results) -> str:
-    """Loss by N, with constant and with selective B and C."""
+    """Table 10: loss by N, with constant and with selective B and C."""
     header = ("B and C", "N", "parameters", "nats a byte", "bits a byte", "below N = 1", "paper", "paper, ppl")
     rows = []
     for kind, name in KINDS.items():
@@ -130,13 +130,13 @@ def table_10(results: Results) -> str:
 
 
 def loss_cells(results: Results, arm: str) -> list[str]:
-    """Parameters, nats and bits a byte."""
+    """The cells with the parameters, and the loss in nats and bits per byte."""
     own, parameters = losses(results, arm), results.values(f"lm-{arm}", "parameters")
     return [f"{parameters[0]:,}" if parameters else "", spread(own, 3), spread(own, 3, 1 / log(2))]
 
 
 def corpus_words(results: Results) -> str:
-    """What the columns are, and how large the corpus is."""
+    """Sentences that explain the columns and give the size of the corpus."""
     words = "Parameters are the language model's; gaps are in nats, and positive where the loss is higher."
     record = next((record for record in results.records if record.arm.startswith("lm-")), None)
     if record is None:
@@ -150,7 +150,7 @@ def corpus_words(results: Results) -> str:
 
 
 def spread_words(results: Results) -> str:
-    """How far seeds of one Mamba lie apart: what that leaves of the gaps."""
+    """A sentence on how much the seeds of one Mamba differ, and what that means for the gaps; "" for one seed."""
     arms = [arm.removeprefix("lm-") for arm in results.arms if arm.startswith("lm-") and arm != f"lm-{TRANSFORMER}"]
     spans = [max(own) - min(own) for arm in arms if len(own := losses(results, arm)) > 1 and isfinite(max(own))]
     if not spans:

@@ -1,4 +1,4 @@
-"""Trains one arm on its task and judges it."""
+"""Trains one arm on its task and evaluates it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anymamba.lab.learning import MakeBatch, build_model, fixed_set, learn
 
 
 def measure(settings: Settings, context: Context) -> dict[str, Any]:
-    """What `learn` returns of selective copying or of the language model; of that the bytes of the corpus, too."""
+    """Train an arm; returns the values of `learn`, and for a language model also the bytes of the corpus."""
     device, rows = context.device, settings.validation_rows
     make: MakeBatch
     sizes: dict[str, int] = {}

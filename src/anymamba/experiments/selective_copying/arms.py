@@ -1,4 +1,4 @@
-"""The cells of table 1, their settings at each scale, and what must come out, written before anything was run."""
+"""The cells of table 1, their settings at each scale, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Cell:
     """A row of table 1."""
 
     mixer: str
-    """Its name in `models/mixers.py`, and that of its arm."""
+    """The name of the mixer in `models/mixers.py`, which is also the name of the arm."""
     block: str
     layer: str
     paper: float
-    """Accuracy at a noise length of 4096, 16 tokens, 400,000 steps."""
+    """The paper's accuracy, with noise of 4096, 16 tokens and 400,000 steps."""
     selective: str
-    """The cell with S6 in the same block: itself, or what it is compared with."""
+    """The cell with S6 in the same block, which this cell is compared with; it may be the cell itself."""
 
 
 CELLS = (
@@ -38,23 +38,23 @@ CONTROLS = ("s4", "s6")
 """Cells that also learn plain copying, in arms named plain-..."""
 CPU_CELLS = ("s4", "s6", "mamba-s4", "mamba", "h3-s6")
 QUICK = ("s6",)
-"""Those of them that take less than five minutes, on one thread, and have three seeds; the others have one."""
+"""The cells of CPU_CELLS that take less than five minutes on one thread; they have three seeds, the others one."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, with the seed, what an arm gives."""
+    """The settings of an arm; with the seed, they determine its result."""
 
     mixer: str
     task: Copying
     optimization: Optimization
     weight_std: float | None = None
-    """Standard deviation of the projections' initial weights; defaults to what the layers draw."""
+    """Standard deviation of the projections' initial weights; defaults to the initialisation of the layers."""
     d_model: int = 64
     n_layers: int = 2
     validation_rows: int = 256
     judge_every: int = 200
-    """Steps between two looks at the validation set."""
+    """Steps between two evaluations on the validation set."""
 
 
 BASES: dict[Scale, Settings] = {
@@ -85,7 +85,7 @@ BASES: dict[Scale, Settings] = {
         judge_every=5000,
     ),
 }
-"""Settings of every arm at a scale, but for the mixer. The paper names Adam, a constant rate and no clipping."""
+"""Settings of every arm at a scale, without the mixer. The paper uses Adam, a constant rate and no clipping."""
 
 
 def arms_at(scale: Scale) -> list[Arm]:

@@ -1,4 +1,4 @@
-"""Charts: the cells beside the paper's, and how they learned."""
+"""Charts: the accuracy of the cells with the paper's, and their learning curves."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def learning(results: Results) -> Figure:
 
 
 def finish(axes: Axes, results: Results) -> None:
-    """Baselines, label and legend."""
+    """Add the baselines, the axis label and the legend."""
     task = task_of(results)
     guess, histogram = guess_accuracy(task), histogram_accuracy(task)
     axes.axhline(100 * histogram, color="gray", linestyle="--", linewidth=1, label="knows the histogram, not the order")

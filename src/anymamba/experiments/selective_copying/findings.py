@@ -1,4 +1,4 @@
-"""What the results say: thresholds, table 1 with our numbers, and the differences between its cells."""
+"""The findings: thresholds, table 1 with our numbers, and the differences between its cells."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from anymamba.lab.experiment import Results, Threshold
 
 
 def label(arm: str) -> str:
-    """An arm in words."""
+    """The name of an arm in tables and charts."""
     cell = CELL[arm.removeprefix("plain-")]
     return f"{cell.block}: {cell.layer}" + (", plain copying" if arm.startswith("plain-") else "")
 
 
 def task_of(results: Results) -> Copying:
-    """The task of the first record; all have its sizes."""
+    """The task of the first record; all records have the same sizes."""
     return Copying(**results.records[0].settings["task"])
 
 
 def thresholds(results: Results) -> list[Threshold]:
-    """Cells with S6 learn the task; the others stay below them."""
+    """The thresholds: cells with S6 learn the task, the others stay below them."""
     return [threshold(cell, results) for cell in CELLS if cell.mixer in results.planned_arms]
 
 
 def threshold(cell: Cell, results: Results) -> Threshold:
-    """That of one cell; a gap is that of the worst seeds."""
+    """The threshold of one cell; a gap is the smallest between any two seeds."""
     own = results.values(cell.mixer, "accuracy")
     if cell.mixer == cell.selective:
         return Threshold(f"accuracy of {label(cell.mixer)}, %", own, at_least=0.95, show=percent)
@@ -41,12 +41,12 @@ def threshold(cell: Cell, results: Results) -> Threshold:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Table 1 and what it says."""
+    """The sections of the report: table 1 and the differences between its cells."""
     return {"Table 1": table_1(results), "Differences": differences(results)}
 
 
 def table_1(results: Results) -> str:
-    """Table 1 and the controls; several seeds are a mean and, in brackets, the least and the most."""
+    """Table 1 and the controls; for several seeds the mean and, in brackets, the smallest and the largest value."""
     header = ("block", "layer", "parameters", "answers right, %", "rows all right, %", "paper, %")
     rows = []
     for arm in results.arms:
@@ -65,7 +65,7 @@ def table_1(results: Results) -> str:
 
 
 def differences(results: Results) -> str:
-    """Means of the seeds against each other, beside the paper's, in points."""
+    """A table of differences between means over the seeds, next to the paper's, in points."""
     mean = {arm: results.mean(arm, "accuracy") for arm in (*CELL, *(f"plain-{c}" for c in CONTROLS))}
     mean["histogram"] = histogram_accuracy(task_of(results))
     pairs = [(c.mixer, "histogram", f"{label(c.mixer)} above the histogram") for c in CELLS if c.mixer != c.selective]

@@ -1,4 +1,4 @@
-"""Trains one cell and judges it."""
+"""Trains one cell and evaluates it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anymamba.parts.options import HyenaOptions
 
 
 def measure(settings: Settings, context: Context) -> dict[str, Any]:
-    """What `learn` returns of an arm."""
+    """Train an arm; returns the values of `learn`."""
     make = partial(copying_batch, settings.task)
     validation = fixed_set(make, settings.validation_rows, context.device)
     model = build_model(model_config(settings), context)
@@ -22,7 +22,7 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
 
 
 def model_config(settings: Settings) -> ModelConfig:
-    """Blocks of one mixer; Hyena's filter with the positional features of its authors' synthetic tasks."""
+    """Blocks of one mixer; Hyena's filter has the positional features that its authors use in synthetic tasks."""
     return ModelConfig(
         d_model=settings.d_model,
         n_layers=settings.n_layers,

@@ -1,7 +1,7 @@
-"""Speed: scan, convolution and attention against the length, and whole models (arXiv:2312.00752, figure 8).
+"""Speed: scan, convolution and attention by length, and whole models (arXiv:2312.00752, figure 8).
 
-Not measured here: the right half of figure 8, throughput against the batch size. The paper's factor 5 there comes from
-batches that fit into memory beside a state of constant size.
+The right half of figure 8, throughput by batch size, is not measured here. The factor of 5 in the paper comes from the
+larger batches that fit into memory when the state has a constant size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ and is not run.
 
 
 def measure(settings: OperatorSettings | ModelSettings, context: Context) -> dict[str, Any]:
-    """The times at one length."""
+    """Measure the times at one length."""
     if isinstance(settings, OperatorSettings):
         return measure_operators(settings, context)
     return measure_models(settings, context)

@@ -1,4 +1,4 @@
-"""Lengths, sizes and caps at each scale, the paper's numbers, and what must come out, written before any run."""
+"""Lengths, sizes and limits at each scale, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ PAPER: dict[int, tuple[float | None, float | None, float | None, float]] = {
 """Figure 8, left, in ms by length: attention, convolution, unfused and fused scan (A100, D 1024, N 16, bfloat16)."""
 
 OPERATORS = ("attention", "convolution", "unfused", "scan")
-"""In the order of PAPER."""
+"""The operators in the order of the columns of PAPER."""
 PASSES = ("prefill", "training", "decoding")
 MODELS = ("mamba", "transformer")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long and how large a measurement may be."""
+    """Limits on the time and the memory of a measurement."""
 
     call_seconds: float
-    """A candidate that is estimated to take longer for one call is over the cap."""
+    """A candidate is skipped if one call is estimated to take longer."""
     memory_bytes: int
-    """A candidate that is estimated to hold more is over the cap."""
+    """A candidate is skipped if it is estimated to need more memory."""
     candidate_seconds: float
-    """A candidate's turns end when they have taken this long,"""
+    """The turns of a candidate end after this time in all, but not before least_turns."""
     most_turns: int
-    """or when there were so many;"""
+    """Most turns of a candidate."""
     least_turns: int = 2
-    """but not before there were so many."""
+    """Fewest turns of a candidate."""
     turn_seconds: float = 0.005
-    """Calls in a turn are so many that it takes at least about this long."""
+    """A turn has enough calls to take about this long."""
     seconds_before: float = 0.1
-    """Each candidate runs this long before its turns begin: clocks rise, caches and pools fill."""
+    """Warm-up of each candidate before its turns begin: clocks rise, caches and pools fill."""
 
 
 @dataclass(frozen=True)
 class OperatorSettings:
-    """What decides the times of the operators at a length."""
+    """The settings of the operators at a length."""
 
     length: int
     width: int
@@ -65,7 +65,7 @@ class OperatorSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What decides the times of the models at a context."""
+    """The settings of the models at a context."""
 
     context: int
     mamba: ModelConfig
@@ -73,12 +73,12 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"]
     limits: Limits
     tokens: int = 16
-    """Tokens written in a turn, after the context."""
+    """Tokens generated in a turn, after the context."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """An experiment at a scale: lengths are powers of two, from the first to the last exponent."""
+    """The settings at a scale; lengths are powers of two, from the first to the last exponent."""
 
     operators: OperatorSettings
     lengths: tuple[int, int]
@@ -134,11 +134,11 @@ SCALES: dict[Scale, Sizes] = {
         (7, 15),
     ),
 }
-"""A layer of Transformer++ is two blocks here and has about the parameters of two Mamba blocks."""
+"""A layer of Transformer++ is two blocks, attention and MLP, with about the parameters of two Mamba blocks."""
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """A length of the operators each, then a context of the models each."""
+    """An arm for each length of the operators, then an arm for each context of the models."""
     sizes = SCALES[scale]
     operators = [replace(sizes.operators, length=length) for length in powers(*sizes.lengths)]
     models = [replace(sizes.models, context=context) for context in powers(*sizes.contexts)]

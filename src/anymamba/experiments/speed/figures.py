@@ -1,4 +1,4 @@
-"""Charts, all log-log: times of the operators, ratios to the scan beside the paper's, times of the models."""
+"""Charts, all log-log: times of the operators, ratios to the scan with the paper's, times of the models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def operator_times(results: Results) -> Figure | None:
-    """Milliseconds against the length; the paper's are dashed."""
+    """Milliseconds against the length; the paper's times are dashed."""
     if not records_by_size(results, "operators"):
         return None
     figure = new_figure()
@@ -39,7 +39,7 @@ def operator_times(results: Results) -> Figure | None:
 
 
 def operator_ratios(results: Results) -> Figure | None:
-    """Times of the others over the scan's; above 1 the scan is faster."""
+    """The time of each other operator divided by that of the scan; above 1 the scan is faster."""
     if not records_by_size(results, "operators"):
         return None
     figure = new_figure()
@@ -68,7 +68,7 @@ def model_times(results: Results) -> Figure | None:
 
 
 def finish(axes: Axes, x: str, y: str) -> None:
-    """Logarithmic axes, labels, grid and legend."""
+    """Set logarithmic axes, and add labels, grid and legend."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel(x)

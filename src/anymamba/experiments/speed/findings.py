@@ -1,4 +1,4 @@
-"""What the results say: thresholds, times and ratios beside the paper's, how times grow and where curves cross."""
+"""The findings: thresholds, times and ratios next to the paper's, the growth of times, and where curves cross."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ PASS_WORDS = {"prefill": "reading a prompt", "training": "a training step", "dec
 SCAN = Series("operators", "scan")
 OTHERS = OPERATORS[:-1]
 FROM_LENGTH = 2048
-"""Shorter lengths are mostly the cost of a call, and not judged."""
+"""Shorter lengths are not judged, because their time is mostly the cost of a call."""
 
 
 def paper_times(name: str) -> dict[int, float]:
-    """An operator's time by length in the paper, where it has one."""
+    """The paper's times of an operator by length; lengths without a time are left out."""
     return {size: ms for size, row in PAPER.items() if (ms := row[OPERATORS.index(name)]) is not None}
 
 
 def paper_ratios(name: str) -> dict[int, float]:
-    """An operator over the fused scan by length in the paper."""
+    """The paper's time of an operator divided by that of the fused scan, by length."""
     scan = paper_times("scan")
     return {size: ms / scan[size] for size, ms in paper_times(name).items()}
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """A number with three significant digits."""
     if math.isinf(value):
         return "never"
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.{2 - math.floor(math.log10(max(value, 1e-3)))}f}"
@@ -57,7 +57,7 @@ def number(value: float) -> str:
 
 
 def thresholds(results: Results) -> list[Threshold]:
-    """Every run must hold them."""
+    """The thresholds, which every run must meet."""
     far, each = f"from length {FROM_LENGTH:,} on", runs(results)
     slopes = [slope(from_length(seconds(run, SCAN), FROM_LENGTH)) for run in each]
     unfused, convolution = ([least_over_scan(run, name) for run in each] for name in ("unfused", "convolution"))
@@ -75,19 +75,19 @@ def thresholds(results: Results) -> list[Threshold]:
 
 
 def least_over_scan(run: Results, name: str) -> float | None:
-    """The least time of an operator over the scan's at the lengths that count."""
+    """The smallest ratio of an operator's time to the scan's, at lengths from FROM_LENGTH on."""
     values = from_length(ratios(run, Series("operators", name), SCAN), FROM_LENGTH)
     return min((min(several) for several in values.values()), default=None)
 
 
 def faster_from(run: Results) -> float | None:
-    """The length from which on the scan is faster than attention; None where no length is long enough to tell."""
+    """The length from which on the scan is faster than attention; None if no measured length is long enough to tell."""
     over = medians(ratios(run, Series("operators", "attention"), SCAN))
     return above_from(over) if over and max(over) >= FROM_LENGTH else None
 
 
 def growth(run: Results, model: str) -> float | None:
-    """How a token's time grows with the context; None where the contexts are too close together."""
+    """The time of a token after the longest context over that after the shortest; None if they are too close."""
     times = seconds(run, Series("models", model, "decoding"))
     far_apart = times and max(times) >= 64 * min(times)
     return times[max(times)] / times[min(times)] if far_apart else None
@@ -97,7 +97,7 @@ def growth(run: Results, model: str) -> float | None:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Times and ratios of operators and models, as far as they are measured."""
+    """The sections of the report: times and ratios of operators and models, as far as they are measured."""
     operators, models = (records_by_size(results, kind) for kind in ("operators", "models"))
     return {
         "Operators": f"{operator_table(results)}\n\n{backend_words(operators)}" if operators else "",
@@ -108,7 +108,7 @@ def sections(results: Results) -> dict[str, str]:
 
 
 def operator_table(results: Results) -> str:
-    """Times of the operators, ratios to the scan, and the paper's."""
+    """A table of the operators' times, their ratios to the scan, and the paper's ratios."""
     papers = {name: paper_ratios(name) for name in OTHERS}
     header = ["length", *(f"{WORDS[n]}, ms" for n in OPERATORS), *(f"{WORDS[n]} / scan" for n in OTHERS)]
     header += [f"paper: {WORDS[n]} / scan" for n in OTHERS]
@@ -122,7 +122,7 @@ def operator_table(results: Results) -> str:
 
 
 def model_table(results: Results) -> str:
-    """Times of the models in each pass, and Transformer++ over Mamba."""
+    """A table of the models' times in each pass, and the ratio of Transformer++ to Mamba."""
     header = ["context"]
     for name in PASSES:
         header += [f"{PASS_WORDS[name]}: {MODEL_WORDS[m]}, ms" for m in MODELS] + ["Transformer++ / Mamba"]
@@ -138,13 +138,13 @@ def model_table(results: Results) -> str:
 
 
 def cell(results: Results, series: Series, size: int) -> str:
-    """Milliseconds, or why there are none."""
+    """The time in milliseconds, or the reason why there is none."""
     times = seconds(results, series)
     return number(1e3 * times[size]) if size in times else why(series, records_by_size(results, series.kind)[size][0])
 
 
 def why(series: Series, record: Record) -> str:
-    """Why something did not run, with the estimate that says so."""
+    """Why a candidate did not run, with the estimate that exceeds the limit."""
     timing = series.timing(record)
     if timing["missing"] == "over the time cap":
         return f"over the cap: about {timing['estimated_seconds']:,.0f} s"
@@ -154,7 +154,7 @@ def why(series: Series, record: Record) -> str:
 
 
 def ratio_cell(results: Results, other: Series, ours: Series, size: int) -> str:
-    """The median of the runs' ratios and, of several, the least and the most."""
+    """The median of the runs' ratios and, if there are several, the smallest and the largest."""
     found = ratios(results, other, ours)
     if size not in found:
         return ""
@@ -163,7 +163,7 @@ def ratio_cell(results: Results, other: Series, ours: Series, size: int) -> str:
 
 
 def growth_table(results: Results) -> str:
-    """The power of the length that each operator's time grows with, beside the paper's."""
+    """A table of the power of the length with which each operator's time grows, next to the paper's."""
     rows = []
     for name in OPERATORS:
         ours = slope(from_length(seconds(results, Series("operators", name)), FROM_LENGTH))
@@ -175,7 +175,7 @@ def growth_table(results: Results) -> str:
 
 
 def crossing_table(results: Results) -> str:
-    """Ratios at the shortest and the longest length, and where they pass 1; above 1 the scan, or Mamba, is faster."""
+    """A table of ratios at the shortest and longest length, and where they pass 1; above 1 scan or Mamba is faster."""
     rows = []
     for name in OTHERS:
         found = medians(ratios(results, Series("operators", name), SCAN))
@@ -189,7 +189,7 @@ def crossing_table(results: Results) -> str:
 
 
 def crossing_row(words: str, ratio: dict[int, float], paper: str) -> Sequence[str]:
-    """A row of that table; empty where nothing is measured."""
+    """A row of `crossing_table`; empty if nothing is measured."""
     if not ratio:
         return ()
     first, last = (f"{number(ratio[size])} at {size:,}" for size in (min(ratio), max(ratio)))
@@ -197,18 +197,18 @@ def crossing_row(words: str, ratio: dict[int, float], paper: str) -> Sequence[st
 
 
 def passes_1(ratio: dict[int, float]) -> str:
-    """The lengths at which a ratio passes 1."""
+    """The lengths at which a ratio passes 1, as text."""
     return ", ".join(map(number, crossings(ratio))) or "none"
 
 
 def backend_words(records: dict[int, list[Record]]) -> str:
-    """Which backend served the scan."""
+    """A sentence that says which backend ran the scan."""
     backends = sorted({record.values["backend"] for several in records.values() for record in several})
     return f"The scan ran in the backend {' and '.join(map(repr, backends))}."
 
 
 def parameter_words(records: dict[int, list[Record]]) -> str:
-    """The parameters of both models."""
+    """A sentence with the parameters of both models."""
     n = next(iter(records.values()))[0].values["parameters"]
     difference = 100 * (n["mamba"] / n["transformer"] - 1)
     return f"Mamba has {n['mamba']:,} parameters, Transformer++ {n['transformer']:,} ({difference:+.1f} %)."

@@ -1,4 +1,4 @@
-"""What results say: times by length, ratios within one run, where two curves cross."""
+"""Reads the results: times by length, ratios within one run, where two curves cross."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from anymamba.lab.experiment import Record, Results
 
 @dataclass(frozen=True)
 class Series:
-    """Which numbers: those of one candidate in one kind of arm."""
+    """The numbers of one candidate in one kind of arm."""
 
     kind: str
-    """operators or models: how the arms' names begin."""
+    """operators or models: the prefix of the arms' names."""
     candidate: str
     within: str | None = None
     """The pass, for models."""
 
     def timing(self, record: Record) -> dict[str, Any]:
-        """What a record has of it."""
+        """The timing of the candidate in a record."""
         times = record.values["times"]
         return (times if self.within is None else times[self.within])[self.candidate]
 
 
 def runs(results: Results) -> list[Results]:
-    """The results of each run alone."""
+    """The results of each run separately."""
     seeds = sorted({record.seed for record in results.records})
     return [replace(results, records=tuple(r for r in results.records if r.seed == seed)) for seed in seeds]
 
@@ -40,7 +40,7 @@ def records_by_size(results: Results, kind: str) -> dict[int, list[Record]]:
 
 
 def seconds(results: Results, series: Series) -> dict[int, float]:
-    """The median of the runs at each length where it ran."""
+    """The median over the runs at each length at which the candidate ran."""
     found = {}
     for size, records in records_by_size(results, series.kind).items():
         values = [t for record in records if (t := series.timing(record)["seconds"]) is not None]
@@ -50,7 +50,7 @@ def seconds(results: Results, series: Series) -> dict[int, float]:
 
 
 def ratios(results: Results, other: Series, ours: Series) -> dict[int, list[float]]:
-    """Time of the other over ours, each of one run, at every length where both ran."""
+    """The time of the other over ours in each run, at every length at which both ran."""
     found = {}
     for size, records in records_by_size(results, ours.kind).items():
         pairs = [(other.timing(record)["seconds"], ours.timing(record)["seconds"]) for record in records]
@@ -66,7 +66,7 @@ def medians(values: dict[int, list[float]]) -> dict[int, float]:
 
 
 def crossings(ratio: dict[int, float]) -> list[float]:
-    """Lengths at which the ratio passes 1, straight lines between lengths in log-log; 1 itself counts as above."""
+    """Lengths at which the ratio passes 1, interpolated linearly in log-log; a ratio of 1 counts as above."""
     points = sorted((math.log(size), math.log(value)) for size, value in ratio.items())
     return [
         math.exp(x + (next_x - x) * y / (y - next_y))
@@ -84,7 +84,7 @@ def above_from(ratio: dict[int, float]) -> float:
 
 
 def slope(times: dict[int, float]) -> float | None:
-    """Of log time over log length, by least squares; None for fewer than two lengths."""
+    """The slope of log time over log length, by least squares; None for fewer than two lengths."""
     if len(times) < 2:
         return None
     xs, ys = [math.log(size) for size in times], [math.log(value) for value in times.values()]
@@ -93,5 +93,5 @@ def slope(times: dict[int, float]) -> float | None:
 
 
 def from_length(values: dict[int, Any], least: int) -> dict[int, Any]:
-    """Those of lengths of at least so many."""
+    """The values at lengths of at least `least`."""
     return {size: value for size, value in values.items() if size >= least}

@@ -1,4 +1,4 @@
-"""Measuring time: candidates take turns, none begins that would take too long or too much memory."""
+"""Measures time: candidates take turns, and those that would take too long or too much memory are skipped."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from anymamba.lab.experiment import Context
 
 Call = Callable[[], object]
 SHORTER = 4
-"""Estimates come from lengths so many times shorter."""
+"""Estimates are made at lengths that are shorter by this factor."""
 LEAST_LENGTH = 16
-"""The shortest length that an estimate begins with."""
+"""The shortest length that an estimate starts at."""
 FULL = "out of memory"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something whose time is asked for at a length."""
+    """Something that is timed at a length."""
 
     prepare: Callable[[int], Call]
-    """Makes the inputs for a length; what it returns is timed."""
+    """Makes the inputs for a length; returns the function that is timed."""
     n_bytes: Callable[[int], int]
-    """About what it holds at most at a length, inputs included."""
+    """Estimates the peak memory at a length, inputs included."""
     exponent: float
     """Its time grows at most with this power of the length."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What came out for one candidate."""
+    """The result of one candidate."""
 
     seconds: float | None
-    """Of the fastest turn, for a call; None where it did not run."""
+    """Seconds per call in the fastest turn; None if it did not run."""
     turns: int
     missing: str | None = None
     """Why it did not run."""
@@ -74,9 +74,9 @@ def compare(
 
 
 def estimated(candidate: Candidate, length: int, limits: Limits, device: torch.device) -> Timing:
-    """Whether a candidate may run at a length: its memory, then its time from ever longer lengths up to a quarter.
+    """Estimate the memory of a candidate at a length, then its time from runs at shorter lengths, up to a quarter.
 
-    Returns what is known of it, without a time of its own.
+    Returns the estimates, and in `missing` the reason if the candidate must not run.
     """
     guess = Timing(None, 0, estimated_bytes=candidate.n_bytes(length))
     if candidate.n_bytes(length) > min(limits.memory_bytes, memory_of(device)):
@@ -98,7 +98,7 @@ def estimated(candidate: Candidate, length: int, limits: Limits, device: torch.d
 
 
 def time_twice(candidate: Candidate, length: int, device: torch.device) -> float:
-    """The better one of two calls: the first may compile."""
+    """The faster of two calls, because the first may compile."""
     call = candidate.prepare(length)
     return min(seconds_of(call, 1, device) for _ in range(2))
 
@@ -107,19 +107,19 @@ T = TypeVar("T")
 
 
 def in_memory(call: Callable[[], T]) -> T | None:
-    """What the call returns, which is never None; None where the device's memory, or the processor's, is full."""
+    """The result of the call, which must not be None; None if the memory of the device or the CPU is full."""
     try:
         return call()
     except (torch.OutOfMemoryError, MemoryError):
         return None
-    except RuntimeError as error:  # what torch's allocator for the processor raises
+    except RuntimeError as error:  # torch's CPU allocator raises this type
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise
         return None
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that the device has; without bound where it does not say."""
+    """The bytes of memory of the device; sys.maxsize if they are unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu" or not hasattr(os, "sysconf"):
@@ -128,9 +128,9 @@ def memory_of(device: torch.device) -> int:
 
 
 def take_turns(turns: dict[str, Callable[[], float]], limits: Limits, context: Context) -> dict[str, Timing]:
-    """The smallest number that each turn returns; candidates whose turns are spent drop out.
+    """Let the candidates take turns until their limits are reached; returns the smallest time of each.
 
-    Each runs a while first, untimed, unless a single turn already takes that long.
+    Each candidate is warmed up first.
     """
     times: dict[str, list[float]] = {name: [] for name in turns}
     spent = dict.fromkeys(turns, 0.0)
@@ -161,14 +161,14 @@ def take_turns(turns: dict[str, Callable[[], float]], limits: Limits, context: C
 
 
 def warm_up(turn: Callable[[], float], seconds: float) -> None:
-    """Run a candidate for so long, at least once where that is more than nothing."""
+    """Run a candidate for some seconds, at least once unless seconds is 0."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end and in_memory(turn) is not None:
-        pass  # where memory is full its first turn says so
+        pass  # if memory is full, the first turn reports it
 
 
 def seconds_of(call: Call, n_calls: int, device: torch.device) -> float:
-    """Seconds of a call, the mean of some that follow one another."""
+    """Seconds per call, the mean of several calls in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(n_calls):
@@ -178,11 +178,11 @@ def seconds_of(call: Call, n_calls: int, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what the device has been given."""
+    """Wait until the device has finished its work."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
 
 
 def as_values(found: dict[str, Timing]) -> dict[str, dict[str, Any]]:
-    """Times as a record keeps them."""
+    """Times as plain values for a record."""
     return {name: dict(vars(timing)) for name, timing in found.items()}

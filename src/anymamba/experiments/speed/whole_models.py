@@ -1,4 +1,4 @@
-"""Whole models: reading a prompt, a training step, and writing one token after a context."""
+"""Whole models: reading a prompt, a training step, and generating one token after a context."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.ops import dispatch
 
 NUMBERS_A_BLOCK = 24
-"""Numbers that a block holds for each token and unit of width at most, while it runs or for its backward pass."""
+"""Upper bound of the numbers that a block holds per token and unit of width, while it runs or for its backward pass."""
 EXPONENTS = {"mamba": 1.0, "transformer": 2.0}
 
 
 def measure_models(settings: ModelSettings, context: Context) -> dict[str, Any]:
-    """Times of both models in the three passes at a context; those of decoding are seconds a token."""
+    """Measure both models in the three passes at a context; times of decoding are seconds per token."""
     device, dtype = context.device, getattr(torch, settings.dtype)
     configs = {"mamba": settings.mamba, "transformer": settings.transformer}
     models = {name: LanguageModel(config, dtype=dtype).to(device) for name, config in configs.items()}
@@ -31,7 +31,7 @@ def measure_models(settings: ModelSettings, context: Context) -> dict[str, Any]:
         turns = {name: decoding_turn(prompt, settings.tokens, device) for name, prompt in prompts.items()}
         decoding = {name: Timing(None, 0, timing.missing) for name, timing in found.items()}
         decoding |= take_turns(turns, settings.limits, context)
-    del prompts, turns  # lets go of the states
+    del prompts, turns  # frees the states
     training, _ = compare(candidates(models, training_step_of), settings.context, settings.limits, context)
     times = {"prefill": as_values(found), "training": as_values(training), "decoding": as_values(decoding)}
     return {
@@ -42,7 +42,7 @@ def measure_models(settings: ModelSettings, context: Context) -> dict[str, Any]:
 
 
 def candidates(models: dict[str, LanguageModel], make: Callable[[LanguageModel, int], Call]) -> dict[str, Candidate]:
-    """Both models in one pass."""
+    """A candidate for each model in one pass."""
     training = make is training_step_of
     return {
         name: Candidate(partial(make, model), partial(model_bytes, model, training=training), EXPONENTS[name])
@@ -51,7 +51,7 @@ def candidates(models: dict[str, LanguageModel], make: Callable[[LanguageModel, 
 
 
 def model_bytes(model: LanguageModel, length: int, training: bool) -> int:
-    """About what a pass over a row holds: activations of all blocks in training, else of one, and caches; weights."""
+    """Estimate the memory of a pass over a row: weights, and activations of all blocks, or of one and caches."""
     config: ModelConfig = model.config
     size = model.embedding.weight.itemsize
     a_block = NUMBERS_A_BLOCK * length * config.d_model * size
@@ -95,10 +95,10 @@ def random_ids(model: LanguageModel, length: int) -> Tensor:
 
 
 def decoding_turn(prompt: Prompt, tokens: int, device: torch.device) -> Callable[[], float]:
-    """Seconds a token of `tokens` tokens after the prompt.
+    """A function that returns the seconds per token over `tokens` tokens after the prompt.
 
-    Every turn starts from the prompt's own state, so that the context is the one stated. A first token, untimed,
-    gives a cache its room; the others are appended to it in place.
+    Every turn starts from the state after the prompt, so the context always has the stated length. The first token is
+    not timed: it copies the cache into one with spare room, and the others are appended in place.
     """
     token = random_ids(prompt.model, tokens + 1)[0]
 
