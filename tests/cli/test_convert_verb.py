@@ -91,7 +91,7 @@ def test_nothing_is_told_of_bytes(tmp_path, model, capsys):
 
 
 def test_a_tokenizer_by_the_name_of_what_holds_it(tmp_path, model):
-    """The flag names a tokenizer as those of the other verbs do."""
+    """--tokenizer takes the same values as in the other verbs."""
     LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=257)).save_pretrained(tmp_path / "bare")
     for name in (model, f"{model}/tokenizer.json"):
         out = tmp_path / f"out{len(name)}"

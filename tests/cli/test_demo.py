@@ -1,4 +1,4 @@
-"""`anymamba demo`: its pure parts, and the whole of it for a few seconds."""
+"""`anymamba demo`: its pure functions, and a run of a few seconds."""
 
 from __future__ import annotations
 

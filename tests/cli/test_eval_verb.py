@@ -1,4 +1,4 @@
-"""`anymamba eval`: the measures, what was counted, and what is refused."""
+"""`anymamba eval`: the measures, what was counted, and errors."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ SAMPLING_FLAGS = {
 }
 PROMPT = "".join(
     map(chr, range(32, 127))
-)  # an untrained model is nearly indifferent: only many seen ids show a penalty
+)  # an untrained model's logits are nearly equal: a penalty shows only with many seen ids
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_prompt_that_begins_with_a_dash(results):
 
 
 def test_text_is_streamed(model_folder):
-    """The first characters are there long before the last ones."""
+    """The first characters are printed long before the last ones."""
     command = [sys.executable, "-m", "anymamba", "generate", "--model", str(model_folder)]
     arguments = ["--prompt", "def ", "--max-new-tokens", "1000000000", "--threads", "1"]
     process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -164,7 +164,7 @@ def test_threads_and_dtype(run, model_folder):
     assert torch.get_num_threads() == 1
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------- errors
 
 
 def test_no_prompt(refused, model_folder):
@@ -211,7 +211,7 @@ def test_an_unknown_device(refused, model_folder):
 
 @pytest.mark.parametrize("verb", ["generate", "eval", "train"])
 def test_a_model_without_a_tokenizer(refused, texts, tmp_path, verb):
-    """Every verb refuses it alike, and takes the same flag."""
+    """Every verb gives the same error and takes the same flag."""
     pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
     from anymamba.models.config import ModelConfig
 
@@ -233,7 +233,7 @@ def test_a_model_without_a_tokenizer(refused, texts, tmp_path, verb):
 
 
 def test_a_model_of_256_bytes(run, tmp_path):
-    """It has no id that ends documents."""
+    """Its vocabulary has no id that ends documents."""
     from anymamba.models.config import ModelConfig
 
     LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=256)).save_pretrained(tmp_path / "m")

@@ -1,4 +1,4 @@
-"""Batches: every document whole and alone, once an epoch, whatever the workers, the ranks and the interruptions."""
+"""Batches: each document complete and separate, once per epoch, for any workers, ranks and interruptions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EOS = 256
 
 
 def numbered(lengths: list[int]) -> TokenTable:
-    """Documents of which every token says which it is: document * 1000 + place."""
+    """Documents whose tokens say where they are from: document * 1000 + position."""
     return TokenTable.from_arrays([1000 * (i + 1) + np.arange(n) for i, n in enumerate(lengths)])
 
 
@@ -47,7 +47,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 def documents(batches: list[Batch]) -> list[tuple[list[int], list[int]]]:
-    """(inputs, labels) of the documents that have ended, taken apart by the offsets and `carried` alone."""
+    """(inputs, labels) of the documents that have ended, recovered from the offsets and `carried` only."""
     lanes: list[list | None] = [None] * len(batches[0].carried)
     found = []
     for batch in batches:
@@ -306,7 +306,7 @@ def test_a_million_documents_are_planned_in_no_time():
 
 
 def test_a_worker_of_a_main_process_that_is_gone_ends(monkeypatch):
-    """Killed between the fork and the first batch, it leaves workers whose parent is another process by then."""
+    """If it is killed between the fork and the first batch, the parent of its workers is another process by then."""
     ends = []
     monkeypatch.setattr(batches.os, "_exit", ends.append)
     monkeypatch.setattr(batches.signal, "signal", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Induction-head sequences: exactly one trigger besides the last, the answer behind it, the same in any pieces."""
+"""Induction-head sequences: exactly one trigger besides the last, the answer after it, the same for any chunk size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def naive_answer(ids: list[int], trigger: int) -> int:
-    """The token behind the first trigger, found by looking."""
+    """The token after the first trigger, found by a search."""
     return ids[ids.index(trigger) + 1]
 
 

@@ -1,4 +1,4 @@
-"""Associative recall: rows against a naive reading of them, the gaps' law, and the baselines."""
+"""Associative recall: rows against a naive check, the distribution of distances, and the baselines."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_gaps_follow_the_power_law():
 
 
 def test_the_first_key_is_the_first_to_choose_its_place():
-    """Drawn one after another without replacement, the first key has the marginal law, the last a flatter one."""
+    """Without replacement, the first key's distance has the marginal distribution, the last one's a flatter one."""
     rows, answers = batch(Recall(3, 12, 16), 4000)
     taken = Counter()
     for row, labels in zip(rows, answers, strict=True):

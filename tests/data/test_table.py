@@ -32,7 +32,7 @@ WORDS = (
 
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory) -> JsonTokenizer:
-    """A byte-level BPE of 600 tokens, in the manner of GPT-2."""
+    """A byte-level BPE of 600 tokens, like GPT-2's."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -138,7 +138,7 @@ def test_reads_outside_a_document_are_refused():
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_spans_across_chunks_equal_slices(data):
-    """Whatever the chunks, reading gives the same as one array."""
+    """Reading gives the same as one array, for any chunks."""
     sizes = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=8))
     chunks = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     flat, places = np.full(0, 0), []
@@ -247,7 +247,7 @@ def test_the_cache_notices_what_changes(build, data, bpe, tmp_path):
     assert text_of(build(text_field="body"), 0) == b"two"
     assert text_of(build(bpe), 0, bpe) == b"one"
     file.write_text('{"text": "1ne", "body": "two"}')
-    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))  # as big as before, and even within the clock's grain
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))  # same size, 1 ns later
     assert text_of(build(), 0) == b"1ne"
     assert len(list((tmp_path / "cache").glob("[!.]*"))) == 4
 

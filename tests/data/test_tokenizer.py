@@ -37,7 +37,7 @@ def byte_file(tmp_path):
 
 @pytest.fixture
 def spaces_and_byte_fallback(tmp_path):
-    """A file in the manner of SentencePiece: words begin with ▁, unknown characters are three byte tokens."""
+    """A file like SentencePiece's: words begin with ▁, unknown characters are three byte tokens."""
     words = ["<unk>", "</s>", "▁", "▁the", "▁cat", "s", "a", "b"] + [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = tokenizers.Tokenizer(
         models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)

@@ -37,7 +37,7 @@ def table_of(lengths, seed=0, factor=1) -> TokenTable:
 
 @torch.no_grad()
 def nats_of(model: LanguageModel, tokens: list[int], eos: int | None) -> float:
-    """Of one document, the plain way."""
+    """The loss on one document, in one pass without state."""
     ids = torch.tensor([([] if eos is None else [eos]) + tokens])
     if ids.shape[1] < 2:
         return 0.0
@@ -93,10 +93,10 @@ def test_passes_are_full_whatever_the_documents_lengths(model, monkeypatch):
 
 
 def test_a_long_document_is_read_and_run_in_chunks(model, monkeypatch):
-    """What is held at once does not depend on the document's length; the table is never asked for more."""
+    """The tokens in memory at once do not depend on the document's length; the table is read in chunks."""
 
     class Endless:
-        """A table of one document that is made where it is read."""
+        """A table of one document whose tokens are made when they are read."""
 
         n_documents, names = 1, ("endless",)
 

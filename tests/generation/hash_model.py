@@ -1,4 +1,4 @@
-"""A recurrent model whose logits are exact functions of all tokens so far: every change of order, cut or row shows."""
+"""A recurrent model whose logits are exact functions of all tokens so far: mistakes with order, chunks or rows show."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class HashModel(nn.Module):
         return Output(self.table[h], HashState((h[:, None],)))
 
     def next_log_probabilities(self, ids: list[int]) -> torch.Tensor:
-        """After these ids, computed the plain way."""
+        """Log-probabilities of the token after these ids, computed one by one."""
         h = 0
         for token in ids:
             h = (31 * h + token + 1) % 9973

@@ -21,7 +21,7 @@ from anymamba.models.language_model import LanguageModel
 
 
 def continuations(vocab_size: int, length: int, eos: int | None):
-    """All that beam search could return: those that end in their first eos, and those of full length without one."""
+    """All continuations that beam search could return: up to the first eos, or of full length without one."""
     for n in range(1, length + 1):
         for ids in itertools.product(range(vocab_size), repeat=n):
             if eos in ids[:-1]:
@@ -73,7 +73,7 @@ def test_enough_beams_find_the_best_of_all_with_a_real_model():
 
 @pytest.mark.parametrize("name", ["hash_model", "mamba"])
 def test_the_states_follow_their_beams(request, name):
-    """The log-probability of each result, computed anew over its whole text, is the one that the search summed."""
+    """The log-probability of each result, computed again over its whole text, is the one that the search summed."""
     model = request.getfixturevalue(name)
     prompts = prompts_of((1, 9, 4), model.config.vocab_size)
     for prompt, best in zip(

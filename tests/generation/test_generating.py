@@ -92,7 +92,7 @@ def test_a_batch_equals_each_prompt_alone(request, name, sampling):
     model = request.getfixturevalue(name)
     prompts = prompts_of(LENGTHS, model.config.vocab_size)
     options = {"max_new_tokens": 20, "sampling": sampling, "prefill_chunk": 16}
-    options["eos_id"] = generate(model, prompts[:1], seed=0, **options).ids[0][5]  # a token that rows do meet
+    options["eos_id"] = generate(model, prompts[:1], seed=0, **options).ids[0][5]  # a token that does occur in the rows
     together = generate(model, prompts, seed=list(range(6)), **options)
     for row, prompt in enumerate(prompts):
         alone = generate(model, [prompt], seed=row, **options)
@@ -132,7 +132,7 @@ def test_seeds_reproduce_and_differ(hash_model):
 def test_repetition_penalty_counts_prompt_and_new_tokens(hash_model):
     strong = SamplingConfig(temperature=0, repetition_penalty=1e6)
     with torch.no_grad():
-        hash_model.table.abs_()  # a penalty that divides leaves next to nothing
+        hash_model.table.abs_()  # positive logits, so that the penalty divides and makes a seen token very unlikely
     output = generate(hash_model, [[1, 2, 3], [4]], max_new_tokens=10, sampling=strong)
     assert len({1, 2, 3, *output.ids[0]}) == 13
     assert len({4, *output.ids[1]}) == 11

@@ -1,4 +1,4 @@
-"""Prompts: in chunks == whole, in a batch == alone, and what is refused."""
+"""Prompts: in chunks == whole, in a batch == alone, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States in files: what is loaded is what was saved, and only a state of the same kind of model is."""
+"""States in files: loading returns what was saved, and only for the same kind of model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop strings: the text does not depend on how it is cut into pieces, and no part of a stop string is given out."""
+"""Stop strings: the text does not depend on how it is cut into pieces, and no part of a stop string is passed on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anymamba.generation.stops import StopMatcher, StoppingDecoder
 
 
 def naive(text: str, stop: list[str]) -> tuple[str, bool]:
-    """Character by character: the first end of a stop string ends the text, before the longest that ends there."""
+    """Character by character: text ends before the first complete stop string (the longest, if several are)."""
     for end in range(1, len(text) + 1):
         ending = [s for s in stop if text[:end].endswith(s)]
         if ending:

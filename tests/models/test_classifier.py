@@ -56,7 +56,7 @@ def test_padding_changes_nothing(pooling, side):
 
 
 def test_it_learns_to_tell_which_token_came_first():
-    """A class that only the first token decides, three positions before the end at least."""
+    """The class depends only on the first token, at least three positions before the end."""
     torch.manual_seed(0)
     model = SequenceClassifier(SMALL, ClassifierConfig(3))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

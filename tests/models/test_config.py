@@ -1,4 +1,4 @@
-"""Configs: validation of every field, and the way from and to dictionaries."""
+"""Configs: validation of every field, and conversion from and to dictionaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models under torch.compile, torch.export and ONNX: the same numbers as outside them."""
+"""Models under torch.compile, torch.export and ONNX: the same numbers as without them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_one_graph_with_a_state_a_mask_and_recomputed_blocks():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_one_graph_serves_all_steps(name):
-    """From a prompt's state or none, whatever ran in between."""
+    """From a prompt's state or none, whatever was run in between."""
     torch._dynamo.reset()
     model = build(name, n_layers=1)
     compiled = torch.compile(model.step, fullgraph=True, backend="aot_eager")

@@ -186,7 +186,7 @@ def test_loss_in_chunks_equals_the_whole(monkeypatch, rows):
 
 
 def test_loss_never_holds_all_logits(monkeypatch):
-    """The largest tensor that any operation of forward and backward makes, of a long sequence with many ids."""
+    """The largest tensor that forward and backward create, for a long sequence and a large vocabulary."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -452,7 +452,7 @@ def test_it_learns():
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_gradients_per_sample_of_a_loss_in_chunks(recompute, monkeypatch):
-    """torch.func refuses checkpoints, which keep nothing for it to differentiate."""
+    """torch.func cannot differentiate through activation checkpoints and raises."""
     monkeypatch.setattr(language_model, "LOSS_CHUNK_ELEMENTS", 40)
     model = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=9)).double()
     model.activation_checkpointing = recompute

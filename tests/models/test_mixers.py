@@ -1,4 +1,4 @@
-"""Every mixer that a config may name, in a model: one function however it is cut, hybrids, presets, files."""
+"""Every mixer that a config can name, in a model: the same function in any chunks, hybrids, presets, files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_parameter_learns(name):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_reset_parameters_draws_as_construction_does(name):
-    """Also where nothing was drawn before: a model made on the meta device is complete after it."""
+    """Also for a model made on the meta device, which has no values before."""
     torch.manual_seed(0)
     built = model_of(name, name).float()
     empty = LanguageModel(built.config, device="meta").to_empty(device="cpu")
@@ -278,7 +278,7 @@ def test_derivatives_of_a_hybrid():
 def test_a_traced_hybrid():
     model = model_of(*HYBRID, attention=AttentionOptions(n_heads=2, positions="absolute", max_positions=40))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that sizes become constants, and that torch.jit is old
+        warnings.simplefilter("ignore")  # about sizes that become constants, and about the old torch.jit
         traced = torch.jit.trace(model, ids(2, 9))
     other = ids(2, 9, seed=2)
     torch.testing.assert_close(traced(other)[0], model(other).logits)
@@ -303,7 +303,7 @@ def test_shapes_on_the_meta_device(name):
 
 
 class _Int8Linear(nn.Module):
-    """As bitsandbytes' linear layers: an integer parameter, and scales that are none of the module's tensors."""
+    """Like bitsandbytes' linear layers: an integer parameter, and scales that are not tensors of the module."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ class _Int8Linear(nn.Module):
 
 
 class _PackedLinear(nn.Module):
-    """As those of GPTQ: no weight of that name."""
+    """Like those of GPTQ: no parameter called weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ def dynamic(dtype: torch.dtype) -> Callable[[LanguageModel], LanguageModel]:
         if torch.backends.quantized.engine == "none":
             pytest.skip("this build of torch has no engine for quantised layers")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch.ao moves to torchao
+            warnings.simplefilter("ignore")  # about torch.ao, which moves to torchao
             return torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear}, dtype=dtype)
 
     return quantize
@@ -360,7 +360,7 @@ QUANTIZED: dict[str, Callable[[LanguageModel], LanguageModel]] = {
 @pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("name", MIXERS)
 def test_quantised_projections(name, kind):
-    """A state is made, and a step from it is `forward` at length one, to the precision of the activations."""
+    """It makes a state, and a step from it equals `forward` at length one, to the precision of the activations."""
     model = QUANTIZED[kind](model_of(name, name, tie_embeddings=False))
     state = model.init_state(2)
     assert all(t.is_floating_point() or t.is_complex() or t.dtype == torch.int64 for t in state_tensors(state))

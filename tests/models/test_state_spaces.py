@@ -1,4 +1,4 @@
-"""The original format: a folder that mamba_ssm wrote loads, what we write it reads, and hostile archives do not run."""
+"""The original format: we load mamba_ssm's folders, it loads ours, and hostile archives run no code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIGS = {"plain": PLAIN, "odd": ODD, "layernorm": LAYERNORM}
 
 
 def original_folder(folder: Path, weights: str = "pytorch_model.bin", **config) -> dict[str, torch.Tensor]:
-    """A folder as the published ones are, made from the format's description, and its tensors."""
+    """A folder like the published ones, made from the description of the format, and its tensors."""
     torch.manual_seed(3)
     width, inner, rank, state = 16, 32, 1, 16
     layer = {
@@ -62,7 +62,7 @@ def original_folder(folder: Path, weights: str = "pytorch_model.bin", **config) 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
 def test_a_published_folder(tmp_path, weights):
-    """The same function as transformers computes with these weights under its own names."""
+    """The same function as transformers computes with these weights under its names."""
     transformers = pytest.importorskip("transformers", reason="the extra 'test' installs transformers")
     tensors = original_folder(tmp_path, weights)
     ours = load_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: one rule, whatever the model lies in."""
+"""The tokenizer of a model: one rule for every format."""
 
 from __future__ import annotations
 

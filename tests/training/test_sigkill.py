@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs at random moments, half of them inside a checkpoint's writing, and equal bits at the end."""
+"""Twenty SIGKILLs at random moments, half of them while a checkpoint is written, and a bit-identical result."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from anymamba.base.schema import config_from_dict
 from anymamba.training.config import TrainConfig
 from anymamba.training.trainer import resume, train
 
-torch.set_num_threads(1)  # so that forked children are sound
+torch.set_num_threads(1)  # forking a process with threads is not safe
 config = config_from_dict(TrainConfig, json.loads(sys.argv[1]))
 folder, kills = Path(sys.argv[2]), int(sys.argv[3])
 draw = random.Random(0)
 
 def die_at(call):
-    # SIGKILL at the n-th call of what writes a checkpoint
+    # SIGKILL at the n-th call of a function that writes a checkpoint
     count = 0
     def deadly(function):
         def wrapper(*arguments, **options):
@@ -50,8 +50,6 @@ def child(run, workers, call=None):
         if (run / "train_config.json").exists():
             resume(run)
         else:
-            if run.exists():
-                run.rmdir()
             train(replace(config, data=replace(config.data, workers=workers)), run)
         os._exit(0)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""A run from its beginning to its end, and what it leaves behind."""
+"""A run from its beginning to its end, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_fine_tuning_starts_from_given_weights_with_a_new_optimizer(config: Trai
 
 
 def test_fine_tuning_a_foreign_model_without_a_tokenizer_is_refused(config: TrainConfig, tmp_path: Path) -> None:
-    """Its ids are not bytes; a model of bytes needs no file, with an end of documents or without."""
+    """Its vocabulary is not bytes. A byte model needs no tokenizer file, with or without an id that ends documents."""
     for vocab_size in (300, 257, 256):
         LanguageModel(replace(config.model, vocab_size=vocab_size)).save_pretrained(tmp_path / f"m{vocab_size}")
     foreign = replace(config, start_from=str(tmp_path / "m300"), steps=1)
