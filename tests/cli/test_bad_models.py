@@ -1,4 +1,4 @@
-"""Model folders that cannot be read: one line that says what to do, whichever verb meets them; nothing is written."""
+"""Model folders that cannot be read: every verb prints one line that says what to do and writes nothing."""
 
 from __future__ import annotations
 

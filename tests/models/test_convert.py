@@ -1,4 +1,4 @@
-"""Converting: every pair of formats, dtypes, shards, memory, what is refused; names on the hub; damage by chance."""
+"""Converting: every pair of formats, dtypes, shards, memory, errors; names on the hub; random damage."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_held_is_refused_and_nothing_is_written(tmp_path, moved, 
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_dtype(tmp_path, moved, to):
-    """The weights become narrow; A_log, D and the step's bias do not."""
+    """The weights become narrower; A_log, D and the step's bias do not."""
     model = moved(PLAIN)
     model.save_pretrained(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b", to, dtype=torch.bfloat16)
@@ -78,7 +78,7 @@ def test_shards(tmp_path, moved):
 
 
 def test_saving_whole_over_shards_and_back(tmp_path, moved):
-    """No file of the earlier model is left to be read instead."""
+    """No file of the earlier model remains that could be read instead."""
     first, second = moved(PLAIN), moved(PLAIN, seed=1)
     save_pretrained(first, tmp_path, shard_bytes=10_000)
     save_pretrained(second, tmp_path)
@@ -123,7 +123,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, moved):
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, moved, to):
-    """Here on a full disk, in the middle of the tensors."""
+    """Here the disk is full in the middle of the tensors."""
     moved(PLAIN).save_pretrained(tmp_path / "a")
 
     def full(done: int, total: int) -> None:
@@ -148,7 +148,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_disk_that_is_full(tmp_path, to):
-    """A real one, of 2 MB, in a namespace of mounts: one line, and nothing is left. A mapping would end the process."""
+    """A real full disk of 2 MB, in a mount namespace: one line, no file remains, and the process is not killed."""
     LanguageModel(ModelConfig(d_model=128, n_layers=4, vocab_size=2000)).save_pretrained(tmp_path / "a")
     (tmp_path / "full").mkdir()
     script = (
@@ -327,7 +327,7 @@ def test_a_folder_wins_over_the_hub(cached, moved, tmp_path, monkeypatch):
         LanguageModel.from_pretrained("owner/tiny", revision="main")
 
 
-# ------------------------------------------------------------------------------------------ damage by chance
+# ------------------------------------------------------------------------------------------ random damage
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,7 @@ def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_bytes(kind, files, tmp_path):
-    """Whatever bytes of a header or an archive change, it loads or it is refused in one line; nothing else happens."""
+    """If any bytes of a header or an archive change, it loads or gives a one-line error; nothing else happens."""
 
     @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.data())
@@ -377,7 +377,7 @@ JSON_VALUES = st.recursive(
 
 @pytest.mark.parametrize("kind", ["hf", "state-spaces", "anymamba"])
 def test_damaged_configs(kind, files, tmp_path):
-    """Any value in any field of config.json: it loads or is refused in one line."""
+    """With any value in any field of config.json, it loads or gives a one-line error."""
     good = json.loads(files[kind]["config.json"])
     for path, content in files[kind].items():
         (tmp_path / path).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Families of models in every format: names both ways, files of earlier versions, what a newer version's file says."""
+"""Families of models in every format: names both ways, files of earlier versions, errors for newer ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def as_written(name: str) -> LanguageModel:
 
 
 def contents(path: Path) -> Any:
-    """What a file says, without our own config and its version, which may gain options."""
+    """The contents of a file, without our own config and its version, which may gain options."""
     if path.suffix == ".bin":  # its bytes hold the temporary name under which it was written
         return {name: tensor.tolist() for name, tensor in torch.load(path, weights_only=True).items()}
     if path.suffix == ".gguf":

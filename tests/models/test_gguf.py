@@ -43,7 +43,7 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip(tmp_path, moved, name, dtype):
-    """Every tensor bit for bit, but A_log within one ulp of exp(A_log)."""
+    """Every tensor is bit-identical, except A_log, which is within one ulp of exp(A_log)."""
     model = moved(CONFIGS[name], dtype)
     model.save_pretrained(tmp_path / "x.gguf", format="gguf")
     loaded = load_pretrained(tmp_path / "x.gguf")
@@ -73,7 +73,7 @@ def test_A_log_over_its_whole_range(tmp_path, moved):
 
 
 def test_q8_0(tmp_path, moved):
-    """Each block of 32 within half a step of its largest entry / 127; what does not divide by 32 is F16."""
+    """Each block of 32 within half a step of its largest entry / 127; rows that are not a multiple of 32 are F16."""
     model = moved(PLAIN)
     model.save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "q8.gguf", "gguf", dtype="q8_0")
@@ -105,7 +105,7 @@ def test_fields_and_names_are_those_that_llama_cpp_reads(tmp_path, moved):
 
 
 def test_without_our_table(tmp_path, moved):
-    """What llama.cpp's converter writes: the sizes come from the fields; a tied head may be stored once more."""
+    """What llama.cpp's converter writes: the sizes come from the fields; a tied head may be stored a second time."""
     model = moved(PLAIN)
     writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "mamba")
     for key, value in {
@@ -301,7 +301,7 @@ def test_llama_cpp_generates_the_same_tokens(tmp_path, moved, name):
     llama_cpp = pytest.importorskip("llama_cpp", reason="make test-all installs llama-cpp-python")
     config = CONFIGS[name]
     model = moved(config)
-    with torch.no_grad():  # mixers that outweigh the embedding: with a tied head the last token else repeats for ever
+    with torch.no_grad():  # large mixers: with a tied head and small ones the last token would repeat for ever
         for block in model.blocks:
             block.mixer.out_proj.weight.mul_(12)
     tokenizer = ByteTokenizer() if config.vocab_size == 257 else None

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: read back exactly, whatever they do; what llama.cpp does otherwise is said."""
+"""Tokenizers in GGUF files: read back exactly, and differences of llama.cpp are reported."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def split_by(pre_tokenizer, **options) -> Tokenizer:
 
 
 def pieces() -> Tokenizer:
-    """In the manner of SentencePiece: byte fallback, spaces as ▁, a normaliser that prepends."""
+    """Like SentencePiece: byte fallback, spaces as ▁, a normaliser that prepends."""
     words = ["<unk>", "</s>", "▁", "▁the", "a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -76,7 +76,7 @@ def pieces() -> Tokenizer:
     return tokenizer
 
 
-# A tokenizer, and what is said of llama.cpp (None: it does the same).
+# a tokenizer, and the difference reported for llama.cpp (None: it does the same)
 VARIANTS = {
     "plain": (byte_level, None),
     "NFC": (lambda: normalised(normalizers.NFC()), r"does not normalise text \(NFC\)"),
@@ -133,7 +133,7 @@ VARIANTS = {
 
 @pytest.fixture
 def saved(tmp_path, moved):
-    """Writes a model with a tokenizer of the library; returns our tokenizer, the .gguf file, and what was said."""
+    """Writes a model with a tokenizer of the library; returns our tokenizer, the .gguf file, and the warnings."""
 
     def save(theirs: Tokenizer, config: ModelConfig = CONFIG):
         theirs.save(str(tmp_path / "original.json"))
@@ -215,7 +215,7 @@ def test_ids_beyond_the_model_are_refused(saved):
         saved(byte_level(), ModelConfig(d_model=8, n_layers=1, vocab_size=256))
 
 
-# ------------------------------------------------------------------------------------------ files of others
+# ------------------------------------------------------------------------------------------ files of other programs
 
 
 def reader_of(fields: dict):
@@ -224,7 +224,7 @@ def reader_of(fields: dict):
 
 @pytest.mark.parametrize(("split", "joins"), [("gpt-2", False), ("mpt", True), ("olmo", True)])
 def test_what_llama_cpp_writes_of_gpt_neox_has_its_normaliser(saved, tmp_path, split, joins):
-    """Its converter keeps no normaliser, but names the tokenizer: those of MPT and OLMo are GPT-NeoX's."""
+    """llama.cpp's converter keeps no normaliser, but it names the tokenizer: MPT's and OLMo's are GPT-NeoX's."""
     original, path, _ = saved(byte_level())
     fields = fields_of(path) | {"tokenizer.ggml.pre": split}
     (tmp_path / "parts.json").write_text(read_parts(reader_of(fields)))
@@ -272,7 +272,7 @@ def test_a_whole_that_is_none(text, tmp_path):
 
 
 def test_the_tokenizer_inside_comes_before_one_beside(saved, tmp_path):
-    """Files of several models may lie in one folder; one that is told only in parts is less than a file."""
+    """A folder may hold several models. A tokenizer.json there comes before a tokenizer made from parts."""
     original, path, _ = saved(normalised(normalizers.NFC()))
     ByteTokenizer().save(path.parent)
     assert model_tokenizer(path).to_json() == original.to_json()

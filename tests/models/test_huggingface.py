@@ -1,4 +1,4 @@
-"""Model folders: round trips, transformers reading ours and we reading its, and every broken file."""
+"""Model folders: round trips, files exchanged with transformers both ways, and every kind of broken file."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_device_on_loading(tmp_path):
 
 
 def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
-    """Not even where the file is replaced while the model lives."""
+    """Not even if the file is replaced while the model is in use."""
     model = load_pretrained(saved(tmp_path))
     before = {n: p.clone() for n, p in model.named_parameters()}
     (tmp_path / "model.safetensors").write_bytes(b"\0" * (tmp_path / "model.safetensors").stat().st_size)
@@ -143,7 +143,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
 def test_loading_holds_the_weights_and_little_more(tmp_path):
-    """The file's mapped pages count as resident too, so that twice the weights is what a reader needs at most."""
+    """The file's mapped pages count as resident too, so a reader needs at most twice the weights."""
     saved(tmp_path / "small")
     big = LanguageModel(ModelConfig(d_model=512, n_layers=12, vocab_size=20000))
     save_pretrained(big, tmp_path / "big")
@@ -171,7 +171,7 @@ def test_transformers_reads_ours(tmp_path, name):
 
 @torch.no_grad()
 def livelier(model: torch.nn.Module):
-    """Mixers that outweigh the embedding: with a tied head a small model else repeats its last token."""
+    """Large mixers: with a tied head and small ones, a small model would repeat its last token."""
     for name, parameter in model.named_parameters():
         if name.endswith("out_proj.weight"):
             parameter.mul_(12)
@@ -180,7 +180,7 @@ def livelier(model: torch.nn.Module):
 
 @torch.no_grad()
 def assert_same_function(ours: LanguageModel, theirs, vocab_size: int) -> None:
-    """Logits, and 128 greedy tokens that are not all alike."""
+    """Logits, and 128 greedy tokens that are not all the same."""
     ids = torch.randint(vocab_size, (2, 13))
     assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
     prompts = torch.randint(vocab_size, (3, 5))
@@ -232,7 +232,7 @@ def test_we_read_what_transformers_writes(tmp_path, name, shard_size):
 
 @pytest.mark.parametrize("spelling", ["an older name", "no head"])
 def test_other_spellings_that_transformers_reads(tmp_path, spelling):
-    """The embedding's older name, and the names that a model without a head has."""
+    """The older name of the embedding, and the names in a model without a head."""
     theirs = transformers.MambaModel(transformers.MambaConfig(vocab_size=31, hidden_size=20, num_hidden_layers=2))
     if spelling == "no head":
         theirs.save_pretrained(tmp_path)
@@ -252,7 +252,7 @@ def test_other_spellings_that_transformers_reads(tmp_path, spelling):
 
 
 def test_ours_through_transformers_and_back(tmp_path):
-    """Its config keeps our table; what it changes in its own fields is what counts."""
+    """transformers keeps our own config in config.json; if it changes its own fields, those count."""
     ours = build(CONFIGS["odd"])
     save_pretrained(ours, tmp_path / "a")
     theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path / "a")
@@ -403,7 +403,7 @@ def test_absent(tmp_path):
 
 
 def test_a_pickle_is_never_opened(tmp_path):
-    """Not even beside good weights: one that would leave a trace leaves none."""
+    """Not even if there are good weights beside it: the pickle's trace does not appear."""
 
     class Trace:
         def __reduce__(self):

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, never a pickle, and an error that says what to do."""
+"""Checkpoints on disk: complete or missing, never a pickle, with errors that say what to do."""
 
 from __future__ import annotations
 
