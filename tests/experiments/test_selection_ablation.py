@@ -99,7 +99,7 @@ def test_both_sides_of_the_corpus_are_files_of_their_own():
 
 
 def test_a_text_without_room_for_a_window():
-    with pytest.raises(ValueError, match="longer than a window of 7 bytes, got 7; shorten the window"):
+    with pytest.raises(ValueError, match="longer than a window of 7 bytes, got 7 bytes; shorten the window"):
         random_windows(torch.zeros(7, dtype=torch.uint8), 7)
 
 
