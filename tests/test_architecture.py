@@ -28,6 +28,7 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 # Inside a level, only these modules (and those of these folders) may be imported by siblings.
 SHARED = {
+    *("base.errors", "base.files", "base.locks"),
     *("kernels.native", "kernels.nvrtc", "kernels.elementwise"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("data.documents", "data.table", "data.tokenizer"),

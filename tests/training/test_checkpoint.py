@@ -12,7 +12,7 @@ import torch
 from anymamba.base import files
 from anymamba.models.checkpoints import CheckpointError
 from anymamba.training import checkpoint as module
-from anymamba.training.checkpoint import checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
+from anymamba.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 
 TENSORS = {
     "model.weight": torch.arange(6.0).view(2, 3),
@@ -99,11 +99,17 @@ def test_a_pickle_under_the_name_of_tensors_is_refused(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_being_deleted_has_lost_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed meanwhile leaves no part of a checkpoint under the name of a whole one."""
     save(tmp_path, 1)
-    half = tmp_path / "checkpoints" / ".step-00000002.tmp"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001"]
-    remove_leftovers(tmp_path)
-    assert not half.exists()
+    deleted = []
+    rmtree = files.shutil.rmtree
+
+    def look(path: Path, **options: object) -> None:
+        deleted.append(([entry.name for entry in checkpoints(tmp_path)], os.listdir(path)))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(files.shutil, "rmtree", look)
+    save(tmp_path, 2, keep=1)
+    assert deleted[-1] == (["step-00000002"], ["step-00000001"])
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000002"]

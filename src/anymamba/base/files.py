@@ -22,20 +22,23 @@ from anymamba.base.locks import Lock, is_alive
 
 LOCK = ".lock"
 """The name of a folder's lock file."""
+SHORT = 10.0
+"""How many seconds the writer of a few files waits for another one."""
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-[0-9a-f]+)?\.tmp")
 
 # ------------------------------------------------------------------------------------------------------------ owning
 
 
 @contextmanager
-def own_folder(folder: Path, *, wait: float | None = 0.0) -> Iterator[None]:
+def own_folder(folder: Path, *, wait: float | None = SHORT) -> Iterator[None]:
     """Be the only writer of a folder while the block runs, and delete what killed processes left in it.
 
     The folder is made if it does not exist. If the block leaves such a new folder empty, it is removed again. Calls of
     the same thread may be nested.
 
     Args:
-        wait: how many seconds to wait for another owner; None waits without a limit.
+        wait: how many seconds to wait for another owner: 0 for a long job, which should not start late. None waits
+            without a limit.
     Raises InUseError, naming the owner, if there is another one; OSError if the folder cannot be written.
     """
     lock, made = Lock(folder / LOCK), False
@@ -60,7 +63,7 @@ def own_folder(folder: Path, *, wait: float | None = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def own_file(path: Path, *, wait: float | None = 0.0) -> Iterator[None]:
+def own_file(path: Path, *, wait: float | None = SHORT) -> Iterator[None]:
     """Be the only writer of a file, or of a folder that is replaced as a whole, while the block runs.
 
     Like `own_folder`, with the lock `.NAME.lock` beside it.

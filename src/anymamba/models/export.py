@@ -7,6 +7,7 @@ need this module to be imported, because it registers the names of our outputs a
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # its error message says to register there
 
+from anymamba.base.files import atomic_file, own_file
 from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
 from anymamba.parts.state import MambaState, map_state, state_tensors
 
@@ -70,11 +72,12 @@ def export_step_onnx(model: LanguageModel, path: str | Path) -> None:
     batch = torch.export.Dim("batch", min=1)
     tensors = tuple(state_tensors(state))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    with torch.no_grad():
+    path = Path(path)
+    with own_file(path), atomic_file(path) as temporary, torch.no_grad():
         torch.onnx.export(
             _Step(model),
             (tokens, *tensors),
-            str(path),
+            str(temporary),
             dynamo=True,
             dynamic_shapes={"token_ids": {0: batch}, "state": tuple({0: batch} for _ in tensors)},
             input_names=["token_ids", *names],
@@ -82,6 +85,9 @@ def export_step_onnx(model: LanguageModel, path: str | Path) -> None:
             external_data=size > ONE_FILE,
             verbose=False,
         )
+        data = f"{path.name}.data"
+        if temporary.with_name(data).exists():
+            os.replace(temporary.with_name(data), path.with_name(data))
 
 
 def _require_expressible(model: LanguageModel) -> None:

@@ -51,7 +51,7 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
     _require_bounded_state(config)
     if run.exists() and not run.is_dir():
         raise FileExistsError(exists)
-    with own_folder(run):
+    with own_folder(run, wait=0):
         if contents(run):
             raise FileExistsError(exists)
         try:
@@ -95,7 +95,7 @@ def resume(run: str | Path, report: Report | None = None) -> TrainResult:
     """
     run = Path(run)
     read_config(run)
-    with own_folder(run):
+    with own_folder(run, wait=0):
         config = read_config(run)
         report = report or Silent()
         own = run if (run / FILE_NAME).is_file() else config.data.tokenizer  # there since the first checkpoint

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anymamba.base.files import atomic_file, write_text
+from anymamba.base.files import atomic_file, own_folder, write_text
 from anymamba.compat.mamba_ssm.models.config_mamba import MambaConfig
 from anymamba.compat.mamba_ssm.modules.block import Block
 from anymamba.compat.mamba_ssm.modules.mamba_simple import Mamba
@@ -323,10 +323,10 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
                 f"{folder} holds {SAFETENSORS}, which readers prefer to {TORCH}; save to another folder or remove it"
             )
         text = json.dumps(vars(self.config), indent=4)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / TORCH) as file:
-            torch.save(tensors, file)
-        write_text(folder / CONFIG, text)
+        with own_folder(folder):
+            with atomic_file(folder / TORCH) as file:
+                torch.save(tensors, file)
+            write_text(folder / CONFIG, text)
 
 
 def _open_own(

@@ -1,0 +1,160 @@
+"""Atomic writes: complete or not there, with the umask's permissions; what killed writers left is swept."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from anymamba.base import files
+from anymamba.base.files import atomic_file, atomic_folder, own_file, own_folder, remove_folder, sweep, write_text
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="sends signals, or sets a umask, as Windows does not")
+
+WRITE_AND_DIE = """
+    import os, signal, sys
+    from pathlib import Path
+    from anymamba.base.files import atomic_file, atomic_folder
+    folder = Path(sys.argv[1])
+    with atomic_file(folder / "model.safetensors") as a, atomic_folder(folder / "step") as b:
+        a.write_bytes(bytes(1000))
+        b.mkdir()
+        (b / "state.json").write_text("{}")
+        if len(sys.argv) > 2:
+            print("writing", flush=True)
+            sys.stdin.readline()
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask for one test."""
+    before = os.umask(0)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+def test_a_file_is_there_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.name == "a.json" and path.read_text() == "old"
+    assert path.read_text() == "new" and names(tmp_path) == {"a.json"}
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+def test_a_block_that_fails_leaves_what_there_was(tmp_path: Path, write) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError, match="full"), write(tmp_path / "a") as temporary:
+        temporary.mkdir()
+        raise RuntimeError("full")
+    assert names(tmp_path) == {"a"}
+
+
+def test_a_folder_replaces_an_empty_one_or_any_when_told_to(tmp_path: Path) -> None:
+    def write(text: str, **options: bool) -> None:
+        with atomic_folder(tmp_path / "a", **options) as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text(text)
+
+    (tmp_path / "a").mkdir()
+    with own_folder(tmp_path / "a"):
+        write("1")
+    with pytest.raises(OSError) as info:
+        write("2")
+    assert info.value.errno in (errno.ENOTEMPTY, errno.EEXIST) or sys.platform == "win32"
+    assert (tmp_path / "a" / "file").read_text() == "1"
+    write("3", replace=True)
+    assert (tmp_path / "a" / "file").read_text() == "3" and names(tmp_path) == {"a"}
+    remove_folder(tmp_path / "a")
+    assert names(tmp_path) == set()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as info:
+        write_text(tmp_path / "no" / "a.json", "")
+    assert info.value.filename == str(tmp_path / "no")
+
+
+@posix
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path, umask, mask: int) -> None:
+    """safetensors makes its files readable by their owner alone."""
+    umask(mask)
+    tensors = {"a": torch.zeros(2)}
+    with atomic_file(tmp_path / "a.safetensors") as temporary:
+        save_file(tensors, temporary)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        save_file(tensors, temporary / "b.safetensors")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    file, folder = 0o666 & ~mask, 0o777 & ~mask
+    assert modes == {"a.safetensors": file, "folder": folder, "b.safetensors": file}
+
+
+@posix
+def test_the_next_owner_sweeps_what_a_killed_writer_left(tmp_path: Path) -> None:
+    process = python(WRITE_AND_DIE, tmp_path)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = names(tmp_path)
+    assert len(left) == 2 and all(str(process.pid) in name for name in left)
+    with own_file(tmp_path / "step"):
+        assert names(tmp_path) == {name for name in left if "model" in name} | {".step.lock"}
+    with own_folder(tmp_path):
+        assert names(tmp_path) == {files.LOCK}
+    python(WRITE_AND_DIE, tmp_path).communicate()
+    write_text(tmp_path / "model.safetensors", "")
+    remaining = names(tmp_path)
+    assert len(remaining) == 2, "the next writer of a file sweeps what is left of that file"
+    sweep(tmp_path, "ste")
+    assert names(tmp_path) == remaining
+
+
+def test_what_a_live_writer_is_writing_is_never_swept(tmp_path: Path) -> None:
+    process = python(WRITE_AND_DIE, tmp_path, "alive")
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    with own_folder(tmp_path), atomic_file(tmp_path / "model.safetensors") as temporary:
+        temporary.write_text("ours")
+        sweep(tmp_path)
+        assert temporary.exists()
+    process.communicate("\n")
+    assert process.returncode == 0 and names(tmp_path) == {"model.safetensors", "step"}
+    assert (tmp_path / "model.safetensors").read_bytes() == bytes(1000), "the last one to end"
+
+
+def test_temporary_files_of_the_time_before_locks_go_by_their_process(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getppid()):
+        (tmp_path / f".model.safetensors.{pid}.tmp").write_bytes(b"half")
+    (tmp_path / f".step-00000002.{ended.pid}.tmp").mkdir()
+    for other in (".hidden", "a.tmp", ".a.tmp", ".a.1x.tmp", "file"):
+        (tmp_path / other).touch()
+    with own_folder(tmp_path):
+        pass
+    assert names(tmp_path) == {
+        *(".hidden", "a.tmp", ".a.tmp", ".a.1x.tmp", "file"),
+        f".model.safetensors.{os.getppid()}.tmp",
+    }
