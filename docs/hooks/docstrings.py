@@ -1,4 +1,4 @@
-"""Shows our docstrings as they are meant, and each name once."""
+"""Formats our docstrings for the site, and shows each name only once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ PARAGRAPH = re.compile(r"^(?: {4}(?=Others as))?(Returns|Raises|Source:|Others)(
 
 
 class Docstrings(griffe.Extension):
-    """Changes what was read of the package."""
+    """An extension of griffe that changes the objects that were read from the package."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Give what is returned, raised and cited a paragraph each."""
+        """Make separate paragraphs of what is returned, raised and cited."""
         if obj.docstring:
             obj.docstring.value = PARAGRAPH.sub(r"\n**\1**", obj.docstring.value)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Show what a package imports from its modules there only."""
+        """Show names that a package imports from its modules only in these modules."""
         modules = [pkg]
         for module in modules:
             module.exports = None

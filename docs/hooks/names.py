@@ -1,8 +1,8 @@
-"""Which public names of the package have no page on the site.
+"""Finds public names of the package that have no page on the site.
 
-Public are the names in `anymamba.__all__`, and the classes and functions without an underscore that the modules of
-LEVELS define. A page shows a name by `::: its.full.name`, or by `::: a.module` or `::: a.package`, which shows all that
-is in it. Of the package nothing is imported but its list of names, so that the site is built without torch.
+The public names are those in `anymamba.__all__`, and the classes and functions without an underscore that the modules
+of LEVELS define. A page shows a name with `::: its.full.name`, or with `::: a.module` or `::: a.package`, which shows
+everything in it. Only the package's list of names is imported, so the site can be built without torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def without_page(source: Path, docs: Path) -> list[str]:
 
 
 def listed(source: Path) -> set[str]:
-    """The names in `anymamba.__all__`, but for those with two underscores."""
+    """The names in `anymamba.__all__`, except those with two underscores."""
     names = runpy.run_path(str(source / PACKAGE / "__init__.py"))["__all__"]
     return {f"{PACKAGE}.{name}" for name in names if not name.startswith("__")}
 
@@ -45,7 +45,7 @@ def defined(source: Path) -> set[str]:
 
 
 def public_definitions(path: Path) -> list[Definition]:
-    """The classes and functions of a file whose names have no underscore in front; none where the file's name has."""
+    """The classes and functions of a file whose names do not start with an underscore; none if the file's name does."""
     if path.stem.startswith("_") and path.stem != "__init__":
         return []
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -59,14 +59,14 @@ def module_name(path: Path, source: Path) -> str:
 
 
 def module_file(name: str, source: Path) -> Path | None:
-    """The file of a module or package, or None where the name is not one."""
+    """The file of a module or package, or None if the name is neither."""
     path = source.joinpath(*name.split("."))
     candidates = (path.with_suffix(".py"), path / "__init__.py")
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def home(name: str, source: Path) -> str:
-    """The full name where a class or function is defined: packages import names from their modules."""
+    """The full name of a class or function in the module that defines it, also if a package imports it."""
     module, _, last = name.rpartition(".")
     file = module_file(module, source) if module else None
     if file is None or module_file(name, source):

@@ -1,7 +1,7 @@
-"""What MkDocs does besides making pages: it shows files of the repository, and it refuses what must not be published.
+"""Hooks of MkDocs that include files of the repository in pages, and stop a build that must not be published.
 
-A page with `include: FILE` in its front matter ends with that file of the repository, less its title where the page has
-text of its own. Links in the file are written for the repository and are changed to lead to the same place on the site.
+A page with `include: FILE` in its front matter ends with that file of the repository, without its title if the page has
+other text. Links in the file are written for the repository, and are changed to the same target on the site.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ASSET = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=["']?(h
 
 
 def on_pre_build(config: Any) -> None:
-    """Refuse to build a site that lacks a public name."""
+    """Stop the build if a public name has no page."""
     docs = Path(config.docs_dir)
     missing = without_page(docs.parent / "src", docs)
     if missing:
@@ -39,12 +39,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def site_path(target: str) -> str:
-    """Where a path of the repository is on the site: pages without `docs/`, included files by their page."""
+    """The place of a repository path on the site: pages without `docs/`, included files at their page."""
     return target.removeprefix("docs/") if target.startswith("docs/") else Path(target).name.lower()
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Refuse a page that loads something from another host."""
+    """Stop the build if a page loads something from another host."""
     found = ASSET.search(output)
     if found:
         raise PluginError(f"{page.file.src_path} loads {found[0]}; put the file into docs/ and link it there")
