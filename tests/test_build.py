@@ -1,4 +1,4 @@
-"""Building and installing: with a compiler, without one, with one that fails, and a wheel where there is none."""
+"""Building and installing: with a compiler, without one, with one that fails, and from a wheel without one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ esac
 
 
 def wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Build a wheel into a folder, with what is installed here, from a copy of what a build needs."""
+    """Build a wheel into a folder from a copy of the sources, with the build tools that are installed."""
     source = folder / "source"
     source.mkdir()
     for name in ("src", "csrc"):
@@ -42,7 +42,7 @@ def wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess:
 
 
 def installed(folder: Path, code: str) -> str:
-    """Install the folder's wheel apart and run Python code with it, no compiler within reach."""
+    """Install the folder's wheel into a separate place, and run Python code with it, without a compiler."""
     (file,) = folder.glob("*.whl")
     target = folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(file)]

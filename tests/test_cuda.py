@@ -1,4 +1,4 @@
-"""What runs on the CPU runs on a GPU with the same results: operators, layer, model, autocast, generation's step."""
+"""A GPU gives the same results as the CPU: operators, layer, model, autocast, single steps."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_training_under_bfloat16_autocast_learns() -> None:
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_every_mixer_in_a_model(name: str) -> None:
-    """Losses and gradients of padded rows, and steps, as on the CPU."""
+    """Losses and gradients of padded rows, and steps, are the same as on the CPU."""
     torch.manual_seed(0)
     attention = AttentionOptions(n_heads=4, positions="absolute", max_positions=100)
     model = LanguageModel(ModelConfig(d_model=32, n_layers=2, vocab_size=20, mixers=(name,), attention=attention))

@@ -1,7 +1,7 @@
-"""The README and the site tell the truth: their Python and shell run, and the file map is that of the tree.
+"""The README and the site are correct: their Python and shell blocks run, and the file map matches the tree.
 
-A page's blocks run in the order of the page in one folder, each Python block with names of its own. Shell lines run
-with few steps and small models; where a line names a model of the Hugging Face hub only its options are checked.
+The blocks of a page run in order in one folder; each Python block has separate variables. Shell lines run with few
+steps and small models; if a line names a model of the Hugging Face hub, only its options are checked.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ QUICK = {
     "train": ["--preset", "nano", "--steps", "2", "--batch-size", "2", "--context", "32"],
     "generate": ["--max-new-tokens", "4"],
 }
-"""Options added to a verb of the pages, so that it is done in a second."""
+"""Options that are added to a verb of the pages, so that it takes about a second."""
 ONLY_CHECKED = ("demo", "lm-eval")
-"""Verbs that take minutes, or data that is not here; so do experiments, which have tests of their own."""
+"""Verbs that take minutes, or need missing data. Experiments are also only checked; they have other tests."""
 OTHER_COMMANDS = ("git clone", "cd anymamba", "python3 -m venv", "python -m venv", "source ")
 
 
@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
     language: str
     title: str | None
-    """The file that the block is about, in pages that say how to change the package."""
+    """The file that the block creates or changes, on pages about changing the package."""
     text: str
 
 
@@ -61,12 +61,12 @@ def blocks(page: Path) -> list[Block]:
 
 
 def runnable(page: Path) -> list[Block]:
-    """The blocks that a reader would run as they are."""
+    """The blocks that a reader would run."""
     return [b for b in blocks(page) if b.language in ("python", "sh") and b.title is None]
 
 
 def instructions(page: Path) -> list[Block]:
-    """The blocks that change the package, in pages that say how to."""
+    """The blocks that create or change files of the package."""
     return [b for b in blocks(page) if b.title is not None]
 
 
@@ -76,7 +76,7 @@ def name(page: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """The models of the pages are too small for more."""
+    """Run with one thread: the models of the pages are too small for more."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys, model_of_
 
 
 def run_python(text: str, where: str) -> None:
-    """Run a block with names of its own; in a process of its own where it changes what later imports mean."""
+    """Run a block with separate variables; in another process if it changes what later imports give."""
     if "anymamba.compat" in text:
         subprocess.run([sys.executable, "-c", text], check=True, timeout=300)
     else:
@@ -116,7 +116,7 @@ def run_shell(block: Block) -> None:
 
 
 def run_verb(words: list[str]) -> None:
-    """Run an `anymamba` command made quick, or check its options where it needs what is not here."""
+    """Run an `anymamba` command with few steps, or only check its options if it needs something that is missing."""
     verb, stdin = words[0], b""
     if "<" in words:
         words, stdin = words[: words.index("<")], Path(words[-1]).read_bytes()
@@ -128,7 +128,7 @@ def run_verb(words: list[str]) -> None:
     if foreign or verb in ONLY_CHECKED or (verb == "experiment" and "list" not in words):
         return
     quick = [] if {"--help", "--resume"} & {*words} else QUICK.get(verb, [])
-    quick = quick[2:] if "--from" in words else quick  # the sizes are those of the other model
+    quick = quick[2:] if "--from" in words else quick  # --from takes the sizes of the other model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         assert app.main([*words, *quick]) == 0, words
@@ -143,7 +143,7 @@ def check_options(verb: str, words: list[str]) -> None:
 
 
 def help_of(verb: str) -> str:
-    """What a verb prints for --help."""
+    """The help text of a verb."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert app.main([verb, "--help"]) == 0
@@ -151,7 +151,7 @@ def help_of(verb: str) -> str:
 
 
 def check_command(words: list[str]) -> None:
-    """Commands that are not ours are known, and what they name is there."""
+    """Other commands are in the list of known ones, and the files and targets that they name exist."""
     line = " ".join(words)
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -165,11 +165,11 @@ def check_command(words: list[str]) -> None:
     elif words[1:3] == ["-m", "pytest"]:
         assert [w for w in words[3:] if w.startswith("tests/") and not (ROOT / w).exists()] == [], line
     else:
-        assert line.startswith(OTHER_COMMANDS), f"no test knows `{line}`"
+        assert line.startswith(OTHER_COMMANDS), f"`{line}` is not in the list of known commands"
 
 
 def check_installation(words: list[str]) -> None:
-    """What pip is to install is in the repository: files, folders and extras."""
+    """The files, folders and extras that pip installs exist in the repository."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for word in words:
         place, _, names = word.partition("[")
@@ -181,7 +181,7 @@ def check_installation(words: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def model_of_bytes(tmp_path_factory) -> Path:
-    """An untrained model of bytes with its tokenizer."""
+    """An untrained byte model with its tokenizer."""
     from anymamba import LanguageModel, ModelConfig
     from anymamba.data.tokenizer import load_tokenizer
 
@@ -191,7 +191,7 @@ def model_of_bytes(tmp_path_factory) -> Path:
 
 
 def prepare(folder: Path, model: Path, text: str) -> None:
-    """The files that the commands of a page name, but for those that the page makes itself."""
+    """Make the files that the commands of a page name, except those that the page makes itself."""
     for place in ("texts", "notes", "held-out"):
         (folder / place).mkdir()
         for i in range(3):
@@ -216,7 +216,7 @@ def test_a_block_that_fails_is_seen(tmp_path, monkeypatch):
 
 IN_THIS_FOLDER = """
 import shlex, sys
-sys.meta_path = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]  # that of the editable install
+sys.meta_path = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]  # the editable install's finder
 sys.path.insert(0, "src")
 import anymamba, pytest
 assert anymamba.__file__.startswith(sys.argv[1]), anymamba.__file__
@@ -226,7 +226,7 @@ for line in sys.argv[3:]:
     if code:
         sys.exit(f"{line}: {code}")
 """
-"""Runs pytest with several lines of arguments on the package of the current folder, whatever is installed."""
+"""Runs pytest with several lines of arguments on the package in the current folder instead of the installed one."""
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if instructions(p)], ids=name)
@@ -238,7 +238,7 @@ def test_a_page_on_how_to_add_something_can_be_followed(page, tmp_path):
     shell = "".join(block.text for block in runnable(page) if block.language == "sh")
     tests = re.findall(r"^python -m pytest (.*)$", shell, re.MULTILINE)
     assert tests, "the page runs no tests"
-    built = importlib.util.find_spec("anymamba._build_info")  # beside the compiled module
+    built = importlib.util.find_spec("anymamba._build_info")  # in the folder of the compiled module
     compiled = "" if built is None or built.origin is None else str(Path(built.origin).parent)
     command = [sys.executable, "-c", IN_THIS_FOLDER, str(clone), compiled, *tests]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=300)
@@ -246,11 +246,11 @@ def test_a_page_on_how_to_add_something_can_be_followed(page, tmp_path):
 
 
 def follow(block: Block, clone: Path) -> None:
-    """Do what a block with a title asks for: write a new file, or change one that is there."""
+    """Follow a block with a title: write a new file, or change an existing one."""
     assert block.title is not None
     path = clone / block.title
     if block.language != "diff":
-        assert not path.exists(), f"{block.title} is there already"
+        assert not path.exists(), f"{block.title} exists already"
         path.write_text(block.text, encoding="utf-8")
         return
     lines, text = block.text.splitlines(), path.read_text(encoding="utf-8")
@@ -285,7 +285,7 @@ def test_the_table_of_costs_is_what_the_code_counts():
 
 
 def file_map() -> list[tuple[str, str]]:
-    """Path and description of each line of the map; a name's folder is the last one before it that is indented less."""
+    """The path and description of each line of the map; an entry's folder is the last one above it with less indent."""
     block = next(b for b in blocks(MAP_PAGE) if b.language == "text")
     found, folders = [], {}
     for line in block.text.splitlines():
@@ -320,7 +320,7 @@ def numbers(text: str) -> list[str]:
 
 
 def without_source(page: Path, sources: list[Path]) -> list[str]:
-    """The numbers of a page's tables that no source has, rounded as they are."""
+    """The numbers in a page's tables that no number of the sources rounds to."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     measured = {float(number) for number in re.findall(r"\d+\.\d+|\d+", text)}
     return [n for n in numbers(page.read_text(encoding="utf-8")) if not any(rounds_to(value, n) for value in measured)]
@@ -350,7 +350,7 @@ def test_a_number_without_a_source_is_found(tmp_path):
 
 @pytest.fixture(scope="session")
 def names():
-    """The functions that the build of the site calls."""
+    """The functions of docs/hooks/names.py, which the build of the site calls."""
     return runpy.run_path(str(DOCS / "hooks" / "names.py"))
 
 
@@ -399,7 +399,7 @@ def test_the_readme_is_short():
 
 
 def test_contributing_tells_how_long_functions_and_files_are():
-    """Within a few lines: the numbers in it are to be true, not to change with every commit."""
+    """To within 20 %, so that the numbers do not have to change with every commit."""
     files = sorted((ROOT / "src").rglob("*.py"))
     texts = [path.read_text(encoding="utf-8") for path in files]
     definitions = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, FUNCTIONS)]

@@ -1,4 +1,4 @@
-"""The build of the site refuses what must not be published; run where the tools of the extra `docs` are installed."""
+"""The build of the site stops at what must not be published; needs the tools of the extra `docs`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def site(tmp_path) -> Path:
 
 
 def build(site: Path) -> tuple[int, str]:
-    """Build as `make docs` does; returns the exit code and what was printed."""
+    """Build as `make docs` does; returns the exit code and the output."""
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict"],
         cwd=site,

@@ -13,7 +13,7 @@ from anymamba.models.presets import MAMBA
 
 
 def gated_recurrence(rule: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A scan with N = 1, A = -1, B = C = 1 and softplus, and h = (1 - g) h + g x with g = sigmoid of the same input."""
+    """A scan with N = 1, A = -1, B = C = 1 and softplus, and h = (1 - g) h + g x, where g = sigmoid(gate)."""
     torch.manual_seed(0)
     x, gate = torch.randn(2, 50, 3, dtype=dtype), 3 * torch.randn(2, 50, 3, dtype=dtype)
     one = torch.ones(3, 1, dtype=dtype)
@@ -37,7 +37,7 @@ def test_theorem_1_fails_under_eulers_rule():
 
 
 def formula(d_model: int, n_layers: int, vocab: int) -> int:
-    """The published recipe, counted by hand (one block: norm, projections, convolution, step, A, D)."""
+    """The number of parameters, counted by hand (one block: norm, projections, convolution, step, A, D)."""
     d_inner, d_state, rank = 2 * d_model, 16, math.ceil(d_model / 16)
     block = 2 * d_model * d_inner + 5 * d_inner + d_inner * (rank + 2 * d_state) + rank * d_inner + d_inner
     block += d_inner * d_state + d_inner + d_inner * d_model + d_model
@@ -107,7 +107,7 @@ def test_layer_defaults_are_the_published_ones():
 
 
 def test_options_of_the_config_are_those_of_the_layer():
-    """One idea, one place: names and defaults of the layer's arguments and of the config's fields agree."""
+    """The names and defaults of the layer's arguments and of the config's fields agree."""
     import inspect
 
     signature = inspect.signature(Mamba)

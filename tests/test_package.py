@@ -1,4 +1,4 @@
-"""The package as installed: typed, quick to import, quick to answer."""
+"""The installed package: typed, quick to import, quick to answer --help."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def seconds(code: str) -> float:
-    """Wall time that a statement takes in a fresh interpreter, the interpreter's start not counted."""
+    """Wall time of a statement in a fresh interpreter, without the interpreter's start."""
     script = f"import time; t = time.perf_counter()\n{code}\nprint(time.perf_counter() - t)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return float(done.stdout)
@@ -48,7 +48,7 @@ PUBLIC = {
         Attention GAU H3 Hyena HyenaFilter LayerNorm LearnedPositions LinearAttention MLP Mamba MambaBlock NoGate
         RMSNorm RWKVChannelMix RWKVTimeMix Retention S4 S4D S6 SequenceLayer ShortConvolution""",
 }
-"""What a release promises: a name that goes is deprecated first."""
+"""The names that a release promises: a name is deprecated before it is removed."""
 
 
 @pytest.mark.parametrize("package", PUBLIC)
@@ -70,7 +70,7 @@ def test_type_checkers_see_the_same_names(package):
 
 
 def test_every_layer_is_public():
-    """Every SequenceLayer of the family, and what a model is built of besides."""
+    """Every SequenceLayer in `anymamba.layers` can be imported from there."""
     import anymamba.layers as layers
     from anymamba.models.mixers import MIXERS
 
@@ -90,7 +90,7 @@ def test_one_version():
 
 
 def undefined_names(module: ModuleType) -> set[str]:
-    """Names that functions of a module look up and that neither it nor Python has."""
+    """Names that functions of a module look up and that neither the module nor builtins define."""
     assert module.__file__ is not None
     code = [compile(Path(module.__file__).read_text(encoding="utf-8"), module.__file__, "exec")]
     names: set[str] = set()
@@ -102,7 +102,7 @@ def undefined_names(module: ModuleType) -> set[str]:
 
 
 def test_every_name_is_defined(tmp_path):
-    """Linters leave names alone, as shapes in annotations look like some; branches that no test takes hide them."""
+    """Linters do not check names, because shapes in annotations look like names, and some branches run in no test."""
     for found in pkgutil.walk_packages(anymamba.__path__, f"{anymamba.__name__}."):
         if found.name.rsplit(".", 1)[-1] == "__main__" or found.name == "anymamba._native":
             continue
