@@ -362,7 +362,8 @@ def test_a_name_without_a_page_is_found(names, tmp_path):
     package = tmp_path / "src" / "anymamba"
     (package / "layers").mkdir(parents=True)
     (package / "__init__.py").write_text(
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from anymamba.layers.a import A\n__all__ = ['A']\n"
+        "import not_installed\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from anymamba.layers.a import A\n__all__ = ['A']\n"
     )
     (package / "layers" / "__init__.py").write_text("")
     (package / "layers" / "a.py").write_text("class A: ...\ndef b(): ...\ndef _c(): ...\n")

@@ -2,14 +2,13 @@
 
 The public names are those in `anymamba.__all__`, and the classes and functions without an underscore that the modules
 of LEVELS define. A page shows a name with `::: its.full.name`, or with `::: a.module` or `::: a.package`, which shows
-everything in it. Only the package's list of names is imported, so the site can be built without torch.
+everything in it. Nothing is imported from the package, so the site can be built without torch.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-import runpy
 from pathlib import Path
 
 PACKAGE = "anymamba"
@@ -34,8 +33,9 @@ def without_page(source: Path, docs: Path) -> list[str]:
 
 def listed(source: Path) -> set[str]:
     """The names in `anymamba.__all__`, except those with two underscores."""
-    names = runpy.run_path(str(source / PACKAGE / "__init__.py"))["__all__"]
-    return {f"{PACKAGE}.{name}" for name in names if not name.startswith("__")}
+    tree = ast.parse((source / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    return {f"{PACKAGE}.{name}" for name in ast.literal_eval(values[0]) if not name.startswith("__")}
 
 
 def defined(source: Path) -> set[str]:
