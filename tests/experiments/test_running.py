@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
+from anymamba.base.files import own_file
 from anymamba.cli import main
 from anymamba.experiments import EXPERIMENTS, load_experiment
 from anymamba.lab.experiment import SCALES, Arm, Experiment, Results, Threshold
@@ -143,6 +146,33 @@ def test_what_another_process_adds_meanwhile_is_kept(dice, tmp_path):
 
     run(dice, tmp_path, only=["one"], progress=add)
     assert in_file(tmp_path) == [("one", 0), ("three", 0)]
+
+
+def test_commands_that_share_a_folder_share_the_work(dice, tmp_path):
+    """Three at once, as threads, which own files as processes do: every arm is measured once, and all report all."""
+    measure = dice.measure
+
+    def slowly(settings, context):
+        time.sleep(0.05)
+        return measure(settings, context)
+
+    shared = replace(dice.experiment, measure=slowly)
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(run_experiment, shared, "cpu", tmp_path) for _ in range(3)]
+        reported = [future.result() for future in running]
+    assert sorted(dice.measured) == [0, 0, 0, 1, 2] and in_file(tmp_path) == ALL
+    assert [[(r.arm, r.seed) for r in results.records] for results in reported] == [ALL] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md"}
+
+
+def test_an_arm_whose_process_died_is_measured_by_the_one_that_waits(dice, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        with own_file(tmp_path / "one-seed0"):
+            other = pool.submit(run, dice, tmp_path)
+            while len(in_file(tmp_path)) < 4:
+                time.sleep(0.01)
+            assert ("one", 0) not in in_file(tmp_path), "the other has left it to us and does the rest"
+        assert other.result() and in_file(tmp_path) == ALL
 
 
 @pytest.mark.parametrize("contents", [b"", b'{"records": [', b"\xff\xfe", b"{}", b"[]", b"null", b'{"records": [1]}'])

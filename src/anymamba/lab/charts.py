@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anymamba.base.files import atomic_file
 from anymamba.lab.experiment import Results
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """Write NAME.svg; the same figure gives the same bytes."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}), atomic_file(folder / f"{name}.svg") as temporary:
+        figure.savefig(temporary, metadata={"Date": None})
 
 
 def plot_learning(axes: Axes, results: Results, label: Callable[[str], str], dashed: Sequence[str] = ()) -> None:

@@ -72,14 +72,6 @@ def write_results(folder: Path, results: Results) -> None:
     write_text(folder / FILE, json.dumps(results_as_json(results), indent=1, allow_nan=False) + "\n")
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make a folder and check that files can be written to it. Raises OSError if not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{os.getpid()}"
-    probe.touch()
-    probe.unlink()
-
-
 def same_settings(settings: Any, written: dict[str, Any]) -> bool:
     """Whether settings equal those of a record; settings that the record lacks had their defaults."""
     try:

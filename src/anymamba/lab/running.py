@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 
+from anymamba.base.errors import InUseError
+from anymamba.base.files import own_file, own_folder
 from anymamba.base.sizes import require_sizes
 from anymamba.lab.charts import new_figure
 from anymamba.lab.experiment import Arm, Context, Experiment, Record, Results, Scale, record_key
 from anymamba.lab.report import write_report
-from anymamba.lab.results import as_json, machine, prepare_folder, read_checked, today, write_results
+from anymamba.lab.results import as_json, machine, read_checked, today, write_results
 
 Progress = Callable[[str, float, float, str], None]
 """Called now and then with the arm, the work done, the total work, and a text."""
@@ -31,7 +34,8 @@ def run_experiment(
     """Measure what is missing in the folder and write results.json, the charts and report.md there.
 
     results.json is written after every arm, and keeps what other processes have added to it. An arm in it is never
-    measured again, so after an interruption the same call continues. The report covers all finished arms of the scale
+    measured again, so after an interruption the same call continues. Several processes may share a folder: an arm that
+    another one is measuring is left to it, and waited for at the end. The report covers all finished arms of the scale
     in the folder, not only those of this call, and lists the missing ones.
 
     Args:
@@ -48,22 +52,42 @@ def run_experiment(
     def with_file(*records: Record) -> Results:
         return arranged(experiment, scale, counts, [*read_checked(folder, experiment.name, scale, arms), *records])
 
-    results = with_file()
-    finished = {record.key for record in results.records}
-    wanted = [(arm, seed) for arm in chosen(arms, only) for seed in range(counts[arm.name])]
-    missing = [(arm, seed) for arm, seed in wanted if record_key(arm.name, seed) not in finished]
-    if missing:
-        prepare_folder(folder)
+    def missing(pairs: Iterable[tuple[Arm, int]]) -> list[tuple[Arm, int]]:
+        finished = {record.key for record in with_file().records}
+        return [(arm, seed) for arm, seed in pairs if record_key(arm.name, seed) not in finished]
+
+    todo = missing((arm, seed) for arm in chosen(arms, only) for seed in range(counts[arm.name]))
+    if todo:
         new_figure()
-    for i, (arm, seed) in enumerate(missing):
-        label = f"{arm.name}, seed {seed} ({i + 1} of {len(missing)})"
-        record = measure(experiment, arm, seed, device, lambda *told, label=label: progress(label, *told))
-        results = with_file(*results.records, record)
+    with closing(one_by_one(folder, todo)) as turns:
+        for i, (arm, seed) in turns:
+            if missing([(arm, seed)]):  # else another process has measured it meanwhile
+                label = f"{arm.name}, seed {seed} ({i + 1} of {len(todo)})"
+                record = measure(experiment, arm, seed, device, lambda *told, label=label: progress(label, *told))
+                with own_folder(folder, wait=None):
+                    write_results(folder, with_file(record))
+    with own_folder(folder, wait=None):
+        results = with_file()
         write_results(folder, results)
-    results = with_file(*results.records)
-    write_results(folder, results)
-    write_report(folder, experiment, results)
+        write_report(folder, experiment, results)
     return results
+
+
+def one_by_one(folder: Path, todo: Sequence[tuple[Arm, int]]) -> Iterator[tuple[int, tuple[Arm, int]]]:
+    """Number, arm and seed of what is to be measured, each while no other process measures it in this folder.
+
+    What another process is measuring comes last, when that is finished.
+    """
+    left = list(enumerate(todo))
+    for wait in (0.0, None):
+        for i, (arm, seed) in tuple(left):
+            with ExitStack() as turn:
+                try:
+                    turn.enter_context(own_file(folder / record_key(arm.name, seed), wait=wait))
+                except InUseError:
+                    continue
+                left.remove((i, (arm, seed)))
+                yield i, (arm, seed)
 
 
 def arranged(experiment: Experiment, scale: Scale, counts: dict[str, int], records: Sequence[Record]) -> Results:
