@@ -272,6 +272,7 @@ inline u16 float_as_half(float x) {
     const u32 sign = float_as_bits(x) >> 16 & 0x8000;
     const float size = std::fabs(x);
     if (std::isnan(x)) return 0x7fff;
+    if (size == 0.f) return u16(sign);
     if (size >= 65520.f) return u16(sign | 0x7c00);
     int exponent;
     std::frexp(size, &exponent);
