@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anymamba.generation import stream
+from anymamba.generation.generate import stream
 from anymamba.layers.s6 import SSMParameters
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel

@@ -139,6 +139,8 @@ class ImplicitFilter(KernelParameters):
 
     @torch.no_grad()
     def _reset_vectors(self) -> None:
+        if self.bias.is_meta:
+            return
         self.frequency.fill_(self.w)
         if self.positions is not None:
             self.positions.copy_(self._features(self.max_length, diagonal.exact_dtype(self.bias.device)))

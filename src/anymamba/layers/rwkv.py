@@ -59,12 +59,14 @@ class WKVParameters(WideParameters):
         super().__init__()
         self.depth = depth
         self.time_decay = nn.Parameter(torch.empty(d_model, device=device, dtype=self.wide(dtype)))
-        self.time_first = nn.Parameter(torch.empty_like(self.time_decay))
+        self.time_first = nn.Parameter(torch.empty(d_model, device=device, dtype=self.wide(dtype)))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Channel h: time_decay = -5 + 8 (h / (d_model - 1))^(0.7 + 1.3 depth), time_first = log 0.3 + (-½, 0 or ½)."""
+        if self.time_decay.is_meta:
+            return
         d_model = self.time_decay.shape[0]
         channel = torch.arange(d_model, device=self.time_decay.device)
         self.time_decay.copy_(8 * (channel / max(d_model - 1, 1)) ** (0.7 + 1.3 * self.depth) - 5)
@@ -91,8 +93,8 @@ class RWKVTimeMix(SequenceLayer):
         _require_sizes(d_model, d_model, layer, n_layers)
         self.d_model, self.layer, self.n_layers = d_model, layer, n_layers
         self.mix_receptance = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
-        self.mix_key = nn.Parameter(torch.empty_like(self.mix_receptance))
-        self.mix_value = nn.Parameter(torch.empty_like(self.mix_receptance))
+        self.mix_key = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
+        self.mix_value = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
         self.receptance, self.key, self.value, self.output = (
             nn.Linear(d_model, d_model, bias=False, device=device, dtype=dtype) for _ in range(4)
         )
@@ -102,6 +104,8 @@ class RWKVTimeMix(SequenceLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Key, receptance and output are zero, the value is orthogonal; the rest depends on channel and depth."""
+        if self.mix_key.is_meta:
+            return
         channel = _channels(self.mix_key)
         rest = 1 - self.layer / self.n_layers
         self.mix_receptance.copy_(channel ** (0.5 * rest))
@@ -192,7 +196,7 @@ class RWKVChannelMix(SequenceLayer):
         _require_sizes(d_model, d_hidden, layer, n_layers)
         self.d_model, self.d_hidden, self.layer, self.n_layers = d_model, d_hidden, layer, n_layers
         self.mix_receptance = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
-        self.mix_key = nn.Parameter(torch.empty_like(self.mix_receptance))
+        self.mix_key = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
         self.receptance = nn.Linear(d_model, d_model, bias=False, device=device, dtype=dtype)
         self.key = nn.Linear(d_model, d_hidden, bias=False, device=device, dtype=dtype)
         self.value = nn.Linear(d_hidden, d_model, bias=False, device=device, dtype=dtype)
@@ -201,6 +205,8 @@ class RWKVChannelMix(SequenceLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Receptance and value are zero, the key orthogonal, both mixes (channel / d_model)^(1 - layer / n_layers)."""
+        if self.mix_key.is_meta:
+            return
         for mix in (self.mix_receptance, self.mix_key):
             mix.copy_(_channels(mix) ** (1 - self.layer / self.n_layers))
         _orthogonal(self.key)

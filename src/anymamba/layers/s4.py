@@ -207,6 +207,8 @@ class S4Kernel(KernelParameters):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """log Δ, HiPPO-LegS, C complex standard normal, D standard normal, in this order."""
+        if self.log_dt.is_meta:
+            return
         diagonal.draw_log_dt(self.log_dt, *self.dt_range)
         frequencies, P = legs(2 * self.A_log.shape[1])
         self.A_log.fill_(math.log(0.5))

@@ -171,6 +171,8 @@ class S4DKernel(KernelParameters):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """log Δ, A, C standard normal (complex if A is), D standard normal, in this order."""
+        if self.log_dt.is_meta:
+            return
         diagonal.draw_log_dt(self.log_dt, *self.dt_range)
         n = torch.arange(self.A_log.shape[1], dtype=torch.float64, device="cpu")
         if self.A_imag is None:

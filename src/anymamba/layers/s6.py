@@ -61,6 +61,8 @@ class SSMParameters(WideParameters):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """delta_bias, A and D as in the paper. A constant B is 1, a constant C is standard normal, as in S4D."""
+        if self.A_log.is_meta:
+            return
         d_inner, d_state = self.A_log.shape
         device = self.A_log.device
         self.delta_bias.copy_(init.delta_bias(d_inner, *self.dt_range, device=device))

@@ -16,6 +16,7 @@ from anymamba.layers.positions import LearnedPositions
 from anymamba.models.config import ModelConfig
 from anymamba.models.mixers import build_mixer
 from anymamba.parts.derivatives import recomputed
+from anymamba.parts.init import WithoutMetaValues
 from anymamba.parts.norm import build_norm
 from anymamba.parts.parameters import WideParameters, without_decay
 
@@ -88,7 +89,12 @@ class LanguageModel(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         """Recompute the activations of each block in backward instead of keeping them."""
-        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        with WithoutMetaValues():
+            self._build({"device": device, "dtype": dtype})
+            self._init_language_model()
+
+    def _build(self, like: dict[str, Any]) -> None:
+        config = self.config
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **like)
         self.positions = (
             LearnedPositions(config.attention.max_positions, config.d_model, **like)
@@ -100,7 +106,6 @@ class LanguageModel(nn.Module):
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False, **like)
         )
-        self._init_language_model()
 
     @torch.no_grad()
     def _init_language_model(self) -> None:

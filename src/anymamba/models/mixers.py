@@ -25,6 +25,7 @@ from anymamba.layers.s4 import S4
 from anymamba.layers.s4d import S4D
 from anymamba.layers.s6 import S6
 from anymamba.models.config import ModelConfig
+from anymamba.parts.init import WithoutMetaValues
 from anymamba.parts.sequence import SequenceLayer
 
 Like = dict[str, Any]
@@ -113,7 +114,8 @@ def growing_mixers(config: ModelConfig) -> tuple[str, ...]:
     """The names of a config's mixers whose state grows with the sequence."""
     names = config.layer_mixers
     like: Like = {"device": "meta", "dtype": None}
-    return tuple(name for name in sorted(set(names)) if build_mixer(name, config, names.index(name), like).grows)
+    with WithoutMetaValues():
+        return tuple(name for name in sorted(set(names)) if build_mixer(name, config, names.index(name), like).grows)
 
 
 def build_mixer(name: str, config: ModelConfig, index: int, like: Like) -> SequenceLayer:

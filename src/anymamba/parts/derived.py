@@ -37,11 +37,13 @@ class KeptTensors:
 
     def __init__(self, model: nn.Module) -> None:
         modules = [m for m in model.modules() if isinstance(m, DerivesTensors)]
-        self._entries = [(m.__dict__, list(m.parameters(recurse=False)), _Kept()) for m in modules]
+        self._entries = [(m.__dict__, m._parameters, _Kept()) for m in modules]
 
     def __enter__(self) -> None:
         for attributes, parameters, kept in self._entries:
-            weights = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
+            weights = [
+                (p.data_ptr(), None if p.is_inference() else p._version) for p in parameters.values() if p is not None
+            ]
             if weights != kept.weights:
                 kept.weights = weights
                 kept.tensors.clear()

@@ -37,7 +37,8 @@ def checked(a: ScanArguments) -> ScanArguments:
     for name, tensor in (("A", a.A), ("B", a.B), ("C", a.C), ("initial_state", a.initial_state)):
         if tensor is not None:
             _require_kind_of_A(name, tensor, a.A)
-    require_same_device("selective_scan", dict(zip(NAMES, a.tensors, strict=True)))
+    if len({t.device for t in a.tensors if t is not None}) > 1:
+        require_same_device("selective_scan", dict(zip(NAMES, a.tensors, strict=True)))
     rows = n_sequences(batch, a.cu_seqlens)
     if a.initial_state is not None:
         require_shape("initial_state", a.initial_state, (rows, d_inner, d_state), "(n_sequences, d_inner, d_state)")
@@ -60,7 +61,8 @@ def checked_step(a: ScanArguments) -> ScanArguments:
     require_shape("u", a.u, (None, d_inner), "(batch, d_inner)")
     require_shape("state", state, (a.u.shape[0], d_inner, d_state), "(batch, d_inner, d_state)")
     _require_kind_of_A("state", state, a.A)
-    require_same_device("selective_scan", {"u": a.u, "state": state})
+    if a.u.device != state.device:
+        require_same_device("selective_scan", {"u": a.u, "state": state})
     B, C = _with_length("B", a.B), _with_length("C", a.C)
     z = None if a.z is None else a.z[:, None]
     return checked(ScanArguments(a.u[:, None], a.delta[:, None], a.A, B, C, a.D, z, *a[7:]))
