@@ -54,8 +54,8 @@ def read_checked(folder: Path, experiment: str, scale: Scale, arms: Sequence[Arm
         return []
     if (found.experiment, found.scale) != (experiment, scale):
         raise ValueError(
-            f"{path} is of {found.experiment} at scale {found.scale}, not {experiment} at {scale}; "
-            "choose another folder with --out"
+            f"{path} must hold results of {experiment} at scale {scale}, got {found.experiment} at scale "
+            f"{found.scale}; choose another folder with --out"
         )
     settings = {arm.name: arm.settings for arm in arms}
     for record in found.records:
