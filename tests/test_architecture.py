@@ -1,4 +1,4 @@
-"""The import arrows go one way: every import of the package is walked, those inside functions included."""
+"""Imports go one way through the levels; every import of the package is checked, also those inside functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEVELS = (
 COMPILED = {f"{PACKAGE}._native", f"{PACKAGE}._build_info"}  # built from csrc, not in the tree
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
-# Inside a level, only these modules (and those of these folders) may be imported by siblings.
+# Inside a level, only these modules may be imported by siblings.
 SHARED = {
     *("base.errors", "base.files", "base.locks"),
     *("kernels.native", "kernels.nvrtc", "kernels.elementwise"),
@@ -43,15 +43,15 @@ SHARED = {
     *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
 }
 
-GATHERER = "kernels.backends"  # the one list of backends
+GATHERER = "kernels.backends"  # the list of backends may import them all
 
-# `LanguageModel.from_pretrained` and `.save_pretrained` call the readers and writers, which build models: the two
-# methods import them when they are called. No other import may close a circle.
+# `LanguageModel.from_pretrained` and `.save_pretrained` call the readers and writers, which build models. So the two
+# methods import them when they are called. No other import may close a cycle.
 CONVENIENCE = {("models.language_model", "models.checkpoints")}
 
 
 def modules(source: Path = SOURCE) -> dict[str, Path]:
-    """Every module of the package by its dotted name without the package's own; packages by their folder's."""
+    """Every module by its dotted name inside the package; a package has the name of its folder."""
     found = {}
     for path in sorted((source / PACKAGE).rglob("*.py")):
         parts = path.relative_to(source / PACKAGE).with_suffix("").parts
@@ -60,7 +60,7 @@ def modules(source: Path = SOURCE) -> dict[str, Path]:
 
 
 def imported(path: Path, module: str, known: set[str]) -> set[str]:
-    """The package's modules that a file imports anywhere in it, also through import_module("...")."""
+    """The modules of the package that a file imports anywhere, also with import_module("...")."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -77,12 +77,12 @@ def imported(path: Path, module: str, known: set[str]) -> set[str]:
 
 
 def in_package(name: str) -> bool:
-    """Whether a dotted name is the package or inside it."""
+    """Whether a dotted name is that of the package or inside it."""
     return name == PACKAGE or name.startswith(PACKAGE + ".")
 
 
 def absolute_name(node: ast.ImportFrom, path: Path, module: str) -> str:
-    """The full name that `from ... import` names, relative ones resolved."""
+    """The full name of the module in `from ... import`; relative imports are resolved."""
     if not node.level:
         return node.module or ""
     parts = [PACKAGE, *module.split(".")] if module else [PACKAGE]
@@ -99,23 +99,23 @@ def nearest_module(name: str, known: set[str]) -> str:
 
 
 def is_shared(target: str) -> bool:
-    """Whether siblings may import a module. A folder in the list stands for its `__init__` alone."""
+    """Whether siblings may import a module. For a folder in the list this means only its `__init__`."""
     return target in SHARED
 
 
 def own_folder(importer: str, target: str) -> bool:
-    """A folder inside a level (an experiment, say) may use its own files; in kernels a backend's may, not an op's."""
+    """Whether a target is in the importer's folder, such as an experiment; in kernels, a backend's folder counts."""
     parts = importer.split(".")
     depth = 3 if parts[0] == "kernels" else 2
     return len(parts) >= depth and target.startswith(".".join(parts[:depth]) + ".")
 
 
 def complaint(importer: str, target: str) -> str | None:
-    """What is wrong with one import, or None."""
+    """What is wrong with an import, or None."""
     if importer in ("", "__main__"):
-        return None  # the package's own __init__ names things lazily, and `python -m` is the command line
+        return None  # the package's __init__ imports lazily, and `python -m` is the command line
     if target == "":
-        return f"{importer} imports the top of the package, which knows every level"
+        return f"{importer} imports the top of the package, which imports from every level"
     source, destination = importer.split(".")[0], target.split(".")[0]
     if RANK[destination] > RANK[source]:
         return f"{importer} imports {target}, which is higher"
@@ -127,18 +127,18 @@ def complaint(importer: str, target: str) -> str | None:
 
 
 def import_graph(source: Path = SOURCE) -> dict[str, set[str]]:
-    """Which module imports which."""
+    """For each module, the modules that it imports."""
     found = modules(source)
     return {name: imported(path, name, set(found)) for name, path in found.items()}
 
 
 def without_convenience(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph less the imports that are excused."""
+    """The graph without the imports in CONVENIENCE."""
     return {name: {t for t in targets if (name, t) not in CONVENIENCE} for name, targets in graph.items()}
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str] | None:
-    """One cycle of the graph, or None; the package's __init__ is left out, being lazy."""
+    """One cycle of the graph, or None; the package's __init__ is left out because it imports lazily."""
     done: set[str] = set()
 
     def visit(name: str, trail: list[str]) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Files of our own formats tell their format version; those of a newer one are refused, those without one are read."""
+"""Files of our own formats contain a format version. Newer versions are refused; files without a version are read."""
 
 from __future__ import annotations
 
