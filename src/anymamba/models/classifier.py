@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anymamba.base import manifest
-from anymamba.base.files import atomic_file, write_json
+from anymamba.base.files import atomic_file, own_folder, write_json
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.base.sizes import require_at_least
 from anymamba.models.config import ModelConfig
@@ -146,13 +146,14 @@ class SequenceClassifier(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write the backbone as `LanguageModel` does, and the head beside it, each file atomically."""
         path = Path(path)
-        self.backbone.save_pretrained(path)
         own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
-        with manifest.rewritten(path) as files:
-            with atomic_file(path / HEAD_FILE) as temporary:
-                save_file(own, temporary)
-            write_json(path / CONFIG_FILE, config_to_dict(self.config))
-            files += [HEAD_FILE, CONFIG_FILE]
+        with own_folder(path):
+            self.backbone.save_pretrained(path)
+            with manifest.rewritten(path) as files:
+                with atomic_file(path / HEAD_FILE) as temporary:
+                    save_file(own, temporary)
+                write_json(path / CONFIG_FILE, config_to_dict(self.config))
+                files += [HEAD_FILE, CONFIG_FILE]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device=None, dtype=None, *, verify: bool = True) -> SequenceClassifier:

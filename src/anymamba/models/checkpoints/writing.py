@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from anymamba.base.errors import CheckpointError, CheckpointWarning
-from anymamba.base.files import atomic_file, atomic_folder
+from anymamba.base.files import atomic_file, atomic_folder, contents, own_file, own_folder
 from anymamba.data.tokenizer import FILE_NAME
 from anymamba.models.checkpoints.families import Format, Spelling, nearest_spelling, spelling_for
 from anymamba.models.checkpoints.formats import folder as folders
@@ -54,9 +55,10 @@ def save_pretrained(
     folder = Path(folder)
     token_ids = {} if tokenizer is None or tokenizer.eos_id is None else {"eos_token_id": tokenizer.eos_id}
     text = None if tokenizer is None or format != "gguf" else tokenizer.to_json()
-    write(ModelWeights(model), folder, format, token_ids=token_ids, tokenizer=text, shard_bytes=shard_bytes)
-    if tokenizer is not None and folder.is_dir():
-        tokenizer.save(folder)
+    with own_file(folder) if folder.suffix == ".gguf" else own_folder(folder):
+        write(ModelWeights(model), folder, format, token_ids=token_ids, tokenizer=text, shard_bytes=shard_bytes)
+        if tokenizer is not None and folder.is_dir():
+            tokenizer.save(folder)
 
 
 def convert(
@@ -81,22 +83,21 @@ def convert(
             source's own, if there is one.
         without_tokenizer: leave the tokenizer out.
         shard_bytes: as in `save_pretrained`.
-    Raises FileExistsError if `out` is not empty, CheckpointError if the source is broken or if the format cannot hold
-        the model (the message names the options).
+    Raises FileExistsError if `out` is not empty, InUseError if another process is writing it, CheckpointError if the
+        source is broken or if the format cannot hold the model (the message names the options).
     """
     out = Path(out)
     if out.name in ("", ".."):
         raise ValueError(f"{out} has no name of its own; give a folder that does not exist yet, such as {out / 'NAME'}")
     checkpoint = open_checkpoint(source)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already; name a new folder, or remove it")
+    _require_new(out)
     text = None
     if tokenizer is not None:
         text = named_tokenizer(tokenizer).to_json()
     elif not without_tokenizer:
         own = checkpoint.tokenizer()
         text = None if own is None else own.text
-    with nullcontext(out) if out.suffix == ".gguf" else atomic_folder(out) as new:
+    with _new_output(out) as new:
         write(
             checkpoint,
             new,
@@ -112,6 +113,21 @@ def convert(
             for name in BESIDE if tokenizer is None and checkpoint.path.is_dir() else ():
                 if (checkpoint.path / name).is_file():
                     shutil.copyfile(checkpoint.path / name, new / name)
+
+
+@contextmanager
+def _new_output(out: Path) -> Iterator[Path]:
+    """Be the only writer of a new folder or .gguf file; gives the path to write to."""
+    gguf = out.suffix == ".gguf"
+    with own_file(out, wait=0) if gguf else own_folder(out, wait=0):
+        _require_new(out)
+        with nullcontext(out) if gguf else atomic_folder(out) as new:
+            yield new
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and (out.is_file() or contents(out)):
+        raise FileExistsError(f"{out} exists already; name a new folder, or remove it")
 
 
 def write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,14 +23,14 @@ def write(weights: CastWeights, folder: Path, spelling: Spelling) -> list[str]:
 
 def _write_torch_archive(weights: CastWeights, folder: Path, spelling: Spelling) -> None:
     """Write pytorch_model.bin. torch.save needs all tensors at once, so they are kept in temporary mapped files."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".convert-") as waiting:
+    with atomic_file(folder / TORCH) as temporary:
         table: dict[str, Tensor] = {}
         for number, (name, tensor) in enumerate(weights.tensors()):
-            mapped = _to_mapped_file(spelling.encode(name, tensor), Path(waiting) / str(number))
+            mapped = _to_mapped_file(spelling.encode(name, tensor), temporary.with_name(str(number)))
             table[spelling.name(name)] = mapped
         if weights.config.tie_embeddings and spelling.tied_head is not None:
             table[spelling.tied_head] = table[spelling.name("embedding.weight")]
-        with atomic_file(folder / TORCH) as temporary, failures_told(TORCH):
+        with failures_told(TORCH):
             torch.save(table, temporary)
         del table, mapped
 
