@@ -29,10 +29,11 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 # Inside a level, only these modules may be imported by siblings.
 SHARED = {
     *("base.errors", "base.files", "base.locks"),
-    *("kernels.native", "kernels.nvrtc", "kernels.elementwise"),
+    *("kernels.native", "kernels.nvrtc", "kernels.launching", "kernels.elementwise"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
-    *("data.documents", "data.table", "data.tokenizer"),
-    *("ops.dispatch", "ops.checks", "ops.observers", "ops.functions"),
+    *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
+    *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),
+    *("ops.dispatch", "ops.checks", "ops.observers", "ops.functions", "ops.recomputing"),
     *("parts.derived", "parts.padding", "parts.state", "parts.sequence", "parts.parameters", "parts.derivatives"),
     "layers.s6",
     *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
@@ -40,7 +41,7 @@ SHARED = {
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *("training.interrupts", "training.report", "training.snapshot", "training.steps", "training.tables"),
     *("lab.experiment", "lab.results", "lab.report", "lab.charts"),
-    *("cli.app", "cli.flags", "cli.output", "cli.runtime"),
+    *("cli.app", "cli.flags", "cli.output", "cli.runtime", "cli.signals", "cli.mistakes"),
 }
 
 GATHERER = "kernels.backends"  # the list of backends may import them all

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,3 +89,21 @@ def big_tokenizer(tmp_path) -> Path:
     path = tmp_path / "words.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture
+def interruptible():
+    """A context in which processes are started that Ctrl-C ends, also where the tests themselves ignore it.
+
+    A shell without job control ignores SIGINT in what it starts with `&`, and children inherit that.
+    """
+
+    @contextmanager
+    def default() -> Iterator[None]:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return default

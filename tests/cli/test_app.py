@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import io
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -119,16 +118,25 @@ def test_interrupt_is_130_and_says_what_the_verb_adds(verb, capsys):
     assert capsys.readouterr().err == "interrupted; resume with ...\n"
 
 
-def test_sigterm_is_143(verb, capsys):
-    def command(arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+def test_a_caller_from_python_keeps_its_signals(verb):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    during = []
+    verb(lambda arguments: during.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)))
+    assert main(["info"]) == 0
+    assert during == before
 
-    before = signal.getsignal(signal.SIGTERM)
-    verb(command)
-    assert main(["info"]) == 143
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert capsys.readouterr().err == "terminated\n"
+
+def test_a_library_that_exits_with_a_message(verb, capsys):
+    verb(raising(SystemExit("no such task")))
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "error: no such task\n"
+
+
+def test_a_name_that_is_not_utf_8_is_named(verb, capsys):
+    verb(lambda arguments: "a\udcff.txt".encode())
+    assert main(["info"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: the name 'a\\udcff.txt' is not valid UTF-8") and "rename it" in line
 
 
 def test_a_reader_that_goes_away_is_no_noise():
@@ -151,3 +159,31 @@ def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "anymamba", "nothing"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown verb")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train --stepps 3", "unknown: --stepps, 3; did you mean --steps?"),
+        ("generate --topk 3 --model x", "unknown: --topk, 3; did you mean --top-k or --stop?"),
+        ("eval --modell x", "--model PATH must be given; unknown: --modell x;"),
+        ("convert a --to hf", "OUT must be given;"),
+        ("experiment", "NAME must be given;"),
+        ("info x", "unknown: x;"),
+        ("generate --model x --top-k", "--top-k needs a value;"),
+        ("train --optimizer.betas 0.9", "--optimizer.betas needs 2 values;"),
+        ("generate --model x --temperature warm", "--temperature must be a number, got 'warm';"),
+        ("train --steps 3.5", "--steps must be an integer, got '3.5';"),
+        ("convert a b --to gg", "--to must be one of 'hf', 'state-spaces', 'gguf', 'anymamba', got 'gg';"),
+        ("train --model.d-model 0", "d_model must be at least 1, got 0;"),
+        ("demo --minutes 0", "--minutes must be above 0, got 0.0;"),
+        ("generate --model x --seed " + "y" * 150, f"--seed must be an integer, got '{'y' * 150}';"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistake_in_the_flags_is_one_line(monkeypatch, capsys, arguments, line, encoding):
+    """Where the terminal has characters for boxes, and where it has none."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert main(arguments.split()) == 2
+    verb = arguments.split()[0]
+    assert capsys.readouterr().err == f"error: {line} anymamba {verb} --help lists the flags\n"

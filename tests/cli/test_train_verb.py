@@ -253,9 +253,10 @@ def test_fine_tuning_takes_the_tokenizer_wherever_it_lies(run, texts, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_leave_a_run_to_resume(new, tmp_path, cache, number, code):
+def test_signals_leave_a_run_to_resume(new, tmp_path, cache, interruptible, number, code):
     command = [sys.executable, "-m", "anymamba", *map(str, new), "--steps", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with interruptible():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:

@@ -1,3 +1,23 @@
-"""The command line, one file per verb. Only this folder chooses device, dtype, threads, paths and seeds."""
+"""The command line: one file a verb. Only here are device, dtype, threads, paths and seeds chosen."""
 
-from anymamba.cli.app import main as main
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; see `anymamba.cli.app.main`.
+
+    Without `argv` the process is the command's: Ctrl-C and SIGTERM are handled from here on, before anything else is
+    imported, until the process ends. With it, signals are the caller's.
+    """
+    signals = None
+    if argv is None:
+        from anymamba.cli.signals import SignalHandler
+
+        signals = SignalHandler()
+        signals.install()
+    from anymamba.cli.app import main as run_command
+
+    return run_command(sys.argv[1:] if argv is None else argv, signals)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from anymamba.cli.signals import SignalHandler, end_message
 
 VERBS = {
     "train": "train a language model on your files, fine-tune one, or resume a run",
@@ -31,25 +29,29 @@ MISUSED = (ValueError, TypeError, FileNotFoundError, FileExistsError, IsADirecto
 FAILURES = (RuntimeError, OSError, ImportError, MemoryError)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM as an exception. Code that cleans up after Ctrl-C then cleans up after SIGTERM, too."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, signals: SignalHandler | None = None) -> int:
     """Run one command line and return its exit code.
 
     0 is done, 1 failed, 2 misuse, 130 Ctrl-C, 143 SIGTERM. ANYMAMBA_DEBUG=1 shows tracebacks.
+
+    Args:
+        argv: the words after `anymamba`; defaults to those of the process.
+        signals: the handler of the process's signals, entered while the verb runs.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with terminate_as_interrupt():
+        with signals or nullcontext():
             return run(arguments)
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else DONE if end.code is None else FAILED
-    except Terminated as end:
-        return interrupted(end, "terminated", 128 + signal.SIGTERM)
+        if isinstance(end.code, int | None):
+            return end.code or DONE
+        return complain(end, FAILED)
     except KeyboardInterrupt as end:
-        return interrupted(end, "interrupted", 128 + signal.SIGINT)
+        code, line = end_message(end)
+        print(line, file=sys.stderr, flush=True)
+        if signals is not None:
+            signals.told = True
+        return code
     except BrokenPipeError:
         # the reader closed the pipe; without this the interpreter reports an error when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,30 +100,6 @@ def overview() -> str:
     )
 
 
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Raise Terminated on SIGTERM while the body runs. Only the main thread can set handlers; others change nothing."""
-
-    def handler(signum: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def interrupted(end: BaseException, word: str, code: int) -> int:
-    """Print that a signal ended the command, with the verb's note (how to resume) if it has one."""
-    note = f"; {end}" if str(end) else ""
-    print(f"{word}{note}", file=sys.stderr)
-    return code
-
-
 def complain(error: BaseException, code: int) -> int:
     """Print an error in one line; with ANYMAMBA_DEBUG=1 its traceback comes first."""
     if os.environ.get("ANYMAMBA_DEBUG") == "1":
@@ -134,4 +112,6 @@ def one_line(error: BaseException) -> str:
     """An error's message on one line; for an OSError `file: reason`."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"the name {error.object!r} is not valid UTF-8, which is needed here; rename it"
     return " ".join(str(error).split()) or type(error).__name__

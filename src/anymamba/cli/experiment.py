@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,7 +22,7 @@ class ExperimentOptions:
     results.json is written after every arm. After an interruption, the same command measures only what is missing.
     """
 
-    name: tyro.conf.Positional[str]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """Which experiment; `list` prints what each shows."""
     scale: Literal["toy", "cpu", "gpu", "paper"] = "cpu"
     """toy: seconds, to try it. cpu: an hour per seed on two cores. gpu: one GPU. paper: as published."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import io
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from anymamba.cli.mistakes import in_one_line
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry, StructTypeInfo
 
 OptionsT = TypeVar("OptionsT")
+HELP = {"-h", "--help"}
 
 
 def read_flags(
@@ -27,25 +34,50 @@ def read_flags(
         arguments: the command line after the verb.
         default: values of the flags that are not given; defaults to the fields' own defaults.
         registry: rules for flags whose name is not that of their field.
-    Exits with status 2 for an unknown flag and names the nearest one.
+    Raises ValueError, in one line, for flags that are unknown (naming the nearest), missing or of a wrong value.
     """
     import tyro
 
-    return tyro.cli(
-        options,
-        prog=f"anymamba {verb}",
-        args=arguments,
-        default=default if default is not None else tyro.MISSING_NONPROP,
-        registry=registry,
-    )
+    command, told = f"anymamba {verb}", io.StringIO()
+    columns = {} if HELP & set(arguments) else {"COLUMNS": "10000"}  # a mistake is not to be broken into lines
+    try:
+        with redirect_stderr(told), variables(columns):
+            read: OptionsT = tyro.cli(
+                options,
+                prog=command,
+                args=arguments,
+                default=default if default is not None else tyro.MISSING_NONPROP,
+                registry=registry,
+            )
+    except SystemExit as end:
+        if end.code:
+            raise ValueError(in_one_line(told.getvalue(), command)) from None
+        raise
+    sys.stderr.write(told.getvalue())  # a warning of tyro's, if there is one
+    return read
 
 
-def renamed_flags(names: Mapping[type, Mapping[str, str]], repeatable: str) -> ConstructorRegistry:
+@contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment while the body runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def renamed_flags(names: Mapping[type, Mapping[str, str]], repeatable: Collection[str]) -> ConstructorRegistry:
     """Rules that give fields of nested dataclasses a short flag instead of their dotted path.
 
     Args:
         names: for each dataclass the flags of some of its fields.
-        repeatable: a field of that name, a tuple of strings, takes several values at a time and may be repeated.
+        repeatable: those among the fields, tuples of strings, that take several values at a time and may be repeated.
     """
     import tyro
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec
@@ -55,7 +87,7 @@ def renamed_flags(names: Mapping[type, Mapping[str, str]], repeatable: str) -> C
 
     def renamed(spec: StructFieldSpec, flag: str) -> StructFieldSpec:
         kind: Any = spec.type
-        if spec.name == repeatable:
+        if spec.name in repeatable:
             kind = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
             spec = dataclasses.replace(spec, default=(spec.default,) if spec.default else ())
         kind = Annotated[kind, tyro.conf.arg(name=flag, prefix_name=False)]
@@ -72,8 +104,8 @@ def renamed_flags(names: Mapping[type, Mapping[str, str]], repeatable: str) -> C
         flags, build = names[info.type], spec.instantiate
 
         def instantiate(**values: Any) -> Any:
-            if repeatable in flags:
-                values[repeatable] = tuple(value for group in values[repeatable] for value in group)
+            for name in flags.keys() & repeatable:
+                values[name] = tuple(value for group in values[name] for value in group)
             return build(**values)
 
         fields = tuple(renamed(field, flags[field.name]) if field.name in flags else field for field in spec.fields)
