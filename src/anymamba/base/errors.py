@@ -22,6 +22,10 @@ class CheckpointWarning(UserWarning):
     """A checkpoint is complete, but another program that reads it will compute something different."""
 
 
+class DataWarning(UserWarning):
+    """Data was read, but not all of it, or not used as asked."""
+
+
 def require_format_version(values: Mapping[str, Any], newest: int, where: Path | str) -> None:
     """Raise CheckpointError if a file's format version is above `newest`, the version that this release writes."""
     version = values.get(FORMAT_VERSION, 1)

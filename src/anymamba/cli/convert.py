@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from anymamba.base.sizes import require_at_least
 from anymamba.cli.flags import read_flags
-from anymamba.cli.output import progress_bar, say
+from anymamba.cli.output import progress_bar, say, told_warnings
 
 WITHOUT = "none"
 
@@ -24,9 +23,9 @@ class ConvertOptions:
     An option of the model that the format cannot hold is an error, which names it.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A model folder (Hugging Face's or state-spaces), a .gguf file, or a name on the Hugging Face hub."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """A new folder; for gguf also a path that ends in .gguf."""
     to: Literal["hf", "state-spaces", "gguf", "anymamba"]
     """The format: Hugging Face's mamba or falcon_mamba, the original one, llama.cpp's, our own."""
@@ -38,6 +37,8 @@ class ConvertOptions:
     the source's own."""
     shard_bytes: int = 5_000_000_000
     """Weights beyond this many bytes are written in several files (hf, anymamba)."""
+    no_verify: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read the source without comparing its files with their digests."""
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -49,8 +50,7 @@ def command(arguments: Sequence[str]) -> None:
 
     require_at_least("--shard-bytes", options.shard_bytes, 1)
     dtype = options.dtype if options.dtype in (None, "q8_0") else getattr(torch, options.dtype)
-    with progress_bar("converting") as show, warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+    with progress_bar("converting") as show, told_warnings():
         convert(
             options.source,
             options.out,
@@ -59,6 +59,7 @@ def command(arguments: Sequence[str]) -> None:
             tokenizer=None if options.tokenizer == WITHOUT else options.tokenizer,
             without_tokenizer=options.tokenizer == WITHOUT,
             shard_bytes=options.shard_bytes,
+            verify=not options.no_verify,
             progress=lambda done, total: show(done, total, f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"),
         )
     say(f"wrote {options.out}")

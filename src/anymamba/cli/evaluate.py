@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from anymamba.base.sizes import require_at_least
 from anymamba.cli.flags import read_flags
-from anymamba.cli.output import print_facts, print_json, progress_bar
-from anymamba.cli.runtime import Runtime, load_model
+from anymamba.cli.output import print_facts, print_json, progress_bar, told_warnings
+from anymamba.cli.runtime import Runtime, load_model, open_model
 
 if TYPE_CHECKING:
     from anymamba.evaluation.perplexity import EvaluationResult
@@ -31,6 +32,10 @@ class EvalOptions:
     """Files, folders or globs."""
     text_field: str | None = None
     """The field that holds the text in .jsonl, .csv and .parquet files; defaults to "text"."""
+    exclude: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Patterns of files and folders to leave out, such as '*.min.py' or tests; may be repeated."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row of .jsonl, .csv or .parquet that has no text or cannot be read."""
     tokenizer: Path | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the model's own."""
     chunk: int = 2048
@@ -52,23 +57,23 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def measure(options: EvalOptions) -> EvaluationResult:
-    """Run the model over the files."""
+    """Run the model over the files. The data is read first, so that bad data is told before the weights are loaded."""
     from anymamba.data.table import build_token_table
     from anymamba.evaluation.perplexity import evaluate
-    from anymamba.models.checkpoints import find_tokenizer
 
-    model, checkpoint = load_model(options.model, options.runtime)
-    tokenizer = find_tokenizer(checkpoint, options.tokenizer, vocab_size=model.config.vocab_size)
-    paths = [path for group in options.data for path in group]
-    with progress_bar("evaluating") as show:
+    require_at_least("--chunk", options.chunk, 1)
+    checkpoint, tokenizer = open_model(options.model, options.tokenizer, options.runtime)
+    with progress_bar("evaluating") as show, told_warnings():
         table = build_token_table(
-            paths,
+            [path for group in options.data for path in group],
             tokenizer,
             text_field=options.text_field,
+            exclude=[pattern for group in options.exclude for pattern in group],
+            on_bad_row=options.on_bad_row,
             progress=lambda done, total: show(done, total, "reading the data"),
         )
         return evaluate(
-            model,
+            load_model(checkpoint, options.runtime),
             table,
             tokenizer.eos_id,
             chunk=options.chunk,

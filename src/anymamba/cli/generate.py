@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
+from anymamba.base.sizes import require_at_least
 from anymamba.cli.flags import read_flags
 from anymamba.cli.output import print_json
-from anymamba.cli.runtime import Runtime, load_model
+from anymamba.cli.runtime import Runtime, load_model, open_model
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int
+
     from anymamba.data.tokenizer import Tokenizer
     from anymamba.generation.sampling import SamplingConfig
     from anymamba.models.language_model import LanguageModel
@@ -72,34 +76,47 @@ class Continuation(NamedTuple):
 def command(arguments: Sequence[str]) -> None:
     """Run `anymamba generate`."""
     options = read_flags(GenerateOptions, "generate", arguments)
-    from anymamba.models.checkpoints import find_tokenizer
-
-    sampling = sampling_config(options)
+    sampling = checked_sampling(options)
     prompts = read_prompts(options)
-    model, checkpoint = load_model(options.model, options.runtime)
-    tokenizer = find_tokenizer(checkpoint, options.tokenizer, vocab_size=model.config.vocab_size)
+    checkpoint, tokenizer = open_model(options.model, options.tokenizer, options.runtime)
+    ids = encode_prompts(prompts, tokenizer, checkpoint.config.vocab_size)
+    model = load_model(checkpoint, options.runtime)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is not an error
     if len(prompts) == 1 and options.num_beams == 1 and not options.json:
-        print_stream(model, tokenizer, prompts[0], options, sampling)
+        print_stream(model, tokenizer, prompts[0], ids[0], options, sampling)
         return
-    continuations = continue_all(model, tokenizer, prompts, options, sampling)
+    continuations = continue_all(model, tokenizer, ids, options, sampling)
     if options.json:
         print_json(as_object(options, prompts, continuations))
     else:
         print_all(options, prompts, continuations)
 
 
-def sampling_config(options: GenerateOptions) -> SamplingConfig:
-    """The sampling flags, checked; beam search takes none."""
-    from anymamba.generation.sampling import SamplingConfig
+def checked_sampling(options: GenerateOptions) -> SamplingConfig:
+    """The sampling flags. Raises ValueError if a flag is out of range, or if beam search would ignore it."""
+    from anymamba.generation.sampling import RowDraws, SamplingConfig
+    from anymamba.generation.stops import StopMatcher
 
+    require_at_least("--max-new-tokens", options.max_new_tokens, 0)
+    require_at_least("--num-beams", options.num_beams, 1)
+    RowDraws(options.seed, 1)
+    StopMatcher(options.stop)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     config = SamplingConfig(**{name: getattr(options, name) for name in names})
     if options.num_beams > 1 and (config != SamplingConfig() or options.seed != 0):
         flags = ", ".join("--" + name.replace("_", "-") for name in (*names, "seed"))
         raise ValueError(f"--num-beams {options.num_beams} searches and does not sample; leave out {flags}")
     return config
+
+
+def encode_prompts(
+    prompts: Sequence[str | bytes], tokenizer: Tokenizer, vocab_size: int
+) -> list[Int[np.ndarray, " length"]]:
+    """The ids of the prompts. Raises ValueError for a prompt that the tokenizer or the model cannot read."""
+    from anymamba.generation.prompts import check_prompts
+
+    return check_prompts([tokenizer.encode(prompt) for prompt in prompts], vocab_size, tokenizer.eos_id)
 
 
 def read_prompts(options: GenerateOptions) -> list[str | bytes]:
@@ -115,7 +132,12 @@ def read_prompts(options: GenerateOptions) -> list[str | bytes]:
 
 
 def print_stream(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str | bytes, options: GenerateOptions, sampling: SamplingConfig
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str | bytes,
+    ids: Int[np.ndarray, " length"],
+    options: GenerateOptions,
+    sampling: SamplingConfig,
 ) -> None:
     """Print one continuation while it is generated."""
     from anymamba.generation.generate import stream_text
@@ -123,7 +145,7 @@ def print_stream(
     steps = stream_text(
         model,
         tokenizer,
-        prompt,
+        ids,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         stop=options.stop,
@@ -138,7 +160,7 @@ def print_stream(
 def continue_all(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | bytes],
+    ids: list[Int[np.ndarray, " length"]],
     options: GenerateOptions,
     sampling: SamplingConfig,
 ) -> list[Continuation]:
@@ -146,7 +168,6 @@ def continue_all(
     from anymamba.generation.beam import beam_search
     from anymamba.generation.generate import generate
 
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
     limit, stop = options.max_new_tokens, options.stop
     if options.num_beams != 1:
         found = beam_search(model, ids, tokenizer, num_beams=options.num_beams, max_new_tokens=limit, stop=stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +16,36 @@ PLAIN_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
 
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object on one line of stdout."""
-    print(json.dumps(values, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    if printable(text) != text:  # a terminal without these characters, or the name of a file that is not UTF-8
+        text = json.dumps(values, allow_nan=False)
+    print(text)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Print names and values, aligned."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+        print(printable(f"{name:<{width}}  {value}"))
+
+
+def printable(text: str) -> str:
+    """A text with escapes for what stdout cannot show, such as bytes in the name of a file that are not UTF-8."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(text: str) -> None:
     """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def told_warnings() -> Iterator[None]:
+    """Print warnings of the body in one line each, without the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"warning: {' '.join(str(message).split())}")
+        yield
 
 
 def clock(seconds: float) -> str:

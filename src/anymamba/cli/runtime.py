@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import tyro
+
 from anymamba.base.sizes import require_at_least
 
 if TYPE_CHECKING:
     import torch
 
+    from anymamba.data.tokenizer import Tokenizer
     from anymamba.models.checkpoints import Checkpoint
     from anymamba.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device, dtype and threads of the computation."""
+    """Device, dtype and threads of the computation, and whether the model's files are verified."""
 
     device: str | None = None
     """cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one."""
@@ -28,6 +31,8 @@ class Runtime:
     """Dtype of the weights; defaults to the stored one."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice, the number of cores."""
+    no_verify: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Load the model without comparing its files with their digests, about half a second less for each GB."""
 
 
 def set_threads(threads: int | None) -> None:
@@ -58,22 +63,31 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(model: Path, runtime: Runtime) -> tuple[LanguageModel, Checkpoint]:
-    """Load a model for inference; also returns its checkpoint, which holds its tokenizer.
+def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[Checkpoint, Tokenizer]:
+    """Open a model and its tokenizer. The weights are not loaded yet, so that a wrong flag is told at once.
 
     Args:
         model: a folder (a run folder is one), a .gguf file, or a name on the hub.
-    Raises FileNotFoundError if there is none and CheckpointError if it cannot be read.
+        tokenizer: what names another tokenizer than the model's own.
+    Raises FileNotFoundError if there is none, CheckpointError if it cannot be read, ValueError for a device or a number
+        of threads that cannot be used and for a tokenizer of another model.
     """
+    set_threads(runtime.threads)
+    choose_device(runtime.device)
+    from anymamba.models.checkpoints import find_tokenizer, open_checkpoint
+
+    checkpoint = open_checkpoint(model, verify=not runtime.no_verify)
+    return checkpoint, find_tokenizer(checkpoint, tokenizer)
+
+
+def load_model(checkpoint: Checkpoint, runtime: Runtime) -> LanguageModel:
+    """Load the weights of an open model for inference."""
     import torch
 
-    from anymamba.models.checkpoints import load_pretrained, open_checkpoint
+    from anymamba.models.checkpoints import load_pretrained
 
-    set_threads(runtime.threads)
-    device = choose_device(runtime.device)
     dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
-    checkpoint = open_checkpoint(model)
-    return load_pretrained(checkpoint, device=device, dtype=dtype).eval(), checkpoint
+    return load_pretrained(checkpoint, device=choose_device(runtime.device), dtype=dtype).eval()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import tyro
 
 from anymamba.base.schema import config_from_dict
 from anymamba.cli.flags import read_flags, renamed_flags
-from anymamba.cli.output import TrainingReport, print_facts, print_json, progress_bar
+from anymamba.cli.output import TrainingReport, print_facts, print_json, progress_bar, told_warnings
 from anymamba.cli.runtime import choose_device, told_how_to_resume
 from anymamba.models.presets import PRESETS, preset
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig, config_values
@@ -25,10 +25,18 @@ if TYPE_CHECKING:
 AUTO = "auto"
 FLAGS: dict[type, dict[str, str]] = {
     TrainConfig: {"start_from": "from"},
-    DataConfig: {"paths": "data", "text_field": "text-field", "tokenizer": "tokenizer"},
+    DataConfig: {
+        "paths": "data",
+        "text_field": "text-field",
+        "exclude": "exclude",
+        "on_bad_row": "on-bad-row",
+        "tokenizer": "tokenizer",
+    },
     OptimizerConfig: {"learning_rate": "learning-rate"},
 }
 """Fields that have a short flag in place of their path in the config file."""
+REPEATABLE = ("paths", "exclude")
+"""Of these the fields whose flag may be given several times."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def command(arguments: Sequence[str]) -> None:
     options = read_options(arguments)
     run = options.resume or options.out
     assert run is not None, "read_options requires one of them"
-    with told_how_to_resume(run), progress_bar("training") as show:
+    with told_how_to_resume(run), progress_bar("training") as show, told_warnings():
         result = run_training(options, TrainingReport(show))
     if options.json:
         print_json(dataclasses.asdict(result))
@@ -77,16 +85,16 @@ def read_options(arguments: Sequence[str]) -> TrainOptions:
 
     Raises ValueError for flags that exclude each other and FileNotFoundError if the config file does not exist.
     """
-    start, file_paths = default_config(read_basis(arguments))
+    start, in_file = default_config(read_basis(arguments))
     default = TrainOptions(train=start)
-    options = read_flags(TrainOptions, "train", arguments, default, renamed_flags(FLAGS, repeatable="paths"))
+    options = read_flags(TrainOptions, "train", arguments, default, renamed_flags(FLAGS, REPEATABLE))
     if options.resume is not None:
         if dataclasses.replace(options, resume=None, json=False) != TrainOptions():
             raise ValueError(f"--resume {options.resume} uses the run's own config; leave the other flags out")
         return options
     if options.out is None:
         raise ValueError("no run folder; name a new one with --out, such as --out runs/x, or resume one with --resume")
-    return dataclasses.replace(options, train=complete(options, file_paths))
+    return dataclasses.replace(options, train=complete(options, in_file))
 
 
 def read_basis(arguments: Sequence[str]) -> Basis:
@@ -103,15 +111,15 @@ def read_basis(arguments: Sequence[str]) -> Basis:
     return Basis(Path(config) if config else None, found.get("preset") or None)
 
 
-def default_config(basis: Basis) -> tuple[TrainConfig, tuple[str, ...]]:
-    """The defaults of the flags (the file's values, with the preset's model, without data paths), and the file's data
-    paths."""
+def default_config(basis: Basis) -> tuple[TrainConfig, dict[str, tuple[str, ...]]]:
+    """The defaults of the flags: the file's values with the preset's model, and apart from them the repeatable ones."""
     values = {"device": AUTO} | (read_config_file(basis.config) if basis.config is not None else {})
     config = config_from_dict(TrainConfig, values, "" if basis.config is None else str(basis.config))
     if basis.preset is not None:
         config = dataclasses.replace(config, model=preset(basis.preset))
-    # a repeatable flag adds to its default, but --data must replace the file's paths
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, paths=())), config.data.paths
+    # a repeatable flag adds to its default, but it must replace the file's values
+    data = dataclasses.replace(config.data, **dict.fromkeys(REPEATABLE, ()))
+    return dataclasses.replace(config, data=data), {name: getattr(config.data, name) for name in REPEATABLE}
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -128,12 +136,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return config_values(values, path)
 
 
-def complete(options: TrainOptions, file_paths: tuple[str, ...]) -> TrainConfig:
-    """The config with the file's data paths if no flag gives any, and with a device."""
+def complete(options: TrainOptions, in_file: dict[str, tuple[str, ...]]) -> TrainConfig:
+    """The config with the file's repeatable values where no flag gives any, and with a device."""
     config = options.train
-    data = config.data
-    if not data.paths:
-        data = dataclasses.replace(data, paths=file_paths)
+    data = dataclasses.replace(config.data, **{n: getattr(config.data, n) or value for n, value in in_file.items()})
     if not data.paths:
         raise ValueError("no training data; name files, folders or globs with --data PATH...")
     if config.start_from is not None and config.model != TrainConfig().model:

@@ -27,6 +27,10 @@ class DataConfig:
     """Fraction of the documents to hold out, chosen by a hash of their names; 0 holds out none."""
     text_field: str | None = None
     """The field that holds the text in .jsonl, .csv and .parquet files; defaults to "text"."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of files and folders to leave out, such as '*.min.py' or tests."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row of .jsonl, .csv or .parquet that has no text or cannot be read."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to that of --from, or
     to bytes."""
@@ -90,6 +94,8 @@ class TrainConfig:
     """The optimizer and its schedule."""
     start_from: str | None = None
     """A model folder whose weights and sizes to start from, with a new optimizer (fine-tuning)."""
+    verify: bool = True
+    """Compare the files of start_from with their digests."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .files import COMPRESSION_SUFFIXES, ROW_SUFFIXES, TEXT_SUFFIXES, find_files
-from .readers import DEFAULT_TEXT_FIELD, Document, document_name, iter_documents
+from .readers import DEFAULT_TEXT_FIELD, Document, OnBadRow, document_name, iter_documents, refuse
 
 __all__ = [
     "COMPRESSION_SUFFIXES",
@@ -11,7 +11,9 @@ __all__ = [
     "ROW_SUFFIXES",
     "TEXT_SUFFIXES",
     "Document",
+    "OnBadRow",
     "document_name",
     "find_files",
     "iter_documents",
+    "refuse",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .genomes import FORMATS, refusal
@@ -18,24 +18,38 @@ READ = f"{' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}, also with {' '.join(COMPRESSI
 _LISTED = 8  # most suffixes that a message lists with their own counts
 
 
-def find_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def find_files(paths: str | Path | Iterable[str | Path], exclude: Sequence[str] = ()) -> list[Path]:
     """The files that paths name, sorted and without duplicates.
 
     Args:
         paths: files (any suffix; an unknown one is read as text), folders (searched for known suffixes; hidden files
             and folders are skipped), or patterns with `*`, `?`, `[]` and `**`.
+        exclude: patterns of files and folders to leave out: `*.min.py`, `tests`, `build/*.txt`. A pattern is compared
+            with the end of the path, below the folder that `paths` names where it names one.
     Raises FileNotFoundError if a path or a pattern gives no file, ValueError for a file of DNA or proteins.
     """
     found: dict[str, Path] = {}
+    excluded = 0
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        for file in _expand(Path(path).expanduser()):
-            found.setdefault(os.path.realpath(file), Path(os.path.abspath(file)))
+        root = Path(path).expanduser()
+        for file in _expand(root):
+            if is_excluded(file.relative_to(root) if root.is_dir() else file, exclude):
+                excluded += 1
+            else:
+                found.setdefault(os.path.realpath(file), Path(os.path.abspath(file)))
+    if excluded and not found:
+        raise FileNotFoundError(f"no data files: {', '.join(exclude)} (--exclude) leaves out all {excluded:,} of them")
     if not found:
         raise FileNotFoundError("no data files: give at least one file, folder or pattern")
     for file in found.values():
         if file_format(file) in FORMATS:
             raise refusal(file, FORMATS[file_format(file)], "name")
     return sorted(found.values())
+
+
+def is_excluded(path: Path, patterns: Sequence[str]) -> bool:
+    """Whether a file or one of the folders in its path matches a pattern."""
+    return any(part.match(pattern) for pattern in patterns for part in (path, *path.parents) if part.name)
 
 
 def file_format(file: Path) -> str:

@@ -18,6 +18,7 @@ from .genomes import format_by_content, refusal
 from .streams import BLOCK, import_pyarrow, open_decompressed
 
 DEFAULT_TEXT_FIELD = "text"
+OnBadRow = Callable[[ValueError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +42,26 @@ def document_name(file: Path | str, row: int | None) -> str:
     return str(file) if row is None else f"{file}:{row}"
 
 
+def refuse(error: ValueError) -> None:
+    """Raise a bad row's error with the way out; what is done with a bad row unless the caller has something else."""
+    raise ValueError(f"{error}; correct the row, or leave bad rows out with on_bad_row='skip' (--on-bad-row skip)")
+
+
 def iter_documents(
     files: Iterable[Path],
     text_field: str | None = None,
     on_read: Callable[[int], None] | None = None,
+    on_bad_row: OnBadRow = refuse,
 ) -> Iterator[Document]:
     """The documents of files, in order, streamed.
 
     Args:
         files: as from `find_files`; the suffix decides how each is read.
-        text_field: the field of a row that holds its text; defaults to "text".
+        text_field: the field of a row that holds its text; None: "text".
         on_read: called with the number of bytes read from disk since the last call, before decompression.
-    Raises ValueError, which names file and line, if data is binary, damaged, malformed, lacks the field, or is DNA.
+        on_bad_row: called with the error of each row that has no text or cannot be read; if it returns, reading goes on
+            with the next row.
+    Raises ValueError, naming file and line, for data that is binary, damaged, malformed, without the field, or DNA.
     """
     files = list(files)
     if text_field is not None and not any(file_format(file) in ROW_SUFFIXES for file in files):
@@ -64,7 +73,7 @@ def iter_documents(
     for file in files:
         with open_decompressed(file, on_read or (lambda count: None)) as stream:
             reader = readers.get(file_format(file))
-            yield from reader(file, stream, field) if reader else _read_text(file, stream)
+            yield from reader(file, stream, field, on_bad_row) if reader else _read_text(file, stream)
 
 
 def _read_text(file: Path, stream: BinaryIO) -> Iterator[Document]:
@@ -89,29 +98,37 @@ def _read_text(file: Path, stream: BinaryIO) -> Iterator[Document]:
     yield Document(file, None, pieces())
 
 
-def _read_jsonl(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
+def _read_jsonl(file: Path, stream: BinaryIO, field: str, on_bad_row: OnBadRow) -> Iterator[Document]:
     """One JSON object per line; blank lines are skipped."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{document_name(file, number)}: not a line of JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{document_name(file, number)}: wanted an object with field {field!r}, got {_kind(record)}"
-            )
-        if field not in record:
-            raise _missing_field(document_name(file, number), field, record)
-        text = record[field]
-        if not isinstance(text, str):
-            raise ValueError(f"{document_name(file, number)}: field {field!r} must be a string, got {_kind(text)}")
+            text = _text_of_line(line, field, document_name(file, number))
+        except ValueError as error:
+            on_bad_row(error)
+            continue
         # a lone surrogate (\ud800) becomes bytes that are not UTF-8; the tokenizer decides whether to accept them
         yield Document(file, number, iter((text.encode("utf-8", "surrogatepass"),)))
 
 
-def _read_csv(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
+def _text_of_line(line: bytes, field: str, where: str) -> str:
+    """The text in a line of JSON. Raises ValueError if there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not a line of JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: wanted an object with field {field!r}, got {_kind(record)}")
+    if field not in record:
+        raise _missing_field(where, field, record)
+    text = record[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} must be a string, got {_kind(text)}")
+    return text
+
+
+def _read_csv(file: Path, stream: BinaryIO, field: str, on_bad_row: OnBadRow) -> Iterator[Document]:
     """Comma-separated values with a header. Fields may be of any size and contain newlines; bytes are preserved."""
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     limit = csv.field_size_limit(
@@ -122,14 +139,13 @@ def _read_csv(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
         header = [name.removeprefix("\ufeff") for name in next(rows, [])]
         if header and field not in header:
             raise _missing_field(str(file), field, header)
-        line = rows.line_num + 1
-        for row in rows:
-            if row and len(row) != len(header):
-                raise ValueError(f"{document_name(file, line)}: {len(row)} values for the {len(header)} of the header")
-            if row:
+        for line, row in _csv_rows(file, rows, on_bad_row):
+            if len(row) == len(header):
                 value = row[header.index(field)]
                 yield Document(file, line, iter((value.encode("utf-8", "surrogateescape"),)))
-            line = rows.line_num + 1
+            elif row:
+                name = document_name(file, line)
+                on_bad_row(ValueError(f"{name}: {len(row)} values for the {len(header)} of the header"))
     except csv.Error as error:
         raise ValueError(f"{document_name(file, rows.line_num)}: malformed csv ({error})") from None
     finally:
@@ -137,7 +153,26 @@ def _read_csv(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
         text.detach()  # the caller closes the stream
 
 
-def _read_parquet(file: Path, stream: BinaryIO, field: str) -> Iterator[Document]:
+def _csv_rows(file: Path, rows: Any, on_bad_row: OnBadRow) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a csv reader with the line where each begins.
+
+    Raises csv.Error for a quotation that does not end: it holds all that follows, which is no bad row.
+    """
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise
+            on_bad_row(ValueError(f"{document_name(file, line)}: malformed csv ({error})"))
+            continue
+        yield line, row
+
+
+def _read_parquet(file: Path, stream: BinaryIO, field: str, on_bad_row: OnBadRow) -> Iterator[Document]:
     """One document per row, by row groups. Compressed files are unpacked to a temporary file, because parquet seeks."""
     pyarrow = import_pyarrow()
     from pyarrow import parquet
@@ -155,9 +190,11 @@ def _read_parquet(file: Path, stream: BinaryIO, field: str) -> Iterator[Document
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0).cast(pyarrow.large_binary()):
                     row += 1
-                    if not value.is_valid:
-                        raise ValueError(f"{document_name(file, row)}: field {field!r} must be a string, got null")
-                    yield Document(file, row, iter((value.as_py(),)))
+                    if value.is_valid:
+                        yield Document(file, row, iter((value.as_py(),)))
+                    else:
+                        name = document_name(file, row)
+                        on_bad_row(ValueError(f"{name}: field {field!r} must be a string, got null"))
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise

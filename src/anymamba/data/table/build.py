@@ -7,14 +7,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..documents import find_files, iter_documents
+from anymamba.base import manifest
+from anymamba.base.errors import CheckpointError, DataWarning
+
+from ..documents import find_files, iter_documents, refuse
 from ..tokenizer import Tokenizer
 from .encoding import encode_documents, token_dtype
 from .store import TOKENS_FILE
@@ -22,7 +26,7 @@ from .tokens import DOCUMENTS_FILE, FILES_FILE, TokenTable
 
 WINDOW = 65_536  # most tokens of a row
 _BATCH_TOKENS, _BATCH_ROWS = 64 * WINDOW, 65_536  # a record batch is written when it reaches either
-_FORMAT = 2  # part of the cache's key: raise it if the same input gives another table
+_FORMAT = 3  # part of the cache's key: raise it if the same input gives another table
 _META_FILE = "meta.json"
 
 
@@ -31,6 +35,8 @@ def build_token_table(
     tokenizer: Tokenizer,
     *,
     text_field: str | None = None,
+    exclude: Sequence[str] = (),
+    on_bad_row: Literal["error", "skip"] = "error",
     cache_dir: str | Path | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     keep: Callable[[str], bool] | None = None,
@@ -45,18 +51,23 @@ def build_token_table(
         paths: files, folders and patterns, as for `find_files`.
         tokenizer: turns text into tokens.
         text_field: the field of .jsonl, .csv and .parquet rows that holds the text; defaults to "text".
+        exclude: patterns of files to leave out, as for `find_files`.
+        on_bad_row: "skip" leaves out rows that have no text or cannot be read, and warns (DataWarning) how many;
+            "error" raises for the first one.
         cache_dir: the folder of cached tables; defaults to `$XDG_CACHE_HOME/anymamba/tokens`, or to one in `~/.cache`.
         progress: called with (bytes read, bytes of all files) while the table is built; not called for a cached one.
         keep: tells from a document's name whether to take it; defaults to all. The cached table holds all of them.
     Raises ValueError if no document is left, FileNotFoundError for a path without files, OSError if the disk is full.
     """
-    files = find_files(paths)
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
+    files = find_files(paths, exclude)
     cache = default_cache() if cache_dir is None else Path(cache_dir)
-    folder = cache / _key(files, tokenizer, text_field)
-    if _meta(folder) is None:
-        _build_once(folder, files, tokenizer, text_field, progress)
-    meta = _meta(folder)
-    assert meta is not None, "a table that was just built is complete"
+    reading = _Reading(files, tokenizer, text_field, on_bad_row == "skip")
+    folder = cache / _key(reading)
+    meta = _meta(folder) or _build_once(folder, reading, progress)
+    if meta["n_bad_rows"]:
+        _warn_of_bad_rows(meta)
     table = TokenTable.open(folder, meta["n_empty"])
     if keep is None:
         return table
@@ -72,59 +83,66 @@ def default_cache() -> Path:
     return Path(base) / "anymamba" / "tokens"
 
 
-def _key(files: list[Path], tokenizer: Tokenizer, text_field: str | None) -> str:
-    """The name of a table in the cache: a hash of its inputs, with the files' sizes and times instead of their bytes."""
-    digest = hashlib.sha256(json.dumps([_FORMAT, tokenizer.fingerprint, text_field]).encode())
-    for file in files:
+class _Reading(NamedTuple):
+    """What decides the contents of a table."""
+
+    files: list[Path]
+    tokenizer: Tokenizer
+    text_field: str | None
+    skip_bad_rows: bool
+
+
+def _key(reading: _Reading) -> str:
+    """The name of a table in the cache: a hash of its inputs, of files their names, sizes and times."""
+    options = [_FORMAT, reading.tokenizer.fingerprint, reading.text_field, reading.skip_bad_rows]
+    digest = hashlib.sha256(json.dumps(options).encode())
+    for file in reading.files:
         stat = file.stat()
         digest.update(json.dumps([str(file), str(file.resolve()), stat.st_size, stat.st_mtime_ns]).encode())
     return digest.hexdigest()
 
 
 def _meta(folder: Path) -> dict[str, Any] | None:
-    """The notes written when a table was completed; None if there are none, or if the files' sizes have changed."""
+    """What was noted when a table was completed; None if there is none, or if a file differs from its digest.
+
+    Arrow files have no checksums, and damaged ones can end the process. Comparing takes half a second for each GB.
+    """
     try:
-        meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in meta["sizes"]}
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        if not {TOKENS_FILE, DOCUMENTS_FILE, FILES_FILE, _META_FILE} <= manifest.check(folder):
+            return None
+        return json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
+    except CheckpointError:
         return None
-    return meta if sizes == meta["sizes"] else None
 
 
-def _build_once(
-    folder: Path,
-    files: list[Path],
-    tokenizer: Tokenizer,
-    text_field: str | None,
-    progress: Callable[[int, int | None], None] | None,
-) -> None:
-    """Build a table unless another process does it first. The lock is released when the process that holds it ends."""
+def _build_once(folder: Path, reading: _Reading, progress: Callable[[int, int | None], None] | None) -> dict[str, Any]:
+    """Build a table unless another process does so first, and return what is noted in it.
+
+    The lock ends with the process that holds it.
+    """
     from filelock import FileLock
 
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        if _meta(folder) is not None:
-            return
+        if meta := _meta(folder):
+            return meta
         for left in [folder, *folder.parent.glob(f".{folder.name}-*")]:  # of a build that was killed
             shutil.rmtree(left, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _build(building, files, tokenizer, text_field, progress)
+            _build(building, reading, progress)
             building.rename(folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+    return json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
 
 
-def _build(
-    folder: Path,
-    files: list[Path],
-    tokenizer: Tokenizer,
-    text_field: str | None,
-    progress: Callable[[int, int | None], None] | None,
-) -> None:
+def _build(folder: Path, reading: _Reading, progress: Callable[[int, int | None], None] | None) -> None:
     """Write all files of a table into a folder."""
+    files, tokenizer, text_field, skip = reading
     total, done = sum(file.stat().st_size for file in files), 0
+    bad: list[str] = []
 
     def on_read(count: int) -> None:
         nonlocal done
@@ -132,17 +150,29 @@ def _build(
         if progress is not None:
             progress(done, total)
 
+    def on_bad_row(error: ValueError) -> None:
+        if not skip:
+            refuse(error)
+        bad.append(str(error) if not bad else "")
+
     writer = _TableWriter(folder, files, token_dtype(tokenizer))
     try:
-        for ids, end in encode_documents(iter_documents(files, text_field, on_read), tokenizer):
+        documents = iter_documents(files, text_field, on_read, on_bad_row)
+        for ids, end in encode_documents(documents, tokenizer, on_bad_row):
             writer.add(ids)
             if end is not None:
                 writer.end_document(end.file, end.row, end.n_bytes)
         if not writer.n_documents:
-            raise ValueError(f"nothing to read in {_listed(files)}: no document has any text")
-        writer.finish()
+            skipped = f", and {len(bad):,} bad rows were skipped, the first of them {bad[0]}" if bad else ""
+            raise ValueError(f"nothing to read in {_listed(files)}: no document has any text{skipped}")
+        writer.finish({"n_bad_rows": len(bad), "first_bad_row": bad[0] if bad else None})
     finally:
         writer.close()
+
+
+def _warn_of_bad_rows(meta: dict[str, Any]) -> None:
+    rows = f"{meta['n_bad_rows']:,} bad row{'s' if meta['n_bad_rows'] > 1 else ''}"
+    warnings.warn(f"skipped {rows}, the first: {meta['first_bad_row']}", DataWarning, stacklevel=3)
 
 
 def _listed(files: list[Path]) -> str:
@@ -203,17 +233,17 @@ class _TableWriter:
         if len(self._ended) == _BATCH_ROWS:
             self._write_documents()
 
-    def finish(self) -> None:
+    def finish(self, notes: dict[str, Any]) -> None:
         """Write the remaining tokens and, last, the notes that mark the table as complete."""
         self._write_windows()
         self._write_documents()
         with _writing(self._folder):
-            names = _ArrowFile(self._folder / FILES_FILE, {"path": np.dtype(str)})
-            names.write({"path": [str(file) for file in self._files]})
+            names = _ArrowFile(self._folder / FILES_FILE, {"path": np.dtype(bytes)})
+            names.write({"path": [os.fsencode(file) for file in self._files]})  # names need not be UTF-8
             for file in (self._tokens, self._documents, names):
                 file.finish()
-            sizes = {name: (self._folder / name).stat().st_size for name in (TOKENS_FILE, DOCUMENTS_FILE, FILES_FILE)}
-            (self._folder / _META_FILE).write_text(json.dumps({"sizes": sizes, "n_empty": self.n_empty}))
+            (self._folder / _META_FILE).write_text(json.dumps({"n_empty": self.n_empty, **notes}))
+            manifest.write(self._folder)
 
     def close(self) -> None:
         """Close the files, complete or not."""
@@ -251,7 +281,7 @@ class _ArrowFile:
         def feature(kind: Any) -> Any:
             if isinstance(kind, list):
                 return List(feature(kind[0]))
-            return Value("string" if kind.kind == "U" else kind.name)
+            return Value("binary" if kind.kind == "S" else kind.name)
 
         self._stream = path.open("wb")
         self._writer = ArrowWriter(features=Features({k: feature(v) for k, v in columns.items()}), stream=self._stream)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..documents import Document
+from ..documents import Document, OnBadRow, refuse
 from ..tokenizer import ByteTokenizer, Tokenizer
 
 # In characters. The tokenizers library needs about 500 bytes per token, so 2 MiB of text need 250 MB.
@@ -42,8 +43,10 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.min_scalar_type(top)
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The tokens of documents in order.
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, on_bad_row: OnBadRow = refuse
+) -> Iterator[Piece]:
+    """The tokens of documents in order; `on_bad_row` is told of rows that are not UTF-8, as in `iter_documents`.
 
     For the byte tokenizer, bytes are passed through. For others a document must be UTF-8. Up to 2 Mi characters are
     encoded in one piece; a longer document is cut into segments of about 1 Mi, before whitespace that follows other
@@ -55,7 +58,7 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Ite
     """
     if isinstance(tokenizer, ByteTokenizer):
         return _bytes_as_tokens(documents)
-    return _encode_texts(documents, tokenizer)
+    return _encode_texts(_utf8_rows(documents, on_bad_row), tokenizer)
 
 
 def _bytes_as_tokens(documents: Iterable[Document]) -> Iterator[Piece]:
@@ -65,6 +68,20 @@ def _bytes_as_tokens(documents: Iterable[Document]) -> Iterator[Piece]:
             n_bytes += len(piece)
             yield Piece(np.frombuffer(piece, np.uint8), None)
         yield Piece(np.zeros(0, np.uint8), DocumentEnd(document.file, document.row, n_bytes))
+
+
+def _utf8_rows(documents: Iterable[Document], on_bad_row: OnBadRow) -> Iterator[Document]:
+    """The documents but for rows that are not UTF-8; files are checked while they are read."""
+    for document in documents:
+        if document.row is not None:
+            data = b"".join(document.pieces)
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                on_bad_row(_not_utf8(document, error.start, error.reason))
+                continue
+            document = replace(document, pieces=iter((data,)))
+        yield document
 
 
 def _encode_texts(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -134,7 +151,11 @@ def _decode(
     try:
         return decoder.decode(piece, final)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{document.name}: not valid UTF-8 at byte {before - waiting + error.start} ({error.reason}); "
-            f"use byte mode (no tokenizer), which takes any bytes, or convert the file to UTF-8"
-        ) from None
+        raise _not_utf8(document, before - waiting + error.start, error.reason) from None
+
+
+def _not_utf8(document: Document, position: int, reason: str) -> ValueError:
+    return ValueError(
+        f"{document.name}: not valid UTF-8 at byte {position} ({reason}); use byte mode (no tokenizer), which takes "
+        f"any bytes, or convert the file to UTF-8"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -11,7 +12,7 @@ from jaxtyping import Int
 from numpy.typing import ArrayLike, NDArray
 
 from ..documents import document_name
-from ..tokenizer import row_of_ids
+from ..token_ids import row_of_ids
 from .store import TokenStore, open_store
 
 DOCUMENTS_FILE = "documents.arrow"
@@ -43,6 +44,19 @@ class DocumentNames(Sequence[str]):
     def select(self, documents: NDArray[np.integer]) -> DocumentNames:
         """The names of some of the documents."""
         return DocumentNames(self._files, self._file[documents], self._row[documents])
+
+
+class _StoredPaths(Sequence[str]):
+    """A column of paths, which are bytes on disk and need not be UTF-8."""
+
+    def __init__(self, column: Any) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: Any) -> Any:
+        return os.fsdecode(self._column[index].as_py())
 
 
 class TokenTable:
@@ -109,7 +123,7 @@ class TokenTable:
         lengths, sizes, file, row = (
             documents.column(name).to_numpy() for name in ("n_tokens", "n_bytes", "file", "row")
         )
-        names = DocumentNames(columns(FILES_FILE).column("path").combine_chunks(), file, row)
+        names = DocumentNames(_StoredPaths(columns(FILES_FILE).column("path").combine_chunks()), file, row)
         return cls(open_store(folder), np.cumsum(lengths) - lengths, lengths, sizes, names, n_empty)
 
     @property
