@@ -5,16 +5,21 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-from jaxtyping import Int
 from numpy.typing import ArrayLike
 
-END_OF_DOCUMENT = "<|endoftext|>"
+from anymamba.data.byte_level import (
+    END_OF_DOCUMENT,
+    byte_specification,
+    is_byte_level,
+    is_byte_specification,
+    token_to_bytes,
+)
+from anymamba.data.token_ids import row_of_ids
+
 FILE_NAME = "tokenizer.json"
 
 # names of the end-of-document token in published tokenizers; the first one that a tokenizer has is used
@@ -53,21 +58,6 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` (and `tokenizer_config.json`, which `transformers` needs) into a folder."""
         ...
-
-
-def _byte_alphabet() -> list[str]:
-    """The character for each byte in byte-level BPE files (GPT-2): the byte's own character, or one from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    alphabet, spare = [], 0x100
-    for byte in range(256):
-        alphabet.append(chr(byte) if byte in printable else chr(spare))
-        spare += byte not in printable
-    return alphabet
-
-
-_ALPHABET = _byte_alphabet()
-_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_ALPHABET)}
-"""The byte of each character of a byte-level file."""
 
 
 class ByteTokenizer:
@@ -110,7 +100,7 @@ class ByteTokenizer:
 
     def to_json(self) -> str:
         """A byte-level BPE without merges, which `tokenizers` and `transformers` read."""
-        return json.dumps(_byte_specification(self.eos_id is not None), ensure_ascii=False, indent=2)
+        return json.dumps(byte_specification(self.eos_id is not None), ensure_ascii=False, indent=2)
 
     def save(self, folder: Path) -> None:
         """Write `to_json`, and the configuration that `transformers` needs."""
@@ -143,7 +133,7 @@ class JsonTokenizer:
         self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
         added = {token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items()}
         self.eos_id: int | None = next((added[name] for name in _EOS_NAMES if name in added), None)
-        self._bytes_of: dict[int, bytes] | None = {} if _is_byte_level(json.loads(self._json).get("decoder")) else None
+        self._bytes_of: dict[int, bytes] | None = {} if is_byte_level(json.loads(self._json).get("decoder")) else None
 
     def encode(self, text: str | bytes) -> list[int]:
         """The ids of a text, which must be UTF-8; names of special tokens in it become those tokens."""
@@ -175,7 +165,7 @@ class JsonTokenizer:
             return None
         if token not in self._bytes_of:
             _check_id(token, self)
-            self._bytes_of[token] = _token_to_bytes(self._tokenizer.id_to_token(token) or "")
+            self._bytes_of[token] = token_to_bytes(self._tokenizer.id_to_token(token) or "")
         return self._bytes_of[token]
 
     def to_json(self) -> str:
@@ -212,7 +202,7 @@ def tokenizer_from_json(text: str, path: Path) -> ByteTokenizer | JsonTokenizer:
     except ValueError as error:
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
     for end_of_document in (True, False):
-        if _is_byte_specification(specification, end_of_document):
+        if is_byte_specification(specification, end_of_document):
             return ByteTokenizer(end_of_document)
     return JsonTokenizer(path, text)
 
@@ -260,58 +250,6 @@ class StreamDecoder:
         return self._tokenizer.decode(self._ids)[len(given) :] if self._ids else ""
 
 
-def row_of_ids(ids: ArrayLike | Iterable[int], what: str = "ids") -> Int[np.ndarray, " length"]:
-    """Turn one row of token ids, in any form, into an array of integers.
-
-    Args:
-        ids: a list, range, array or tensor of any integer type, on any device, or any other iterable of integers. Items
-            of a list may be integers of Python or numpy, or 0-dimensional tensors.
-        what: the name of the row in messages.
-    Raises ValueError if ids do not have one dimension, TypeError if values are not integers (booleans are not).
-    """
-    if isinstance(ids, str):
-        raise TypeError(f"{what} must hold integer token ids, got text; encode it with the tokenizer first")
-    if isinstance(ids, Mapping):
-        raise TypeError(f"{what} must hold integer token ids, got a {type(ids).__name__}; give its 'input_ids'")
-    array = _as_array(ids, what)
-    if array.ndim != 1:
-        raise ValueError(f"{what} must be a list of token ids, got shape {array.shape}; give one row")
-    if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"{what} must hold integer token ids, got {array.dtype}")
-    return array if array.size else array.astype(np.int64)
-
-
-def _as_array(ids: Any, what: str) -> np.ndarray:
-    """Ids as an array of their own dtype."""
-    if hasattr(ids, "detach"):  # a tensor: numpy reads only those on the CPU and has no bfloat16
-        if ids.dim() and ids.numel() and not _holds_integers(ids):
-            raise TypeError(f"{what} must hold integer token ids, got {ids.dtype}")
-        return ids.detach().cpu().numpy() if _holds_integers(ids) else np.empty(tuple(ids.shape))
-    if hasattr(ids, "__array__") and np.asarray(ids).dtype != object:
-        return np.asarray(ids)
-    return _list_as_array(list(ids), what) if isinstance(ids, Iterable) else np.asarray(ids)
-
-
-def _list_as_array(values: list[Any], what: str) -> np.ndarray:
-    """A list of integers as an array; numpy itself would accept booleans and round large ids."""
-    kinds = set(map(type, values))
-    for value in values if kinds - {int} else ():
-        if getattr(value, "ndim", 0) or isinstance(value, list | tuple | range):
-            raise ValueError(f"{what} must be a list of token ids, got a {type(value).__name__} in it; give one row")
-        if isinstance(value, bool | np.bool_) or not (isinstance(value, int | np.integer) or _holds_integers(value)):
-            raise TypeError(f"{what} must hold integer token ids, got {value!r}")
-    numbers = values if kinds <= {int} else list(map(operator.index, values))
-    try:
-        return np.array(numbers, np.int64)
-    except OverflowError:
-        raise ValueError(f"{what} has the id {max(numbers, key=abs)}, which is too large for any vocabulary") from None
-
-
-def _holds_integers(values: Any) -> bool:
-    """Whether an array or a tensor is of an integer type."""
-    return str(getattr(values, "dtype", "")).removeprefix("torch.").startswith(("int", "uint"))
-
-
 def _check_id(token: int, tokenizer: Tokenizer) -> None:
     """Raise ValueError for an id that a tokenizer does not have."""
     if not 0 <= token < tokenizer.vocab_size:
@@ -339,66 +277,3 @@ def _utf8(text: str | bytes) -> str:
             f"the text is not valid UTF-8 at byte {error.start} ({error.reason}), which this tokenizer needs; "
             f"the byte tokenizer takes any bytes"
         ) from None
-
-
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    """Whether a file's decoder maps each token to bytes independently of its neighbours."""
-    if decoder is None:
-        return False
-    if decoder["type"] == "Sequence":
-        return all(map(_is_byte_level, decoder["decoders"]))
-    return decoder["type"] == "ByteLevel"
-
-
-def _token_to_bytes(token: str) -> bytes:
-    """A byte-level token's bytes; an added token with characters outside the alphabet is its own text in UTF-8."""
-    try:
-        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
-    except KeyError:
-        return token.encode("utf-8")
-
-
-def _byte_specification(end_of_document: bool) -> dict[str, Any]:
-    """The `tokenizer.json` of the bytes."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": 256, "content": END_OF_DOCUMENT, **special}] if end_of_document else [],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {character: byte for byte, character in enumerate(_ALPHABET)},
-            "merges": [],
-        },
-    }
-
-
-def _is_byte_specification(specification: Any, end_of_document: bool) -> bool:
-    """Whether a file maps text to ids as ByteTokenizer does; fields added by other versions are ignored."""
-    if not isinstance(specification, dict):
-        return False
-    model, before = specification.get("model") or {}, specification.get("pre_tokenizer") or {}
-    added = [(token["content"], token["id"]) for token in specification.get("added_tokens") or []]
-    ends = {END_OF_DOCUMENT: 256} if end_of_document else {}
-    return (
-        model.get("type") == "BPE"
-        and not model.get("merges")
-        and {**model.get("vocab", {}), **ends} == {**_BYTE_OF_CHARACTER, **ends}
-        and specification.get("normalizer") is None
-        and before.get("type") == "ByteLevel"
-        and not before.get("add_prefix_space")
-        and added == list(ends.items())
-    )

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from anymamba.base.sizes import require_sizes
-from anymamba.data.tokenizer import row_of_ids
+from anymamba.data.token_ids import row_of_ids
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.state import concatenate_rows, map_state, select_rows
 
