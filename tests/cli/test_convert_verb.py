@@ -46,7 +46,7 @@ def test_dtypes(tmp_path, model, dtype, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nowhere", "out", "--to", "hf"], 2, "no model folder nowhere; give a folder that holds config.json"),
+        (["nowhere", "out", "--to", "hf"], 2, "no model folder nowhere; give one with config.json"),
         (["MODEL", "MODEL", "--to", "hf"], 2, "exists already; name a new folder"),
         (["MODEL", "out", "--to", "hf", "--dtype", "q8_0"], 2, "dtype q8_0 is for gguf"),
         (["MODEL", "out", "--to", "hf", "--shard-bytes", "0"], 2, "--shard-bytes must be at least 1, got 0"),

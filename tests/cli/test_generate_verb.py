@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models
 
+from anymamba.cli import evaluate
 from anymamba.cli import generate as verb
 from anymamba.data.tokenizer import load_tokenizer
 from anymamba.generation.beam import beam_search
@@ -175,14 +177,29 @@ def test_no_prompt_file(refused, model_folder, tmp_path):
     assert "none.txt" in refused(2, "generate", "--model", model_folder, "--prompt-file", tmp_path / "none.txt")
 
 
-def test_a_prompt_outside_the_vocabulary(refused, model_folder, big_tokenizer):
-    line = refused(2, "generate", "--model", model_folder, "--tokenizer", big_tokenizer, "--prompt", "apple")
-    assert "vocabulary" in line
+@pytest.fixture
+def not_loaded(monkeypatch):
+    """Fails the test if the weights of a model are loaded."""
+
+    def load_model(*arguments):
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(verb, "load_model", load_model)
+    monkeypatch.setattr(evaluate, "load_model", load_model)
 
 
-def test_a_prompt_that_the_tokenizer_cannot_read(refused, model_folder, big_tokenizer, tmp_path):
+@pytest.mark.parametrize("prompt", ["apple", "other"], ids=["an id beyond the vocabulary", "an id within"])
+def test_a_tokenizer_of_another_model(refused, model_folder, big_tokenizer, not_loaded, texts, prompt):
+    line = refused(2, "generate", "--model", model_folder, "--tokenizer", big_tokenizer, "--prompt", prompt)
+    assert "the tokenizer words has 5,001 ids and the model a vocabulary of 257" in line and "--tokenizer" in line
+    assert line == refused(2, "eval", "--model", model_folder, "--tokenizer", big_tokenizer, "--data", texts)
+
+
+def test_a_prompt_that_the_tokenizer_cannot_read(refused, model_folder, not_loaded, tmp_path):
     (tmp_path / "p").write_bytes(b"\xff")
-    arguments = ["--tokenizer", big_tokenizer, "--prompt-file", tmp_path / "p"]
+    words = Tokenizer(models.WordLevel({"apple": 5, "other": 0}, unk_token="other"))
+    words.save(str(tmp_path / "words.json"))
+    arguments = ["--tokenizer", tmp_path / "words.json", "--prompt-file", tmp_path / "p"]
     assert "UTF-8" in refused(2, "generate", "--model", model_folder, *arguments)
 
 
@@ -198,14 +215,16 @@ def test_a_prompt_that_the_tokenizer_cannot_read(refused, model_folder, big_toke
         ("--num-beams", 0),
         ("--threads", 0),
         ("--seed", -1),
+        ("--stop", ""),
     ],
 )
-def test_values_out_of_range(refused, model_folder, flag, value):
+def test_values_out_of_range(refused, model_folder, not_loaded, flag, value):
+    """They are told before the model is loaded."""
     line = refused(2, "generate", "--model", model_folder, "--prompt", "a", f"{flag}={value}")
     assert flag.strip("-").replace("-", "_") in line.replace("-", "_")
 
 
-def test_an_unknown_device(refused, model_folder):
+def test_an_unknown_device(refused, model_folder, not_loaded):
     assert "abacus" in refused(2, "generate", "--model", model_folder, "--prompt", "a", "--device", "abacus")
 
 

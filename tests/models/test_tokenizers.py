@@ -125,7 +125,7 @@ def test_a_tokenizer_on_the_hub_comes_without_the_weights(hub, monkeypatch):
     [
         ("nowhere", "no tokenizer at nowhere; give a tokenizer.json or a folder"),
         ("some/where.json", "no tokenizer at some/where.json; give a tokenizer.json or a folder"),
-        ("owner/absent", r"no tokenizer at owner/absent, here or on the hub \(.*\); give a tokenizer.json"),
+        ("owner/absent", "no tokenizer: no model owner/absent here, and none on the hub: .*; unset it$"),
         ("owner/bare", "owner/bare holds no tokenizer that can be read; give a tokenizer.json"),
         ("empty.gguf", "empty.gguf holds no tokenizer that can be read; give a tokenizer.json"),
     ],
@@ -135,6 +135,22 @@ def test_names_without_a_tokenizer(hub, moved, tmp_path, name, message):
     with pytest.raises(FileNotFoundError, match=message) as caught:
         find_tokenizer(given=name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(tmp_path, moved):
+    """A text of small ids would not show it."""
+    Tokenizer(models.WordLevel({"apple": 49_999, "other": 0}, unk_token="other")).save(str(tmp_path / "big.json"))
+    moved(BYTES).save_pretrained(tmp_path / "m")
+    big = r"the tokenizer big has 50,000 ids and the model a vocabulary of (257|264); give the model's own tokenizer"
+    for call in (
+        lambda: find_tokenizer(open_checkpoint(tmp_path / "m"), tmp_path / "big.json"),
+        lambda: find_tokenizer(given=tmp_path / "big.json", vocab_size=257),
+        lambda: convert(tmp_path / "m", tmp_path / "out", "hf", tokenizer=tmp_path / "big.json"),
+        lambda: moved(BYTES).save_pretrained(tmp_path / "out", JsonTokenizer(tmp_path / "big.json")),
+    ):
+        with pytest.raises(ValueError, match=big):
+            call()
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
 from anymamba.models.checkpoints.formats.files import CONFIG
-from anymamba.models.checkpoints.hub import HUB_NAME, local_path
+from anymamba.models.checkpoints.hub import hub_name, local_path
 from anymamba.models.checkpoints.reading import Checkpoint, open_checkpoint
 
 BYTE_VOCABULARIES = (256, 257)
@@ -29,8 +29,31 @@ def find_tokenizer(
             the hub.
         vocab_size: the model's; defaults to that of the opened model, and to bytes for a model that does not exist yet.
     Raises FileNotFoundError if there is none and the vocabulary is not bytes, ValueError or CheckpointError if one
-        cannot be read.
+        cannot be read, ValueError if it has more ids than the model.
     """
+    if vocab_size is None and isinstance(model, Checkpoint):
+        vocab_size = model.config.vocab_size
+    found = _found_tokenizer(model, given, vocab_size, revision)
+    if vocab_size is not None:
+        require_fitting(found, vocab_size)
+    return found
+
+
+def require_fitting(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise ValueError for a tokenizer with ids that a model of that vocabulary does not have."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids and the model a vocabulary of "
+            f"{vocab_size:,}; give the model's own tokenizer (--tokenizer)"
+        )
+
+
+def _found_tokenizer(
+    model: str | Path | Checkpoint | None,
+    given: str | Path | Tokenizer | None,
+    vocab_size: int | None,
+    revision: str | None,
+) -> Tokenizer:
     if given is not None:
         return named_tokenizer(given) if isinstance(given, str | Path) else given
     found = model if model is None or isinstance(model, Checkpoint) else _folder_or_checkpoint(model, revision)
@@ -38,7 +61,7 @@ def find_tokenizer(
     if own is not None:
         return own
     if vocab_size is None:
-        checkpoint = open_checkpoint(found) if isinstance(found, Path) else found
+        checkpoint = open_checkpoint(found, verify=False) if isinstance(found, Path) else found
         vocab_size = BYTE_VOCABULARIES[-1] if checkpoint is None else checkpoint.config.vocab_size
     if vocab_size not in BYTE_VOCABULARIES:
         name = model.path if isinstance(model, Checkpoint) else model or "the model"
@@ -61,7 +84,7 @@ def model_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer 
 def _folder_or_checkpoint(name: str | Path, revision: str | None) -> Path | Checkpoint:
     """A model folder, whose tokenizer can be read without its weights, or the opened .gguf file."""
     path = local_path(name, revision)
-    return path if path.is_dir() and (path / CONFIG).exists() else open_checkpoint(path)
+    return path if path.is_dir() and (path / CONFIG).exists() else open_checkpoint(path, verify=False)
 
 
 def _own_tokenizer(model: Path | Checkpoint) -> Tokenizer | None:
@@ -79,15 +102,12 @@ def named_tokenizer(name: str | Path) -> Tokenizer:
 
     Raises FileNotFoundError if there is none, ValueError or CheckpointError if it cannot be read.
     """
-    path = Path(name)
-    if not path.exists() and path.suffix != ".json" and HUB_NAME.fullmatch(path.as_posix()):
+    path = Path(name).expanduser()
+    if not path.exists() and path.suffix != ".json" and hub_name(name):
         try:
             path = local_path(name, weights=False)
         except FileNotFoundError as error:
-            why = str(error).rpartition(": ")[2]
-            raise FileNotFoundError(
-                f"no tokenizer at {name}, here or on the hub ({why}); give a {FILE_NAME}"
-            ) from error
+            raise FileNotFoundError(f"no tokenizer: {error}") from error
     holds_gguf = path.suffix == ".gguf" or (not (path / FILE_NAME).exists() and any(path.glob("*.gguf")))
     own = model_tokenizer(path) if path.exists() and holds_gguf else load_tokenizer(path)
     if own is None:

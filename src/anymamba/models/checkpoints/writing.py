@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError, CheckpointWarning
 from anymamba.base.files import atomic_file, atomic_folder, contents, own_file, own_folder
 from anymamba.data.tokenizer import FILE_NAME
@@ -19,7 +20,7 @@ from anymamba.models.checkpoints.formats import folder as folders
 from anymamba.models.checkpoints.formats import gguf, state_spaces
 from anymamba.models.checkpoints.formats.files import failures_told
 from anymamba.models.checkpoints.reading import open_checkpoint
-from anymamba.models.checkpoints.tokenizers import named_tokenizer
+from anymamba.models.checkpoints.tokenizers import named_tokenizer, require_fitting
 from anymamba.models.checkpoints.weights import CastWeights, ModelWeights, Progress, Weights
 from anymamba.models.language_model import LanguageModel
 
@@ -43,22 +44,30 @@ def save_pretrained(
 ) -> None:
     """Write a model, with the tokenizer's file if one is given. Each file replaces an earlier one atomically.
 
+    A folder also gets a manifest of the files' digests, a GGUF file has its digest inside; both are checked on load.
+
     Args:
         folder: for "gguf" also the path of a .gguf file; in a folder it is called model.gguf.
         format: "hf" (Hugging Face's `mamba` or `falcon_mamba`), "state-spaces", "gguf", or "anymamba"; defaults to
             "hf" if its readers compute the same function, else "anymamba".
         shard_bytes: weights with more bytes than this are written in several files ("hf" and "anymamba").
-    Raises CheckpointError, which names the options, if the format cannot hold the model.
+    Raises CheckpointError, which names the options, if the format cannot hold the model, ValueError for a tokenizer
+        with more ids than the model.
     """
     if format is None:
         format = "anymamba" if nearest_spelling(model.config, "hf")[1] else "hf"
+    if tokenizer is not None:
+        require_fitting(tokenizer, model.config.padded_vocab_size)
     folder = Path(folder)
     token_ids = {} if tokenizer is None or tokenizer.eos_id is None else {"eos_token_id": tokenizer.eos_id}
     text = None if tokenizer is None or format != "gguf" else tokenizer.to_json()
-    with own_file(folder) if folder.suffix == ".gguf" else own_folder(folder):
-        write(ModelWeights(model), folder, format, token_ids=token_ids, tokenizer=text, shard_bytes=shard_bytes)
+    with own_file(folder) if folder.suffix == ".gguf" else own_folder(folder), _manifest(folder) as files:
+        files += write(
+            ModelWeights(model), folder, format, token_ids=token_ids, tokenizer=text, shard_bytes=shard_bytes
+        )
         if tokenizer is not None and folder.is_dir():
             tokenizer.save(folder)
+            files.append(FILE_NAME)
 
 
 def convert(
@@ -71,6 +80,7 @@ def convert(
     without_tokenizer: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    verify: bool = True,
 ) -> None:
     """Write a checkpoint in another format without building the model; peak memory is one shard.
 
@@ -83,22 +93,25 @@ def convert(
             source's own, if there is one.
         without_tokenizer: leave the tokenizer out.
         shard_bytes: as in `save_pretrained`.
+        verify: compare the source with its digests or checksums, as in `open_checkpoint`.
     Raises FileExistsError if `out` is not empty, InUseError if another process is writing it, CheckpointError if the
         source is broken or if the format cannot hold the model (the message names the options).
     """
     out = Path(out)
     if out.name in ("", ".."):
         raise ValueError(f"{out} has no name of its own; give a folder that does not exist yet, such as {out / 'NAME'}")
-    checkpoint = open_checkpoint(source)
     _require_new(out)
+    checkpoint = open_checkpoint(source, verify=verify)
     text = None
     if tokenizer is not None:
-        text = named_tokenizer(tokenizer).to_json()
+        given = named_tokenizer(tokenizer)
+        require_fitting(given, checkpoint.config.vocab_size)
+        text = given.to_json()
     elif not without_tokenizer:
         own = checkpoint.tokenizer()
         text = None if own is None else own.text
-    with _new_output(out) as new:
-        write(
+    with _new_output(out) as new, _manifest(new) as files:
+        files += write(
             checkpoint,
             new,
             to,
@@ -110,6 +123,7 @@ def convert(
         )
         if text is not None and new.is_dir():
             (new / FILE_NAME).write_text(text, encoding="utf-8")
+            files.append(FILE_NAME)
             for name in BESIDE if tokenizer is None and checkpoint.path.is_dir() else ():
                 if (checkpoint.path / name).is_file():
                     shutil.copyfile(checkpoint.path / name, new / name)
@@ -130,6 +144,11 @@ def _require_new(out: Path) -> None:
         raise FileExistsError(f"{out} exists already; name a new folder, or remove it")
 
 
+def _manifest(out: Path) -> AbstractContextManager[list[str]]:
+    """The manifest of a folder; takes the names of files that this package reads. A .gguf file by itself has none."""
+    return nullcontext([]) if out.suffix == ".gguf" else manifest.rewritten(out)
+
+
 def write(
     weights: Weights,
     out: Path,
@@ -140,9 +159,10 @@ def write(
     tokenizer: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
-) -> None:
+) -> list[str]:
     """Write weights in a format. The arguments are those of `convert`; `tokenizer` is the contents of a tokenizer.json.
 
+    Returns the names of the files for the manifest. A GGUF file is not among them: its digest is inside.
     Warns with CheckpointWarning if llama.cpp differs from the tokenizer.
     """
     if to not in FORMATS:
@@ -153,10 +173,10 @@ def write(
     cast = CastWeights(weights, dtype if isinstance(dtype, torch.dtype) else None, progress)
     if to == "gguf":
         _write_gguf(cast, out, spelling, "Q8_0" if dtype == "q8_0" else None, token_ids or {}, tokenizer)
-    elif to == "state-spaces":
-        state_spaces.write(cast, out, spelling)
-    else:
-        folders.write(cast, out, spelling, token_ids or {}, shard_bytes)
+        return []
+    if to == "state-spaces":
+        return state_spaces.write(cast, out, spelling)
+    return folders.write(cast, out, spelling, token_ids or {}, shard_bytes)
 
 
 def _write_gguf(
