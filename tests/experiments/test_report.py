@@ -98,6 +98,14 @@ def test_the_parts_of_a_report_in_order():
     assert rows(text[text.index("## Thresholds") :]) == [["rolls", "at least 0.5", "0.2 to 0.7", "**fails**"]]
 
 
+def test_the_scale_toy_is_not_judged():
+    """Its models are too small and too briefly trained to pass or to fail."""
+    text = report(DICE, replace(RESULTS, scale="toy"))
+    assert "**Not judged.**" in text and "`--scale cpu` gives a verdict" in text
+    assert "fail" not in text and "thresholds hold" not in text
+    assert rows(text[text.index("## Thresholds") :]) == [["rolls", "at least 0.5", "0.2 to 0.7", "not judged"]]
+
+
 def test_notes_beside_the_results_are_linked(tmp_path):
     for name, linked in (("without", False), ("with", True)):
         (tmp_path / name).mkdir()
