@@ -119,14 +119,14 @@ def test_the_operator_is_its_equation(order):
 def test_initialisation():
     torch.manual_seed(5)
     f = HyenaFilter(512).filter
-    assert (f.max_length, f.emb_dim) == (1024, 33)
+    assert (f.max_length, f.emb_dim) == (2048, 33)
     assert [tuple(layer.weight.shape) for layer in f.layers] == [(64, 33), (64, 64), (64, 64)]
     assert f.output.bias is None and tuple(f.output.weight.shape) == (512, 64)
     assert (f.frequency == 14).all() and f.frequency.shape == (64,)
     assert abs(f.bias.mean()) < 0.2 and abs(f.bias.std() - 1) < 0.1
     assert f.layers[1].weight.abs().max().item() == pytest.approx(1 / 8, rel=0.01)
     learned = HyenaFilter(4, learn_positions=True, w=10.0).filter
-    close(learned.positions, learned._features(1024, torch.float64).float(), "positions", 0.0)
+    close(learned.positions, learned._features(learned.max_length, torch.float64).float(), "positions", 0.0)
     assert (learned.frequency == 10).all()
 
 

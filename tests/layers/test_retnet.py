@@ -144,7 +144,7 @@ def test_long_sequences_neither_underflow_nor_overflow():
 def test_initialisation():
     """Xavier-uniform: ±gain sqrt(6 / (inputs + outputs)), gain 2^-2.5 and 2^-1; no biases, values twice as wide."""
     module = Retention(96)
-    assert module.n_heads == 3 and module.d_value == 192
+    assert module.n_heads == 4 and module.d_value == 192
     assert not [name for name, _ in module.named_parameters() if name.endswith("bias")]
     for name, gain in {"q": 2**-2.5, "k": 2**-2.5, "v": 2**-2.5, "g": 2**-2.5, "out": 0.5}.items():
         weight = getattr(module, f"{name}_proj").weight
