@@ -337,7 +337,7 @@ def test_the_verbs_list(verb):
         ((NAME, "--seeds", "0"), "seeds must be at least 1"),
         ((NAME, "--scale", "huge"), "huge"),
         ((NAME, "--scale", "paper"), "the paper has no dice"),
-        ((), "required options"),
+        ((), "name must be given"),
     ],
 )
 def test_misuse_of_the_verb(dice, verb, arguments, words):
