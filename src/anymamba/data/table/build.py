@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError, DataWarning
+from anymamba.base.files import atomic_folder, own_file, sweep
 
 from ..documents import find_files, iter_documents, refuse
 from ..tokenizer import Tokenizer
@@ -116,30 +115,21 @@ def _meta(folder: Path) -> dict[str, Any] | None:
 
 
 def _build_once(folder: Path, reading: _Reading, progress: Callable[[int, int | None], None] | None) -> dict[str, Any]:
-    """Build a table unless another process does so first, and return what is noted in it.
-
-    The lock ends with the process that holds it.
-    """
-    from filelock import FileLock
-
-    with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    """Build a table unless another process does so first, and return what is noted in it."""
+    with ExitStack() as owned:
+        with _writing(folder.parent):
+            owned.enter_context(own_file(folder, wait=None))
         if meta := _meta(folder):
             return meta
-        for left in [folder, *folder.parent.glob(f".{folder.name}-*")]:  # of a build that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            _build(building, reading, progress)
-            building.rename(folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        sweep(folder.parent)
+        with atomic_folder(folder, replace=True) as building:
+            building.mkdir()
+            _build(building, folder.parent, reading, progress)
     return json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
 
 
-def _build(folder: Path, reading: _Reading, progress: Callable[[int, int | None], None] | None) -> None:
-    """Write all files of a table into a folder."""
+def _build(folder: Path, cache: Path, reading: _Reading, progress: Callable[[int, int | None], None] | None) -> None:
+    """Write all files of a table into a folder; errors name the cache."""
     files, tokenizer, text_field, skip = reading
     total, done = sum(file.stat().st_size for file in files), 0
     bad: list[str] = []
@@ -155,7 +145,7 @@ def _build(folder: Path, reading: _Reading, progress: Callable[[int, int | None]
             refuse(error)
         bad.append(str(error) if not bad else "")
 
-    writer = _TableWriter(folder, files, token_dtype(tokenizer))
+    writer = _TableWriter(folder, cache, files, token_dtype(tokenizer))
     try:
         documents = iter_documents(files, text_field, on_read, on_bad_row)
         for ids, end in encode_documents(documents, tokenizer, on_bad_row):
@@ -180,14 +170,14 @@ def _listed(files: list[Path]) -> str:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(cache: Path) -> Iterator[None]:
     """Turn an OSError in the body into one that says that the cache cannot be written, and the way out."""
     try:
         yield
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write the table of tokens in {folder.parent} ({error.strerror or error}); "
+            f"cannot write the table of tokens in {cache} ({error.strerror or error}); "
             f"free space there, or choose another folder with cache_dir or XDG_CACHE_HOME",
         ) from error
 
@@ -195,13 +185,13 @@ def _writing(folder: Path) -> Iterator[None]:
 class _TableWriter:
     """Writes tokens.arrow (windows of tokens), documents.arrow and files.arrow by `datasets`, in record batches."""
 
-    def __init__(self, folder: Path, files: list[Path], dtype: np.dtype) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, cache: Path, files: list[Path], dtype: np.dtype) -> None:
+        self._folder, self._cache = folder, cache
         self._files, self._file_number = files, {file: number for number, file in enumerate(files)}
         int64 = np.dtype(np.int64)
         windows = {"document": int64, "offset": int64, "tokens": [dtype]}
         documents = dict.fromkeys(("n_tokens", "n_bytes", "file", "row"), int64)
-        with _writing(folder):
+        with _writing(cache):
             self._tokens = _ArrowFile(folder / TOKENS_FILE, windows)
             self._documents = _ArrowFile(folder / DOCUMENTS_FILE, documents)
         self._ids: list[np.ndarray] = []
@@ -237,7 +227,7 @@ class _TableWriter:
         """Write the remaining tokens and, last, the notes that mark the table as complete."""
         self._write_windows()
         self._write_documents()
-        with _writing(self._folder):
+        with _writing(self._cache):
             names = _ArrowFile(self._folder / FILES_FILE, {"path": np.dtype(bytes)})
             names.write({"path": [os.fsencode(file) for file in self._files]})  # names need not be UTF-8
             for file in (self._tokens, self._documents, names):
@@ -255,7 +245,7 @@ class _TableWriter:
             return
         document, offset, length = np.array(self._windows, np.int64).T
         offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
-        with _writing(self._folder):
+        with _writing(self._cache):
             self._tokens.write({"document": document, "offset": offset, "tokens": (offsets, np.concatenate(self._ids))})
         self._ids, self._windows, self._waiting = [], [], 0
 
@@ -263,7 +253,7 @@ class _TableWriter:
         if not self._ended:
             return
         columns = np.array(self._ended, np.int64).T
-        with _writing(self._folder):
+        with _writing(self._cache):
             self._documents.write(dict(zip(("n_tokens", "n_bytes", "file", "row"), columns, strict=True)))
         self._ended = []
 
