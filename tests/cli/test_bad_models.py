@@ -11,8 +11,10 @@ import pytest
 
 @pytest.fixture
 def broken(model_folder, tmp_path):
-    """A copy of the model to break."""
-    return shutil.copytree(model_folder, tmp_path / "broken")
+    """A copy of the model to break, without a manifest, as published folders are."""
+    folder = shutil.copytree(model_folder, tmp_path / "broken")
+    (folder / "anymamba_manifest.json").unlink()
+    return folder
 
 
 @pytest.fixture(params=["generate", "eval", "train"])

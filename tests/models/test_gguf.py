@@ -253,6 +253,89 @@ def test_hostile_headers(tmp_path, data, message):
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+def published(data: bytes) -> bytes:
+    """A file without a digest: with other keys in its place."""
+    assert data.count(b"anymamba.digest") == 2
+    return data.replace(b"anymamba.digest", b"another.program")
+
+
+def infos(data: bytes) -> dict[str, int]:
+    """Where the number of dimensions, which the name precedes, stands in each tensor info."""
+    names = [t.encode() for t in ("token_embd.weight", "blk.0.ssm_a", "blk.0.attn_norm.weight", "output_norm.weight")]
+    return {name.decode(): data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) for name in names}
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.0.ssm_a", "blk.0.attn_norm.weight", "output_norm.weight"])
+def test_every_change_of_a_tensors_place_is_refused(tmp_path, moved, name):
+    """Alignment, overlap, order, bounds, type and shape, where no digest tells."""
+    path = tmp_path / "x.gguf"
+    moved(ModelConfig(d_model=32, n_layers=1, vocab_size=8)).save_pretrained(path, format="gguf")
+    data = bytearray(published(path.read_bytes()))
+    path.write_bytes(data)
+    load_pretrained(path)
+    start = infos(data)[name]
+    (n_dims,) = struct.unpack_from("<I", data, start)
+    kind = start + 4 + 8 * n_dims
+    (offset,) = struct.unpack_from("<Q", data, kind + 4)
+    changes = [(kind + 4, "Q", other) for other in (0, 1, 16, offset - 32, offset + 1, offset + 32, 2**62, 2**64 - 32)]
+    changes += [(start + 4 + 8 * i, "Q", size) for i in range(n_dims) for size in (0, 1, 3, 7, 9, 1000, 2**61)]
+    changes += [(kind, "I", other) for other in (1, 8, 30, 24, 77)] + [(start, "I", other) for other in (0, 3, 5)]
+    for place, code, value in changes:
+        if value < 0 or struct.unpack_from(f"<{code}", data, place) == (value,):
+            continue
+        broken = bytearray(data)
+        struct.pack_into(f"<{code}", broken, place, value)
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError) as caught:
+            load_pretrained(path)
+        assert "\n" not in str(caught.value), (place, code, value)
+
+
+@pytest.mark.parametrize("alignment", [0, 3, 16, 64, 2**31])
+def test_alignment(tmp_path, alignment):
+    """One that is a power of 2 moves the data; then the file is not as long as its tensors say."""
+    data = header(1, 1, text("general.alignment") + struct.pack("<II", 4, alignment))
+    data += text("t") + struct.pack("<IQIQ", 1, 4, 0, 0)
+    (tmp_path / "x.gguf").write_bytes(data + bytes(-len(data) % 32 + 16))
+    words = (
+        "general.alignment must be a power of 2"
+        if alignment in (0, 3)
+        else "beyond the file|is the last one|is of architecture"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        load_pretrained(tmp_path / "x.gguf")
+
+
+def test_the_digest_tells_every_other_change(tmp_path, good):
+    """In the data, the names and the metadata."""
+    path = tmp_path / "x.gguf"
+    for place in range(100, len(good), 997):
+        broken = bytearray(good)
+        broken[place] ^= 4
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError):
+            load_pretrained(path)
+    load_pretrained(path, verify=False)  # the last change is one of a weight
+
+
+def test_llama_cpps_tools_keep_the_digest_and_write_other_bytes(tmp_path, good):
+    """As llama-quantize does: our metadata are copied, the tensors are not."""
+    (tmp_path / "x.gguf").write_bytes(good)
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "y.gguf", "mamba")
+    for key, entry in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, entry.contents(), entry.types[0])
+    for tensor in reader.tensors:
+        half = tensor.name.endswith("proj.weight")
+        writer.add_tensor(tensor.name, tensor.data.astype("float16") if half else tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert load_pretrained(tmp_path / "y.gguf").config == load_pretrained(tmp_path / "x.gguf").config
+
+
 def test_truncated_anywhere(tmp_path, good):
     path = tmp_path / "x.gguf"
     for size in (*range(0, 200, 7), *range(200, len(good), 997), len(good) - 1):
@@ -268,7 +351,7 @@ def test_a_positive_A(tmp_path, moved):
     next(t for t in reader.tensors if t.name == "blk.0.ssm_a").data[3] = 1.0
     del reader
     with pytest.raises(CheckpointError, match=r"blk\.0\.ssm_a must be -exp\(A_log\), below 0; got up to 1"):
-        load_pretrained(tmp_path)
+        load_pretrained(tmp_path, verify=False)
 
 
 def test_other_quantizations_are_refused_by_name(tmp_path, good, moved):

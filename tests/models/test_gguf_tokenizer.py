@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -218,6 +219,9 @@ def test_ids_beyond_the_model_are_refused(saved):
 # ------------------------------------------------------------------------------------------ files of other programs
 
 
+GGUF = Path("x.gguf")
+
+
 def reader_of(fields: dict):
     return lambda key, default=None: fields.get(key, default)
 
@@ -227,7 +231,7 @@ def test_what_llama_cpp_writes_of_gpt_neox_has_its_normaliser(saved, tmp_path, s
     """llama.cpp's converter keeps no normaliser, but it names the tokenizer: MPT's and OLMo's are GPT-NeoX's."""
     original, path, _ = saved(byte_level())
     fields = fields_of(path) | {"tokenizer.ggml.pre": split}
-    (tmp_path / "parts.json").write_text(read_parts(reader_of(fields)))
+    (tmp_path / "parts.json").write_text(read_parts(reader_of(fields), GGUF))
     parts = JsonTokenizer(tmp_path / "parts.json")
     for text in TEXTS[1:]:
         assert parts.encode(text) == original.encode(text)
@@ -239,7 +243,7 @@ def test_ends_of_texts_without_the_whole(saved):
     for added, ids in (({}, [97]), ({"bos": 263}, [263, 97]), ({"bos": 263, "eos": 264}, [263, 97, 264])):
         ends = {f"tokenizer.ggml.add_{end}_token": True for end in added}
         ends |= {f"tokenizer.ggml.{end}_token_id": token for end, token in added.items()}
-        theirs = Tokenizer.from_str(read_parts(reader_of(fields | ends)))
+        theirs = Tokenizer.from_str(read_parts(reader_of(fields | ends), GGUF))
         a = theirs.token_to_id("a")
         assert theirs.encode("a").ids == [a if token == 97 else token for token in ids]
         assert theirs.encode("a", add_special_tokens=False).ids == [a]
@@ -247,9 +251,20 @@ def test_ends_of_texts_without_the_whole(saved):
 
 def test_kinds_that_are_not_read(saved):
     fields = fields_of(saved(byte_level())[1])
-    assert read_parts(reader_of(fields | {"tokenizer.ggml.model": "llama"})) is None
-    assert read_parts(reader_of(fields | {"tokenizer.ggml.pre": "llama-bpe"})) is None
-    assert read_parts(reader_of({})) is None
+    assert read_parts(reader_of(fields | {"tokenizer.ggml.model": "llama"}), GGUF) is None
+    assert read_parts(reader_of(fields | {"tokenizer.ggml.pre": "llama-bpe"}), GGUF) is None
+    assert read_parts(reader_of({}), GGUF) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokens": 3}, {"tokens": [1, 2]}, {"merges": "x"}, {"token_type": [1]}, {"token_type": 3}],
+    ids=str,
+)
+def test_parts_that_do_not_belong_together(saved, change):
+    fields = fields_of(saved(byte_level())[1]) | {f"tokenizer.ggml.{key}": value for key, value in change.items()}
+    with pytest.raises(CheckpointError, match=r"x\.gguf: its .* must be .*; give --tokenizer"):
+        read_parts(reader_of(fields), GGUF)
 
 
 def test_tokens_that_another_program_changed_are_believed(saved, tmp_path):
@@ -259,7 +274,7 @@ def test_tokens_that_another_program_changed_are_believed(saved, tmp_path):
     tokens = ["<y>" if token == "<x>" else token for token in fields["tokenizer.ggml.tokens"]]
     assert read_whole(reader_of(fields | {"tokenizer.ggml.tokens": tokens}), path) is None
     assert read_whole(reader_of(fields | {"tokenizer.ggml.tokens": tokens[:100]}), path) is None
-    changed = Tokenizer.from_str(read_parts(reader_of(fields | {"tokenizer.ggml.tokens": tokens})))
+    changed = Tokenizer.from_str(read_parts(reader_of(fields | {"tokenizer.ggml.tokens": tokens}), GGUF))
     assert changed.token_to_id("<y>") == 265 and changed.token_to_id("<x>") is None
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from anymamba import LanguageModel, MambaOptions, ModelConfig
 from anymamba.base import files as written
+from anymamba.base.manifest import NAME as MANIFEST
 from anymamba.models.checkpoints import (
     CheckpointError,
     convert,
@@ -84,7 +85,7 @@ def test_round_trip_bit_for_bit(tmp_path, config, dtype):
     assert_equal_models(loaded, model)
     ids = torch.randint(29, (2, 9))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [MANIFEST, "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -278,7 +279,7 @@ def test_fractional_expansion(tmp_path, d_model, expand):
     if values["model_type"] == "mamba":
         del values["anymamba"]
         path.write_text(json.dumps(values))
-        assert load_pretrained(tmp_path).config.d_inner == model.config.d_inner
+        assert load_pretrained(tmp_path, verify=False).config.d_inner == model.config.d_inner
         theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path).eval()
         ids = torch.randint(8, (1, 7))
         with torch.no_grad():
@@ -383,7 +384,9 @@ BROKEN = {
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
 def test_broken_folders(tmp_path, damage, message):
+    """Without a manifest, as published folders are."""
     damage(saved(tmp_path))
+    (tmp_path / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=message) as caught:
         load_pretrained(tmp_path)
     assert_one_line(caught.value)
@@ -449,7 +452,8 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path, monkeypatch
             save_pretrained(other, tmp_path)
     after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     if where == "config":
-        assert after["config.json"] == before["config.json"] and after.keys() == before.keys()
+        assert after["config.json"] == before["config.json"]
+        assert before.keys() - after.keys() == {MANIFEST}, "the new weights are not what it lists"
     else:
         assert after == before
     load_pretrained(tmp_path)

@@ -82,7 +82,7 @@ def test_a_published_folder(tmp_path, weights):
 def test_round_trip_bit_for_bit(tmp_path, moved, name, dtype):
     model = moved(CONFIGS[name], dtype)
     model.save_pretrained(tmp_path, format="state-spaces")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "pytorch_model.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["anymamba_manifest.json", "config.json", "pytorch_model.bin"]
     loaded = load_pretrained(tmp_path)
     assert loaded.config == model.config
     for (key, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):

@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, models
 from anymamba import ModelConfig
 from anymamba.data.tokenizer import ByteTokenizer, JsonTokenizer
 from anymamba.models.checkpoints import CheckpointWarning, convert, find_tokenizer, load_pretrained, open_checkpoint
+from anymamba.models.checkpoints.formats import gguf
+from anymamba.models.checkpoints.formats.gguf_header import read_header
 
 FOREIGN = ModelConfig(d_model=8, n_layers=1, vocab_size=300)
 BYTES = ModelConfig(d_model=8, n_layers=1, vocab_size=257)
@@ -155,10 +157,10 @@ def test_a_tokenizer_with_more_ids_than_the_model(tmp_path, moved):
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_a_gguf_file_is_opened_once(tmp_path, moved, monkeypatch, with_tokenizer):
-    gguf = pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
+    pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
     moved(BYTES).save_pretrained(tmp_path / "x.gguf", ByteTokenizer() if with_tokenizer else None, format="gguf")
-    opened, whole = [], gguf.GGUFReader.__init__
-    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *a: (opened.append(a), whole(self, *a))[1])
+    opened = []
+    monkeypatch.setattr(gguf, "read_header", lambda path: (opened.append(path), read_header(path))[1])
     assert find_tokenizer(tmp_path / "x.gguf").vocab_size == 257 and len(opened) == 1
     opened.clear()
     checkpoint = open_checkpoint(tmp_path / "x.gguf")

@@ -78,7 +78,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     manifest.check(folder, way_out)
     try:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(values, dict):
+            raise ValueError(f"it must be a table of keys and values, got {type(values).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}); {way_out}") from error
     require_format_version(values, VERSION, folder / STATE)
     try:

@@ -161,8 +161,10 @@ def write(
     file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(LlamaFileType[file_types[kind]])
     writer.add_quantization_version(2)
-    writer.add_string(gguf_digest.KEY, gguf_digest.BLANK)
+    digest, its_copy = gguf_digest.KEYS
+    writer.add_string(digest, gguf_digest.BLANK)
     writer.add_string(OUR_CONFIG, json.dumps(config_to_dict(weights.config)))
+    writer.add_string(its_copy, gguf_digest.BLANK)
     for key, value in spelling.to_fields(weights.config).items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

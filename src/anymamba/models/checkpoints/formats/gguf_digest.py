@@ -1,8 +1,8 @@
 """The digest that a GGUF file of ours carries in its metadata, of the whole file with this value blank.
 
-It lies in the file because a GGUF file is complete by itself and is copied alone. The file's size is recorded with it:
-a file of another size was rewritten by another program that kept our metadata, as llama-quantize does, and is not
-compared. Truncation does not depend on the digest; the offsets of the tensors show it.
+A GGUF file is complete by itself and is copied alone, so its digest is inside. It is there twice, so that damage to the
+key or to the recorded size shows. A file of another size than the recorded one was rewritten by a program that kept our
+metadata, as llama-quantize does, and is not compared. Truncation shows in the offsets of the tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from anymamba.base.errors import FORMAT_VERSION, CheckpointError, require_format_version
 from anymamba.models.checkpoints.formats.gguf_header import STRING, Header, read_header
 
-KEY = "anymamba.digest"
+KEYS = ("anymamba.digest", "anymamba.digest_copy")
 VERSION = 1
 WIDTH = 144
 """Bytes of the value, padded with spaces."""
@@ -23,12 +23,13 @@ _PIECE = 1 << 18  # read at once; the pieces stay in the processor's cache
 
 
 def sign(path: Path) -> None:
-    """Fill in the digest of a file that was written with BLANK as the value of KEY."""
+    """Fill in the digest of a file that was written with BLANK as the value of both KEYS."""
     header = read_header(path)
     values = {FORMAT_VERSION: VERSION, "bytes": path.stat().st_size, "sha256": _sha256(header)}
     with open(path, "r+b") as file:
-        file.seek(_place(header))
-        file.write(json.dumps(values).ljust(WIDTH).encode())
+        for place in _places(header):
+            file.seek(place)
+            file.write(json.dumps(values).ljust(WIDTH).encode())
 
 
 def check(header: Header) -> None:
@@ -36,37 +37,41 @@ def check(header: Header) -> None:
 
     Raises CheckpointError if it has changed since it was written.
     """
-    path, text = header.path, header.value(KEY)
-    if text is None:
+    path = header.path
+    text, other = (header.value(key) for key in KEYS)
+    if text is None and other is None:
         return
     way_out = "copy it again; if it was changed on purpose, pass --no-verify (verify=False)"
     try:
+        if text != other:
+            raise ValueError(f"{KEYS[0]} and {KEYS[1]} differ")
         values = json.loads(text)
         require_format_version(values, VERSION, path)
         size, wanted = int(values["bytes"]), str(values["sha256"])
         found = _sha256(header) if size == path.stat().st_size else wanted
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: its metadata key {KEY!r} cannot be read; {way_out}") from error
+        raise CheckpointError(f"{path} is damaged: its digest cannot be read ({error}); {way_out}") from error
     if found != wanted:
-        raise CheckpointError(f"{path} is damaged or was changed: its SHA-256 is not that in {KEY!r}; {way_out}")
+        raise CheckpointError(f"{path} is damaged or was changed: its SHA-256 is not that in its metadata; {way_out}")
 
 
-def _place(header: Header) -> int:
-    """Where the value begins in the file. Raises ValueError if it is not of the width that is written."""
-    value = header.values[KEY]
-    start = value.start + 8  # after the length
-    if value.kind != STRING or value.entries is not None or value.stop - start != WIDTH:
-        raise ValueError(f"{KEY} must be a string of {WIDTH} bytes")
-    return start
+def _places(header: Header) -> list[int]:
+    """Where the values begin in the file. Raises ValueError if they are not of the width that is written."""
+    values = [header.values[key] for key in KEYS]
+    starts = [value.start + 8 for value in values]  # after the length
+    for value, start in zip(values, starts, strict=True):
+        if value.kind != STRING or value.entries is not None or value.stop - start != WIDTH:
+            raise ValueError(f"it must be a string of {WIDTH} bytes")
+    return sorted(starts)
 
 
 def _sha256(header: Header) -> str:
-    start = _place(header)
     digest, piece = hashlib.sha256(), bytearray(_PIECE)
     with open(header.path, "rb") as file:
-        digest.update(file.read(start))
-        digest.update(BLANK.encode())
-        file.seek(start + WIDTH)
+        for place in _places(header):
+            digest.update(file.read(place - file.tell()))
+            digest.update(BLANK.encode())
+            file.seek(WIDTH, 1)
         while size := file.readinto(piece):
             digest.update(memoryview(piece)[:size])
     return digest.hexdigest()

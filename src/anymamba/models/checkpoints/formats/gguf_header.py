@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read once and never trusted: every length and offset is compared with the file's size.
+"""Reads the header of a GGUF file once and trusts nothing in it: lengths and offsets are compared with the file's size.
 
 Source: the GGUF specification. The rule for offsets is that of llama.cpp: each tensor begins where the padding of the
 one before it ends.
@@ -27,7 +27,7 @@ DEFAULT_ALIGNMENT = 32
 KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2)}
 """Types of tensors that are read: name, elements of a block, bytes of a block."""
 MAX_ENTRIES = 1 << 24
-"""Elements of one array, keys, or tensors; the largest vocabularies have less than 2^19."""
+"""Most elements of one array, most keys, and most tensors; the largest vocabularies have less than 2^19 tokens."""
 MAX_DIMS = 4
 
 
@@ -108,10 +108,12 @@ def read_header(path: Path) -> Header:
 def _walk(path: Path, data: bytes | mmap.mmap, size: int) -> Header:
     walk = _Walk(path, data, size)
     if walk.bytes(4) != MAGIC:
-        raise CheckpointError(f"{path} is no GGUF file: it does not begin with {MAGIC!r}")
+        raise CheckpointError(f"{path} is not a GGUF file: it does not begin with {MAGIC!r}")
     version = walk.number("I")
     if version not in VERSIONS:
-        raise CheckpointError(f"{path} is of GGUF version {version}; little-endian files of version 2 and 3 are read")
+        raise CheckpointError(
+            f"{path} is of GGUF version {version}; only little-endian files of version 2 or 3 can be read"
+        )
     n_tensors, n_keys = walk.count("tensors"), walk.count("keys")
     values: dict[str, Value] = {}
     for number in range(n_keys):
@@ -135,7 +137,7 @@ class _Walk:
         self.place, self.field = 0, "the header"
 
     def fail(self, words: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {self.field} {words}; the file is truncated, corrupt or no GGUF")
+        return CheckpointError(f"{self.path}: {self.field} {words}; the file is truncated, corrupt or not GGUF")
 
     def take(self, size: int) -> int:
         """Where the next `size` bytes begin."""
