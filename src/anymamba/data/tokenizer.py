@@ -7,10 +7,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from numpy.typing import ArrayLike
 
+from anymamba.base.files import own_folder, write_json, write_text
 from anymamba.data.byte_level import (
     END_OF_DOCUMENT,
     byte_specification,
@@ -260,11 +261,13 @@ def _check_id(token: int, tokenizer: Tokenizer) -> None:
 
 def _write(folder: Path, specification: str, eos: str | None) -> None:
     """Write both files; without the second, transformers would choose a tokenizer class by the model's type."""
-    (Path(folder) / FILE_NAME).write_text(specification, encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if eos is not None:
         config["eos_token"] = eos
-    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    folder = Path(folder)
+    with own_folder(folder):
+        write_text(folder / FILE_NAME, specification)
+        write_json(folder / "tokenizer_config.json", config)
 
 
 def _utf8(text: str | bytes) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import os
 import sys
-import tempfile
 import threading
 import warnings
 from functools import cache
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from anymamba.base.files import atomic_file
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The numbers of cuda/device.cuh."""
@@ -323,17 +324,12 @@ def _kept(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, cubin: bytes) -> None:
-    """Write beside the file and rename: whoever reads meanwhile finds a whole one, or none."""
-    temporary = None
+    """Write a compiled kernel atomically. If that is impossible, warn once for the folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(cubin).digest() + cubin)
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(hashlib.sha256(cubin).digest() + cubin)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         folder = str(path.parent)
         if folder not in _unkept:
             _unkept[folder] = str(error)
