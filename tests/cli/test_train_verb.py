@@ -97,6 +97,7 @@ def test_every_field_of_the_config_has_a_flag(run):
                 yield prefix + name
 
     short = {"data.paths": "data", "data.text_field": "text-field", "data.tokenizer": "tokenizer"}
+    short |= {"data.exclude": "exclude", "data.on_bad_row": "on-bad-row"}
     short |= {"optimizer.learning_rate": "learning-rate", "start_from": "from"}
     for name in names(config_to_dict(TrainConfig()), ""):
         flag = short.get(name, name.replace("_", "-"))

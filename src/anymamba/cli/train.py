@@ -111,15 +111,16 @@ def read_basis(arguments: Sequence[str]) -> Basis:
     return Basis(Path(config) if config else None, found.get("preset") or None)
 
 
-def default_config(basis: Basis) -> tuple[TrainConfig, dict[str, tuple[str, ...]]]:
-    """The defaults of the flags: the file's values with the preset's model, and apart from them the repeatable ones."""
+def default_config(basis: Basis) -> tuple[TrainConfig, DataConfig]:
+    """The defaults of the flags (the file's values, with the preset's model), and the file's data.
+
+    The defaults lack the values of repeatable flags, which would add to them instead of replacing them.
+    """
     values = {"device": AUTO} | (read_config_file(basis.config) if basis.config is not None else {})
     config = config_from_dict(TrainConfig, values, "" if basis.config is None else str(basis.config))
     if basis.preset is not None:
         config = dataclasses.replace(config, model=preset(basis.preset))
-    # a repeatable flag adds to its default, but it must replace the file's values
-    data = dataclasses.replace(config.data, **dict.fromkeys(REPEATABLE, ()))
-    return dataclasses.replace(config, data=data), {name: getattr(config.data, name) for name in REPEATABLE}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, paths=(), exclude=())), config.data
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -136,10 +137,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return config_values(values, path)
 
 
-def complete(options: TrainOptions, in_file: dict[str, tuple[str, ...]]) -> TrainConfig:
-    """The config with the file's repeatable values where no flag gives any, and with a device."""
+def complete(options: TrainOptions, in_file: DataConfig) -> TrainConfig:
+    """The config with the file's values of repeatable flags that are not given, and with a device."""
     config = options.train
-    data = dataclasses.replace(config.data, **{n: getattr(config.data, n) or value for n, value in in_file.items()})
+    paths, exclude = config.data.paths or in_file.paths, config.data.exclude or in_file.exclude
+    data = dataclasses.replace(config.data, paths=paths, exclude=exclude)
     if not data.paths:
         raise ValueError("no training data; name files, folders or globs with --data PATH...")
     if config.start_from is not None and config.model != TrainConfig().model:
