@@ -10,9 +10,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from anymamba.kernels.add_norm import cuda as norm_cuda
+from anymamba.kernels.add_norm import portable as norm_portable
+from anymamba.kernels.add_norm import reference as norm_reference
 from anymamba.kernels.causal_conv1d import cpu as conv_cpu
+from anymamba.kernels.causal_conv1d import cuda as conv_cuda
 from anymamba.kernels.causal_conv1d import portable as conv_portable
 from anymamba.kernels.causal_conv1d import reference as conv_reference
+from anymamba.kernels.linear_cross_entropy import cuda as loss_cuda
+from anymamba.kernels.linear_cross_entropy import portable as loss_portable
+from anymamba.kernels.linear_cross_entropy import reference as loss_reference
 from anymamba.kernels.selective_scan import cpu as scan_cpu
 from anymamba.kernels.selective_scan import cuda as scan_cuda
 from anymamba.kernels.selective_scan import portable as scan_portable
@@ -42,13 +49,16 @@ class Backend(Protocol):
 
     backward: Callable[..., list[Tensor | None]]
     """Takes the gradients of the outputs, the record and what forward saved; returns the gradients of the record's
-    floating-point tensors in their order, with None for tensors that are not given."""
+    floating-point tensors in their order, with None for tensors that are not given. Not called where `forward` is
+    transparent."""
 
     step: Callable[..., tuple[Tensor, Tensor]]
-    """`forward` at length one, from `initial_state`."""
+    """`forward` at length one, from `initial_state`; for ops that have one."""
 
 
 BACKENDS: dict[str, tuple[Any, ...]] = {
     "selective_scan": (scan_cpu, scan_cuda, scan_portable, scan_reference),
-    "causal_conv1d": (conv_cpu, conv_portable, conv_reference),
+    "causal_conv1d": (conv_cpu, conv_cuda, conv_portable, conv_reference),
+    "add_norm": (norm_cuda, norm_portable, norm_reference),
+    "linear_cross_entropy": (loss_cuda, loss_portable, loss_reference),
 }

@@ -28,7 +28,8 @@ def backend(name: str) -> Iterator[None]:
     """Use one backend for every op inside the `with` block, also in layers, models, drop-ins and transformers models.
 
     An op's own `backend` argument takes precedence, and an inner context over an outer one. The setting applies to the
-    whole process, like torch's own backend flags. Derivatives that the backend does not have are computed as usual.
+    whole process, like torch's own backend flags. Derivatives that the backend does not have are computed as usual, and
+    so are ops that have no backend of this name: norms and the loss have none in compiled C++.
 
     Args:
         name: a backend from the list of `anymamba info`, such as "cpu", "portable" or "reference".
@@ -54,7 +55,7 @@ def resolve(op: str, device_type: str, backend: str | None, arguments: Any = Non
         arguments: the op's record; None checks only the device.
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot serve; both list the alternatives.
     """
-    name = backend or (_insisted[-1] if _insisted else None)
+    name = backend or _insisted_on(op)
     if name is None:
         return next(_serving(op, device_type, arguments))
     why = _why_not(kernel(op, name), arguments, device_type)
@@ -64,6 +65,13 @@ def resolve(op: str, device_type: str, backend: str | None, arguments: Any = Non
             f"backend {name!r} cannot serve {op} on {device_type}: {why}; leave backend=None or take one of {usable}"
         )
     return name
+
+
+def _insisted_on(op: str) -> str | None:
+    """The backend that the innermost context asks for, if the op has one of that name."""
+    if not _insisted:
+        return None
+    return _insisted[-1] if any(_insisted[-1] == module.NAME for module in BACKENDS[op]) else None
 
 
 def _serving(op: str, device_type: str, arguments: Any) -> Iterator[str]:
@@ -145,7 +153,7 @@ def report(device_type: str | None = None) -> list[BackendStatus]:
     lines = []
     for op, modules in BACKENDS.items():
         why = {module.NAME: module.unavailable(device_type) for module in modules}
-        chosen = _insisted[-1] if _insisted else resolve(op, device_type, None)
+        chosen = _insisted_on(op) or resolve(op, device_type, None)
         for module in modules:
             reason = why[module.NAME]
             words = module.description() if reason is None else reason

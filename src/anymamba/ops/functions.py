@@ -21,7 +21,7 @@ Outputs = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Op(NamedTuple):
-    """The functions that run an op in each way. `arguments` is the op's record; its first tensor has the shape of y."""
+    """The functions that run an op in each way. `arguments` is the op's record."""
 
     record: Callable[..., Any]
     """Builds the record from its fields: first all tensors, then the options."""
@@ -66,17 +66,16 @@ class _Forward(Function):
         ctx.op, ctx.backend, ctx.options, *tensors = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
-        ctx.state_shape, ctx.state_dtype = output[1].shape, output[1].dtype
+        ctx.shapes, ctx.dtypes = [t.shape for t in output[:2]], [t.dtype for t in output[:2]]
         ctx.save_for_backward(*tensors, output[2])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, saved = ctx.saved_tensors
-        dy, dlast_state, _ = cotangents
-        if dy is None:
-            dy = torch.zeros_like(tensors[0])
-        if dlast_state is None:
-            dlast_state = dy.new_zeros(ctx.state_shape, dtype=ctx.state_dtype)
+        dy, dlast_state = (
+            tensors[0].new_zeros(shape, dtype=dtype) if given is None else given
+            for given, shape, dtype in zip(cotangents, ctx.shapes, ctx.dtypes, strict=False)
+        )
         if observers.has_tangent(dy, dlast_state):
             grads = _pull_operations(ctx.op, ctx.options, tensors, dy, dlast_state)
         else:

@@ -12,32 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from anymamba.ops.observers import differentiable, transformed
-
-
-def as_operations(*tensors: Tensor) -> bool:
-    """Whether plain torch operations must run: in a `torch.func` transform, in forward mode, or in `jit.trace`."""
-    return transformed(*tensors) or torch.jit.is_tracing()
+from anymamba.ops.recomputing import as_operations as as_operations
+from anymamba.ops.recomputing import recomputed as recomputed
 
 
 def in_operations(*tensors: Tensor) -> bool:
     """Whether a backward pass must use plain torch operations, because it may be differentiated itself."""
     return torch.is_grad_enabled() or transformed(*tensors)
-
-
-def recomputed(fn: Callable[..., Any], *args: Any) -> Any:
-    """Return fn(*args). The backward pass computes the intermediate results again instead of keeping them.
-
-    Args:
-        fn: a function; every tensor that it reads must be in args.
-        args: tensors, tuples of tensors, and other values.
-    """
-    tensors = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
-    if not torch.is_grad_enabled() or as_operations(*tensors):
-        return fn(*args)
-    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def differentiable_again(y: Tensor, operations: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""What every backend of the norm of a sum is given: the op's tensors and options in one record."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Rows = Float[Tensor, "... size"]
+"""x, the residual and what is returned."""
+
+
+class NormArguments(NamedTuple):
+    """Tensors and options of `add_norm`, in the order in which torch's registered op takes them."""
+
+    x: Rows
+    residual: Rows | None = None
+    weight: Float[Tensor, " size"] | None = None
+    bias: Float[Tensor, " size"] | None = None
+    eps: float = 1e-5
+    subtract_mean: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return self[4:]
+
+    @property
+    def size(self) -> int:
+        return self.x.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        return self.x.numel() // max(1, self.size)
+
+    @property
+    def total_dtype(self) -> torch.dtype:
+        """Of x + residual."""
+        return self.x.dtype if self.residual is None else torch.promote_types(self.x.dtype, self.residual.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the norm is computed."""
+        return torch.promote_types(self.total_dtype, torch.float32)
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        """The weight's; without a weight that of x."""
+        return self.x.dtype if self.weight is None else self.weight.dtype

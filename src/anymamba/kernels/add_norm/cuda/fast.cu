@@ -1,0 +1,221 @@
+// The norm of a sum in float32, forward and backward, for rows of up to 8,192 numbers of any short type: each number is
+// read once and written once.
+//
+//     total = x + residual
+//     y = (total - mean) / sqrt(variance + eps) * weight + bias
+//
+// with the mean taken off, or (RMS norm) not. p.warps warps share a row; a lane has four neighbouring numbers, and again
+// four further on, up to CHUNKS times, in registers.
+//
+// Backward recomputes the normed row n from its saved mean and scale r = 1 / sqrt(variance + eps):
+//
+//     dtotal' = dtotal + r (g - mean(g) - n mean(g n)),    g = weight dy
+//
+// and adds dy n and dy over the rows of a block, then block by block in `sum_parts`.
+//
+// Launch: 256 threads, so that 256 / 32 / p.warps rows are worked on at a time, or 512 where 16 warps share one.
+// Backward has as many blocks as the machine holds at once, each with many rows.
+//
+// Needs SUBTRACT_MEAN, 0 or 1.
+#include "parameters.cuh"
+
+constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / 32, WIDTH = 4, CHUNKS = 4;
+
+typedef float Row[CHUNKS][WIDTH];  // a lane's part of one
+
+// Where a thread works in a row: the first of its numbers, and how far the next four are.
+struct Place {
+    int first, step, size;
+};
+DEVICE Place place_of_thread(const Parameters& p) {
+    const int threads = 32 * int(p.warps);
+    return {int(threadIdx.x % threads) * WIDTH, threads * WIDTH, int(p.size)};
+}
+
+#define FOR_EACH_CHUNK(k, at) \
+    _Pragma("unroll") for (int k = 0; k < CHUNKS; k++) if ((at).first + k * (at).step < (at).size)
+
+template <int TYPE>
+DEVICE void get_as(Row& out, const u8* data, i64 start, const Place& at) {
+    const auto* from = reinterpret_cast<const typename ElementOf<TYPE>::Type*>(data) + start + at.first;
+    FOR_EACH_CHUNK(k, at) read<TYPE>(out[k], from + k * at.step);
+}
+DEVICE void get(Row& out, const u8* data, i64 start, i64 dtype, const Place& at) {
+    switch (dtype) {
+        case FLOAT32: return get_as<FLOAT32>(out, data, start, at);
+        case BFLOAT16: return get_as<BFLOAT16>(out, data, start, at);
+        default: return get_as<FLOAT16>(out, data, start, at);
+    }
+}
+template <int TYPE>
+DEVICE void put_as(u8* data, i64 start, const Row& values, const Place& at) {
+    auto* to = reinterpret_cast<typename ElementOf<TYPE>::Type*>(data) + start + at.first;
+    FOR_EACH_CHUNK(k, at) write<TYPE>(to + k * at.step, values[k]);
+}
+DEVICE void put(u8* data, i64 start, i64 dtype, const Row& values, const Place& at) {
+    switch (dtype) {
+        case FLOAT32: return put_as<FLOAT32>(data, start, values, at);
+        case BFLOAT16: return put_as<BFLOAT16>(data, start, values, at);
+        default: return put_as<FLOAT16>(data, start, values, at);
+    }
+}
+DEVICE void get_row(Row& out, const Rows& rows, i64 row, const Place& at) {
+    get(out, rows.data, row * rows.stride, rows.dtype, at);
+}
+DEVICE void put_row(const Rows& rows, i64 row, const Row& values, const Place& at) {
+    put(rows.data, row * rows.stride, rows.dtype, values, at);
+}
+
+DEVICE float rounded(float x, i64 dtype) {
+    if (dtype == FLOAT32) return x;
+    return dtype == BFLOAT16 ? bits_as_float(floats_as_bfloats(0.f, x) & 0xffff0000u) : half_as_float(float_as_half(x));
+}
+
+// x + residual, in the dtype that the sum has.
+DEVICE void get_total(Row& total, const Parameters& p, i64 row, const Place& at) {
+    get_row(total, p.x, row, at);
+    if (!p.residual.data) return;
+    Row residual = {};
+    get_row(residual, p.residual, row, at);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++)
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) total[k][i] = rounded(total[k][i] + residual[k][i], p.total_dtype);
+}
+
+// The sum over the threads of a row, for all of them. All threads of the block call it; `slots` alternates between
+// calls, so that one synchronisation is enough.
+template <int count>
+DEVICE void sum_over_row(float (&values)[count], const Parameters& p, int slots) {
+#pragma unroll
+    for (int m = 16; m > 0; m /= 2)
+#pragma unroll
+        for (int i = 0; i < count; i++) values[i] += shuffle_xor(values[i], m);
+    const int warps = int(p.warps), warp = threadIdx.x / 32, first = warp / warps * warps;
+    if (warps == 1) return;
+    float* shared = reinterpret_cast<float*>(shared_memory()) + slots * 2 * MOST_WARPS;
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+        for (int i = 0; i < count; i++) shared[warp * count + i] = values[i];
+    sync_block();
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+        values[i] = 0.f;
+        for (int w = 0; w < warps; w++) values[i] += shared[(first + w) * count + i];
+    }
+}
+
+struct Statistics {
+    float scale, mean;
+};
+
+DEVICE Statistics statistics_of(const Row& total, const Parameters& p, const Place& at) {
+    float mean[1] = {0.f}, squares[1] = {0.f};
+    if (SUBTRACT_MEAN) {
+        FOR_EACH_CHUNK(k, at)
+            mean[0] += (total[k][0] + total[k][1]) + (total[k][2] + total[k][3]);
+        sum_over_row(mean, p, 0);
+        mean[0] /= float(at.size);
+    }
+    FOR_EACH_CHUNK(k, at) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+            const float d = total[k][i] - mean[0];
+            squares[0] = fmaf(d, d, squares[0]);
+        }
+    }
+    sum_over_row(squares, p, 1);
+    return {1.f / sqrtf(squares[0] / float(at.size) + float(p.eps)), mean[0]};
+}
+
+KERNEL(MOST_THREADS, 2) forward(PARAMETER Parameters p) {
+    const Place at = place_of_thread(p);
+    const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps;
+    const i64 own = i64(blockIdx.x) * rows_of_block + int(threadIdx.x) / 32 / warps, row = min(own, p.rows - 1);
+    Row total = {}, weight = {}, bias = {};
+    get_total(total, p, row, at);
+    if (p.weight) get(weight, p.weight, 0, p.weight_dtype, at);
+    if (p.bias) get(bias, p.bias, 0, p.bias_dtype, at);
+    const Statistics s = statistics_of(total, p, at);
+    if (own >= p.rows) return;
+    if (p.total.data) put_row(p.total, row, total, at);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++)
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+            float y = (total[k][i] - s.mean) * s.scale;
+            if (p.weight) y *= weight[k][i];
+            total[k][i] = y + bias[k][i];
+        }
+    put_row(p.y, row, total, at);
+    if (p.statistics && at.first == 0) {
+        float* to = reinterpret_cast<float*>(p.statistics);
+        to[row] = s.scale;
+        if (SUBTRACT_MEAN) to[p.rows + row] = s.mean;
+    }
+}
+
+// Sums over the rows of a block, into its part: the groups of warps add to shared memory one after the other.
+DEVICE void write_part(const Row& dweight, const Row& dbias, const Parameters& p, const Place& at) {
+    const int groups = int(blockDim.x) / 32 / int(p.warps), group = threadIdx.x / 32 / int(p.warps);
+    float* shared = reinterpret_cast<float*>(shared_memory()) + 4 * MOST_WARPS;
+    for (int g = 0; g < groups; g++) {
+        if (g == group) {
+            FOR_EACH_CHUNK(k, at) {
+#pragma unroll
+                for (int i = 0; i < WIDTH; i++) {
+                    const int column = at.first + k * at.step + i;
+                    shared[column] = (g ? shared[column] : 0.f) + dweight[k][i];
+                    shared[at.size + column] = (g ? shared[at.size + column] : 0.f) + dbias[k][i];
+                }
+            }
+        }
+        sync_block();
+    }
+    float* part = reinterpret_cast<float*>(p.parts) + i64(blockIdx.x) * 2 * p.size;
+    for (int i = threadIdx.x; i < 2 * at.size; i += blockDim.x) part[i] = shared[i];
+}
+
+KERNEL(MOST_THREADS, 1) backward(PARAMETER Parameters p) {
+    const Place at = place_of_thread(p);
+    const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps, group = int(threadIdx.x) / 32 / warps;
+    const float* statistics = reinterpret_cast<const float*>(p.statistics);
+    Row dweight = {}, dbias = {};
+    int slots = 0;
+    for (i64 first = i64(blockIdx.x) * rows_of_block; first < p.rows; first += i64(gridDim.x) * rows_of_block) {
+        const i64 own = first + group, row = min(own, p.rows - 1);
+        Row n = {}, g = {}, more = {}, weight = {};
+        get_total(n, p, row, at);
+        get_row(g, p.dy, row, at);
+        if (p.dtotal.data) get_row(more, p.dtotal, row, at);
+        if (p.weight) get(weight, p.weight, 0, p.weight_dtype, at);
+        const float scale = statistics[row], mean = SUBTRACT_MEAN ? statistics[p.rows + row] : 0.f;
+        float sums[2] = {0.f, 0.f};
+        FOR_EACH_CHUNK(k, at) {
+#pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                n[k][i] = (n[k][i] - mean) * scale;
+                if (own < p.rows) {
+                    dweight[k][i] = fmaf(g[k][i], n[k][i], dweight[k][i]);
+                    dbias[k][i] += g[k][i];
+                }
+                if (p.weight) g[k][i] *= weight[k][i];
+                sums[0] = fmaf(g[k][i], n[k][i], sums[0]), sums[1] += g[k][i];
+            }
+        }
+        sum_over_row(sums, p, slots);
+        slots = 1 - slots;
+        const float of_n = sums[0] / float(at.size), of_g = SUBTRACT_MEAN ? sums[1] / float(at.size) : 0.f;
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++)
+#pragma unroll
+            for (int i = 0; i < WIDTH; i++)
+                more[k][i] = fmaf(scale, g[k][i] - of_g - n[k][i] * of_n, more[k][i]);
+        if (own >= p.rows) continue;
+        put_row(p.dx, row, more, at);
+        if (p.dresidual.data) put_row(p.dresidual, row, more, at);
+    }
+    if (p.parts) write_part(dweight, dbias, p, at);
+}
+
+KERNEL(32 * WAYS, 1) sum_parts(PARAMETER Parameters p) { sum_parts_of_block<float>(p); }

@@ -1,0 +1,35 @@
+"""The norm of a sum in torch's own operations, differentiable in every mode and to any order."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from anymamba.kernels.add_norm.arguments import NormArguments
+
+NAME = "portable"
+TRANSPARENT = frozenset({"forward"})
+
+
+def unavailable(device_type: str) -> str | None:
+    return None
+
+
+def refuses(arguments: NormArguments) -> str | None:
+    return None
+
+
+def description() -> str:
+    return "torch's own operations"
+
+
+def forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y and x + residual (x itself where there is no residual); nothing is saved."""
+    total = a.x if a.residual is None else a.residual + a.x
+    weight, bias = (None if t is None else t.to(a.dtype) for t in (a.weight, a.bias))
+    if a.subtract_mean:
+        y = F.layer_norm(total.to(a.dtype), (a.size,), weight, bias, a.eps)
+    else:
+        y = F.rms_norm(total.to(a.dtype), (a.size,), weight, a.eps)
+        y = y if bias is None else y + bias
+    return y.to(a.y_dtype), total, None

@@ -1,0 +1,75 @@
+"""Which kernels a call of the convolution takes, and the layout of their struct Parameters."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from anymamba.kernels import launching, nvrtc
+from anymamba.kernels.causal_conv1d.arguments import ConvArguments
+
+HERE = Path(__file__).parent
+
+TENSORS = {"x": 3, "y": 3, "dy": 3, "dx": 3, "weight": 3}
+"""Fields that are a struct Rows, and their dimensions."""
+
+FIELDS = (
+    *("bias", "bias_dtype", "initial_state", "last_state", "dlast_state", "dinitial_state", "slopes", "parts"),
+    *("dweight", "dweight_dtype", "dbias", "dbias_dtype", "offsets", "offsets_are_long"),
+    *("batch", "length", "d_inner", "width", "n_sequences", "silu"),
+    *("piece", "n_groups", "n_blocks", "n_parts", "taps", "aligned"),
+)
+
+LAYOUT = launching.layout(TENSORS, FIELDS)
+
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TAPS = 4
+"""Of the fast kernels."""
+THREADS, WARPS, CHANNELS, BLOCK_CHANNELS = 128, 4, 4, 128
+"""Of a block; channels of a lane and of a block of the fast kernels."""
+WAYS = 8
+"""Of `sum_parts`: see parameters.cuh."""
+SHARED_OF_WEIGHTS = 4 * (TAPS + 1) * BLOCK_CHANNELS
+GENERAL_PIECE = 512
+"""Tokens of a part of the weights' gradients in the general kernels."""
+
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 4
+"""Blocks that share a multiprocessor, as the fast kernels declare."""
+FORWARD_PIECES, BACKWARD_PIECES = range(8, 65, 8), range(8, 129, 4)
+"""Tokens that a warp may take."""
+START = 12
+"""What a piece costs beside its tokens, in tokens: what it reads twice, and its weights."""
+
+
+def is_fast(a: ConvArguments) -> bool:
+    """Whether the fast kernels serve."""
+    return a.width <= TAPS and a.dtype == torch.float32 and a.x.dtype in FAST_DTYPES
+
+
+def fast(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
+    """A kernel of fast.cu."""
+    return nvrtc.Variant(nvrtc.source(HERE / "fast.cu"), kernel, (("DTYPE", nvrtc.DTYPES[dtype]),))
+
+
+def general(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
+    """A kernel of general.cu, by the dtype of sums."""
+    return nvrtc.Variant(nvrtc.source(HERE / "general.cu"), kernel, (("DOUBLE", int(dtype == torch.float64)),))
+
+
+def variants() -> list[nvrtc.Variant]:
+    """Every compilation that some call on some GPU needs."""
+    found = [fast("forward", dtype) for dtype in FAST_DTYPES]
+    return found + [general("forward", dtype) for dtype in (torch.float32, torch.float64)]
+
+
+@cache
+def piece_of(length: int, rows: int, places: int, pieces: range) -> int:
+    """The tokens of a warp with which the blocks of all rows take the least time on so many places for blocks."""
+
+    def cost(piece: int) -> int:
+        blocks = rows * -(-length // (piece * WARPS))
+        return -(-blocks // places) * (piece + START)
+
+    return min(pieces, key=cost)

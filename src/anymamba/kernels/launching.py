@@ -1,0 +1,114 @@
+"""What CUDA kernels are given: tensors become addresses and strides in a struct whose fields all have 8 bytes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anymamba.kernels import nvrtc
+
+MISSING = 0
+"""The address of a tensor that is absent."""
+
+
+class Layout(NamedTuple):
+    """Where the fields of a struct Parameters are."""
+
+    place: dict[str, int]
+    pack: Callable[..., bytes]
+
+
+def layout(tensors: dict[str, int], fields: tuple[str, ...]) -> Layout:
+    """Of a struct that begins with tensors and goes on with addresses and numbers.
+
+    Args:
+        tensors: the number of dimensions of each, which is a struct of its address, its strides but for the last
+            dimension's, and its dtype.
+        fields: the other names, in their order.
+    """
+    place, at = {}, 0
+    for name, n_dimensions in tensors.items():
+        place[name] = at
+        at += n_dimensions + 1
+    place |= {name: at + i for i, name in enumerate(fields)}
+    return Layout(place, struct.Struct(f"{at + len(fields)}q").pack)
+
+
+class Call:
+    """The arguments of the kernels of one call. It keeps what they point to alive.
+
+    Args:
+        layout: of the struct.
+        like: a tensor on the device.
+    """
+
+    def __init__(self, layout: Layout, like: Tensor) -> None:
+        self._layout = layout
+        self._like = like
+        self._index: int = like.device.index or 0
+        self._values = [0] * (max(layout.place.values()) + 1)
+        self._alive: list[Tensor] = []
+
+    @property
+    def n_multiprocessors(self) -> int:
+        """Of the device."""
+        return nvrtc.device(self._index).n_multiprocessors
+
+    def set(self, **numbers: int) -> None:
+        """Fields that are numbers."""
+        for name, value in numbers.items():
+            self._values[self._layout.place[name]] = int(value)
+
+    def __getitem__(self, name: str) -> int:
+        return self._values[self._layout.place[name]]
+
+    def strided(self, **tensors: Tensor | None) -> None:
+        """Tensors as they are in memory; one whose last dimension is not dense is copied."""
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            tensor = tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+            self._alive.append(tensor)
+            strides = [0 if size == 1 else s for size, s in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)]
+            at = self._layout.place[name]
+            values = (tensor.data_ptr(), *strides, nvrtc.DTYPES[tensor.dtype])
+            self._values[at : at + len(values)] = values
+
+    def dense(self, **tensors: Tensor | None) -> None:
+        """The addresses of tensors, dense and from a multiple of 16 bytes; those of absent ones stay MISSING."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                tensor = tensor.contiguous()
+                tensor = tensor.clone() if tensor.data_ptr() % 16 else tensor
+                self._alive.append(tensor)
+                self.set(**{name: tensor.data_ptr()})
+
+    def typed(self, **tensors: Tensor | None) -> None:
+        """The same with their dtypes, in a field of the name and `_dtype`."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.dense(**{name: tensor})
+                self.set(**{f"{name}_dtype": nvrtc.DTYPES[tensor.dtype]})
+
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A new dense tensor that is written before it is read."""
+        tensor = self._like.new_empty(shape, dtype=dtype)
+        self.dense(**{name: tensor})
+        return tensor
+
+    def launch(self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0) -> None:
+        """Queue a kernel."""
+        nvrtc.kernel(variant, self._index).launch(n_blocks, threads, shared, self._layout.pack(*self._values))
+
+
+def aligned(tensor: Tensor | None, elements: int) -> bool:
+    """Whether every row of a tensor starts at, and has, a multiple of so many elements in memory."""
+    if tensor is None:
+        return True
+    steps = (*tensor.stride()[:-1], tensor.shape[-1])
+    fits = all(s % elements == 0 for s, size in zip(steps, (*tensor.shape[:-1], 2), strict=True) if size > 1)
+    return fits and tensor.stride(-1) == 1 and tensor.data_ptr() % (elements * tensor.element_size()) == 0

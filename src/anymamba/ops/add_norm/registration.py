@@ -1,0 +1,121 @@
+"""The norm of a sum as torch knows it: the registered op, its shapes, its gradients, its ways to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymamba.kernels.add_norm.arguments import NormArguments
+from anymamba.ops import dispatch, functions
+
+OP = "add_norm"
+
+
+def run(arguments: NormArguments, backend: str) -> tuple[Tensor, Tensor]:
+    """y and x + residual by a backend; where there is no residual the second is anything."""
+    if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
+        y, total, _ = _forward(arguments, False, backend)
+        return y, total
+    return functions.run(RULES, arguments, backend)
+
+
+def _operations(arguments: NormArguments) -> tuple[Tensor, Tensor]:
+    """Differentiable torch operations, of the first backend that has them; nothing for a sum that is none."""
+    with dispatch.without_autocast(arguments.x.device.type):
+        y, total, _ = _forward(arguments, False, dispatch.transparent(OP, "forward", arguments))
+    return y, total if arguments.residual is not None else total.flatten()[:0]
+
+
+def _forward(arguments: NormArguments, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    dispatch.count(OP, backend, "forward")
+    return dispatch.kernel(OP, backend).forward(arguments, save)
+
+
+def _backward(dy: Tensor, dtotal: Tensor, arguments: NormArguments, saved: Tensor, backend: str) -> list[Tensor]:
+    dispatch.count(OP, backend, "backward")
+    grads = dispatch.kernel(OP, backend).backward(dy, dtotal, arguments, saved)
+    return [dy.new_empty(0) if g is None else g for g in grads]
+
+
+# ------------------------------------------------------------------------------------------ torch's op
+
+
+@torch.library.custom_op("anymamba::add_norm", mutates_args=())
+def forward_op(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    subtract_mean: bool,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(NormArguments(x, residual, weight, bias, eps, subtract_mean), save, backend)
+
+
+@torch.library.custom_op("anymamba::add_norm_backward", mutates_args=())
+def backward_op(
+    dy: Tensor,
+    dtotal: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    subtract_mean: bool,
+    saved: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    return _backward(dy, dtotal, NormArguments(x, residual, weight, bias, eps, subtract_mean), saved, backend)
+
+
+@forward_op.register_fake
+def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, save, backend = flat
+    a = NormArguments(*fields)
+    return (
+        a.x.new_empty(a.x.shape, dtype=a.y_dtype),
+        a.x.new_empty((0,) if a.residual is None else a.x.shape, dtype=a.total_dtype),
+        a.x.new_empty(dispatch.kernel(OP, backend).saved_shape(a) if save else (0,), dtype=a.dtype),
+    )
+
+
+@backward_op.register_fake
+def _(dy: Tensor, dtotal: Tensor, *flat: Any) -> list[Tensor]:
+    *fields, _, _ = flat
+    inputs = NormArguments(*fields).tensors
+    return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *fields, ctx.save, ctx.backend = inputs
+    arguments = NormArguments(*fields)
+    ctx.save_for_backward(*arguments.tensors, output[2])
+    ctx.options = arguments.options
+
+
+def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, saved = ctx.saved_tensors
+    arguments = NormArguments(*tensors, *ctx.options)
+    if not ctx.save:  # it was called by something that hides from it that gradients are wanted
+        saved = forward_op(*arguments, True, ctx.backend)[2]
+    grads = backward_op(dy, dtotal, *arguments, saved, ctx.backend)
+    of_tensors = (None if t is None else g for t, g in zip(tensors, grads, strict=True))
+    return *of_tensors, None, None, None, None
+
+
+forward_op.register_autograd(_gradients, setup_context=_save_for_backward)
+
+RULES = functions.Op(
+    record=NormArguments,
+    forward=_forward,
+    registered_forward=lambda arguments, save, backend: forward_op(*arguments, save, backend),
+    backward=_backward,
+    registered_backward=lambda dy, dtotal, arguments, saved, backend: backward_op(
+        dy, dtotal, *arguments, saved, backend
+    ),
+    operations=_operations,
+)

@@ -1,0 +1,30 @@
+"""Functions whose inner results are computed again for their gradients instead of kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anymamba.ops.observers import transformed
+
+
+def as_operations(*tensors: Tensor) -> bool:
+    """Whether plain torch operations are to run: in a transform of `torch.func`, in forward mode, in `jit.trace`."""
+    return transformed(*tensors) or torch.jit.is_tracing()
+
+
+def recomputed(fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args), whose inner results are computed again for its gradient instead of kept.
+
+    Args:
+        fn: a function; every tensor that it reads is among args.
+        args: tensors, tuples of tensors, and others.
+    """
+    tensors = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
+    if not torch.is_grad_enabled() or as_operations(*tensors):
+        return fn(*args)
+    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
