@@ -122,7 +122,7 @@ def _complete(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     if config.start_from is None:
         model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
         return dataclasses.replace(config, model=model)
-    model = LanguageModel.from_pretrained(config.start_from, device="meta").config
+    model = LanguageModel.from_pretrained(config.start_from, device="meta", verify=config.verify).config
     if tokenizer.vocab_size > model.padded_vocab_size:
         raise ValueError(
             f"{config.start_from} has a vocabulary of {model.vocab_size}, the tokenizer of {tokenizer.vocab_size}; "
@@ -170,7 +170,9 @@ class _Trainer:
     def _build_model(self) -> LanguageModel:
         config = self.config
         if config.start_from is not None:
-            model = LanguageModel.from_pretrained(config.start_from, device=config.device, dtype=torch.float32)
+            model = LanguageModel.from_pretrained(  # verified when the run was started
+                config.start_from, device=config.device, dtype=torch.float32, verify=False
+            )
         else:
             model = LanguageModel(config.model, device=config.device)
         model.activation_checkpointing = config.activation_checkpointing
