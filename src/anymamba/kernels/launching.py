@@ -1,4 +1,4 @@
-"""What CUDA kernels are given: tensors become addresses and strides in a struct whose fields all have 8 bytes."""
+"""Pass arguments to CUDA kernels: addresses, strides and numbers in a struct whose fields all have 8 bytes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from anymamba.kernels import nvrtc
 
 MISSING = 0
-"""The address of a tensor that is absent."""
+"""The address for a tensor that is not given."""
 
 
 class Layout(NamedTuple):
-    """Where the fields of a struct Parameters are."""
+    """The positions of the fields of a struct Parameters."""
 
     place: dict[str, int]
     pack: Callable[..., bytes]
 
 
 def layout(tensors: dict[str, int], fields: tuple[str, ...]) -> Layout:
-    """Of a struct that begins with tensors and goes on with addresses and numbers.
+    """The layout of a struct that has tensors first, then addresses and numbers.
 
     Args:
-        tensors: the number of dimensions of each, which is a struct of its address, its strides but for the last
-            dimension's, and its dtype.
-        fields: the other names, in their order.
+        tensors: the number of dimensions of each tensor. A tensor is a struct of its address, its strides except the
+            last one, and its dtype.
+        fields: the names of the other fields, in their order.
     """
     place, at = {}, 0
     for name, n_dimensions in tensors.items():
@@ -39,10 +39,10 @@ def layout(tensors: dict[str, int], fields: tuple[str, ...]) -> Layout:
 
 
 class Call:
-    """The arguments of the kernels of one call. It keeps what they point to alive.
+    """The arguments of the kernels of one call. Keeps the tensors that they point to alive.
 
     Args:
-        layout: of the struct.
+        layout: the layout of the struct.
         like: a tensor on the device.
     """
 
@@ -55,11 +55,11 @@ class Call:
 
     @property
     def n_multiprocessors(self) -> int:
-        """Of the device."""
+        """The number of multiprocessors of the device."""
         return nvrtc.device(self._index).n_multiprocessors
 
     def set(self, **numbers: int) -> None:
-        """Fields that are numbers."""
+        """Set fields that are numbers."""
         for name, value in numbers.items():
             self._values[self._layout.place[name]] = int(value)
 
@@ -67,7 +67,7 @@ class Call:
         return self._values[self._layout.place[name]]
 
     def strided(self, **tensors: Tensor | None) -> None:
-        """Tensors as they are in memory; one whose last dimension is not dense is copied."""
+        """Pass tensors with their strides. One whose last dimension is not contiguous is copied."""
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
@@ -79,7 +79,7 @@ class Call:
             self._values[at : at + len(values)] = values
 
     def dense(self, **tensors: Tensor | None) -> None:
-        """The addresses of tensors, dense and from a multiple of 16 bytes; those of absent ones stay MISSING."""
+        """Pass tensors as contiguous ones, aligned to 16 bytes. None stays MISSING."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 tensor = tensor.contiguous()
@@ -88,14 +88,14 @@ class Call:
                 self.set(**{name: tensor.data_ptr()})
 
     def typed(self, **tensors: Tensor | None) -> None:
-        """The same with their dtypes, in a field of the name and `_dtype`."""
+        """The same as `dense`, and set the field NAME_dtype to each tensor's dtype."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.dense(**{name: tensor})
                 self.set(**{f"{name}_dtype": nvrtc.DTYPES[tensor.dtype]})
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A new dense tensor that is written before it is read."""
+        """Pass and return a new uninitialised tensor."""
         tensor = self._like.new_empty(shape, dtype=dtype)
         self.dense(**{name: tensor})
         return tensor
@@ -106,7 +106,7 @@ class Call:
 
 
 def aligned(tensor: Tensor | None, elements: int) -> bool:
-    """Whether every row of a tensor starts at, and has, a multiple of so many elements in memory."""
+    """Whether the start and the length of every row are multiples of this many elements."""
     if tensor is None:
         return True
     steps = (*tensor.stride()[:-1], tensor.shape[-1])

@@ -1,4 +1,4 @@
-"""Functions whose inner results are computed again for their gradients instead of kept."""
+"""Functions whose backward pass computes the intermediate results again instead of keeping them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from anymamba.ops.observers import transformed
 
 
 def as_operations(*tensors: Tensor) -> bool:
-    """Whether plain torch operations are to run: in a transform of `torch.func`, in forward mode, in `jit.trace`."""
+    """Whether plain torch operations must run: in a `torch.func` transform, in forward mode, or in `jit.trace`."""
     return transformed(*tensors) or torch.jit.is_tracing()
 
 
 def recomputed(fn: Callable[..., Any], *args: Any) -> Any:
-    """fn(*args), whose inner results are computed again for its gradient instead of kept.
+    """Return fn(*args). The backward pass computes the intermediate results again instead of keeping them.
 
     Args:
-        fn: a function; every tensor that it reads is among args.
-        args: tensors, tuples of tensors, and others.
+        fn: a function; every tensor that it reads must be in args.
+        args: tensors, tuples of tensors, and other values.
     """
     tensors = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
     if not torch.is_grad_enabled() or as_operations(*tensors):

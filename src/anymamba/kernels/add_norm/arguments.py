@@ -1,4 +1,4 @@
-"""What every backend of the norm of a sum is given: the op's tensors and options in one record."""
+"""The arguments of every backend of the norm of a sum: the op's tensors and options in one record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Rows = Float[Tensor, "... size"]
-"""x, the residual and what is returned."""
+"""x, the residual and the results."""
 
 
 class NormArguments(NamedTuple):
@@ -40,15 +40,15 @@ class NormArguments(NamedTuple):
 
     @property
     def total_dtype(self) -> torch.dtype:
-        """Of x + residual."""
+        """The dtype of x + residual."""
         return self.x.dtype if self.residual is None else torch.promote_types(self.x.dtype, self.residual.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the norm is computed."""
+        """The dtype in which the norm is computed."""
         return torch.promote_types(self.total_dtype, torch.float32)
 
     @property
     def y_dtype(self) -> torch.dtype:
-        """The weight's; without a weight that of x."""
+        """The dtype of the weight, or of x without a weight."""
         return self.x.dtype if self.weight is None else self.weight.dtype

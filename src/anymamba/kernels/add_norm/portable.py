@@ -24,7 +24,7 @@ def description() -> str:
 
 
 def forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y and x + residual (x itself where there is no residual); nothing is saved."""
+    """y and x + residual (x itself without a residual); nothing is saved."""
     total = a.x if a.residual is None else a.residual + a.x
     weight, bias = (None if t is None else t.to(a.dtype) for t in (a.weight, a.bias))
     if a.subtract_mean:

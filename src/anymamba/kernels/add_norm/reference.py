@@ -23,7 +23,7 @@ def description() -> str:
 
 
 def forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y and x + residual (x itself where there is no residual); nothing is saved."""
+    """y and x + residual (x itself without a residual); nothing is saved."""
     total = a.x if a.residual is None else a.x + a.residual
     y = total.to(a.dtype)
     if a.subtract_mean:

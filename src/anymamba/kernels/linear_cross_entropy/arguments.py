@@ -1,4 +1,4 @@
-"""What every backend of the cross-entropy of a linear map is given: the op's tensors and options in one record."""
+"""The arguments of every backend of the cross-entropy of a linear map: the op's tensors and options in one record."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 IGNORED = -100
-"""The label that is not counted."""
+"""The label of tokens that are not counted."""
 
 Hidden = Float[Tensor, "tokens d_model"]
-"""What the logits are computed from."""
+"""The inputs of the linear map."""
 
 
 class LossArguments(NamedTuple):
@@ -22,7 +22,7 @@ class LossArguments(NamedTuple):
     weight: Float[Tensor, "vocab d_model"]
     labels: Int[Tensor, " tokens"]
     dtype: torch.dtype | None = None
-    """Of the products; None for that of x and weight, which autocast may change."""
+    """The dtype of the products; None means that of x and weight, which autocast may change."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -38,5 +38,5 @@ class LossArguments(NamedTuple):
 
     @property
     def loss_dtype(self) -> torch.dtype:
-        """Of the loss and of sums: float32, or float64 where the logits are."""
+        """The dtype of the loss and of sums: float64 if the logits are float64, otherwise float32."""
         return torch.promote_types(self.logits_dtype, torch.float32)

@@ -24,7 +24,7 @@ def description() -> str:
 
 
 def forward(a: LossArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss, and twice nothing."""
+    """The loss, an empty tensor in place of a second output, and None, because nothing is saved."""
     x, weight = (t if a.dtype is None else t.to(a.dtype) for t in (a.x, a.weight))
     logits = F.linear(x, weight)
     loss = F.cross_entropy(logits.to(a.loss_dtype), a.labels, ignore_index=IGNORED, reduction="sum")

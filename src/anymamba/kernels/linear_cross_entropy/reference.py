@@ -24,7 +24,7 @@ def description() -> str:
 
 
 def forward(a: LossArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss, and twice nothing."""
+    """The loss, an empty tensor in place of a second output, and None, because nothing is saved."""
     x, weight = (t.to(a.logits_dtype) for t in (a.x, a.weight))
     logits = (x @ weight.T).to(a.loss_dtype)
     counted = a.labels != IGNORED

@@ -1,4 +1,4 @@
-"""The norm of a sum: `api` is the contract, `checks` what it refuses, `registration` what torch knows of it."""
+"""The norm of a sum: public function in `api`, argument checks in `checks`, torch's op in `registration`."""
 
 from anymamba.ops.add_norm.api import AddNormOutput, add_norm
 

@@ -1,4 +1,4 @@
-"""The norm of x + residual: its contract and its public function."""
+"""The norm of x + residual: its public function and contract."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from anymamba.ops.add_norm.registration import OP, run
 
 
 class AddNormOutput(NamedTuple):
-    """What `add_norm` returns."""
+    """The result of `add_norm`."""
 
     y: Rows
-    """The normed sum, in the dtype of the weight; without a weight in that of x."""
+    """The normalised sum, in the dtype of the weight, or of x without a weight."""
     total: Rows
-    """x + residual, in the wider dtype of both; x itself without a residual."""
+    """x + residual, in the wider of the two dtypes; x itself without a residual."""
 
 
 def add_norm(
@@ -30,24 +30,24 @@ def add_norm(
     subtract_mean: bool = False,
     backend: str | None = None,
 ) -> AddNormOutput:
-    """Add x to the residual stream and norm the sum, in one pass over memory where a kernel serves.
+    """Add x to the residual stream and normalise the sum; a kernel does it in one pass over memory.
 
         total = x + residual
         y = (total - mean) / sqrt(mean((total - mean)^2) + eps) * weight + bias
 
-    Sums and norms are computed in float32 or wider, of the total as it is returned. Without `subtract_mean` the mean
-    is taken as 0: the RMS norm.
+    Norms are computed in float32 or wider, from the total in the dtype in which it is returned. Without `subtract_mean`
+    the mean counts as 0, which gives the RMS norm.
 
     Args:
-        x: (..., size), what is added; alone it is normed as it is.
+        x: (..., size). Without a residual, x itself is normalised.
         weight: (size,); defaults to ones.
         bias: (size,); defaults to zeros.
         residual: like x, of any dtype; defaults to none.
         eps: added to the variance.
         subtract_mean: layer norm instead of RMS norm.
         backend: as in `selective_scan`.
-    Returns y and total; gradients flow to every tensor, through both.
-    Raises ValueError for shapes, TypeError for dtypes, RuntimeError when a named backend cannot serve.
+    Returns y and total; gradients flow through both to every tensor.
+    Raises ValueError for wrong shapes, TypeError for wrong dtypes, RuntimeError if a named backend cannot serve.
     Source: Root Mean Square Layer Normalization (arXiv:1910.07467); Layer Normalization (arXiv:1607.06450).
     """
     arguments = checked(NormArguments(x, residual, weight, bias, eps, subtract_mean))

@@ -1,4 +1,4 @@
-"""What the norm of a sum refuses, and the form in which backends get its arguments."""
+"""Check the arguments of the norm of a sum, and bring them into the form that backends take."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from anymamba.ops.checks import require_floating, require_same_device, require_s
 
 
 def checked(a: NormArguments) -> NormArguments:
-    """The arguments, nothing lazy.
+    """Check the arguments and resolve lazy tensors.
 
-    Raises ValueError for shapes, sizes and devices that do not fit, TypeError for dtypes.
+    Raises ValueError for wrong shapes, sizes and devices, TypeError for wrong dtypes.
     """
     x, residual, weight, bias, eps, _ = a
     if x.ndim < 1 or x.shape[-1] < 1:

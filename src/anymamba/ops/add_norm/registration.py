@@ -1,4 +1,4 @@
-"""The norm of a sum as torch knows it: the registered op, its shapes, its gradients, its ways to run."""
+"""The op of the norm of a sum registered with torch: its shapes, its gradients and the ways to run it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OP = "add_norm"
 
 
 def run(arguments: NormArguments, backend: str) -> tuple[Tensor, Tensor]:
-    """y and x + residual by a backend; where there is no residual the second is anything."""
+    """Compute y and x + residual with a backend. Without a residual the second result is undefined."""
     if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
         y, total, _ = _forward(arguments, False, backend)
         return y, total
@@ -22,7 +22,8 @@ def run(arguments: NormArguments, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _operations(arguments: NormArguments) -> tuple[Tensor, Tensor]:
-    """Differentiable torch operations, of the first backend that has them; nothing for a sum that is none."""
+    """The same in differentiable torch operations, of the first backend that has them. Without a residual the second
+    result is empty."""
     with dispatch.without_autocast(arguments.x.device.type):
         y, total, _ = _forward(arguments, False, dispatch.transparent(OP, "forward", arguments))
     return y, total if arguments.residual is not None else total.flatten()[:0]
@@ -100,7 +101,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, saved = ctx.saved_tensors
     arguments = NormArguments(*tensors, *ctx.options)
-    if not ctx.save:  # it was called by something that hides from it that gradients are wanted
+    if not ctx.save:  # the forward pass could not see that gradients would be needed
         saved = forward_op(*arguments, True, ctx.backend)[2]
     grads = backward_op(dy, dtotal, *arguments, saved, ctx.backend)
     of_tensors = (None if t is None else g for t, g in zip(tensors, grads, strict=True))

@@ -1,6 +1,6 @@
-"""The cross-entropy of a linear map: `api` is the contract, `checks` what it refuses, `registration` what torch knows.
+"""The cross-entropy of a linear map: public function in `api`, checks in `checks`, torch's op in `registration`.
 
-`chunks` bounds the logits that torch's own operations hold.
+`chunks` limits the logits that plain torch operations hold at once.
 """
 
 from anymamba.ops.linear_cross_entropy.api import linear_cross_entropy

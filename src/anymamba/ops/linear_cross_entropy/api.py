@@ -1,4 +1,4 @@
-"""The cross-entropy of logits that a linear map gives: its contract and its public function."""
+"""The cross-entropy of the logits of a linear map: its public function and contract."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,18 +16,18 @@ def linear_cross_entropy(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, ""]:
-    """The sum of -log softmax(x weight^T)[label] over tokens, in nats, without the logits of all tokens at once.
+    """Sum -log softmax(x weight^T)[label] over tokens, in nats, without holding the logits of all tokens at once.
 
     Logits have the dtype of x and weight, or that of autocast; the loss is computed in float32 or wider.
 
     Args:
         x: (tokens, d_model).
-        weight: (vocab, d_model), of the dtype of x unless autocast is on.
-        labels: (tokens,), integers; -100 is not counted.
+        weight: (vocab, d_model), in the dtype of x unless autocast is on.
+        labels: (tokens,), integers; tokens with label -100 are not counted.
         backend: as in `selective_scan`.
-    Returns the loss, a scalar; gradients flow to x and weight. Where a kernel serves, forward computes them with the
-    loss, and keeps (tokens + vocab) x d_model numbers for backward.
-    Raises ValueError for shapes, TypeError for dtypes, RuntimeError when a named backend cannot serve.
+    Returns the loss, a scalar; gradients flow to x and weight. A kernel computes the gradients in the forward pass and
+    keeps (tokens + vocab) x d_model numbers for backward.
+    Raises ValueError for wrong shapes, TypeError for wrong dtypes, RuntimeError if a named backend cannot serve.
     """
     arguments = checked(LossArguments(x, weight, labels))
     return run(arguments, dispatch.resolve(OP, x.device.type, backend, arguments))

@@ -1,4 +1,4 @@
-"""What the cross-entropy of a linear map refuses, and the form in which backends get its arguments."""
+"""Check the arguments of the cross-entropy of a linear map, and bring them into the form that backends take."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from anymamba.ops.checks import require_floating, require_same_device, require_s
 
 
 def checked(a: LossArguments) -> LossArguments:
-    """The arguments, labels as int64, nothing lazy.
+    """Check the arguments, convert labels to int64 and resolve lazy tensors.
 
-    Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
+    Raises ValueError for wrong shapes and devices, TypeError for wrong dtypes.
     """
     x, weight, labels, _ = a
     if x.ndim != 2:

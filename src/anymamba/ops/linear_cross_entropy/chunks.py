@@ -1,4 +1,4 @@
-"""Losses of many tokens in chunks, so that the logits of all are never held at once."""
+"""Losses of many tokens in chunks, so that the logits of all tokens are never held at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from anymamba.ops.recomputing import recomputed
 
 MOST_LOGITS = 1 << 23
-"""Held at once: 32 MiB in float32."""
+"""Most logits held at once: 32 MiB in float32."""
 
 
 def sum_over_chunks(
@@ -20,13 +20,13 @@ def sum_over_chunks(
     labels: Int[Tensor, " tokens"],
     vocab: int,
 ) -> Float[Tensor, ""]:
-    """The sum of loss_of(x, labels) over chunks of tokens with MOST_LOGITS logits; more than one are recomputed.
+    """Sum loss_of(x, labels) over chunks of at most MOST_LOGITS logits. Several chunks are recomputed for backward.
 
     Args:
-        loss_of: from rows of x and their labels to a loss that is a sum over tokens.
-        x: what the logits are computed from.
-        labels: of the tokens.
-        vocab: logits of a token.
+        loss_of: takes rows of x and their labels; returns a loss that is a sum over tokens.
+        x: the inputs of the logits.
+        labels: the labels of the tokens.
+        vocab: the number of logits per token.
     """
     size = max(1, MOST_LOGITS // max(1, vocab))
     if x.shape[0] <= size:

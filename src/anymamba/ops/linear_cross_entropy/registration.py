@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear map as torch knows it: the registered op, shapes, gradients, ways to run."""
+"""The op of the cross-entropy of a linear map registered with torch: shapes, gradients and the ways to run it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OP = "linear_cross_entropy"
 
 
 def run(arguments: LossArguments, backend: str) -> Tensor:
-    """The loss by a backend; torch's own operations take a chunk of tokens at a time."""
+    """Compute the loss with a backend. Plain torch operations process a chunk of tokens at a time."""
     if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
 
         def loss_of(x: Tensor, labels: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def run(arguments: LossArguments, backend: str) -> Tensor:
 
 
 def _autocast_dtype(arguments: LossArguments) -> torch.dtype | None:
-    """That in which autocast would multiply; it leaves float64 alone."""
+    """The dtype in which autocast would multiply, or None if it would not change the dtype, as for float64."""
     device = arguments.x.device.type
     if not torch.is_autocast_enabled(device) or torch.float64 in (arguments.x.dtype, arguments.weight.dtype):
         return None
@@ -35,7 +35,7 @@ def _autocast_dtype(arguments: LossArguments) -> torch.dtype | None:
 
 
 def _operations(arguments: LossArguments) -> tuple[Tensor, Tensor]:
-    """Differentiable torch operations, of the first backend that has them."""
+    """The same in differentiable torch operations, of the first backend that has them."""
     with dispatch.without_autocast(arguments.x.device.type):
         loss, _, _ = _forward(arguments, False, dispatch.transparent(OP, "forward", arguments))
     return loss, arguments.x.flatten()[:0]
@@ -107,7 +107,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _gradients(ctx: Any, dy: Tensor, nothing: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, saved = ctx.saved_tensors
     arguments = LossArguments(*tensors, *ctx.options)
-    if not ctx.save:  # it was called by something that hides from it that gradients are wanted
+    if not ctx.save:  # the forward pass could not see that gradients would be needed
         saved = forward_op(*arguments, True, ctx.backend)[2]
     dx, dweight, _ = backward_op(dy, nothing, *arguments, saved, ctx.backend)
     return dx, dweight, None, None, None, None
