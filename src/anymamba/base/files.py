@@ -26,6 +26,15 @@ SHORT = 10.0
 """How many seconds the writer of a few files waits for another one."""
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-[0-9a-f]+)?\.tmp")
 
+
+def require_utf8(path: Path) -> None:
+    """Raise ValueError for a path that is not UTF-8, for libraries that open files by themselves and take no other."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {str(path)!r} is not valid UTF-8, which is needed here; rename it") from None
+
+
 # ------------------------------------------------------------------------------------------------------------ owning
 
 

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from anymamba.cli.output import say
 from anymamba.cli.signals import SignalHandler, end_message
 
 VERBS = {
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None, signals: SignalHandler | None = None
         return complain(end, FAILED)
     except KeyboardInterrupt as end:
         code, line = end_message(end)
-        print(line, file=sys.stderr, flush=True)
+        say(line)
         if signals is not None:
             signals.told = True
         return code
@@ -104,7 +105,7 @@ def complain(error: BaseException, code: int) -> int:
     """Print an error in one line; with ANYMAMBA_DEBUG=1 its traceback comes first."""
     if os.environ.get("ANYMAMBA_DEBUG") == "1":
         traceback.print_exception(error)
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    say(f"error: {one_line(error)}")
     return code
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
 
@@ -17,7 +17,7 @@ PLAIN_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object on one line of stdout."""
     text = json.dumps(values, ensure_ascii=False, allow_nan=False)
-    if printable(text) != text:  # a terminal without these characters, or the name of a file that is not UTF-8
+    if printable(text, sys.stdout) != text:  # a terminal without these characters, or the name of a file that is not UTF-8
         text = json.dumps(values, allow_nan=False)
     print(text)
 
@@ -26,18 +26,18 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     """Print names and values, aligned."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        print(printable(f"{name:<{width}}  {value}"))
+        print(printable(f"{name:<{width}}  {value}", sys.stdout))
 
 
-def printable(text: str) -> str:
-    """A text with escapes for what stdout cannot show, such as bytes in the name of a file that are not UTF-8."""
-    encoding = sys.stdout.encoding or "utf-8"
+def printable(text: str, stream: TextIO) -> str:
+    """A text with escapes for what a stream cannot show, such as bytes in the name of a file that are not UTF-8."""
+    encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(text: str) -> None:
     """Print a line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 
 from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError, DataWarning
-from anymamba.base.files import atomic_folder, own_file, sweep
+from anymamba.base.files import atomic_folder, own_file, require_utf8, sweep
 
 from ..documents import find_files, iter_documents, refuse
 from ..tokenizer import Tokenizer
@@ -62,6 +62,7 @@ def build_token_table(
         raise ValueError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
     files = find_files(paths, exclude)
     cache = default_cache() if cache_dir is None else Path(cache_dir)
+    require_utf8(cache)
     reading = _Reading(files, tokenizer, text_field, on_bad_row == "skip")
     folder = cache / _key(reading)
     meta = _meta(folder) or _build_once(folder, reading, progress)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError
+from anymamba.base.files import require_utf8
 from anymamba.data.tokenizer import FILE_NAME
 from anymamba.models.checkpoints.families import Format, Spelling
 from anymamba.models.checkpoints.formats import folder as folders
@@ -117,6 +118,7 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, verify: bo
         path = _only_gguf(path)
     try:
         if path.is_dir():
+            require_utf8(path)
             return _open_folder(path, verify and TORCH not in verified)
         if path.suffix != ".gguf":
             raise FileNotFoundError(

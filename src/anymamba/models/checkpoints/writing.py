@@ -13,7 +13,7 @@ import torch
 
 from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError, CheckpointWarning
-from anymamba.base.files import atomic_file, atomic_folder, contents, own_file, own_folder
+from anymamba.base.files import atomic_file, atomic_folder, contents, own_file, own_folder, require_utf8
 from anymamba.data.tokenizer import FILE_NAME
 from anymamba.models.checkpoints.families import Format, Spelling, nearest_spelling, spelling_for
 from anymamba.models.checkpoints.formats import folder as folders
@@ -59,6 +59,8 @@ def save_pretrained(
     if tokenizer is not None:
         require_fitting(tokenizer, model.config.padded_vocab_size)
     folder = Path(folder)
+    if format != "gguf":
+        require_utf8(folder)
     token_ids = {} if tokenizer is None or tokenizer.eos_id is None else {"eos_token_id": tokenizer.eos_id}
     text = None if tokenizer is None or format != "gguf" else tokenizer.to_json()
     with own_file(folder) if folder.suffix == ".gguf" else own_folder(folder), _manifest(folder) as files:
@@ -100,6 +102,8 @@ def convert(
     out = Path(out)
     if out.name in ("", ".."):
         raise ValueError(f"{out} has no name of its own; give a folder that does not exist yet, such as {out / 'NAME'}")
+    if to != "gguf":
+        require_utf8(out)
     _require_new(out)
     checkpoint = open_checkpoint(source, verify=verify)
     text = None
