@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from anymamba.base.errors import CheckpointError
-from anymamba.base.files import contents, own_folder, sweep, write_json
+from anymamba.base.files import contents, own_folder, require_utf8, sweep, write_json
 from anymamba.base.schema import config_from_dict
 from anymamba.data.batches import Batch, BatchStream
 from anymamba.data.table import TokenTable
@@ -48,6 +48,7 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
     one the last good checkpoint remains.
     """
     run, exists = Path(run), f"{run} exists; resume it (--resume {run}) or choose another folder (--out)"
+    require_utf8(run)
     _require_bounded_state(config)
     if run.exists() and not run.is_dir():
         raise FileExistsError(exists)
@@ -94,7 +95,8 @@ def resume(run: str | Path, report: Report | None = None) -> TrainResult:
     changed.
     """
     run = Path(run)
-    read_config(run)
+    require_utf8(run)
+    _config_path(run)
     with own_folder(run, wait=0):
         config = read_config(run)
         report = report or Silent()
@@ -106,15 +108,20 @@ def resume(run: str | Path, report: Report | None = None) -> TrainResult:
 
 def read_config(run: Path) -> TrainConfig:
     """The resolved config of a run folder."""
-    path = run / TRAIN_CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{run} is not a run folder: it has no {TRAIN_CONFIG}; start one with --out {run}")
+    path = _config_path(run)
     refuse_pickles(run)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return config_from_dict(TrainConfig, config_values(values, path) if isinstance(values, dict) else values)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _config_path(run: Path) -> Path:
+    path = run / TRAIN_CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{run} is not a run folder: it has no {TRAIN_CONFIG}; start one with --out {run}")
+    return path
 
 
 def _complete(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
