@@ -23,7 +23,8 @@ class PendingSignal:
 def deferred_signals() -> Iterator[PendingSignal]:
     """Hold back the first SIGINT or SIGTERM while the body runs; it is delivered again when the body ends.
 
-    A second signal takes effect at once. Outside the main thread, where Python sets no handlers, nothing is held back.
+    A second signal takes effect at once. A signal that is ignored stays so. Outside the main thread, where Python sets no
+    handlers, nothing is held back.
     """
     pending = PendingSignal()
     if threading.current_thread() is not threading.main_thread():
@@ -40,6 +41,8 @@ def deferred_signals() -> Iterator[PendingSignal]:
         restore()
 
     for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:  # as SIGINT is in what a script runs with `&`
+            continue
         before[number] = signal.signal(number, hold)
     try:
         yield pending
