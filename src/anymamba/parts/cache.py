@@ -65,7 +65,7 @@ class Cache:
 
     @property
     def is_even(self) -> bool:
-        """Whether every row is filled to the length. False if the values cannot be read, as in a trace."""
+        """Whether every row is filled to the length. If `filled` cannot be read, as in a trace, only for length 0."""
         if self._is_even is None:
             if not plain(self.filled):
                 return self.length == 0
