@@ -5,8 +5,7 @@ The public names resolve when they are first used, so that importing the package
 
 from typing import TYPE_CHECKING
 
-from anymamba.base import lazy_names
-from anymamba.base.version import __version__
+from anymamba.base import __version__, lazy_names
 
 __all__ = [
     "ConvOutput",

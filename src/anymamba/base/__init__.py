@@ -1,4 +1,4 @@
-"""Helpers for every level; here: public names that are imported on first use, so that importing a package is fast."""
+"""Helpers for every level; here: the version, which the build reads, too, and names that are imported on first use."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+__version__ = "0.1.0.dev0"
+
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return the functions `__getattr__` and `__dir__` for a package.
+    """Return the functions `__getattr__` and `__dir__` for a package that imports its public names on first use.
 
     Args:
         package: the full name of the package.

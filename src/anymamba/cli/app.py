@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
         print(overview())
         return DONE if arguments else MISUSE
     if arguments[0] in ("-V", "--version"):
-        from anymamba.base.version import __version__
+        from anymamba.base import __version__
 
         print(f"anymamba {__version__}")
         return DONE

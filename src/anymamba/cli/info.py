@@ -43,7 +43,7 @@ def collect() -> dict[str, Any]:
     """Everything that `info` prints."""
     import torch
 
-    from anymamba.base.version import __version__
+    from anymamba.base import __version__
     from anymamba.compat import drop_in
     from anymamba.ops import dispatch
 
