@@ -149,7 +149,7 @@ def test_positions_of_something_else_are_refused():
     position = take(stream(table), 1)[0].position
     with pytest.raises(ValueError, match=r"other data: n_documents was 2, now it is 1; continue with the data"):
         stream(numbered([14]), position=position)
-    with pytest.raises(ValueError, match=r"other data: n_tokens was 14, is 15"):
+    with pytest.raises(ValueError, match=r"other data: n_tokens was 14, now it is 15"):
         stream(numbered([5, 10]), position=position)
     with pytest.raises(ValueError, match=r"position is of batch_size 3, got 4; keep batch_size"):
         stream(table, position=position, batch_size=4)

@@ -111,7 +111,7 @@ VARIANTS = {
         lambda: with_ends("<s> </s> $A", "<s>", "</s>"),
         r"does: it does not put the ids \[263, 264\] before a text. The file",
     ),
-    "ignored merges": (lambda: byte_level(ignore_merges=True), "does not know ignore_merges"),
+    "ignored merges": (lambda: byte_level(ignore_merges=True), "does not support ignore_merges"),
     "another split": (
         lambda: split_by(
             pre_tokenizers.Sequence(
@@ -168,7 +168,7 @@ def test_what_llama_cpp_does_otherwise_is_said(saved, name):
         (message,) = said
         assert message.startswith("llama.cpp does not do all that the tokenizer in x.gguf does: it ")
         assert re.search(words, message), message
-        assert message.endswith("The file holds the tokenizer whole, and anymamba reads that")
+        assert message.endswith("The file also holds the complete tokenizer, which anymamba reads")
 
 
 def test_converting_there_and_back_leaves_the_file_as_it_was(saved, tmp_path):
