@@ -67,6 +67,7 @@ def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
         raise CheckpointError(f"{path} is not a state; give a file that save_state has written")
     version = metadata.get(FORMAT_VERSION, "1")
     require_format_version({FORMAT_VERSION: int(version) if version.isdecimal() else version}, VERSION, path)
+    _require_known(metadata, path)
     if metadata.get(DIGEST, "") not in ("", _digest(tensors, metadata)):
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not that in its metadata; save the state again")
     _require_config(metadata.get("config", ""), model.config, path)
@@ -76,6 +77,15 @@ def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
     template = _template(model)
     names = iter(dict(_named(template)))
     return map_state(lambda like: tensors[next(names)].to(like.device, like.dtype), template)
+
+
+def _require_known(metadata: dict[str, str], path: Path) -> None:
+    """Raise CheckpointError for a key that is not written here; a digest under a damaged key would not be compared."""
+    unknown = sorted(set(metadata) - {"kind", "config", FORMAT_VERSION, DIGEST})
+    if unknown:
+        raise CheckpointError(
+            f"{path} is damaged: it has the unknown metadata key {unknown[0]!r}; save the state again"
+        )
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

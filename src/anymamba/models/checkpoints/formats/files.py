@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -133,7 +134,9 @@ class TorchFile:
             self._require_checksums()
             self._unverified = False
         try:
-            values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickles that torch.save does not write; they are refused
+                values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch.load can raise many kinds of errors
             called = re.search(r"GLOBAL ([\w.]+)", str(error))
             if called:
@@ -159,7 +162,8 @@ class TorchFile:
             ) from None
         size = self.path.stat().st_size
         for member in members:
-            if member.compress_type != zipfile.ZIP_STORED or member.header_offset + member.file_size > size:
+            within = 0 <= member.header_offset <= size - member.file_size
+            if member.compress_type != zipfile.ZIP_STORED or not within:
                 raise CheckpointError(f"{self.path}: its member {member.filename!r} is not as torch.save writes it")
 
     def _require_checksums(self) -> None:
