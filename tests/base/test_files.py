@@ -144,6 +144,25 @@ def test_what_a_live_writer_is_writing_is_never_swept(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == bytes(1000), "the last one to end"
 
 
+@posix
+def test_the_lock_files_of_killed_processes_are_swept_and_no_others(tmp_path: Path) -> None:
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        from anymamba.base.files import own_file
+        with own_file(Path(sys.argv[1])):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    python(code, tmp_path / "arm").communicate()
+    for other, text in ((".theirs.lock", ""), (".soft.lock", "4711\n")):
+        (tmp_path / other).write_text(text)
+    with own_file(tmp_path / "mine"):
+        assert names(tmp_path) == {".arm.lock", ".mine.lock", ".theirs.lock", ".soft.lock"}
+        with own_folder(tmp_path):
+            assert names(tmp_path) == {".lock", ".mine.lock", ".theirs.lock", ".soft.lock"}
+    assert (tmp_path / ".soft.lock").read_text() == "4711\n"
+
+
 def test_temporary_files_of_the_time_before_locks_go_by_their_process(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

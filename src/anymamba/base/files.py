@@ -24,6 +24,7 @@ LOCK = ".lock"
 """The name of a folder's lock file."""
 SHORT = 10.0
 """How many seconds the writer of a few files waits for another one."""
+LOCK_FILE = re.compile(r"\.(?P<name>.+)\.lock")
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-[0-9a-f]+)?\.tmp")
 
 
@@ -200,12 +201,15 @@ def _workplace(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Delete the temporary files and folders of ended processes in a folder: those for one name, or all."""
+    """Delete what ended processes left in a folder, temporary files and folders and locks: for one name, or all."""
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         for path in folder.iterdir():
             match = TEMPORARY.fullmatch(path.name)
             if match is not None and name in (None, match["name"]):
                 _remove_abandoned(path, int(match["pid"]))
+            match = LOCK_FILE.fullmatch(path.name)
+            if match is not None and name in (None, match["name"]):
+                Lock(path).remove_abandoned()
 
 
 def _remove_abandoned(path: Path, pid: int) -> None:

@@ -23,11 +23,6 @@ from pathlib import Path
 
 from anymamba.base.errors import InUseError
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _LOCKED_BYTE = 1 << 30  # Windows: others cannot read a locked byte, so it is far beyond the record
 _LOG_AFTER = 1.0  # seconds of waiting
@@ -151,6 +146,12 @@ class Lock:
             with suppress(OSError):
                 self.path.unlink()
 
+    def remove_abandoned(self) -> None:
+        """Remove the file if it was left by a process that was killed. Lock files of other programs are not touched."""
+        with suppress(OSError):
+            if _read_record(self.path) is not None and self.try_acquire(again=False):
+                self.release()
+
     def holder(self) -> Holder | None:
         """The holder that the file names; None if it names no living one within 0.2 s."""
         for _ in range(20):
@@ -205,12 +206,16 @@ def _open_locked(path: Path) -> int | None:
 def _lock(descriptor: int, path: Path) -> bool:
     """Lock an open file, and return whether that succeeded."""
     if sys.platform == "win32":
+        import msvcrt
+
         os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         except OSError:
             return False
         return True
+    import fcntl
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
