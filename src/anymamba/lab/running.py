@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def run_experiment(
     return results
 
 
-def one_by_one(folder: Path, todo: Sequence[tuple[Arm, int]]) -> Iterator[tuple[int, tuple[Arm, int]]]:
+def one_by_one(folder: Path, todo: Sequence[tuple[Arm, int]]) -> Generator[tuple[int, tuple[Arm, int]], None, None]:
     """Number, arm and seed of what is to be measured, each while no other process measures it in this folder.
 
     What another process is measuring comes last, when that is finished.
