@@ -18,7 +18,7 @@ WITHOUT = "none"
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Write a checkpoint in another format. Memory stays within one shard, whatever the size of the model.
+    """Write a checkpoint in another format. Memory stays within one shard for models of any size.
 
     An option of the model that the format cannot hold is an error, which names it.
     """
