@@ -66,6 +66,15 @@ def test_too_few_files_for_a_held_out_part(run, texts, tmp_path):
         assert code == 0 and "warning" not in err and ("held-out" in out) == (i < 2), err
 
 
+def test_a_tokenizer_of_another_model_is_told_before_the_data_is_read(
+    refused, texts, model_folder, big_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("anymamba.training.trainer.open_tables", lambda *_: pytest.fail("the data was read"))
+    arguments = ["--from", model_folder, "--tokenizer", big_tokenizer, "--data", texts, "--out", tmp_path / "run"]
+    assert "vocabulary of 257, the tokenizer of 5001" in refused(2, "train", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------ folders that cannot be used
 
 
@@ -94,6 +103,12 @@ def test_a_place_that_cannot_be_written_is_told_before_the_data_is_read(read_onl
     monkeypatch.setattr("anymamba.training.trainer.open_tables", lambda *_: pytest.fail("the data was read"))
     code, _, err = run("train", "--data", texts, "--out", read_only / "run", *SMALL)
     assert code == 1 and err.startswith("error: ") and str(read_only) in err and err.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_demo_trains(read_only, run, monkeypatch):
+    monkeypatch.setattr("anymamba.cli.demo.corpus", lambda: pytest.fail("the data was read"))
+    code, _, err = run("demo", "--out", read_only / "demo")
+    assert code == 1 and err.startswith("error: ") and str(read_only) in err
 
 
 def test_a_place_that_cannot_be_written_is_told_before_a_model_is_converted(read_only, run, model_folder, monkeypatch):

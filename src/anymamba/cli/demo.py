@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
+from anymamba.base.files import own_folder
 from anymamba.cli.flags import read_flags
 from anymamba.cli.output import TrainingReport, print_json, progress_bar, say
 from anymamba.cli.runtime import told_how_to_resume
@@ -80,7 +81,7 @@ def command(arguments: Sequence[str]) -> None:
     out = free_folder(options.out)
     if out != options.out:
         say(f"{options.out} exists and is left as it is; this run goes to {out}")
-    with told_how_to_resume(out):
+    with told_how_to_resume(out), own_folder(out, wait=0):
         result = train_on_standard_library(options, out)
     report(options, out, result)
 

@@ -17,7 +17,7 @@ PLAIN_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object on one line of stdout."""
     text = json.dumps(values, ensure_ascii=False, allow_nan=False)
-    if printable(text, sys.stdout) != text:  # a terminal without these characters, or the name of a file that is not UTF-8
+    if printable(text, sys.stdout) != text:  # the terminal lacks a character, or a file's name is not UTF-8
         text = json.dumps(values, allow_nan=False)
     print(text)
 

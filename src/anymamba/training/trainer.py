@@ -28,6 +28,7 @@ from anymamba.models.checkpoints import find_tokenizer
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.models.mixers import growing_mixers
 from anymamba.training.checkpoint import FOLDER, checkpoints, load_checkpoint, refuse_pickles, save_checkpoint
+from anymamba.training.clock import Clock
 from anymamba.training.config import TrainConfig, config_values, file_values
 from anymamba.training.interrupts import PendingSignal, deferred_signals
 from anymamba.training.metrics import MetricsLog, plot_loss
@@ -67,8 +68,8 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
 def _start(config: TrainConfig, run: Path, report: Report) -> _Trainer:
     """A new run with its first checkpoint."""
     tokenizer = find_tokenizer(config.start_from, config.data.tokenizer)
-    training, held_out = open_tables(config.data, tokenizer, report.on_tables)
     config = _complete(config, tokenizer)
+    training, held_out = open_tables(config.data, tokenizer, report.on_tables)
     write_json(run / TRAIN_CONFIG, file_values(config))
     return _Trainer(config, run, tokenizer, training, held_out, report)
 
@@ -169,6 +170,7 @@ class _Trainer:
             self._restore(found[-1])
         self.log = MetricsLog(run, self.progress.step)
         self.seconds, self.timed_tokens = 0.0, 0
+        self.clock = Clock(config.max_minutes, self.progress)
         if not found:
             self._checkpoint()
         elif self.progress.step >= config.steps:
@@ -210,18 +212,19 @@ class _Trainer:
             eos_id=self.tokenizer.eos_id,
             seed=config.seed,
             workers=config.data.workers,
+            piece=config.data.piece,
             position=self.progress.position,
         )
         return iter(stream)
 
     def _steps(self, stream: Iterator[Batch], loss: LossFunction, pending: PendingSignal) -> None:
         config, progress = self.config, self.progress
-        while progress.step < config.steps:
+        while progress.step < config.steps and not self.clock.is_up():
             started = time.perf_counter()
             metrics = self._one_step(stream, loss)
             self.seconds += time.perf_counter() - started
             self.timed_tokens += config.tokens_per_step
-            last = progress.step == config.steps
+            last = progress.step == config.steps or self.clock.is_up()
             self._record(metrics, write=last or progress.step % config.log_every == 0)
             if self.held_out is not None and (last or progress.step % config.eval_every == 0):
                 self._evaluate(self.held_out)
@@ -233,7 +236,7 @@ class _Trainer:
     def _one_step(self, stream: Iterator[Batch], loss: LossFunction) -> dict[str, Any]:
         """One optimizer step over `accumulation` batches; a non-finite one changes only the counters."""
         config, model, progress = self.config, self.model, self.progress
-        rate = learning_rate(config.optimizer, progress.step + 1, config.steps)
+        rate = learning_rate(config.optimizer, progress.step + 1, self.clock.affordable(config.steps))
         batches = [next(stream) for _ in range(config.accumulation)]
         count = max(1, sum(int((batch.labels != -100).sum()) for batch in batches))
         carried, nats = self.carried, 0.0
@@ -265,7 +268,7 @@ class _Trainer:
         return {"nats_per_token": nats / count if finite else None, "learning_rate": rate, "gradient_norm": norm}
 
     def _record(self, metrics: dict[str, Any], *, write: bool) -> None:
-        nats, progress, steps = metrics["nats_per_token"], self.progress, self.config.steps
+        nats, progress, steps = metrics["nats_per_token"], self.progress, self.clock.affordable(self.config.steps)
         if nats is not None:
             progress.bits_per_byte = self._bits_per_byte(nats)
         speed = self.timed_tokens / max(self.seconds, 1e-9)
