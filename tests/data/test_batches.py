@@ -314,3 +314,44 @@ def test_a_worker_of_a_main_process_that_is_gone_ends(monkeypatch):
     assert ends == []
     batches._serve_the_main_process(os.getppid() + 1, 0)
     assert ends == [1]
+
+
+# ------------------------------------------------------------------------------------------ pieces of documents
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda x: max(x) > 1),
+    piece=st.integers(1, 50),
+    context=st.sampled_from([1, 3, 16]),
+    eos=st.booleans(),
+)
+def test_every_label_is_read_once_an_epoch_after_its_own_token(lengths, piece, context, eos):
+    table, eos_id = numbered(lengths), EOS if eos else None
+    pieces = stream(table, eos_id=eos_id, context=context, batch_size=1, piece=piece)
+    pairs = []
+    for batch in take(pieces, -(-pieces.epoch_size // context)):
+        pairs += zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
+    expected = []
+    for i in range(table.n_documents):
+        tokens = table.read(i, 0, int(table.lengths[i])).tolist()
+        tokens = [EOS, *tokens, EOS] if eos and tokens else tokens
+        expected += itertools.pairwise(tokens)
+    assert sorted(pairs[: pieces.epoch_size]) == sorted(expected)
+
+
+def test_a_short_run_sees_many_documents_in_pieces():
+    table = numbered([500] * 20)
+    seen = {None: set(), 25: set()}
+    for piece, found in seen.items():
+        for batch in take(stream(table, batch_size=2, context=50, piece=piece), 6):
+            found |= {token // 1000 for token in batch.labels.flatten().tolist()}
+    assert len(seen[None]) <= 3 and len(seen[25]) >= 8  # 600 labels: 24 pieces
+
+
+def test_pieces_resume_exactly_and_only_at_their_size():
+    table = numbered([40, 7, 90])
+    whole = take(stream(table, piece=11), 9)
+    assert same(whole[4:], take(stream(table, piece=11, position=whole[3].position), 5))
+    with pytest.raises(ValueError, match="piece"):
+        stream(table, position=whole[3].position)

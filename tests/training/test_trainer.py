@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from anymamba.models.checkpoints import CheckpointError
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.mixers import MIXERS, growing_mixers
-from anymamba.training import trainer
+from anymamba.training import clock, trainer
 from anymamba.training.checkpoint import checkpoint_folder, checkpoints
 from anymamba.training.config import TrainConfig
 from anymamba.training.metrics import read_metrics
@@ -317,3 +319,23 @@ def test_a_run_without_a_checkpoint_begins_anew(config: TrainConfig, tmp_path: P
         path.rmdir()
     resume(tmp_path / "run")
     assert_same_run(tmp_path / "straight", tmp_path / "run", 12)
+
+
+def test_time_ends_a_run_with_a_decayed_rate_and_a_checkpoint(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(0.0, 0.5)  # each look at the clock takes half a second
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    timed = replace(config, steps=10**6, max_minutes=0.3, log_every=1)
+    result = train(timed, tmp_path / "run")
+    assert 10 < result.steps < 20
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{result.steps:08d}"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if line["kind"] == "train"]
+    assert rates[-1] < 0.2 * max(rates)
+    assert resume(tmp_path / "run").steps == result.steps, "its time is up"
+
+
+def test_steps_that_fit_into_the_time_end_as_without_a_limit(config: TrainConfig, tmp_path: Path) -> None:
+    limited = replace(config, max_minutes=60.0)
+    assert train(limited, tmp_path / "a").bits_per_byte == train(config, tmp_path / "b").bits_per_byte

@@ -49,7 +49,8 @@ class BatchStream:
 
     A document of n tokens t gives, with an end-of-document id, the inputs [eos, t[0], ..., t[n-1]] and the labels
     [t[0], ..., t[n-1], eos]; without one, the inputs t[:-1] and the labels t[1:]. Each row of the batch (a lane) reads
-    a document to its end and then the next one of the epoch, so rows are always full and no token is dropped.
+    a document to its end and then the next one of the epoch, so rows are always full and no token is dropped. With
+    `piece` the lanes get pieces of documents in place of whole ones: a short run then reads from many documents.
 
     The main process plans the spans and the workers only read them. So batches do not depend on `workers`, and a stream
     made with the `position` of a batch continues exactly after it.
@@ -62,7 +63,8 @@ class BatchStream:
         seed: seed of the shuffles; epoch e is shuffled with (seed, e).
         workers: processes that read tokens ahead; 0 reads in this process. They end with the iterator.
         position: the position of a batch to continue from, made by a stream over the same table with the same
-            batch_size.
+            batch_size and piece.
+        piece: the largest number of positions of a document that a lane reads in a row; defaults to all.
         rank, world_size: this process gets the rows [rank, rank + 1) * batch_size / world_size of each batch.
     """
 
@@ -76,10 +78,13 @@ class BatchStream:
         seed: int,
         workers: int = 0,
         position: dict[str, Any] | None = None,
+        piece: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         require_sizes(batch_size=batch_size, context=context)
+        if piece is not None:
+            require_at_least("piece", piece, 1)
         require_at_least("workers", workers, 0)
         if not 0 <= rank < world_size or batch_size % world_size:
             raise ValueError(
@@ -90,18 +95,15 @@ class BatchStream:
             raise ValueError(f"batch_size * context must stay below 2**31 tokens, got {batch_size} * {context}")
         self.table, self.batch_size, self.context, self.eos_id, self.seed = table, batch_size, context, eos_id, seed
         self.workers, self.rank, self.world_size = workers, rank, world_size
-        self._sizes = (
-            table.lengths + 1 if eos_id is not None else table.lengths - 1
-        )  # number of positions in each document
-        self._eligible = np.flatnonzero((table.lengths > 0) & (self._sizes > 0))
-        if not len(self._eligible):
+        self.piece = piece
+        sizes = table.lengths + 1 if eos_id is not None else table.lengths - 1  # number of positions in each document
+        eligible = np.flatnonzero((table.lengths > 0) & (sizes > 0))
+        self.epoch_size = int(sizes[eligible].sum())
+        """Number of labels in an epoch."""
+        self._units = _units(sizes, eligible, piece)
+        if not len(eligible):
             raise ValueError(f"none of the {table.n_documents} documents is long enough to train on; give more text")
         self.position = self._first_position() if position is None else self._checked(position)
-
-    @property
-    def epoch_size(self) -> int:
-        """Number of labels in an epoch."""
-        return int(self._sizes[self._eligible].sum())
 
     def __iter__(self) -> Iterator[Batch]:
         reader = _Reader(self.table, self.eos_id, self.context)
@@ -121,13 +123,14 @@ class BatchStream:
         yield from loader
 
     def _first_position(self) -> dict[str, Any]:
-        return {
+        position = {
             "epoch": 0,
             "next": 0,
             "lanes": [[-1, 0]] * self.batch_size,
             "n_documents": self.table.n_documents,
             "n_tokens": self.table.n_tokens,
         }
+        return position if self.piece is None else {**position, "piece": self.piece}
 
     def _checked(self, position: dict[str, Any]) -> dict[str, Any]:
         """The position, checked against this table and batch size."""
@@ -142,6 +145,8 @@ class BatchStream:
                     f"the position is of other data: {key} was {position[key]}, now it is {fresh[key]}; "
                     f"continue with the data that the run began with"
                 )
+        if position.get("piece") != self.piece:
+            raise ValueError(f"the position is of piece {position['piece']}, got {self.piece}; keep piece")
         if len(position["lanes"]) != self.batch_size:
             raise ValueError(
                 f"the position is of batch_size {len(position['lanes'])}, got {self.batch_size}; keep batch_size"
@@ -150,26 +155,44 @@ class BatchStream:
 
     def _plans(self) -> Iterator[_Plan]:
         """Yield this process's rows of all further batches."""
-        planner = _Planner(self.position, self._sizes, self._eligible, self.seed)
+        planner = _Planner(self.position, self._units, self.seed)
         mine = self.batch_size // self.world_size
         while True:
             yield planner.plan(self.context, slice(self.rank * mine, (self.rank + 1) * mine))
 
 
-class _Planner:
-    """Assigns an epoch's documents to lanes. A lane is [its document or -1, the next position in it]."""
+class _Units(NamedTuple):
+    """What lanes read from start to end: documents or pieces of them."""
 
-    def __init__(
-        self, position: dict[str, Any], sizes: NDArray[np.int64], eligible: NDArray[np.int64], seed: int
-    ) -> None:
-        self._position, self._sizes, self._eligible, self._seed = position, sizes, eligible, seed
+    document: NDArray[np.int64]
+    first: NDArray[np.int64]
+    """The first position in the document."""
+    size: NDArray[np.int64]
+    eligible: NDArray[np.int64]
+    """Which units have a label."""
+
+
+def _units(sizes: NDArray[np.int64], eligible: NDArray[np.int64], piece: int | None) -> _Units:
+    if piece is None:
+        return _Units(np.arange(len(sizes)), np.zeros_like(sizes), sizes, eligible)
+    n_pieces = -(-sizes[eligible] // piece)
+    document = np.repeat(eligible, n_pieces)
+    first = piece * (np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces))
+    return _Units(document, first, np.minimum(piece, sizes[document] - first), np.arange(len(document)))
+
+
+class _Planner:
+    """Assigns an epoch's units to lanes. A lane is [its unit or -1, the next position in it]."""
+
+    def __init__(self, position: dict[str, Any], units: _Units, seed: int) -> None:
+        self._position, self._units, self._seed = position, units, seed
         self._epoch, self._next = position["epoch"], position["next"]
         self._lanes = [tuple(lane) for lane in position["lanes"]]
         self._order = self._shuffled()
 
     def plan(self, context: int, rows: slice) -> _Plan:
         """Advance all lanes by one batch; return the spans of `rows`."""
-        carried = np.array([document >= 0 for document, _ in self._lanes])
+        carried = np.array([unit >= 0 for unit, _ in self._lanes])
         spans = [self._fill(lane, context) for lane in range(len(self._lanes))]
         document, start, stop = np.array([span for row in spans[rows] for span in row], np.int64).T
         lanes = [list(lane) for lane in self._lanes]
@@ -179,20 +202,20 @@ class _Planner:
     def _fill(self, lane: int, context: int) -> list[tuple[int, int, int]]:
         """The spans of a lane's next `context` positions."""
         spans = []
-        document, start = self._lanes[lane]
+        unit, start = self._lanes[lane]
         while context:
-            if document < 0:
-                document, start = self._deal(), 0
-            size = int(self._sizes[document])
+            if unit < 0:
+                unit, start = self._deal(), 0
+            size, first = int(self._units.size[unit]), int(self._units.first[unit])
             stop = min(size, start + context)
-            spans.append((document, start, stop))
+            spans.append((int(self._units.document[unit]), first + start, first + stop))
             context -= stop - start
-            document, start = (document, stop) if stop < size else (-1, 0)
-        self._lanes[lane] = document, start
+            unit, start = (unit, stop) if stop < size else (-1, 0)
+        self._lanes[lane] = unit, start
         return spans
 
     def _deal(self) -> int:
-        """The epoch's next document, or the first one of the next epoch."""
+        """The epoch's next unit, or the first one of the next epoch."""
         if self._next == len(self._order):
             self._epoch, self._next = self._epoch + 1, 0
             self._order = self._shuffled()
@@ -200,7 +223,7 @@ class _Planner:
         return int(self._order[self._next - 1])
 
     def _shuffled(self) -> NDArray[np.int64]:
-        return np.random.default_rng([self._seed, self._epoch]).permutation(self._eligible)
+        return np.random.default_rng([self._seed, self._epoch]).permutation(self._units.eligible)
 
 
 class _Reader(Dataset[Batch]):

@@ -34,6 +34,9 @@ class DataConfig:
     tokenizer: str | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to that of --from, or
     to bytes."""
+    piece: int | None = None
+    """Read documents in pieces of at most this many tokens, shuffled, so that a short run sees many documents; defaults
+    to whole documents."""
     workers: int = 0
     """Processes that read tokens; the batches are the same for any number."""
     cache_dir: str | None = None
@@ -41,6 +44,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_at_least("workers", self.workers, 0)
+        if self.piece is not None:
+            require_at_least("piece", self.piece, 1)
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}")
 
@@ -98,6 +103,9 @@ class TrainConfig:
     """Compare the files of start_from with their digests."""
     steps: int = 1000
     """Optimizer steps."""
+    max_minutes: float | None = None
+    """Stop after this time if the steps are not done by then; the learning rate decays over the steps that fit. The
+    result then depends on the speed of the machine."""
     batch_size: int = 8
     """Rows per batch; each row reads its documents one after the other."""
     context: int = 256
@@ -136,6 +144,8 @@ class TrainConfig:
         for name in [*counts.split(), "max_nonfinite"]:
             require_at_least(name, getattr(self, name), 1)
         require_at_least("eval_tokens", self.eval_tokens, 0)
+        if self.max_minutes is not None:
+            require_positive("max_minutes", self.max_minutes)
         if self.threads is not None:
             require_at_least("threads", self.threads, 1)
 

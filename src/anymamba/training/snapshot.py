@@ -30,6 +30,8 @@ class Progress:
     held_out_bits_per_byte: float | None = None
     position: dict[str, Any] | None = None
     """Where the data stream stands."""
+    seconds: float = 0.0
+    """Time of a run with max_minutes, over all processes that worked on it."""
 
 
 def snapshot(
@@ -75,7 +77,7 @@ def restore(
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = values["numpy_random"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    return carried, Progress(**{field.name: values[field.name] for field in fields(Progress)})
+    return carried, Progress(**{f.name: values[f.name] for f in fields(Progress) if f.name in values})
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
