@@ -6,6 +6,7 @@ list of (first, second, which one is killed). Prints one JSON object: the proble
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -29,6 +30,7 @@ import torch.utils.tensorboard
 
 from anymamba.base.files import own_file, own_folder, sweep
 from anymamba.cli import main
+from anymamba.cli.app import MODULES
 from anymamba.data.tokenizer import load_tokenizer
 from anymamba.experiments import EXPERIMENTS
 from anymamba.lab.experiment import Arm, Experiment, Threshold
@@ -265,6 +267,8 @@ def run_pair(
 def main_program(root: Path, pairs: str, seed: int) -> None:
     """Run the pairs and print what was found."""
     torch.set_num_threads(1)  # so that forked children are sound
+    for module in MODULES.values():
+        importlib.import_module(module)
     install_experiment()
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     surroundings, draw = prepare(root), random.Random(seed)
