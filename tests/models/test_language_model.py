@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from anymamba import LanguageModel, MambaOptions, ModelConfig
-from anymamba.models import language_model
 from anymamba.ops import dispatch
+from anymamba.ops.linear_cross_entropy import chunks
 from anymamba.parts.state import concatenate_rows, select_rows, state_bytes, state_tensors
 
 LENGTH = 18
@@ -177,7 +177,7 @@ def test_loss_is_the_sum_of_minus_log_p(options):
 def test_loss_in_chunks_equals_the_whole(monkeypatch, rows):
     results = []
     for elements in (1 << 23, rows * 32):
-        monkeypatch.setattr(language_model, "LOSS_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(chunks, "MOST_LOGITS", elements)
         model = build()
         out = model.loss(ids(), labels(), some_state(model, 3))
         out.loss.backward()
@@ -200,7 +200,7 @@ def test_loss_never_holds_all_logits(monkeypatch):
 
     model = build(torch.float32, vocab_size=3000, d_model=4, n_layers=1)
     tokens = ids(2, 500)
-    monkeypatch.setattr(language_model, "LOSS_CHUNK_ELEMENTS", 50 * 3000)
+    monkeypatch.setattr(chunks, "MOST_LOGITS", 50 * 3000)
     with Largest() as largest:
         model.loss(tokens, tokens).loss.backward()
     assert 50 * 3000 <= largest.elements < 2 * 50 * 3000
@@ -453,7 +453,7 @@ def test_it_learns():
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_gradients_per_sample_of_a_loss_in_chunks(recompute, monkeypatch):
     """torch.func cannot differentiate through activation checkpoints and raises."""
-    monkeypatch.setattr(language_model, "LOSS_CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(chunks, "MOST_LOGITS", 40)
     model = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=9)).double()
     model.activation_checkpointing = recompute
     tokens = torch.randint(0, 9, (3, 1, 12))

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from anymamba.layers.positions import LearnedPositions
 from anymamba.models.config import ModelConfig
 from anymamba.models.mixers import build_mixer
-from anymamba.parts.derivatives import recomputed
+from anymamba.ops.linear_cross_entropy import linear_cross_entropy
+from anymamba.ops.linear_cross_entropy.chunks import sum_over_chunks
+from anymamba.ops.recomputing import recomputed
+from anymamba.parts.bare import is_bare
 from anymamba.parts.init import WithoutMetaValues
-from anymamba.parts.norm import build_norm
+from anymamba.parts.norm import build_norm, norm_of_sum
 from anymamba.parts.parameters import WideParameters, without_decay
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
-
-LOSS_CHUNK_ELEMENTS = 1 << 23  # most logits in memory during the loss: 32 MiB in float32
 
 
 class LanguageModelState(NamedTuple):
@@ -53,7 +54,11 @@ class LossOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """residual + mixer(norm(residual)); the residual stays in float32 if the config says so."""
+    """residual + mixer(norm(residual)); the residual stays in float32 if the config says so.
+
+    The output of a block's mixer is added to the residual by the next block, whose norm reads the sum: one pass over
+    memory instead of two.
+    """
 
     def __init__(self, config: ModelConfig, index: int, like: dict[str, Any]) -> None:
         super().__init__()
@@ -66,13 +71,26 @@ class Block(nn.Module):
         state: Any,
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Float[Tensor, "batch length d_model"], Any]:
-        y, state = self.mixer(self.norm(residual), state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        return residual + y, state
+        update: Float[Tensor, "batch length d_model"] | None = None,
+    ) -> tuple[Float[Tensor, "batch length d_model"], Float[Tensor, "batch length d_model"], Any]:
+        """residual + update, what the mixer makes of it, and the mixer's state.
 
-    def step(self, residual: Float[Tensor, "batch d_model"], state: Any) -> tuple[Float[Tensor, "batch d_model"], Any]:
-        y, state = self.mixer.step(self.norm(residual), state)
-        return residual + y, state
+        Args:
+            residual: the stream without what the last block's mixer gave.
+            update: that; None for nothing.
+            Others as in the mixer.
+        """
+        x, residual = norm_of_sum(self.norm, update, residual)
+        y, state = self.mixer(x, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        return residual, y, state
+
+    def step(
+        self, residual: Float[Tensor, "batch d_model"], state: Any, update: Float[Tensor, "batch d_model"] | None = None
+    ) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, "batch d_model"], Any]:
+        """`forward` of one token per row."""
+        x, residual = norm_of_sum(self.norm, update, residual)
+        y, state = self.mixer.step(x, state)
+        return residual, y, state
 
 
 class LanguageModel(nn.Module):
@@ -185,13 +203,16 @@ class LanguageModel(nn.Module):
         if self.positions is not None:
             before = None if state is None else state.positions
             embedded, where = self.positions(embedded, before, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        residual = self._residual(embedded)
+        residual, update = self._residual(embedded), None
         states = []
         for i, block in enumerate(self.blocks):
-            inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens)
-            residual, new = recomputed(block, *inputs) if self.activation_checkpointing else block(*inputs)
+            if self.activation_checkpointing and update is not None:
+                residual, update = residual + update, None  # one tensor to keep instead of two
+            inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens, update)
+            residual, update, new = recomputed(block, *inputs) if self.activation_checkpointing else block(*inputs)
             states.append(new)
-        return self.norm(residual), LanguageModelState(tuple(states), where)
+        x, _ = norm_of_sum(self.norm, update, residual)
+        return x, LanguageModelState(tuple(states), where)
 
     def forward(
         self,
@@ -232,12 +253,13 @@ class LanguageModel(nn.Module):
         embedded, where = self.embedding(token_ids), state.positions
         if self.positions is not None:
             embedded, where = self.positions.step(embedded, where)
-        residual = self._residual(embedded)
+        residual, update = self._residual(embedded), None
         states = []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
-            residual, new = block.step(residual, layer_state)
+            residual, update, new = block.step(residual, layer_state, update)
             states.append(new)
-        return self.norm(residual), LanguageModelState(tuple(states), where)
+        x, _ = norm_of_sum(self.norm, update, residual)
+        return x, LanguageModelState(tuple(states), where)
 
     def loss(
         self,
@@ -258,12 +280,11 @@ class LanguageModel(nn.Module):
             raise ValueError(f"labels must be like input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
         x, state = self.hidden(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         x, labels = x.flatten(0, 1), labels.flatten().long()
-        size = max(1, LOSS_CHUNK_ELEMENTS // self.config.padded_vocab_size)
-        if x.shape[0] <= size:
-            loss = self._cross_entropy(x, labels)
-        else:
-            chunks = zip(x.split(size), labels.split(size), strict=True)
-            loss = torch.stack([recomputed(self._cross_entropy, *chunk) for chunk in chunks]).sum()
+        head = self.embedding if self.head is None else self.head
+        if self.head is None or (is_bare(head, nn.Linear) and self.head.bias is None):
+            loss = linear_cross_entropy(x, head.weight, labels)
+        else:  # an adapter, say, or a quantised layer
+            loss = sum_over_chunks(self._cross_entropy, x, labels, self.config.padded_vocab_size)
         return LossOutput(loss, (labels != -100).sum(), state)
 
     def _residual(self, embedded: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from anymamba.ops.add_norm import AddNormOutput, add_norm
+from anymamba.parts.bare import is_bare
 
 
 class RMSNorm(nn.Module):
@@ -24,11 +26,11 @@ class RMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if self.weight is None:
-            return F.rms_norm(x.to(wide), (self.size,), None, self.eps).to(x.dtype)
-        y = F.rms_norm(x.to(wide), (self.size,), self.weight.to(wide), self.eps)
-        return y.to(self.weight.dtype)
+        return self.of_sum(x, None).y
+
+    def of_sum(self, x: Float[Tensor, "... size"], residual: Float[Tensor, "... size"] | None) -> AddNormOutput:
+        """The norm of x + residual, and the sum; of x alone where there is no residual."""
+        return add_norm(x, self.weight, residual=residual, eps=self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -45,9 +47,11 @@ class LayerNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.bias.to(wide), self.eps)
-        return y.to(self.weight.dtype)
+        return self.of_sum(x, None).y
+
+    def of_sum(self, x: Float[Tensor, "... size"], residual: Float[Tensor, "... size"] | None) -> AddNormOutput:
+        """The norm of x + residual, and the sum; of x alone where there is no residual."""
+        return add_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, subtract_mean=True)
 
 
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -61,3 +65,21 @@ def build_norm(name: str, size: int, eps: float, device=None, dtype=None) -> RMS
     if name not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")
     return NORMS[name](size, eps, device=device, dtype=dtype)
+
+
+def norm_of_sum(
+    norm: nn.Module, update: Float[Tensor, "... size"] | None, residual: Float[Tensor, "... size"]
+) -> tuple[Float[Tensor, "... size"], Float[Tensor, "... size"]]:
+    """norm(residual + update) and residual + update, in one op where the norm is one of this file.
+
+    Args:
+        norm: any module; one with hooks, or that wraps a norm, is called with the sum.
+        update: what is added; None for nothing.
+        residual: the stream so far.
+    """
+    if update is None:
+        return norm(residual), residual
+    if is_bare(norm, RMSNorm) or is_bare(norm, LayerNorm):
+        return norm.of_sum(update, residual)  # type: ignore[operator]
+    total = residual + update
+    return norm(total), total

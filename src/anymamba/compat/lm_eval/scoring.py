@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anymamba.models.language_model import LOSS_CHUNK_ELEMENTS, LanguageModel, LanguageModelState
+from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.ops.linear_cross_entropy.chunks import MOST_LOGITS
 from anymamba.parts.state import select_rows
 
 PASS_TOKENS = 4096
@@ -140,7 +141,7 @@ def _read_in_pieces(
 
 def _scores(model: LanguageModel, x: Float[Tensor, "n d_model"], tokens: Int[Tensor, " n"]) -> Scores:
     """Log-probabilities over all columns of the checkpoint's vocabulary, computed in parts to save memory."""
-    size = max(1, LOSS_CHUNK_ELEMENTS // model.config.padded_vocab_size)
+    size = max(1, MOST_LOGITS // model.config.padded_vocab_size)
     log_probabilities, greedy = [], []
     for part, ids in zip(x.split(size), tokens.split(size), strict=True):
         logits = model.logits(part)

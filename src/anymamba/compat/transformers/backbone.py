@@ -333,9 +333,14 @@ def _mask_of(attention_mask: Tensor | None, inputs: Tensor, continues: bool) -> 
 
 @contextmanager
 def _inputs_of(blocks: Any) -> Iterator[list[Tensor]]:
-    """A list that collects the input of each block while the context is open."""
+    """A list that collects the residual stream before each block while the context is open."""
     seen: list[Tensor] = []
-    handles = [block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for block in blocks]
+
+    def see(_: Any, inputs: tuple[Any, ...]) -> None:
+        residual, *_, update = inputs
+        seen.append(residual if update is None else residual + update)
+
+    handles = [block.register_forward_pre_hook(see) for block in blocks]
     try:
         yield seen
     finally:
