@@ -437,7 +437,7 @@ def half_written(tensors, path, **options):
         ("replace", "os.replace", full_disk),
         ("weights", "save_file", half_written),
         ("sync", "os.fsync", full_disk),
-        ("config", "json.dumps", full_disk),
+        ("config", "write_json", full_disk),
     ],
 )
 def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path, monkeypatch, where, name, failure):
@@ -446,7 +446,7 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path, monkeypatch
     other = build(ModelConfig(**PLAIN))
     with monkeypatch.context() as patch:
         target, _, attribute = name.rpartition(".")
-        module = folders if attribute == "save_file" else written
+        module = written if target else folders
         patch.setattr(getattr(module, target) if target else module, attribute, failure)
         with pytest.raises(OSError, match="No space left"):
             save_pretrained(other, tmp_path)
