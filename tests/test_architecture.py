@@ -50,6 +50,7 @@ SHARED = {
     ),
     *("lab.experiment", "lab.results", "lab.report", "lab.charts"),
     *("cli.app", "cli.flags", "cli.output", "cli.runtime", "cli.signals", "cli.mistakes"),
+    *("cli.profiling", "cli.sampling"),
 }
 
 GATHERER = "kernels.backends"  # the list of backends may import them all

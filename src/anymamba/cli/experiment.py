@@ -32,8 +32,8 @@ class ExperimentOptions:
     """Names of the arms to run; defaults to all."""
     out: Path | None = None
     """Folder of the results; defaults to runs/experiments/NAME-SCALE."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, xpu, mps; auto takes the first of cuda, xpu, mps and cpu that can be used here."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice."""
     json: bool = False
@@ -50,9 +50,10 @@ def command(arguments: Sequence[str]) -> None:
             print(f"{name:<20} {shows}")
         return
     experiment = load_experiment(options.name)
-    from anymamba.cli.runtime import choose_device, set_threads
+    from anymamba.cli.runtime import set_threads
     from anymamba.lab.results import results_as_json
     from anymamba.lab.running import run_experiment
+    from anymamba.ops.devices import usable_device
 
     set_threads(options.threads)
     folder = options.out or Path("runs/experiments") / f"{options.name}-{options.scale}"
@@ -64,7 +65,7 @@ def command(arguments: Sequence[str]) -> None:
                 folder,
                 seeds=options.seeds,
                 only=options.arms,
-                device=choose_device(options.device),
+                device=usable_device(options.device),
                 progress=lambda arm, done, total, text: show(done, total, f"{arm}: {text}"),
             )
         except KeyboardInterrupt as end:

@@ -1,4 +1,4 @@
-"""`anymamba info`: versions, device, threads, and which backend of each operator runs here."""
+"""`anymamba info`: versions, devices, threads, and which backend of each operator runs here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEPENDENCIES = (
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Versions, device, threads, and which backend of each operator runs here and why another is missing."""
+    """Versions, devices, threads, and which backend of each operator runs here and why another is missing."""
 
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
@@ -45,7 +45,7 @@ def collect() -> dict[str, Any]:
 
     from anymamba.base import __version__
     from anymamba.compat import drop_in
-    from anymamba.ops import dispatch
+    from anymamba.ops import devices, dispatch
 
     return {
         "anymamba": __version__,
@@ -53,7 +53,8 @@ def collect() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "executable": sys.executable,
         "packages": {name: installed_version(name) for name in DEPENDENCIES},
-        "devices": devices(),
+        "device": str(devices.best_device()),
+        "devices": [kind._asdict() for kind in devices.device_kinds()],
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
         "drop-in": drop_in.status(),
         "backends": [status._asdict() for status in dispatch.report()],
@@ -68,21 +69,13 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def devices() -> list[str]:
-    """The devices that torch can use here, by name."""
-    import torch
-
-    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-    mps = ["mps"] if torch.backends.mps.is_available() else []
-    return [*gpus, *mps, f"cpu {torch.backends.cpu.get_cpu_capability()}"]
-
-
 def readable(facts: dict[str, Any]) -> dict[str, str]:
     """The same facts as one line each."""
     lines = {name: facts[name] for name in ("anymamba", "python", "platform", "executable")}
     lines |= {name: found or "not installed" for name, found in facts["packages"].items()}
-    for i, device in enumerate(facts["devices"]):
-        lines["device" if i == 0 else f"device {i + 1}"] = device
+    for device in facts["devices"]:
+        mark = "missing" if device["reason"] else "chosen" if device["kind"] == facts["device"] else "available"
+        lines[f"device {device['kind']}"] = f"{mark:<9} {device['reason'] or ', '.join(device['names'])}"
     lines |= facts["drop-in"]
     lines["threads"] = f"{facts['threads']['torch']} of {facts['threads']['cores']} cores"
     for status in facts["backends"]:

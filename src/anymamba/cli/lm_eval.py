@@ -23,7 +23,7 @@ All arguments are lm-eval's own. Two defaults differ: --model is anymamba, and w
   pretrained       folder of a model (a run folder is one), a .gguf file, or a name on the Hugging Face hub
   tokenizer        a tokenizer.json or a folder that holds one; defaults to the model's own
   dtype            float32 (the default), bfloat16, float16, float64, or auto: as stored
-  device           cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one
+  device           cpu, cuda, cuda:1, xpu, mps; defaults to the first of cuda, xpu, mps and cpu that can be used
   max_length       most tokens that the model reads at once (2048); the model itself has no limit
   max_gen_toks     tokens to generate unless a task says otherwise (256)
   add_bos_token    true or false: begin every text with the beginning-of-text token; defaults to tokenizer.json's rule

@@ -14,8 +14,6 @@ import tyro
 from anymamba.base.sizes import require_at_least
 
 if TYPE_CHECKING:
-    import torch
-
     from anymamba.data.tokenizer import Tokenizer
     from anymamba.models.checkpoints import Checkpoint
     from anymamba.models.language_model import LanguageModel
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
 class Runtime:
     """Device, dtype and threads of the computation, and whether the model's files are verified."""
 
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, xpu, mps; auto takes the first of cuda, xpu, mps and cpu that can be used here."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights; defaults to the stored one."""
     threads: int | None = None
@@ -45,24 +43,6 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; defaults to a GPU if there is one.
-
-    Raises ValueError if torch cannot use a device of that name on this machine.
-    """
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); leave --device out") from error
-    return device
-
-
 def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[Checkpoint, Tokenizer]:
     """Open a model and its tokenizer. The weights are not loaded yet, so that a wrong flag is told at once.
 
@@ -73,7 +53,9 @@ def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[C
         of threads that cannot be used and for a tokenizer of another model.
     """
     set_threads(runtime.threads)
-    choose_device(runtime.device)
+    from anymamba.ops.devices import usable_device
+
+    usable_device(runtime.device)
     from anymamba.models.checkpoints import find_tokenizer, open_checkpoint
 
     checkpoint = open_checkpoint(model, verify=not runtime.no_verify)
@@ -85,9 +67,10 @@ def load_model(checkpoint: Checkpoint, runtime: Runtime) -> LanguageModel:
     import torch
 
     from anymamba.models.checkpoints import load_pretrained
+    from anymamba.ops.devices import usable_device
 
     dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
-    return load_pretrained(checkpoint, device=choose_device(runtime.device), dtype=dtype).eval()
+    return load_pretrained(checkpoint, device=usable_device(runtime.device), dtype=dtype).eval()
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,9 @@ import tyro
 
 from anymamba.base.schema import config_from_dict
 from anymamba.cli.flags import read_flags, renamed_flags
-from anymamba.cli.output import TrainingReport, print_facts, print_json, progress_bar, told_warnings
-from anymamba.cli.runtime import choose_device, told_how_to_resume
+from anymamba.cli.output import ShowProgress, TrainingReport, print_facts, print_json, progress_bar, told_warnings
+from anymamba.cli.profiling import ProfiledReport
+from anymamba.cli.runtime import told_how_to_resume
 from anymamba.models.presets import PRESETS, preset
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig, config_values
 
@@ -54,6 +56,8 @@ class TrainOptions:
     """A .json or .toml file with the options below, such as a run's train_config.json; flags override it."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
     """Named sizes of the model; --model flags override them."""
+    profile: Path | None = None
+    """Folder for a profile of five steps: a trace for Perfetto or TensorBoard. A table of the time goes to stderr."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the result as one JSON object."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(device=AUTO))
@@ -72,8 +76,13 @@ def command(arguments: Sequence[str]) -> None:
     options = read_options(arguments)
     run = options.resume or options.out
     assert run is not None, "read_options requires one of them"
-    with told_how_to_resume(run), progress_bar("training") as show, told_warnings():
-        result = run_training(options, TrainingReport(show))
+    with (
+        told_how_to_resume(run),
+        progress_bar("training") as show,
+        told_warnings(),
+        make_report(options, show) as report,
+    ):
+        result = run_training(options, report)
     if options.json:
         print_json(dataclasses.asdict(result))
     else:
@@ -89,7 +98,7 @@ def read_options(arguments: Sequence[str]) -> TrainOptions:
     default = TrainOptions(train=start)
     options = read_flags(TrainOptions, "train", arguments, default, renamed_flags(FLAGS, REPEATABLE))
     if options.resume is not None:
-        if dataclasses.replace(options, resume=None, json=False) != TrainOptions():
+        if dataclasses.replace(options, resume=None, profile=None, json=False) != TrainOptions():
             raise ValueError(f"--resume {options.resume} uses the run's own config; leave the other flags out")
         return options
     if options.out is None:
@@ -146,8 +155,22 @@ def complete(options: TrainOptions, in_file: DataConfig) -> TrainConfig:
         raise ValueError("no training data; name files, folders or globs with --data PATH...")
     if config.start_from is not None and config.model != TrainConfig().model:
         raise ValueError("--from takes the model's sizes from its weights; leave --preset and --model flags out")
-    device = str(choose_device(None if config.device == AUTO else config.device))
-    return dataclasses.replace(config, data=data, device=device)
+    from anymamba.ops.devices import usable_device
+
+    return dataclasses.replace(config, data=data, device=str(usable_device(config.device)))
+
+
+@contextmanager
+def make_report(options: TrainOptions, show: ShowProgress) -> Iterator[TrainingReport]:
+    """What shows the progress of the run, and profiles it if that is wanted."""
+    if options.profile is None:
+        yield TrainingReport(show)
+        return
+    report = ProfiledReport(show, options.profile)
+    try:
+        yield report
+    finally:
+        report.close()
 
 
 def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:

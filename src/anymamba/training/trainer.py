@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from anymamba.base.errors import CheckpointError
 from anymamba.base.files import contents, own_folder, require_utf8, sweep, write_json
@@ -237,21 +238,25 @@ class _Trainer:
         """One optimizer step over `accumulation` batches; a non-finite one changes only the counters."""
         config, model, progress = self.config, self.model, self.progress
         rate = learning_rate(config.optimizer, progress.step + 1, self.clock.affordable(config.steps))
-        batches = [next(stream) for _ in range(config.accumulation)]
+        with record_function("batches"):  # names of the parts of a step in a trace
+            batches = [next(stream) for _ in range(config.accumulation)]
         count = max(1, sum(int((batch.labels != -100).sum()) for batch in batches))
         carried, nats = self.carried, 0.0
         device_type = model.embedding.weight.device.type
         for batch in batches:
-            with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            autocast = torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bfloat16")
+            with record_function("forward"), autocast:
                 batch_nats, _, state = batch_loss(model, loss, batch, carried)
-            (batch_nats / count).backward()
+            with record_function("backward"):
+                (batch_nats / count).backward()
             nats += batch_nats.item()
             carried = state if config.carry_state else None
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm).item()
         finite = math.isfinite(nats) and math.isfinite(norm)
         if finite:
             set_learning_rate(self.optimizer, rate)
-            self.optimizer.step()
+            with record_function("optimizer"):
+                self.optimizer.step()
         self.optimizer.zero_grad()
         self.carried = carried if finite else None
         progress.step += 1

@@ -57,7 +57,7 @@ class AnymambaLM(TemplateLM):
         tokenizer: a tokenizer.json, a folder that holds one, or a Tokenizer; defaults to the model's own.
         dtype: dtype of the weights: "float32", "bfloat16", "float16", "float64", or "auto" for the dtype of the file;
             defaults to float32.
-        device: cpu, cuda, cuda:1, mps, ...; defaults to a GPU if there is one.
+        device: cpu, cuda, cuda:1, xpu, mps; defaults to the first of cuda, xpu, mps and cpu that can be used.
         batch_size: most requests in one pass; "auto" runs as many as fit. Results do not depend on it.
         max_batch_size: upper bound of "auto".
         max_length: most tokens that the model reads at once, as in `hf`: longer contexts lose their beginning, longer

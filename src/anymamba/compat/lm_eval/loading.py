@@ -10,6 +10,7 @@ import torch
 
 from anymamba.data.tokenizer import JsonTokenizer, Tokenizer
 from anymamba.models.language_model import LanguageModel
+from anymamba.ops.devices import usable_device
 
 DTYPES = {"auto": None, **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}}
 """Names of dtypes; "auto" is the dtype of the file."""
@@ -35,17 +36,6 @@ def load_model(
     elif dtype is None:
         dtype = torch.float32
     return LanguageModel.from_pretrained(pretrained, device=usable_device(device), dtype=dtype, revision=revision)
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; defaults to a GPU if there is one. Raises ValueError if it cannot be used."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); leave it out") from error
 
 
 def special_id(tokenizer: Tokenizer, key: str, default: int | None) -> int | None:
