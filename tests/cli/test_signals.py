@@ -122,16 +122,27 @@ def handles_sigterm(process: subprocess.Popen) -> bool:
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    """A model without an id that ends its text."""
+    from anymamba import LanguageModel, ModelConfig
+
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=256)).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, to see which signals are handled")
 @pytest.mark.parametrize("delay", [0, 0.05, 0.3, 0.8, 1.5])
-def test_at_any_moment_of_the_start(interruptible, model_folder, delay):
+def test_at_any_moment_of_the_start(interruptible, endless, delay):
     """Also while torch is imported and while the model is loaded."""
-    arguments = ["generate", "--model", str(model_folder), "--prompt", "a", "--max-new-tokens", "100000000"]
+    arguments = ["generate", "--model", str(endless), "--prompt", "a", "--max-new-tokens", "100000000"]
     with interruptible():
         process = subprocess.Popen(
             [sys.executable, "-m", "anymamba", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
     while not handles_sigterm(process):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
