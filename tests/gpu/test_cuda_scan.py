@@ -38,7 +38,7 @@ def check(a: ScanArguments, factor: float = 2) -> None:
 
 
 @pytest.mark.parametrize("dtype", SHORT)
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31, 63, 64, 65, 127, 129, 251, 1000])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31, 63, 64, 65, 127, 129, 251, 1000, 2503])
 def test_lengths(length, dtype):
     check(arguments(scan_inputs(2, length, 40, 16, dtype=dtype)))
 

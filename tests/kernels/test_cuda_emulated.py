@@ -59,6 +59,13 @@ def test_fast_kernels(case):
     check(**{"d_state": 16, "dtype": torch.float32} | FAST[case])
 
 
+def test_sums_over_a_long_chunk(monkeypatch):
+    """They are added to others after 1,024 tokens; on one multiprocessor a row is one chunk."""
+    monkeypatch.setattr(nvrtc, "device", lambda index: SMALL._replace(n_multiprocessors=1))
+    assert plan.LONG < 1100
+    check(batch=1, length=1100, d_inner=3, d_state=16, dtype=torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FAST)
 @pytest.mark.parametrize("d_state", [16, 40])
@@ -202,7 +209,7 @@ def test_nothing_to_do(sizes):
 def test_states_are_saved_for_a_backward_pass_alone():
     a = arguments(scan_inputs(2, 65, 33, 16, dtype=torch.float32))
     _, _, saved = cuda.forward(a, True)
-    assert saved.shape == cuda.saved_shape(a) == (2, 2, 16, 64)
+    assert saved.shape == cuda.saved_shape(a) == (2 * 2 * 16 * 64,)
     assert cuda.forward(a, False)[2].numel() == 0
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from anymamba import causal_conv1d, selective_scan
-from anymamba.kernels import native
+from anymamba.kernels import native, nvrtc
 from anymamba.kernels.selective_scan.portable import splitting
 
 INSTRUCTION_SETS = native.module().instruction_sets() if native.load() else []
-BACKENDS = ["portable", *(f"cpu {name}" for name in INSTRUCTION_SETS)]
+BACKENDS = ["portable", *(f"cpu {name}" for name in INSTRUCTION_SETS), *([] if nvrtc.reason() else ["cuda"])]
 EPS = 2.0**-24  # half a unit in the last place of 1
 
 
@@ -31,29 +31,34 @@ def backend(request):
     native.module().choose_instruction_set(before)
 
 
+def device_of(backend: str) -> str:
+    """Where a backend's tensors are."""
+    return "cuda" if backend == "cuda" else "cpu"
+
+
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 compiled = pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
+with_a_table = pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")], indirect=True)
 
 
 # ------------------------------------------------------------------------------------------------- exp
 
 
-def errors_of_exp(x: Tensor) -> Tensor:
-    """Relative errors of exp(-x) in units of 2^-24: what one step of a scan leaves of a state of ones, at A = -1."""
+def errors_of_exp(x: Tensor, backend: str, A: float = -1.0) -> Tensor:
+    """Relative errors of exp(A x) in units of 2^-24: what one step of a scan leaves of a state of ones."""
     zeros, matrix = torch.zeros(1, 1, len(x)), torch.zeros(1, 1, 1)
-    state = torch.ones(1, len(x), 1)
-    got = selective_scan(
-        zeros, x[None, None], -torch.ones(len(x), 1), matrix, matrix, initial_state=state, backend="cpu"
-    )
-    exact = torch.exp(-x.double())
-    return (got.last_state.flatten().double() - exact) / exact / EPS
+    inputs = (zeros, x[None, None], torch.full((len(x), 1), A), matrix, matrix)
+    inputs = [t.to(device_of(backend)) for t in (*inputs, torch.ones(1, len(x), 1))]
+    got = selective_scan(*inputs[:-1], initial_state=inputs[-1], backend=backend)
+    exact = torch.exp(torch.tensor(A).double() * x.double())
+    return (got.last_state.flatten().cpu().double() - exact) / exact / EPS
 
 
 def uniform(low: float, high: float) -> Tensor:
     return low + (high - low) * torch.rand(1 << 17, generator=torch.Generator().manual_seed(0))
 
 
-@compiled
+@with_a_table
 @pytest.mark.parametrize("size", [8, 16, 32], ids=lambda size: f"in steps of 1/{size}")
 def test_exp_errs_alike_below_and_above_a_power_of_its_table(size, backend):
     """An error that is odd in the fraction cancels in a mean over all, but not in a decay that stays on one side.
@@ -63,7 +68,7 @@ def test_exp_errs_alike_below_and_above_a_power_of_its_table(size, backend):
     """
     x = uniform(0, 40)
     exponent = -x.double() * (size / math.log(2))
-    fraction, errors = exponent - exponent.round(), errors_of_exp(x)
+    fraction, errors = exponent - exponent.round(), errors_of_exp(x, backend)
     below, above = errors[fraction < 0].mean().item(), errors[fraction > 0].mean().item()
     assert abs(below) < 0.25 and abs(above) < 0.25, f"mean error {below:.3f} below, {above:.3f} above"
     assert abs(below - above) < 0.05, f"mean error {below:.3f} below, {above:.3f} above"
@@ -73,17 +78,26 @@ def test_exp_errs_alike_below_and_above_a_power_of_its_table(size, backend):
 def test_exp_of_a_slow_decay_errs_to_neither_side(backend):
     """The decays that last for a hundred steps and more: as good as a single rounding, octave by octave."""
     for octave in range(7, 20):
-        errors = errors_of_exp(uniform(2.0 ** -(octave + 1), 2.0**-octave))
+        errors = errors_of_exp(uniform(2.0 ** -(octave + 1), 2.0**-octave), backend)
         assert abs(errors.mean()) < 0.05, f"mean error {errors.mean():.3f} at 2^-{octave}"
         assert errors.abs().max() < 0.6, f"largest error {errors.abs().max():.3f} at 2^-{octave}"
 
 
-@compiled
+@with_a_table
 def test_the_largest_error_of_exp(backend):
     """In units of the last place."""
     x = uniform(0, 80)
     mantissa = torch.frexp(torch.exp(-x.double())).mantissa
-    assert (errors_of_exp(x) * mantissa).abs().max() < 1.4
+    assert (errors_of_exp(x, backend) * mantissa).abs().max() < 1.4
+
+
+@compiled
+def test_errors_of_exp_are_those_of_torch(backend):
+    """Of the product with A, too: at most twice those of float32, root mean square and largest."""
+    x = uniform(0, 40)
+    got, peer = errors_of_exp(x, backend, A=-0.7), errors_of_exp(x, "portable", A=-0.7)
+    assert got.square().mean().sqrt() < 2 * peer.square().mean().sqrt()
+    assert got.abs().max() < 2 * peer.abs().max()
 
 
 # ------------------------------------------------------------------------------------------------- the scan
@@ -138,7 +152,7 @@ def scan_inputs(case: str, length: int) -> dict[str, Tensor]:
 def results_of_scan(case: str, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     """y, the last state and every gradient."""
     options = {"b_discretization": "zoh" if case == "zero-order hold" else "euler", "backend": backend}
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    leaves = {name: tensor.detach().to(device_of(backend)).requires_grad_() for name, tensor in inputs.items()}
     length = leaves["u"].shape[1]
     size = PIECE if backend == "reference" else length
     ys, state = [], leaves["initial_state"]
@@ -148,10 +162,10 @@ def results_of_scan(case: str, inputs: dict[str, Tensor], backend: str) -> dict[
         ys.append(y)
     outputs = [torch.cat(ys, 1), state]
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+    cotangents = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
     named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return {"y": outputs[0].detach(), "last_state": state.detach(), **named}
+    return {name: t.detach().cpu() for name, t in {"y": outputs[0], "last_state": state, **named}.items()}
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -197,9 +211,10 @@ def test_errors_over_16384_steps_are_those_of_the_reference(case, backend):
 @pytest.mark.parametrize("length", [500, 16384])
 def test_the_convolution_sums_over_time_as_torch_does(length, backend):
     """Gradients of weight and bias against sums of torch's in float32, which are not running sums."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(1, length, 64, generator=generator) for _ in range(2))
-    weight, bias = torch.randn(64, 4, generator=generator), torch.randn(64, generator=generator)
+    generator, device = torch.Generator().manual_seed(0), device_of(backend)
+    x, dy = (torch.randn(1, length, 64, generator=generator).to(device) for _ in range(2))
+    weight = torch.randn(64, 4, generator=generator).to(device)
+    bias = torch.randn(64, generator=generator).to(device)
 
     def sums(x: Tensor, dy: Tensor) -> list[Tensor]:
         padded = torch.nn.functional.pad(x, (0, 0, 3, 0))
@@ -216,13 +231,14 @@ def test_the_convolution_sums_over_time_as_torch_does(length, backend):
 @compiled
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_a_sum_that_is_not_finite_stays_what_it_is(value, backend):
-    dy = torch.ones(1, 100, 3)
-    dy[0, 40, 1] = value
-    ones, matrix = torch.ones(1, 100, 3), torch.ones(1, 100, 1)
-    D, bias = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    y = selective_scan(ones, ones, -torch.ones(3, 1), matrix, matrix, D, backend=backend).y
-    dD = torch.autograd.grad(y, D, dy)[0]
-    y = causal_conv1d(ones, torch.ones(3, 4), bias, backend=backend).y
-    dbias = torch.autograd.grad(y, bias, dy)[0]
+    with torch.device(device_of(backend)):
+        dy = torch.ones(1, 100, 3)
+        dy[0, 40, 1] = value
+        ones, matrix, weight, A = torch.ones(1, 100, 3), torch.ones(1, 100, 1), torch.ones(3, 4), -torch.ones(3, 1)
+        D, bias = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    y = selective_scan(ones, ones, A, matrix, matrix, D, backend=backend).y
+    dD = torch.autograd.grad(y, D, dy)[0].cpu()
+    y = causal_conv1d(ones, weight, bias, backend=backend).y
+    dbias = torch.autograd.grad(y, bias, dy)[0].cpu()
     want = torch.tensor([100, value, 100])
     assert torch.equal(dD.nan_to_num(7), want.nan_to_num(7)) and torch.equal(dbias.nan_to_num(7), want.nan_to_num(7))

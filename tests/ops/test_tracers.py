@@ -108,7 +108,9 @@ class Doubled(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor):
-        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride()
+        )
         made.inner = inner
         return made
 

@@ -10,9 +10,12 @@ import ctypes
 import hashlib
 import importlib
 import os
+import re
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,9 +84,21 @@ DEVICE_ATTRIBUTES = (
 
 @cache
 def source(path: Path) -> Source:
-    """A .cu file with the headers of its folder and of HEADERS."""
-    headers = sorted([*HEADERS.glob("*.cuh"), *path.parent.glob("*.cuh")])
-    return Source(path.name, path.read_text("utf-8"), tuple((h.name, h.read_text("utf-8")) for h in headers))
+    """A .cu file with the headers that it includes, of its folder and of HEADERS."""
+    text, headers = path.read_text("utf-8"), {}
+    wanted = included(text)
+    while wanted:
+        name = wanted.pop()
+        place = next((f / name for f in (path.parent, HEADERS) if (f / name).exists()), None)
+        if place and name not in headers:
+            headers[name] = place.read_text("utf-8")
+            wanted += included(headers[name])
+    return Source(path.name, text, tuple(sorted(headers.items())))
+
+
+def included(text: str) -> list[str]:
+    """The names that a source includes in quotes."""
+    return re.findall(r'^#include "(.*)"', text, re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------------ what there is
@@ -350,19 +365,27 @@ def _can_keep() -> bool:
 # ------------------------------------------------------------------------------------------------ launching
 
 
+_thread = threading.local()  # has_context: whether a context is current in a thread
+
+# A private function of torch that makes no object of the stream: a third of what a launch costs.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+
 class Kernel:
     """A kernel on one device."""
 
-    def __init__(self, variant: Variant, index: int) -> None:
+    def __init__(self, variant: Variant, index: int, cubin: bytes | None = None) -> None:
         self._driver = driver = _require(_driver())
         self._index = index
         self._name = variant.kernel
         target = architecture(device(index).capability)
+        cubin = cubin or compile_for(variant, target)
         with torch.cuda.device(index):
             torch.cuda.current_stream().cuda_stream  # noqa: B018  torch makes the context when it is first needed
             relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # a graph may be captured meanwhile
+            self._enter()
             before = self._check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
-            self._module = self._load(compile_for(variant, target), variant, target)
+            self._module = self._load(cubin, variant, target)
             self._function = self._check(driver.cuModuleGetFunction(self._module, variant.kernel.encode()))
             self._check(driver.cuThreadExchangeStreamCaptureMode(before))
         self._shared = 48 << 10  # what a block gets without asking
@@ -375,19 +398,29 @@ class Kernel:
             with torch.cuda.device(self._index):
                 return self.launch(n_blocks, threads, shared, parameters)
         driver = self._driver
+        if not getattr(_thread, "has_context", False):
+            self._enter()
         if shared > self._shared:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._check(driver.cuFuncSetAttribute(self._function, attribute, shared))
             self._shared = shared
         content = ctypes.create_string_buffer(parameters, len(parameters))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(content))
-        stream = torch.cuda.current_stream(self._index).cuda_stream
+        stream = _raw_stream(self._index)
         self._check(
             driver.cuLaunchKernel(
                 self._function, n_blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
             )
         )
         return None
+
+    def _enter(self) -> None:
+        """Give this thread torch's context where it has none, as threads of autograd may."""
+        status, context = self._driver.cuCtxGetCurrent()
+        if status != self._driver.CUresult.CUDA_SUCCESS or not int(context):
+            handle = self._check(self._driver.cuDeviceGet(self._index))
+            self._check(self._driver.cuCtxSetCurrent(self._check(self._driver.cuDevicePrimaryCtxRetain(handle))))
+        _thread.has_context = True
 
     def _load(self, cubin: bytes, variant: Variant, target: int) -> Any:
         status, module = self._driver.cuModuleLoadData(cubin)
@@ -409,6 +442,22 @@ class Kernel:
 
 _kernels: dict[tuple[Variant, int], Kernel] = {}
 _lock = threading.Lock()
+
+
+def prepare(variants: Sequence[Variant], index: int) -> None:
+    """Compile or load what calls of a device will need, all at once: the compiler runs on several cores."""
+    absent = [v for v in variants if (v, index) not in _kernels]
+    if not absent:
+        return
+    target = architecture(device(index).capability)
+    files = list({(v.source, v.options): v for v in absent}.values())  # kernels of one file are compiled together
+    with ThreadPoolExecutor(len(files)) as pool:
+        compiled = pool.map(compile_for, files, [target] * len(files))
+        cubins = {(v.source, v.options): cubin for v, cubin in zip(files, compiled, strict=True)}
+    with _lock:
+        for v in absent:
+            if (v, index) not in _kernels:
+                _kernels[v, index] = Kernel(v, index, cubins[v.source, v.options])
 
 
 def kernel(variant: Variant, index: int) -> Kernel:

@@ -120,9 +120,17 @@ def step_kernel(
     return kernel(op, name).step
 
 
+def _can_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# Versions of torch before 2.13 cannot trace it; this is what torch.compiler.assume_constant_result sets.
+_can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context in which operations keep the dtypes of their operands. An exported program keeps this context."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not _can_autocast(device_type):
         return nullcontext()
     needed = torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if needed else nullcontext()

@@ -76,4 +76,5 @@ def patch(monkeypatch, n_multiprocessors: int = 4) -> None:
     """Have the backends run on tensors of the processor."""
     device = nvrtc.Device(90, n_multiprocessors, 227 << 10, 228 << 10)
     monkeypatch.setattr(nvrtc, "kernel", lambda variant, index: Kernel(variant))
+    monkeypatch.setattr(nvrtc, "prepare", lambda variants, index: None)
     monkeypatch.setattr(nvrtc, "device", lambda index: device)

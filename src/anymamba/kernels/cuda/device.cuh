@@ -78,10 +78,16 @@ DEVICE void write_16_bytes(float* global, float4 v) {
 
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
-// A barrier in shared memory that one warp passes on and another waits for; its phases alternate in parity.
+// A barrier in shared memory that one warp passes on and another waits for; its phases alternate in parity. Every phase
+// is waited for. Racecheck does not follow what a warp's synchronisation orders: for it, every lane arrives.
 typedef u64 Barrier;
+#ifdef ANYMAMBA_CHECKED
+constexpr int ARRIVALS = 32;
+#else
+constexpr int ARRIVALS = 1;
+#endif
 DEVICE void start_barrier(Barrier* b) {
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(b)) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "n"(ARRIVALS) : "memory");
 }
 DEVICE void arrive(Barrier* b) {
     asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(shared_address(b)) : "memory");
@@ -145,6 +151,16 @@ DEVICE u32 floats_as_halves(float first, float second) {
 }
 
 #endif  // ANYMAMBA_EMULATED
+
+// What the lanes of a warp have written is there.
+DEVICE void pass_on(Barrier* b, int lane) {
+    sync_warp();
+#ifdef ANYMAMBA_CHECKED
+    arrive(b);
+#else
+    if (lane == 0) arrive(b);
+#endif
+}
 
 // ------------------------------------------------------------------------------------------------ elements
 // Of tensors: the numbers of nvrtc.DTYPES.

@@ -34,9 +34,10 @@ def description() -> str:
 
 
 def saved_shape(a: ScanArguments) -> tuple[int, ...]:
-    """Of the states that forward saves for backward: (batch, tokens / 64, padded states, padded channels)."""
-    channels = -(-(a.d_inner // a.n_groups) // 32) * 32 * a.n_groups
-    return (a.batch, -(-a.length // plan.SAVED_EVERY), plan.padded_states(a), channels)
+    """Of the states that forward saves for backward: (batch, tokens / 64, padded states, padded channels) in one
+    dimension, so that code that torch.compile traces serves any length."""
+    channels = (a.d_inner // a.n_groups + 31) // 32 * 32 * a.n_groups
+    return (a.batch * ((a.length + plan.SAVED_EVERY - 1) // plan.SAVED_EVERY) * plan.padded_states(a) * channels,)
 
 
 def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +79,6 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     if a.cu_seqlens is not None and dinitial is not None:
         _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
     _fast_backward(call, a, layouts, dtype) if layouts else _general_backward(call, a)
-    _between(call, "sum_parts", (a.d_state + 2) * call["channels"])
     du, ddelta, dz = (None if t is None or w is None else w.to(t.dtype) for t, w in zip(rows, written, strict=True))
     initial = None if dinitial is None or states is None else states.to(dinitial.dtype)
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, initial]
@@ -149,10 +149,10 @@ def _blocks(call: Call, block_channels: int) -> int:
     return call["batch"] * call["n_groups"] * blocks_of_group
 
 
-def _split(call: Call, n_blocks: int, blocks_of_multiprocessor: int, costs: plan.Costs) -> None:
-    """Decide on chunks of time."""
-    places = nvrtc.device(call.index).n_multiprocessors * blocks_of_multiprocessor
-    _set_split(call, plan.split(call["length"], n_blocks, places, costs))
+def _split(call: Call, n_blocks: int, held: int, summary: float = 0.5) -> None:
+    """Decide on chunks of time; a multiprocessor holds so many blocks."""
+    machine = plan.Machine(nvrtc.device(call.index).n_multiprocessors, held, summary=summary)
+    _set_split(call, plan.split(call["length"], n_blocks, machine))
 
 
 def _set_split(call: Call, split: plan.Split) -> None:
@@ -174,6 +174,8 @@ def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None
     device = nvrtc.device(call.index)
     layout, warps, split = plan.forward_plan(call["length"], channels, layouts.warps, dtype, call["states"], device)
     _set_split(call, split)
+    if call["saved"]:
+        nvrtc.prepare(plan.variants_of_training(layout, layouts, dtype, call["states"], split.n_chunks > 1), call.index)
     if split.n_chunks > 1:
         _scratch_of_chunks(call)
         _fast_scan(call, layout, warps, dtype, plan.SUMMARY, split.n_chunks - 1)
@@ -189,7 +191,7 @@ def _fast_scan(call: Call, layout: plan.Layout, warps: int, dtype: torch.dtype, 
 
 def _general_forward(call: Call) -> None:
     n_blocks = _blocks(call, 32)
-    _split(call, n_blocks, 4, plan.GENERAL_COSTS)
+    _split(call, n_blocks, 4)
     _scratch_of_chunks(call)
     if call["n_chunks"] > 1:
         _general_scan(call, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
@@ -215,7 +217,7 @@ def _scratch_of_parts(call: Call, a: ScanArguments) -> None:
 
 def _general_backward(call: Call, a: ScanArguments) -> None:
     n_blocks = _blocks(call, 32)
-    _split(call, n_blocks, 4, plan.GENERAL_COSTS)
+    _split(call, n_blocks, 4)
     _scratch_of_chunks(call)
     if call["n_chunks"] > 1:
         _general_scan(call, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
@@ -231,12 +233,13 @@ def _general_backward(call: Call, a: ScanArguments) -> None:
     shared = plan.shared_of_general(call.dtype, backward=True)
     call.launch(variant, n_blocks * call["n_chunks"], plan.GENERAL_THREADS, shared)
     _between(call, "sum_blocks", a.batch * a.length * a.d_state * a.n_groups)
+    _between(call, "sum_parts", (a.d_state + 2) * call["channels"])
 
 
 def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: torch.dtype) -> None:
     layout = layouts.backward
     n_blocks = _blocks(call, layout.block_channels)
-    _split(call, n_blocks, layout.blocks, plan.BACKWARD_COSTS)
+    _split(call, n_blocks, layout.blocks, plan.SUMMARY_BACKWARD)
     if call["n_chunks"] > 1:
         _scratch_of_chunks(call)
         _fast_scan(call, plan.WIDE, layouts.warps, dtype, plan.REVERSE, call["n_chunks"] - 1)
@@ -244,10 +247,11 @@ def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: t
     n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
     n_units = a.batch * n_pieces * call["states"] * 2
     call.scratch("dB_parts", n_blocks // a.batch, n_units, layout.tokens)
-    if call["states"] > plan.GROUP:
+    if call["states"] > plan.GROUP or call["chunk"] >= plan.LONG:
         call.scratch("dA_of_warps", call["n_parts"], layout.warps, call["states"], call["channels"])
     shared = plan.shared_of_backward(layout, dtype, call["states"], layouts.ahead)
     variant = plan.fast_backward(layout, dtype, call["states"], layouts.ahead)
     call.launch(variant, n_blocks * call["n_chunks"], layout.threads, shared)
     threads = plan.SMALL_THREADS
-    call.launch(variant._replace(kernel="sum_pieces"), -(-n_units * a.n_groups // threads), threads)
+    n_blocks = -(-n_units * a.n_groups // threads) + -(-(a.d_state + 2) * call["channels"] // threads)
+    call.launch(variant._replace(kernel="sum_pieces"), n_blocks, threads)

@@ -21,7 +21,10 @@
 // Launch: four lanes share the states of four channels, so that sums over channels are short. One block of 8 warps on a
 // multiprocessor: with all registers (255 a lane) a step keeps its tokens in them. Where shared memory is short, 4
 // warps and not AHEAD.
+#define DOUBLE 0
+#define COMPLEX 0
 #include "pieces.cuh"
+#include "sums.cuh"
 
 static_assert(SHARE == 4 && CHANNELS == 4 && TOKENS == 4, "the exchanges between lanes want these");
 constexpr int PIECES = SAVED_EVERY / TOKENS, ROUNDS = PIECES / WARPS, SIDES = AHEAD ? 2 : 1;
@@ -52,6 +55,8 @@ struct alignas(16) OfBlock {
     float bias[BLOCK_CHANNELS], D[BLOCK_CHANNELS];
     float dA[WARPS][PLANE];
     Source sources[2][COPIES][32];
+    float totals[2 * CHANNELS][THREADS];  // of dD and dbias
+    const u8* places[2][32];  // of each lane, in dB_parts and in the rows that are written: registers are short
     Element raw[WARPS][2][3 * ROW];         // of a piece: u, delta, B, C for the forward run and u, z, dy for the other
     Barrier arrived[SIDES][PIECES][STEPS];  // forward: the state after the piece is there
     Barrier prepared[SIDES][PIECES];        // d, w, B and C of the piece are
@@ -64,6 +69,11 @@ struct alignas(16) OfGroup {             // of states
 };
 // Where in its side a piece of a turn is.
 DEVICE int slot_of(u32 turn, int piece) { return turn / SIDES & 1 ? PIECES - 1 - piece : piece; }
+// The parity of a piece's barriers `arrived` and `returned`, which the last piece has no use for: it shares its slot
+// with the first one, whose barriers so pass a phase on every other use.
+DEVICE u32 phase_of_piece(u32 turn, int piece) { return turn / (piece == 0 ? 2 * SIDES : SIDES) & 1; }
+
+constexpr u32 LONG = 16;  // turns after which sums over time are added to others: the longer a sum, the more it rounds
 
 constexpr int SUMS = 3 * SAVED_EVERY * BLOCK_CHANNELS;  // y, du, ddelta of a tile, where there are several groups
 
@@ -116,11 +126,12 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     const int matrix_reads = warp * 512 + (of_matrix * 2 + of_half) * 128 + of_part * 32 + (2 * of_part + lane % 2) * 4;
     const int options = options_of(p);
     const i64 first_part = ((at.block * p.batch + at.row) * n_saved + first_tile) * PIECES * groups;
-    const u8* parts_of_block =
-        p.dB_parts + (first_part * 2 * GROUP + of_matrix * GROUP + of_half * SHARE + of_part) * TOKENS * 4;
-    const i64 first_out = (at.row * p.length + at.begin) * p.d_inner + at.channel + c0;
-    const u8* out_of_chunk = reinterpret_cast<const u8*>(first_out * i64(sizeof(Element)));
-    keep(parts_of_block), keep(out_of_chunk);
+    if (warp == 0) {
+        const i64 first_out = (at.row * p.length + at.begin) * p.d_inner + at.channel + c0;
+        block.places[0][lane] =
+            p.dB_parts + (first_part * 2 * GROUP + of_matrix * GROUP + of_half * SHARE + of_part) * TOKENS * 4;
+        block.places[1][lane] = reinterpret_cast<const u8*>(first_out * i64(sizeof(Element)));
+    }
     Element* const raw_forward = block.raw[warp][0];
     Element* const raw_backward = block.raw[warp][1];
 
@@ -217,7 +228,10 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     }
     float dD[CHANNELS], dbias[CHANNELS];
 #pragma unroll
-    for (int s = 0; s < CHANNELS; s++) dD[s] = dbias[s] = 0.f;
+    for (int s = 0; s < CHANNELS; s++) {
+        dD[s] = dbias[s] = 0.f;
+        block.totals[s][threadIdx.x] = block.totals[CHANNELS + s][threadIdx.x] = 0.f;
+    }
     sync_block();
 
     const auto initial = [&](float (&h)[CHANNELS], const States<CHANNELS>& states) {
@@ -261,12 +275,9 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             }
             store(&matrices[0][0] + lane * TOKENS, v);
         }
-        sync_warp();
-        if (lane == 0) arrive(&block.prepared[side][slot]);
-        if (piece == PIECES - 1) {  // its states are of no use, but barriers want a phase for each use of a slot
-            if (lane < STEPS) arrive(&block.arrived[side][slot][lane]);
-            return;
-        }
+        pass_on(&block.prepared[side][slot], lane);
+        if (piece == PIECES - 1) return;  // its states are of no use
+        const u32 phase_before = phase_of_piece(turn, piece - 1);
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS];
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
@@ -294,7 +305,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                 for (int t = 0; t < TOKENS; t++)
 #pragma unroll
                     for (int s = 0; s < CHANNELS; s++) a[t][s] = exp2_fast(d[t][s] * rate[s]);
-                if (piece > 0) wait(&block.arrived[side][slot_before][j], phase);
+                if (piece > 0) wait(&block.arrived[side][slot_before][j], phase_before);
                 load(h, from + place);
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++) {
@@ -303,8 +314,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                     for (int s = 0; s < CHANNELS; s++) h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
                 }
                 store(to + place, h);
-                sync_warp();
-                if (lane == 0) arrive(&block.arrived[side][slot][j]);
+                pass_on(&block.arrived[side][slot][j], lane);
             }
         };
         if (edges.starts == 0) {
@@ -338,7 +348,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         }
         sync_warp();
         wait(&block.prepared[side][slot], phase);
-        if (!is_first) wait(&block.arrived[side][slot_before][STEPS - 1], phase);
+        if (!is_first) wait(&block.arrived[side][slot_before][STEPS - 1], phase_of_piece(turn, piece - 1));
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS], g[TOKENS][CHANNELS];
         float y[TOKENS][CHANNELS], q[TOKENS][CHANNELS], r[TOKENS][CHANNELS];  // sums of C h, B e and x rate
 #pragma unroll
@@ -351,13 +361,14 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         const float* from = (is_first ? block.saved[turn % 4] : block.between[side][slot_before]) + own;
         const float* from_after = (is_last ? of_group.leaving : block.between[side][slot]) + own;
         float* to_before = (is_first ? of_group.leaving : block.between[side][slot_before]) + own;
-        if (is_last && lane < STEPS) arrive(&block.returned[side][slot][lane]);  // as in the forward run
         const Barrier* left_after = is_last ? of_group.left : block.returned[side][slot];
         Barrier* left_before = is_first ? of_group.left : block.returned[side][slot_before];
-        const u32 phase_after = is_last ? (n_tiles - tile) & 1 : phase;  // at first there is nothing to wait for
+        // At first there is nothing to wait for.
+        const u32 phase_after = is_last ? (n_tiles - tile) & 1 : phase_of_piece(turn, piece);
         const Boundaries edges =
             boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
-        const u8* my_parts = advance(parts_of_block, (tile * PIECES + piece) * groups + group, 2 * GROUP * TOKENS * 4);
+        const u8* my_parts =
+            advance(block.places[0][lane], (tile * PIECES + piece) * groups + group, 2 * GROUP * TOKENS * 4);
         float* my_dA = block.dA[warp] + own;
 
         const auto states_at = [&](const u8* states, int t, int n) {
@@ -419,8 +430,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                         if (EDGES && edges.starts >> t & 1) dh[0] = dh[1] = dh[2] = dh[3] = 0.f;
                     }
                     store(to_before + place, dh);
-                    sync_warp();
-                    if (lane == 0) arrive(left_before + j);
+                    pass_on(left_before + j, lane);
                     if constexpr (EDGES) {
                         for (u32 left = p.dinitial_state ? edges.starts : 0; left; left &= left - 1) {
                             float entered[CHANNELS];
@@ -491,7 +501,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         }
         if (group + 1 == groups && part < tokens && my_count > 0) {
             const int row_bytes = int(p.du.length) * int(sizeof(Element));
-            const i64 offset = reinterpret_cast<i64>(advance(out_of_chunk, first + part, row_bytes));
+            const i64 offset = reinterpret_cast<i64>(advance(block.places[1][lane], first + part, row_bytes));
             const Element* raw = raw_backward + part * BLOCK_CHANNELS + c0;
             float u[CHANNELS], of_d[CHANNELS], of_g[CHANNELS], D[CHANNELS], out[CHANNELS];
             load(D, block.D + c0);
@@ -525,16 +535,22 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             }
             write_some(p.ddelta.data + offset, is_regular, out, my_count);
         }
-        sync_warp();
-        if (lane == 0) arrive(&block.finished[side][slot]);
-        if (groups > 1 && round == ROUNDS - 1) {  // the turn's last piece of this warp: another group's dA is next
+        pass_on(&block.finished[side][slot], lane);
+        // The turn's last piece of this warp: another group's dA is next, or sums have become long.
+        if (round == ROUNDS - 1 && (groups > 1 || turn % LONG == LONG - 1)) {
+            const bool is_new = turn < u32(groups > 1 ? groups : LONG);
             const i64 of_warp = (at.row * p.n_chunks + at.chunk) * WARPS + warp;
             float* kept = reinterpret_cast<float*>(p.dA_of_warps) + of_warp * p.states * p.channels + at.padded;
             for (int i = lane; i < PLANE; i += 32) {
                 const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n, c);
                 float* to = kept + (group * GROUP + n) * p.channels + c;
-                *to = block.dA[warp][place] + (tile == n_tiles - 1 ? 0.f : *to);
+                *to = block.dA[warp][place] + (is_new ? 0.f : *to);
                 block.dA[warp][place] = 0.f;
+            }
+#pragma unroll
+            for (int s = 0; s < CHANNELS; s++) {
+                block.totals[s][threadIdx.x] += dD[s], block.totals[CHANNELS + s][threadIdx.x] += dbias[s];
+                dD[s] = dbias[s] = 0.f;
             }
             sync_warp();
         }
@@ -592,10 +608,16 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
         const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n % GROUP, c);
         float sum = 0.f;
-        for (int w = 0; w < WARPS; w++) sum += groups == 1 ? block.dA[w][place] : kept[w * size + n * p.channels + c];
+        for (int w = 0; w < WARPS; w++) {
+            if (groups == 1) sum += block.dA[w][place];
+            if (groups > 1 || n_turns >= LONG) sum += kept[w * size + n * p.channels + c];
+        }
         dA[n * p.channels + c] = sum;
     }
     float* parts = &block.between[0][0][0];
+#pragma unroll
+    for (int s = 0; s < CHANNELS; s++)
+        dD[s] += block.totals[s][threadIdx.x], dbias[s] += block.totals[CHANNELS + s][threadIdx.x];
     store(parts + (warp * 32 + lane) * 2 * CHANNELS, dD);
     store(parts + (warp * 32 + lane) * 2 * CHANNELS + CHANNELS, dbias);
     sync_block();
@@ -611,10 +633,13 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     }
 }
 
-// dB and dC from the parts of blocks of channels, (block, row, piece, group of states, B or C, state, token).
+// dB and dC from the parts of blocks of channels, (block, row, piece, group of states, B or C, state, token); the last
+// blocks add up the other gradients.
 KERNEL(256, 1) sum_pieces(PARAMETER Parameters p) {
     const i64 groups = p.states / GROUP, pieces = (p.length + SAVED_EVERY - 1) / SAVED_EVERY * PIECES;
     const i64 units = p.batch * pieces * groups * 2 * GROUP, i = i64(blockIdx.x) * 256 + threadIdx.x;
+    const i64 blocks_of_units = (units * p.n_groups + 255) / 256;
+    if (blockIdx.x >= blocks_of_units) sum_part(p, i - blocks_of_units * 256);
     if (i >= units * p.n_groups) return;
     const i64 of_group = i / units, unit = i % units, n = unit / (2 * GROUP) % groups * GROUP + unit % GROUP;
     const i64 piece = unit / (2 * GROUP * groups) % pieces, row = unit / (2 * GROUP * groups) / pieces;

@@ -3,14 +3,12 @@
 // Every sum has an order of its own, by the shapes; nothing is added by who comes first.
 //
 // Launch: threads of 256; all of these are bound by memory, or short.
-#include "numbers.cuh"
-#include "parameters.cuh"
+#include "sums.cuh"
 
 constexpr int THREADS = 256;
 DEVICE i64 index_of_thread() { return i64(blockIdx.x) * THREADS + threadIdx.x; }
 
-// sequence_of[t]: the last sequence that starts at or before t. The first starts at 0 and the last ends at the length,
-// whatever the offsets say; they rise (the host has seen to that) and may lie anywhere.
+// sequence_of[t]: the last sequence that starts at or before t.
 KERNEL(THREADS, 1) find_sequences(PARAMETER Parameters p) {
     const i64 t = index_of_thread();
     if (t >= p.length) return;
@@ -26,15 +24,10 @@ KERNEL(THREADS, 1) find_sequences(PARAMETER Parameters p) {
     p.sequence_of[t] = int(low);
 }
 
-DEVICE i64 clamped(const Parameters& p, i64 sequence) {
-    if (sequence == 0) return 0;
-    return sequence == p.n_sequences ? p.length : max(i64(0), min(p.offsets[sequence], p.length));
-}
-
 // A sequence without tokens hands on its state, and the state's gradient. One block a sequence.
 KERNEL(THREADS, 1) pass_empty(PARAMETER Parameters p) {
     const i64 s = i64(blockIdx.x), size = p.d_inner * p.d_state;
-    if (clamped(p, s) < clamped(p, s + 1)) return;
+    if (start_of_sequence(p, s) < start_of_sequence(p, s + 1)) return;
     const T* from = reinterpret_cast<const T*>(p.dinitial_state ? p.dlast_state : p.initial_state);
     T* to = reinterpret_cast<T*>(p.dinitial_state ? p.dinitial_state : p.last_state);
     for (i64 i = threadIdx.x; i < size; i += THREADS) to[s * size + i] = from ? from[s * size + i] : number(R(0));
@@ -70,22 +63,6 @@ KERNEL(THREADS, 1) carry(PARAMETER Parameters p) {
     }
 }
 
-// The sum of `count` numbers, `stride` apart, in their order; several are asked for at once.
-template <typename N>
-DEVICE N sum_of(const N* first, i64 stride, i64 count) {
-    constexpr int AT_ONCE = 8;
-    N sum = N();
-    for (i64 k0 = 0; k0 < count; k0 += AT_ONCE) {
-        N some[AT_ONCE] = {};
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
-            if (k0 + k < count) some[k] = first[(k0 + k) * stride];
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) sum = sum + some[k];
-    }
-    return sum;
-}
-
 // dB and dC from the parts of blocks of channels, (block, row, token, state).
 KERNEL(THREADS, 1) sum_blocks(PARAMETER Parameters p) {
     const i64 rows = p.batch * p.length * p.d_state, i = index_of_thread();
@@ -102,29 +79,4 @@ KERNEL(THREADS, 1) sum_blocks(PARAMETER Parameters p) {
     }
 }
 
-// The gradients of A, constant B and C, D and delta_bias from the parts of rows and chunks, (part, state, channel).
-KERNEL(THREADS, 1) sum_parts(PARAMETER Parameters p) {
-    const i64 i = index_of_thread(), c = i % p.channels, n = i / p.channels;  // n = d_state is D, d_state + 1 the bias
-    const i64 per_group = p.d_inner / p.n_groups, padded = p.channels / p.n_groups;
-    if (n > p.d_state + 1 || c % padded >= per_group) return;
-    const i64 channel = c / padded * per_group + c % padded;
-    if (n < p.d_state) {
-        const i64 size = p.states * p.channels, from = n * p.channels + c, to = channel * p.d_state + n;
-        const u8* const parts[] = {p.dA_parts, p.constant_B ? p.dB_parts : nullptr,
-                                   p.constant_C ? p.dC_parts : nullptr};
-        u8* const results[] = {p.dA, p.dB, p.dC};
-        const i64 dtypes[] = {p.dA_dtype, p.dB_dtype, p.dC_dtype};
-#pragma unroll
-        for (int m = 0; m < 3; m++) {
-            if (!parts[m]) continue;
-            const T sum = sum_of(reinterpret_cast<const T*>(parts[m]) + from, size, p.n_parts);
-            write_number(results[m], to, int(dtypes[m]), sum);
-        }
-    } else {
-        const bool bias = n > p.d_state;
-        const R* parts = reinterpret_cast<const R*>(bias ? p.dbias_parts : p.dD_parts);
-        if (!(bias ? p.dbias : p.dD)) return;
-        const R sum = sum_of(parts + c, p.channels, p.n_parts);
-        write_as<R>(bias ? p.dbias : p.dD, channel, int(bias ? p.dbias_dtype : p.dD_dtype), sum);
-    }
-}
+KERNEL(THREADS, 1) sum_parts(PARAMETER Parameters p) { sum_part(p, index_of_thread()); }

@@ -82,6 +82,23 @@ DEVICE void prepare_matrices(OfGroup& mine, int stage, int lane) {
     }
 }
 
+// The tiles of a chunk that are worked on. What leaves a chunk depends only on the last of its packed sequences, or,
+// backwards, on the first.
+struct Tiles {
+    int begin, end;
+};
+DEVICE Tiles tiles_of(const Parameters& p, const Place& at, int length, int tile_tokens) {
+    Tiles tiles = {0, (length + tile_tokens - 1) / tile_tokens};
+    if (PASS == SUMMARY && p.sequence_of) {
+        const i64 start = start_of_sequence(p, p.sequence_of[at.end - 1]);
+        if (start > at.begin) tiles.begin = int(start - at.begin) / tile_tokens;
+    } else if (PASS == REVERSE && p.sequence_of) {
+        const i64 stop = start_of_sequence(p, p.sequence_of[at.begin] + 1);
+        if (stop < at.end) tiles.end = (int(stop - at.begin) + tile_tokens - 1) / tile_tokens;
+    }
+    return tiles;
+}
+
 KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const Place at = place_of_block(p, BLOCK_CHANNELS, PASS == REVERSE);
     int lane = threadIdx.x % 32;
@@ -89,8 +106,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const int warp = shuffle(int(threadIdx.x / 32), 0);
     const int warps = int(blockDim.x / 32), tile_tokens = warps * TOKENS;
     const int part = lane % SHARE, c0 = lane / SHARE * CHANNELS, my_count = at.count - c0;
-    const int groups = groups_of(p), length = int(at.end - at.begin),
-              n_tiles = (length + tile_tokens - 1) / tile_tokens;
+    const int groups = groups_of(p), length = int(at.end - at.begin);
+    const Tiles tiles = tiles_of(p, at, length, tile_tokens);
 
     float* rates = reinterpret_cast<float*>(shared_memory());  // a plane for each group
     OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
@@ -183,7 +200,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         end_of_copies();
         if (options & IS_PACKED) sequences = sequences_around(p, at.begin + tile + offset, TOKENS, lane);
     };
-    int tile = PASS == REVERSE ? (n_tiles - 1) * tile_tokens : 0;
+    int tile = (PASS == REVERSE ? tiles.end - 1 : tiles.begin) * tile_tokens;
+    const int n_tiles = tiles.end - tiles.begin;
     stage_piece(tile, 0);
 
     const i64 scratch = ((at.row * p.n_chunks + at.chunk) * p.states) * p.channels + at.padded;
@@ -279,8 +297,7 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                 }
             }
             store(&to.carry[place], h);
-            sync_warp();
-            if (lane == 0) arrive(&to.passed[j]);
+            pass_on(&to.passed[j], lane);
             if constexpr (PASS == FORWARD) {
                 float C[TOKENS];
                 load(C, &to.matrices[MATRICES - 1][row_of_step(j, part)]);

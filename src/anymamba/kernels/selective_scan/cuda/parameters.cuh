@@ -69,6 +69,13 @@ DEVICE Place place_of_block(const Parameters& p, int block_channels, int first_c
     return at;
 }
 
+// Where a packed sequence starts. The first one starts at 0 and the last one ends at the length, whatever the offsets
+// say; they rise (the host has seen to that) and may lie anywhere.
+DEVICE i64 start_of_sequence(const Parameters& p, i64 sequence) {
+    if (sequence == 0) return 0;
+    return sequence == p.n_sequences ? p.length : max(i64(0), min(p.offsets[sequence], p.length));
+}
+
 // Whether a state passes through a chunk: no sequence starts in it or, backwards, ends.
 template <bool BACKWARD>
 DEVICE bool passes_through(const Parameters& p, i64 chunk) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,6 +32,9 @@ LARGEST_STATE = 64
 """States of a channel that the fast kernels hold in shared memory; more go to the general ones."""
 
 LONGEST_CHUNK = 1 << 30
+
+LONG = 16 * SAVED_EVERY
+"""Of backward.cu: tokens of a chunk from which sums over time need `dA_of_warps`."""
 
 SHARED_OF_SYSTEM = 1 << 10
 """Bytes of shared memory that a block takes beside what it asks for."""
@@ -138,41 +142,58 @@ class Split(NamedTuple):
     """Of the call, in tokens of a block that has a multiprocessor to itself."""
 
 
-class Costs(NamedTuple):
-    """What a block's time depends on, fitted to measurements."""
+class Machine(NamedTuple):
+    """What the time of a call's blocks depends on, fitted to measurements."""
 
-    start: float
-    """What it takes to start a kernel, in tokens."""
-    summary: float
+    n_multiprocessors: int
+    held: int
+    """Blocks that a multiprocessor works on at a time."""
+    start: float = SAVED_EVERY
+    """What it takes to start a wave of blocks, in tokens of a block."""
+    summary: float = 0.5
     """What the first phase of chunks takes, in parts of the second."""
-    alone: float = 1
-    """The time of a block that has a multiprocessor to itself."""
-    among: float = 1
-    """That of one of many."""
+    warps: int | None = None
+    """Of a forward block; None where a multiprocessor works on blocks one after the other in the same time."""
 
 
-GENERAL_COSTS, BACKWARD_COSTS = Costs(SAVED_EVERY, 0.5), Costs(SAVED_EVERY, 0.25)
-START_FORWARD, SUMMARY_FORWARD = 250, 0.8
-ALONE = {16: 1.0, 8: 1.3, 4: 2.2, 2: 4.2}
-"""The time of a wide forward block by its warps."""
+START_FORWARD, SUMMARY_FORWARD, SUMMARY_BACKWARD = 250, 0.8, 0.25
+RATES = ((0, 0.0), (2, 0.24), (4, 0.45), (8, 0.77), (16, 1.0))
+"""How much of its forward blocks a multiprocessor gets done, by the number of warps that are at work."""
+GAIN = 0.99
+"""Smaller blocks are taken where they are expected to take less than this of the time of the largest ones."""
 NARROW_TIME = 0.75
-"""That of a narrow block."""
+"""The time of a narrow block, in that of a wide one."""
+
+
+def rate(warps: int) -> float:
+    """RATES for any number of warps."""
+    for (w0, r0), (w1, r1) in itertools.pairwise(RATES):
+        if warps <= w1:
+            return r0 + (r1 - r0) * (warps - w0) / (w1 - w0)
+    return 1.0
+
+
+def time_of_blocks(n_blocks: int, tokens: float, machine: Machine) -> float:
+    """How long blocks of so many tokens take, in tokens of a block that has a multiprocessor to itself."""
+    waves = -(-n_blocks // (machine.n_multiprocessors * machine.held))
+    if machine.warps is None:
+        return waves * (tokens + machine.start)
+    full, rest = divmod(-(-n_blocks // machine.n_multiprocessors), machine.held)
+    time = full * machine.held / rate(machine.held * machine.warps)
+    time += rest / rate(rest * machine.warps) if rest else 0
+    return time * tokens + waves * machine.start
 
 
 @cache
-def split(length: int, n_blocks: int, places: int, costs: Costs) -> Split:
-    """The chunks that take the least time on a machine with so many places for blocks.
-
-    Blocks come in waves that fill the places. All chunks but one have a first phase, of another kernel.
-    """
-
-    def time(n: int, tokens: float) -> float:
-        return max(-(-n // places) * costs.among, costs.alone) * (tokens + costs.start)
+def split(length: int, n_blocks: int, machine: Machine) -> Split:
+    """The chunks that take the least time. All chunks but one have a first phase, of another kernel."""
 
     def cost(n: int) -> float:
         tokens = -(-length // (n * SAVED_EVERY)) * SAVED_EVERY
-        return time(n * n_blocks, tokens) + (time((n - 1) * n_blocks, costs.summary * tokens) if n > 1 else 0)
+        second = time_of_blocks(n * n_blocks, tokens, machine)
+        return second + (time_of_blocks((n - 1) * n_blocks, machine.summary * tokens, machine) if n > 1 else 0)
 
+    places = machine.n_multiprocessors * machine.held
     most = max(1, min(length // (2 * SAVED_EVERY), 8 * places // n_blocks))
     wanted = max(min(range(1, most + 1), key=cost), -(-length // LONGEST_CHUNK))
     chunk = -(-length // (wanted * SAVED_EVERY)) * SAVED_EVERY
@@ -192,31 +213,38 @@ def forward_plan(
     length: int, channels: int, most_warps: int, dtype: torch.dtype, states: int, device: nvrtc.Device
 ) -> ForwardPlan:
     """Wide blocks, or narrow ones where all of these have a place; `channels` are those of all rows, padded."""
-    places = device.n_multiprocessors
     warps = next((w for w in reversed(WARPS) if w * WIDE.tokens >= length), most_warps)
-    warps = min(warps, most_warps)
-    held = max(
-        1,
-        device.shared_of_multiprocessor // (shared_of_forward(WIDE, warps, dtype, states, FORWARD) + SHARED_OF_SYSTEM),
-    )
-    among = max(1.0, ALONE[warps] / min(held, WIDE.warps // warps))
-    costs = Costs(START_FORWARD, SUMMARY_FORWARD, ALONE[warps], among)
-    wide = split(length, channels // WIDE.block_channels, places, costs)
-    cost_of_narrow = NARROW_TIME * -(-channels // NARROW.block_channels // places) * (length + START_FORWARD)
-    if states == GROUP and warps == NARROW.warps and cost_of_narrow < wide.cost and length <= LONGEST_CHUNK:
-        chunk = -(-length // SAVED_EVERY) * SAVED_EVERY
-        return ForwardPlan(NARROW, warps, Split(chunk, 1, cost_of_narrow))
-    return ForwardPlan(WIDE, warps, wide)
+    best = _wide_plan(length, channels, min(warps, most_warps), dtype, states, device)
+    if best.warps == WIDE.warps:
+        smaller = _wide_plan(length, channels, WIDE.warps // 2, dtype, states, device)
+        best = smaller if smaller.split.cost < GAIN * best.split.cost else best
+        waves = -(-channels // NARROW.block_channels // device.n_multiprocessors)
+        cost = NARROW_TIME * waves * (length + START_FORWARD)
+        if states == GROUP and cost < best.split.cost and length <= LONGEST_CHUNK:
+            chunk = -(-length // SAVED_EVERY) * SAVED_EVERY
+            return ForwardPlan(NARROW, NARROW.warps, Split(chunk, 1, cost))
+    return best
+
+
+def _wide_plan(
+    length: int, channels: int, warps: int, dtype: torch.dtype, states: int, device: nvrtc.Device
+) -> ForwardPlan:
+    shared = shared_of_forward(WIDE, warps, dtype, states, FORWARD) + SHARED_OF_SYSTEM
+    held = max(1, min(device.shared_of_multiprocessor // shared, WIDE.warps // warps))
+    machine = Machine(device.n_multiprocessors, held, START_FORWARD, SUMMARY_FORWARD, warps)
+    return ForwardPlan(WIDE, warps, split(length, channels // WIDE.block_channels, machine))
 
 
 # ------------------------------------------------------------------------------------------------ variants
 
 
+@cache
 def fast_forward(layout: Layout, dtype: torch.dtype, states: int, passage: int) -> nvrtc.Variant:
     """A variant of forward.cu, for padded states."""
     return _fast("forward", "scan", layout, dtype, states, PASS=passage)
 
 
+@cache
 def fast_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: bool) -> nvrtc.Variant:
     """A variant of backward.cu, for padded states."""
     return _fast("backward", "scan_backward", layout, dtype, states, AHEAD=int(ahead))
@@ -239,15 +267,28 @@ def fast_step(a: ScanArguments) -> nvrtc.Variant | None:
     return _fast_step(a.u.dtype)
 
 
+@cache
 def _fast_step(dtype: torch.dtype) -> nvrtc.Variant:
     return nvrtc.Variant(nvrtc.source(HERE / "fast_step.cu"), "step", (("DTYPE", nvrtc.DTYPES[dtype]),))
 
 
+@cache
 def general(name: str, kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
     """A general kernel's variant, by the dtype of the state."""
     wide = dtype in (torch.float64, torch.complex128)
     options = (("DOUBLE", int(wide)), ("COMPLEX", int(dtype.is_complex)))
     return nvrtc.Variant(nvrtc.source(HERE / f"{name}.cu"), kernel, options)
+
+
+@cache
+def variants_of_training(
+    forward: Layout, of_call: Layouts, dtype: torch.dtype, states: int, has_chunks: bool
+) -> tuple[nvrtc.Variant, ...]:
+    """What a forward and backward pass run, by the fast kernels."""
+    chunks = [fast_forward(WIDE, dtype, states, passage) for passage in (SUMMARY, REVERSE) if has_chunks]
+    backward = fast_backward(of_call.backward, dtype, states, of_call.ahead)
+    passes = (fast_forward(forward, dtype, states, FORWARD), backward, backward._replace(kernel="sum_pieces"))
+    return (*passes, *chunks)
 
 
 def variants() -> list[nvrtc.Variant]:
@@ -283,7 +324,9 @@ def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: b
     floats = (sides * pieces + 4) * plane + sides * pieces * 2 * (row + GROUP * layout.tokens) + 2 * channels
     floats += layout.warps * (row + 512 + plane)
     copies = -(-3 * row * width // 16 // 32)
-    of_block = 4 * floats + 2 * copies * 32 * 16 + layout.warps * 2 * 3 * row * width
+    of_block = (
+        4 * floats + 2 * copies * 32 * 16 + 2 * 32 * 8 + 8 * layout.threads * 4 + layout.warps * 2 * 3 * row * width
+    )
     of_block += sides * pieces * (2 * steps + 2) * 8
     of_group = 4 * 2 * plane + steps * 8
     return of_block + groups * of_group + (4 * 3 * SAVED_EVERY * channels if groups > 1 else 0)
