@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from anymamba.base import files
 from anymamba.base.files import atomic_file, atomic_folder, own_file, own_folder, remove_folder, sweep, write_text
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="sends signals, or sets a umask, as Windows does not")
+
+WRITERS = {"save_file", "savefig", "write_text", "write_bytes", "mkstemp", "mkdtemp", "NamedTemporaryFile"}
 
 WRITE_AND_DIE = """
     import os, signal, sys
@@ -177,3 +181,32 @@ def test_temporary_files_of_the_time_before_locks_go_by_their_process(tmp_path: 
         *(".hidden", "a.tmp", ".a.tmp", ".a.1x.tmp", "file"),
         f".model.safetensors.{os.getppid()}.tmp",
     }
+
+
+def written_by(path: Path) -> set[str]:
+    """The names of functions that write a file, of those that a module calls."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        module = getattr(getattr(node.func, "value", None), "id", "")
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        opened = name == "open" and any(re.fullmatch("[wax]b?", mode) for mode in modes)
+        if opened or name in WRITERS or (module, name) == ("torch", "save"):
+            found.add(name)
+    return found
+
+
+def test_every_module_that_writes_files_writes_them_atomically():
+    """By what it imports: a writer that asks `base.files` for nothing leaves halves, and permissions of its own."""
+    source = Path(files.__file__).parents[1]
+    writing = {path: found for path in source.rglob("*.py") if (found := written_by(path))}
+    assert len(writing) > 8
+    careless = {
+        str(path.relative_to(source)): found
+        for path, found in writing.items()
+        if "anymamba.base.files import" not in path.read_text(encoding="utf-8") and path != Path(files.__file__)
+    }
+    assert careless == {}
+    assert not [path for path, found in writing.items() if found & {"mkstemp", "mkdtemp", "NamedTemporaryFile"}]
