@@ -14,7 +14,8 @@ from anymamba import LanguageModel, ModelConfig
 from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError
 from anymamba.data.tokenizer import ByteTokenizer
-from anymamba.models.checkpoints import convert, load_pretrained, save_pretrained
+from anymamba.models.checkpoints import convert, load_pretrained, open_checkpoint, save_pretrained
+from anymamba.models.checkpoints.formats import files
 from anymamba.models.classifier import ClassifierConfig, SequenceClassifier
 
 CONFIG = ModelConfig(d_model=8, n_layers=1, vocab_size=257)
@@ -168,6 +169,20 @@ def test_a_save_that_fails_before_anything_is_replaced_keeps_it(folder):
         raise RuntimeError("late")
     assert not (folder / manifest.NAME).exists()
     assert not [path for path in folder.iterdir() if path.name.startswith(".") and path.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize("format", ["hf", "state-spaces", "gguf"])
+def test_a_model_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, format):
+    """As by a run that saves its next checkpoint: the weights of two models are never mixed."""
+    if format == "gguf":
+        pytest.importorskip("gguf", reason="the extra 'gguf' installs gguf")
+    monkeypatch.setattr(files, "MAPPED_BYTES", 1)
+    save_pretrained(model(), tmp_path, format=format)
+    tensors = open_checkpoint(tmp_path).tensors()
+    next(tensors)
+    save_pretrained(model(1), tmp_path, format=format)
+    with pytest.raises(CheckpointError, match="was replaced while it was read; load it again"):
+        list(tensors)
 
 
 # ------------------------------------------------------------------------------------------ torch's checksums

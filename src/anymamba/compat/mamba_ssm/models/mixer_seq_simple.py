@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anymamba.base import manifest
 from anymamba.base.files import atomic_file, own_folder, write_text
 from anymamba.compat.mamba_ssm.models.config_mamba import MambaConfig
 from anymamba.compat.mamba_ssm.modules.block import Block
@@ -323,10 +324,11 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
                 f"{folder} holds {SAFETENSORS}, which readers prefer to {TORCH}; save to another folder or remove it"
             )
         text = json.dumps(vars(self.config), indent=4)
-        with own_folder(folder):
+        with own_folder(folder), manifest.rewritten(folder) as files:
             with atomic_file(folder / TORCH) as file:
                 torch.save(tensors, file)
             write_text(folder / CONFIG, text)
+            files += [TORCH, CONFIG]
 
 
 def _open_own(

@@ -66,11 +66,28 @@ class TensorFile(Protocol):
         ...
 
 
+class Unchanged:
+    """Tells when a file is replaced while it is read, by what `stat` says of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.first = self._now()
+
+    def require(self) -> None:
+        """Raise CheckpointError if the file is another one now; its tensors must not be mixed with the earlier ones."""
+        if self._now() != self.first:
+            raise CheckpointError(f"{self.path} was replaced while it was read; load it again")
+
+    def _now(self) -> tuple[int, int, int]:
+        stat = self.path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 class SafetensorsFile:
     """One safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._unchanged = path, Unchanged(path)
 
     def stored(self) -> dict[str, StoredTensor]:
         found = {}
@@ -99,6 +116,7 @@ class SafetensorsFile:
     def _open(self) -> Iterator[Any]:
         try:
             with safe_open(self.path, framework="pt") as file:
+                self._unchanged.require()
                 yield file
         except SafetensorError as error:
             raise CheckpointError(
@@ -114,7 +132,7 @@ class TorchFile:
     """
 
     def __init__(self, path: Path, verify: bool = True) -> None:
-        self.path, self._unverified = path, verify
+        self.path, self._unverified, self._unchanged = path, verify, Unchanged(path)
 
     def stored(self) -> dict[str, StoredTensor]:
         return {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in self._load().items()}
@@ -144,6 +162,7 @@ class TorchFile:
                 raise CheckpointError(f"{self.path} is refused: {why}") from None
             why = " ".join(str(error).split())[:120]
             raise CheckpointError(f"{self.path} is truncated or corrupt ({why}); copy it again") from None
+        self._unchanged.require()
         if not isinstance(values, dict):
             raise CheckpointError(f"{self.path} must be a dict of tensors by name, got {type(values).__name__}")
         for name, tensor in values.items():

@@ -15,7 +15,7 @@ from anymamba.base.errors import CheckpointError
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.checkpoints.families import Spelling, kinds, nearest_spelling, recognise
 from anymamba.models.checkpoints.formats import gguf_digest, gguf_tokenizer
-from anymamba.models.checkpoints.formats.files import StoredTensor
+from anymamba.models.checkpoints.formats.files import StoredTensor, Unchanged
 from anymamba.models.checkpoints.formats.gguf_header import read_header
 from anymamba.models.checkpoints.weights import CastWeights, is_wide
 from anymamba.models.config import ModelConfig
@@ -38,7 +38,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path, verify: bool = True) -> None:
-        self.path = path
+        self.path, self._unchanged = path, Unchanged(path)
         self._header = read_header(path)
         if verify:
             gguf_digest.check(self._header)
@@ -64,6 +64,7 @@ class GGUFFile:
         for name in names:
             info = self._header.tensors[name]
             data = torch.from_numpy(np.memmap(self.path, mode="c", offset=info.offset, shape=(info.n_bytes,)))
+            self._unchanged.require()
             if info.kind == "Q8_0":
                 yield name, _from_q8_0(data).view(info.shape)
             else:
