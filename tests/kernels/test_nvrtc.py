@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 import types
 import warnings
 
@@ -37,6 +38,7 @@ def compiled(folder, monkeypatch):
 
     monkeypatch.setattr(nvrtc, "compile_anew", compile_anew)
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "cannot_compile", lambda: None)
     return asked
 
 
@@ -165,7 +167,15 @@ class Bindings:
             return found
 
         monkeypatch.setattr(nvrtc, "importlib", types.SimpleNamespace(import_module=import_module))
-        functions = (nvrtc._compiler, nvrtc._driver, nvrtc.reason, nvrtc.version, nvrtc.architecture, nvrtc.device)
+        functions = (
+            nvrtc._compiler,
+            nvrtc._driver,
+            nvrtc._reason,
+            nvrtc._refuses_gpu,
+            nvrtc.version,
+            nvrtc.architecture,
+            nvrtc.device,
+        )
         self.caches = [f for f in functions if hasattr(f, "cache_clear")]
         self.clear()
 
@@ -199,7 +209,7 @@ def broken_library():
 def test_without_bindings_the_package_is_named(bindings):
     bindings()
     assert "cuda-bindings is not installed" in nvrtc.reason()
-    assert "pip install cuda-bindings nvidia-cuda-nvrtc" in nvrtc.reason()
+    assert 'pip install "cuda-bindings==' in nvrtc.reason() and "nvidia-cuda-nvrtc" in nvrtc.reason()
     with pytest.raises(RuntimeError, match="cuda-bindings is not installed"):
         nvrtc.compile_anew(VARIANT, 90)
 
@@ -229,6 +239,86 @@ def test_without_a_driver_that_is_said(driver, bindings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "install" in nvrtc.reason()
+
+
+class Driver:
+    """A module that looks like cuda.bindings.driver, with GPUs of these compute capabilities."""
+
+    def __init__(self, capabilities: list[int], cuda: int = 13000) -> None:
+        self.CUresult = types.SimpleNamespace(CUDA_SUCCESS=types.SimpleNamespace(name="CUDA_SUCCESS"))
+        names = ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", *nvrtc.DEVICE_ATTRIBUTES)
+        self.CUdevice_attribute = types.SimpleNamespace(**{f"CU_DEVICE_ATTRIBUTE_{n}": n for n in names})
+        self.capabilities, self.cuda = capabilities, cuda
+
+    def cuInit(self, _):
+        return (self.CUresult.CUDA_SUCCESS,)
+
+    def cuDriverGetVersion(self):
+        return self.CUresult.CUDA_SUCCESS, self.cuda
+
+    def cuDeviceGet(self, index):
+        return self.CUresult.CUDA_SUCCESS, index
+
+    def cuDeviceGetAttribute(self, attribute, index):
+        tens, ones = divmod(self.capabilities[index], 10)
+        values = {"COMPUTE_CAPABILITY_MAJOR": tens, "COMPUTE_CAPABILITY_MINOR": ones}
+        return self.CUresult.CUDA_SUCCESS, values.get(attribute, 100)
+
+
+@pytest.fixture
+def gpus(bindings, monkeypatch):
+    """Makes this a machine with GPUs."""
+
+    def make(*capabilities: int, cuda: int = 13000) -> None:
+        bindings(nvrtc=compiler(), driver=Driver(list(capabilities), cuda))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+
+    return make
+
+
+def test_a_gpu_is_refused_by_name_and_others_serve(gpus):
+    gpus(75, 90)
+    assert nvrtc.reason() is None and nvrtc.refuses_gpu(1) is None
+    assert nvrtc.refuses_gpu(0) == "card 0: the GPU has compute capability 7.5, these kernels need 8.0 or newer"
+    gpus(75)
+    assert nvrtc.reason() == nvrtc.refuses_gpu(0)
+
+
+def test_a_driver_of_an_older_cuda_is_said_before_anything_is_compiled(gpus):
+    gpus(90, cuda=12080)
+    assert re.search(r"driver is for CUDA 12\.8 and does not run what NVRTC 13\.0 .* newer driver", nvrtc.reason())
+    gpus(90, cuda=13010)
+    assert nvrtc.reason() is None
+
+
+def test_a_torch_for_amd_is_said(gpus, monkeypatch):
+    gpus(90)
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert "AMD" in nvrtc.reason()
+
+
+def test_what_calls_need_is_compiled_at_once(gpus, compiled, monkeypatch):
+    """A file of several kernels once, and what is loaded already not at all."""
+    gpus(90)
+    loaded: list[tuple[nvrtc.Variant, bytes]] = []
+    monkeypatch.setattr(nvrtc, "_kernels", {})
+    monkeypatch.setattr(nvrtc, "Kernel", lambda variant, index, cubin: loaded.append((variant, cubin)))
+    wanted = [VARIANT, VARIANT._replace(kernel="two"), VARIANT._replace(options=())]
+    nvrtc.prepare(wanted, 0)
+    assert len(compiled) == 2 and loaded == [(v, CUBIN) for v in wanted]
+    nvrtc.prepare(wanted, 0)
+    assert len(loaded) == 3
+
+
+def test_a_source_has_the_headers_that_it_includes(tmp_path):
+    (tmp_path / "a.cu").write_text('#include "b.cuh"\n#include "device.cuh"\n')
+    (tmp_path / "b.cuh").write_text('#include "c.cuh"\n')
+    for name in ("c.cuh", "d.cuh"):
+        (tmp_path / name).write_text("")
+    assert [name for name, _ in nvrtc.source(tmp_path / "a.cu").headers] == ["b.cuh", "c.cuh", "device.cuh"]
 
 
 @pytest.mark.parametrize(
