@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,11 @@ def _start(config: TrainConfig, run: Path, report: Report) -> _Trainer:
 
 def _delete_contents(run: Path) -> None:
     for path in contents(run):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # Windows does not delete an open file
+                path.unlink()
 
 
 def _require_bounded_state(config: TrainConfig) -> None:
