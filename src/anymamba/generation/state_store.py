@@ -94,7 +94,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     rest = {key: value for key, value in metadata.items() if key != DIGEST}
     digest = hashlib.sha256(json.dumps([described, rest], sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
