@@ -23,7 +23,11 @@ def sweep() -> None:
     from scan_backends import arguments, contract, moved, results
     from scan_cases import scan_inputs
 
+    from anymamba.kernels import nvrtc
     from anymamba.kernels.selective_scan import cuda
+
+    flags = nvrtc.Variant.flags
+    nvrtc.Variant.flags = lambda variant: (*flags(variant), "-DANYMAMBA_CHECKED")  # see device.cuh
 
     kinds: list[dict] = [
         {"length": 65, "d_inner": 33, "d_state": 16, "dtype": torch.float32},

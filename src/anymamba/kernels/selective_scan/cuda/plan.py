@@ -42,7 +42,6 @@ SHARED_OF_SYSTEM = 1 << 10
 GENERAL_KERNELS = (
     ("general_forward", "scan"),
     ("general_backward", "scan_backward"),
-    ("step", "step"),
     ("between", "carry"),
 )
 """Files, and one of the kernels in each."""
