@@ -9,13 +9,15 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 $(VENV)/installed-demo: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"
+	@echo "Installing torch and the package into $(VENV): one to five minutes, once."
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train]"
 	touch $@
 
 # With `required` a failed build of the compiled kernels is an error; otherwise the package installs without them.
 $(VENV)/installed-test: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	ANYMAMBA_NATIVE=required $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,lint]"
+	@echo "Installing torch, the package and the tools of its tests into $(VENV): two to ten minutes, once."
+	ANYMAMBA_NATIVE=required $(BIN)/python -m pip install -c constraints.txt -e ".[test,lint]"
 	touch $@
 
 demo: $(VENV)/installed-demo

@@ -62,9 +62,10 @@ def test_a_free_folder_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "seconds_per_step", "steps"), [(3, 0.18, 996), (0.1, 0.18, 30), (0.001, 10, 2), (3, 60, 3)]
+    ("minutes", "seconds_per_step", "steps"),
+    [(3, 0.18, 996), (0.1, 0.18, 30), (0.001, 10, 2), (3, 60, 3), (3, 0.001, 5856)],
 )
-def test_steps_fit_into_the_time(minutes, seconds_per_step, steps):
+def test_steps_fit_into_the_time_and_the_budget(minutes, seconds_per_step, steps):
     assert demo.affordable_steps(minutes, seconds_per_step) == steps
 
 
@@ -76,7 +77,21 @@ def test_the_timer_takes_the_median():
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 1000])
 def test_a_plan_of_any_length_is_a_valid_config(steps):
-    assert demo.plan(demo.DataConfig(), steps, seed=0).steps == steps
+    assert demo.plan(demo.DataConfig(), demo.SIZES[0].model, steps, seed=0).steps == steps
+
+
+@pytest.mark.parametrize(("slowness", "chosen"), [(1, 0), (6, 1), (60, 2)])
+def test_a_slow_machine_trains_a_smaller_model(slowness, chosen):
+    """The speeds of two quiet cores, and those of machines that are so many times as slow."""
+    seconds = dict(zip(demo.SIZES, (0.04, 0.013, 0.006), strict=True))
+    size, steps = demo.choose_size(3, lambda size: slowness * seconds[size])
+    assert size is demo.SIZES[chosen]
+    assert steps == demo.affordable_steps(3, slowness * seconds[size])
+
+
+def test_models_get_smaller_as_they_need_fewer_tokens():
+    assert [size.enough for size in demo.SIZES] == sorted((size.enough for size in demo.SIZES), reverse=True)
+    assert demo.SIZES[-1].enough == 0, "the smallest serves any machine"
 
 
 def test_chosen_documents_stay_within_the_limit_and_are_always_the_same():

@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from anymamba.models.language_model import LanguageModel
     from anymamba.training.trainer import TrainResult
 
-# Chosen by trial on two cores: after three minutes better than two layers with d_state 8, which read as much text.
-MODEL = ModelConfig(d_model=256, n_layers=3, vocab_size=257)
-BATCH_SIZE, CONTEXT, LEARNING_RATE = 16, 64, 4e-3  # many rows: many documents in each step
+BATCH_SIZE, CONTEXT, LEARNING_RATE = 16, 64, 4e-3
+PIECE = 1024  # tokens that a row reads from one file: many files in every run, however short
+TOKENS = 6_000_000  # the budget; a machine that has read them stops, before the time is up
+PATIENCE = 1.2  # of the time asked for, if the machine becomes slower after the trial
 N_EVALUATIONS = 6
 TRIAL_STEPS = 12  # steps of the throw-away run that measures the speed
 EVALUATED_BYTES = 250_000  # of the held-out files, so that evaluating takes seconds
@@ -58,6 +59,22 @@ class DemoOptions:
     def __post_init__(self) -> None:
         if not 0 < self.minutes < 1e6:
             raise ValueError(f"--minutes must be above 0, got {self.minutes}")
+
+
+class Size(NamedTuple):
+    """A model that the demo can train."""
+
+    model: ModelConfig
+    enough: int
+    """Tokens from which it is better than the smaller ones. By trial: docs/inside/runs.md."""
+
+
+SIZES = (
+    Size(ModelConfig(d_model=256, n_layers=3, vocab_size=257), 900_000),
+    Size(ModelConfig(d_model=128, n_layers=2, vocab_size=257), 300_000),
+    Size(ModelConfig(d_model=64, n_layers=2, vocab_size=257), 0),
+)
+"""From the largest, which a quiet machine of two cores takes, to the smallest."""
 
 
 class Score(NamedTuple):
@@ -90,18 +107,33 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def train_on_standard_library(options: DemoOptions, out: Path) -> TrainResult:
-    """Train for about the time asked for; a short trial run decides the number of steps."""
+    """Train the largest model that reads enough in the time asked for; short trial runs measure the speed."""
     from anymamba.training.trainer import train
 
     training, held_out = corpus()
-    data = DataConfig(paths=tuple(training), eval_paths=tuple(held_out))
+    data = DataConfig(paths=tuple(training), eval_paths=tuple(held_out), piece=PIECE)
     say(f"{len(training)} files of Python's standard library to train on, {len(held_out)} held out")
     with progress_bar("training") as show, tempfile.TemporaryDirectory() as folder:
-        timer = StepTimer()
-        trial = dataclasses.replace(plan(data, TRIAL_STEPS, options.seed), eval_tokens=0, checkpoint_every=TRIAL_STEPS)
-        train(trial, Path(folder) / "trial", timer)
-        config = plan(data, affordable_steps(options.minutes, timer.seconds_per_step()), options.seed)
-        return train(config, out, TrainingReport(show))
+
+        def seconds_per_step(size: Size) -> float:
+            show(0, 1, f"measuring the speed of {size.model.n_layers} layers of {size.model.d_model}")
+            timer, trial = StepTimer(), plan(data, size.model, TRIAL_STEPS, options.seed)
+            trial = dataclasses.replace(trial, eval_tokens=0, checkpoint_every=TRIAL_STEPS)
+            train(trial, Path(folder) / f"trial-{size.model.d_model}", timer)
+            return timer.seconds_per_step()
+
+        size, steps = choose_size(options.minutes, seconds_per_step)
+        config = plan(data, size.model, steps, options.seed)
+        return train(dataclasses.replace(config, max_minutes=PATIENCE * options.minutes), out, TrainingReport(show))
+
+
+def choose_size(minutes: float, seconds_per_step: Callable[[Size], float]) -> tuple[Size, int]:
+    """The largest size that reads enough tokens in the time, and its number of steps; else the smallest one."""
+    for size in SIZES:
+        steps = affordable_steps(minutes, seconds_per_step(size))
+        if steps * BATCH_SIZE * CONTEXT >= size.enough:
+            break
+    return size, steps
 
 
 class StepTimer:
@@ -133,14 +165,14 @@ def corpus() -> tuple[list[str], list[str]]:
     return [f for f in files if not is_held_out(f)], [f for f in files if is_held_out(f)]
 
 
-def plan(data: DataConfig, steps: int, seed: int) -> TrainConfig:
+def plan(data: DataConfig, model: ModelConfig, steps: int, seed: int) -> TrainConfig:
     """The config of a run of this many steps."""
     rate = OptimizerConfig(
         learning_rate=LEARNING_RATE, min_learning_rate=LEARNING_RATE / 20, warmup_steps=max(1, steps // 20)
     )
     return TrainConfig(
         data=data,
-        model=MODEL,
+        model=model,
         optimizer=rate,
         steps=steps,
         batch_size=BATCH_SIZE,
@@ -161,8 +193,8 @@ def free_folder(wanted: Path) -> Path:
 
 
 def affordable_steps(minutes: float, seconds_per_step: float) -> int:
-    """The number of steps that fit into the time, rounded down to whole evaluation intervals; at least two."""
-    steps = max(2, int(60 * minutes / seconds_per_step))
+    """The steps that fit into the time and the budget of tokens, in whole evaluation intervals; at least two."""
+    steps = max(2, min(int(60 * minutes / seconds_per_step), TOKENS // (BATCH_SIZE * CONTEXT)))
     return steps - steps % N_EVALUATIONS if steps > N_EVALUATIONS else steps
 
 
