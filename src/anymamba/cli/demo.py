@@ -22,6 +22,7 @@ from anymamba.cli.output import TrainingReport, print_json, progress_bar, say
 from anymamba.cli.runtime import told_how_to_resume
 from anymamba.models.config import ModelConfig
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
+from anymamba.training.report import Silent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,21 +137,15 @@ def choose_size(minutes: float, seconds_per_step: Callable[[Size], float]) -> tu
     return size, steps
 
 
-class StepTimer:
+class StepTimer(Silent):
     """A report that only records when steps end."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_tables(self, done: int, total: int | None) -> None: ...
-
     def on_step(self, metrics: dict[str, Any]) -> None:
         """Note when a step ended."""
         self.times.append(time.perf_counter())
-
-    def on_evaluation(self, metrics: dict[str, Any]) -> None: ...
-
-    def on_checkpoint(self, step: int, folder: Path) -> None: ...
 
     def seconds_per_step(self) -> float:
         """The median time between steps; the slow first steps do not change it."""
