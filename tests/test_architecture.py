@@ -50,7 +50,7 @@ SHARED = {
     ),
     *("lab.experiment", "lab.results", "lab.report", "lab.charts"),
     *("cli.app", "cli.flags", "cli.output", "cli.runtime", "cli.signals", "cli.mistakes"),
-    *("cli.profiling", "cli.sampling"),
+    *("cli.profiling", "cli.prompts", "cli.sampling", "cli.speed"),
 }
 
 GATHERER = "kernels.backends"  # the list of backends may import them all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models
 
 from anymamba.cli import evaluate
 from anymamba.cli import generate as verb
+from anymamba.cli.sampling import SamplingFlags
 from anymamba.data.tokenizer import load_tokenizer
 from anymamba.generation.beam import beam_search
 from anymamba.generation.generate import generate
@@ -57,12 +59,13 @@ def expected(model_folder):
 
 def test_one_prompt_is_printed_with_its_continuation(run, model_folder, expected):
     code, out, err = run("generate", "--model", model_folder, "--prompt", "def ", "--max-new-tokens", 12)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert re.fullmatch(r"generated \d+ tokens in [\d.]+ s, the first after [\d.]+ s: [\d.,]+ tokens/s\n", err)
     assert out == "def " + expected(["def "])[0] + "\n"
 
 
 def test_the_flags_have_the_defaults_of_the_sampling_config():
-    flags = {f.name: f.default for f in dataclasses.fields(verb.GenerateOptions)}
+    flags = {f.name: f.default for f in dataclasses.fields(SamplingFlags)}
     for field in dataclasses.fields(SamplingConfig):
         assert flags[field.name] == field.default
 
@@ -103,7 +106,7 @@ def test_several_prompts_are_one_batch_printed_one_after_the_other(run, model_fo
     code, out, _ = run("generate", "--model", model_folder, *arguments)
     first, second = expected(["def ", "a longer prompt"])
     assert code == 0
-    assert out == f"==> 1 of 2 <==\ndef {first}\n==> 2 of 2 <==\na longer prompt{second}\n"
+    assert out == f"==> 1 of 2: def <==\ndef {first}\n==> 2 of 2: a longer prompt <==\na longer prompt{second}\n"
 
 
 def test_beam_search(results, model_folder):
@@ -113,7 +116,7 @@ def test_beam_search(results, model_folder):
     assert (got["text"], got["finish_reason"]) == (best.text, best.finish_reason)
 
 
-@pytest.mark.parametrize(("name", "value"), [*SAMPLING_FLAGS.items(), ("seed", 1)])
+@pytest.mark.parametrize(("name", "value"), [*SAMPLING_FLAGS.items(), ("seed", 1), ("num_samples", 2)])
 def test_beam_search_refuses_what_it_would_ignore(refused, model_folder, name, value):
     flag = "--" + name.replace("_", "-")
     line = refused(2, "generate", "--model", model_folder, "--prompt", "a", "--num-beams", 2, flag, value)
@@ -141,6 +144,91 @@ def test_a_prompt_from_a_file_is_not_printed(run, model_folder, expected, tmp_pa
 
 def test_a_prompt_that_begins_with_a_dash(results):
     assert results("--prompt=--steps")[0]["prompt"] == "--steps"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A JSONL file of three prompts."""
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": "one", "name": "first"}, {"prompt": "two", "id": 7, "other": None}, {"prompt": "t\ud800"}]
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def test_prompts_from_jsonl(results, expected, rows):
+    got = results("--prompts", rows)
+    assert [result["name"] for result in got] == ["first", "7", f"{rows}:5"]
+    assert [result["prompt"] for result in got] == ["one", "two", "t\ufffd\ufffd\ufffd"]
+    assert [result["text"] for result in got] == expected(["one", "two", b"t\xed\xa0\x80"])
+
+
+def test_prompts_from_stdin_and_another_field(results, expected, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"question": "ab", "prompt": 3}')))
+    (got,) = results("--prompts", "-", "--prompt-field", "question")
+    assert (got["name"], got["text"]) == ("stdin:1", expected(["ab"])[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2: not a line of JSON"),
+        ("[1]", ":2: wanted an object such as"),
+        ('{"text": "a", "b": 1}', ":2: no field 'prompt'; the fields there are 'text', 'b'; choose one with"),
+        ('{"prompt": null}', ":2: the field 'prompt' must be a string, got null"),
+    ],
+)
+def test_rows_without_a_prompt(refused, model_folder, not_loaded, tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    assert message in refused(2, "generate", "--model", model_folder, "--prompts", tmp_path / "rows.jsonl")
+
+
+def test_results_have_the_order_of_the_command_line(run, model_folder, rows, tmp_path):
+    (tmp_path / "p.txt").write_text("file")
+    arguments = ["--prompt-file", tmp_path / "p.txt", "--prompt", "text", f"--prompts={rows}", "--prompt_file=-"]
+    code, out, _ = run("generate", "--model", model_folder, *arguments[:-1], "--prompt=last", "--max-new-tokens", 1)
+    assert code == 0
+    names = [str(tmp_path / "p.txt"), "text", "first", "7", f"{rows}:5", "last"]
+    assert re.findall("==> (.*) <==", out) == [f"{i} of 6: {name}" for i, name in enumerate(names, 1)]
+
+
+def test_stdin_is_read_once(refused, model_folder):
+    assert "stdin" in refused(2, "generate", "--model", model_folder, "--prompt-file", "-", "--prompts", "-")
+
+
+def test_batches_do_not_change_the_texts(results):
+    prompts = [f"--prompt={'ab' * i}" for i in range(1, 8)]
+    whole = results(*prompts)
+    assert results(*prompts, "--batch-size", 3) == whole
+    assert len({result["text"] for result in whole}) == 7
+
+
+def test_several_samples_of_each_prompt(results, run, model_folder):
+    prompts = ["--prompt", "ab", "--prompt", "longer"]
+    got = results(*prompts, "--num-samples", 3, "--batch-size", 4)
+    assert [(result["name"], result["sample"]) for result in got] == [
+        (n, i) for n in ("ab", "longer") for i in (1, 2, 3)
+    ]
+    assert len({result["text"] for result in got}) == 6
+    assert [result for result in got if result["sample"] == 1] == results(*prompts)
+    code, out, _ = run("generate", "--model", model_folder, "--prompt", "ab", "--num-samples", 2, "--max-new-tokens", 1)
+    assert code == 0 and re.findall("==> (.*) <==", out) == ["1 of 1: ab, sample 1 of 2", "1 of 1: ab, sample 2 of 2"]
+
+
+def test_greedy_samples_would_be_the_same(refused, model_folder, not_loaded):
+    arguments = ["--prompt", "a", "--num-samples", 2, "--temperature", 0]
+    assert "gives the same text 2 times" in refused(2, "generate", "--model", model_folder, *arguments)
+
+
+def test_nothing_heavy_is_imported_for_the_first_token(model_folder):
+    """Importing any of these takes from a tenth of a second to several."""
+    heavy = ["torch._dynamo", "torch._inductor", "sympy", "transformers", "datasets", "pyarrow", "rich"]
+    script = (
+        "import sys; from anymamba.cli import main\n"
+        f"assert main(['generate', '--model', {str(model_folder)!r}, '--prompt', 'a', '--max-new-tokens', '1']) == 0\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_text_is_streamed(model_folder):
@@ -213,6 +301,8 @@ def test_a_prompt_that_the_tokenizer_cannot_read(refused, model_folder, not_load
         ("--repetition-penalty", 0),
         ("--max-new-tokens", -1),
         ("--num-beams", 0),
+        ("--num-samples", 0),
+        ("--batch-size", 0),
         ("--threads", 0),
         ("--seed", -1),
         ("--stop", ""),

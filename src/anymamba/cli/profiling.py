@@ -66,11 +66,12 @@ class StepProfile:
         self._profile.start()
         self._started = time.perf_counter()
 
-    def stop(self, n_steps: int) -> None:
+    def stop(self, what: str, n_steps: int = 1) -> None:
         """Write the trace and print the tables, unless nothing is being recorded.
 
         Args:
-            n_steps: steps since the start, by which the times are divided.
+            what: heads the first table: what the times are of.
+            n_steps: divides the times.
         """
         if self._profile is None:
             return
@@ -85,7 +86,7 @@ class StepProfile:
             recorded.export_chrome_trace(str(temporary))
         cpu = torch.autograd.DeviceType.CPU  # the others are kernels, whose time their operations have, too
         rows = [_time_spent(event) for event in recorded.key_averages() if event.device_type == cpu]
-        for line in table(rows, self.phases, total, max(1, n_steps)):
+        for line in table(what, rows, self.phases, total, n_steps):
             say(line)
         say(f"wrote {path}; open it in https://ui.perfetto.dev, or in TensorBoard with torch-tb-profiler")
 
@@ -121,7 +122,8 @@ class ProfiledReport(TrainingReport):
     def close(self) -> None:
         """Write what was recorded; also when a run ends early."""
         self.done = True
-        self.profile.stop(self.step - self.first)
+        n_steps = max(1, self.step - self.first)
+        self.profile.stop(f"one step of {n_steps}", n_steps)
 
 
 def phase(name: str) -> AbstractContextManager[Any]:
@@ -131,10 +133,11 @@ def phase(name: str) -> AbstractContextManager[Any]:
     return record_function(name)
 
 
-def table(rows: Sequence[TimeSpent], phases: Sequence[str], total: float, n_steps: int) -> Iterator[str]:
+def table(what: str, rows: Sequence[TimeSpent], phases: Sequence[str], total: float, n_steps: int) -> Iterator[str]:
     """The lines of both tables: the phases of a step, and the operations that took most of it.
 
     Args:
+        what: heads the first table.
         rows: phases and operations, in any order.
         phases: which rows are phases, in order.
         total: milliseconds of all steps together.
@@ -144,7 +147,7 @@ def table(rows: Sequence[TimeSpent], phases: Sequence[str], total: float, n_step
     found = {row.name: row for row in rows}
     parts = [found[name] for name in phases if name in found]
     other = TimeSpent("other", n_steps, max(0.0, total - sum(row.cpu for row in parts)), 0.0, True)
-    yield from _lines(f"one step of {n_steps}", [*parts, other], total, n_steps, with_device)
+    yield from _lines(what, [*parts, other], total, n_steps, with_device)
     operations = sorted(
         (row for row in rows if not row.is_region), key=lambda row: -(row.device if with_device else row.cpu)
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
-from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
+from anymamba.generation.sampling import RowDraws, SamplingConfig, Seed, sample
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.derived import KeptTensors
@@ -39,9 +39,10 @@ class GenerationOptions(TypedDict, total=False):
     """The token that ends a row; defaults to the tokenizer's, if there is a tokenizer."""
     stop: Sequence[str]
     """Strings that end a row; its text is cut before them. They need a tokenizer."""
-    seed: int | Sequence[int]
+    seed: Seed
     """The same seed gives the same tokens; defaults to 0. With one number, every row draws different random numbers.
-    With one number per prompt, row r draws as it would alone with seed[r]."""
+    With one number per prompt, row r draws as it would alone with seed[r]; with a pair (seed, i) as row i of a batch
+    with one seed, which lets a large batch run in parts."""
     state: GenerationState | None
     """The state to continue from, one row per prompt; prompts may then be empty. Defaults to the beginning."""
     prefill_chunk: int
@@ -89,7 +90,7 @@ class TokenStream(Iterator[Step]):
         sampling: SamplingConfig | None = None,
         eos_id: int | None = None,
         stop: Sequence[str] = (),
-        seed: int | Sequence[int] = 0,
+        seed: Seed = 0,
         state: GenerationState | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:

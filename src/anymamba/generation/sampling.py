@@ -20,6 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+Seed = int | Sequence[int | tuple[int, int]]
+"""A seed for a batch: one number, or a number or a key of two numbers for each row."""
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How tokens are chosen. The defaults draw from the model's own distribution."""
@@ -74,16 +78,19 @@ class RowDraws:
     or the device. The streams are counter-based (Philox) with the key (seed, row), so no two are the same.
 
     Args:
-        seed: one number, which gives row r the key (seed, r), or one number per row, which gives row r the key
-            (seed[r], 0), the same as when it runs alone.
+        seed: one number, which gives row r the key (seed, r); or one number per row, which gives row r the key
+            (seed[r], 0), the same as when it runs alone; or one key per row.
         n_rows: rows of the batch.
     """
 
-    def __init__(self, seed: int | Sequence[int], n_rows: int) -> None:
-        keys = [(seed, row) for row in range(n_rows)] if isinstance(seed, int | np.integer) else [(s, 0) for s in seed]
+    def __init__(self, seed: Seed, n_rows: int) -> None:
+        if isinstance(seed, int | np.integer):
+            keys = [(int(seed), row) for row in range(n_rows)]
+        else:
+            keys = [one if isinstance(one, tuple) else (one, 0) for one in seed]
         if len(keys) != n_rows:
             raise ValueError(f"seed must be one number or one per prompt, got {len(keys)} for {n_rows} prompts")
-        for number, _ in keys:
+        for number in (number for key in keys for number in key):
             if not 0 <= number < 1 << 64:
                 raise ValueError(f"a seed must lie between 0 and 2**64 - 1, got {number}")
         self._streams = [np.random.Generator(np.random.Philox(key=np.array(key, np.uint64))) for key in keys]
