@@ -83,6 +83,15 @@ def test_after_the_verb_while_the_process_ends(ended):
     assert ended("import atexit\natexit.register(interrupt)\nprint('done')") == (130, "done\n", "interrupted\n")
 
 
+def test_while_the_interpreter_is_torn_down(ended):
+    """The command is done, and its exit code stays."""
+    body = (
+        "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 2); kill(pid, 15)\n"
+        "sys.late = Late()\nprint('done')"
+    )
+    assert ended(body) == (0, "done\n", "")
+
+
 def test_ignored_as_in_the_background_it_stays_ignored(tmp_path):
     """A shell without job control starts `command &` so."""
     body = "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\nprint('went on')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from types import FrameType, TracebackType
@@ -31,10 +32,15 @@ class SignalHandler:
         """Whether the line that says what happened has been printed."""
 
     def install(self) -> None:
-        """Handle both signals. One that is ignored stays so, as SIGINT is in a command that a script runs with `&`."""
+        """Handle both signals. One that is ignored stays so, as SIGINT is in a command that a script runs with `&`.
+
+        Both are ignored after the last function of `atexit`: Python is about to restore the default action, which would
+        replace the exit code.
+        """
         for number in EXIT_CODES:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self)
+                atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
