@@ -25,7 +25,7 @@ from anymamba.data.table import build_token_table
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.generation.prompts import read_prompts
 from anymamba.generation.state_store import load_state, save_state
-from anymamba.models.checkpoints import load_pretrained, save_pretrained
+from anymamba.models.checkpoints import find_tokenizer, load_pretrained, open_checkpoint, save_pretrained
 from anymamba.training.checkpoint import load_checkpoint, save_checkpoint
 
 CONFIG = ModelConfig(d_model=4, n_layers=1, vocab_size=257)
@@ -53,7 +53,7 @@ def model() -> LanguageModel:
 
 def save(format: str) -> Callable[[Path], None]:
     """Saves the model in a format."""
-    tokenizer = ByteTokenizer() if format == "hf" else None
+    tokenizer = ByteTokenizer() if format in ("hf", "gguf") else None
     return lambda folder: save_pretrained(model(), folder, tokenizer, format=format)
 
 
@@ -63,9 +63,15 @@ def save_published(folder: Path) -> None:
     (folder / MANIFEST).unlink()
 
 
-def load(verify: bool) -> Callable[[Path], dict[str, bytes]]:
-    """Loads a model, as the bytes of its weights."""
-    return lambda folder: in_bytes(load_pretrained(folder, verify=verify).state_dict())
+def load(verify: bool) -> Callable[[Path], Any]:
+    """Loads a model as the verbs do: the bytes of its weights, and its tokenizer."""
+
+    def weights_and_tokenizer(folder: Path) -> Any:
+        checkpoint = open_checkpoint(folder, verify=verify)
+        tokenizer = find_tokenizer(checkpoint)
+        return in_bytes(load_pretrained(checkpoint).state_dict()), tokenizer.to_json()
+
+    return weights_and_tokenizer
 
 
 def in_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -206,10 +212,14 @@ def ends_of(name: str, count: int) -> Counter[str]:
 
 
 def end_of(kind: FileFormat, folder: Path, wanted: Any, words: str) -> str:
-    """How loading a folder ended: "same", "changed" or "refused" with one line. Other errors are raised."""
+    """How loading a folder ended: "same", "changed" or "refused" with one line. Other errors are raised.
+
+    A ValueError is one for a tokenizer that cannot be read or does not fit.
+    """
     try:
         return "same" if kind.load(folder) == wanted else "changed"
-    except (CheckpointError, FileNotFoundError) as error:
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
+        assert not isinstance(error, ValueError) or "tokenizer" in str(error), f"{words}: {error!r}"
         assert str(error) and "\n" not in str(error), f"{words}: {error!r}"
         return "refused"
     except Exception as error:
