@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from anymamba.kernels import nvrtc
+from anymamba.kernels.cubins import CACHE_VARIABLE
 from anymamba.kernels.selective_scan import cuda
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from benchmarks.timing import table
@@ -202,7 +203,7 @@ def steps() -> str:
 def first_calls() -> str:
     """Forward and backward of a small shape in a fresh process: with an empty kernel cache, then with a full one."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {nvrtc.CACHE_VARIABLE: folder, "CUDA_CACHE_DISABLE": "1"}
+        environment = os.environ | {CACHE_VARIABLE: folder, "CUDA_CACHE_DISABLE": "1"}
         times = [
             float(
                 subprocess.run(

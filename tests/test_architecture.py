@@ -29,7 +29,7 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 # Inside a level, only these modules may be imported by siblings.
 SHARED = {
     *("base.errors", "base.files", "base.locks"),
-    *("kernels.native", "kernels.nvrtc", "kernels.launching", "kernels.elementwise"),
+    *("kernels.native", "kernels.nvrtc", "kernels.cubins", "kernels.launching", "kernels.elementwise"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
     *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),
@@ -42,6 +42,10 @@ SHARED = {
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *(
         "training.clock",
+        "training.loggers",
+        "training.lora",
+        "training.outline",
+        "training.run_config",
         "training.interrupts",
         "training.report",
         "training.snapshot",
@@ -50,6 +54,7 @@ SHARED = {
     ),
     *("lab.experiment", "lab.results", "lab.report", "lab.charts"),
     *("cli.app", "cli.flags", "cli.output", "cli.runtime", "cli.signals", "cli.mistakes"),
+    *("cli.help", "cli.synonyms", "cli.train_help"),
     *("cli.profiling", "cli.prompts", "cli.sampling", "cli.speed"),
 }
 

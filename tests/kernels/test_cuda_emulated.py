@@ -175,6 +175,14 @@ def test_vectors_may_begin_anywhere():
     assert same_bits(results(cuda, a._replace(**moved)), results(cuda, a))
 
 
+@pytest.mark.parametrize("name", ["u", "D", "initial_state", "cu_seqlens"])
+def test_a_tensor_on_another_device_is_refused(name):
+    """The op checks it; whoever calls torch's registered op has nobody else to tell."""
+    a = arguments(scan_inputs(1, 9, 6, 16, lengths=[4, 5], dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"on one device, got u on .*meta"):
+        cuda.forward(a._replace(**{name: getattr(a, name).to("meta")}), False)
+
+
 @pytest.mark.parametrize("wrong", [[0, 50, 20, 999], [-7, -3, 40, 70], [0, 0, 80, 70]])
 def test_offsets_that_are_no_offsets_are_clamped(wrong):
     a = arguments(scan_inputs(1, 70, 6, 16, lengths=[20, 20, 30], dtype=torch.float32))

@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 
-from anymamba.kernels import nvrtc
+from anymamba.kernels import cubins, nvrtc
 
 SOURCE = nvrtc.Source("one.cu", '#include "one.cuh"\nextern "C" __global__ void one(float* x) { *x = ONE; }', ())
 VARIANT = nvrtc.Variant(SOURCE._replace(headers=(("one.cuh", "#pragma once"),)), "one", (("ONE", 1),))
@@ -22,8 +22,8 @@ CUBIN = b"a cubin of some length" * 50
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder of its own for what is compiled."""
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "kept"))
-    monkeypatch.setattr(nvrtc, "_unkept", {})
+    monkeypatch.setenv(cubins.CACHE_VARIABLE, str(tmp_path / "kept"))
+    monkeypatch.setattr(cubins, "unkept", {})
     return tmp_path / "kept"
 
 
@@ -80,19 +80,19 @@ def test_kernels_of_one_compilation_share_it(compiled):
 
 def test_the_folder_moves_with_its_variable(compiled, folder, tmp_path, monkeypatch):
     nvrtc.compile_for(VARIANT, 90)
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(cubins.CACHE_VARIABLE, str(tmp_path / "elsewhere"))
     nvrtc.compile_for(VARIANT, 90)
     assert len(list((tmp_path / "elsewhere").iterdir())) == len(list(folder.iterdir())) == 1
     assert str(tmp_path / "elsewhere") in nvrtc.description()
-    monkeypatch.delenv(nvrtc.CACHE_VARIABLE)
+    monkeypatch.delenv(cubins.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of-user"))
-    assert nvrtc.cache_folder() == tmp_path / "of-user" / "anymamba" / "cuda" or os.name == "nt"
+    assert cubins.cache_folder() == tmp_path / "of-user" / "anymamba" / "cuda" or os.name == "nt"
 
 
 def test_a_carried_folder_needs_no_compiler(compiled, folder, monkeypatch):
     nvrtc.compile_for(VARIANT, 90)
     folder.rename(folder.parent / "carried")
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(folder.parent / "carried"))
+    monkeypatch.setenv(cubins.CACHE_VARIABLE, str(folder.parent / "carried"))
     assert nvrtc.compile_for(VARIANT, 90) == CUBIN
     assert len(compiled) == 1
 
@@ -120,7 +120,7 @@ def test_a_damaged_file_is_compiled_anew(how, compiled, folder):
 
 def test_a_folder_that_cannot_be_written_is_said_once(compiled, folder):
     folder.write_text("a file lies where the folder would")
-    with pytest.warns(RuntimeWarning, match=nvrtc.CACHE_VARIABLE):
+    with pytest.warns(RuntimeWarning, match=cubins.CACHE_VARIABLE):
         assert nvrtc.compile_for(VARIANT, 90) == CUBIN
     assert "not kept" in nvrtc.description()
     with warnings.catch_warnings():
@@ -142,8 +142,8 @@ def write_and_read(path) -> int:
     """How often a file that others write was not there or not whole."""
     bad = 0
     for _ in range(200):
-        nvrtc._keep(path, CUBIN)
-        bad += nvrtc._kept(path) != CUBIN
+        cubins.keep(path, CUBIN)
+        bad += cubins.read(path) != CUBIN
     return bad
 
 

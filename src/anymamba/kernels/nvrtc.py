@@ -9,11 +9,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
-import os
 import re
-import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,13 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from anymamba.base.files import atomic_file
+from anymamba.kernels import cubins
+from anymamba.kernels.cubins import cache_folder
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The numbers of cuda/device.cuh."""
-
-CACHE_VARIABLE = "ANYMAMBA_CUDA_CACHE"
-"""Environment variable that moves the folder of compiled kernels."""
 
 OLDEST = 80
 """Compute capability from which kernels run, times ten: asynchronous copies and barriers came with it."""
@@ -191,8 +186,9 @@ def refuses_gpu(index: int) -> str | None:
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import the compiler, which takes two seconds.
+_constant: Any
 for _constant in (reason, refuses_gpu):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _constant._dynamo_marked_constant = True
 
 
 def _no_architecture(capability: int) -> str | None:
@@ -249,7 +245,7 @@ def description() -> str:
     """The compiler's version and where compiled kernels are kept, or what is missing."""
     if cannot_compile():
         return str(cannot_compile())
-    where = f"kept in {cache_folder()}" if _can_keep() else f"not kept: {cache_folder()} cannot be written"
+    where = f"kept in {cache_folder()}" if cubins.can_keep() else f"not kept: {cache_folder()} cannot be written"
     return f"NVRTC {'.'.join(map(str, version()))}, compiled kernels {where}"
 
 
@@ -259,11 +255,17 @@ def description() -> str:
 def compile_for(variant: Variant, architecture: int) -> bytes:
     """The cubin of a variant, from the folder of compiled kernels or compiled and put there."""
     path = cache_folder() / f"{_key(variant, architecture)}.cubin"
-    cubin = _kept(path)
+    cubin = cubins.read(path)
     if cubin is None:
         cubin, _ = compile_anew(variant, architecture)
-        _keep(path, cubin)
+        cubins.keep(path, cubin)
     return cubin
+
+
+def _key(variant: Variant, architecture: int) -> str:
+    parts = (variant.source.name, variant.source.text, variant.source.headers, variant.flags(), architecture, version())
+    name = variant.source.name.removesuffix(".cu")
+    return f"{name}-sm_{architecture}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
 
 
 def compile_anew(variant: Variant, architecture: int, *flags: str) -> tuple[bytes, str]:
@@ -306,60 +308,6 @@ def _check_nvrtc(nvrtc: Any, result: tuple[Any, ...], unpack: bool = True) -> An
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise RuntimeError(f"NVRTC says {status.name}")
     return values[0] if unpack and len(values) == 1 else tuple(values) if values else None
-
-
-# ------------------------------------------------------------------------------------------------ keeping
-
-_unkept: dict[str, str] = {}  # why the folder cannot be written, by its path
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: what ANYMAMBA_CUDA_CACHE names, or in the user's cache."""
-    wanted = os.environ.get(CACHE_VARIABLE)
-    if wanted:
-        return Path(wanted).expanduser()
-    home = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
-    return Path(os.environ.get(home) or Path.home() / ".cache") / "anymamba" / "cuda"
-
-
-def _key(variant: Variant, architecture: int) -> str:
-    parts = (variant.source.name, variant.source.text, variant.source.headers, variant.flags(), architecture, version())
-    name = variant.source.name.removesuffix(".cu")
-    return f"{name}-sm_{architecture}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
-
-
-def _kept(path: Path) -> bytes | None:
-    """The cubin of a file that begins with its hash; None where there is none or it is damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    digest, cubin = content[:32], content[32:]
-    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
-
-
-def _keep(path: Path, cubin: bytes) -> None:
-    """Write a compiled kernel atomically. If that is impossible, warn once for the folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(hashlib.sha256(cubin).digest() + cubin)
-    except OSError as error:
-        folder = str(path.parent)
-        if folder not in _unkept:
-            _unkept[folder] = str(error)
-            warnings.warn(
-                f"compiled kernels are not kept for later processes: {error}; set {CACHE_VARIABLE} to a folder that "
-                "can be written",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-
-def _can_keep() -> bool:
-    folder = cache_folder()
-    existing = next((f for f in (folder, *folder.parents) if f.exists()), folder)
-    return str(folder) not in _unkept and os.access(existing, os.W_OK)
 
 
 # ------------------------------------------------------------------------------------------------ launching

@@ -101,7 +101,9 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
         call.set(blocks_of_group=blocks_of_rows)
         call.launch(fast, blocks_of_rows * -(-a.batch // plan.ROWS_OF_BLOCK), threads)
     else:
-        call.launch(plan.general("general_forward", "step", a.dtype), -(-a.batch * a.d_inner * lanes // threads), threads)
+        call.launch(
+            plan.general("general_forward", "step", a.dtype), -(-a.batch * a.d_inner * lanes // threads), threads
+        )
     return y, state
 
 

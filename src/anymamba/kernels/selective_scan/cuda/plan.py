@@ -156,9 +156,9 @@ class Machine(NamedTuple):
 
 
 START_FORWARD, SUMMARY_FORWARD, SUMMARY_BACKWARD = 250, 0.8, 0.25
-RATES = ((0, 0.0), (2, 0.24), (4, 0.45), (8, 0.77), (16, 1.0))
+RATES = ((0, 0.0), (2, 0.24), (4, 0.45), (8, 0.91), (16, 1.0))
 """How much of its forward blocks a multiprocessor gets done, by the number of warps that are at work."""
-GAIN = 0.99
+GAIN = 0.995
 """Smaller blocks are taken where they are expected to take less than this of the time of the largest ones."""
 NARROW_TIME = 0.75
 """The time of a narrow block, in that of a wide one."""
