@@ -3,9 +3,9 @@
 The public names resolve when they are first used, so that importing the package costs nothing.
 """
 
-from typing import TYPE_CHECKING
-
 from anymamba.base import __version__, lazy_names
+
+TYPE_CHECKING = False  # as typing has it, whose import takes longer than all of this
 
 __all__ = [
     "ConvOutput",
