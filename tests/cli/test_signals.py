@@ -67,12 +67,6 @@ def test_a_second_one_does_not_wait_for_the_cleaning_up(ended):
     assert time.monotonic() - start < 15
 
 
-def test_a_verb_may_catch_one_and_go_on(ended):
-    again = "try: interrupt()\nexcept KeyboardInterrupt: go_on(); print('caught')\n"
-    body = "from anymamba.cli.signals import go_on\n" + 2 * again + "interrupt()"
-    assert ended(body) == (130, "caught\ncaught\n", "interrupted\n")
-
-
 def test_one_that_a_library_swallows_is_followed_by_a_second(ended):
     assert ended("try: interrupt()\nexcept BaseException: interrupt()") == (130, "", "interrupted\n")
 

@@ -71,13 +71,6 @@ class SignalHandler:
         self.working = False
 
 
-def go_on() -> None:
-    """Let the next Ctrl-C raise again; for a verb that has caught one and goes on, as a conversation does."""
-    handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, SignalHandler):
-        handler.working = True
-
-
 def is_importing(frame: FrameType | None) -> bool:
     """Whether a module is being imported in a frame or in one of its callers."""
     while frame is not None:
