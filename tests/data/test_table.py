@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anymamba.base import manifest
 from anymamba.data.table import TokenTable, build_token_table
 from anymamba.data.table import build as build_module
 from anymamba.data.table import encoding as encoding_module
@@ -491,3 +492,17 @@ def test_a_million_documents_take_arrays_not_objects(build, data):
     assert table.n_documents == 200_000 and table.names[199_999] == f"{file}:200001"
     held = len(pickle.dumps(table))
     assert held < 45 * table.n_documents, "five 8-byte numbers a document, and no strings"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens.arrow", "documents.arrow", "files.arrow", "meta.json", "anymamba_manifest.json"]
+)
+def test_a_damaged_table_is_built_again(build, data, tmp_path, name):
+    (data / "a.txt").write_bytes(b"hello")
+    build()
+    (table,) = (tmp_path / "cache").glob("[!.]*")
+    content = bytearray((table / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (table / name).write_bytes(content)
+    assert text_of(build(), 0) == b"hello"
+    assert manifest.check(table) >= {"tokens.arrow", "documents.arrow", "files.arrow", "meta.json"}

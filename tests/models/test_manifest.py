@@ -158,6 +158,17 @@ def test_a_save_that_is_seen_half_done(folder, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_folder_that_is_removed_meanwhile(folder, monkeypatch):
+    """As a damaged table of the cache is by the process that builds it again."""
+
+    def digests(*arguments):
+        shutil.rmtree(folder)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(manifest, "_digests", digests)
+    assert not manifest.check(folder)
+
+
 def test_a_save_that_fails_before_anything_is_replaced_keeps_it(folder):
     before = (folder / manifest.NAME).read_text()
     with pytest.raises(RuntimeError, match="early"), manifest.rewritten(folder):

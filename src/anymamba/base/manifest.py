@@ -45,7 +45,10 @@ def check(folder: Path, way_out: str | None = None) -> frozenset[str]:
         way_out = f"copy it again; if it was changed on purpose, delete {path} or pass --no-verify (verify=False)"
     while (text := _text(path)) is not None:
         files = _parsed(text, path)
-        problem = _first_problem(folder, files)
+        try:
+            problem = _first_problem(folder, files)
+        except FileNotFoundError:  # another process has just removed a file
+            continue
         if problem is None:
             return frozenset(name for name in files if (folder / name).exists())
         if _text(path) == text:  # otherwise another process is saving to the folder

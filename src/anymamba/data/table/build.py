@@ -111,7 +111,7 @@ def _meta(folder: Path) -> dict[str, Any] | None:
         if not {TOKENS_FILE, DOCUMENTS_FILE, FILES_FILE, _META_FILE} <= manifest.check(folder):
             return None
         return json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
-    except CheckpointError:
+    except (CheckpointError, FileNotFoundError):  # the latter if another process is replacing it
         return None
 
 
