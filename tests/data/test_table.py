@@ -497,7 +497,7 @@ def test_a_million_documents_take_arrays_not_objects(build, data):
 @pytest.mark.parametrize(
     "name", ["tokens.arrow", "documents.arrow", "files.arrow", "meta.json", "anymamba_manifest.json"]
 )
-def test_a_damaged_table_is_built_again(build, data, tmp_path, name):
+def test_a_table_with_one_changed_bit_is_built_again(build, data, tmp_path, name):
     (data / "a.txt").write_bytes(b"hello")
     build()
     (table,) = (tmp_path / "cache").glob("[!.]*")
