@@ -42,7 +42,7 @@ _HOMES = {
     "causal_conv1d": "anymamba.ops.causal_conv1d",
     "causal_conv1d_step": "anymamba.ops.causal_conv1d",
     "generate": "anymamba.generation.generate",
-    "load_tokenizer": "anymamba.data.tokenizer",
+    "load_tokenizer": "anymamba.models.checkpoints.tokenizers",
     "preset": "anymamba.models.presets",
     "selective_scan": "anymamba.ops.selective_scan",
     "selective_scan_step": "anymamba.ops.selective_scan",
@@ -53,10 +53,10 @@ _HOMES = {
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 if TYPE_CHECKING:
-    from anymamba.data.tokenizer import load_tokenizer
     from anymamba.generation.generate import generate, stream, stream_text
     from anymamba.generation.sampling import SamplingConfig
     from anymamba.layers.mamba import Mamba
+    from anymamba.models.checkpoints.tokenizers import load_tokenizer
     from anymamba.models.config import ModelConfig
     from anymamba.models.language_model import LanguageModel
     from anymamba.models.presets import preset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, models
 
-from anymamba import ModelConfig
+from anymamba import ModelConfig, load_tokenizer
 from anymamba.data.tokenizer import ByteTokenizer, JsonTokenizer
 from anymamba.models.checkpoints import CheckpointWarning, convert, find_tokenizer, load_pretrained, open_checkpoint
 from anymamba.models.checkpoints.formats import gguf
@@ -63,6 +63,7 @@ def test_a_model_has_its_own_tokenizer_wherever_it_lies(tmp_path, moved, words, 
     for name in ("folder", "original", "one.gguf", "gguf", "owner/whole", "owner/whole/x.gguf", "owner/bare/x.gguf"):
         assert is_words(find_tokenizer(name)), name
         assert is_words(find_tokenizer(given=name)), f"{name} names a tokenizer, too"
+        assert is_words(load_tokenizer(name)), name
         assert is_words(find_tokenizer(tmp_path / "folder", name))
 
 
@@ -95,6 +96,7 @@ def test_a_model_of_bytes_needs_no_tokenizer(tmp_path, moved, config, form):
     assert isinstance(tokenizer, ByteTokenizer) and tokenizer.vocab_size == config.vocab_size
     assert tokenizer.eos_id == (256 if config is BYTES else None)
     assert find_tokenizer(vocab_size=config.vocab_size).vocab_size == config.vocab_size
+    assert load_tokenizer(str(tmp_path / form)).fingerprint == tokenizer.fingerprint
 
 
 def test_what_is_given_comes_first(tmp_path, moved, words):
@@ -119,7 +121,8 @@ def test_a_tokenizer_on_the_hub_comes_without_the_weights(hub, monkeypatch):
         huggingface_hub, "snapshot_download", lambda *a, **k: asked.extend(k["allow_patterns"]) or real(*a, **k)
     )
     assert is_words(find_tokenizer(vocab_size=300, given="owner/only"))
-    assert asked == ["*.json", "tokenizer.model"]
+    assert is_words(load_tokenizer("owner/only"))
+    assert asked == ["*.json", "tokenizer.model"] * 2
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,7 @@ def test_a_tokenizer_on_the_hub_comes_without_the_weights(hub, monkeypatch):
     [
         ("nowhere", "no tokenizer at nowhere; give a tokenizer.json or a folder"),
         ("some/where.json", "no tokenizer at some/where.json; give a tokenizer.json or a folder"),
+        ("nothing", "no tokenizer at nothing/tokenizer.json; give a tokenizer.json or a folder"),
         ("owner/absent", "no tokenizer: no model owner/absent here, and none on the hub: .*; unset it$"),
         ("owner/bare", "owner/bare holds no tokenizer that can be read; give a tokenizer.json"),
         ("empty.gguf", "empty.gguf holds no tokenizer that can be read; give a tokenizer.json"),
@@ -134,8 +138,9 @@ def test_a_tokenizer_on_the_hub_comes_without_the_weights(hub, monkeypatch):
 )
 def test_names_without_a_tokenizer(hub, moved, tmp_path, name, message):
     moved(FOREIGN).save_pretrained(tmp_path / "empty.gguf", format="gguf")
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(FileNotFoundError, match=message) as caught:
-        find_tokenizer(given=name)
+        load_tokenizer(name)
     assert "\n" not in str(caught.value)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
-from anymamba.models.checkpoints.formats.files import CONFIG
+from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, tokenizer_from_json
+from anymamba.data.tokenizer import load_tokenizer as read_tokenizer
+from anymamba.models.checkpoints.formats.files import CONFIG, read_json
+from anymamba.models.checkpoints.formats.folder import read_config
 from anymamba.models.checkpoints.hub import hub_name, local_path
 from anymamba.models.checkpoints.reading import Checkpoint, open_checkpoint
+from anymamba.models.config import ModelConfig
 
 BYTE_VOCABULARIES = (256, 257)
 """Sizes of byte vocabularies: the 256 bytes, without or with one more id that ends documents."""
@@ -25,8 +28,7 @@ def find_tokenizer(
     Args:
         model, revision: as in `load_pretrained`; None for a model in memory or one that does not exist yet. A file is
             opened once.
-        given: a tokenizer, or the name of one: a tokenizer.json, a folder or .gguf file that holds one, or a name on
-            the hub.
+        given: a tokenizer, or the name of one, as in `load_tokenizer`.
         vocab_size: the model's; defaults to that of the opened model, and to bytes for a model that does not exist yet.
     Raises FileNotFoundError if there is none and the vocabulary is not bytes, ValueError or CheckpointError if one
         cannot be read, ValueError if it has more ids than the model.
@@ -55,7 +57,7 @@ def _found_tokenizer(
     revision: str | None,
 ) -> Tokenizer:
     if given is not None:
-        return named_tokenizer(given) if isinstance(given, str | Path) else given
+        return load_tokenizer(given) if isinstance(given, str | Path) else given
     found = model if model is None or isinstance(model, Checkpoint) else _folder_or_checkpoint(model, revision)
     own = None if found is None else _own_tokenizer(found)
     if own is not None:
@@ -69,7 +71,7 @@ def _found_tokenizer(
             f"{name} has no tokenizer that can be read, and its vocabulary of {vocab_size} is not "
             f"bytes; name its {FILE_NAME} with --tokenizer FILE (tokenizer=FILE for lm-eval)"
         )
-    return ByteTokenizer(end_of_document=vocab_size == BYTE_VOCABULARIES[-1])
+    return _bytes(vocab_size)
 
 
 def model_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer | None:
@@ -91,25 +93,48 @@ def _own_tokenizer(model: Path | Checkpoint) -> Tokenizer | None:
     """The tokenizer of a model folder or of an open checkpoint."""
     path = model if isinstance(model, Path) else model.path
     if path.is_dir():
-        return load_tokenizer(path) if (path / FILE_NAME).is_file() else None
+        return read_tokenizer(path) if (path / FILE_NAME).is_file() else None
     assert isinstance(model, Checkpoint), "a file has been opened as a checkpoint"
     own = model.tokenizer()
     return None if own is None else tokenizer_from_json(own.text, own.path)
 
 
-def named_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, of a folder or .gguf file that holds one, or of a name on the hub.
+def load_tokenizer(name: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of any name that the command line takes; None gives bytes.
 
+    Args:
+        name: a tokenizer.json; a model or run folder, a .gguf file or any other folder that holds one; or a name on the
+            hub. A model of bytes needs none.
     Raises FileNotFoundError if there is none, ValueError or CheckpointError if it cannot be read.
     """
+    if name is None:
+        return ByteTokenizer()
     path = Path(name).expanduser()
     if not path.exists() and path.suffix != ".json" and hub_name(name):
         try:
             path = local_path(name, weights=False)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no tokenizer: {error}") from error
-    holds_gguf = path.suffix == ".gguf" or (not (path / FILE_NAME).exists() and any(path.glob("*.gguf")))
-    own = model_tokenizer(path) if path.exists() and holds_gguf else load_tokenizer(path)
-    if own is None:
+    holds_file = path.is_dir() and (path / FILE_NAME).exists()
+    if holds_file or not path.exists() or (path.is_file() and path.suffix != ".gguf"):
+        return read_tokenizer(path)
+    try:
+        model = _folder_or_checkpoint(path, None)
+    except FileNotFoundError:  # a folder without a model
+        return read_tokenizer(path)
+    own = _own_tokenizer(model)
+    if own is not None:
+        return own
+    vocab_size = (_config(model) if isinstance(model, Path) else model.config).vocab_size
+    if vocab_size not in BYTE_VOCABULARIES:
         raise FileNotFoundError(f"{name} holds no tokenizer that can be read; give a {FILE_NAME}")
-    return own
+    return _bytes(vocab_size)
+
+
+def _config(folder: Path) -> ModelConfig:
+    """The config of a model folder, whose weights need not be there."""
+    return read_config(read_json(folder / CONFIG), folder / CONFIG)[2]
+
+
+def _bytes(vocab_size: int) -> ByteTokenizer:
+    return ByteTokenizer(end_of_document=vocab_size == BYTE_VOCABULARIES[-1])

@@ -20,7 +20,7 @@ from anymamba.models.checkpoints.formats import folder as folders
 from anymamba.models.checkpoints.formats import gguf, state_spaces
 from anymamba.models.checkpoints.formats.files import failures_told
 from anymamba.models.checkpoints.reading import open_checkpoint
-from anymamba.models.checkpoints.tokenizers import named_tokenizer, require_fitting
+from anymamba.models.checkpoints.tokenizers import load_tokenizer, require_fitting
 from anymamba.models.checkpoints.weights import CastWeights, ModelWeights, Progress, Weights
 from anymamba.models.language_model import LanguageModel
 
@@ -108,7 +108,7 @@ def convert(
     checkpoint = open_checkpoint(source, verify=verify)
     text = None
     if tokenizer is not None:
-        given = named_tokenizer(tokenizer)
+        given = load_tokenizer(tokenizer)
         require_fitting(given, checkpoint.config.vocab_size)
         text = given.to_json()
     elif not without_tokenizer:
