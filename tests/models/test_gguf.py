@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 
 import pytest
 import torch
@@ -316,6 +317,17 @@ def test_the_digest_tells_every_other_change(tmp_path, good):
         with pytest.raises(CheckpointError):
             load_pretrained(path)
     load_pretrained(path, verify=False)  # the last change is one of a weight
+
+
+def test_reading_needs_no_package(tmp_path, good, monkeypatch):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(good)
+    model = load_pretrained(path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert model_tokenizer(path) is None and torch.equal(load_pretrained(path).norm.weight, model.norm.weight)
+    with pytest.raises(ImportError, match=r'writing GGUF files needs the package gguf: pip install "anymamba\[gguf\]"'):
+        model.save_pretrained(tmp_path / "y.gguf", format="gguf")
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".gguf"] == ["x.gguf"]
 
 
 def test_llama_cpps_tools_keep_the_digest_and_write_other_bytes(tmp_path, good):
