@@ -23,23 +23,36 @@ BENCHMARKS = {
     "startup": "Start-up",
     "experiment_times": "How long the experiments take",
 }
+ON_A_GPU = {
+    "gpu": "The CUDA kernels of the scan",
+    "gpu_memory_bound": "The CUDA kernels of the convolution, the norm and the loss",
+}
+"""Run only when they are named. They take `--original FOLDER`, a folder of the compiled modules to compare with."""
+TITLES = BENCHMARKS | ON_A_GPU
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; defaults to all")
-    names = parser.parse_args().names or list(BENCHMARKS)
-    if unknown := set(names) - set(BENCHMARKS):
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"any of {', '.join(TITLES)}; defaults to those of a CPU"
+    )
+    parser.add_argument(
+        "--original", metavar="FOLDER", help="for benchmarks on a GPU: compiled modules to compare with"
+    )
+    options = parser.parse_args()
+    names = options.names or list(BENCHMARKS)
+    if unknown := set(names) - set(TITLES):
         parser.error(f"there is no benchmark {sorted(unknown)[0]!r}")
     sections = sections_of(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in names:
-        print(f"{BENCHMARKS[name]} ...", file=sys.stderr)
+        print(f"{TITLES[name]} ...", file=sys.stderr)
         command = [sys.executable, "-m", f"benchmarks.{name}"]
+        command += ["--original", options.original] if options.original and name in ON_A_GPU else []
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         machine, rest = printed.split("\n", 1)
-        sections[BENCHMARKS[name]] = f"{machine.strip()}.\n\n{rest.strip()}"
-        print(sections[BENCHMARKS[name]])
+        sections[TITLES[name]] = f"{machine.strip()}.\n\n{rest.strip()}"
+        print(sections[TITLES[name]])
     RESULTS.write_text(document(sections), encoding="utf-8")
     print(f"written to {RESULTS}", file=sys.stderr)
 
@@ -52,7 +65,7 @@ def sections_of(text: str) -> dict[str, str]:
 
 def document(sections: dict[str, str]) -> str:
     """The sections in the order of the benchmarks, each with its machine and date."""
-    known = [title for title in BENCHMARKS.values() if title in sections]
+    known = [title for title in TITLES.values() if title in sections]
     body = "\n".join(f"## {title}\n\n{sections[title]}\n" for title in known)
     return f"# Results\n\nWritten by `make bench`; `python -m benchmarks NAME` runs one again.\n\n{body}"
 

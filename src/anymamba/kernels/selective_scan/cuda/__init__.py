@@ -37,7 +37,12 @@ def saved_shape(a: ScanArguments) -> tuple[int, ...]:
     """Of the states that forward saves for backward: (batch, tokens / 64, padded states, padded channels) in one
     dimension, so that code that torch.compile traces serves any length."""
     channels = (a.d_inner // a.n_groups + 31) // 32 * 32 * a.n_groups
-    return (a.batch * ((a.length + plan.SAVED_EVERY - 1) // plan.SAVED_EVERY) * plan.padded_states(a) * channels,)
+    return (
+        a.batch
+        * ((a.length + plan.SAVED_EVERY - 1) // plan.SAVED_EVERY)
+        * plan.padded_states(a, plan.layouts(a))
+        * channels,
+    )
 
 
 def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,13 +52,13 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if a.u.numel() == 0:
         initial = torch.zeros_like(last_state) if a.initial_state is None else a.initial_state
         return a.u.new_empty(a.u.shape), last_state.copy_(initial), saved
-    call, dtype = _start(a)
+    layouts = plan.layouts(a)
+    call, dtype = _start(a, layouts)
     y = a.u.new_empty(a.u.shape, dtype=dtype)
     call.rows(y=y)
     call.dense(last_state=last_state, saved=saved if save else None)
     if a.cu_seqlens is not None:
         _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
-    layouts = plan.layouts(a)
     _fast_forward(call, layouts, dtype) if layouts else _general_forward(call)
     return y.to(a.u.dtype), last_state, saved
 
@@ -67,8 +72,8 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
         passed = None if dinitial is None else dinitial.copy_(dlast_state)
         return [du, ddelta, *summed[:4], dz, summed[4], passed]
     dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))  # autograd hands over lazy ones
-    call, dtype = _start(a)
     layouts = plan.layouts(a)
+    call, dtype = _start(a, layouts)
     rows = (du, ddelta, dz)
     written = [None if t is None else t.new_empty(t.shape, dtype=dtype) if layouts else t for t in rows]
     call.rows(dy=dy.to(dtype), du=written[0], ddelta=written[1], dz=written[2])
@@ -112,15 +117,14 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _start(a: ScanArguments) -> tuple[Call, torch.dtype]:
+def _start(a: ScanArguments, layouts: plan.Layouts | None) -> tuple[Call, torch.dtype]:
     """A call with the op's inputs, and the dtype in which kernels write tokens."""
     call = Call(a)
-    is_fast = plan.layouts(a) is not None
-    dtype = plan.element(a) if is_fast else a.u.dtype
+    dtype = plan.element(a) if layouts else a.u.dtype
     tensors = {"u": a.u, "delta": a.delta, "z": a.z}
-    call.rows(**{k: t.to(dtype) if is_fast and t is not None else t for k, t in tensors.items()})
-    _matrices(call, a, dtype if is_fast else None)
-    call.set(states=plan.padded_states(a))
+    call.rows(**{k: t if t is None or not layouts else t.to(dtype) for k, t in tensors.items()})
+    _matrices(call, a, dtype if layouts else None)
+    call.set(states=plan.padded_states(a, layouts))
     if a.cu_seqlens is not None:
         offsets = a.cu_seqlens.to(torch.int64).cummax(0).values
         call.dense(offsets=offsets)

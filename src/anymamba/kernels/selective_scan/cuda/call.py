@@ -39,7 +39,8 @@ FIELDS = (
 """Fields that are an address or a number, in the order of the struct; the dtypes are those of nvrtc.DTYPES."""
 
 PLACE = {name: i * 6 for i, name in enumerate(ROWS)} | {name: i + 6 * len(ROWS) for i, name in enumerate(FIELDS)}
-PACK = struct.Struct(f"{6 * len(ROWS) + len(FIELDS)}q").pack
+N_VALUES = 6 * len(ROWS) + len(FIELDS)
+PACK = struct.Struct(f"{N_VALUES}q").pack
 
 LARGEST_STRIDE = 1 << 21
 """Elements: kernels compute with 32 bits inside a tile; a tensor with larger strides between tokens is copied."""
@@ -61,7 +62,7 @@ class Call:
         self.like = a.u
         self._device = a.u.device
         self.index: int = a.u.device.index or 0
-        self.values = [0] * (6 * len(ROWS) + len(FIELDS))
+        self.values = [0] * N_VALUES
         self._alive: list[Tensor] = []
         self.set(
             batch=a.batch,
@@ -98,23 +99,30 @@ class Call:
                 continue
             tensor = readable(tensor)
             self._hold(name, tensor)
-            stride = [0 if size == 1 else s for size, s in zip(tensor.shape, tensor.stride(), strict=True)]
-            group = stride[2] if len(stride) == 4 else 0
-            place, width = tensor.data_ptr(), tensor.element_size()
-            in_row = tensor.shape[-1] if len(stride) == 4 else self.per_group
-            aligned = all(x * width % 16 == 0 for x in (stride[0], stride[1], group, in_row)) and place % 16 == 0
-            self.set(aligned=self["aligned"] and aligned)
-            at = PLACE[name]
-            self.values[at : at + 6] = (place, stride[0], stride[1], group, nvrtc.DTYPES[real(tensor.dtype)], aligned)
+            shape, stride = tensor.shape, tensor.stride()
+            batch = 0 if shape[0] == 1 else stride[0]
+            length = 0 if shape[1] == 1 else stride[1]
+            group, in_row = 0, self.per_group
+            if len(shape) == 4:
+                group, in_row = 0 if shape[2] == 1 else stride[2], shape[3]
+            address, dtype = tensor.data_ptr(), tensor.dtype
+            aligned = not (address | (batch | length | group | in_row) * dtype.itemsize) & 15
+            if not aligned:
+                self.values[PLACE["aligned"]] = 0
+            number = nvrtc.DTYPES[real(dtype)]
+            self.values[PLACE[name] : PLACE[name] + 6] = (address, batch, length, group, number, aligned)
 
     def dense(self, **tensors: Tensor | None) -> None:
         """Tensors as dense ones of their dtype, from a multiple of 16 bytes; a null address where one is absent."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 tensor = tensor.contiguous()
-                tensor = tensor.clone() if tensor.data_ptr() % 16 else tensor
+                address = tensor.data_ptr()
+                if address % 16:
+                    tensor = tensor.clone()
+                    address = tensor.data_ptr()
                 self._hold(name, tensor)
-                self.values[PLACE[name]] = tensor.data_ptr()
+                self.values[PLACE[name]] = address
 
     def _hold(self, name: str, tensor: Tensor) -> None:
         if tensor.device != self._device:
@@ -125,11 +133,14 @@ class Call:
 
     def states(self, **tensors: Tensor | None) -> None:
         """Tensors as dense ones of the state's dtype."""
-        self.dense(**{name: None if t is None else t.to(self.dtype) for name, t in tensors.items()})
+        self._converted(tensors, self.dtype)
 
     def vectors(self, **tensors: Tensor | None) -> None:
         """Tensors as dense ones of the state's real dtype."""
-        self.dense(**{name: None if t is None else t.to(real(self.dtype)) for name, t in tensors.items()})
+        self._converted(tensors, real(self.dtype))
+
+    def _converted(self, tensors: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+        self.dense(**{k: t if t is None or t.dtype == dtype else t.to(dtype) for k, t in tensors.items()})
 
     def gradients(self, **tensors: Tensor | None) -> None:
         """Dense tensors that are written in a dtype of their own."""
@@ -151,7 +162,6 @@ class Call:
 
 def readable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that kernels can read: the last dimension is dense and strides are moderate."""
-    fine = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-    if fine and all(0 <= s < LARGEST_STRIDE for s in tensor.stride()[1:]):
-        return tensor
-    return tensor.contiguous()
+    strides = tensor.stride()[1:]
+    fine = (strides[-1] == 1 or tensor.shape[-1] == 1) and max(strides) < LARGEST_STRIDE
+    return tensor if fine else tensor.contiguous()

@@ -123,9 +123,9 @@ def element(a: ScanArguments) -> torch.dtype:
     return widest
 
 
-def padded_states(a: ScanArguments) -> int:
+def padded_states(a: ScanArguments, of_call: Layouts | None) -> int:
     """States in scratch tensors."""
-    return -(-a.d_state // GROUP) * GROUP if layouts(a) else a.d_state
+    return -(-a.d_state // GROUP) * GROUP if of_call else a.d_state
 
 
 # ------------------------------------------------------------------------------------------------ chunks of time
