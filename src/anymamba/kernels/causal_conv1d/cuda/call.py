@@ -35,7 +35,7 @@ SHARED_OF_WEIGHTS = 4 * (TAPS + 1) * BLOCK_CHANNELS
 GENERAL_PIECE = 512
 """Tokens of a part of the weights' gradients in the general kernels."""
 
-FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 4
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 3
 """Blocks that share a multiprocessor, as the fast kernels declare."""
 FORWARD_PIECES, BACKWARD_PIECES = range(8, 65, 8), range(8, 129, 4)
 """Tokens that a warp may take."""

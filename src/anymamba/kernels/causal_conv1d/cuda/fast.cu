@@ -3,7 +3,9 @@
 //     y[t] = act(bias + sum_i weight[i] x[t - width + 1 + i])
 //
 // A lane has four neighbouring channels and a warp 128; a warp takes a piece of time and keeps the last three inputs in
-// registers, so that each token is read once (and three more before the piece).
+// registers, so that each token is read once (and three more before the piece). Tokens are asked for in groups, each
+// while the one before it is worked on. PLAIN code is for a whole group of four taps with the activation, as a Mamba
+// block has them: it asks no questions, so that nothing is moved between registers.
 // Backward runs forwards in time: the gradient of a token is complete three tokens later, when it is written. Taps are
 // counted so that the fourth is the present; narrower weights leave the first ones out, and what these would see, too.
 //
@@ -16,11 +18,7 @@
 #include "parameters.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, CHANNELS = 4, LANES = 32, BLOCK_CHANNELS = LANES * CHANNELS, TAPS = 4;
-// Tokens that are asked for at once.
-template <bool ALIGNED>
-constexpr int AHEAD = ALIGNED ? 8 : 2;
-template <bool ALIGNED>
-constexpr int AHEAD_BACKWARD = ALIGNED ? 4 : 1;
+constexpr int GROUP = 4;  // tokens that are asked for at once
 
 typedef ElementOf<DTYPE>::Type Element;
 typedef float Four[CHANNELS];
@@ -42,19 +40,40 @@ DEVICE Place place_of_warp(const Parameters& p) {
     return at;
 }
 
-template <bool ALIGNED>
-DEVICE void get(Four& out, const Element* from, int count) {
-    if constexpr (ALIGNED) {
-        if (count > 0) read<DTYPE>(out, from);
-    } else {
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) {
-            float value[1] = {0.f};
-            if (i < count) read<DTYPE>(value, from + i);
-            out[i] = value[0];
-        }
-    }
+// Four numbers as they are in memory: what has been asked for and need not have come yet. Short ones stay in words, which
+// is how they are loaded and widened.
+#if DTYPE == 0
+typedef float4 Packed;
+DEVICE Packed nothing() { return make_float4(0.f, 0.f, 0.f, 0.f); }
+DEVICE void unpack(Four& out, const Packed& in) { out[0] = in.x, out[1] = in.y, out[2] = in.z, out[3] = in.w; }
+#else
+typedef uint2 Packed;
+DEVICE Packed nothing() { return make_uint2(0u, 0u); }
+DEVICE float first_of(u32 word) {
+    return DTYPE == BFLOAT16 ? bits_as_float(word << 16) : half_as_float(u16(word));
 }
+DEVICE float second_of(u32 word) {
+    return DTYPE == BFLOAT16 ? bits_as_float(word & 0xffff0000u) : half_as_float(u16(word >> 16));
+}
+DEVICE void unpack(Four& out, const Packed& in) {
+    out[0] = first_of(in.x), out[1] = second_of(in.x), out[2] = first_of(in.y), out[3] = second_of(in.y);
+}
+#endif
+template <bool ALIGNED>
+DEVICE Packed ask(const Element* from, int count) {
+    Packed found = nothing();
+    if constexpr (ALIGNED) {
+        if (count > 0) found = *reinterpret_cast<const Packed*>(from);
+    } else {
+        alignas(16) Element numbers[CHANNELS] = {};
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++)
+            if (i < count) numbers[i] = from[i];
+        found = *reinterpret_cast<const Packed*>(numbers);
+    }
+    return found;
+}
+
 template <bool ALIGNED>
 DEVICE void put(Element* to, const Four& values, int count) {
     if constexpr (ALIGNED) {
@@ -84,18 +103,34 @@ DEVICE i64 lane_state(const Parameters& p, const Place& at, i64 sequence, i64 k)
 struct Weights {
     Four of[TAPS], bias;
 };
-DEVICE void put_weights_in_shared(const Parameters& p, const Place& at) {
-    float* shared = reinterpret_cast<float*>(shared_memory());
-    const i64 first = at.channel - threadIdx.x % LANES * CHANNELS;
-    const int skipped = TAPS - int(p.width);
-    for (int i = threadIdx.x; i < BLOCK_CHANNELS * (TAPS + 1); i += THREADS) {
-        const int channel = i / (TAPS + 1), tap = i % (TAPS + 1);
-        const bool inside = first + channel < p.d_inner && tap >= skipped;
-        float value = 0.f;
-        if (inside)
-            value = tap == TAPS ? bias_at<float>(p, first + channel) : weight_at<float>(p, first + channel, tap - skipped);
-        shared[tap * BLOCK_CHANNELS + channel] = value;
+template <int TYPE>
+DEVICE void get_taps(float (&taps)[TAPS], const Parameters& p, i64 channel) {
+    const auto* from = reinterpret_cast<const typename ElementOf<TYPE>::Type*>(p.weight.data) + channel * p.weight.batch;
+#pragma unroll
+    for (int i = 0; i < TAPS; i++) {
+        const int tap = i - (TAPS - int(p.width));
+        float value[1] = {0.f};
+        if (tap >= 0) read<TYPE>(value, from + tap * p.weight.length);
+        taps[i] = value[0];
     }
+}
+// One thread a channel.
+DEVICE void put_weights_in_shared(const Parameters& p, const Place& at) {
+    static_assert(THREADS == BLOCK_CHANNELS, "");
+    float* shared = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
+    const i64 channel = at.channel - threadIdx.x % LANES * CHANNELS + threadIdx.x;
+    float taps[TAPS] = {}, bias = 0.f;
+    if (channel < p.d_inner) {
+        bias = bias_at<float>(p, channel);
+        switch (p.weight.dtype) {
+            case FLOAT32: get_taps<FLOAT32>(taps, p, channel); break;
+            case BFLOAT16: get_taps<BFLOAT16>(taps, p, channel); break;
+            default: get_taps<FLOAT16>(taps, p, channel);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < TAPS; i++) shared[i * BLOCK_CHANNELS] = taps[i];
+    shared[TAPS * BLOCK_CHANNELS] = bias;
     sync_block();
 }
 DEVICE Weights weights_of_lane() {
@@ -131,30 +166,41 @@ DEVICE Sequence sequence_after(const Parameters& p, const Sequence& before, i64 
 
 // The three inputs before token t.
 template <bool ALIGNED>
-DEVICE void get_window(Four (&window)[TAPS - 1], const Parameters& p, const Place& at, const Sequence& s, i64 t) {
+DEVICE void ask_for_window(Packed (&window)[TAPS - 1], const Parameters& p, const Place& at, const Sequence& s, i64 t) {
 #pragma unroll
     for (int i = 0; i < TAPS - 1; i++) {
         const i64 from = t - (TAPS - 1) + i, k = from - s.start + p.width - 1;
-        Four none = {};
-        copy(window[i], none);
+        window[i] = nothing();
         if (from >= s.start) {
-            get<ALIGNED>(window[i], row_at(p.x, at, from), at.count);
+            window[i] = ask<ALIGNED>(row_at(p.x, at, from), at.count);
         } else if (p.initial_state && k >= 0) {
             const Element* state = reinterpret_cast<const Element*>(p.initial_state);
-            get<ALIGNED>(window[i], state + lane_state(p, at, s.index, k), at.count);
+            window[i] = ask<ALIGNED>(state + lane_state(p, at, s.index, k), at.count);
         }
     }
+}
+// A group of tokens, of which `left` exist; the others keep what they are.
+template <bool ALIGNED>
+DEVICE void ask_for_group(Packed (&group)[GROUP], const Element* from, i64 stride, int left, int count) {
+#pragma unroll
+    for (int i = 0; i < GROUP; i++)
+        if (i < left) group[i] = ask<ALIGNED>(from + i * stride, count);
+}
+DEVICE void forget(Packed (&group)[GROUP]) {
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) group[i] = nothing();
 }
 DEVICE void shift(Four (&window)[TAPS - 1], const Four& x) {
     copy(window[0], window[1]), copy(window[1], window[2]), copy(window[2], x);
 }
 
 // The sum over taps for the present input x.
+template <bool PLAIN>
 DEVICE void sum_over_taps(Four& sum, const Weights& w, const Four (&window)[TAPS - 1], const Four& x, int width) {
     copy(sum, w.bias);
 #pragma unroll
     for (int tap = 0; tap < TAPS - 1; tap++)
-        if (width >= TAPS - tap) {
+        if (PLAIN || width >= TAPS - tap) {
 #pragma unroll
             for (int i = 0; i < CHANNELS; i++) sum[i] = fmaf(w.of[tap][i], window[tap][i], sum[i]);
         }
@@ -164,40 +210,57 @@ DEVICE void sum_over_taps(Four& sum, const Weights& w, const Four (&window)[TAPS
 
 // ------------------------------------------------------------------------------------------------ forward
 
+// The outputs of a group of tokens, of which `left` exist.
+template <bool ALIGNED, bool PLAIN>
+DEVICE void forward_group(Four (&window)[TAPS - 1], const Four (&xs)[GROUP], const Weights& w, const Parameters& p,
+                          Element* y, int left, int count) {
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) {
+        Four sum;
+        sum_over_taps<PLAIN>(sum, w, window, xs[i], int(p.width));
+        shift(window, xs[i]);
+        if (PLAIN || p.silu) {
+#pragma unroll
+            for (int c = 0; c < CHANNELS; c++) sum[c] *= sigmoid_fast(sum[c]);
+        }
+        if (PLAIN || i < left) put<ALIGNED>(y + i * p.y.length, sum, count);
+    }
+}
+
 template <bool ALIGNED>
 DEVICE void forward_piece(const Parameters& p) {
-    constexpr int N = AHEAD<ALIGNED>;
     const Place at = place_of_warp(p);
-    put_weights_in_shared(p, at);
-    const Weights w = weights_of_lane();
-    const int width = int(p.width);
-    const bool silu = p.silu;
-    if (at.begin >= at.end) return;
-    Four window[TAPS - 1];
+    if (at.begin >= at.end) return put_weights_in_shared(p, at);
+    const bool plain = ALIGNED && p.width == TAPS && p.silu;
+    Weights w;
     Sequence s = find_sequence(p, at.row, at.begin);
     for (i64 t = at.begin;;) {
         const i64 stop = min(at.end, s.end);
-        get_window<ALIGNED>(window, p, at, s, t);
         const Element* x = row_at(p.x, at, t);
         Element* y = row_at(p.y, at, t);
-        for (int left = int(stop - t); left > 0; left -= N) {
-            Four some[N] = {};
+        Packed before[TAPS - 1], next[GROUP];
+        forget(next);
+        ask_for_window<ALIGNED>(before, p, at, s, t);
+        ask_for_group<ALIGNED>(next, x, p.x.length, int(stop - t), at.count);
+        if (t == at.begin) {
+            put_weights_in_shared(p, at);
+            w = weights_of_lane();
+        }
+        Four window[TAPS - 1];
 #pragma unroll
-            for (int i = 0; i < N; i++)
-                if (i < left) get<ALIGNED>(some[i], x + i * p.x.length, at.count);
-            x += N * p.x.length;
+        for (int i = 0; i < TAPS - 1; i++) unpack(window[i], before[i]);
+        for (int left = int(stop - t); left > 0; left -= GROUP) {
+            Four xs[GROUP];
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                Four sum;
-                sum_over_taps(sum, w, window, some[i], width);
-                shift(window, some[i]);
-                if (silu) {
-#pragma unroll
-                    for (int c = 0; c < CHANNELS; c++) sum[c] *= sigmoid_fast(sum[c]);
-                }
-                if (i < left) put<ALIGNED>(y, sum, at.count);
-                y += p.y.length;
+            for (int i = 0; i < GROUP; i++) unpack(xs[i], next[i]);
+            x += GROUP * p.x.length;
+            ask_for_group<ALIGNED>(next, x, p.x.length, left - GROUP, at.count);
+            if (plain && left >= GROUP) {
+                forward_group<ALIGNED, true>(window, xs, w, p, y, left, at.count);
+            } else {
+                forward_group<ALIGNED, false>(window, xs, w, p, y, left, at.count);
             }
+            y += GROUP * p.y.length;
         }
         t = stop;
         if (t >= at.end) return;
@@ -227,16 +290,18 @@ struct Span {  // what a warp writes at a time: tokens of one sequence, counted 
     int last_state;  // from here on the gradient of the last state adds to them
 };
 
-template <bool ALIGNED>
+template <bool ALIGNED, bool PLAIN>
 DEVICE void write_gradient(const Parameters& p, const Place& at, const Sequence& s, const Span& span, Element* dx,
                            int t, const Four& known) {
     Four sum;
     copy(sum, known);
-    if (t >= span.last_state) {
+    if (!PLAIN && t >= span.last_state) {
         const i64 k = t - span.last_state;
-        Four more = {};
+        Packed packed = nothing();
         const Element* state = reinterpret_cast<const Element*>(p.dlast_state);
-        if (k < p.width - 1) get<ALIGNED>(more, state + lane_state(p, at, s.index, k), at.count);
+        if (k < p.width - 1) packed = ask<ALIGNED>(state + lane_state(p, at, s.index, k), at.count);
+        Four more;
+        unpack(more, packed);
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) sum[i] += more[i];
     }
@@ -253,26 +318,27 @@ DEVICE void take_through_activation(Four& slope, const Four& sum) {
 }
 
 // One token: its part in the gradients of the inputs that it saw and, if it is the span's own, of the weights.
+template <bool PLAIN>
 DEVICE void add_token(Sums& sums, Four& finished, const Weights& w, Four (&window)[TAPS - 1], const Four& x, Four& slope,
                       int width, bool silu, bool is_own) {
-    if (silu) {
+    if (PLAIN || silu) {
         Four sum;
-        sum_over_taps(sum, w, window, x, width);
+        sum_over_taps<PLAIN>(sum, w, window, x, width);
         take_through_activation(slope, sum);
     }
     copy(finished, sums.pending[0]);
     copy(sums.pending[0], sums.pending[1]), copy(sums.pending[1], sums.pending[2]);
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) {
-        if (width > 3) finished[i] = fmaf(w.of[0][i], slope[i], finished[i]);
-        if (width > 2) sums.pending[0][i] = fmaf(w.of[1][i], slope[i], sums.pending[0][i]);
-        if (width > 1) sums.pending[1][i] = fmaf(w.of[2][i], slope[i], sums.pending[1][i]);
+        if (PLAIN || width > 3) finished[i] = fmaf(w.of[0][i], slope[i], finished[i]);
+        if (PLAIN || width > 2) sums.pending[0][i] = fmaf(w.of[1][i], slope[i], sums.pending[0][i]);
+        if (PLAIN || width > 1) sums.pending[1][i] = fmaf(w.of[2][i], slope[i], sums.pending[1][i]);
         sums.pending[2][i] = w.of[3][i] * slope[i];
     }
-    if (is_own) {
+    if (PLAIN || is_own) {
 #pragma unroll
         for (int tap = 0; tap < TAPS - 1; tap++)
-            if (width >= TAPS - tap) {
+            if (PLAIN || width >= TAPS - tap) {
 #pragma unroll
                 for (int i = 0; i < CHANNELS; i++) sums.of[tap][i] = fmaf(slope[i], window[tap][i], sums.of[tap][i]);
             }
@@ -283,55 +349,65 @@ DEVICE void add_token(Sums& sums, Four& finished, const Weights& w, Four (&windo
     shift(window, x);
 }
 
-// The tokens from t to `stop`, all of sequence s.
-template <bool ALIGNED>
-DEVICE void backward_span(Sums& sums, const Parameters& p, const Place& at, const Sequence& s, const Weights& w, i64 t,
-                          i64 stop) {
-    constexpr int N = AHEAD_BACKWARD<ALIGNED>;
-    const int width = int(p.width);
-    const bool silu = p.silu;
-    const i64 last = p.dlast_state ? s.end - p.width + 1 - t : i64(1) << 30;
-    const Span span = {int(stop - t), int(max(-i64(1) << 30, min(last, i64(1) << 30)))};
-    const int end = int(min(stop + width - 1, s.end) - t);  // later tokens have seen none of the span
-    Four window[TAPS - 1];
-    get_window<ALIGNED>(window, p, at, s, t);
+// A group of tokens, the first of which is token `done` of the span; those from `end` on do not exist.
+template <bool ALIGNED, bool PLAIN>
+DEVICE void backward_group(Sums& sums, Four (&window)[TAPS - 1], const Four (&xs)[GROUP], Four (&slopes)[GROUP],
+                           const Weights& w, const Parameters& p, const Place& at, const Sequence& s, const Span& span,
+                           Element* dx, int done, int end) {
 #pragma unroll
-    for (int i = 0; i < TAPS - 1; i++) {
-        Four none = {};
-        copy(sums.pending[i], none);
+    for (int i = 0; i < GROUP; i++) {
+        if (!PLAIN && done + i >= end) continue;
+        Four finished;
+        add_token<PLAIN>(sums, finished, w, window, xs[i], slopes[i], int(p.width), p.silu, done + i < span.tokens);
+        const int t = done + i - (TAPS - 1);
+        if (PLAIN || t >= 0) write_gradient<ALIGNED, PLAIN>(p, at, s, span, dx, t, finished);
     }
+}
+
+// The tokens from t to `stop`, all of sequence s. The first span of a block gets the weights.
+template <bool ALIGNED>
+DEVICE void backward_span(Sums& sums, Weights& w, const Parameters& p, const Place& at, const Sequence& s, i64 t,
+                          i64 stop) {
+    const bool plain = ALIGNED && p.width == TAPS && p.silu;
+    const i64 last = p.dlast_state ? s.end - p.width + 1 - t : i64(1) << 30;
+    const Span span = {int(stop - t), int(max(-(i64(1) << 30), min(last, i64(1) << 30)))};
+    const int end = int(min(stop + p.width - 1, s.end) - t);  // later tokens have seen none of the span
     const Element *x = row_at(p.x, at, t), *dy = row_at(p.dy, at, t);
     Element* dx = row_at(p.dx, at, t);
-    int done = 0;
-    for (; done + N <= span.tokens; done += N) {
-        Four xs[N], slopes[N];
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            get<ALIGNED>(xs[i], x + i * p.x.length, at.count);
-            get<ALIGNED>(slopes[i], dy + i * p.dy.length, at.count);
-        }
-        x += N * p.x.length, dy += N * p.dy.length;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            Four finished;
-            add_token(sums, finished, w, window, xs[i], slopes[i], width, silu, true);
-            if (done + i >= TAPS - 1)
-                write_gradient<ALIGNED>(p, at, s, span, dx, done + i - (TAPS - 1), finished);
-        }
+    Packed before[TAPS - 1], next_xs[GROUP], next_dys[GROUP];
+    forget(next_xs), forget(next_dys);
+    ask_for_window<ALIGNED>(before, p, at, s, t);
+    ask_for_group<ALIGNED>(next_xs, x, p.x.length, end, at.count);
+    ask_for_group<ALIGNED>(next_dys, dy, p.dy.length, end, at.count);
+    if (t == at.begin) {
+        put_weights_in_shared(p, at);
+        w = weights_of_lane();
     }
-#pragma unroll 1
-    for (; done < end; done++) {
-        Four now = {}, slope = {}, finished;
-        get<ALIGNED>(now, x, at.count);
-        get<ALIGNED>(slope, dy, at.count);
-        x += p.x.length, dy += p.dy.length;
-        add_token(sums, finished, w, window, now, slope, width, silu, done < span.tokens);
-        if (done >= TAPS - 1) write_gradient<ALIGNED>(p, at, s, span, dx, done - (TAPS - 1), finished);
+    Four window[TAPS - 1];
+#pragma unroll
+    for (int i = 0; i < TAPS - 1; i++) {
+        const Four none = {};
+        unpack(window[i], before[i]);
+        copy(sums.pending[i], none);
+    }
+    for (int done = 0; done < end; done += GROUP) {
+        Four xs[GROUP], slopes[GROUP];
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) unpack(xs[i], next_xs[i]), unpack(slopes[i], next_dys[i]);
+        x += GROUP * p.x.length, dy += GROUP * p.dy.length;
+        ask_for_group<ALIGNED>(next_xs, x, p.x.length, end - done - GROUP, at.count);
+        ask_for_group<ALIGNED>(next_dys, dy, p.dy.length, end - done - GROUP, at.count);
+        if (plain && done > 0 && done + GROUP <= span.tokens && done + GROUP - TAPS < span.last_state) {
+            backward_group<ALIGNED, true>(sums, window, xs, slopes, w, p, at, s, span, dx, done, end);
+        } else {
+            backward_group<ALIGNED, false>(sums, window, xs, slopes, w, p, at, s, span, dx, done, end);
+        }
     }
 #pragma unroll
     for (int i = 0; i < TAPS - 1; i++) {
-        const int t_of = done - (TAPS - 1) + i;
-        if (t_of >= 0 && t_of < span.tokens) write_gradient<ALIGNED>(p, at, s, span, dx, t_of, sums.pending[i]);
+        const int t_of = end - (TAPS - 1) + i;
+        if (t_of >= 0 && t_of < span.tokens)
+            write_gradient<ALIGNED, false>(p, at, s, span, dx, t_of, sums.pending[i]);
     }
 }
 
@@ -358,14 +434,15 @@ DEVICE void write_parts(const Sums& sums, const Parameters& p, const Place& at) 
 template <bool ALIGNED>
 DEVICE void backward_piece(const Parameters& p) {
     const Place at = place_of_warp(p);
-    put_weights_in_shared(p, at);
-    const Weights w = weights_of_lane();
+    Weights w;
     Sums sums = {};
-    if (at.begin < at.end) {
+    if (at.begin >= at.end) {
+        put_weights_in_shared(p, at);
+    } else {
         Sequence s = find_sequence(p, at.row, at.begin);
         for (i64 t = at.begin;;) {
             const i64 stop = min(at.end, s.end);
-            backward_span<ALIGNED>(sums, p, at, s, w, t, stop);
+            backward_span<ALIGNED>(sums, w, p, at, s, t, stop);
             t = stop;
             if (t >= at.end) break;
             s = sequence_after(p, s, t);
@@ -394,7 +471,7 @@ CALLED void put_initial_state(const Parameters& p, i64 index) {
     write_as<float>(p.dinitial_state, index, DTYPE, sum);
 }
 
-KERNEL(THREADS, 4) backward(PARAMETER Parameters p) {
+KERNEL(THREADS, 3) backward(PARAMETER Parameters p) {
     if (i64(blockIdx.x) >= p.n_blocks) {
         put_initial_state(p, (i64(blockIdx.x) - p.n_blocks) * THREADS + threadIdx.x);
     } else if (p.aligned) {
