@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,9 @@ from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError
 from anymamba.base.files import require_utf8
 from anymamba.data.tokenizer import FILE_NAME
-from anymamba.models.checkpoints.families import Format, Spelling
+from anymamba.models.checkpoints import runs
+from anymamba.models.checkpoints.adapters import Adapter, fitted, read_adapter, weights_digest
+from anymamba.models.checkpoints.families import ANYMAMBA, Format, Spelling
 from anymamba.models.checkpoints.formats import folder as folders
 from anymamba.models.checkpoints.formats.files import CONFIG, TORCH, StoredTensor, TensorFile, open_weights, read_json
 from anymamba.models.checkpoints.formats.gguf import GGUFFile
@@ -48,6 +52,10 @@ class Checkpoint:
     file: TensorFile
     token_ids: dict[str, Any] = field(default_factory=dict)
     """Ids of special tokens, such as eos_token_id."""
+    home: Path | None = None
+    """The folder of the tokenizer, where it is not that of the weights."""
+    adapter: Adapter = field(default_factory=dict, repr=False)
+    """LoRA adapters, by our names of the weights that they are merged into."""
 
     def __post_init__(self) -> None:
         stored = self.file.stored()
@@ -80,7 +88,17 @@ class Checkpoint:
         for key, tensor in self.file.read(self._names):
             name = self._names[key]
             tensor = self.spelling.decode(name, tensor, f"{self.file.path}: {key}")
-            yield name, tensor.to(self.stored[name].dtype).view(self.stored[name].shape)
+            tensor = tensor.to(self.stored[name].dtype).view(self.stored[name].shape)
+            yield name, self.adapter[name].added_to(tensor) if name in self.adapter else tensor
+
+    def with_adapter(self, adapter: Adapter) -> Checkpoint:
+        """The same checkpoint with an adapter merged into its tensors.
+
+        Raises CheckpointError if the adapter is of another model.
+        """
+        result = copy.copy(self)
+        object.__setattr__(result, "adapter", fitted(adapter, self.stored, self._names, self.path))
+        return result
 
     def tokenizer(self) -> TokenizerJson | None:
         """The model's tokenizer, or None.
@@ -90,7 +108,7 @@ class Checkpoint:
         """
         inside = self.file if isinstance(self.file, GGUFFile) else None
         whole = None if inside is None else inside.whole_tokenizer()
-        beside = (self.path if self.path.is_dir() else self.path.parent) / FILE_NAME
+        beside = (self.home or (self.path if self.path.is_dir() else self.path.parent)) / FILE_NAME
         if whole is None and beside.is_file():
             read_json(beside)  # raises CheckpointError if it is not JSON
             return TokenizerJson(beside.read_text(encoding="utf-8"), beside)
@@ -103,17 +121,25 @@ class Checkpoint:
         return next((other for other in self.spelling.aliases(key) if other in stored), key)
 
 
-def open_checkpoint(name: str | Path, revision: str | None = None, *, verify: bool = True) -> Checkpoint:
-    """Open a model folder, a .gguf file, or a name on the hub; tensors are read later.
+def open_checkpoint(
+    name: str | Path, revision: str | None = None, *, verify: bool = True, adapter: str | Path | None = None
+) -> Checkpoint:
+    """Open a model folder, a checkpoint of a run, a .gguf file, or a name on the hub; tensors are read later.
 
     Args:
+        adapter: a LoRA adapter in PEFT's format, a folder or a name on the hub, that is merged into the weights.
         verify: read the files once to compare them with the digests or checksums that they have: the manifest of a
             folder that we saved, the digest in a GGUF file of ours, the CRC-32s of torch's archives.
     Raises FileNotFoundError if there is none, CheckpointError if it is broken, has changed since it was saved, or is of
         another kind of model.
     """
+    if adapter is not None:
+        low_ranks = read_adapter(adapter)
+        return open_checkpoint(name, revision, verify=verify).with_adapter(low_ranks)
     path = local_path(name, revision)
     verified = manifest.check(path) if verify and path.is_dir() else frozenset()
+    if path.is_dir() and runs.is_run_checkpoint(path):
+        return _open_run_checkpoint(path, verify)
     if path.is_dir() and not (path / CONFIG).exists():
         path = _only_gguf(path)
     try:
@@ -137,20 +163,24 @@ def load_pretrained(
     revision: str | None = None,
     *,
     verify: bool = True,
+    adapter: str | Path | None = None,
 ) -> LanguageModel:
     """Load a model; peak memory is the weights in their dtype plus one tensor.
 
     Args:
-        name: a folder of Hugging Face's or the original state-spaces format, a .gguf file, a name on the hub, or a
-            `Checkpoint`.
+        name: a folder of Hugging Face's or the original state-spaces format, a checkpoint in a run's folder, a .gguf
+            file, a name on the hub, or a `Checkpoint`.
         device: where the weights go; defaults to the CPU.
         dtype: of the weights; defaults to that of the file. A_log, D and the step's bias stay float32 or wider.
         revision: of a repository on the hub.
-        verify: as in `open_checkpoint`.
+        verify, adapter: as in `open_checkpoint`; for a `Checkpoint` they were decided when it was opened.
     Raises FileNotFoundError if a folder or file is missing, CheckpointError if a file is broken, has changed since it
         was saved, is a pickle that would run code, or does not hold the tensors of the model in its config.
     """
-    checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name, revision, verify=verify)
+    if isinstance(name, Checkpoint):
+        checkpoint = name
+    else:
+        checkpoint = open_checkpoint(name, revision, verify=verify, adapter=adapter)
     model = LanguageModel(checkpoint.config, device="meta")
     tensors = {}
     for key, tensor in checkpoint.tensors():
@@ -179,6 +209,21 @@ def _open_folder(folder: Path, verify: bool) -> Checkpoint:
     values = read_json(folder / CONFIG)
     format, spelling, config = folders.read_config(values, folder / CONFIG)
     return Checkpoint(folder, format, spelling, config, open_weights(folder, verify), folders.token_ids(values))
+
+
+def _open_run_checkpoint(folder: Path, verify: bool) -> Checkpoint:
+    """A checkpoint of a run; one that holds adapters is that of the model that they adapt, with them."""
+    config, run = runs.model_config(folder), runs.run_folder(folder)
+    ids = folders.token_ids(read_json(run / CONFIG)) if (run / CONFIG).is_file() else {}
+    values = runs.run_config(folder)
+    if values.get("lora") is None:
+        spelling = ANYMAMBA.spellings["anymamba"]
+        return Checkpoint(folder, "anymamba", spelling, config, runs.ModelTensors(folder), ids, run)
+    base = open_checkpoint(values["start_from"], verify=verify)
+    if verify and weights_digest(t for _, t in base.tensors()) != read_json(folder / runs.STATE).get("base"):
+        raise CheckpointError(f"{base.path} has changed since {folder} was written, whose adapters belong to it")
+    base = dataclasses.replace(base, token_ids=ids, home=run)
+    return base.with_adapter(runs.adapter_of(folder))
 
 
 def _only_gguf(folder: Path) -> Path:

@@ -83,6 +83,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     verify: bool = True,
+    adapter: str | Path | None = None,
 ) -> None:
     """Write a checkpoint in another format without building the model; peak memory is one shard.
 
@@ -96,6 +97,7 @@ def convert(
         without_tokenizer: leave the tokenizer out.
         shard_bytes: as in `save_pretrained`.
         verify: compare the source with its digests or checksums, as in `open_checkpoint`.
+        adapter: a LoRA adapter in PEFT's format that is merged into the weights, as in `open_checkpoint`.
     Raises FileExistsError if `out` is not empty, InUseError if another process is writing it, CheckpointError if the
         source is broken or if the format cannot hold the model (the message names the options).
     """
@@ -105,7 +107,7 @@ def convert(
     if to != "gguf":
         require_utf8(out)
     _require_new(out)
-    checkpoint = open_checkpoint(source, verify=verify)
+    checkpoint = open_checkpoint(source, verify=verify, adapter=adapter)
     text = None
     if tokenizer is not None:
         given = load_tokenizer(tokenizer)
