@@ -35,6 +35,8 @@ class ConvertOptions:
     tokenizer: str | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; "none" leaves it out. Defaults to
     the source's own."""
+    adapter: str | None = None
+    """A LoRA adapter in PEFT's format (a folder or a name on the hub), which is merged into the weights."""
     shard_bytes: int = 5_000_000_000
     """Weights beyond this many bytes are written in several files (hf, anymamba)."""
     no_verify: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -60,6 +62,7 @@ def command(arguments: Sequence[str]) -> None:
             without_tokenizer=options.tokenizer == WITHOUT,
             shard_bytes=options.shard_bytes,
             verify=not options.no_verify,
+            adapter=options.adapter,
             progress=lambda done, total: show(done, total, f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"),
         )
     say(f"wrote {options.out}")

@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from anymamba.cli.mistakes import in_one_line
+from anymamba.cli.synonyms import with_synonym
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry, StructTypeInfo
@@ -51,7 +52,7 @@ def read_flags(
             )
     except SystemExit as end:
         if end.code:
-            raise ValueError(in_one_line(told.getvalue(), command)) from None
+            raise ValueError(with_synonym(verb, arguments) or in_one_line(told.getvalue(), command)) from None
         raise
     sys.stderr.write(told.getvalue())  # a warning of tyro's, if there is one
     return read

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from anymamba.training.outline import Outline
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
+SETTLED = 5  # steps after which the speed and the memory of a run are told
 
 
 def print_json(values: Mapping[str, Any]) -> None:
@@ -100,13 +105,22 @@ class TrainingReport:
 
     def __init__(self, show: ShowProgress) -> None:
         self.show = show
+        self.outline: Outline | None = None
 
     def on_tables(self, done: int, total: int | None) -> None:
         """Bytes of the data read so far."""
         self.show(done, total, "reading the data")
 
+    def on_start(self, outline: Outline) -> None:
+        """Before the first step."""
+        self.outline = outline
+        for line in outline_lines(outline):
+            say(line)
+
     def on_step(self, metrics: dict[str, Any]) -> None:
         """After every step."""
+        if self.outline is not None and metrics["step"] == self.outline.step + SETTLED:
+            self._tell_time_and_memory(metrics, self.outline)
         loss = metrics["bits_per_byte"]
         words = [
             f"step {metrics['step']:,}/{metrics['steps']:,}",
@@ -122,5 +136,41 @@ class TrainingReport:
         """After an evaluation on held-out documents."""
         say(f"step {metrics['step']:,}: held-out {metrics['bits_per_byte']:.3f} bits per byte")
 
+    def on_sample(self, step: int, text: str) -> None:
+        """A text that the model has written."""
+        say(f"step {step:,}: a sample\n{textwrap.indent(text, '    ')}")
+
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """After a checkpoint."""
+
+    def _tell_time_and_memory(self, metrics: dict[str, Any], outline: Outline) -> None:
+        import torch
+
+        from anymamba.training.outline import peak_bytes
+
+        peak = peak_bytes(torch.device(outline.device))
+        memory = "" if peak is None else f"; memory: {peak / 1e9:.2f} GB at most so far"
+        say(f"time: about {clock(metrics['seconds_left'])} left, evaluations not counted{memory}")
+
+
+def outline_lines(outline: Outline) -> list[str]:
+    """What a run is about to do, one line for each of model, data, run and device."""
+    model = f"model: {outline.n_parameters:,} parameters"
+    if outline.n_trained != outline.n_parameters:
+        model += f", of which {outline.n_trained:,} are trained"
+    held_out = f"{outline.held_out_tokens:,} held out" if outline.held_out_tokens else "nothing held out"
+    done = f", {outline.step:,} of them done" if outline.step else ""
+    share = outline.tokens / max(1, outline.training_tokens)
+    device = outline.device if outline.device != "cpu" else f"cpu with {outline.threads} threads"
+    memory = f"{outline.needed_bytes / 1e9:.2f} GB for weights, gradients and optimizer, and activations"
+    if outline.free_bytes is not None:
+        memory += f"; {outline.free_bytes / 1e9:.2f} GB are free"
+        if outline.needed_bytes > outline.free_bytes:
+            memory += ": THE MODEL DOES NOT FIT"
+    return [
+        model,
+        f"data: {outline.training_tokens:,} tokens to train on, {held_out}",
+        f"run: {outline.steps:,} steps of {outline.tokens_per_step:,} tokens{done}; "
+        f"reads {outline.tokens:,} tokens, {share:.2g} times the data",
+        f"device: {device}; memory: {memory}",
+    ]

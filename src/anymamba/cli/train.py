@@ -14,17 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from anymamba.base.schema import config_from_dict
-from anymamba.cli.flags import read_flags, renamed_flags
+from anymamba.cli.flags import HELP, read_flags, renamed_flags
+from anymamba.cli.help import flags_in, help_text
 from anymamba.cli.output import ShowProgress, TrainingReport, print_facts, print_json, progress_bar, told_warnings
 from anymamba.cli.profiling import ProfiledReport
 from anymamba.cli.runtime import told_how_to_resume
-from anymamba.models.presets import PRESETS, preset
+from anymamba.cli.train_help import short_help
+from anymamba.models.presets import preset
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig, config_values
 
 if TYPE_CHECKING:
+    from anymamba.data.tokenizer import Tokenizer
+    from anymamba.models.language_model import LanguageModel
     from anymamba.training.trainer import TrainResult
 
 AUTO = "auto"
+FULL_HELP = "--help-all"
 FLAGS: dict[type, dict[str, str]] = {
     TrainConfig: {"start_from": "from"},
     DataConfig: {
@@ -51,15 +56,19 @@ class TrainOptions:
     out: Path | None = None
     """The run folder to make, such as runs/x; an existing one is never overwritten."""
     resume: Path | None = None
-    """A run folder to resume; everything else comes from its own config."""
+    """A run folder to resume; everything else comes from its own config, but for --steps and --max-minutes, with which
+    also a finished run goes on."""
     config: Path | None = None
     """A .json or .toml file with the options below, such as a run's train_config.json; flags override it."""
-    preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
-    """Named sizes of the model; --model flags override them."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Sizes of the model: nano, tiny, small and medium for bytes, mamba-130m to mamba-2.8b, and those of Transformers
+    and H3 (any other name lists them all); --model flags override them."""
     profile: Path | None = None
     """Folder for a profile of five steps: a trace for Perfetto or TensorBoard. A table of the time goes to stderr."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the result as one JSON object."""
+    new_steps: tyro.conf.Suppress[int | None] = None
+    """The steps that are given together with --resume."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(device=AUTO))
 
 
@@ -73,7 +82,10 @@ class Basis:
 
 def command(arguments: Sequence[str]) -> None:
     """Run `anymamba train`."""
-    options = read_options(arguments)
+    if HELP & set(arguments):
+        print(short_help(flags_in(help_text(read_options))))
+        return
+    options = read_options(["--help"] if FULL_HELP in arguments else arguments)
     run = options.resume or options.out
     assert run is not None, "read_options requires one of them"
     with (
@@ -98,12 +110,21 @@ def read_options(arguments: Sequence[str]) -> TrainOptions:
     default = TrainOptions(train=start)
     options = read_flags(TrainOptions, "train", arguments, default, renamed_flags(FLAGS, REPEATABLE))
     if options.resume is not None:
-        if dataclasses.replace(options, resume=None, profile=None, json=False) != TrainOptions():
-            raise ValueError(f"--resume {options.resume} uses the run's own config; leave the other flags out")
-        return options
+        longer = dataclasses.replace(options.train, steps=TrainConfig().steps, max_minutes=None)
+        if dataclasses.replace(options, resume=None, profile=None, json=False, train=longer) != TrainOptions():
+            raise ValueError(
+                f"--resume {options.resume} uses the run's own config, but for --steps and --max-minutes; leave the "
+                "other flags out"
+            )
+        return dataclasses.replace(options, new_steps=options.train.steps if is_given("--steps", arguments) else None)
     if options.out is None:
         raise ValueError("no run folder; name a new one with --out, such as --out runs/x, or resume one with --resume")
     return dataclasses.replace(options, train=complete(options, in_file))
+
+
+def is_given(flag: str, arguments: Sequence[str]) -> bool:
+    """Whether a flag is among the arguments, where its value may be the default."""
+    return any(word.partition("=")[0] == flag for word in arguments)
 
 
 def read_basis(arguments: Sequence[str]) -> Basis:
@@ -178,9 +199,19 @@ def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:
     from anymamba.training.trainer import resume, train
 
     if options.resume is not None:
-        return resume(options.resume, report)
+        minutes = options.train.max_minutes
+        return resume(options.resume, report, write_sample, steps=options.new_steps, max_minutes=minutes)
     assert options.out is not None
-    return train(options.train, options.out, report)
+    return train(options.train, options.out, report, write_sample)
+
+
+def write_sample(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig) -> str:
+    """A text that the model of a run writes by itself; the same model writes the same text."""
+    from anymamba.generation.generate import generate
+
+    start = [tokenizer.eos_id] if tokenizer.eos_id is not None else tokenizer.encode("\n")
+    output = generate(model, [start], tokenizer, max_new_tokens=config.sample_tokens, seed=config.seed)
+    return (output.texts or [""])[0]
 
 
 def readable(result: TrainResult) -> dict[str, str]:
@@ -194,6 +225,8 @@ def readable(result: TrainResult) -> dict[str, str]:
     for name, value in (("training", result.bits_per_byte), ("held-out", result.held_out_bits_per_byte)):
         if value is not None:
             lines[f"{name} loss"] = f"{value:.3f} bits per byte"
+    if result.best_step is not None:
+        lines["best held-out"] = f"{result.best_held_out_bits_per_byte:.3f} bits per byte at step {result.best_step:,}"
     if result.skipped:
         lines["skipped"] = f"{result.skipped} steps with a loss or gradient that was not finite"
     return lines

@@ -104,10 +104,10 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration of a preset.
+    """The configuration of a preset; upper and lower case are the same.
 
     Raises ValueError for an unknown name; the message lists the known ones.
     """
-    if name not in PRESETS:
+    if name.lower() not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return PRESETS[name.lower()]

@@ -101,6 +101,13 @@ class TrainConfig:
     """A model folder whose weights and sizes to start from, with a new optimizer (fine-tuning)."""
     verify: bool = True
     """Compare the files of start_from with their digests."""
+    lora: int | None = None
+    """Rank of LoRA adapters, which are trained in place of the weights of start_from."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the projections that get adapters, such as in_proj out_proj; defaults to all projections of the
+    blocks."""
+    lora_alpha: float | None = None
+    """An adapter is scaled by lora_alpha / lora; defaults to twice the rank."""
     steps: int = 1000
     """Optimizer steps."""
     max_minutes: float | None = None
@@ -122,12 +129,18 @@ class TrainConfig:
     """Run the model through torch.compile; on a CPU that needs a C++ compiler."""
     seed: int = 0
     """Seed of the initialisation and of the order of the documents."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Where metrics are recorded besides metrics.jsonl; each but tensorboard needs the extra of its name."""
     log_every: int = 10
     """Steps between entries in metrics.jsonl."""
     eval_every: int = 500
     """Steps between evaluations on held-out documents."""
     eval_tokens: int = 50_000
     """Most tokens per evaluation; 0 turns evaluation off."""
+    sample_tokens: int = 100
+    """Tokens of the text that the model writes at each evaluation; 0 turns it off."""
+    keep_best: bool = True
+    """Keep the model with the lowest held-out loss in the folder `best` of the run."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -144,10 +157,17 @@ class TrainConfig:
         for name in [*counts.split(), "max_nonfinite"]:
             require_at_least(name, getattr(self, name), 1)
         require_at_least("eval_tokens", self.eval_tokens, 0)
+        require_at_least("sample_tokens", self.sample_tokens, 0)
         if self.max_minutes is not None:
             require_positive("max_minutes", self.max_minutes)
         if self.threads is not None:
             require_at_least("threads", self.threads, 1)
+        if self.lora is not None:
+            require_at_least("lora", self.lora, 1)
+        elif self.lora_targets or self.lora_alpha is not None:
+            raise ValueError("lora_targets and lora_alpha are for adapters; give their rank with lora (--lora 8)")
+        if self.lora_alpha is not None:
+            require_positive("lora_alpha", self.lora_alpha)
 
     @property
     def tokens_per_step(self) -> int:

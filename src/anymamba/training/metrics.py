@@ -1,62 +1,55 @@
-"""The record of a run: metrics.jsonl, TensorBoard events and loss.png. Each step is in it once, also after a kill."""
+"""The record of a run: metrics.jsonl and loss.png. Each step is in it once, also after a kill."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from anymamba.base.files import atomic_file, write_text
+from anymamba.training.config import TrainConfig
+from anymamba.training.loggers import open_loggers
 
-METRICS, EVENTS, PLOT = "metrics.jsonl", "tensorboard", "loss.png"
-NOT_CURVES = ("step", "kind")
+METRICS, PLOT = "metrics.jsonl", "loss.png"
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl and mirrors their numbers to TensorBoard.
+    """Appends lines to metrics.jsonl and gives them to the loggers of the config.
 
     Args:
+        config: of the run.
         run: the run's folder.
-        step: the step at which the run starts or resumes. Later lines, which a killed run left, are dropped, and the
-            events are written again from the other lines.
+        step: the step at which the run starts or resumes. Later lines, which a killed run left, are dropped.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, config: TrainConfig, run: Path, step: int) -> None:
         self.run = run
         lines = [line for line in read_metrics(run) if line["step"] <= step]
         write_text(run / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
-        shutil.rmtree(run / EVENTS, ignore_errors=True)
+        self._loggers = open_loggers(config, run, lines)
         self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._events = SummaryWriter(str(run / EVENTS))
-        for line in lines:
-            self._add_events(line)
 
     def append(self, line: dict[str, Any]) -> None:
         """Record one line: "step", "kind" ("train" or "eval") and numbers."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self._add_events(line)
+        for logger in self._loggers:
+            logger.add(line)
 
     def flush(self) -> None:
         """Flush the record to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._events.flush()
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
         self.flush()
         self._file.close()
-        self._events.close()
-
-    def _add_events(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if name not in NOT_CURVES and value is not None:
-                self._events.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        for logger in self._loggers:
+            logger.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

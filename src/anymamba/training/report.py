@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from anymamba.training.outline import Outline
 
 
 class Report(Protocol):
@@ -13,11 +16,17 @@ class Report(Protocol):
     def on_tables(self, done: int, total: int | None) -> None:
         """Bytes of the data read so far."""
 
+    def on_start(self, outline: Outline) -> None:
+        """Before the first step of this process."""
+
     def on_step(self, metrics: dict[str, Any]) -> None:
         """After every step: step, steps, bits_per_byte, tokens_per_second, seconds_left, skipped."""
 
     def on_evaluation(self, metrics: dict[str, Any]) -> None:
         """After an evaluation on held-out documents."""
+
+    def on_sample(self, step: int, text: str) -> None:
+        """A text that the model has written after a step."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """After a checkpoint."""
@@ -28,9 +37,13 @@ class Silent:
 
     def on_tables(self, done: int, total: int | None) -> None: ...
 
+    def on_start(self, outline: Outline) -> None: ...
+
     def on_step(self, metrics: dict[str, Any]) -> None: ...
 
     def on_evaluation(self, metrics: dict[str, Any]) -> None: ...
+
+    def on_sample(self, step: int, text: str) -> None: ...
 
     def on_checkpoint(self, step: int, folder: Path) -> None: ...
 
@@ -51,3 +64,6 @@ class TrainResult:
     skipped: int
     """Steps skipped for a non-finite loss or gradient."""
     n_parameters: int
+    best_step: int | None = None
+    """The step with the lowest held-out loss; its model is in the folder `best` of the run."""
+    best_held_out_bits_per_byte: float | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.state import map_state, state_tensors
+from anymamba.training.lora import load_parameters, saved_parameters
 from anymamba.training.optimizer import optimizer_tensors, restore_optimizer
 
 
@@ -28,6 +29,10 @@ class Progress:
     bits_per_byte: float | None = None
     """Training loss of the last step with a finite one."""
     held_out_bits_per_byte: float | None = None
+    best_step: int | None = None
+    """The step with the lowest held-out loss so far."""
+    best_bits_per_byte: float | None = None
+    """That loss."""
     position: dict[str, Any] | None = None
     """Where the data stream stands."""
     seconds: float = 0.0
@@ -38,7 +43,7 @@ def snapshot(
     model: LanguageModel, optimizer: torch.optim.Optimizer, carried: LanguageModelState | None, progress: Progress
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a run, and the rest as JSON values. The random state is part of both."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for name, p in saved_parameters(model).items()}
     tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(model, optimizer).items()}
     if carried is not None:
         numbered = enumerate(state_tensors(carried))  # may be views, which safetensors refuses
@@ -65,7 +70,7 @@ def restore(
     Raises RuntimeError if the tensors do not fit the model.
     """
     parts = {prefix: _with_prefix(tensors, prefix) for prefix in ("model", "optimizer", "carried", "random")}
-    model.load_state_dict(parts["model"])
+    load_parameters(model, parts["model"])
     restore_optimizer(model, optimizer, parts["optimizer"])
     carried = None
     if parts["carried"]:

@@ -1,6 +1,8 @@
 """Training a language model: a run folder that can be killed at any moment and resumed bit for bit.
 
 runs/x/config.json model.safetensors tokenizer.json     the model, replaced after each checkpoint
+runs/x/adapter/                                         its LoRA adapters; the model has them merged
+runs/x/best/                                            the model with the lowest held-out loss so far
 runs/x/train_config.json metrics.jsonl loss.png tensorboard/
 runs/x/checkpoints/step-00001000/                       weights, optimizer, random state, data position
 """
@@ -8,11 +10,10 @@ runs/x/checkpoints/step-00001000/                       weights, optimizer, rand
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,45 +22,61 @@ import torch
 from torch.profiler import record_function
 
 from anymamba.base.errors import CheckpointError
-from anymamba.base.files import contents, own_folder, require_utf8, sweep, write_json
-from anymamba.base.schema import config_from_dict
+from anymamba.base.files import contents, own_folder, require_utf8, sweep
 from anymamba.data.batches import Batch, BatchStream
 from anymamba.data.table import TokenTable
-from anymamba.data.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer
+from anymamba.data.tokenizer import FILE_NAME, Tokenizer
 from anymamba.models.checkpoints import find_tokenizer
 from anymamba.models.language_model import LanguageModel, LanguageModelState
-from anymamba.models.mixers import growing_mixers
-from anymamba.training.checkpoint import FOLDER, checkpoints, load_checkpoint, refuse_pickles, save_checkpoint
+from anymamba.training import lora
+from anymamba.training.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
 from anymamba.training.clock import Clock
-from anymamba.training.config import TrainConfig, config_values, file_values
+from anymamba.training.config import TrainConfig
 from anymamba.training.interrupts import PendingSignal, deferred_signals
 from anymamba.training.metrics import MetricsLog, plot_loss
 from anymamba.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from anymamba.training.outline import outline
 from anymamba.training.report import Report, Silent, TrainResult
+from anymamba.training.run_config import (
+    TRAIN_CONFIG,
+    complete,
+    config_path,
+    read_config,
+    require_possible,
+    write_config,
+)
 from anymamba.training.snapshot import Progress, restore, snapshot
 from anymamba.training.steps import LossFunction, batch_loss, held_out_nats
 from anymamba.training.tables import open_tables
 
-TRAIN_CONFIG = "train_config.json"
+BEST = "best"
+"""The folder, in that of a run, of its best model."""
+
+Sample = Callable[[LanguageModel, Tokenizer, TrainConfig], str]
+"""Generates a text with the model of a run; it must leave the model and the random state as they are."""
 
 
-def train(config: TrainConfig, run: str | Path, report: Report | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, run: str | Path, report: Report | None = None, sample: Sample | None = None
+) -> TrainResult:
     """Train from the beginning into a new run folder.
 
+    Args:
+        sample: generates the text that is reported at each evaluation; None reports none.
     Raises FileExistsError if the folder is not empty, InUseError if another process is writing it, ValueError if the
     carried state would grow from batch to batch. An error before the first checkpoint leaves nothing; after any later
     one the last good checkpoint remains.
     """
     run, exists = Path(run), f"{run} exists; resume it (--resume {run}) or choose another folder (--out)"
     require_utf8(run)
-    _require_bounded_state(config)
+    require_possible(config)
     if run.exists() and not run.is_dir():
         raise FileExistsError(exists)
     with own_folder(run, wait=0):
         if contents(run):
             raise FileExistsError(exists)
         try:
-            trainer = _start(config, run, report or Silent())
+            trainer = _start(config, run, report or Silent(), sample)
         except BaseException:
             if not checkpoints(run):
                 _delete_contents(run)
@@ -67,13 +84,13 @@ def train(config: TrainConfig, run: str | Path, report: Report | None = None) ->
         return trainer.run_to_end()
 
 
-def _start(config: TrainConfig, run: Path, report: Report) -> _Trainer:
+def _start(config: TrainConfig, run: Path, report: Report, sample: Sample | None) -> _Trainer:
     """A new run with its first checkpoint."""
     tokenizer = find_tokenizer(config.start_from, config.data.tokenizer)
-    config = _complete(config, tokenizer)
+    config = complete(config, tokenizer)
     training, held_out = open_tables(config.data, tokenizer, report.on_tables)
-    write_json(run / TRAIN_CONFIG, file_values(config))
-    return _Trainer(config, run, tokenizer, training, held_out, report)
+    write_config(run, config)
+    return _Trainer(config, run, tokenizer, training, held_out, report, sample)
 
 
 def _delete_contents(run: Path) -> None:
@@ -85,67 +102,44 @@ def _delete_contents(run: Path) -> None:
                 path.unlink()
 
 
-def _require_bounded_state(config: TrainConfig) -> None:
-    growing = growing_mixers(config.model) if config.carry_state else ()
-    if growing:
-        raise ValueError(
-            f"carry_state would let the caches of {', '.join(growing)} grow from batch to batch; set carry_state to "
-            "false (--no-carry-state), or give attention a window (--model.attention.window)"
-        )
-
-
-def resume(run: str | Path, report: Report | None = None) -> TrainResult:
+def resume(
+    run: str | Path,
+    report: Report | None = None,
+    sample: Sample | None = None,
+    *,
+    steps: int | None = None,
+    max_minutes: float | None = None,
+) -> TrainResult:
     """Resume a run from its newest checkpoint, or from its beginning if it has none yet.
 
-    The result is bit-identical to that of a run without interruption. Raises FileNotFoundError if the folder is not a
-    run, InUseError if another process is writing it, CheckpointError if the checkpoint is broken or the data has
+    The result is bit-identical to that of a run without interruption.
+
+    Args:
+        sample: as in `train`.
+        steps: a new number of steps in all, with which also a finished run goes on. The learning rate follows the
+            schedule of a run of that length from here on. Defaults to the run's own.
+        max_minutes: a new limit of the time in all; defaults to the run's own.
+    Raises ValueError if the run has done that many steps or has used that time, FileNotFoundError if the folder is not
+    a run, InUseError if another process is writing it, CheckpointError if the checkpoint is broken or the data has
     changed.
     """
     run = Path(run)
     require_utf8(run)
-    _config_path(run)
+    config_path(run)
     with own_folder(run, wait=0):
         config = read_config(run)
+        changed = {name: v for name, v in (("steps", steps), ("max_minutes", max_minutes)) if v is not None}
+        config = dataclasses.replace(config, **changed)
+        require_possible(config)
         report = report or Silent()
         own = run if (run / FILE_NAME).is_file() else config.data.tokenizer  # there since the first checkpoint
         tokenizer = find_tokenizer(config.start_from, own)
         training, held_out = open_tables(config.data, tokenizer, report.on_tables)
-        return _Trainer(config, run, tokenizer, training, held_out, report).run_to_end()
-
-
-def read_config(run: Path) -> TrainConfig:
-    """The resolved config of a run folder."""
-    path = _config_path(run)
-    refuse_pickles(run)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return config_from_dict(TrainConfig, config_values(values, path) if isinstance(values, dict) else values)
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _config_path(run: Path) -> Path:
-    path = run / TRAIN_CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{run} is not a run folder: it has no {TRAIN_CONFIG}; start one with --out {run}")
-    return path
-
-
-def _complete(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """The config with the values that the tokenizer and the given weights decide."""
-    if config.start_from is None:
-        model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-        return dataclasses.replace(config, model=model)
-    model = LanguageModel.from_pretrained(config.start_from, device="meta", verify=config.verify).config
-    if tokenizer.vocab_size > model.padded_vocab_size:
-        raise ValueError(
-            f"{config.start_from} has a vocabulary of {model.vocab_size}, the tokenizer of {tokenizer.vocab_size}; "
-            "give the model's own tokenizer (--tokenizer)"
-        )
-    data = config.data
-    if data.tokenizer is None and not isinstance(tokenizer, ByteTokenizer):
-        data = dataclasses.replace(data, tokenizer=config.start_from)
-    return dataclasses.replace(config, model=model, data=data)
+        trainer = _Trainer(config, run, tokenizer, training, held_out, report, sample)
+        if changed:
+            trainer.require_more_to_do()
+            write_config(run, config)
+        return trainer.run_to_end()
 
 
 class _Trainer:
@@ -159,13 +153,15 @@ class _Trainer:
         training: TokenTable,
         held_out: TokenTable | None,
         report: Report,
+        sample: Sample | None,
     ) -> None:
-        self.config, self.run, self.tokenizer, self.report = config, run, tokenizer, report
+        self.config, self.run, self.tokenizer, self.report, self.sample = config, run, tokenizer, report, sample
         self.training, self.held_out = training, held_out
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.model = self._build_model()
+        self.base = lora.base_digest(self.model) if config.lora is not None else None
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.progress = Progress()
         self.carried: LanguageModelState | None = None
@@ -174,7 +170,7 @@ class _Trainer:
         found = checkpoints(run)
         if found:
             self._restore(found[-1])
-        self.log = MetricsLog(run, self.progress.step)
+        self.log = MetricsLog(config, run, self.progress.step)
         self.seconds, self.timed_tokens = 0.0, 0
         self.clock = Clock(config.max_minutes, self.progress)
         if not found:
@@ -190,6 +186,8 @@ class _Trainer:
             )
         else:
             model = LanguageModel(config.model, device=config.device)
+        if config.lora is not None:
+            lora.add_adapters(model, config)
         model.activation_checkpointing = config.activation_checkpointing
         return model.train()
 
@@ -200,6 +198,8 @@ class _Trainer:
         loss: LossFunction = self.model.loss
         if self.config.compile:
             loss = torch.compile(loss)
+        done, held_out = self.progress.step, self.held_out
+        self.report.on_start(outline(self.config, self.model, self.training, held_out, done))
         with deferred_signals() as pending:
             stream = self._stream()
             try:
@@ -225,15 +225,16 @@ class _Trainer:
 
     def _steps(self, stream: Iterator[Batch], loss: LossFunction, pending: PendingSignal) -> None:
         config, progress = self.config, self.progress
-        while progress.step < config.steps and not self.clock.is_up():
+        last = progress.step >= config.steps or self.clock.is_up()
+        while not last:
             started = time.perf_counter()
             metrics = self._one_step(stream, loss)
             self.seconds += time.perf_counter() - started
             self.timed_tokens += config.tokens_per_step
             last = progress.step == config.steps or self.clock.is_up()
             self._record(metrics, write=last or progress.step % config.log_every == 0)
-            if self.held_out is not None and (last or progress.step % config.eval_every == 0):
-                self._evaluate(self.held_out)
+            if last or progress.step % config.eval_every == 0:
+                self._evaluate()
             if last or pending.number is not None or progress.step % config.checkpoint_every == 0:
                 self._checkpoint()
             if pending.number is not None:
@@ -304,10 +305,15 @@ class _Trainer:
     def _bits_per_byte(self, nats_per_token: float) -> float:
         return nats_per_token / math.log(2) * self.labels_per_byte
 
-    def _evaluate(self, table: TokenTable) -> None:
-        config = self.config
-        if config.eval_tokens == 0:
-            return
+    def _evaluate(self) -> None:
+        """Measure the held-out loss, keep the model if it is the best so far, and show what it writes."""
+        if self.held_out is not None and self.config.eval_tokens:
+            self._measure(self.held_out)
+        if self.sample is not None and self.config.sample_tokens:
+            self.report.on_sample(self.progress.step, self.sample(self.model, self.tokenizer, self.config))
+
+    def _measure(self, table: TokenTable) -> None:
+        config, progress = self.config, self.progress
         nats = held_out_nats(
             self.model,
             table,
@@ -317,15 +323,24 @@ class _Trainer:
             max_tokens=config.eval_tokens,
             carry_state=config.carry_state,
         )
-        self.progress.held_out_bits_per_byte = self._bits_per_byte(nats)
-        line = {
-            "step": self.progress.step,
-            "kind": "eval",
-            "bits_per_byte": self.progress.held_out_bits_per_byte,
-            "nats_per_token": nats,
-        }
+        bits = progress.held_out_bits_per_byte = self._bits_per_byte(nats)
+        line = {"step": progress.step, "kind": "eval", "bits_per_byte": bits, "nats_per_token": nats}
         self.log.append(line)
         self.report.on_evaluation(line)
+        if math.isfinite(bits) and (progress.best_bits_per_byte is None or bits < progress.best_bits_per_byte):
+            progress.best_step, progress.best_bits_per_byte = progress.step, bits
+            if config.keep_best:
+                self._save_model(self.run / BEST)
+
+    def require_more_to_do(self) -> None:
+        """Raise ValueError if the run is at its end."""
+        done, steps, minutes = self.progress.step, self.config.steps, self.config.max_minutes
+        if done < steps and not self.clock.is_up():
+            return
+        self.log.close()
+        if done >= steps:
+            raise ValueError(f"{self.run} has done {done:,} steps; give more than that with --steps, got {steps:,}")
+        raise ValueError(f"{self.run} has used its {minutes:g} minutes; give more than that with --max-minutes")
 
     def _result(self) -> TrainResult:
         progress = self.progress
@@ -338,6 +353,8 @@ class _Trainer:
             held_out_bits_per_byte=progress.held_out_bits_per_byte,
             skipped=progress.skipped,
             n_parameters=self.model.n_parameters(),
+            best_step=progress.best_step,
+            best_held_out_bits_per_byte=progress.best_bits_per_byte,
         )
 
     # ------------------------------------------------------------------------------------------ saving
@@ -346,15 +363,15 @@ class _Trainer:
         self.log.flush()
         step = self.progress.step
         tensors, values = snapshot(self.model, self.optimizer, self.carried, self.progress)
-        values["data"] = self._data_identity()
+        values |= {"data": self._data_identity(), "base": self.base}
         folder = save_checkpoint(self.run, step, tensors, values, self.config.keep_checkpoints)
         self._save_model()
         self.report.on_checkpoint(step, folder)
 
-    def _save_model(self) -> None:
-        """Replace the model in the run folder, and the plot."""
-        self.model.save_pretrained(self.run, self.tokenizer)
-        if self.progress.step:
+    def _save_model(self, folder: Path | None = None) -> None:
+        """Replace the model in a folder, that of the run by default, whose plot is then drawn, too."""
+        lora.save_model(self.model, folder or self.run, self.tokenizer)
+        if folder is None and self.progress.step:
             plot_loss(self.run)
 
     def _restore(self, folder: Path) -> None:
@@ -363,6 +380,11 @@ class _Trainer:
             raise CheckpointError(
                 f"the training data has changed since {folder}: it had {values['data']}, now {self._data_identity()}; "
                 f"restore it, or fine-tune from the run's weights (--from {self.run})"
+            )
+        if values.get("base") != self.base:
+            raise CheckpointError(
+                f"{self.config.start_from} has changed since {folder} was written, whose adapters belong to it; "
+                "restore it"
             )
         try:
             self.carried, self.progress = restore(tensors, values, self.model, self.optimizer)
