@@ -394,7 +394,7 @@ def test_broken_folders(tmp_path, damage, message):
 
 
 def test_absent(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no model folder .*nowhere; give a folder that holds config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no model folder .*nowhere; give one with config\.json"):
         load_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json: it is not a model folder"):
         load_pretrained(tmp_path)
