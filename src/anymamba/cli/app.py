@@ -16,11 +16,14 @@ from anymamba.cli.signals import SignalHandler, end_message
 VERBS = {
     "train": "train a language model on your files, fine-tune one, or resume a run",
     "generate": "continue prompts with a model",
+    "chat": "hold a conversation with a model in the terminal; edit, undo, branch and save it",
     "eval": "measure a model on files: bits per byte, nats per token, perplexity",
     "lm-eval": "run tasks of lm-eval (EleutherAI's evaluation harness) on a model",
     "convert": "write a checkpoint in another format: hf, state-spaces, gguf",
+    "download": "download a model of the Hugging Face hub into its cache, and check it",
+    "cache": "show the cached tables of tokens, and delete them",
     "experiment": "run one of the paper's experiments: results, charts and a report",
-    "info": "versions, device, threads, and which backend of each operator runs here",
+    "info": "versions, devices, threads, and which backend of each operator runs here",
     "demo": "train on the standard library for about three minutes, then compare and generate",
 }
 MODULES = {verb: f"anymamba.cli.{'evaluate' if verb == 'eval' else verb.replace('-', '_')}" for verb in VERBS}

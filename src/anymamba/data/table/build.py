@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -19,13 +18,13 @@ from anymamba.base.files import atomic_folder, own_file, require_utf8, sweep
 
 from ..documents import find_files, iter_documents, refuse
 from ..tokenizer import Tokenizer
+from .cache import FORMAT, Sources, default_cache, mark_used, table_key
 from .encoding import encode_documents, token_dtype
 from .store import TOKENS_FILE
 from .tokens import DOCUMENTS_FILE, FILES_FILE, TokenTable
 
 WINDOW = 65_536  # most tokens of a row
 _BATCH_TOKENS, _BATCH_ROWS = 64 * WINDOW, 65_536  # a record batch is written when it reaches either
-_FORMAT = 3  # part of the cache's key: raise it if the same input gives another table
 _META_FILE = "meta.json"
 
 
@@ -64,8 +63,9 @@ def build_token_table(
     cache = default_cache() if cache_dir is None else Path(cache_dir)
     require_utf8(cache)
     reading = _Reading(files, tokenizer, text_field, on_bad_row == "skip")
-    folder = cache / _key(reading)
+    folder = cache / table_key(reading.options, files)
     meta = _meta(folder) or _build_once(folder, reading, progress)
+    mark_used(folder)
     if meta["n_bad_rows"]:
         _warn_of_bad_rows(meta)
     table = TokenTable.open(folder, meta["n_empty"])
@@ -77,12 +77,6 @@ def build_token_table(
     return kept
 
 
-def default_cache() -> Path:
-    """The folder where tables are cached; it may be deleted while nothing uses it."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "anymamba" / "tokens"
-
-
 class _Reading(NamedTuple):
     """What decides the contents of a table."""
 
@@ -91,15 +85,10 @@ class _Reading(NamedTuple):
     text_field: str | None
     skip_bad_rows: bool
 
-
-def _key(reading: _Reading) -> str:
-    """The name of a table in the cache: a hash of its inputs, of files their names, sizes and times."""
-    options = [_FORMAT, reading.tokenizer.fingerprint, reading.text_field, reading.skip_bad_rows]
-    digest = hashlib.sha256(json.dumps(options).encode())
-    for file in reading.files:
-        stat = file.stat()
-        digest.update(json.dumps([str(file), str(file.resolve()), stat.st_size, stat.st_mtime_ns]).encode())
-    return digest.hexdigest()
+    @property
+    def options(self) -> list[Any]:
+        """All but the files, for the key."""
+        return [FORMAT, self.tokenizer.fingerprint, self.text_field, self.skip_bad_rows]
 
 
 def _meta(folder: Path) -> dict[str, Any] | None:
@@ -156,6 +145,9 @@ def _build(folder: Path, cache: Path, reading: _Reading, progress: Callable[[int
         if not writer.n_documents:
             skipped = f", and {len(bad):,} bad rows were skipped, the first of them {bad[0]}" if bad else ""
             raise ValueError(f"nothing to read in {_listed(files)}: no document has any text{skipped}")
+        names = [str(file) for file in files]
+        with _writing(cache):
+            Sources(reading.options, tokenizer.name, writer.n_documents, writer.n_tokens, names).write(folder)
         writer.finish({"n_bad_rows": len(bad), "first_bad_row": bad[0] if bad else None})
     finally:
         writer.close()
@@ -200,7 +192,7 @@ class _TableWriter:
         self._waiting = 0  # number of tokens not yet written
         self._ended: list[tuple[int, int, int, int]] = []
         self._length = 0  # of the document that is being written
-        self.n_documents = self.n_empty = 0
+        self.n_documents = self.n_empty = self.n_tokens = 0
 
     def add(self, ids: np.ndarray) -> None:
         """Append tokens to the current document."""
@@ -218,6 +210,7 @@ class _TableWriter:
         if self._length:
             self._ended.append((self._length, n_bytes, self._file_number[file], -1 if row is None else row))
             self.n_documents += 1
+            self.n_tokens += self._length
         else:
             self.n_empty += 1
         self._length = 0
