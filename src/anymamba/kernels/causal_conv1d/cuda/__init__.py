@@ -40,7 +40,8 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     call = _start(a, y=y)
     call.dense(last_state=last_state)
     if calls.is_fast(a):
-        n_blocks = _pieces(call, a, calls.FORWARD_BLOCKS, calls.FORWARD_PIECES) + _blocks(last_state.numel())
+        n_blocks = _pieces(call, a, calls.FORWARD_BLOCKS, calls.FORWARD_PIECES)
+        n_blocks += 0 if a.cu_seqlens is None else _blocks(last_state.numel())
         call.launch(calls.fast("forward", a.x.dtype), n_blocks, calls.THREADS, calls.SHARED_OF_WEIGHTS)
     else:
         call.set(n_blocks=_blocks(a.x.numel()))

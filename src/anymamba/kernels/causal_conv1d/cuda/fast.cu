@@ -12,7 +12,8 @@
 // Where sequences are packed a piece is cut where one begins. Sums over time are added warp by warp in a block, then
 // block by block in `sum_parts`.
 //
-// Launch: 128 threads. Blocks after p.n_blocks write states: last_state, or the gradient of initial_state.
+// Launch: 128 threads. Blocks after p.n_blocks write states: the last ones of packed sequences, or the gradients of
+// initial ones.
 //
 // Needs DTYPE.
 #include "parameters.cuh"
@@ -218,12 +219,23 @@ DEVICE void forward_group(Four (&window)[TAPS - 1], const Four (&xs)[GROUP], con
     for (int i = 0; i < GROUP; i++) {
         Four sum;
         sum_over_taps<PLAIN>(sum, w, window, xs[i], int(p.width));
-        shift(window, xs[i]);
+        if (PLAIN || i < left) shift(window, xs[i]);
         if (PLAIN || p.silu) {
 #pragma unroll
             for (int c = 0; c < CHANNELS; c++) sum[c] *= sigmoid_fast(sum[c]);
         }
         if (PLAIN || i < left) put<ALIGNED>(y + i * p.y.length, sum, count);
+    }
+}
+
+// The last inputs of a row.
+template <bool ALIGNED>
+DEVICE void put_window(const Parameters& p, const Place& at, const Sequence& s, const Four (&window)[TAPS - 1]) {
+#pragma unroll
+    for (int i = 0; i < TAPS - 1; i++) {
+        const i64 k = i - (TAPS - p.width);
+        if (k >= 0)
+            put<ALIGNED>(reinterpret_cast<Element*>(p.last_state) + lane_state(p, at, s.index, k), window[i], at.count);
     }
 }
 
@@ -263,6 +275,7 @@ DEVICE void forward_piece(const Parameters& p) {
             y += GROUP * p.y.length;
         }
         t = stop;
+        if (t == p.length && !p.offsets) put_window<ALIGNED>(p, at, s, window);
         if (t >= at.end) return;
         s = sequence_after(p, s, t);
     }
