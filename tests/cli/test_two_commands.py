@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, which Windows cannot")
 
 
-def run_pairs(folder: Path, pairs: int | list[tuple[str, str, int | None]], seed: int = 0) -> dict[str, Any]:
+def run_pairs(folder: Path, pairs: int | list[tuple[str, str, int | None, str]], seed: int = 0) -> dict[str, Any]:
     """What tests.cli.two_commands prints for these pairs."""
     command = [sys.executable, "-m", "tests.cli.two_commands", str(folder), json.dumps(pairs), str(seed)]
     out, err = folder.with_suffix(".out"), folder.with_suffix(".err")  # files: a pipe would wait for every child
@@ -31,9 +31,9 @@ def run_pairs(folder: Path, pairs: int | list[tuple[str, str, int | None]], seed
 
 
 def test_a_few_pairs(tmp_path: Path) -> None:
-    pairs: list[tuple[str, str, int | None]] = [
-        *(("train-1", "train-2", None), ("train-2", "save", None)),
-        *(("experiment", "experiment", None), ("convert", "convert", None)),
+    pairs: list[tuple[str, str, int | None, str]] = [
+        *(("train-1", "train-2", None, "nothing"), ("resume", "resume", None, "half")),
+        *(("experiment", "experiment", None, "nothing"), ("convert", "save", None, "nothing")),
     ]
     found = run_pairs(tmp_path / "pairs", pairs)
     assert found["problems"] == []

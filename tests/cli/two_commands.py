@@ -1,7 +1,8 @@
 """Pairs of commands on one folder at once, some of them killed, and what must hold after each pair.
 
 As a program: python -m tests.cli.two_commands FOLDER PAIRS SEED. PAIRS is a number of random pairs, or the JSON of a
-list of (first, second, which one is killed). Prints one JSON object: the problems, and how the commands ended.
+list of (first, second, which one is killed, what the folder is before). Prints one JSON object: the problems, and how
+the commands ended.
 """
 
 from __future__ import annotations
@@ -44,8 +45,20 @@ from tests.training.test_trainer import assert_same_run
 STEPS = 6
 SIZES = ["--model.d-model", "8", "--model.n-layers", "1", "--batch-size", "2", "--context", "16", "--threads", "1"]
 CADENCE = ["--steps", STEPS, "--checkpoint-every", 3, "--eval-every", 3, "--log-every", 1, "--eval-tokens", 100]
+HELD_OUT = ["--data.held-out-fraction", 0.3]
 ARMS = 4
-REFUSALS = ("is in use by", "exists", "is not a run folder", "No such", "no model", "is not", "has no", "not empty")
+TRAINING, CONVERTING = ("is in use by", "exists; resume it"), ("is in use by", "exists already", "not empty")
+REFUSALS = {
+    "train-1": TRAINING,
+    "train-2": TRAINING,
+    "resume": ("is in use by", "is not a run folder"),
+    "convert": CONVERTING,
+    "gguf": CONVERTING,
+    "experiment": (),
+    "save": ("is in use by",),
+    "generate": ("no model", "No such", "is not", "has no", "lacks"),
+}
+"""What an error may say, by command; `experiment` waits."""
 
 
 @dataclass
@@ -68,7 +81,7 @@ class Surroundings:
             "experiment": ["experiment", "dice", "--out", folder],
             "generate": ["generate", "--model", folder, "--prompt", "a", "--max-new-tokens", 2],
         }
-        more = [*SIZES, *CADENCE] if name in ("train-1", "train-2") else []
+        more = [*SIZES, *CADENCE, *HELD_OUT] if name in ("train-1", "train-2") else []
         return [str(word) for word in (*words[name], *more)]
 
 
@@ -104,13 +117,22 @@ def install_experiment() -> None:
     EXPERIMENTS["dice"] = "chance"
 
 
-def start(command: list[str] | Callable[[], None], log: Path, delay: float = 0.0) -> int:
-    """Run a command in a forked process that writes to a log, and return the process."""
+def start(
+    command: list[str] | Callable[[], None], log: Path, delay: float = 0.0, gate: tuple[int, int] | None = None
+) -> int:
+    """Run a command in a forked process that writes to a log, and return the process.
+
+    Args:
+        gate: a pipe; the command starts, after the delay, when its writing end is closed.
+    """
     pid = os.fork()
     if pid:
         return pid
     code = 70
     try:
+        if gate is not None:
+            os.close(gate[1])
+            os.read(gate[0], 1)
         descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -168,7 +190,12 @@ def prepare(root: Path) -> Surroundings:
 
 
 def problems_after(
-    surroundings: Surroundings, folder: Path, names: tuple[str, str], codes: tuple[int, int], logs: list[str]
+    surroundings: Surroundings,
+    folder: Path,
+    before: str,
+    names: tuple[str, str],
+    codes: tuple[int, int],
+    logs: list[str],
 ) -> list[str]:
     """What does not hold after a pair of commands."""
     found = []
@@ -177,12 +204,20 @@ def problems_after(
     for name, code, log in zip(names, codes, logs, strict=True):
         if code in (1, 2):
             last = log.strip().splitlines()[-1]
-            if "Traceback" in log or not last.startswith("error: ") or not any(words in last for words in REFUSALS):
+            if (
+                "Traceback" in log
+                or not last.startswith("error: ")
+                or not any(words in last for words in REFUSALS[name])
+            ):
                 found.append(f"{name} said {log[-500:]!r}")
         elif code not in (0, -signal.SIGKILL):
             found.append(f"{name} ended with {code}: {log[-500:]!r}")
     if len(done & {"train-1", "train-2", "convert"}) > 1 or done == {"train-1", "train-2"}:
         found.append(f"{sorted(done)} both say that the new folder is theirs")
+    if before == "nothing" and not killed and set(names) - {"resume", "generate"} and not done - {"generate"}:
+        found.append("all are refused")
+    if before != "nothing" and not killed and names == ("resume", "resume") and not done:
+        found.append("the run cannot be resumed")
     left = hidden(folder) + [p.name for p in folder.parent.glob(".*")]
     if left and not killed:
         found.append(f"left behind: {left}")
@@ -235,25 +270,32 @@ def problems_of_model(surroundings: Surroundings, path: Path, name: str) -> list
 
 
 def run_pair(
-    surroundings: Surroundings, place: Path, names: tuple[str, str], kill: int | None, draw: random.Random
+    surroundings: Surroundings,
+    place: Path,
+    names: tuple[str, str],
+    kill: int | None,
+    before: str,
+    delays: tuple[float, float],
+    draw: random.Random,
 ) -> tuple[list[str], list[str]]:
     """Run one pair in a place of its own; the problems, and how each command ended."""
     place.mkdir()
     folder = place / "x"
-    before = draw.choice(("nothing", "nothing", "run-1", "half")) if kill is None or draw.random() < 0.5 else "nothing"
     if before != "nothing":
         shutil.copytree(surroundings.root / before, folder)
     if draw.random() < 0.5:  # a new cache, so that both build the same table
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
-    delays = draw.choice(((0.0, 0.0), (0.0, draw.uniform(0, 1.0)), (draw.uniform(0, 1.0), 0.0)))
     logs = [place / f"{i}.log" for i in (1, 2)]
-    pids = [start(surroundings.command(n, folder), log, d) for n, log, d in zip(names, logs, delays, strict=True)]
+    commands, gate = [surroundings.command(name, folder) for name in names], os.pipe()
+    pids = [start(c, log, delay, gate) for c, log, delay in zip(commands, logs, delays, strict=True)]
+    os.close(gate[0])
+    os.close(gate[1])
     if kill is not None:
         time.sleep(draw.uniform(0, 1.5))
         os.kill(pids[kill], signal.SIGKILL)
     codes = (wait(pids[0]), wait(pids[1]))
     texts = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
-    problems = problems_after(surroundings, folder, names, codes, texts)
+    problems = problems_after(surroundings, folder, before, names, codes, texts)
     os.environ["XDG_CACHE_HOME"] = str(surroundings.root / "cache")
     endings = [
         f"{name}: {'refused' if code in (1, 2) else 'killed' if code < 0 else 'done'}"
@@ -273,12 +315,16 @@ def main_program(root: Path, pairs: str, seed: int) -> None:
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     surroundings, draw = prepare(root), random.Random(seed)
     chosen = json.loads(pairs)
+    together = not isinstance(chosen, int)
     if isinstance(chosen, int):
-        chosen = [(*draw.choices(NAMES, WEIGHTS, k=2), draw.choice((None, None, 0, 1))) for _ in range(chosen)]
+        chosen = [(*draw.choices(NAMES, WEIGHTS, k=2), draw.choice((None, None, 0, 1)), None) for _ in range(chosen)]
     problems: list[str] = []
     endings: Counter[str] = Counter()
-    for i, (first, second, kill) in enumerate(chosen):
-        found, ended = run_pair(surroundings, root / f"pair-{i}", (first, second), kill, draw)
+    for i, (first, second, kill, before) in enumerate(chosen):
+        late = 0.0 if together or draw.random() < 0.6 else draw.uniform(0, 1.0)
+        delays = draw.choice(((0.0, late), (late, 0.0)))
+        before = before or draw.choice(("nothing", "nothing", "nothing", "run-1", "half"))
+        found, ended = run_pair(surroundings, root / f"pair-{i}", (first, second), kill, before, delays, draw)
         problems += found
         endings.update(ended)
     print(json.dumps({"problems": problems, "endings": dict(sorted(endings.items()))}))
