@@ -33,7 +33,7 @@ SHARED = {
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
     *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),
-    *("ops.dispatch", "ops.checks", "ops.observers", "ops.functions", "ops.recomputing"),
+    *("ops.devices", "ops.dispatch", "ops.checks", "ops.observers", "ops.functions", "ops.recomputing"),
     *("parts.derived", "parts.padding", "parts.state", "parts.sequence", "parts.parameters", "parts.derivatives"),
     "parts.bare",
     "layers.s6",

@@ -183,10 +183,11 @@ def continue_by_sampling(job: Job, rows: Sequence[tuple[int, int]]) -> list[Resu
             texts[row] += text
             counts[row] += 1
             reasons[row] = reason or reasons[row]
-    return [
-        Result(job.prompts[number].name, job.prompts[number].readable(), sample + 1, *found)
-        for (number, sample), *found in zip(rows, texts, counts, reasons, strict=True)
-    ]
+    results = []
+    for (number, sample), whole, n_tokens, why in zip(rows, texts, counts, reasons, strict=True):
+        prompt = job.prompts[number]
+        results.append(Result(prompt.name, prompt.readable(), sample + 1, whole, n_tokens, why))
+    return results
 
 
 def open_stream(job: Job, rows: Sequence[tuple[int, int]]) -> TokenStream:

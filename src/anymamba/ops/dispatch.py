@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anymamba.kernels.backends import BACKENDS, Backend
-from anymamba.ops import observers
+from anymamba.ops import devices, observers
 
 calls: Counter[tuple[str, str, str]] = Counter()
 """How often each (op, backend, pass) ran; pass is "forward", "backward" or "step"."""
@@ -155,9 +155,9 @@ class BackendStatus(NamedTuple):
 
 
 def report(device_type: str | None = None) -> list[BackendStatus]:
-    """For each op and backend: whether it runs on a device, and if not, why. Defaults to a GPU if there is one."""
+    """For each op and backend: whether it runs on a device, and if not, why. Defaults to the best device."""
     if device_type is None:
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        device_type = devices.best_device().type
     lines = []
     for op, modules in BACKENDS.items():
         why = {module.NAME: module.unavailable(device_type) for module in modules}

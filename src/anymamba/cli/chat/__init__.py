@@ -140,7 +140,7 @@ class Chat:
             stop=flags.stop,
             seed=flags.seed,
         )
-        with self.ctrl_c.ends_reply(), closing(pieces):  # type: ignore[type-var]
+        with self.ctrl_c.ends_reply(), closing(pieces):
             for piece in pieces:
                 print(piece, end="", flush=True)
                 if self.ctrl_c.pressed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from anymamba.cli.chat.templates import TEMPLATES
@@ -57,7 +57,7 @@ class Conversation:
 
     def reply(
         self, message: str, *, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str] = (), seed: int = 0
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Add a turn; iterating gives pieces of the reply. Closing the iterator ends the reply there.
 
         The turn is added at the end. After an error the conversation is as before.
