@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from anymamba.cli import app
+from anymamba.cli.completion import FULL_HELP
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -146,7 +147,7 @@ def help_of(verb: str) -> str:
     """The help text of a verb."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert app.main([verb, "--help"]) == 0
+        assert app.main([verb, FULL_HELP.get(verb, "--help")]) == 0
     return out.getvalue()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,10 @@ def test_a_hybrid_trains_and_is_evaluated_from_the_command_line(run, texts, tmp_
     assert code == 0, err
 
 
+def test_the_case_of_a_preset_does_not_matter():
+    assert options("--data", "a", "--out", "x", "--preset", "Mamba-130M").train.model == PRESETS["mamba-130m"]
+
+
 def test_model_flags_override_the_preset():
     model = options("--data", "a", "--out", "x", "--preset=small", "--model.n-layers", 3).train.model
     assert (model.d_model, model.n_layers) == (PRESETS["small"].d_model, 3)
@@ -87,7 +92,7 @@ def test_unknown_preset(refused):
 
 
 def test_every_field_of_the_config_has_a_flag(run):
-    text = run("train", "--help")[1]
+    text = run("train", "--help-all")[1]
 
     def names(values: dict, prefix: str):
         for name, value in values.items():
@@ -209,6 +214,61 @@ def test_resume_after_the_end_changes_nothing(run, new, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
 
 
+def test_more_steps_of_a_finished_run(run, refused, new, tmp_path):
+    """Also where they are the number that is the default of a new run."""
+    assert run(*new, "--steps", 2)[0] == 0
+    code, out, err = run("train", "--resume", tmp_path / "run", "--steps", 4, "--json")
+    assert code == 0 and json.loads(out)["steps"] == 4 and "4 steps of 64 tokens, 2 of them done" in err
+    assert "has done 4 steps" in refused(2, "train", "--resume", tmp_path / "run", "--steps", 3)
+    parsed = train.read_options(["--resume", "x", "--steps", "1000"])
+    assert parsed.new_steps == 1000 and train.read_options(["--resume", "x"]).new_steps is None
+
+
+def test_what_a_run_tells(run, new, texts, tmp_path):
+    code, out, err = run(*new, "--steps", 6, "--sample-tokens", 5, "--data.eval-paths", texts / "0.txt", "--json")
+    assert code == 0, err
+    result, said = json.loads(out), err.splitlines()
+    assert f"model: {result['n_parameters']:,} parameters" in said
+    (data,) = [line for line in said if line.startswith("data: ")]
+    assert re.fullmatch(r"data: [\d,]+ tokens to train on, [\d,]+ held out", data)
+    (device,) = [line for line in said if line.startswith("device: ")]
+    assert "cpu with 1 threads; memory: 0.00 GB for weights, gradients and optimizer, and activations" in device
+    (time,) = [line for line in said if line.startswith("time: ")]
+    assert re.fullmatch(
+        r"time: about \d+:\d\d left, evaluations not counted; memory: \d+\.\d\d GB at most so far", time
+    )
+    assert "step 6: a sample" in said
+    assert result["best_step"] == 6 and (tmp_path / "run" / "best" / "model.safetensors").exists()
+
+
+def test_lora_from_the_command_line(run, texts, model_folder, tmp_path):
+    pytest.importorskip("peft", reason="the extra 'lora' installs peft")
+    out = tmp_path / "run"
+    small = ["--steps", 3, "--context", 16, "--batch-size", 2, "--threads", 1, "--learning-rate", 0.1]
+    lora = ["--lora", 2, "--lora-targets", "in_proj", "out_proj"]
+    code, _, err = run("train", "--from", model_folder, "--data", texts, "--out", out, *small, *lora)
+    assert code == 0 and "of which" in err, err
+    adapter = ["--adapter", out / "adapter"]
+    code, _, err = run("convert", model_folder, tmp_path / "merged", "--to", "hf", *adapter)
+    assert code == 0, err
+    prompt = ["--prompt", "line", "--max-new-tokens", 8, "--temperature", 0, "--json"]
+
+    def text(*words: object) -> str:
+        code, printed, err = run("generate", *words, *prompt)
+        assert code == 0, err
+        return json.loads(printed)["results"][0]["text"]
+
+    places = (["--model", out], ["--model", model_folder, *adapter], ["--model", tmp_path / "merged"])
+    assert len({text(*words) for words in places}) == 1
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    code, _, err = run("eval", "--model", newest, "--data", texts)
+    assert code == 0, err
+
+
+def test_lora_needs_a_model(refused, new):
+    assert "name it with start_from (--from)" in refused(2, *new, "--lora", 4)
+
+
 def test_fine_tuning_takes_sizes_and_tokenizer_from_the_model(run, texts, model_folder, tmp_path):
     out = tmp_path / "run"
     code, _, err = run(
@@ -285,7 +345,7 @@ def test_no_data(refused, tmp_path):
 
 
 def test_resume_takes_no_other_flags(refused, tmp_path):
-    assert "leave the other flags out" in refused(2, "train", "--resume", tmp_path, "--steps", 3)
+    assert "leave the other flags out" in refused(2, "train", "--resume", tmp_path, "--seed", 3)
 
 
 def test_from_takes_no_sizes(refused, texts, model_folder, tmp_path):

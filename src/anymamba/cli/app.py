@@ -24,6 +24,7 @@ VERBS = {
     "cache": "show the cached tables of tokens, and delete them",
     "experiment": "run one of the paper's experiments: results, charts and a report",
     "info": "versions, devices, threads, and which backend of each operator runs here",
+    "completion": "print a script with which bash, zsh or fish completes verbs and flags",
     "demo": "train on the standard library for about three minutes, then compare and generate",
 }
 MODULES = {verb: f"anymamba.cli.{'evaluate' if verb == 'eval' else verb.replace('-', '_')}" for verb in VERBS}

@@ -20,7 +20,9 @@ FULL_HELP = {"train": "--help-all"}
 """The flag that prints all options of a verb, where it is not --help."""
 VALUES = {("train", "--preset"): list(PRESETS)}
 """Values that the help does not list."""
+WITHOUT_FLAGS = ("completion", "lm-eval")
 OTHERS = ["--help", "--version"]
+SHELLS = ("bash", "zsh", "fish")
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def verb_flags(verb: str) -> list[Flag]:
-    """The flags of a verb."""
-    if verb == "completion":
+    """The flags of a verb; none for one without any, or with those of another program."""
+    if verb in WITHOUT_FLAGS:
         return []
     return flags_in(help_text(importlib.import_module(MODULES[verb]).command, FULL_HELP.get(verb, "--help")))
 
@@ -59,7 +61,7 @@ def bash(flags: dict[str, list[Flag]], zsh: bool) -> str:
     """The script for bash, and for zsh, which has functions that run it."""
     words, values = [], []
     for verb, found in flags.items():
-        names = [name for flag in found for name in flag.names]
+        names = SHELLS if verb == "completion" else [name for flag in found for name in flag.names]
         words.append(f"    {verb}) words={shlex.quote(' '.join(names))} ;;")
         for flag in found:
             if choices := values_of(verb, flag):
@@ -76,7 +78,6 @@ def bash(flags: dict[str, list[Flag]], zsh: bool) -> str:
             "  fi",
             '  case "$verb" in',
             *words,
-            "    completion) words='bash zsh fish' ;;",
             "  esac",
             '  case "$verb ${COMP_WORDS[COMP_CWORD-1]}" in',
             *values,
@@ -97,11 +98,12 @@ def bash(flags: dict[str, list[Flag]], zsh: bool) -> str:
 def fish(flags: dict[str, list[Flag]]) -> str:
     """The script for fish."""
     lines = []
-    for verb, summary in VERBS.items():
+    for verb in flags:
+        summary = VERBS[verb]
         lines.append(f"complete -c anymamba -n __fish_use_subcommand -f -a {verb} -d {shlex.quote(summary)}")
         condition = f"-n '__fish_seen_subcommand_from {verb}'"
         if verb == "completion":
-            lines.append(f"complete -c anymamba {condition} -f -a 'bash zsh fish'")
+            lines.append(f"complete -c anymamba {condition} -f -a {shlex.quote(' '.join(SHELLS))}")
         for flag in flags[verb]:
             words = shlex.quote(re.sub(r" \(default: .*\)$", "", flag.help))
             choices = values_of(verb, flag)

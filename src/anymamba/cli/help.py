@@ -29,7 +29,7 @@ class Flag(NamedTuple):
     def choices(self) -> list[str]:
         """The values that it takes, if the help lists them."""
         found = re.search(r"\{([^{}]*)\}", self.value.replace("{None}", ""))
-        return found[1].split(",") if found else []
+        return [choice for choice in found[1].split(",") if choice != "None"] if found else []
 
 
 def help_text(command: Callable[[Sequence[str]], object], word: str = "--help") -> str:
@@ -67,8 +67,9 @@ def _entries(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _flag(group: str, entry: list[str]) -> Flag | None:
-    head = "".join(line for line in entry if not line.startswith("  "))
-    words = " ".join(line.strip() for line in entry if line.startswith("  "))
+    head, _, beside = entry[0].partition("  ")  # a short flag has the beginning of its help on the same line
+    head += "".join(line for line in entry[1:] if not line.startswith("  "))
+    words = " ".join([beside.strip(), *(line.strip() for line in entry[1:] if line.startswith("  "))]).strip()
     names = tuple(re.findall(r"--[\w.-]+", re.split(r"[ ,](?=[^-\s])", head)[0]))
     value = "" if "," in head and "{" not in head else head.partition(" ")[2]
     return Flag(names, value, words, group) if names else None

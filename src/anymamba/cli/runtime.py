@@ -29,6 +29,8 @@ class Runtime:
     """Dtype of the weights; defaults to the stored one."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice, the number of cores."""
+    adapter: Path | None = None
+    """A LoRA adapter in PEFT's format, a folder or a name on the hub, which is merged into the weights."""
     no_verify: tyro.conf.FlagCreatePairsOff[bool] = False
     """Load the model without comparing its files with their digests, about half a second less for each GB."""
 
@@ -58,7 +60,7 @@ def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[C
     usable_device(runtime.device)
     from anymamba.models.checkpoints import find_tokenizer, open_checkpoint
 
-    checkpoint = open_checkpoint(model, verify=not runtime.no_verify)
+    checkpoint = open_checkpoint(model, verify=not runtime.no_verify, adapter=runtime.adapter)
     return checkpoint, find_tokenizer(checkpoint, tokenizer)
 
 

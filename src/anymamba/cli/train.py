@@ -209,7 +209,7 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig
     """A text that the model of a run writes by itself; the same model writes the same text."""
     from anymamba.generation.generate import generate
 
-    start = [tokenizer.eos_id] if tokenizer.eos_id is not None else tokenizer.encode("\n")
+    start = [tokenizer.eos_id] if tokenizer.eos_id is not None else list(tokenizer.encode("\n")) or [0]
     output = generate(model, [start], tokenizer, max_new_tokens=config.sample_tokens, seed=config.seed)
     return (output.texts or [""])[0]
 

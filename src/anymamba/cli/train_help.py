@@ -29,10 +29,10 @@ EXAMPLES = (
     "anymamba train --resume runs/x",
     "anymamba train --resume runs/x --steps 8000",
 )
-NESTED = tuple(
-    f"--model.{kind}." for kind in "mamba s4 s4d hyena h3 attention mlp gau linear-attention retention".split()
+SUMMARY = (
+    "Train a language model on your files, fine-tune one, or resume a run. A run can be stopped or killed at any "
+    "moment; --resume continues it as if nothing had happened."
 )
-"""The beginnings of options that only one kind of layer has."""
 WIDEST = 100
 
 
@@ -44,8 +44,7 @@ def short_help(flags: Sequence[Flag]) -> str:
         "usage: anymamba train --data PATH ... --out FOLDER [OPTIONS]",
         "       anymamba train --resume FOLDER [--steps N]",
         "",
-        "Train a language model on your files, fine-tune one, or resume a run. A run can be stopped or killed at",
-        "any moment; --resume continues it as if nothing had happened.",
+        *textwrap.wrap(SUMMARY, width),
         "",
         "the options that matter first:",
         *(line for name, value in FIRST.items() for line in _explained(by_name[name], value, width)),
@@ -57,8 +56,8 @@ def short_help(flags: Sequence[Flag]) -> str:
     ]
     groups: dict[str, list[str]] = {}
     for flag in flags:
-        if flag.names[0] not in FIRST and not flag.names[0].startswith(NESTED):
-            groups.setdefault(flag.group or "run", []).append(", ".join(flag.names))
+        if flag.names[0] not in FIRST and not is_of_one_layer(flag):
+            groups.setdefault(flag.group or "run", []).append(changing_name(flag))
     for group, names in groups.items():
         lines += textwrap.wrap(
             f"{group}: {'  '.join(names)}",
@@ -68,10 +67,19 @@ def short_help(flags: Sequence[Flag]) -> str:
             break_on_hyphens=False,
             break_long_words=False,
         )
-    n_nested = sum(flag.names[0].startswith(NESTED) for flag in flags)
-    lines += [f"  layers: {n_nested} of one kind each, such as --model.mamba.d-state"]
+    lines += [f"  layers: {sum(map(is_of_one_layer, flags))} of one kind each, such as --model.mamba.d-state"]
     lines += ["", "`anymamba completion bash` (zsh, fish) makes the shell complete them."]
     return "\n".join(lines)
+
+
+def changing_name(flag: Flag) -> str:
+    """The name that changes the default: --no-verify rather than --verify."""
+    return flag.names[-1 if flag.help.endswith("(default: True)") else 0]
+
+
+def is_of_one_layer(flag: Flag) -> bool:
+    """Whether only one kind of layer has the option, as --model.mamba.d-state."""
+    return flag.names[0].count(".") > 1
 
 
 def _explained(flag: Flag, value: str, width: int) -> list[str]:
