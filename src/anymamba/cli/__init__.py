@@ -10,7 +10,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; see `anymamba.cli.app.main`.
 
     Without `argv` the process is the command's: Ctrl-C and SIGTERM are handled from here on, before anything else is
-    imported, until the process ends. With it, signals are the caller's.
+    imported, until the process ends, and OpenMP's threads are told how to wait. With it, both are the caller's.
     """
     signals = None
     if argv is None:
@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         signals = SignalHandler()
         signals.install()
+        from anymamba.cli.openmp import set_waiting
+
+        set_waiting()
     from anymamba.cli.app import main as run_command
 
     return run_command(sys.argv[1:] if argv is None else argv, signals)
