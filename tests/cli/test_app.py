@@ -60,7 +60,12 @@ def test_every_verb_has_help(name, capsys):
 
 @pytest.mark.parametrize("name", sorted(app.VERBS))
 def test_unknown_flags_are_refused(name, capsys):
-    needed = {"convert": ["a", "b", "--to", "hf"], "experiment": ["speed"], "download": ["a/b"]}.get(name, [])
+    needed = {
+        "convert": ["a", "b", "--to", "hf"],
+        "experiment": ["speed"],
+        "download": ["a/b"],
+        "completion": ["bash"],
+    }.get(name, [])
     assert main([name, *needed, "--no-such-flag-here"]) == 2
     assert "no-such-flag-here" in capsys.readouterr().err
 
