@@ -43,3 +43,9 @@ def config(corpus: Path, tmp_path: Path) -> TrainConfig:
         checkpoint_every=5,
         threads=1,
     )
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no loss.png, which takes longer than the steps of these models."""
+    monkeypatch.setattr("anymamba.training.trainer.plot_loss", lambda run: None)

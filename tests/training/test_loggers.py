@@ -17,6 +17,8 @@ from anymamba.training.config import TrainConfig
 from anymamba.training.metrics import read_metrics
 from anymamba.training.trainer import resume, train
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 class Calls(list):
     """Records calls of the functions that it makes."""
@@ -149,6 +151,23 @@ def test_a_failure_of_the_tracker_at_the_start_leaves_nothing(config, tmp_path, 
     with pytest.raises(RuntimeError, match="no API key"):
         train(replace(config, log=("wandb",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(config, tmp_path, mlflow, monkeypatch):
+    """metrics.jsonl has everything; the tracker is told of once and left alone."""
+
+    def fail(*arguments, metrics=(), **options):
+        if metrics and metrics[0][3] == 3:
+            raise ConnectionError("server gone")
+        mlflow.append(("sent", arguments, {"metrics": metrics}))
+
+    monkeypatch.setattr(sys.modules["mlflow.tracking"].MlflowClient(), "log_batch", fail)
+    with pytest.warns(UserWarning, match=r"mlflow failed \(server gone\).*metrics\.jsonl") as told:
+        result = train(replace(config, steps=6, log=("mlflow",)), tmp_path / "run")
+    assert result.steps == 6 and len(told) == 1
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert {metric[3] for entry in mlflow.of("sent") for metric in entry["metrics"]} == {1, 2}
 
 
 def test_what_trackers_print_is_not_a_result(config, tmp_path, trackio, monkeypatch, capsys):

@@ -24,6 +24,13 @@ from anymamba.training.outline import Outline
 from anymamba.training.report import Silent
 from anymamba.training.trainer import read_config, resume, train
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+
+@pytest.fixture
+def config(config: TrainConfig) -> TrainConfig:
+    return replace(config, log=())
+
 
 def constant(config: TrainConfig) -> TrainConfig:
     """Without a schedule, so that the number of steps changes nothing before the end."""

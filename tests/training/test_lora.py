@@ -17,6 +17,12 @@ from anymamba.training.config import TrainConfig
 from anymamba.training.trainer import read_config, resume, train
 
 peft = pytest.importorskip("peft", reason="the extra 'lora' installs peft")
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+
+@pytest.fixture
+def config(config: TrainConfig) -> TrainConfig:
+    return replace(config, log=())
 
 
 @pytest.fixture
@@ -128,7 +134,7 @@ def test_what_is_refused(config, lora, tmp_path, monkeypatch):
         replace(config, lora_targets=("in_proj",))
     monkeypatch.setattr("anymamba.training.lora.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'anymamba\[lora\]'"):
-        train(replace(lora, log=()), tmp_path / "run")
+        train(lora, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

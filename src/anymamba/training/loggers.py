@@ -9,7 +9,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 from anymamba.base.files import write_json
 from anymamba.training.config import TrainConfig, file_values
 
-EVENTS, IDS = "tensorboard", "trackers.json"
+METRICS, EVENTS, IDS = "metrics.jsonl", "tensorboard", "trackers.json"
 PROJECT = "anymamba"
 """The project (in MLflow: the experiment) of the runs, if the tracker's own environment variable names no other."""
 PACKAGES = {
@@ -73,7 +74,7 @@ def open_loggers(config: TrainConfig, run: Path, lines: Sequence[Mapping[str, An
             found.append(TensorBoard(run, lines))
         else:
             with redirect_stdout(sys.stderr):  # the results of a command go to stdout, and nothing else
-                found.append(TRACKERS[name](config, run))
+                found.append(Tolerant(name, TRACKERS[name](config, run)))
     return found
 
 
@@ -109,6 +110,39 @@ class TensorBoard:
         self._events.close()
 
 
+class Tolerant:
+    """A tracker whose failures do not end the run, such as a server that is gone: it is left alone from then on."""
+
+    def __init__(self, name: str, tracker: Logger) -> None:
+        self.name, self._tracker = name, tracker
+        self._failed = False
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Record one line."""
+        self._try(lambda: self._tracker.add(line))
+
+    def flush(self) -> None:
+        """Flush what has been recorded."""
+        self._try(self._tracker.flush)
+
+    def close(self) -> None:
+        """End the run."""
+        self._try(self._tracker.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            with redirect_stdout(sys.stderr):
+                call()
+        except Exception as error:  # each tracker has errors of its own
+            self._failed = True
+            warnings.warn(
+                f"{self.name} failed ({error}); it is told nothing more by this process, {METRICS} has everything",
+                stacklevel=4,
+            )
+
+
 class Wandb:
     """Weights & Biases. WANDB_PROJECT, WANDB_MODE=offline and its other variables work as usual."""
 
@@ -135,8 +169,7 @@ class Wandb:
 
     def close(self) -> None:
         """End the run."""
-        with redirect_stdout(sys.stderr):
-            self._run.finish()
+        self._run.finish()
 
 
 class MLflow:
@@ -198,8 +231,7 @@ class Trackio:
 
     def close(self) -> None:
         """End the run."""
-        with redirect_stdout(sys.stderr):
-            self._run.finish()
+        self._run.finish()
 
 
 TRACKERS = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}

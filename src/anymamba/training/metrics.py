@@ -9,9 +9,9 @@ from typing import Any
 
 from anymamba.base.files import atomic_file, write_text
 from anymamba.training.config import TrainConfig
-from anymamba.training.loggers import open_loggers
+from anymamba.training.loggers import METRICS, open_loggers
 
-METRICS, PLOT = "metrics.jsonl", "loss.png"
+PLOT = "loss.png"
 
 
 class MetricsLog:
