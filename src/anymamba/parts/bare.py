@@ -17,10 +17,10 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
         module: what is in the place of a module of class `kind`.
         kind: the class.
     """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return (
         type(module) is kind
-        and not any(hooks)
-        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
         and all(p is None or type(p) in PLAIN for p in module._parameters.values())
     )

@@ -26,10 +26,10 @@ class RMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        return self.of_sum(x, None).y
+        return add_norm(x, self.weight, eps=self.eps).y
 
-    def of_sum(self, x: Float[Tensor, "... size"], residual: Float[Tensor, "... size"] | None) -> AddNormOutput:
-        """The norm of x + residual, and the sum; of x alone where there is no residual."""
+    def of_sum(self, x: Float[Tensor, "... size"], residual: Float[Tensor, "... size"]) -> AddNormOutput:
+        """The norm of x + residual, and the sum."""
         return add_norm(x, self.weight, residual=residual, eps=self.eps)
 
 
@@ -47,10 +47,10 @@ class LayerNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        return self.of_sum(x, None).y
+        return add_norm(x, self.weight, self.bias, eps=self.eps, subtract_mean=True).y
 
-    def of_sum(self, x: Float[Tensor, "... size"], residual: Float[Tensor, "... size"] | None) -> AddNormOutput:
-        """The norm of x + residual, and the sum; of x alone where there is no residual."""
+    def of_sum(self, x: Float[Tensor, "... size"], residual: Float[Tensor, "... size"]) -> AddNormOutput:
+        """The norm of x + residual, and the sum."""
         return add_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, subtract_mean=True)
 
 

@@ -25,11 +25,13 @@ def description() -> str:
 
 def forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """y and x + residual (x itself without a residual); nothing is saved."""
-    total = a.x if a.residual is None else a.residual + a.x
-    weight, bias = (None if t is None else t.to(a.dtype) for t in (a.weight, a.bias))
-    if a.subtract_mean:
-        y = F.layer_norm(total.to(a.dtype), (a.size,), weight, bias, a.eps)
+    x, residual, weight, bias, eps, subtract_mean = a
+    total, dtype, shape = x if residual is None else residual + x, a.dtype, x.shape[-1:]
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if subtract_mean:
+        y = F.layer_norm(total.to(dtype), shape, weight, bias, eps)
     else:
-        y = F.rms_norm(total.to(a.dtype), (a.size,), weight, a.eps)
+        y = F.rms_norm(total.to(dtype), shape, weight, eps)
         y = y if bias is None else y + bias
     return y.to(a.y_dtype), total, None

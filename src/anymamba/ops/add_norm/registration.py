@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anymamba.kernels.add_norm.arguments import NormArguments
 from anymamba.ops import dispatch, functions
+from anymamba.ops.checks import without_lazy
 
 OP = "add_norm"
 
@@ -18,7 +19,7 @@ def run(arguments: NormArguments, backend: str) -> tuple[Tensor, Tensor]:
     if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
         y, total, _ = _forward(arguments, False, backend)
         return y, total
-    return functions.run(RULES, arguments, backend)
+    return functions.run(RULES, without_lazy(arguments), backend)
 
 
 def _operations(arguments: NormArguments) -> tuple[Tensor, Tensor]:
