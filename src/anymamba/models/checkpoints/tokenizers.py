@@ -91,7 +91,7 @@ def _folder_or_checkpoint(name: str | Path, revision: str | None) -> Path | Chec
 
 def _own_tokenizer(model: Path | Checkpoint) -> Tokenizer | None:
     """The tokenizer of a model folder or of an open checkpoint."""
-    path = model if isinstance(model, Path) else model.path
+    path = model if isinstance(model, Path) else model.home or model.path
     if path.is_dir():
         return read_tokenizer(path) if (path / FILE_NAME).is_file() else None
     assert isinstance(model, Checkpoint), "a file has been opened as a checkpoint"
