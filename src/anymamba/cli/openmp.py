@@ -7,8 +7,8 @@ import os
 SETTINGS = {"GOMP_SPINCOUNT": "20000"}
 """Rounds that a thread of GNU's OpenMP spins before it sleeps.
 
-By default it spins for milliseconds. On a quiet machine that costs nothing; beside another busy process the threads spin
-away the time that the one with work needs. `python -m benchmarks.busy` measures both.
+By default it spins for milliseconds. On a quiet machine that costs nothing. Beside another busy process, the threads
+that wait use up the time of the one that has work. `python -m benchmarks.busy` measures both.
 """
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables by which a user has already chosen."""
