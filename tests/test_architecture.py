@@ -30,6 +30,7 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 SHARED = {
     *("base.errors", "base.files", "base.locks"),
     *("kernels.native", "kernels.nvrtc", "kernels.cubins", "kernels.launching", "kernels.elementwise"),
+    *("kernels.triton", "kernels.triton.functions"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
     *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),

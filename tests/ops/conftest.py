@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from anymamba.kernels import native
+from anymamba.kernels import native, triton
 from anymamba.kernels.backends import BACKENDS
 
 
@@ -15,7 +15,8 @@ def served(device: str) -> list[str]:
     """Every backend but the reference that serves an op on a device."""
     if device == "cpu":
         found = native.module().instruction_sets() if native.load() else []
-        return ["portable", *(f"cpu {name}" for name in found)]
+        interpreted = ["triton"] if triton.unavailable("cpu") is None else []  # with TRITON_INTERPRET=1
+        return ["portable", *(f"cpu {name}" for name in found), *interpreted]
     names = dict.fromkeys(m.NAME for modules in BACKENDS.values() for m in modules if m.unavailable(device) is None)
     return [name for name in names if name != "reference"]
 
@@ -53,8 +54,8 @@ def backend(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """A complex A is not for the compiled kernels, as `dispatch.report` says."""
-    apart = [item for item in items if for_cpu(item) and is_complex(item)]
+    """A complex A is not for the compiled kernels nor for Triton, as `dispatch.report` says."""
+    apart = [item for item in items if for_real_A(item) and is_complex(item)]
     if apart:
         config.hook.pytest_deselected(items=apart)
         items[:] = [item for item in items if item not in set(apart)]
@@ -65,9 +66,10 @@ def parameters(item) -> dict:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
-def for_cpu(item) -> bool:
-    """Whether a test runs on the compiled kernels."""
-    return any(str(parameters(item).get(name, "")).startswith("cpu ") for name in ("fast", "backend"))
+def for_real_A(item) -> bool:
+    """Whether a test runs on a backend that supports only real A."""
+    names = [str(parameters(item).get(name, "")) for name in ("fast", "backend")]
+    return any(name.startswith("cpu ") or name == "triton" for name in names)
 
 
 def is_complex(item) -> bool:

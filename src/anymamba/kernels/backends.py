@@ -17,6 +17,7 @@ from anymamba.kernels.causal_conv1d import cpu as conv_cpu
 from anymamba.kernels.causal_conv1d import cuda as conv_cuda
 from anymamba.kernels.causal_conv1d import portable as conv_portable
 from anymamba.kernels.causal_conv1d import reference as conv_reference
+from anymamba.kernels.causal_conv1d import triton as conv_triton
 from anymamba.kernels.linear_cross_entropy import cuda as loss_cuda
 from anymamba.kernels.linear_cross_entropy import portable as loss_portable
 from anymamba.kernels.linear_cross_entropy import reference as loss_reference
@@ -24,6 +25,7 @@ from anymamba.kernels.selective_scan import cpu as scan_cpu
 from anymamba.kernels.selective_scan import cuda as scan_cuda
 from anymamba.kernels.selective_scan import portable as scan_portable
 from anymamba.kernels.selective_scan import reference as scan_reference
+from anymamba.kernels.selective_scan import triton as scan_triton
 
 
 class Backend(Protocol):
@@ -57,8 +59,8 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, tuple[Any, ...]] = {
-    "selective_scan": (scan_cpu, scan_cuda, scan_portable, scan_reference),
-    "causal_conv1d": (conv_cpu, conv_cuda, conv_portable, conv_reference),
+    "selective_scan": (scan_cpu, scan_cuda, scan_triton, scan_portable, scan_reference),
+    "causal_conv1d": (conv_cpu, conv_cuda, conv_triton, conv_portable, conv_reference),
     "add_norm": (norm_cuda, norm_portable, norm_reference),
     "linear_cross_entropy": (loss_cuda, loss_portable, loss_reference),
 }

@@ -1,0 +1,382 @@
+"""The backward kernels of the selective scan in Triton; see forward_kernels.py for the layout.
+
+The chunk is walked backwards, SAVED_EVERY tokens at a time: from the state that forward saved, those before every group
+of TOKENS are computed once more (`checkpoints`), then those of a group are kept in registers. For a state
+
+    e = dh + C g         gradient of h, g that of the scan's own output
+    dC = g h,  dB = weight u e,  du += weight B e
+    dh = a e             gradient of the state before
+    dA += d dh h[t-1],   ddelta += A dh h[t-1] + a' B u e
+
+where weight and a' are d and 1, or of the zero-order hold (a - 1) / A and a; dA has another term then. The gradients of
+selective B and C are sums over channels: each block of channels writes its part, and the parts are added in order.
+"""
+
+# ruff: noqa: RUF005, SIM102 - Triton has no starred tuples, and a nested `if` may be resolved when it compiles.
+
+import triton
+import triton.language as tl
+
+from anymamba.kernels.selective_scan.triton.forward_kernels import (
+    NUMBERS,
+    advance,
+    columns,
+    get_scratch,
+    numbers,
+    place_of,
+    put_scratch,
+    put_states,
+    rates_of,
+    sequences_at,
+    states_of,
+    zeros,
+)
+from anymamba.kernels.triton.functions import (
+    LN2,
+    LOG2E,
+    exp2,
+    expm1_ratio,
+    expm1_ratio_slope,
+    load,
+    sigmoid,
+    softplus,
+    store,
+)
+
+
+@triton.jit
+def gradient_of_scan(dy, z, inside, R: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr):
+    """The gradient of the scan's own output, before the gate."""
+    g = load(dy, inside, WHOLE).to(R)
+    if z is not None:
+        gate = load(z, inside, WHOLE).to(R)
+        g = g * (gate * sigmoid(gate, FAST))
+    return g
+
+
+@triton.jit
+def step_of(delta, shift, inside, is_token, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr):
+    """delta with its bias and after the softplus; 0 where there is no token."""
+    d = load(delta, inside & is_token, WHOLE).to(shift.dtype) + shift
+    if SOFTPLUS:
+        d = softplus(d, FAST)
+    if not WHOLE:
+        d = tl.where(is_token, d, 0.0)
+    return d
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def reverse_summary(
+    dy, delta, z, C, A, bias, dlast, sequence_of, chunk_states, chunk_steps,
+    dy_row, dy_token, delta_row, delta_token, z_row, z_token, C_row, C_token, C_group,
+    length, d_inner, d_state, first_state, per_group, n_groups, batch, chunk, n_chunks, first_chunk,
+    N: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, CONSTANT_C: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PACKED_WORDS: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state that arrives at a chunk, from its own outputs, and the sum of its steps."""
+    R: tl.constexpr = A.dtype.element_ty
+    _, channel, inside, group, ck, row = place_of(per_group, n_groups, batch, first_chunk, BLOCK)
+    begin = ck.to(tl.int64) * chunk
+    end = tl.minimum(begin + chunk, length)
+    rates = rates_of(A, channel, inside, d_state, first_state, N, WHOLE)
+    zero = tl.full([BLOCK], 0, R)
+    shift = load(bias + channel, inside, WHOLE) if bias is not None else zero
+    if CONSTANT_C:
+        Cs = columns(C, channel, inside, d_state, first_state, N, WHOLE)
+    dh = zeros(zero, N)
+    steps = zero
+    n_tiles = (end - begin + TOKENS - 1) // TOKENS
+    for k in tl.range(0, n_tiles):
+        t0 = begin + (n_tiles - 1 - k) * TOKENS
+        for i in tl.static_range(TOKENS - 1, -1, -1):
+            t = t0 + i
+            is_token = t < end
+            d = step_of(
+                delta + row * delta_row + t * delta_token + channel, shift, inside, is_token, SOFTPLUS, WHOLE, FAST
+            )
+            gate = z + row * z_row + t * z_token + channel if z is not None else None
+            g = gradient_of_scan(dy + row * dy_row + t * dy_token + channel, gate, inside & is_token, R, WHOLE, FAST)
+            if not CONSTANT_C:
+                Cs = numbers(
+                    C + row * C_row + t * C_token + group * C_group, is_token, first_state, R, N, PACKED_WORDS, WHOLE
+                )
+            if sequence_of is not None:
+                sequence, starts, ends = sequences_at(sequence_of, t, length, end)
+                if ends:
+                    dh = states_of(dlast, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+            before = ()
+            for n in tl.static_range(N):
+                before = before + (exp2(d * rates[n], FAST) * (dh[n] + g * Cs[n]),)
+            dh = before
+            if sequence_of is not None:
+                if starts:
+                    dh = zeros(zero, N)
+            steps += d
+    at = row * n_chunks + ck
+    put_scratch(chunk_states, dh, at, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+    store(chunk_steps + at * d_inner + channel, steps, inside, WHOLE)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def scan_backward(
+    u, delta, z, dy, B, C, A, D, bias, initial, dlast, sequence_of, chunk_states, saved, checkpoints, partial,
+    du, ddelta, dz, dinitial, dA_parts, dB_parts, dC_parts, dD_parts, dbias_parts,
+    u_row, u_token, delta_row, delta_token, z_row, z_token, dy_row, dy_token,
+    B_row, B_token, B_group, C_row, C_token, C_group,
+    length, d_inner, d_state, first_state, per_group, n_groups, batch, chunk, n_chunks,
+    N: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, SAVED_EVERY: tl.constexpr,
+    ARRIVES: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ZOH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PACKED_WORDS: tl.constexpr, WHOLE: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a chunk. WIDTH is a power of two that is not below N: states of a part of dB and dC."""
+    R: tl.constexpr = A.dtype.element_ty
+    block, channel, inside, group, ck, row = place_of(per_group, n_groups, batch, 0, BLOCK)
+    begin = ck.to(tl.int64) * chunk
+    end = tl.minimum(begin + chunk, length)
+    of_chunk = row * n_chunks + ck
+    rates = rates_of(A, channel, inside, d_state, first_state, N, WHOLE)
+    zero = tl.full([BLOCK], 0, R)
+    shift = load(bias + channel, inside, WHOLE) if bias is not None else zero
+    skip = load(D + channel, inside, WHOLE) if D is not None else zero
+    if CONSTANT_B:
+        Bs = columns(B, channel, inside, d_state, first_state, N, WHOLE)
+        dBs = zeros(zero, N)
+    if CONSTANT_C:
+        Cs = columns(C, channel, inside, d_state, first_state, N, WHOLE)
+        dCs = zeros(zero, N)
+    if ARRIVES:
+        dh = get_scratch(chunk_states, of_chunk, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+    elif sequence_of is None:
+        dh = states_of(dlast, row, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+    else:
+        dh = zeros(zero, N)
+    dAs = zeros(zero, N)
+    dD = zero
+    dbias = zero
+    state = tl.arange(0, WIDTH)
+    n_saved = (length + SAVED_EVERY - 1) // SAVED_EVERY
+    n_pieces = (end - begin + SAVED_EVERY - 1) // SAVED_EVERY
+    for back in tl.range(0, n_pieces):
+        piece = n_pieces - 1 - back
+        first = begin + piece * SAVED_EVERY
+        n_tiles = (tl.minimum(end - first, SAVED_EVERY) + TOKENS - 1) // TOKENS
+        at = row * n_saved + first // SAVED_EVERY
+        h = get_scratch(saved, at, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+        for k in tl.range(0, n_tiles):
+            at = of_chunk * (SAVED_EVERY // TOKENS) + k
+            put_scratch(checkpoints, h, at, channel, inside, d_inner, N, 0, N, WHOLE)
+            for i in tl.static_range(TOKENS):
+                t = first + k * TOKENS + i
+                is_token = t < end
+                x = load(u + row * u_row + t * u_token + channel, inside & is_token, WHOLE).to(R)
+                place = delta + row * delta_row + t * delta_token + channel
+                d = step_of(place, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
+                if not CONSTANT_B:
+                    Bs = numbers(
+                        B + row * B_row + t * B_token + group * B_group,
+                        is_token,
+                        first_state,
+                        R,
+                        N,
+                        PACKED_WORDS,
+                        WHOLE,
+                    )
+                if sequence_of is not None:
+                    sequence, starts, _ = sequences_at(sequence_of, t, length, end)
+                    if starts:
+                        if initial is not None:
+                            h = states_of(initial, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+                        else:
+                            h = zeros(zero, N)
+                h = advance(h, d, x, rates, Bs, N, ZOH, FAST)
+        for back_tile in tl.range(0, n_tiles):
+            k = n_tiles - 1 - back_tile
+            t0 = first + k * TOKENS
+            at = of_chunk * (SAVED_EVERY // TOKENS) + k
+            h = get_scratch(checkpoints, at, channel, inside, d_inner, N, 0, N, WHOLE)
+            befores = ()
+            afters = ()
+            decays = ()
+            ys = ()
+            ds = ()
+            for i in tl.static_range(TOKENS):
+                t = t0 + i
+                is_token = t < end
+                x = load(u + row * u_row + t * u_token + channel, inside & is_token, WHOLE).to(R)
+                place = delta + row * delta_row + t * delta_token + channel
+                d = step_of(place, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
+                if not CONSTANT_B:
+                    Bs = numbers(
+                        B + row * B_row + t * B_token + group * B_group,
+                        is_token,
+                        first_state,
+                        R,
+                        N,
+                        PACKED_WORDS,
+                        WHOLE,
+                    )
+                if not CONSTANT_C:
+                    Cs = numbers(
+                        C + row * C_row + t * C_token + group * C_group,
+                        is_token,
+                        first_state,
+                        R,
+                        N,
+                        PACKED_WORDS,
+                        WHOLE,
+                    )
+                if sequence_of is not None:
+                    sequence, starts, _ = sequences_at(sequence_of, t, length, end)
+                    if starts:
+                        if initial is not None:
+                            h = states_of(initial, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+                        else:
+                            h = zeros(zero, N)
+                own = zero
+                after = ()
+                decay = ()
+                for n in tl.static_range(N):
+                    a = exp2(d * rates[n], FAST)
+                    weight = d * expm1_ratio(d * rates[n] * LN2, a) if ZOH else d
+                    new = a * h[n] + weight * x * Bs[n]
+                    own += new * Cs[n]
+                    after = after + (new,)
+                    decay = decay + (a,)
+                befores = befores + (h,)
+                afters = afters + (after,)
+                decays = decays + (decay,)
+                ys = ys + (own,)
+                ds = ds + (d,)
+                h = after
+            for i in tl.static_range(TOKENS - 1, -1, -1):
+                t = t0 + i
+                is_token = t < end
+                ok = inside & is_token
+                x = load(u + row * u_row + t * u_token + channel, ok, WHOLE).to(R)
+                d = ds[i]
+                gate = z + row * z_row + t * z_token + channel if z is not None else None
+                g = gradient_of_scan(dy + row * dy_row + t * dy_token + channel, gate, ok, R, WHOLE, FAST)
+                if not CONSTANT_B:
+                    Bs = numbers(
+                        B + row * B_row + t * B_token + group * B_group,
+                        is_token,
+                        first_state,
+                        R,
+                        N,
+                        PACKED_WORDS,
+                        WHOLE,
+                    )
+                if not CONSTANT_C:
+                    Cs = numbers(
+                        C + row * C_row + t * C_token + group * C_group,
+                        is_token,
+                        first_state,
+                        R,
+                        N,
+                        PACKED_WORDS,
+                        WHOLE,
+                    )
+                if sequence_of is not None:
+                    sequence, starts, ends = sequences_at(sequence_of, t, length, end)
+                    if ends:
+                        dh = states_of(dlast, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+                of_x = zero
+                of_d = zero
+                sums_B = tl.full([WIDTH], 0, R)
+                sums_C = tl.full([WIDTH], 0, R)
+                new_dh = ()
+                new_dA = ()
+                new_dB = ()
+                new_dC = ()
+                for n in tl.static_range(N):
+                    a = decays[i][n]
+                    e = dh[n] + g * Cs[n]
+                    drive = e * Bs[n]
+                    arriving = a * e
+                    p = arriving * befores[i][n]
+                    dA = dAs[n] + p * d
+                    of_d += p * rates[n]
+                    weight = d
+                    if ZOH:
+                        xA = d * rates[n] * LN2
+                        ratio = expm1_ratio(xA, a)
+                        weight = d * ratio
+                        dA += x * d * d * expm1_ratio_slope(xA, a, ratio) * drive
+                        of_d += (x * a * drive) * LOG2E
+                        of_x += weight * drive
+                    else:
+                        of_x += drive
+                    dB = x * weight * e
+                    dC = g * afters[i][n]
+                    if CONSTANT_B:
+                        new_dB = new_dB + (dBs[n] + dB,)
+                    else:
+                        dB = dB if WHOLE else tl.where(inside, dB, 0.0)
+                        sums_B = tl.where(state == n, tl.sum(dB, 0), sums_B)
+                    if CONSTANT_C:
+                        new_dC = new_dC + (dCs[n] + dC,)
+                    else:
+                        dC = dC if WHOLE else tl.where(inside, dC, 0.0)
+                        sums_C = tl.where(state == n, tl.sum(dC, 0), sums_C)
+                    new_dA = new_dA + (dA,)
+                    new_dh = new_dh + (arriving,)
+                dh = new_dh
+                dAs = new_dA
+                part = ((block.to(tl.int64) * batch + row) * length + t) * WIDTH + state
+                if CONSTANT_B:
+                    dBs = new_dB
+                else:
+                    store(dB_parts + part, sums_B, is_token, WHOLE)
+                if CONSTANT_C:
+                    dCs = new_dC
+                else:
+                    store(dC_parts + part, sums_C, is_token, WHOLE)
+                of_d = of_d * LN2
+                if not ZOH:
+                    of_d += x * of_x
+                    of_x = d * of_x
+                own = ys[i]
+                out = row * length * d_inner + t * d_inner + channel
+                size = batch * length * d_inner.to(tl.int64)
+                if not FIRST:
+                    own += load(partial + out, ok, WHOLE)
+                    of_x += load(partial + size + out, ok, WHOLE)
+                    of_d += load(partial + 2 * size + out, ok, WHOLE)
+                if LAST:
+                    if z is not None:
+                        zz = load(gate, ok, WHOLE).to(R)
+                        s = sigmoid(zz, FAST)
+                        of_y = load(dy + row * dy_row + t * dy_token + channel, ok, WHOLE).to(R)
+                        slope = of_y * (own + skip * x) * s * (1.0 + zz * (1.0 - s))
+                        store(dz + out, slope, ok, WHOLE)
+                    if SOFTPLUS:
+                        place = delta + row * delta_row + t * delta_token + channel
+                        raw = load(place, ok, WHOLE).to(R) + shift
+                        of_d = tl.where(raw > 20.0, of_d, of_d * sigmoid(raw, FAST))
+                    store(du + out, of_x + skip * g, ok, WHOLE)
+                    store(ddelta + out, of_d, ok, WHOLE)
+                    dD += g * x
+                    dbias += of_d if WHOLE else tl.where(is_token, of_d, 0.0)
+                else:
+                    store(partial + out, own, ok, WHOLE)
+                    store(partial + size + out, of_x, ok, WHOLE)
+                    store(partial + 2 * size + out, of_d, ok, WHOLE)
+                if sequence_of is not None:
+                    if starts:
+                        if dinitial is not None:
+                            put_states(dinitial, dh, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+                        dh = zeros(zero, N)
+    put_scratch(dA_parts, dAs, of_chunk, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+    if CONSTANT_B:
+        put_scratch(dB_parts, dBs, of_chunk, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+    if CONSTANT_C:
+        put_scratch(dC_parts, dCs, of_chunk, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+    if LAST:
+        if dD_parts is not None:
+            store(dD_parts + of_chunk * d_inner + channel, dD, inside, WHOLE)
+        if dbias_parts is not None:
+            store(dbias_parts + of_chunk * d_inner + channel, dbias, inside, WHOLE)
+    if dinitial is not None and sequence_of is None:
+        if ck == 0:
+            put_states(dinitial, dh, row, channel, inside, d_inner, d_state, first_state, N, WHOLE)
