@@ -178,7 +178,6 @@ inline float exp2_fast(float x) {
     const float r = std::exp2(x);
     return std::fabs(r) < 1.17549435e-38f ? 0.f : r;
 }
-inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) {
     const float r = 1.f / x;
     return std::fabs(r) < 1.17549435e-38f ? 0.f : r;

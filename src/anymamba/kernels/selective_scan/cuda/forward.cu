@@ -36,6 +36,7 @@ DEVICE int row_of_step(int j, int part) {
 // d and w of a piece in shared memory; four channels a lane.
 DEVICE void prepare(OfWarp& mine, int options, int stage, const float (&bias)[4], int tokens, bool full, int lane) {
     constexpr int LANES = BLOCK_CHANNELS / 4, AT_ONCE = 32 / LANES;
+    keep(lane);  // else what follows from it is computed before the loop over tiles, and kept in memory
     const int c = lane % LANES * 4;
 #pragma unroll
     for (int k = 0; k < (TOKENS + AT_ONCE - 1) / AT_ONCE; k++) {
@@ -66,6 +67,7 @@ DEVICE void prepare(OfWarp& mine, int options, int stage, const float (&bias)[4]
 
 // B and C of a piece as floats, (state, token); half a warp each, a lane for each state.
 DEVICE void prepare_matrices(OfGroup& mine, int stage, int lane) {
+    keep(lane);
     const int m = lane / GROUP, n = lane % GROUP;
     if (m >= MATRICES) return;
     const Element* row = mine.raw[stage][m] + n;
@@ -81,6 +83,9 @@ DEVICE void prepare_matrices(OfGroup& mine, int stage, int lane) {
         store(&mine.matrices[m][row_of_state(n) + t], v);
     }
 }
+
+// Where a lane copies from, and where it writes y: in shared memory, since registers are short.
+enum Placed { OF_INPUT, OF_DELTA, OF_Z, OF_MATRIX, OF_Y, N_PLACED };
 
 // The tiles of a chunk that are worked on. What leaves a chunk depends only on the last of its packed sequences, or,
 // backwards, on the first.
@@ -109,7 +114,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const int groups = groups_of(p), length = int(at.end - at.begin);
     const Tiles tiles = tiles_of(p, at, length, tile_tokens);
 
-    float* rates = reinterpret_cast<float*>(shared_memory());  // a plane for each group
+    const u8* (*places)[32] = reinterpret_cast<const u8* (*)[32]>(shared_memory());  // of each lane; see Placed
+    float* rates = reinterpret_cast<float*>(places + N_PLACED);                      // a plane for each group
     OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(of_warps + warps);
     OfWarp& mine = of_warps[warp];
@@ -119,8 +125,6 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
 
     const Rows &input = PASS == REVERSE ? p.dy : p.u, &matrix = PASS == REVERSE ? p.C : p.B;
     const int options = options_of(p), row_of_y = int(p.y.length) * int(sizeof(Element));
-    const u8* start_y =
-        p.y.data + (at.row * p.y.batch + at.begin * p.y.length + at.channel + c0) * i64(sizeof(Element));
 
     // Tokens are counted from the chunk's start: `tile` is the first of a tile, `offset` + tile that of the warp's
     // piece.
@@ -129,23 +133,26 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const bool is_regular = p.aligned && at.count >= BLOCK_CHANNELS && p.states == p.d_state;
 
     // ------------------------------------------------------------------------------------ copies from global memory
-    // A lane's first copy of 16 bytes of the rows of a piece, in tile 0; and those of B and C, half a warp each where
-    // both together fill one.
+    // A lane's first copy of 16 bytes of the rows of a piece, from the chunk's first token on; and those of B and C,
+    // half a warp each where both together fill one.
     constexpr int PER_ROW = BLOCK_CHANNELS / VECTOR, PER_STATES = GROUP / VECTOR;
     constexpr int UNITS = TOKENS * PER_ROW, UNITS_OF_MATRIX = TOKENS * PER_STATES;
     constexpr bool BOTH = MATRICES == 2 && UNITS_OF_MATRIX == 16;
     const auto row_of = [](const Rows& rows) { return int(rows.length) * int(sizeof(Element)); };
     const auto first_of = [&](const Rows& rows, int unit, int per_row, bool of_group) {
         const u8* from = start_of(rows, at, sizeof(Element), of_group) + unit % per_row * 16;
-        from = advance(from, offset + unit / per_row, row_of(rows));
-        keep(from);
-        return from;
+        return advance(from, unit / per_row, row_of(rows));
     };
-    const u8 *my_input = first_of(input, lane, PER_ROW, false), *my_delta = first_of(p.delta, lane, PER_ROW, false);
-    const u8* my_z = PASS == SUMMARY || !(options & HAS_Z) ? nullptr : first_of(p.z, lane, PER_ROW, false);
     const Rows& lane_matrix = BOTH && lane >= 16 ? p.C : matrix;
-    const u8* my_matrix = first_of(lane_matrix, BOTH ? lane % 16 : lane, PER_STATES, true);
-    const int row_of_matrix = row_of(lane_matrix);
+    if (warp == 0) {
+        const i64 first_y = at.row * p.y.batch + at.begin * p.y.length + at.channel + c0;
+        places[OF_INPUT][lane] = first_of(input, lane, PER_ROW, false);
+        places[OF_DELTA][lane] = first_of(p.delta, lane, PER_ROW, false);
+        places[OF_Z][lane] = options & HAS_Z ? first_of(p.z, lane, PER_ROW, false) : nullptr;
+        places[OF_MATRIX][lane] = first_of(lane_matrix, BOTH ? lane % 16 : lane, PER_STATES, true);
+        places[OF_Y][lane] = PASS == FORWARD ? p.y.data + first_y * i64(sizeof(Element)) : nullptr;
+    }
+    sync_block();
     const auto copy_rows = [&](Element* to, const u8* first, int tile, int row) {
 #pragma unroll
         for (int i = 0; i < (UNITS + 31) / 32; i++)
@@ -159,17 +166,22 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                 copy_16_bytes(to + (i * 32 + lane) * VECTOR, advance(first, tile + i * (32 / PER_STATES), row));
     };
     const auto stage_full = [&](int tile, int into) {
-        copy_rows(mine.raw[into][0], my_input, tile, row_of(input));
-        copy_rows(mine.raw[into][1], my_delta, tile, row_of(p.delta));
-        if (PASS != SUMMARY && options & HAS_Z) copy_rows(mine.raw[into][INPUTS - 1], my_z, tile, row_of(p.z));
+        const int first = tile + offset;
+        int own = lane;
+        keep(own);
+        const int row_of_matrix = BOTH && own >= 16 ? row_of(p.C) : row_of(matrix);
+        copy_rows(mine.raw[into][0], places[OF_INPUT][lane], first, row_of(input));
+        copy_rows(mine.raw[into][1], places[OF_DELTA][lane], first, row_of(p.delta));
+        if (PASS != SUMMARY && options & HAS_Z)
+            copy_rows(mine.raw[into][INPUTS - 1], places[OF_Z][lane], first, row_of(p.z));
 #pragma unroll 1
         for (int g = 0; g < groups; g++) {
             Element* raw = my_groups[g].raw[into][0];
-            const u8* first = my_matrix + g * GROUP * int(sizeof(Element));
-            copy_matrix(raw, first, tile, row_of_matrix, BOTH ? 32 : UNITS_OF_MATRIX);
+            const u8* of_group = places[OF_MATRIX][lane] + g * GROUP * int(sizeof(Element));
+            copy_matrix(raw, of_group, first, row_of_matrix, BOTH ? 32 : UNITS_OF_MATRIX);
             if constexpr (MATRICES == 2 && !BOTH) {
                 const u8* of_C = first_of(p.C, lane, PER_STATES, true) + g * GROUP * int(sizeof(Element));
-                copy_matrix(raw + TOKENS * GROUP, of_C, tile, row_of(p.C), UNITS_OF_MATRIX);
+                copy_matrix(raw + TOKENS * GROUP, of_C, first, row_of(p.C), UNITS_OF_MATRIX);
             }
         }
     };
@@ -369,7 +381,7 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
 #pragma unroll
                     for (int s = 0; s < CHANNELS; s++) out[s] *= z[s] * sigmoid_fast(z[s]);
                 });
-            u8* to = const_cast<u8*>(advance(start_y, first + part * MINE, row_of_y));
+            u8* to = const_cast<u8*>(advance(places[OF_Y][lane], first + part * MINE, row_of_y));
             if (full) {
                 each([&](int i, float (&out)[CHANNELS]) {
                     write<DTYPE>(reinterpret_cast<Element*>(to + i * row_of_y), out);

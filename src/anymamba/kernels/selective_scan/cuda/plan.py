@@ -307,13 +307,13 @@ def variants() -> list[nvrtc.Variant]:
 
 
 def shared_of_forward(layout: Layout, warps: int, dtype: torch.dtype, states: int, passage: int) -> int:
-    """Bytes of shared memory of forward.cu: rates, OfWarp and OfGroup."""
+    """Bytes of shared memory of forward.cu: places, rates, OfWarp and OfGroup."""
     inputs, matrices = 2 if passage == SUMMARY else 3, 2 if passage == FORWARD else 1
     width, channels = dtype.itemsize, layout.block_channels
     steps = GROUP // layout.share
     of_warp = layout.tokens * channels * (2 * inputs * width + 8)
     of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 64) + GROUP * channels * 4 + steps * 8
-    return states * channels * 4 + warps * (of_warp + states // GROUP * of_group)
+    return 5 * 32 * 8 + states * channels * 4 + warps * (of_warp + states // GROUP * of_group)
 
 
 def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: bool) -> int:
