@@ -46,10 +46,11 @@ def test_two_hundred_random_pairs(tmp_path: Path) -> None:
     assert found["problems"] == []
     endings = found["endings"]
     assert sum(endings.values()) == 400
-    for name in ("train-1", "resume", "convert", "experiment", "save"):
-        assert endings[f"{name}: done"] and endings[f"{name}: killed"], endings
+    for name in ("train-1", "train-2", "resume", "convert", "experiment", "save"):
+        assert f"{name}: done" in endings, endings
     for name in ("train-1", "train-2", "resume", "convert"):
-        assert endings[f"{name}: refused"], endings
+        assert f"{name}: refused" in endings, endings
+    assert sum(count for ending, count in endings.items() if ending.endswith("killed")) > 20, endings
 
 
 @pytest.mark.parametrize("verb", ["train", "resume", "convert", "gguf"])
