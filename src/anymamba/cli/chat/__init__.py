@@ -52,8 +52,7 @@ class ChatOptions:
     model: Path
     """Folder of a model (a run folder is one), a .gguf file, or a name on the Hugging Face hub."""
     template: Literal["auto", "plain", "dialog", "chatml"] = "auto"
-    """How messages become text. plain: as they are, and the model continues them. dialog: after "User:", with the reply
-    after "Assistant:". chatml: with <|im_start|> and <|im_end|>. auto: chatml if the tokenizer has them, or dialog."""
+    """plain: messages as they are; dialog: after "User:"; chatml: after <|im_start|>; auto: what fits the tokenizer."""
     system: str = ""
     """Text before the first message, such as what the conversation is about."""
     load: Path | None = None
