@@ -265,7 +265,7 @@ def test_less_than_one_seed(dice, tmp_path, seeds):
 
 
 def test_an_arm_that_does_not_exist(dice, tmp_path):
-    with pytest.raises(ValueError, match="unknown arm 'four'; there are one, two, three"):
+    with pytest.raises(ValueError, match="unknown arm 'four'; the arms are one, two, three"):
         run(dice, tmp_path, only=["one", "four"])
     assert dice.measured == []
 
@@ -275,7 +275,7 @@ def test_scales_and_names_that_do_not_exist(dice, tmp_path):
         run(dice, tmp_path / scale, scale)
     with pytest.raises(ValueError, match="the paper has no dice"):
         run(dice, tmp_path / "paper", "paper")
-    with pytest.raises(ValueError, match=r"unknown experiment 'nothing'; there are .*selective-copying"):
+    with pytest.raises(ValueError, match=r"unknown experiment 'nothing'; the experiments are .*selective-copying"):
         load_experiment("nothing")
 
 
@@ -333,7 +333,7 @@ def test_the_verbs_list(verb):
     ("arguments", "words"),
     [
         (("nothing",), "unknown experiment 'nothing'"),
-        ((NAME, "--arms", "four"), "unknown arm 'four'; there are one, two, three"),
+        ((NAME, "--arms", "four"), "unknown arm 'four'; the arms are one, two, three"),
         ((NAME, "--seeds", "0"), "seeds must be at least 1"),
         ((NAME, "--scale", "huge"), "huge"),
         ((NAME, "--scale", "paper"), "the paper has no dice"),

@@ -46,7 +46,7 @@ def test_a_context_leaves_ops_without_that_backend_alone(op):
         assert dispatch.resolve(op, "cpu", None) == "portable"
     with dispatch.backend("reference"):
         assert dispatch.resolve(op, "cpu", None) == "reference"
-    with pytest.raises(ValueError, match=f"unknown backend 'cpu' for {op}; there are cuda, portable, reference"):
+    with pytest.raises(ValueError, match=f"unknown backend 'cpu' for {op}; the backends are cuda, portable, reference"):
         dispatch.resolve(op, "cpu", "cpu")
 
 
@@ -62,7 +62,7 @@ def test_a_gpu_without_a_part_of_cuda_says_which_and_takes_the_next(monkeypatch)
     lines = {line.backend: line for line in dispatch.report("cuda") if line.op == "selective_scan"}
     assert not lines["cuda"].available and "cuda-bindings is not installed" in lines["cuda"].reason
     assert lines["triton"].chosen or lines["portable"].chosen
-    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve .*: the package cuda-b.* take one of .*portable"):
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve .*: the package cuda-b.* use one of .*portable"):
         dispatch.resolve("selective_scan", "cuda", "cuda")
 
 

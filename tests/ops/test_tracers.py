@@ -237,7 +237,7 @@ def test_a_context_ends_with_an_error_too():
 
 
 def test_a_context_says_what_it_cannot():
-    with pytest.raises(ValueError, match="unknown backend 'fast'; there are cpu,"), anymamba.backend("fast"):
+    with pytest.raises(ValueError, match="unknown backend 'fast'; the backends are cpu,"), anymamba.backend("fast"):
         pass
     with anymamba.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' cannot serve selective_scan on meta"):
         scan(*(t.to("meta") for t in values()))

@@ -10,7 +10,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; see `anymamba.cli.app.main`.
 
     Without `argv` the process is the command's: Ctrl-C and SIGTERM are handled from here on, before anything else is
-    imported, until the process ends, and OpenMP's threads are told how to wait. With it, both are the caller's.
+    imported, until the process ends, and OpenMP's waiting is set. With it, both are the caller's.
     """
     signals = None
     if argv is None:

@@ -57,7 +57,7 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def measure(options: EvalOptions) -> EvaluationResult:
-    """Run the model over the files. The data is read first, so that bad data is told before the weights are loaded."""
+    """Run the model over the files. The data is read before the weights are loaded, since it may be bad."""
     from anymamba.data.table import build_token_table
     from anymamba.evaluation.perplexity import evaluate
 

@@ -53,7 +53,7 @@ def flags_in(text: str) -> list[Flag]:
 
 def _entries(text: str) -> Iterator[tuple[str, list[str]]]:
     """The lines of each entry of the boxes, with the group that its box names; help is indented."""
-    group, entry = "", []
+    group, entry = "", list[str]()
     for line in text.splitlines():
         if title := _TITLE.fullmatch(line):
             group = (title["group"] or "").partition(".")[0]

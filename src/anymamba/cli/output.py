@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anymamba.training.outline import Outline
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where stderr is not a terminal
-SETTLED = 5  # steps after which the speed and the memory of a run are told
+SETTLED = 5  # steps after which the speed and the memory of a run are shown
 
 
 def print_json(values: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ def outline_lines(outline: Outline) -> list[str]:
     if outline.free_bytes is not None:
         memory += f"; {outline.free_bytes / 1e9:.2f} GB are free"
         if outline.needed_bytes > outline.free_bytes:
-            memory += ": THE MODEL DOES NOT FIT"
+            memory += ", which is too little"
     return [
         model,
         f"data: {outline.training_tokens:,} tokens to train on, {held_out}",

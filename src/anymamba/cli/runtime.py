@@ -46,7 +46,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[Checkpoint, Tokenizer]:
-    """Open a model and its tokenizer. The weights are not loaded yet, so that a wrong flag is told at once.
+    """Open a model and its tokenizer. The weights are not loaded yet, so that a wrong flag is an error at once.
 
     Args:
         model: a folder (a run folder is one), a .gguf file, or a name on the hub.

@@ -13,7 +13,7 @@ SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides the cursor of its terminal
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where Ctrl-C would be, so that code that cleans up after one also does after the other."""
+    """SIGTERM as an exception: what cleans up after Ctrl-C then cleans up after SIGTERM, too."""
 
 
 class SignalHandler:

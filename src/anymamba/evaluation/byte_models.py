@@ -30,7 +30,7 @@ class OrderKByteModel:
     Source: Witten and Bell, The zero-frequency problem, IEEE Trans. Inf. Theory 37(4), 1991; Moffat, 1990 (PPMC).
 
     Args:
-        documents: the training bytes; contexts start anew in each document.
+        documents: the training bytes; each document starts a new context.
         order: k, 0 to 7.
     """
 
@@ -52,7 +52,7 @@ class OrderKByteModel:
         _require_bytes(self.n_training_bytes)
 
     def bits_per_byte(self, documents: Iterable[bytes]) -> float:
-        """Mean of -log2 p over the bytes of all documents; contexts start anew in each document.
+        """Mean of -log2 p over the bytes of all documents; each document starts a new context.
 
         Raises ValueError if there are no bytes.
         """

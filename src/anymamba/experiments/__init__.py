@@ -25,7 +25,7 @@ def load_experiment(name: str) -> Experiment:
     Raises ValueError for an unknown name.
     """
     if name not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+        raise ValueError(f"unknown experiment {name!r}; the experiments are {', '.join(EXPERIMENTS)}")
     module = importlib.import_module(f"anymamba.experiments.{name.replace('-', '_')}")
     experiment = module.EXPERIMENT
     assert isinstance(experiment, Experiment)

@@ -105,7 +105,7 @@ def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
     """The arms with these names, or all."""
     unknown = set(only) - {arm.name for arm in arms}
     if unknown:
-        raise ValueError(f"unknown arm {sorted(unknown)[0]!r}; there are {', '.join(arm.name for arm in arms)}")
+        raise ValueError(f"unknown arm {sorted(unknown)[0]!r}; the arms are {', '.join(arm.name for arm in arms)}")
     return [arm for arm in arms if not only or arm.name in only]
 
 

@@ -37,7 +37,7 @@ def backend(name: str) -> Iterator[None]:
     """
     known = dict.fromkeys(module.NAME for modules in BACKENDS.values() for module in modules)
     if name not in known:
-        raise ValueError(f"unknown backend {name!r}; there are {', '.join(known)}")
+        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(known)}")
     _insisted.append(name)
     try:
         yield
@@ -62,7 +62,7 @@ def resolve(op: str, device_type: str, backend: str | None, arguments: Any = Non
     if why is not None:
         usable = ", ".join(_serving(op, device_type, arguments))
         raise RuntimeError(
-            f"backend {name!r} cannot serve {op} on {device_type}: {why}; leave backend=None or take one of {usable}"
+            f"backend {name!r} cannot serve {op} on {device_type}: {why}; leave backend=None or use one of {usable}"
         )
     return name
 
@@ -98,7 +98,7 @@ def kernel(op: str, backend: str) -> Any:
     for module in BACKENDS[op]:
         if backend == module.NAME:
             return module
-    raise ValueError(f"unknown backend {backend!r} for {op}; there are {', '.join(m.NAME for m in BACKENDS[op])}")
+    raise ValueError(f"unknown backend {backend!r} for {op}; the backends are {', '.join(m.NAME for m in BACKENDS[op])}")
 
 
 def clamps_offsets(op: str, backend: str) -> bool:

@@ -234,14 +234,14 @@ class Trackio:
         self._run.finish()
 
 
-TRACKERS = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
+TRACKERS: dict[str, Callable[[TrainConfig, Path], Logger]] = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
 
 
 # ------------------------------------------------------------------------------------------------- which run it is
 
 
 def run_id(run: Path, tracker: str) -> str:
-    """The id under which a tracker knows this run: the one in its folder, else a new one."""
+    """The id of this run in a tracker: the one in its folder, else a new one."""
     known = read_ids(run).get(tracker)
     return keep_id(run, tracker, secrets.token_hex(4)) if known is None else known
 

@@ -1,4 +1,4 @@
-"""What a run tells while it trains, and its result."""
+"""What a run reports while it trains, and its result."""
 
 from __future__ import annotations
 

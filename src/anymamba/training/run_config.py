@@ -21,7 +21,7 @@ TRAIN_CONFIG = "train_config.json"
 
 
 def require_possible(config: TrainConfig) -> None:
-    """What can be told before the data is read.
+    """The errors that can be found before the data is read.
 
     Raises ValueError for a carried state that would grow and for adapters of no model, ModuleNotFoundError for a
     package that is missing.

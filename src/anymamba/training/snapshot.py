@@ -34,7 +34,7 @@ class Progress:
     best_bits_per_byte: float | None = None
     """That loss."""
     position: dict[str, Any] | None = None
-    """Where the data stream stands."""
+    """Position of the data stream."""
     seconds: float = 0.0
     """Time of a run with max_minutes, over all processes that worked on it."""
 

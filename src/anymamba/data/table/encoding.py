@@ -46,7 +46,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, on_bad_row: OnBadRow = refuse
 ) -> Iterator[Piece]:
-    """The tokens of documents in order; `on_bad_row` is told of rows that are not UTF-8, as in `iter_documents`.
+    """The tokens of documents in order; `on_bad_row` is called for rows that are not UTF-8, as in `iter_documents`.
 
     For the byte tokenizer, bytes are passed through. For others a document must be UTF-8. Up to 2 Mi characters are
     encoded in one piece; a longer document is cut into segments of about 1 Mi, before whitespace that follows other

@@ -109,11 +109,11 @@ def fitted(adapter: Adapter, stored: Mapping[str, StoredTensor], names: Mapping[
 
 
 def weights_digest(tensors: Iterable[Tensor]) -> str:
-    """The SHA-256 of weights in float32, by which a run with adapters knows the model that they belong to."""
+    """The SHA-256 of weights in float32, which identifies the model that adapters belong to."""
     digest = hashlib.sha256()
     for tensor in tensors:
         plain = tensor.detach().to("cpu", torch.float32).contiguous().flatten()
-        digest.update(memoryview(plain.view(torch.uint8).numpy()))
+        digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -64,7 +64,7 @@ def _not_here(path: Path) -> str:
 
 
 def _why_not(error: Exception, repository: str, file: str | None, revision: str | None) -> str:
-    """Why the hub gave nothing, and the way out; the hub's own message, whole, where it is none of the usual ones."""
+    """Why the download failed, and the way out. An unusual error keeps the hub's whole message."""
     from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{repository}"

@@ -1,6 +1,6 @@
-"""The digest that a GGUF file of ours carries in its metadata, of the whole file with this value blank.
+"""The digest in the metadata of the GGUF files that we write, of the whole file with this value blank.
 
-A GGUF file is complete by itself and is copied alone, so its digest is inside. It is there twice, so that damage to the
+A GGUF file is complete and is often copied by itself, so its digest is inside. It is there twice, so that damage to the
 key or to the recorded size shows. A file of another size than the recorded one was rewritten by a program that kept our
 metadata, as llama-quantize does, and is not compared. Truncation shows in the offsets of the tensors.
 """
