@@ -63,7 +63,7 @@ def test_a_free_folder_is_found(tmp_path):
 
 @pytest.mark.parametrize(
     ("minutes", "seconds_per_step", "steps"),
-    [(3, 0.18, 996), (0.1, 0.18, 30), (0.001, 10, 2), (3, 60, 3), (3, 0.001, 5856)],
+    [(3, 0.18, 996), (0.1, 0.18, 30), (0.001, 10, 2), (3, 60, 3), (3, 0.001, 7812)],
 )
 def test_steps_fit_into_the_time_and_the_budget(minutes, seconds_per_step, steps):
     assert demo.affordable_steps(minutes, seconds_per_step) == steps
@@ -80,10 +80,10 @@ def test_a_plan_of_any_length_is_a_valid_config(steps):
     assert demo.plan(demo.DataConfig(), demo.SIZES[0].model, steps, seed=0).steps == steps
 
 
-@pytest.mark.parametrize(("slowness", "chosen"), [(1, 0), (6, 1), (60, 2)])
+@pytest.mark.parametrize(("slowness", "chosen"), [(1, 0), (6, 1), (60, 1)])
 def test_a_slow_machine_trains_a_smaller_model(slowness, chosen):
     """The speeds of two quiet cores, and those of machines that are so many times as slow."""
-    seconds = dict(zip(demo.SIZES, (0.04, 0.013, 0.006), strict=True))
+    seconds = dict(zip(demo.SIZES, (0.04, 0.013), strict=True))
     size, steps = demo.choose_size(3, lambda size: slowness * seconds[size])
     assert size is demo.SIZES[chosen]
     assert steps == demo.affordable_steps(3, slowness * seconds[size])
