@@ -324,7 +324,7 @@ def test_a_run_without_a_checkpoint_begins_anew(config: TrainConfig, tmp_path: P
 def test_time_ends_a_run_with_a_decayed_rate_and_a_checkpoint(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = itertools.count(0.0, 0.5)  # each look at the clock takes half a second
+    seconds = itertools.count(0.0, 1.0)  # each look at the clock takes a second
     monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     timed = replace(config, steps=10**6, max_minutes=0.3, log_every=1)
     result = train(timed, tmp_path / "run")

@@ -65,7 +65,7 @@ def add_adapters(model: LanguageModel, config: TrainConfig) -> None:
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.start_from,
         r=config.lora,
-        lora_alpha=adapter_alpha(config),
+        lora_alpha=adapter_alpha(config),  # type: ignore[arg-type]  # fractions work, too
         target_modules=chosen_targets(model, config.lora_targets),
     )
     inject_adapter_in_model(peft_config, model, NAME)

@@ -127,16 +127,19 @@ def resume(
     require_utf8(run)
     config_path(run)
     with own_folder(run, wait=0):
-        config = read_config(run)
-        changed = {name: v for name, v in (("steps", steps), ("max_minutes", max_minutes)) if v is not None}
-        config = dataclasses.replace(config, **changed)
+        stored = read_config(run)
+        config = dataclasses.replace(
+            stored,
+            steps=stored.steps if steps is None else steps,
+            max_minutes=stored.max_minutes if max_minutes is None else max_minutes,
+        )
         require_possible(config)
         report = report or Silent()
         own = run if (run / FILE_NAME).is_file() else config.data.tokenizer  # there since the first checkpoint
         tokenizer = find_tokenizer(config.start_from, own)
         training, held_out = open_tables(config.data, tokenizer, report.on_tables)
         trainer = _Trainer(config, run, tokenizer, training, held_out, report, sample)
-        if changed:
+        if steps is not None or max_minutes is not None:
             trainer.require_more_to_do()
             write_config(run, config)
         return trainer.run_to_end()
