@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anymamba import LanguageModel, SamplingConfig, generate, load_tokenizer
+from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError
 from anymamba.cli.chat import COMMANDS, conversation, store, templates
 from anymamba.cli.chat.conversation import Conversation
@@ -217,6 +218,10 @@ def test_damaged_and_foreign_conversations(model, tmp_path):
     say(talk, "one", "two")
     store.save_conversation(path.parent, talk)
     whole = json.loads(path.read_text())
+    path.write_text(path.read_text().replace("one", "ono"))
+    with pytest.raises(CheckpointError, match="is damaged or was replaced"):
+        store.load_conversation(path.parent, model, load_tokenizer())
+    (path.parent / manifest.NAME).unlink()
 
     def load(changes: dict, tokenizer=None, of=model):
         path.write_text(json.dumps(whole | changes))

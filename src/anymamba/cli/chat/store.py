@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from anymamba.base import manifest
 from anymamba.base.errors import FORMAT_VERSION, CheckpointError, require_format_version
 from anymamba.base.files import atomic_folder, own_file, require_utf8, write_json
 from anymamba.base.schema import config_from_dict, config_to_dict
@@ -88,6 +89,7 @@ def save_conversation(folder: Path, conversation: Conversation) -> None:
         for n, turn in enumerate(turns):
             save_state(temporary / _state_file(n), turn.state, conversation.model)
         write_json(temporary / FILE, {FORMAT_VERSION: VERSION, **config_to_dict(saved)})
+        manifest.write(temporary)
 
 
 def load_conversation(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Conversation:
@@ -99,6 +101,7 @@ def load_conversation(folder: Path, model: LanguageModel, tokenizer: Tokenizer) 
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"no conversation in {folder}; give a folder that /save has written")
+    manifest.check(folder, f"if it was changed on purpose, delete {folder / manifest.NAME}")
     values = read_json(path)
     require_format_version(values, VERSION, path)
     values.pop(FORMAT_VERSION, None)
