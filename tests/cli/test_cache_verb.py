@@ -9,7 +9,7 @@ import time
 import pytest
 
 from anymamba.base.locks import Lock
-from anymamba.data.table import build_token_table
+from anymamba.data.table import TokenTable, build_token_table
 from anymamba.data.table.cache import SOURCES_FILE, cached_tables, default_cache
 from anymamba.data.tokenizer import ByteTokenizer
 
@@ -131,6 +131,20 @@ def test_a_table_that_is_being_built_is_kept(run, made, monkeypatch):
     done.set()
     thread.join()
     assert code == 0 and "0 tables" in out and f"kept {folder.name}" in err and folder.exists()
+
+
+def test_a_table_that_is_deleted_before_it_is_opened_is_built_again(run, made, monkeypatch):
+    file, folder = made("a.txt")
+    real, cleaned = TokenTable.open, []
+
+    def open_after_cleaning(folder, n_empty):
+        if not cleaned:
+            cleaned.append(run("cache", "--clean"))
+        return real(folder, n_empty)
+
+    monkeypatch.setattr(TokenTable, "open", open_after_cleaning)
+    assert build_token_table(file, ByteTokenizer()).n_tokens == len("some text")
+    assert cleaned and folder.exists()
 
 
 def test_other_files_in_the_folder_are_left_alone(show, made):

@@ -64,11 +64,10 @@ def build_token_table(
     require_utf8(cache)
     reading = _Reading(files, tokenizer, text_field, on_bad_row == "skip")
     folder = cache / table_key(reading.options, files)
-    meta = _meta(folder) or _build_once(folder, reading, progress)
+    table, meta = _open(folder, reading, progress)
     mark_used(folder)
     if meta["n_bad_rows"]:
         _warn_of_bad_rows(meta)
-    table = TokenTable.open(folder, meta["n_empty"])
     if keep is None:
         return table
     kept = table.split(lambda name: not keep(name))[0]
@@ -102,6 +101,18 @@ def _meta(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
     except (CheckpointError, FileNotFoundError):  # the latter if another process is replacing it
         return None
+
+
+def _open(
+    folder: Path, reading: _Reading, progress: Callable[[int, int | None], None] | None
+) -> tuple[TokenTable, dict[str, Any]]:
+    """A table, built if it is not there, and what was noted when it was completed."""
+    meta = _meta(folder) or _build_once(folder, reading, progress)
+    try:
+        return TokenTable.open(folder, meta["n_empty"]), meta
+    except FileNotFoundError:  # another process has just cleaned the cache
+        meta = _build_once(folder, reading, progress)
+        return TokenTable.open(folder, meta["n_empty"]), meta
 
 
 def _build_once(folder: Path, reading: _Reading, progress: Callable[[int, int | None], None] | None) -> dict[str, Any]:
