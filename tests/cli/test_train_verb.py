@@ -232,10 +232,10 @@ def test_what_a_run_tells(run, new, texts, tmp_path):
     (data,) = [line for line in said if line.startswith("data: ")]
     assert re.fullmatch(r"data: [\d,]+ tokens to train on, [\d,]+ held out", data)
     (device,) = [line for line in said if line.startswith("device: ")]
-    assert "cpu with 1 threads; memory: 0.00 GB for weights, gradients and optimizer, and activations" in device
+    assert "cpu with 1 threads; memory: 0.1 MB for weights, gradients and optimizer, and activations" in device
     (time,) = [line for line in said if line.startswith("time: ")]
     assert re.fullmatch(
-        r"time: about \d+:\d\d left, evaluations not counted; memory: \d+\.\d\d GB at most so far", time
+        r"time: about \d+:\d\d left, evaluations not counted; memory: \d+\.\d+ [GM]B at most so far", time
     )
     assert "step 6: a sample" in said
     assert result["best_step"] == 6 and (tmp_path / "run" / "best" / "model.safetensors").exists()

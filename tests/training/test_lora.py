@@ -88,7 +88,7 @@ def test_a_checkpoint_and_a_merge_with_convert_are_the_model_of_the_run(lora, ba
     of_checkpoint = load_pretrained(run / "checkpoints" / "step-00000006")
     convert(base, tmp_path / "merged", "hf", adapter=run / "adapter")
     of_convert = LanguageModel.from_pretrained(tmp_path / "merged")
-    of_both = load_pretrained(base, adapter=run / "adapter")
+    of_both = LanguageModel.from_pretrained(base, adapter=run / "adapter")
     for model in (of_checkpoint, of_convert, of_both):
         torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-6)
 

@@ -60,6 +60,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def size(n_bytes: int) -> str:
+    """Bytes as 12.3 MB or 1.23 GB."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
 class ShowProgress(Protocol):
     """Shows progress: the amount done, the total (None if unknown), and a text beside the bar."""
 
@@ -138,7 +143,8 @@ class TrainingReport:
 
     def on_sample(self, step: int, text: str) -> None:
         """A text that the model has written."""
-        say(f"step {step:,}: a sample\n{textwrap.indent(text, '    ')}")
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        say(f"step {step:,}: a sample\n{textwrap.indent(shown, '    ')}")
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """After a checkpoint."""
@@ -149,7 +155,7 @@ class TrainingReport:
         from anymamba.training.outline import peak_bytes
 
         peak = peak_bytes(torch.device(outline.device))
-        memory = "" if peak is None else f"; memory: {peak / 1e9:.2f} GB at most so far"
+        memory = "" if peak is None else f"; memory: {size(peak)} at most so far"
         say(f"time: about {clock(metrics['seconds_left'])} left, evaluations not counted{memory}")
 
 
@@ -162,9 +168,9 @@ def outline_lines(outline: Outline) -> list[str]:
     done = f", {outline.step:,} of them done" if outline.step else ""
     share = outline.tokens / max(1, outline.training_tokens)
     device = outline.device if outline.device != "cpu" else f"cpu with {outline.threads} threads"
-    memory = f"{outline.needed_bytes / 1e9:.2f} GB for weights, gradients and optimizer, and activations"
+    memory = f"{size(outline.needed_bytes)} for weights, gradients and optimizer, and activations"
     if outline.free_bytes is not None:
-        memory += f"; {outline.free_bytes / 1e9:.2f} GB are free"
+        memory += f"; {size(outline.free_bytes)} are free"
         if outline.needed_bytes > outline.free_bytes:
             memory += ", which is too little"
     return [

@@ -315,9 +315,16 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device=None, dtype=None, revision: str | None = None, *, verify: bool = True
+        cls,
+        path: str | Path,
+        device=None,
+        dtype=None,
+        revision: str | None = None,
+        *,
+        verify: bool = True,
+        adapter: str | Path | None = None,
     ) -> LanguageModel:
-        """Load a published or a saved model.
+        """Load a published or a saved model, or a checkpoint in the folder of a run.
 
         Args:
             path: a folder in Hugging Face's format (`mamba`, `falcon_mamba`) or the original `state-spaces` one, a
@@ -325,12 +332,13 @@ class LanguageModel(nn.Module):
             dtype: of the weights; defaults to that of the file.
             revision: of a repository on the hub.
             verify: compare the files with the digests or checksums that they have. This reads them once more.
+            adapter: a LoRA adapter in PEFT's format, a folder or a name on the hub, that is merged into the weights.
         Raises FileNotFoundError if there is no such model, CheckpointError if its files are broken, have changed since
             they were saved, or are of another kind of model.
         """
         from anymamba.models.checkpoints import load_pretrained
 
-        return load_pretrained(path, device=device, dtype=dtype, revision=revision, verify=verify)
+        return load_pretrained(path, device=device, dtype=dtype, revision=revision, verify=verify, adapter=adapter)
 
     def save_pretrained(
         self,
