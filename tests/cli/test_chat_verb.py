@@ -99,7 +99,7 @@ def test_what_is_taken_back_leaves_no_trace(model):
     first.undo(2)
     say(second, "one")
     assert say(first, "four", "five") == say(second, "four", "five")
-    with pytest.raises(ValueError, match="there are 3 turns to take back, got 4"):
+    with pytest.raises(ValueError, match="cannot take back 4 of 3 turns"):
         first.undo(4)
 
 
@@ -280,7 +280,7 @@ def test_commands(chat, tmp_path, model):
     assert (code, err) == (0, "2 turns in the branch other\n")
     lines = out.splitlines()
     assert [line for line in lines if line.startswith("> ")] == ["> one", "> four", "> one"]
-    assert lines[-2:] == ["* main: 1 turns", "  other: 2 turns"]
+    assert lines[-2:] == ["* main: 1 turn", "  other: 2 turns"]
     saved = store.load_conversation(tmp_path / "talk", model, load_tokenizer())
     assert saved.n_replies == 5
 
@@ -300,7 +300,7 @@ def test_help_lists_every_command(chat):
     [
         ("/undu", "unknown command /undu; did you mean /undo?"),
         ("/xyzzy", "unknown command /xyzzy; /help lists the commands"),
-        ("/undo", "there are 0 turns to take back, got 1"),
+        ("/undo", "cannot take back 1 of 0 turns"),
         ("/undo x", "/undo takes a number of turns, got 'x'"),
         ("/retry", "there is no message to reply to"),
         ("/retry x", "/retry takes nothing, got x"),
@@ -362,4 +362,4 @@ def test_ctrl_c_ends_a_reply_and_not_the_conversation(folder, interruptible):
     finally:
         process.kill()
     assert (process.returncode, err) == (0, b"")
-    assert out.endswith(b"\n* main: 1 turns\n")
+    assert out.endswith(b"\n* main: 1 turn\n")

@@ -175,11 +175,11 @@ class Chat:
         if name:
             self.conversation.make_branch(name)
             return
-        from anymamba.cli.chat.conversation import turns_to
+        from anymamba.cli.chat.conversation import count, turns_to
 
         for name, last in self.conversation.branches.items():
             mark = "*" if name == self.conversation.branch else " "
-            print(printable(f"{mark} {name}: {len(turns_to(last))} turns", sys.stdout))
+            print(printable(f"{mark} {name}: {count(len(turns_to(last)))}", sys.stdout))
 
     def switch(self, name: str) -> None:
         """`/switch`."""
@@ -203,12 +203,13 @@ class Chat:
 
     def load(self, folder: str) -> None:
         """`/load`."""
+        from anymamba.cli.chat.conversation import count
         from anymamba.cli.chat.store import load_conversation
 
         path, old = Path(folder).expanduser(), self.conversation
         self.conversation = load_conversation(path, old.model, old.tokenizer)
         self.folder = path
-        say(f"{len(self.conversation.turns())} turns in the branch {self.conversation.branch}")
+        say(f"{count(len(self.conversation.turns()))} in the branch {self.conversation.branch}")
 
     def help(self) -> None:
         """`/help`."""

@@ -93,7 +93,7 @@ class Conversation:
         """Take back the last turns of the current branch. Raises ValueError if it has fewer."""
         turns = self.turns()
         if not 1 <= n_turns <= len(turns):
-            raise ValueError(f"there are {len(turns)} turns to take back, got {n_turns}")
+            raise ValueError(f"cannot take back {n_turns} of {count(len(turns))}")
         self.branches[self.branch] = turns[-n_turns].earlier
 
     def make_branch(self, name: str) -> None:
@@ -108,6 +108,11 @@ class Conversation:
         if name not in self.branches:
             raise ValueError(f"there is no branch {name!r}; there are {', '.join(self.branches)}")
         self.branch = name
+
+
+def count(n_turns: int) -> str:
+    """A number of turns in words."""
+    return f"{n_turns} turn{'' if n_turns == 1 else 's'}"
 
 
 def turns_to(turn: Turn | None) -> list[Turn]:
