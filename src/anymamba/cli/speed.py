@@ -70,7 +70,8 @@ class Speed:
         """The speed in one line."""
         rate = self._later / self._later_seconds if self._later_seconds else self.tokens / max(self.seconds, 1e-9)
         first = "" if self._first is None else f", the first after {self._first:.2f} s"
-        return f"generated {self.tokens:,} token{'' if self.tokens == 1 else 's'} in {self.seconds:.2f} s{first}: {rate:,.1f} tokens/s"
+        tokens = f"{self.tokens:,} token{'' if self.tokens == 1 else 's'}"
+        return f"generated {tokens} in {self.seconds:.2f} s{first}: {rate:,.1f} tokens/s"
 
     @property
     def _is_recording(self) -> bool:
