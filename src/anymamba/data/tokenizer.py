@@ -181,8 +181,8 @@ class JsonTokenizer:
 def load_tokenizer(path: str | Path | None) -> ByteTokenizer | JsonTokenizer:
     """Load the tokenizer of a `tokenizer.json`, or of a folder that holds one; None gives bytes.
 
-    `anymamba.load_tokenizer` also takes .gguf files and names on the hub. A file written by `ByteTokenizer.save` gives a
-    ByteTokenizer.
+    `anymamba.load_tokenizer` also takes .gguf files and names on the hub. A file written by `ByteTokenizer.save` gives
+    a ByteTokenizer.
     """
     if path is None:
         return ByteTokenizer()

@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
 Seed = int | Sequence[int | tuple[int, int]]
 """A seed for a batch: one number, or a number or a key of two numbers for each row."""
 
