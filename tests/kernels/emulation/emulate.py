@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -14,12 +15,14 @@ from anymamba.kernels import nvrtc
 
 HERE = Path(__file__).parent
 
-WRAPPER = """
-{source}
-extern "C" int launch(const Parameters* p, i64 blocks, int threads, u64 shared, int backwards) {{
+LAUNCHER = """
+extern "C" int launch_{kernel}(const Parameters* p, i64 blocks, int threads, u64 shared, int backwards) {{
     return emulated::launch([&] {{ {kernel}(*p); }}, blocks, threads, shared, backwards);
 }}
-extern "C" u64 size_of_parameters() {{ return sizeof(Parameters); }}
+"""
+
+SIZE = """
+extern "C" u64 size_of_parameters() { return sizeof(Parameters); }
 """
 
 
@@ -36,10 +39,14 @@ def folder() -> Path:
 
 @cache
 def library(variant: nvrtc.Variant) -> ctypes.CDLL:
-    """A variant as a shared library."""
+    """All kernels of a variant's source, with its options, as a shared library."""
+    if variant.kernel:
+        return library(variant._replace(kernel=""))
     name = hashlib.sha256(repr(variant).encode()).hexdigest()[:16]
     path = folder() / f"{name}.cpp"
-    path.write_text(WRAPPER.format(source=variant.source.text, kernel=variant.kernel))
+    kernels = re.findall(r"^KERNEL\(.*?\) (\w+)\(", variant.source.text, re.MULTILINE)
+    launchers = (LAUNCHER.format(kernel=kernel) for kernel in kernels)
+    path.write_text("".join([variant.source.text, *launchers, SIZE]))
     for header, text in variant.source.headers:
         (folder() / header).write_text(text)
     defines = [f"-D{k}={v}" for k, v in variant.options]
@@ -62,7 +69,7 @@ class Kernel:
         compiled = library(self._variant)
         compiled.size_of_parameters.restype = ctypes.c_uint64
         assert compiled.size_of_parameters() == len(parameters), "call.py and the header disagree about Parameters"
-        status = compiled.launch(
+        status = getattr(compiled, f"launch_{self._variant.kernel}")(
             parameters,
             ctypes.c_int64(n_blocks),
             ctypes.c_int(threads),
