@@ -10,6 +10,14 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
+// For compute-sanitizer: racecheck does not follow what a warp's synchronisation orders, so every lane arrives at a
+// barrier, and synccheck wants every phase of a barrier to be waited for.
+#ifdef ANYMAMBA_CHECKED
+constexpr bool CHECKED = true;
+#else
+constexpr bool CHECKED = false;
+#endif
+
 #ifdef ANYMAMBA_EMULATED
 #include "emulated.h"
 #else
@@ -73,14 +81,9 @@ DEVICE void write_16_bytes(float* global, float4 v) {
 
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
-// A barrier in shared memory that one warp passes on and another waits for; its phases alternate in parity. Every phase
-// is waited for. Racecheck does not follow what a warp's synchronisation orders: for it, every lane arrives.
+// A barrier in shared memory that one warp passes on and another waits for; its phases alternate in parity.
 typedef u64 Barrier;
-#ifdef ANYMAMBA_CHECKED
-constexpr int ARRIVALS = 32;
-#else
-constexpr int ARRIVALS = 1;
-#endif
+constexpr int ARRIVALS = CHECKED ? 32 : 1;
 DEVICE void start_barrier(Barrier* b) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "n"(ARRIVALS) : "memory");
 }
@@ -150,11 +153,7 @@ DEVICE u32 floats_as_halves(float first, float second) {
 // What the lanes of a warp have written is there.
 DEVICE void pass_on(Barrier* b, int lane) {
     sync_warp();
-#ifdef ANYMAMBA_CHECKED
-    arrive(b);
-#else
-    if (lane == 0) arrive(b);
-#endif
+    if (CHECKED || lane == 0) arrive(b);
 }
 
 // ------------------------------------------------------------------------------------------------ elements
@@ -265,7 +264,7 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 DEVICE float sigmoid_fast(float x) { return reciprocal_fast(1.f + exp2_fast(-LOG2_E * x)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|). log1p(e) / e is a polynomial that is good to six digits, enough for numbers
-// that were rounded to 16 bits; PRECISE, log1p(e) is the series of the inverse hyperbolic tangent at e / (2 + e) <= 1/3.
+// that were rounded to 16 bits; if PRECISE, log1p(e) is the series of the inverse hyperbolic tangent at e / (2 + e).
 template <bool PRECISE>
 DEVICE float softplus_fast(float x) {
     const float e = exp2_fast(-LOG2_E * fabsf(x));

@@ -348,7 +348,10 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         }
         sync_warp();
         wait(&block.prepared[side][slot], phase);
-        if (!is_first) wait(&block.arrived[side][slot_before][STEPS - 1], phase_of_piece(turn, piece - 1));
+        const u32 phase_before = phase_of_piece(turn, max(piece - 1, 0));
+        if (CHECKED && is_last)  // it had no forward run that waited for them
+            for (int j = 0; j < STEPS - 1; j++) wait(&block.arrived[side][slot_before][j], phase_before);
+        if (!is_first) wait(&block.arrived[side][slot_before][STEPS - 1], phase_before);
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS], g[TOKENS][CHANNELS];
         float y[TOKENS][CHANNELS], q[TOKENS][CHANNELS], r[TOKENS][CHANNELS];  // sums of C h, B e and x rate
 #pragma unroll
