@@ -54,6 +54,26 @@ def test_a_finished_run_goes_on_as_if_it_had_never_ended(config, tmp_path):
     assert read_config(tmp_path / "run") == read_config(tmp_path / "straight")
 
 
+def test_a_run_from_before_these_options_goes_on(config, tmp_path):
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config, tmp_path / "run", StopAt(7))
+    (checkpoint,) = checkpoints(tmp_path / "run")[-1:]
+    for path, names in (
+        (
+            tmp_path / "run" / "train_config.json",
+            ("lora", "lora_targets", "lora_alpha", "log", "sample_tokens", "keep_best"),
+        ),
+        (checkpoint / "state.json", ("base", "best_step", "best_bits_per_byte")),
+    ):
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in values.items() if name not in names}))
+    (checkpoint / "anymamba_manifest.json").unlink()
+    result = resume(tmp_path / "run")
+    train(config, tmp_path / "straight")
+    assert_same_run(tmp_path / "run", tmp_path / "straight", 12)
+    assert result.best_step in (8, 12)
+
+
 def test_the_rate_follows_the_schedule_of_the_longer_run(config, tmp_path):
     train(replace(config, steps=8), tmp_path / "run")
     resume(tmp_path / "run", steps=12)
