@@ -42,7 +42,26 @@ def sweep() -> None:
         results(cuda, moved(contract(seed), "cuda"))
     for d_state in (5, 12, 16):
         cuda.step(arguments(scan_inputs(3, 1, 33, d_state, dtype=torch.float32), "cuda"))
+    others()
     torch.cuda.synchronize()
+
+
+def others() -> None:
+    """The convolution, the norm of a sum and the loss."""
+    import torch
+    from test_cuda_memory_bound import conv, conv_contract, conv_results, norm, norm_results, on
+
+    from anymamba.kernels.add_norm.arguments import NormArguments
+    from anymamba.ops.linear_cross_entropy import linear_cross_entropy
+
+    for seed in SEEDS:
+        conv_results(conv, on("cuda", conv_contract(seed)))
+    for size in (12, 13, 768, 2560, 8192, 8200):
+        rows, columns = torch.randn(2, 37, size, device="cuda"), torch.randn(2, size, device="cuda")
+        norm_results(norm, NormArguments(*rows, *columns, 1e-5, size % 3 == 0))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x, weight = (torch.randn(n, 16, device="cuda", dtype=dtype, requires_grad=True) for n in (50, 1001))
+        linear_cross_entropy(x, weight, torch.arange(50, device="cuda")).backward()
 
 
 def main() -> None:

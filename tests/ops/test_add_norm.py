@@ -148,7 +148,11 @@ def test_empty_and_small_shapes(name, shape):
         ({"weight": torch.zeros(3)}, ValueError, r"weight must be \(size,\) = \(4\), got \(3,\)"),
         ({"bias": torch.zeros(4, dtype=torch.int32)}, TypeError, "bias must be floating point, got torch.int32"),
         ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
-        ({"backend": "cpu"}, ValueError, "unknown backend 'cpu' for add_norm; the backends are cuda, portable, reference"),
+        (
+            {"backend": "cpu"},
+            ValueError,
+            "unknown backend 'cpu' for add_norm; the backends are cuda, portable, reference",
+        ),
     ],
 )
 def test_what_is_refused(change, error, words):
