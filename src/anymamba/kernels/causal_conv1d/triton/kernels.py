@@ -151,7 +151,7 @@ def weights(
             ok = ok_t[:, None] & ok_c[None, :]
             slope = tl.load(g + (row * length + t[:, None]) * d_inner + channel[None, :], mask=ok, other=0)
             if k < WIDTH:
-                sequence, start, _ = sequences_at(sequence_of, offsets, row, t, ok_t, length)
+                sequence, start, _end = sequences_at(sequence_of, offsets, row, t, ok_t, length)
                 value = inputs_at(
                     x + row * x_row, initial, t + (k - (WIDTH - 1)), sequence, start, channel, ok_t, ok_c, x_token,
                     d_inner, WIDTH,

@@ -28,6 +28,7 @@ from anymamba.kernels.selective_scan.triton.forward_kernels import (
     put_states,
     rates_of,
     sequences_at,
+    start_of_matrix,
     states_of,
     zeros,
 )
@@ -45,13 +46,26 @@ from anymamba.kernels.triton.functions import (
 
 
 @triton.jit
-def gradient_of_scan(dy, z, inside, R: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr):
-    """The gradient of the scan's own output, before the gate."""
-    g = load(dy, inside, WHOLE).to(R)
-    if z is not None:
-        gate = load(z, inside, WHOLE).to(R)
-        g = g * (gate * sigmoid(gate, FAST))
-    return g
+def sums_of_lanes(values, BLOCK: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.constexpr):
+    """The sums over lanes of COUNT = 2^LEVELS vectors in one vector: lane i has sum i // (BLOCK / COUNT).
+
+    Each level joins pairs of vectors: every lane keeps its half of one and gives the other away, so that all of it
+    takes about as many exchanges as there are vectors.
+    """
+    lane = tl.arange(0, BLOCK)
+    for level in tl.static_range(LEVELS):
+        upper = (lane & (BLOCK >> (level + 1))) != 0
+        joined = ()
+        for k in tl.static_range(COUNT >> (level + 1)):
+            other = values[k + (COUNT >> (level + 1))]
+            given = tl.where(upper, values[k], other)
+            joined = joined + (tl.where(upper, other, values[k]) + tl.gather(given, lane ^ (BLOCK >> (level + 1)), 0),)
+        values = joined
+    found = values[0]
+    for level in tl.static_range(LEVELS, 10):
+        if BLOCK >> (level + 1) > 0:
+            found += tl.gather(found, lane ^ (BLOCK >> (level + 1)), 0)
+    return found
 
 
 @triton.jit
@@ -68,10 +82,10 @@ def step_of(delta, shift, inside, is_token, SOFTPLUS: tl.constexpr, WHOLE: tl.co
 @triton.jit(do_not_specialize=NUMBERS)
 def reverse_summary(
     dy, delta, z, C, A, bias, dlast, sequence_of, chunk_states, chunk_steps,
-    dy_row, dy_token, delta_row, delta_token, z_row, z_token, C_row, C_token, C_group,
+    dy_row, dy_token, delta_row, delta_token, z_row, z_token,
     length, d_inner, d_state, first_state, per_group, n_groups, batch, chunk, n_chunks, first_chunk,
     N: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, CONSTANT_C: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PACKED_WORDS: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr,
+    WORD: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state that arrives at a chunk, from its own outputs, and the sum of its steps."""
     R: tl.constexpr = A.dtype.element_ty
@@ -86,20 +100,26 @@ def reverse_summary(
     dh = zeros(zero, N)
     steps = zero
     n_tiles = (end - begin + TOKENS - 1) // TOKENS
+    of_token = n_groups * d_state // WORD
+    delta += row * delta_row + channel
+    dy += row * dy_row + channel
+    C += 0 if CONSTANT_C else start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD)
     for k in tl.range(0, n_tiles):
         t0 = begin + (n_tiles - 1 - k) * TOKENS
+        delta0 = delta + t0 * delta_token
+        dy0 = dy + t0 * dy_token
+        z0 = z + row * z_row + channel + t0 * z_token if z is not None else None
+        C0 = C if CONSTANT_C else C + t0 * of_token
         for i in tl.static_range(TOKENS - 1, -1, -1):
             t = t0 + i
             is_token = t < end
-            d = step_of(
-                delta + row * delta_row + t * delta_token + channel, shift, inside, is_token, SOFTPLUS, WHOLE, FAST
-            )
-            gate = z + row * z_row + t * z_token + channel if z is not None else None
-            g = gradient_of_scan(dy + row * dy_row + t * dy_token + channel, gate, inside & is_token, R, WHOLE, FAST)
+            d = step_of(delta0 + i * delta_token, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
+            g = load(dy0 + i * dy_token, inside & is_token, WHOLE).to(R)
+            if z is not None:
+                gate = load(z0 + i * z_token, inside & is_token, WHOLE).to(R)
+                g = g * (gate * sigmoid(gate, FAST))
             if not CONSTANT_C:
-                Cs = numbers(
-                    C + row * C_row + t * C_token + group * C_group, is_token, first_state, R, N, PACKED_WORDS, WHOLE
-                )
+                Cs = numbers(C0 + i * of_token, is_token, R, N, WORD, WHOLE)
             if sequence_of is not None:
                 sequence, starts, ends = sequences_at(sequence_of, t, length, end)
                 if ends:
@@ -120,16 +140,19 @@ def reverse_summary(
 @triton.jit(do_not_specialize=NUMBERS)
 def scan_backward(
     u, delta, z, dy, B, C, A, D, bias, initial, dlast, sequence_of, chunk_states, saved, checkpoints, partial,
-    du, ddelta, dz, dinitial, dA_parts, dB_parts, dC_parts, dD_parts, dbias_parts,
+    du, ddelta, dz, dinitial, dA_parts, dB_parts, dC_parts, dD_parts, dbias_parts, token_parts,
     u_row, u_token, delta_row, delta_token, z_row, z_token, dy_row, dy_token,
-    B_row, B_token, B_group, C_row, C_token, C_group,
     length, d_inner, d_state, first_state, per_group, n_groups, batch, chunk, n_chunks,
-    N: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, SAVED_EVERY: tl.constexpr,
-    ARRIVES: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ZOH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PACKED_WORDS: tl.constexpr, WHOLE: tl.constexpr,
-    FAST: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, SAVED_EVERY: tl.constexpr, ARRIVES: tl.constexpr, CONSTANT_B: tl.constexpr,
+    CONSTANT_C: tl.constexpr, SOFTPLUS: tl.constexpr, ZOH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    WORD: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a chunk. WIDTH is a power of two that is not below N: states of a part of dB and dC."""
+    """All gradients of a chunk.
+
+    `token_parts` are sums over the block's channels, for dB, dC or both: COUNT = 2^LEVELS numbers a token, WIDTH of
+    each, which is not below N.
+    """
     R: tl.constexpr = A.dtype.element_ty
     block, channel, inside, group, ck, row = place_of(per_group, n_groups, batch, 0, BLOCK)
     begin = ck.to(tl.int64) * chunk
@@ -154,7 +177,15 @@ def scan_backward(
     dAs = zeros(zero, N)
     dD = zero
     dbias = zero
-    state = tl.arange(0, WIDTH)
+    lane = tl.arange(0, BLOCK)
+    of_token = n_groups * d_state // WORD
+    u += row * u_row + channel
+    delta += row * delta_row + channel
+    dy += row * dy_row + channel
+    B += 0 if CONSTANT_B else start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD)
+    C += 0 if CONSTANT_C else start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD)
+    token_part = (block.to(tl.int64) * batch + row) * length * COUNT + lane // (BLOCK // COUNT if COUNT > 0 else 1)
+    size = batch * length * d_inner.to(tl.int64)
     n_saved = (length + SAVED_EVERY - 1) // SAVED_EVERY
     n_pieces = (end - begin + SAVED_EVERY - 1) // SAVED_EVERY
     for back in tl.range(0, n_pieces):
@@ -164,24 +195,19 @@ def scan_backward(
         at = row * n_saved + first // SAVED_EVERY
         h = get_scratch(saved, at, channel, inside, d_inner, d_state, first_state, N, WHOLE)
         for k in tl.range(0, n_tiles):
-            at = of_chunk * (SAVED_EVERY // TOKENS) + k
-            put_scratch(checkpoints, h, at, channel, inside, d_inner, N, 0, N, WHOLE)
+            at = tl.program_id(0).to(tl.int64) * (SAVED_EVERY // TOKENS) + k
+            put_scratch(checkpoints, h, at, lane, inside, BLOCK, N, 0, N, True)
+            t0 = first + k * TOKENS
+            u0 = u + t0 * u_token
+            delta0 = delta + t0 * delta_token
+            B0 = B if CONSTANT_B else B + t0 * of_token
             for i in tl.static_range(TOKENS):
-                t = first + k * TOKENS + i
+                t = t0 + i
                 is_token = t < end
-                x = load(u + row * u_row + t * u_token + channel, inside & is_token, WHOLE).to(R)
-                place = delta + row * delta_row + t * delta_token + channel
-                d = step_of(place, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
+                x = load(u0 + i * u_token, inside & is_token, WHOLE).to(R)
+                d = step_of(delta0 + i * delta_token, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
                 if not CONSTANT_B:
-                    Bs = numbers(
-                        B + row * B_row + t * B_token + group * B_group,
-                        is_token,
-                        first_state,
-                        R,
-                        N,
-                        PACKED_WORDS,
-                        WHOLE,
-                    )
+                    Bs = numbers(B0 + i * of_token, is_token, R, N, WORD, WHOLE)
                 if sequence_of is not None:
                     sequence, starts, _ = sequences_at(sequence_of, t, length, end)
                     if starts:
@@ -193,8 +219,15 @@ def scan_backward(
         for back_tile in tl.range(0, n_tiles):
             k = n_tiles - 1 - back_tile
             t0 = first + k * TOKENS
-            at = of_chunk * (SAVED_EVERY // TOKENS) + k
-            h = get_scratch(checkpoints, at, channel, inside, d_inner, N, 0, N, WHOLE)
+            at = tl.program_id(0).to(tl.int64) * (SAVED_EVERY // TOKENS) + k
+            h = get_scratch(checkpoints, at, lane, inside, BLOCK, N, 0, N, True)
+            u0 = u + t0 * u_token
+            delta0 = delta + t0 * delta_token
+            dy0 = dy + t0 * dy_token
+            z0 = z + row * z_row + channel + t0 * z_token if z is not None else None
+            B0 = B if CONSTANT_B else B + t0 * of_token
+            C0 = C if CONSTANT_C else C + t0 * of_token
+            out0 = row * length * d_inner + channel + t0 * d_inner
             befores = ()
             afters = ()
             decays = ()
@@ -203,29 +236,12 @@ def scan_backward(
             for i in tl.static_range(TOKENS):
                 t = t0 + i
                 is_token = t < end
-                x = load(u + row * u_row + t * u_token + channel, inside & is_token, WHOLE).to(R)
-                place = delta + row * delta_row + t * delta_token + channel
-                d = step_of(place, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
+                x = load(u0 + i * u_token, inside & is_token, WHOLE).to(R)
+                d = step_of(delta0 + i * delta_token, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
                 if not CONSTANT_B:
-                    Bs = numbers(
-                        B + row * B_row + t * B_token + group * B_group,
-                        is_token,
-                        first_state,
-                        R,
-                        N,
-                        PACKED_WORDS,
-                        WHOLE,
-                    )
+                    Bs = numbers(B0 + i * of_token, is_token, R, N, WORD, WHOLE)
                 if not CONSTANT_C:
-                    Cs = numbers(
-                        C + row * C_row + t * C_token + group * C_group,
-                        is_token,
-                        first_state,
-                        R,
-                        N,
-                        PACKED_WORDS,
-                        WHOLE,
-                    )
+                    Cs = numbers(C0 + i * of_token, is_token, R, N, WORD, WHOLE)
                 if sequence_of is not None:
                     sequence, starts, _ = sequences_at(sequence_of, t, length, end)
                     if starts:
@@ -253,38 +269,24 @@ def scan_backward(
                 t = t0 + i
                 is_token = t < end
                 ok = inside & is_token
-                x = load(u + row * u_row + t * u_token + channel, ok, WHOLE).to(R)
+                x = load(u0 + i * u_token, ok, WHOLE).to(R)
                 d = ds[i]
-                gate = z + row * z_row + t * z_token + channel if z is not None else None
-                g = gradient_of_scan(dy + row * dy_row + t * dy_token + channel, gate, ok, R, WHOLE, FAST)
+                of_y = load(dy0 + i * dy_token, ok, WHOLE).to(R)
+                g = of_y
+                if z is not None:
+                    gate = load(z0 + i * z_token, ok, WHOLE).to(R)
+                    opened = sigmoid(gate, FAST)
+                    g = of_y * (gate * opened)
                 if not CONSTANT_B:
-                    Bs = numbers(
-                        B + row * B_row + t * B_token + group * B_group,
-                        is_token,
-                        first_state,
-                        R,
-                        N,
-                        PACKED_WORDS,
-                        WHOLE,
-                    )
+                    Bs = numbers(B0 + i * of_token, is_token, R, N, WORD, WHOLE)
                 if not CONSTANT_C:
-                    Cs = numbers(
-                        C + row * C_row + t * C_token + group * C_group,
-                        is_token,
-                        first_state,
-                        R,
-                        N,
-                        PACKED_WORDS,
-                        WHOLE,
-                    )
+                    Cs = numbers(C0 + i * of_token, is_token, R, N, WORD, WHOLE)
                 if sequence_of is not None:
                     sequence, starts, ends = sequences_at(sequence_of, t, length, end)
                     if ends:
                         dh = states_of(dlast, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
                 of_x = zero
                 of_d = zero
-                sums_B = tl.full([WIDTH], 0, R)
-                sums_C = tl.full([WIDTH], 0, R)
                 new_dh = ()
                 new_dA = ()
                 new_dB = ()
@@ -312,47 +314,44 @@ def scan_backward(
                     if CONSTANT_B:
                         new_dB = new_dB + (dBs[n] + dB,)
                     else:
-                        dB = dB if WHOLE else tl.where(inside, dB, 0.0)
-                        sums_B = tl.where(state == n, tl.sum(dB, 0), sums_B)
+                        new_dB = new_dB + (dB if WHOLE else tl.where(inside, dB, 0.0),)
                     if CONSTANT_C:
                         new_dC = new_dC + (dCs[n] + dC,)
                     else:
-                        dC = dC if WHOLE else tl.where(inside, dC, 0.0)
-                        sums_C = tl.where(state == n, tl.sum(dC, 0), sums_C)
+                        new_dC = new_dC + (dC if WHOLE else tl.where(inside, dC, 0.0),)
                     new_dA = new_dA + (dA,)
                     new_dh = new_dh + (arriving,)
                 dh = new_dh
                 dAs = new_dA
-                part = ((block.to(tl.int64) * batch + row) * length + t) * WIDTH + state
+                values = ()
                 if CONSTANT_B:
                     dBs = new_dB
                 else:
-                    store(dB_parts + part, sums_B, is_token, WHOLE)
+                    values = values + new_dB + zeros(zero, WIDTH - N)
                 if CONSTANT_C:
                     dCs = new_dC
                 else:
-                    store(dC_parts + part, sums_C, is_token, WHOLE)
+                    values = values + new_dC + zeros(zero, WIDTH - N)
+                if COUNT > 0:
+                    written = is_token & (lane % (BLOCK // COUNT) == 0)
+                    sums = sums_of_lanes(values, BLOCK, COUNT, LEVELS)
+                    store(token_parts + token_part + t * COUNT, sums, written, WHOLE and COUNT == BLOCK)
                 of_d = of_d * LN2
                 if not ZOH:
                     of_d += x * of_x
                     of_x = d * of_x
                 own = ys[i]
-                out = row * length * d_inner + t * d_inner + channel
-                size = batch * length * d_inner.to(tl.int64)
+                out = out0 + i * d_inner
                 if not FIRST:
                     own += load(partial + out, ok, WHOLE)
                     of_x += load(partial + size + out, ok, WHOLE)
                     of_d += load(partial + 2 * size + out, ok, WHOLE)
                 if LAST:
                     if z is not None:
-                        zz = load(gate, ok, WHOLE).to(R)
-                        s = sigmoid(zz, FAST)
-                        of_y = load(dy + row * dy_row + t * dy_token + channel, ok, WHOLE).to(R)
-                        slope = of_y * (own + skip * x) * s * (1.0 + zz * (1.0 - s))
-                        store(dz + out, slope, ok, WHOLE)
+                        slope = opened * (1.0 + gate * (1.0 - opened))
+                        store(dz + out, of_y * (own + skip * x) * slope, ok, WHOLE)
                     if SOFTPLUS:
-                        place = delta + row * delta_row + t * delta_token + channel
-                        raw = load(place, ok, WHOLE).to(R) + shift
+                        raw = load(delta0 + i * delta_token, ok, WHOLE).to(R) + shift
                         of_d = tl.where(raw > 20.0, of_d, of_d * sigmoid(raw, FAST))
                     store(du + out, of_x + skip * g, ok, WHOLE)
                     store(ddelta + out, of_d, ok, WHOLE)

@@ -23,7 +23,6 @@ class Call:
         self.a = a
         self.slabs = plan.slabs(a.d_state)
         self.rows = {name: triton.dense(t) for name, t in (("u", a.u), ("delta", a.delta), ("z", a.z))}
-        self.matrices = {"B": self._matrix(a.B), "C": self._matrix(a.C)}
         self.initial_state = self._own(a.initial_state)
         self.vectors = {"A": self._own(a.A), "D": self._own(a.D), "bias": self._own(a.delta_bias)}
         self.sequence_of = None if a.cu_seqlens is None else triton.sequences(a.cu_seqlens, a.length)[1]
@@ -32,16 +31,14 @@ class Call:
         self.n_blocks = a.n_groups * -(-per_group // self.block)
         self.chunk = plan.chunk(a, self.n_blocks * a.batch)
         self.n_chunks = -(-a.length // self.chunk)
-        self.tokens = plan.tokens(a)
         self.fast = triton.is_nvidia(a.u) and a.dtype == torch.float32
         self.flags: dict[str, Any] = {
             "BLOCK": self.block,
-            "TOKENS": self.tokens,
             "SOFTPLUS": a.delta_softplus,
-            "WHOLE": a.length % self.tokens == 0 and per_group % self.block == 0,
             "FAST": self.fast,
             "num_warps": 1,
         }
+        self.is_whole = per_group % self.block == 0
         self.selective: dict[str, Tensor] = {}
         self.sizes = {
             "length": a.length,
@@ -54,12 +51,13 @@ class Call:
             "n_chunks": self.n_chunks,
         }
 
+    def _in_groups(self, tokens: int) -> dict[str, Any]:
+        """The flags of kernels that work on groups of so many tokens."""
+        return self.flags | {"TOKENS": tokens, "WHOLE": self.is_whole and self.a.length % tokens == 0}
+
     def _own(self, tensor: Tensor | None) -> Tensor | None:
         """A dense tensor of the state's dtype."""
         return None if tensor is None else tensor.to(self.a.dtype).contiguous()
-
-    def _matrix(self, matrix: Tensor) -> Tensor | None:
-        return self._own(matrix) if matrix.ndim == 2 else triton.dense(matrix)
 
     def gradient_of(self, dy: Tensor) -> None:
         """Add dy to the rows."""
@@ -71,35 +69,32 @@ class Call:
         self.chunk_states = torch.empty(a.batch, self.n_chunks, a.d_state, a.d_inner, **like)
         self.chunk_steps = torch.empty(a.batch, self.n_chunks, a.d_inner, **like)
 
-    def _passed(self, rows: tuple[str, ...], matrices: tuple[str, ...], words: bool = True) -> dict[str, Any]:
-        """Rows and matrices with their strides; matrices in words of four numbers where they can be read so."""
+    def _rows(self, *names: str) -> dict[str, Any]:
+        """Rows with their strides."""
         found: dict[str, Any] = {}
-        for name in rows:
+        for name in names:
             tensor = self.rows[name]
             row, token = (0, 0) if tensor is None else tensor.stride()[:2]
             found |= {name: tensor, f"{name}_row": row, f"{name}_token": token}
-        words = words and self._words(matrices)
-        for name in matrices:
-            tensor = self.matrices[name]
-            assert tensor is not None
-            is_constant = tensor.ndim == 2
-            tensor = tensor.view(torch.int64) if words and not is_constant else tensor
-            strides = (0, 0, 0) if is_constant else tensor.stride()[:3]
-            found |= {f"{name}_{k}": s for k, s in zip(("row", "token", "group"), strides, strict=True)}
-            found |= {name: tensor, f"CONSTANT_{name}": is_constant}
-        return found | {"PACKED_WORDS": words}
+        return found
 
-    def _words(self, matrices: tuple[str, ...]) -> bool:
-        """Whether the selective ones of B and C can be read as words of four bfloat16."""
-        selective = [t for name in matrices if (t := self.matrices[name]) is not None and t.ndim == 4]
-        return all(
-            t.dtype == torch.bfloat16
-            and t.stride(-1) == 1
-            and t.data_ptr() % 8 == 0
-            and self.a.d_state % plan.SLAB == 0
-            and all(stride % 4 == 0 for stride in (*t.stride()[:3], t.storage_offset()))
-            for t in selective
-        )
+    def _matrices(self, *names: str) -> dict[str, Any]:
+        """Matrices of the state's dtype; selective ones as words of two float32 if they can be read so."""
+        given = {name: self._own(getattr(self.a, name)) for name in names}
+        return self._in_words(given, 2 if self.a.dtype == torch.float32 else 1)
+
+    def _forward_matrices(self) -> dict[str, Any]:
+        """B and C for the forward kernels, which wait for these reads: bfloat16 in words of four."""
+        given = {name: getattr(self.a, name) for name in "BC"}
+        if any(t.ndim == 2 or t.dtype != torch.bfloat16 for t in given.values()):
+            return self._matrices("B", "C")
+        return self._in_words({name: t.contiguous() for name, t in given.items()}, 4)
+
+    def _in_words(self, given: dict[str, Any], word: int) -> dict[str, Any]:
+        fits = all(t.ndim == 2 or t.data_ptr() % 8 == 0 for t in given.values())
+        word = word if fits and self.a.d_state % word == 0 else 1
+        found = {k: t.flatten().view(torch.int64) if word > 1 and t.ndim == 4 else t for k, t in given.items()}
+        return found | {"WORD": word} | {f"CONSTANT_{name}": t.ndim == 2 for name, t in given.items()}
 
     def _launch(self, kernel: Any, n_programs: int, **arguments: Any) -> None:
         with triton.on_device(self.a.u):
@@ -116,8 +111,9 @@ class Call:
         self._launch(
             scan,
             self._programs(self.n_chunks - summary),
-            **self._passed(("u", "delta", "z"), ("B", "C")),
-            **self.vectors | self.sizes | self.flags | results,
+            **self._rows("u", "delta", "z"),
+            **self._forward_matrices(),
+            **self.vectors | self.sizes | self._in_groups(plan.forward_tokens(self.a)) | results,
             initial=self.initial_state,
             sequence_of=self.sequence_of,
             chunk_states=self.chunk_states if several else None,
@@ -158,8 +154,9 @@ class Call:
         self._launch(
             reverse_summary,
             self._programs(self.n_chunks - 1),
-            **self._passed(("dy", "delta", "z"), ("C",)),
-            **self.sizes | self.flags,
+            **self._rows("dy", "delta", "z"),
+            **self._matrices("C"),
+            **self.sizes | self._in_groups(plan.forward_tokens(self.a)),
             A=self.vectors["A"],
             bias=self.vectors["bias"],
             dlast=dlast_state,
@@ -181,7 +178,7 @@ class Call:
             return a.u.new_empty(shape, dtype=a.dtype)
 
         of_matrix = (n_parts, a.d_state, a.d_inner)
-        n_checkpoints = n_parts * (plan.SAVED_EVERY // self.tokens)
+        n_checkpoints = self._programs(self.n_chunks) * (plan.SAVED_EVERY // plan.backward_tokens(a)) * self.block
         return {
             "saved": saved,
             "du": du,
@@ -193,7 +190,7 @@ class Call:
             "dC_parts": scratch(*of_matrix) if a.C.ndim == 2 else None,
             "dD_parts": None if a.D is None else scratch(n_parts, a.d_inner),
             "dbias_parts": None if a.delta_bias is None else scratch(n_parts, a.d_inner),
-            "checkpoints": scratch(n_checkpoints * min(plan.SLAB, a.d_state) * a.d_inner),
+            "checkpoints": scratch(n_checkpoints * min(plan.SLAB, a.d_state)),
             "partial": scratch(3, *a.u.shape) if len(self.slabs) > 1 else None,
         }
 
@@ -202,15 +199,15 @@ class Call:
         from anymamba.kernels.selective_scan.triton.backward_kernels import scan_backward
 
         a, width = self.a, 1 << (slab.n - 1).bit_length()
-        own = dict(parts)
-        for name, matrix in (("dB", a.B), ("dC", a.C)):
-            if matrix.ndim == 4:
-                own[f"{name}_parts"] = a.u.new_empty(self.n_blocks, a.batch, a.length, width, dtype=a.dtype)
+        selective = [(name, m) for name, m in (("dB", a.B), ("dC", a.C)) if m.ndim == 4]
+        count = width * len(selective)
+        token_parts = a.u.new_empty(self.n_blocks, a.batch, a.length, count, dtype=a.dtype) if count else None
         self._launch(
             scan_backward,
             self._programs(self.n_chunks),
-            **self._passed(("u", "delta", "z", "dy"), ("B", "C")),
-            **self.vectors | self.sizes | self.flags | own,
+            **self._rows("u", "delta", "z", "dy"),
+            **self._matrices("B", "C"),
+            **self.vectors | self.sizes | self._in_groups(plan.backward_tokens(a)) | parts,
             initial=self.initial_state,
             dlast=dlast_state,
             sequence_of=self.sequence_of,
@@ -218,21 +215,22 @@ class Call:
             first_state=slab.first,
             N=slab.n,
             WIDTH=width,
+            COUNT=count,
+            LEVELS=max(count - 1, 0).bit_length(),
+            token_parts=token_parts,
             SAVED_EVERY=plan.SAVED_EVERY,
             ARRIVES=self.n_chunks > 1,
             ZOH=a.zoh,
             FIRST=slab.is_first,
             LAST=slab.is_last,
         )
-        for name, matrix in (("dB", a.B), ("dC", a.C)):
-            if matrix.ndim == 4:
-                self._sum_blocks(name, matrix, own[f"{name}_parts"], slab)
+        for k, (name, matrix) in enumerate(selective):
+            assert token_parts is not None
+            self._sum_blocks(name, matrix, token_parts[..., k * width : k * width + slab.n], slab)
 
-    def _sum_blocks(self, name: str, matrix: Tensor, parts: Tensor | None, slab: plan.Slab) -> None:
+    def _sum_blocks(self, name: str, matrix: Tensor, parts: Tensor, slab: plan.Slab) -> None:
         """Add up the blocks of channels of a group, in order, into the slab of dB or dC."""
-        assert parts is not None
-        n_groups = self.a.n_groups
-        sums = parts.view(n_groups, -1, *parts.shape[1:])[..., : slab.n].sum(1)  # (groups, batch, length, states)
+        sums = parts.unflatten(0, (self.a.n_groups, -1)).sum(1)  # (groups, batch, length, states)
         total = self.selective.setdefault(name, matrix.new_empty(matrix.shape))
         total[..., slab.first : slab.first + slab.n] = sums.permute(1, 2, 0, 3)
 
@@ -255,16 +253,16 @@ class Call:
         from anymamba.kernels.selective_scan.triton.step_kernel import step
 
         a = self.a
-        unused = {"PACKED_WORDS", *(f"{name}_token" for name in ("u", "delta", "z", "B", "C"))}
-        passed = self._passed(("u", "delta", "z"), ("B", "C"), words=False)
+        matrices = {name: self._own(getattr(a, name)) for name in "BC"}
         states = min(STEP_STATES, 1 << (a.d_state - 1).bit_length())
         block = STEP_ELEMENTS // states
         self._launch(
             step,
             a.batch * -(-a.d_inner // block),
-            **{k: v for k, v in passed.items() if k not in unused},
-            **self.vectors,
-            **{k: self.sizes[k] for k in ("d_inner", "d_state", "per_group")},
+            **{k: v for k, v in self._rows("u", "delta", "z").items() if not k.endswith("_token")},
+            **matrices | self.vectors,
+            **{f"CONSTANT_{name}": t is not None and t.ndim == 2 for name, t in matrices.items()},
+            **{k: self.sizes[k] for k in ("d_inner", "d_state", "per_group", "n_groups")},
             initial=self.initial_state,
             y=y,
             last=state,

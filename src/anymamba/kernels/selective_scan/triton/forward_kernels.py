@@ -18,7 +18,6 @@ from anymamba.kernels.triton.functions import LN2, LOG2E, exp2, expm1_ratio, loa
 
 NUMBERS = (
     *("u_row", "u_token", "delta_row", "delta_token", "z_row", "z_token", "dy_row", "dy_token"),
-    *("B_row", "B_token", "B_group", "C_row", "C_token", "C_group"),
     *("length", "d_inner", "d_state", "first_state", "per_group", "n_groups", "batch", "chunk", "n_chunks"),
     *("first_chunk", "n_programs"),
 )
@@ -102,25 +101,31 @@ def put_scratch(
 
 
 @triton.jit
-def numbers(
-    row, is_token, first_state, R: tl.constexpr, N: tl.constexpr, PACKED_WORDS: tl.constexpr, WHOLE: tl.constexpr
-):
-    """The slab of a row of B or C. PACKED_WORDS: they are bfloat16, four in an int64."""
+def start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD: tl.constexpr):
+    """Where the row, group and slab of a dense (batch, length, groups, states) begin."""
+    return ((row * length * n_groups + group) * d_state + first_state) // WORD
+
+
+@triton.jit
+def numbers(first, is_token, R: tl.constexpr, N: tl.constexpr, WORD: tl.constexpr, WHOLE: tl.constexpr):
+    """The slab of a token of B or C. WORD: the numbers that an int64 holds, four bfloat16 or two float32; or 1."""
     found = ()
-    if PACKED_WORDS:
-        for k in tl.static_range(N // 4):
-            word = load(row + first_state // 4 + k, is_token, WHOLE)
-            low = word.to(tl.int32)
-            high = (word >> 32).to(tl.int32)
-            found = found + (
-                (low << 16).to(tl.float32, bitcast=True),
-                (low & -65536).to(tl.float32, bitcast=True),
-                (high << 16).to(tl.float32, bitcast=True),
-                (high & -65536).to(tl.float32, bitcast=True),
-            )
-    else:
-        for k in tl.static_range(N):
-            found = found + (load(row + first_state + k, is_token, WHOLE).to(R),)
+    for k in tl.static_range(N // WORD):
+        value = load(first + k, is_token, WHOLE)
+        if WORD == 1:
+            found = found + (value.to(R),)
+        else:
+            low = value.to(tl.int32)
+            high = (value >> 32).to(tl.int32)
+            if WORD == 2:
+                found = found + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
+            else:
+                found = found + (
+                    (low << 16).to(tl.float32, bitcast=True),
+                    (low & -65536).to(tl.float32, bitcast=True),
+                    (high << 16).to(tl.float32, bitcast=True),
+                    (high & -65536).to(tl.float32, bitcast=True),
+                )
     return found
 
 
@@ -147,11 +152,11 @@ def advance(h, d, x, rates, B, N: tl.constexpr, ZOH: tl.constexpr, FAST: tl.cons
 @triton.jit(do_not_specialize=NUMBERS)
 def scan(
     u, delta, z, B, C, A, D, bias, initial, sequence_of, chunk_states, chunk_steps, saved, partial, y, last,
-    u_row, u_token, delta_row, delta_token, z_row, z_token, B_row, B_token, B_group, C_row, C_token, C_group,
+    u_row, u_token, delta_row, delta_token, z_row, z_token,
     length, d_inner, d_state, first_state, per_group, n_groups, batch, chunk, n_chunks, first_chunk,
     N: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, SAVED_EVERY: tl.constexpr, SUMMARY: tl.constexpr,
     ARRIVES: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ZOH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PACKED_WORDS: tl.constexpr, WHOLE: tl.constexpr,
+    ZOH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, WORD: tl.constexpr, WHOLE: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
     """A chunk of time: y and the last states, or in SUMMARY its end state from zero and the sum of its steps."""
@@ -175,6 +180,12 @@ def scan(
         h = zeros(zero, N)
     steps = zero
     n_saved = (length + SAVED_EVERY - 1) // SAVED_EVERY
+    of_token = n_groups * d_state // WORD
+    u += row * u_row + channel
+    delta += row * delta_row + channel
+    B += 0 if CONSTANT_B else start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD)
+    C += 0 if CONSTANT_C else start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD)
+    out = row * length * d_inner + channel
     for t0 in tl.range(begin, end, TOKENS):
         if saved is not None:
             if t0 % SAVED_EVERY == 0:
@@ -183,12 +194,18 @@ def scan(
         us = ()
         ds = ()
         zs = ()
+        u0 = u + t0 * u_token  # multiplications in 64 bits take several instructions
+        delta0 = delta + t0 * delta_token
+        z0 = z + row * z_row + channel + t0 * z_token if z is not None else None
+        out0 = out + t0 * d_inner
+        B0 = B if CONSTANT_B else B + t0 * of_token
+        C0 = C if CONSTANT_C else C + t0 * of_token
         for i in tl.static_range(TOKENS):
             is_token = t0 + i < end
-            us = us + (load(u + row * u_row + (t0 + i) * u_token + channel, inside & is_token, WHOLE),)
-            ds = ds + (load(delta + row * delta_row + (t0 + i) * delta_token + channel, inside & is_token, WHOLE),)
+            us = us + (load(u0 + i * u_token, inside & is_token, WHOLE),)
+            ds = ds + (load(delta0 + i * delta_token, inside & is_token, WHOLE),)
             if z is not None and LAST and not SUMMARY:
-                zs = zs + (load(z + row * z_row + (t0 + i) * z_token + channel, inside & is_token, WHOLE),)
+                zs = zs + (load(z0 + i * z_token, inside & is_token, WHOLE),)
         for i in tl.static_range(TOKENS):
             t = t0 + i
             is_token = t < end
@@ -199,8 +216,7 @@ def scan(
             if not WHOLE:
                 d = tl.where(is_token, d, 0.0)  # the state stays as it is
             if not CONSTANT_B:
-                first = B + row * B_row + t * B_token + group * B_group
-                Bs = numbers(first, is_token, first_state, R, N, PACKED_WORDS, WHOLE)
+                Bs = numbers(B0 + i * of_token, is_token, R, N, WORD, WHOLE)
             if sequence_of is not None:
                 sequence, starts, ends = sequences_at(sequence_of, t, length, end)
                 if starts:
@@ -213,18 +229,16 @@ def scan(
                 steps += d
             else:
                 if not CONSTANT_C:
-                    first = C + row * C_row + t * C_token + group * C_group
-                    Cs = numbers(first, is_token, first_state, R, N, PACKED_WORDS, WHOLE)
-                out = row * length * d_inner + t * d_inner + channel
+                    Cs = numbers(C0 + i * of_token, is_token, R, N, WORD, WHOLE)
                 total = skip * x if LAST else zero
                 if not FIRST:
-                    total += load(partial + out, inside & is_token, WHOLE)
+                    total += load(partial + out0 + i * d_inner, inside & is_token, WHOLE)
                 for n in tl.static_range(N):
                     total += h[n] * Cs[n]
                 if LAST and z is not None:
                     gate = zs[i].to(R)
                     total = total * (gate * sigmoid(gate, FAST))
-                store(y + out if LAST else partial + out, total, inside & is_token, WHOLE)
+                store((y if LAST else partial) + out0 + i * d_inner, total, inside & is_token, WHOLE)
                 if sequence_of is not None:
                     if ends:
                         put_states(last, h, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)

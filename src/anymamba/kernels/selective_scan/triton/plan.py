@@ -16,8 +16,8 @@ SLAB = 16
 PROGRAMS = 24
 """Programs for each multiprocessor that a launch should have, from chunks of time if need be."""
 
-TOKENS = 4
-"""Tokens of a group, whose loads are issued together."""
+FORWARD_TOKENS, BACKWARD_TOKENS = 4, 2
+"""Tokens of a group, whose loads are issued together. More of them in backward do not fit into registers."""
 
 
 class Slab(NamedTuple):
@@ -34,15 +34,18 @@ def slabs(d_state: int) -> list[Slab]:
     return [Slab(n, min(SLAB, d_state - n), n == 0, n + SLAB >= d_state) for n in range(0, d_state, SLAB)]
 
 
-def tokens(a: ScanArguments) -> int:
-    """Tokens of a group: 1 where a state takes many registers."""
-    return 1 if a.zoh or a.dtype.itemsize > 4 else TOKENS
+def forward_tokens(a: ScanArguments) -> int:
+    """Tokens of a group of the forward kernel: 1 where a state takes many registers."""
+    return 1 if a.zoh or a.dtype.itemsize > 4 else FORWARD_TOKENS
+
+
+def backward_tokens(a: ScanArguments) -> int:
+    return 1 if a.zoh or a.dtype.itemsize > 4 else BACKWARD_TOKENS
 
 
 def block(a: ScanArguments) -> int:
-    """Channels of a program: one a lane, and a power of two."""
-    per_group = a.d_inner // a.n_groups
-    return min(triton.lanes(a.u), 1 << (per_group - 1).bit_length())
+    """Channels of a program: one a lane. The sums of a token, of 16 states of dB and dC, fit into a block."""
+    return triton.lanes(a.u)
 
 
 def chunk(a: ScanArguments, n_blocks: int) -> int:

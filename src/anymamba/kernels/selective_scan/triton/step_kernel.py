@@ -9,16 +9,12 @@ import triton.language as tl
 
 from anymamba.kernels.triton.functions import LN2, LOG2E, exp2, expm1_ratio, sigmoid, softplus
 
-NUMBERS = (
-    *("u_row", "delta_row", "z_row", "B_row", "B_group", "C_row", "C_group"),
-    *("d_inner", "d_state", "per_group"),
-)
+NUMBERS = ("u_row", "delta_row", "z_row", "d_inner", "d_state", "per_group", "n_groups")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def step(
-    u, delta, z, B, C, A, D, bias, initial, y, last, u_row, delta_row, z_row, B_row, B_group, C_row, C_group,
-    d_inner, d_state, per_group,
+    u, delta, z, B, C, A, D, bias, initial, y, last, u_row, delta_row, z_row, d_inner, d_state, per_group, n_groups,
     BLOCK: tl.constexpr, STATES: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
     SOFTPLUS: tl.constexpr, ZOH: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -27,7 +23,6 @@ def step(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     channel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < d_inner
-    group = channel // per_group
     x = tl.load(u + row * u_row + channel, mask=inside, other=0).to(R)
     d = tl.load(delta + row * delta_row + channel, mask=inside, other=0).to(R)
     if bias is not None:
@@ -42,18 +37,17 @@ def step(
         ok = inside[:, None] & (n < d_state)[None, :]
         matrix = channel[:, None] * d_state + n[None, :]
         state = row * d_inner * d_state + matrix
-        at_B = matrix if CONSTANT_B else row * B_row + group[:, None] * B_group + n[None, :]
-        at_C = matrix if CONSTANT_C else row * C_row + group[:, None] * C_group + n[None, :]
+        of_group = (row * n_groups + channel // per_group)[:, None] * d_state + n[None, :]
         rate = tl.load(A + matrix, mask=ok, other=0) * LOG2E
         a = exp2(d[:, None] * rate, FAST)
         weight = d[:, None]
         if ZOH:
             weight = weight * expm1_ratio(d[:, None] * rate * LN2, a)
-        h = weight * x[:, None] * tl.load(B + at_B, mask=ok, other=0).to(R)
+        h = weight * x[:, None] * tl.load(B + (matrix if CONSTANT_B else of_group), mask=ok, other=0).to(R)
         if initial is not None:
             h += a * tl.load(initial + state, mask=ok, other=0)
         tl.store(last + state, h, mask=ok)
-        term = h * tl.load(C + at_C, mask=ok, other=0).to(R)
+        term = h * tl.load(C + (matrix if CONSTANT_C else of_group), mask=ok, other=0).to(R)
         total += tl.sum(tl.where(ok, term, 0.0), 1)
     if z is not None:
         gate = tl.load(z + row * z_row + channel, mask=inside, other=0).to(R)
