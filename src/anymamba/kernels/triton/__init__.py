@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -76,12 +76,12 @@ def lanes(tensor: Tensor) -> int:
     return 64 if torch.version.hip is not None and tensor.device.type == "cuda" else 32
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context in which kernels are launched on the tensor's device."""
-    if tensor.device.type == "cpu":
-        return nullcontext()
-    module: Any = torch.get_device_module(tensor.device.type)
-    return module.device(tensor.device)
+def launch(kernel: Any, like: Tensor, n_programs: int, **arguments: Any) -> None:
+    """Queue a kernel on the device of a tensor."""
+    device = like.device
+    module: Any = torch.get_device_module(device.type)
+    with nullcontext() if device.type == "cpu" else module.device(device):
+        kernel[(n_programs,)](**arguments)
 
 
 def n_multiprocessors(device: torch.device) -> int:

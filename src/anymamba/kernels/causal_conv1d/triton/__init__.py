@@ -66,8 +66,8 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor |
     dx = a.x.new_empty(a.x.shape)
     call.tiles("inputs", g=g, dlast=dlast_state, dx=dx, **call.weight)
     parts = call.parts(g).sum(0)
-    dweight = parts[:-1].T.to(a.weight.dtype).contiguous()
-    dbias = None if a.bias is None else parts[-1].to(a.bias.dtype)
+    dweight = a.weight.new_empty(a.weight.shape).copy_(parts[:-1].T)
+    dbias = None if a.bias is None else a.bias.new_empty(a.bias.shape).copy_(parts[-1])
     if a.initial_state is None:
         return [dx, dweight, dbias, None]
     dinitial = a.x.new_empty(a.state_shape)
@@ -115,10 +115,8 @@ class _Call:
         from anymamba.kernels.causal_conv1d.triton import kernels
 
         _, length, d_inner = self._a.x.shape
-        with triton.on_device(self._a.x):
-            getattr(kernels, name)[(n_programs,)](
-                **arguments, offsets=self._offsets, length=length, d_inner=d_inner, WIDTH=self._a.width
-            )
+        sizes = {"length": length, "d_inner": d_inner, "WIDTH": self._a.width}
+        triton.launch(getattr(kernels, name), self._a.x, n_programs, **arguments, **sizes, offsets=self._offsets)
 
     def tiles(self, name: str, piece: int = TOKENS, **arguments: Any) -> None:
         """A kernel whose programs have tiles of tokens and channels."""

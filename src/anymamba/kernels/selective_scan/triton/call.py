@@ -97,8 +97,7 @@ class Call:
         return found | {"WORD": word} | {f"CONSTANT_{name}": t.ndim == 2 for name, t in given.items()}
 
     def _launch(self, kernel: Any, n_programs: int, **arguments: Any) -> None:
-        with triton.on_device(self.a.u):
-            kernel[(n_programs,)](**arguments)
+        triton.launch(kernel, self.a.u, n_programs, **arguments)
 
     def _programs(self, n_chunks: int) -> int:
         return self.n_blocks * self.a.batch * n_chunks
