@@ -92,8 +92,8 @@ class _Call:
         self._offsets, self._sequence_of = None, None
         if a.cu_seqlens is not None:
             self._offsets, self._sequence_of = triton.sequences(a.cu_seqlens, a.x.shape[1])
-        self.strides_of_x = {"x_row": self.x.stride(0), "x_token": self.x.stride(1)}
-        self.weight = {"weight": a.weight, "w_channel": a.weight.stride(0), "w_tap": a.weight.stride(1)}
+        self.strides_of_x: dict[str, Any] = {"x_row": self.x.stride(0), "x_token": self.x.stride(1)}
+        self.weight: dict[str, Any] = {"weight": a.weight, "w_channel": a.weight.stride(0), "w_tap": a.weight.stride(1)}
         bias = None if a.bias is None else a.bias.contiguous()
         self.taps: dict[str, Any] = {
             **self.strides_of_x,
@@ -122,7 +122,7 @@ class _Call:
         """A kernel whose programs have tiles of tokens and channels."""
         batch, length, d_inner = self._a.x.shape
         block = min(BLOCK, 1 << (d_inner - 1).bit_length())
-        sizes = {"sequence_of": self._sequence_of, "TOKENS": TOKENS, "BLOCK": block}
+        sizes: dict[str, Any] = {"sequence_of": self._sequence_of, "TOKENS": TOKENS, "BLOCK": block}
         self._launch(name, batch * -(-length // piece) * -(-d_inner // block), **arguments, **sizes)
 
     def states(self, name: str, **arguments: Any) -> None:
@@ -142,6 +142,6 @@ class _Call:
         batch, length, d_inner = self._a.x.shape
         n_pieces = -(-length // PIECE)
         parts = g.new_empty(batch * n_pieces, self._a.width + 1, d_inner)
-        own = {"g": g, "parts": parts, "n_pieces": n_pieces, "PIECE": PIECE}
+        own: dict[str, Any] = {"g": g, "parts": parts, "n_pieces": n_pieces, "PIECE": PIECE}
         self.tiles("weights", PIECE, x=self.x, initial=self.initial, **self.strides_of_x, **own)
         return parts

@@ -12,6 +12,7 @@ where weight and a' are d and 1, or of the zero-order hold (a - 1) / A and a; dA
 selective B and C are sums over channels: each block of channels writes its part, and the parts are added in order.
 """
 
+# mypy: ignore-errors
 # ruff: noqa: RUF005, SIM102 - Triton has no starred tuples, and a nested `if` may be resolved when it compiles.
 
 import triton

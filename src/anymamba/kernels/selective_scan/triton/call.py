@@ -65,9 +65,9 @@ class Call:
 
     def new_chunks(self) -> None:
         """Scratch for the states and the sums of steps of chunks."""
-        a, like = self.a, {"dtype": self.a.dtype, "device": self.a.u.device}
-        self.chunk_states = torch.empty(a.batch, self.n_chunks, a.d_state, a.d_inner, **like)
-        self.chunk_steps = torch.empty(a.batch, self.n_chunks, a.d_inner, **like)
+        a = self.a
+        self.chunk_states = a.u.new_empty(a.batch, self.n_chunks, a.d_state, a.d_inner, dtype=a.dtype)
+        self.chunk_steps = a.u.new_empty(a.batch, self.n_chunks, a.d_inner, dtype=a.dtype)
 
     def _rows(self, *names: str) -> dict[str, Any]:
         """Rows with their strides."""

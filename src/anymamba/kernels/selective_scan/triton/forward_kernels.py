@@ -9,6 +9,7 @@ Rates are in units of log2(e), so that a decay is 2^(d rate). R is float32 or fl
 have channels last. `WHOLE` says that tokens fill their groups and channels their blocks, so that nothing needs a mask.
 """
 
+# mypy: ignore-errors
 # ruff: noqa: RUF005, SIM102 - Triton has no starred tuples, and a nested `if` may be resolved when it compiles.
 
 import triton

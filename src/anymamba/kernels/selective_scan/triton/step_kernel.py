@@ -4,6 +4,8 @@ A program has a block of channels of one row and all their states, a block of st
 read and written in the order of its memory.
 """
 
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
