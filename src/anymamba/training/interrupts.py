@@ -23,8 +23,8 @@ class PendingSignal:
 def deferred_signals() -> Iterator[PendingSignal]:
     """Hold back the first SIGINT or SIGTERM while the body runs; it is delivered again when the body ends.
 
-    A second signal takes effect at once. A signal that is ignored stays so. Nothing is held back outside the main thread,
-    where Python sets no handlers.
+    A second signal takes effect at once. A signal that is ignored stays so. Nothing is held back outside the main
+    thread, where Python sets no handlers.
     """
     pending = PendingSignal()
     if threading.current_thread() is not threading.main_thread():
