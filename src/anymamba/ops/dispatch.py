@@ -98,7 +98,9 @@ def kernel(op: str, backend: str) -> Any:
     for module in BACKENDS[op]:
         if backend == module.NAME:
             return module
-    raise ValueError(f"unknown backend {backend!r} for {op}; the backends are {', '.join(m.NAME for m in BACKENDS[op])}")
+    raise ValueError(
+        f"unknown backend {backend!r} for {op}; the backends are {', '.join(m.NAME for m in BACKENDS[op])}"
+    )
 
 
 def clamps_offsets(op: str, backend: str) -> bool:
