@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anymamba.kernels import nvrtc
 from anymamba.kernels.cubins import CACHE_VARIABLE
-from anymamba.kernels.selective_scan import cuda
+from anymamba.kernels.selective_scan import cuda, triton
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from benchmarks.timing import table
 
@@ -42,6 +42,7 @@ forward with backward."""
 D_STATE = 16
 DOCUMENTS = 1000
 PACKED_TARGET = 1.15
+TRITON_TARGETS = (1.2, 0.9)
 STEPS = ((1536, 1), (1536, 64), (1536, 256), (5120, 1), (5120, 256))
 
 STEPS_OF_GRAPH = 32
@@ -98,16 +99,16 @@ def time_of(run: Callable[[], object], repeats: int = 15, in_graph: int = 1) -> 
     return statistics.median(once(n) for _ in range(repeats))
 
 
-def both_passes(a: ScanArguments) -> tuple[Callable[[], object], Callable[[], object]]:
+def both_passes(a: ScanArguments, backend: Any = cuda) -> tuple[Callable[[], object], Callable[[], object]]:
     """Forward that saves states for training, and forward with backward."""
     dlast = torch.zeros(a.n_sequences, a.d_inner, a.d_state, device="cuda")
     dy = torch.randn_like(a.u)
 
     def all_of_it() -> object:
-        _, _, saved = cuda.forward(a, True)
-        return cuda.backward(dy, dlast, a, saved)
+        _, _, saved = backend.forward(a, True)
+        return backend.backward(dy, dlast, a, saved)
 
-    return lambda: cuda.forward(a, True), all_of_it
+    return lambda: backend.forward(a, True), all_of_it
 
 
 def original_passes(module: Any, a: ScanArguments) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -169,6 +170,19 @@ def against_original(module: Any | None) -> str:
     header = ["shape", "floor forward (ms)", "forward, nothing saved", "forward", "forward + backward"]
     original = ["original forward", "original both", "times as fast forward", "times as fast both"]
     return table([*header, *original], rows)
+
+
+def of_triton(module: Any | None) -> str:
+    """The first shape with the backend `triton`."""
+    if why := triton.unavailable("cuda"):
+        return f"triton: {why}"
+    (batch, length, d_inner, dtype), *_ = SHAPES
+    a = inputs(batch, length, d_inner, dtype)
+    ours = [time_of(run) for run in both_passes(a, triton)]
+    theirs = [time_of(run) for run in original_passes(module, a)] if module else []
+    ratios = [f"**{t / o:.2f}** (target {x})" for t, o, x in zip(theirs, ours, TRITON_TARGETS, strict=bool(theirs))]
+    row = [f"triton, {batch} x {length} x {d_inner}", *(f"{t:.3f}" for t in ours), *(ratios or ["", ""])]
+    return table(["shape", "forward (ms)", "forward + backward", "times as fast forward", "times as fast both"], [row])
 
 
 def packed() -> str:
@@ -239,7 +253,7 @@ def main() -> None:
         sys.path.insert(0, folder)
         module = importlib.import_module("selective_scan_cuda")
     print(machine())
-    print("\n\n".join(["", against_original(module), packed(), steps(), first_calls()]))
+    print("\n\n".join(["", against_original(module), of_triton(module), packed(), steps(), first_calls()]))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,12 @@ def test_every_name_is_defined(tmp_path):
     for found in pkgutil.walk_packages(anymamba.__path__, f"{anymamba.__name__}."):
         if found.name.rsplit(".", 1)[-1] == "__main__" or found.name == "anymamba._native":
             continue
-        undefined = undefined_names(importlib.import_module(found.name))
+        try:
+            module = importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            assert error.name == "triton", f"{found.name} imports {error.name}"
+            continue  # kernels in Triton, which is not installed everywhere
+        undefined = undefined_names(module)
         assert not undefined, f"{found.name}: {undefined}"
     example = ModuleType("example")
     example.__file__ = str(tmp_path / "example.py")

@@ -30,12 +30,12 @@ def unavailable(device_type: str) -> str | None:
     """Why Triton cannot serve tensors on a device, in words; None where it can."""
     if device_type not in ("cpu", "cuda", "xpu"):
         return "it serves tensors on a GPU of NVIDIA, AMD or Intel"
+    if device_type == "cpu" and not interpreted():
+        return "it serves tensors on a GPU, and CPU tensors only with TRITON_INTERPRET=1, for tests"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install triton"
     if interpreted():
         return None if device_type == "cpu" else "TRITON_INTERPRET is set, which is for CPU tensors; unset it"
-    if device_type == "cpu":
-        return "it serves CPU tensors only with TRITON_INTERPRET=1, for tests"
     return _no_compiler()
 
 
