@@ -21,6 +21,7 @@ BENCHMARKS = {
     "packing": "1,000 packed documents against one sequence",
     "decode_context": "Time of a token against the context",
     "startup": "Start-up",
+    "busy": "Beside another busy process",
     "experiment_times": "How long the experiments take",
 }
 ON_A_GPU = {
