@@ -20,7 +20,7 @@ from anymamba.kernels.triton.functions import LN2, LOG2E, exp2, expm1_ratio, loa
 NUMBERS = (
     *("u_row", "u_token", "delta_row", "delta_token", "z_row", "z_token", "dy_row", "dy_token"),
     *("length", "d_inner", "d_state", "first_state", "per_group", "n_groups", "batch", "chunk", "n_chunks"),
-    *("first_chunk", "n_programs"),
+    "first_chunk",
 )
 """Arguments for whose values, such as multiples of 16, nothing is compiled anew."""
 
