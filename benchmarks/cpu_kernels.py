@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anymamba import causal_conv1d, selective_scan
-from anymamba.kernels import native
+from anymamba.runtimes import native
 from benchmarks.timing import interleaved, machine, table
 
 SHAPE = (1, 2048, 1536, 16)

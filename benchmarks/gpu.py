@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
-from anymamba.kernels.cubins import CACHE_VARIABLE
 from anymamba.kernels.selective_scan import cuda, triton
 from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.runtimes import nvrtc
+from anymamba.runtimes.cubins import CACHE_VARIABLE
 from benchmarks.timing import table
 
 SHAPES = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from anymamba.kernels import nvrtc
+from anymamba.runtimes import nvrtc
 from benchmarks.gpu import machine
 from benchmarks.timing import table
 

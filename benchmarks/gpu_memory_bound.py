@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
 from anymamba.kernels.add_norm import cuda as norm
 from anymamba.kernels.add_norm import portable as separate
 from anymamba.kernels.add_norm.arguments import NormArguments
 from anymamba.kernels.causal_conv1d import cuda as conv
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.ops.linear_cross_entropy import linear_cross_entropy
+from anymamba.runtimes import nvrtc
 from benchmarks.gpu import limits, machine, time_of
 from benchmarks.timing import table
 

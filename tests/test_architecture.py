@@ -12,6 +12,7 @@ PACKAGE = "anymamba"
 
 LEVELS = (
     {"base"},
+    {"runtimes"},
     {"data", "kernels"},
     {"ops"},
     {"parts"},
@@ -21,6 +22,7 @@ LEVELS = (
     {"evaluation", "serving", "compat"},
     {"lab"},
     {"experiments"},
+    {"console"},
     {"cli"},
 )
 COMPILED = {f"{PACKAGE}._native", f"{PACKAGE}._build_info"}  # built from csrc, not in the tree
@@ -29,8 +31,7 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 # Inside a level, only these modules may be imported by siblings.
 SHARED = {
     *("base.errors", "base.files", "base.locks"),
-    *("kernels.native", "kernels.nvrtc", "kernels.cubins", "kernels.launching", "kernels.elementwise"),
-    *("kernels.triton", "kernels.triton.functions"),
+    *("runtimes.nvrtc", "runtimes.cubins", "kernels.elementwise"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
     *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),
@@ -54,9 +55,8 @@ SHARED = {
         "training.tables",
     ),
     *("lab.experiment", "lab.results", "lab.report", "lab.charts"),
-    *("cli.app", "cli.flags", "cli.output", "cli.runtime", "cli.signals", "cli.mistakes"),
-    *("cli.help", "cli.synonyms", "cli.train_help"),
-    *("cli.profiling", "cli.prompts", "cli.sampling", "cli.speed"),
+    *("cli.app", "cli.train_help"),
+    *("console.flags", "console.output", "console.mistakes", "console.synonyms", "console.profiling"),
 }
 
 GATHERER = "kernels.backends"  # the list of backends may import them all

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 from anymamba.cli import evaluate
 from anymamba.cli import generate as verb
-from anymamba.cli.sampling import SamplingFlags
+from anymamba.console.sampling import SamplingFlags
 from anymamba.data.tokenizer import load_tokenizer
 from anymamba.generation.beam import beam_search
 from anymamba.generation.generate import generate

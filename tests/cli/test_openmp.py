@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from anymamba.cli.openmp import CHOICES, SETTINGS, set_waiting
+from anymamba.console.openmp import CHOICES, SETTINGS, set_waiting
 
 
 @pytest.fixture

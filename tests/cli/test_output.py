@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from anymamba.cli import output
+from anymamba.console import output
 
 
 class Terminal(io.StringIO):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from anymamba.cli.profiling import RECORDED, TimeSpent, table
+from anymamba.console.profiling import RECORDED, TimeSpent, table
 
 ROW = r"{name} +{calls} +[0-9.]+ +[0-9.]+$"
 QUICK = ["--preset", "nano", "--batch-size", 2, "--context", 32, "--data.held-out-fraction", 0]

@@ -8,9 +8,9 @@ import subprocess
 import pytest
 
 from anymamba.cli.completion import VALUES, WITHOUT_FLAGS, bash, fish, verb_flags
-from anymamba.cli.help import Flag, flags_in
-from anymamba.cli.synonyms import SYNONYMS
 from anymamba.cli.train_help import EXAMPLES, FIRST
+from anymamba.console.help import Flag, flags_in
+from anymamba.console.synonyms import SYNONYMS
 from anymamba.models.presets import PRESETS
 
 

@@ -23,8 +23,8 @@ def sweep() -> None:
     from scan_backends import arguments, contract, moved, results
     from scan_cases import scan_inputs
 
-    from anymamba.kernels import nvrtc
     from anymamba.kernels.selective_scan import cuda
+    from anymamba.runtimes import nvrtc
 
     flags = nvrtc.Variant.flags
     nvrtc.Variant.flags = lambda variant: (*flags(variant), "-DANYMAMBA_CHECKED")  # see device.cuh

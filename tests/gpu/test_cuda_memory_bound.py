@@ -15,7 +15,6 @@ from scan_cases import assert_close, assert_within_budget, rms
 from torch import Tensor
 
 from anymamba import causal_conv1d
-from anymamba.kernels import nvrtc
 from anymamba.kernels.add_norm import cuda as norm
 from anymamba.kernels.add_norm import reference as norm_reference
 from anymamba.kernels.add_norm.arguments import NormArguments
@@ -25,6 +24,7 @@ from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.ops import dispatch
 from anymamba.ops.add_norm import add_norm
 from anymamba.ops.linear_cross_entropy import linear_cross_entropy
+from anymamba.runtimes import nvrtc
 
 if nvrtc.reason():
     pytest.skip(f"the CUDA kernels do not run here: {nvrtc.reason()}", allow_module_level=True)

@@ -14,9 +14,9 @@ from scan_backends import arguments, contract, moved, results, same_bits
 from scan_cases import assert_close, assert_within_budget, scan_inputs, widened
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
 from anymamba.kernels.selective_scan import cuda, reference
 from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.runtimes import nvrtc
 
 if nvrtc.reason():
     pytest.skip(f"the CUDA kernels do not run here: {nvrtc.reason()}", allow_module_level=True)

@@ -9,11 +9,11 @@ from multiprocessing import get_context
 
 import pytest
 
-from anymamba.kernels import nvrtc
 from anymamba.kernels.add_norm.cuda import call as add_norm
 from anymamba.kernels.causal_conv1d.cuda import call as causal_conv1d
 from anymamba.kernels.linear_cross_entropy import cuda as linear_cross_entropy
 from anymamba.kernels.selective_scan.cuda import plan
+from anymamba.runtimes import nvrtc
 
 needs_compiler = pytest.mark.skipif(nvrtc.cannot_compile() is not None, reason=str(nvrtc.cannot_compile()))
 

@@ -14,10 +14,10 @@ from scan_cases import assert_close, assert_within_budget
 from test_conv import conv_inputs, widened
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
 from anymamba.kernels.causal_conv1d import cuda, reference
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.causal_conv1d.cuda import call
+from anymamba.runtimes import nvrtc
 
 if emulate.missing():
     pytest.skip(f"kernels cannot be emulated: {emulate.missing()}", allow_module_level=True)

@@ -11,10 +11,10 @@ from emulation import emulate
 from scan_backends import arguments, contract, results, same_bits
 from scan_cases import assert_close, assert_within_budget, scan_inputs, widened
 
-from anymamba.kernels import nvrtc
 from anymamba.kernels.selective_scan import cuda, reference
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.cuda import call, plan
+from anymamba.runtimes import nvrtc
 
 if emulate.missing():
     pytest.skip(f"kernels cannot be emulated: {emulate.missing()}", allow_module_level=True)

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anymamba import causal_conv1d, selective_scan
-from anymamba.kernels import native
 from anymamba.kernels.selective_scan import cpu, portable
 from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.runtimes import native
 
 if native.load() is None:
     pytest.skip(f"no compiled kernels here: {native.reason()}", allow_module_level=True)

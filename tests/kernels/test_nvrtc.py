@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 
-from anymamba.kernels import cubins, nvrtc
+from anymamba.runtimes import cubins, nvrtc
 
 SOURCE = nvrtc.Source("one.cu", '#include "one.cuh"\nextern "C" __global__ void one(float* x) { *x = ONE; }', ())
 VARIANT = nvrtc.Variant(SOURCE._replace(headers=(("one.cuh", "#pragma once"),)), "one", (("ONE", 1),))

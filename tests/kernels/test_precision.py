@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from anymamba import causal_conv1d, selective_scan
-from anymamba.kernels import native, nvrtc
 from anymamba.kernels.selective_scan.portable import splitting
+from anymamba.runtimes import native, nvrtc
 
 INSTRUCTION_SETS = native.module().instruction_sets() if native.load() else []
 BACKENDS = ["portable", *(f"cpu {name}" for name in INSTRUCTION_SETS), *([] if nvrtc.reason() else ["cuda"])]

@@ -15,10 +15,10 @@ from scan_backends import arguments, results
 from scan_cases import scan_inputs
 from test_conv import conv_inputs
 
-from anymamba.kernels import triton
 from anymamba.kernels.causal_conv1d import triton as conv_triton
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.selective_scan import triton as scan_triton
+from anymamba.runtimes import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = importlib.util.find_spec("triton") is None

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from anymamba.kernels import native, triton
 from anymamba.kernels.backends import BACKENDS
+from anymamba.runtimes import native, triton
 
 
 def served(device: str) -> list[str]:

@@ -11,11 +11,11 @@ import torch
 from scan_cases import HERE, run_scan, scan_inputs
 
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
-from anymamba.kernels import native, nvrtc
 from anymamba.kernels.backends import BACKENDS
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.ops import dispatch
+from anymamba.runtimes import native, nvrtc
 
 OPS = sorted(BACKENDS)
 FUSED = ("add_norm", "linear_cross_entropy")

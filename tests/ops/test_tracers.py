@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import anymamba
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
-from anymamba.kernels import native
 from anymamba.ops import dispatch, observers
+from anymamba.runtimes import native
 
 
 def scan(u, delta, A, B, C, z, state):

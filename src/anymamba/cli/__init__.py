@@ -14,11 +14,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     signals = None
     if argv is None:
-        from anymamba.cli.signals import SignalHandler
+        from anymamba.console.signals import SignalHandler
 
         signals = SignalHandler()
         signals.install()
-        from anymamba.cli.openmp import set_waiting
+        from anymamba.console.openmp import set_waiting
 
         set_waiting()
     from anymamba.cli.app import main as run_command

@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from anymamba.cli.output import say
-from anymamba.cli.signals import SignalHandler, end_message
+from anymamba.console.output import say
+from anymamba.console.signals import SignalHandler, end_message
 
 VERBS = {
     "train": "train a language model on your files, fine-tune one, or resume a run",

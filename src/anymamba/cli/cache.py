@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from anymamba.base.errors import InUseError
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import print_facts, print_json, say
+from anymamba.console.flags import read_flags
+from anymamba.console.output import print_facts, print_json, say
 
 if TYPE_CHECKING:
     from anymamba.data.table.cache import CachedTable

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import tyro
 
 from anymamba.cli.app import MODULES, VERBS
-from anymamba.cli.flags import read_flags
-from anymamba.cli.help import Flag, flags_in, help_text
+from anymamba.console.flags import read_flags
+from anymamba.console.help import Flag, flags_in, help_text
 from anymamba.models.presets import PRESETS
 
 FULL_HELP = {"train": "--help-all"}

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import tyro
 
 from anymamba.base.sizes import require_at_least
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import progress_bar, say, told_warnings
+from anymamba.console.flags import read_flags
+from anymamba.console.output import progress_bar, say, told_warnings
 
 WITHOUT = "none"
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tyro
 
 from anymamba.base.files import own_folder
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import TrainingReport, print_json, progress_bar, say
-from anymamba.cli.runtime import told_how_to_resume
+from anymamba.console.flags import read_flags
+from anymamba.console.output import TrainingReport, print_json, progress_bar, say
+from anymamba.console.runtime import told_how_to_resume
 from anymamba.models.config import ModelConfig
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig
 from anymamba.training.report import Silent

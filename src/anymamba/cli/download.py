@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import print_facts, print_json
+from anymamba.console.flags import read_flags
+from anymamba.console.output import print_facts, print_json
 
 if TYPE_CHECKING:
     from anymamba.models.checkpoints import Checkpoint

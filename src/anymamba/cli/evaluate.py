@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from anymamba.base.sizes import require_at_least
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import print_facts, print_json, progress_bar, told_warnings
-from anymamba.cli.runtime import Runtime, load_model, open_model
+from anymamba.console.flags import read_flags
+from anymamba.console.output import print_facts, print_json, progress_bar, told_warnings
+from anymamba.console.runtime import Runtime, load_model, open_model
 
 if TYPE_CHECKING:
     from anymamba.evaluation.perplexity import EvaluationResult

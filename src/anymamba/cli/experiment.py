@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import print_json, progress_bar, say
+from anymamba.console.flags import read_flags
+from anymamba.console.output import print_json, progress_bar, say
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def command(arguments: Sequence[str]) -> None:
             print(f"{name:<20} {shows}")
         return
     experiment = load_experiment(options.name)
-    from anymamba.cli.runtime import set_threads
+    from anymamba.console.runtime import set_threads
     from anymamba.lab.results import results_as_json
     from anymamba.lab.running import run_experiment
     from anymamba.ops.devices import usable_device

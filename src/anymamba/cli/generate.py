@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import tyro
 
 from anymamba.base.sizes import require_at_least
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import print_json, say
-from anymamba.cli.profiling import StepProfile
-from anymamba.cli.prompts import Prompt, read_prompts
-from anymamba.cli.runtime import Runtime, load_model, open_model
-from anymamba.cli.sampling import FILTERS, SamplingFlags, checked_sampling
-from anymamba.cli.speed import Speed
+from anymamba.console.flags import read_flags
+from anymamba.console.output import print_json, say
+from anymamba.console.profiling import StepProfile
+from anymamba.console.prompts import Prompt, read_prompts
+from anymamba.console.runtime import Runtime, load_model, open_model
+from anymamba.console.sampling import FILTERS, SamplingFlags, checked_sampling
+from anymamba.console.speed import Speed
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,8 +12,8 @@ from typing import Any
 
 import tyro
 
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import print_facts, print_json
+from anymamba.console.flags import read_flags
+from anymamba.console.output import print_facts, print_json
 
 DEPENDENCIES = (
     *("torch", "numpy", "einops", "jaxtyping", "safetensors", "tokenizers", "tyro", "rich"),

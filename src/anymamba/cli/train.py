@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from anymamba.base.schema import config_from_dict
-from anymamba.cli.flags import HELP, read_flags, renamed_flags
-from anymamba.cli.help import flags_in, help_text
-from anymamba.cli.output import ShowProgress, TrainingReport, print_facts, print_json, progress_bar, told_warnings
-from anymamba.cli.profiling import ProfiledReport
-from anymamba.cli.runtime import told_how_to_resume
 from anymamba.cli.train_help import short_help
+from anymamba.console.flags import HELP, read_flags, renamed_flags
+from anymamba.console.help import flags_in, help_text
+from anymamba.console.output import ShowProgress, TrainingReport, print_facts, print_json, progress_bar, told_warnings
+from anymamba.console.profiling import ProfiledReport
+from anymamba.console.runtime import told_how_to_resume
 from anymamba.models.presets import preset
 from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig, config_values
 

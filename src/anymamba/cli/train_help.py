@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
-from anymamba.cli.help import Flag
+from anymamba.console.help import Flag
 
 FIRST = {
     "--data": "PATH ...",

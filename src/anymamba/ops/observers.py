@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from anymamba.kernels.native import PLAIN
+from anymamba.runtimes.native import PLAIN
 
 Way = Literal["kernel", "op", "function", "operations"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from anymamba.kernels.native import PLAIN
+from anymamba.runtimes.native import PLAIN
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -11,7 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from anymamba.kernels import nvrtc
+from anymamba.runtimes import nvrtc
 
 HERE = Path(__file__).parent
 

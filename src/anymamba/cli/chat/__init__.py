@@ -15,10 +15,10 @@ import tyro
 
 from anymamba.cli.app import FAILURES, MISUSED, one_line
 from anymamba.cli.chat.terminal import CtrlC, handled_ctrl_c, read_messages
-from anymamba.cli.flags import read_flags
-from anymamba.cli.output import printable, say
-from anymamba.cli.runtime import Runtime, load_model, open_model
-from anymamba.cli.sampling import SamplingFlags, checked_sampling
+from anymamba.console.flags import read_flags
+from anymamba.console.output import printable, say
+from anymamba.console.runtime import Runtime, load_model, open_model
+from anymamba.console.sampling import SamplingFlags, checked_sampling
 
 if TYPE_CHECKING:
     from anymamba.cli.chat.conversation import Conversation

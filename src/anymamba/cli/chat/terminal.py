@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from anymamba.cli.output import say
+from anymamba.console.output import say
 
 PROMPT, CONTINUED = "> ", ". "
 

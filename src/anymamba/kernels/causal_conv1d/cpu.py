@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anymamba.kernels import native
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
+from anymamba.runtimes import native
 
 NAME = "cpu"
 TRANSPARENT: frozenset[str] = frozenset()

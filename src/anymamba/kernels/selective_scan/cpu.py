@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anymamba.kernels import native
 from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.runtimes import native
 
 NAME = "cpu"
 TRANSPARENT: frozenset[str] = frozenset()

@@ -10,10 +10,10 @@ import struct
 import torch
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
 from anymamba.kernels.add_norm.arguments import NormArguments
 from anymamba.kernels.add_norm.cuda import call as calls
-from anymamba.kernels.launching import Call, aligned
+from anymamba.runtimes import nvrtc
+from anymamba.runtimes.launching import Call, aligned
 
 NAME = "cuda"
 TRANSPARENT: frozenset[str] = frozenset()

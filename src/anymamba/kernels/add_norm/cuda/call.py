@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from anymamba.kernels import launching, nvrtc
 from anymamba.kernels.add_norm.arguments import NormArguments
+from anymamba.runtimes import launching, nvrtc
 
 HERE = Path(__file__).parent
 
@@ -33,7 +33,7 @@ SLOTS = 4 * MOST_WARPS * 4
 ROWS_OF_PART = 64
 """Of the general kernels."""
 WAYS = 8
-"""Of `sum_parts`: see kernels/cuda/parts.cuh."""
+"""Of `sum_parts`: see runtimes/cuda/parts.cuh."""
 
 
 def is_fast(a: NormArguments) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.causal_conv1d.cuda import call as calls
-from anymamba.kernels.launching import Call, aligned
+from anymamba.runtimes import nvrtc
+from anymamba.runtimes.launching import Call, aligned
 
 NAME = "cuda"
 TRANSPARENT: frozenset[str] = frozenset()

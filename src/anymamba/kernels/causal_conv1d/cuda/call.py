@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from anymamba.kernels import launching, nvrtc
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
+from anymamba.runtimes import launching, nvrtc
 
 HERE = Path(__file__).parent
 

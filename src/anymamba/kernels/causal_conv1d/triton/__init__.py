@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.kernels import triton
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
+from anymamba.runtimes import triton
 
 NAME = "triton"
 TRANSPARENT: frozenset[str] = frozenset()

@@ -10,7 +10,7 @@ from its initial state. R is the dtype of sums.
 import triton
 import triton.language as tl
 
-from anymamba.kernels.triton.functions import sigmoid
+from anymamba.runtimes.triton.functions import sigmoid
 
 NUMBERS = (
     *("x_row", "x_token", "dy_row", "dy_token", "w_channel", "w_tap"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anymamba.kernels import launching, nvrtc
 from anymamba.kernels.linear_cross_entropy.arguments import LossArguments
+from anymamba.runtimes import launching, nvrtc
 
 NAME = "cuda"
 TRANSPARENT: frozenset[str] = frozenset()

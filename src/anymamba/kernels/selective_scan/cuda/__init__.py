@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.cuda import plan
 from anymamba.kernels.selective_scan.cuda.call import Call, real
+from anymamba.runtimes import nvrtc
 
 NAME = "cuda"
 TRANSPARENT: frozenset[str] = frozenset()

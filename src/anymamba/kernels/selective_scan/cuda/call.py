@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
+from anymamba.runtimes import nvrtc
 
 if TYPE_CHECKING:
     from anymamba.kernels.selective_scan.arguments import ScanArguments

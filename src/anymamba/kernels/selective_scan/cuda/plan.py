@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from anymamba.kernels import nvrtc
+from anymamba.runtimes import nvrtc
 
 if TYPE_CHECKING:
     from anymamba.kernels.selective_scan.arguments import ScanArguments

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anymamba.kernels import triton
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.triton import plan
 from anymamba.kernels.selective_scan.triton.call import Call
+from anymamba.runtimes import triton
 
 NAME = "triton"
 TRANSPARENT: frozenset[str] = frozenset()

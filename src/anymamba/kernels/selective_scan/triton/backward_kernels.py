@@ -33,7 +33,7 @@ from anymamba.kernels.selective_scan.triton.forward_kernels import (
     states_of,
     zeros,
 )
-from anymamba.kernels.triton.functions import (
+from anymamba.runtimes.triton.functions import (
     LN2,
     LOG2E,
     exp2,

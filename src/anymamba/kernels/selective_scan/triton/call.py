@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.kernels import triton
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.triton import plan
+from anymamba.runtimes import triton
 
 CARRY_LANES = 128
 STEP_ELEMENTS, STEP_STATES = 1024, 128

@@ -15,7 +15,7 @@ have channels last. `WHOLE` says that tokens fill their groups and channels thei
 import triton
 import triton.language as tl
 
-from anymamba.kernels.triton.functions import LN2, LOG2E, exp2, expm1_ratio, load, sigmoid, softplus, store
+from anymamba.runtimes.triton.functions import LN2, LOG2E, exp2, expm1_ratio, load, sigmoid, softplus, store
 
 NUMBERS = (
     *("u_row", "u_token", "delta_row", "delta_token", "z_row", "z_token", "dy_row", "dy_token"),

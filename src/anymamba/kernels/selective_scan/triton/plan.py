@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from anymamba.kernels import triton
 from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.runtimes import triton
 
 SAVED_EVERY = 64
 """Tokens between saved states, and of the shortest chunk."""

@@ -9,7 +9,7 @@ read and written in the order of its memory.
 import triton
 import triton.language as tl
 
-from anymamba.kernels.triton.functions import LN2, LOG2E, exp2, expm1_ratio, sigmoid, softplus
+from anymamba.runtimes.triton.functions import LN2, LOG2E, exp2, expm1_ratio, sigmoid, softplus
 
 NUMBERS = ("u_row", "delta_row", "z_row", "d_inner", "d_state", "per_group", "n_groups")
 

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from anymamba.cli.mistakes import in_one_line
-from anymamba.cli.synonyms import with_synonym
+from anymamba.console.mistakes import in_one_line
+from anymamba.console.synonyms import with_synonym
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry, StructTypeInfo

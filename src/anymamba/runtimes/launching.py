@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anymamba.kernels import nvrtc
+from anymamba.runtimes import nvrtc
 
 MISSING = 0
 """The address for a tensor that is not given."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from typing import NamedTuple
 
-from anymamba.cli.flags import variables
+from anymamba.console.flags import variables
 
 _TITLE = re.compile(r"╭─ (?:(?P<group>\S+) )?options ─+╮")
 _COLUMNS = "100"  # a wider help has several columns

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from anymamba.kernels import cubins
-from anymamba.kernels.cubins import cache_folder
+from anymamba.runtimes import cubins
+from anymamba.runtimes.cubins import cache_folder
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The numbers of cuda/device.cuh."""

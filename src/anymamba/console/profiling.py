@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anymamba.base.files import atomic_file
-from anymamba.cli.output import ShowProgress, TrainingReport, say
+from anymamba.console.output import ShowProgress, TrainingReport, say
 
 if TYPE_CHECKING:
     from torch.profiler import profile

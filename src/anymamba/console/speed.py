@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from anymamba.cli.profiling import StepProfile, phase
+from anymamba.console.profiling import StepProfile, phase
 
 if TYPE_CHECKING:
     from anymamba.generation.generate import Step, TokenStream

@@ -1,0 +1,1 @@
+"""What verbs of the command line share: flags, output, signals, errors, models by name."""
