@@ -172,7 +172,7 @@ def test_no_tokens_and_a_state(hash_model):
         ({"num_beams": 2, "n_best": 0}, "n_best must be"),
         ({"num_beams": 2, "max_new_tokens": -1}, "max_new_tokens must be"),
         ({"num_beams": 2, "length_penalty": math.inf}, "length_penalty must be a finite number, got inf"),
-        ({"num_beams": 2, "stop": ["x"]}, "stop strings need the tokenizer"),
+        ({"num_beams": 2, "stop": ["x"]}, "stop strings need a tokenizer"),
     ],
 )
 def test_misuse(hash_model, options, words):

@@ -306,7 +306,7 @@ def test_a_text_goes_on_from_a_saved_state(byte_model):
 def test_misuse(hash_model):
     with pytest.raises(ValueError, match="max_new_tokens must be at least 0, got -1"):
         generate(hash_model, [[1]], max_new_tokens=-1)
-    with pytest.raises(ValueError, match="stop strings need the tokenizer"):
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         generate(hash_model, [[1]], stop=["x"])
     with pytest.raises(ValueError, match="prompt 0 has the id 99"):
         generate(hash_model, [[99]])

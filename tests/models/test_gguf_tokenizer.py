@@ -212,7 +212,7 @@ def test_the_ends_of_texts_are_those_that_llama_cpp_reads(saved):
 
 
 def test_ids_beyond_the_model_are_refused(saved):
-    with pytest.raises(CheckpointError, match=r"it has the id 264, the model has 256 rows; give --tokenizer none"):
+    with pytest.raises(ValueError, match=r"has 265 ids and the model a vocabulary of 256; give the model's own"):
         saved(byte_level(), ModelConfig(d_model=8, n_layers=1, vocab_size=256))
 
 
