@@ -357,6 +357,7 @@ def test_a_driver_too_old_for_the_compiler_is_said(bindings):
 def test_a_compiled_kernel_is_a_cubin(folder):
     cubin = nvrtc.compile_for(VARIANT, 90)
     assert cubin.startswith(b"\x7fELF") and b"one" in cubin
+    assert [bytes([i])[0] for i in range(256)] == list(range(256)), "an empty log was written into a shared object"
 
 
 @needs_compiler

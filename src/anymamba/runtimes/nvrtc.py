@@ -285,16 +285,22 @@ def compile_anew(variant: Variant, architecture: int, *flags: str) -> tuple[byte
     try:
         options = [f.encode() for f in (f"--gpu-architecture=sm_{architecture}", *variant.flags(), *flags)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        log = b" " * _check_nvrtc(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
+        log = _buffer(_check_nvrtc(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
         _check_nvrtc(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
         said = log.decode(errors="replace").rstrip("\0 \n")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(f"NVRTC {version()} cannot compile {variant.source.name} for sm_{architecture}:\n{said}")
-        cubin = b" " * _check_nvrtc(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
+        size = _check_nvrtc(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
+        cubin = _buffer(size)
         _check_nvrtc(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return cubin, said
+    return cubin[:size], said
+
+
+def _buffer(size: int) -> bytes:
+    """Memory that NVRTC may write to: longer than one byte, since Python shares bytes objects of length 0 and 1."""
+    return bytes(size + 2)
 
 
 def _require(found: Any) -> Any:
