@@ -209,7 +209,7 @@ class _Followers:
 
 
 def _values_at(keys: NDArray[Any], wanted: NDArray[Any], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The value of each wanted key; 0 for keys that are not among the sorted `keys`."""
+    """The value of each wanted key; 0 for a key that is missing from the sorted `keys`."""
     if not len(keys):
         return np.zeros(len(wanted), np.int64)
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

@@ -85,7 +85,7 @@ def guess_accuracy(task: Copying) -> float:
 
 
 def histogram_accuracy(task: Copying) -> float:
-    """Expected accuracy of a model that knows the counts of the tokens but not their order, and answers the commonest.
+    """Expected accuracy of always answering with the most frequent token of the row.
 
     It is E[largest count] / M for M draws from n_symbols, computed exactly: of the n_symbols ^ M rows, M! [x^M] (sum of
     x^k / k! for k up to c) ^ n_symbols have no count above c.

@@ -97,5 +97,5 @@ def guess_accuracy(task: Recall) -> float:
 
 
 def bag_accuracy(task: Recall) -> float:
-    """Expected accuracy of a model that knows the row's values, but not which key each belongs to."""
+    """Expected accuracy of guessing among the row's values without using the keys."""
     return 1 / task.n_pairs
