@@ -21,12 +21,14 @@ BENCHMARKS = {
     "packing": "1,000 packed documents against one sequence",
     "decode_context": "Time of a token against the context",
     "startup": "Start-up",
+    "first_token": "The first token",
     "busy": "Beside another busy process",
     "experiment_times": "How long the experiments take",
 }
 ON_A_GPU = {
     "gpu": "The CUDA kernels of the scan",
     "gpu_memory_bound": "The CUDA kernels of the convolution, the norm and the loss",
+    "gpu_models": "Training steps of whole models on a GPU",
 }
 """Run only when they are named. They take `--original FOLDER`, a folder of the compiled modules to compare with."""
 TITLES = BENCHMARKS | ON_A_GPU

@@ -1,6 +1,6 @@
 """Training, reading and generating on a quiet machine and beside one process that keeps a core busy.
 
-Each part runs in a process of its own, with the waiting policy of `anymamba`'s command line and with OpenMP's own.
+Each part runs in a process of its own, with OpenMP's own waiting policy and with that of the command line.
 
     python -m benchmarks.busy [--spin 0 1000 ...]
 """
@@ -12,15 +12,18 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
+from anymamba.console import openmp
 from benchmarks.timing import machine, table
 
 SPIN = "GOMP_SPINCOUNT"
+OURS = "the command line's"
 BUSY = "x = 0\nwhile True: x += 1"
-SECONDS = 8
-"""Of each measurement."""
+WARM_UP, SECONDS = 2, 8
+"""Of each measurement. The warm-up is long enough for the command line to see the load."""
 
 
 def training() -> Callable[[], int]:
@@ -84,9 +87,11 @@ PARTS = {"training": training, "reading": reading, "generating": generating}
 
 
 def rate(part: str) -> float:
-    """Tokens per second of one part in this process: the median of its steps."""
+    """Tokens per second of one part in this process."""
     step = PARTS[part]()
-    step()
+    end = time.perf_counter() + WARM_UP
+    while time.perf_counter() < end:
+        step()
     times, end = [], time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times) < 3:
         start = time.perf_counter()
@@ -99,10 +104,10 @@ def measured(part: str, spin: str | None, *, busy: bool) -> float:
     """The rate of a part in a fresh process, beside a busy one or not."""
     environment = {k: v for k, v in os.environ.items() if k not in (SPIN, "OMP_WAIT_POLICY")}
     if spin is not None:
-        environment[SPIN] = spin
+        environment |= openmp.SETTINGS if spin == OURS else {SPIN: spin}
     other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
     try:
-        command = [sys.executable, "-m", "benchmarks.busy", "--part", part]
+        command = [sys.executable, "-m", "benchmarks.busy", "--part", part, *(["--watch"] if spin == OURS else [])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return float(done.stdout.split()[-1])
     finally:
@@ -120,8 +125,10 @@ def run(spins: list[str | None], repeats: int) -> str:
             quiet = max(measured(part, spin, busy=False) for _ in range(repeats))
             beside = max(measured(part, spin, busy=True) for _ in range(repeats))
             first = first or quiet
-            cells = [f"{quiet:,.1f}", f"{quiet / first:.3f}", f"{beside:,.1f}", f"{beside / first:.2f}"]
-            rows.append([part, "OpenMP's own" if spin is None else f"{SPIN}={spin}", *cells])
+            limits = (" (limit 0.97)", " (limit 0.5)") if spin == OURS else ("", "")
+            cells = [f"{quiet:,.1f}", f"{quiet / first:.3f}{limits[0]}", f"{beside:,.1f}"]
+            name = "OpenMP's own" if spin is None else spin if spin == OURS else f"{SPIN}={spin}"
+            rows.append([part, name, *cells, f"{beside / first:.2f}{limits[1]}"])
     header = ["part", "waiting", "tokens/s, quiet", "of the first", "beside a busy process", "of the first"]
     return table(header, rows) + "\n"
 
@@ -129,11 +136,14 @@ def run(spins: list[str | None], repeats: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--spin", nargs="*", default=["0", "1000", "10000"])
+    parser.add_argument("--watch", action="store_true", help="watch the load as the command line does")
+    parser.add_argument("--spin", nargs="*", default=[], help="also measure with these values of GOMP_SPINCOUNT")
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.part:
+        if arguments.watch:
+            threading.Thread(target=openmp.watch, daemon=True).start()
         print(rate(arguments.part))
     else:
         print(machine(), "\n")
-        print(run([None, *arguments.spin], arguments.repeats))
+        print(run([None, OURS, *arguments.spin], arguments.repeats))

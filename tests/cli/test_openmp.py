@@ -1,16 +1,23 @@
-"""The waiting policy of OpenMP that the command line sets."""
+"""How OpenMP waits under the command line, alone and beside busy processes."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 
-from anymamba.console.openmp import CHOICES, SETTINGS, set_waiting
+from anymamba.console import openmp
+from anymamba.console.openmp import CHOICES, SETTINGS, Ticks, cores_of_others, set_waiting
+
+needs_linux = pytest.mark.skipif(not openmp.STAT.exists(), reason="the load is read from /proc/stat")
 
 
 @pytest.fixture
 def environment(monkeypatch):
+    monkeypatch.setattr(openmp, "watch", lambda: None)
     for name in {*CHOICES, *SETTINGS}:
         monkeypatch.setenv(name, "")  # so that it is restored after the test
         monkeypatch.delenv(name)
@@ -27,3 +34,80 @@ def test_the_users_choice_stays(environment, name, value):
     environment.setenv(name, value)
     set_waiting()
     assert {n: os.environ[n] for n in {*CHOICES, *SETTINGS} if n in os.environ} == {name: value}
+
+
+@needs_linux
+def test_cores_of_others_leaves_out_our_own():
+    n = len(os.sched_getaffinity(0))
+    before = Ticks(busy=10.0, own=4.0, total=100.0)
+    after = Ticks(busy=11.5, own=4.75, total=100.0 + n)  # one second
+    assert cores_of_others(before, after) == pytest.approx(0.75)
+    assert cores_of_others(before, before) == 0
+
+
+@needs_linux
+def test_a_process_that_starts_to_work_is_seen():
+    def others() -> float:
+        before = openmp.ticks()
+        time.sleep(0.3)
+        return cores_of_others(before, openmp.ticks())
+
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert max(others() for _ in range(20)) > openmp.BUSY
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def watched(monkeypatch, loads: list[float]) -> list[str]:
+    """What `watch` does about these loads, one a period."""
+    done: list[str] = []
+
+    class Crowd:
+        @classmethod
+        def start(cls):
+            done.append("crowd")
+            return cls()
+
+        def stop(self):
+            done.append("alone")
+
+    left = iter(loads)
+    monkeypatch.setattr(openmp, "Crowd", Crowd)
+    monkeypatch.setattr(openmp, "ticks", lambda: Ticks(0, 0, 0))
+    monkeypatch.setattr(openmp, "cores_of_others", lambda before, after: next(left))
+    rounds = iter(loads)
+    with pytest.raises(StopIteration):
+        openmp.watch(sleep=lambda seconds: next(rounds))
+    return done
+
+
+@needs_linux
+def test_threads_sleep_at_once_only_while_others_are_busy(monkeypatch):
+    assert watched(monkeypatch, [0.0, 0.1, 0.3]) == []
+    assert watched(monkeypatch, [0.0, 0.9, 1.0, 0.3, 0.1, 0.0, 1.0]) == ["crowd", "alone", "crowd"]
+
+
+CROWD = """
+import os, time, torch
+from anymamba.console.openmp import Crowd
+a = torch.ones(512, 512)
+a @ a
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+crowd = Crowd.start()
+if crowd is None:
+    print("none")
+else:
+    time.sleep(0.2)
+    print(threads() > before)
+    crowd.stop()
+    print((a @ a)[0, 0].item() == 512)
+"""
+
+
+@needs_linux
+def test_a_crowd_comes_and_goes():
+    done = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, check=True)
+    assert done.stdout.split() in (["True", "True"], ["none"])
