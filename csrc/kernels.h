@@ -2,6 +2,7 @@
 #pragma once
 
 #include "args.h"
+#include "packed.h"
 
 #define ANYMAMBA_DECLARE_KERNELS(ISA)      \
     namespace anymamba::ISA {              \
@@ -9,10 +10,29 @@
     void scan_backward(const ScanArgs& a); \
     void conv_forward(const ConvArgs& a);  \
     void conv_backward(const ConvArgs& a); \
+    ANYMAMBA_DECLARE_PRODUCTS              \
+    ANYMAMBA_DECLARE_CONVERSIONS           \
     }
 
 ANYMAMBA_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
 ANYMAMBA_DECLARE_KERNELS(x86_64_v3)
 ANYMAMBA_DECLARE_KERNELS(x86_64_v4)
+#endif
+
+// Sets whose products are compiled twice (products_choice.cpp).
+#if defined(__x86_64__)
+namespace anymamba::x86_64_v4_plain {
+ANYMAMBA_DECLARE_PRODUCTS
+}
+namespace anymamba::x86_64_v4_dot {
+ANYMAMBA_DECLARE_PRODUCTS
+}
+#elif defined(__aarch64__)
+namespace anymamba::baseline_plain {
+ANYMAMBA_DECLARE_PRODUCTS
+}
+namespace anymamba::baseline_dot {
+ANYMAMBA_DECLARE_PRODUCTS
+}
 #endif

@@ -17,6 +17,8 @@
 
 namespace nb = nanobind;
 using anymamba::ConvArgs;
+using anymamba::Packed;
+using anymamba::PackedLinearArgs;
 using anymamba::Rows;
 using anymamba::ScanArgs;
 
@@ -29,10 +31,16 @@ struct Kernels {
     void (*scan_backward)(const ScanArgs&);
     void (*conv_forward)(const ConvArgs&);
     void (*conv_backward)(const ConvArgs&);
+    void (*packed_linear)(const PackedLinearArgs&);
+    void (*read_memory)(const void*, int64_t, int);
+    void (*pack_weights)(const Packed&, const float*, int);
+    void (*unpack_weights)(const Packed&, float*, int);
 };
 
-#define ANYMAMBA_KERNELS(ISA) \
-    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward, anymamba::ISA::conv_backward
+#define ANYMAMBA_KERNELS(ISA)                                                                    \
+    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward,      \
+        anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, anymamba::ISA::read_memory, \
+        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights
 
 // Best first.
 const Kernels KERNELS[] = {
@@ -148,6 +156,40 @@ void bind_conv(nb::module_& m) {
         "conv_backward", [](const ConvArgs& a) { chosen->conv_backward(a); }, nb::call_guard<nb::gil_scoped_release>());
 }
 
+void bind_products(nb::module_& m) {
+    nb::class_<Packed>(m, "Packed").def(
+        "__init__", [](Packed* packed, uintptr_t data, int format, int64_t n_out, int64_t n_in, int64_t row_bytes) {
+            new (packed) Packed{reinterpret_cast<const void*>(data), format, n_out, n_in, row_bytes};
+        });
+    m.def(
+        "packed_linear",
+        [](const Packed& weight, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t bias, uintptr_t y, int threads) {
+            const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
+            chosen->packed_linear({weight, floats(x), x_stride, rows, floats(bias), floats(y), threads});
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "pack_weights",
+        [](const Packed& to, uintptr_t from, int threads) {
+            chosen->pack_weights(to, reinterpret_cast<const float*>(from), threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "unpack_weights",
+        [](const Packed& from, uintptr_t to, int threads) {
+            chosen->unpack_weights(from, reinterpret_cast<float*>(to), threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "read_memory",
+        [](uintptr_t data, int64_t size, int threads) {
+            chosen->read_memory(reinterpret_cast<const void*>(data), size, threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>(), "Reads memory in a plain loop, to measure the bandwidth.");
+    m.def("has_dot_products", &anymamba::has_dot_products, "Whether this machine multiplies bytes in one instruction.");
+    m.def("use_dot_products", [](bool use) { anymamba::use_dot_products = use && anymamba::has_dot_products(); });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -165,4 +207,5 @@ NB_MODULE(_native, m) {
     });
     bind_scan(m);
     bind_conv(m);
+    bind_products(m);
 }

@@ -25,15 +25,15 @@ struct Packed {
     Format type() const { return static_cast<Format>(format); }
 };
 
-// Block formats multiply whole numbers: 32 activations as int8 with a scale, and the numbers that products add to make up
-// for the zero points of the weights. One cache line.
+// Block formats multiply whole numbers: 32 activations as int8 with a scale, and the numbers that products add to make
+// up for the zero points of the weights. One cache line.
 struct alignas(64) ActivationBlock {
     int8_t q[32];
-    float scale;           // x = scale q; NaN if an activation is infinite or NaN
-    float scaled_sum;      // scale times the sum of q
-    int32_t minus_8;       // -8 times the sum of q
-    int32_t minus_128;     // -128 times the sum of q
-    int32_t minus_32[2];   // -32 times the sum of the first and of the last 16
+    float scale;          // x = scale q; NaN if an activation is infinite or NaN
+    float scaled_sum;     // scale times the sum of q
+    int32_t minus_8;      // -8 times the sum of q
+    int32_t minus_128;    // -128 times the sum of q
+    int32_t minus_32[2];  // -32 times the sum of the first and of the last 16
     int32_t unused[2];
 };
 static_assert(sizeof(ActivationBlock) == 64);
@@ -56,23 +56,6 @@ inline int64_t activation_bytes(Format format, int64_t rows, int64_t n_in) {
     return rows * activation_row_bytes(format, n_in);
 }
 
-// Of each instruction set (kernels.h). None of them starts threads, except `packed_linear`, `pack_weights` and
-// `unpack_weights`, which Python calls.
-//
-// The sum of an output has one order, whatever the number of rows and the range of outputs: a row alone, in a batch and in
-// a prompt gives the same bits.
-#define ANYMAMBA_DECLARE_PRODUCTS                                                                                      \
-    /* Activations x[r * stride + i] in the form of a format. */                                                       \
-    void pack_activations(Format format, const float* x, int64_t stride, int64_t rows, int64_t n_in, void* out);       \
-    /* y[r * y_stride + o] for o in [begin, end), from packed activations of any number of rows. */                    \
-    void product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride, int64_t begin,    \
-                 int64_t end);                                                                                         \
-    /* Row `row` of the weights as n_in floats. */                                                                     \
-    void unpack_row(const Packed& w, int64_t row, float* out);                                                         \
-    void packed_linear(const PackedLinearArgs& a);                                                                     \
-    void pack_weights(const Packed& to, const float* from, int n_threads);                                             \
-    void unpack_weights(const Packed& from, float* to, int n_threads);
-
 // y (rows, n_out) = x W^T + bias, contiguous except for the rows of x.
 struct PackedLinearArgs {
     Packed weight;
@@ -80,8 +63,32 @@ struct PackedLinearArgs {
     int64_t x_stride = 0, rows = 0;
     const float* bias = nullptr;
     float* y = nullptr;
-    void* activations = nullptr;  // activation_bytes, aligned to 64
     int n_threads = 1;
 };
+
+// The functions of each instruction set (kernels.h). The sum of an output has one order, whatever the number of rows and
+// the range of outputs: a row gives the same bits alone, in a batch and in a prompt. `pack_activations` and `product` use
+// the calling thread only.
+#define ANYMAMBA_DECLARE_PRODUCTS                                                                                 \
+    /* Activations x[r * stride + i] in the form of a format, in activation_bytes aligned to 64. */               \
+    void pack_activations(Format format, const float* x, int64_t stride, int64_t rows, int64_t n_in, void* out);  \
+    /* y[r * y_stride + o] for o in [begin, end), from packed activations of any number of rows. */               \
+    void product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride,              \
+                 int64_t begin, int64_t end);                                                                     \
+    void packed_linear(const PackedLinearArgs& a);                                                                \
+    /* Reads memory as fast as it can be read: the limit of products with one row. */                             \
+    void read_memory(const void* data, int64_t size, int n_threads);
+
+#define ANYMAMBA_DECLARE_CONVERSIONS                                                                              \
+    /* A row of the weights as n_in floats. */                                                                    \
+    void unpack_row(const Packed& w, int64_t row, float* out);                                                    \
+    /* The whole matrix (n_out, n_in), contiguous, from a format and to one; there is none to Q5_K. */            \
+    void unpack_weights(const Packed& from, float* to, int n_threads);                                            \
+    void pack_weights(const Packed& to, const float* from, int n_threads);
+
+// Whether products use the instructions for products of bytes (VNNI, together with those for bfloat16; NEON's) where an
+// instruction set has them beside plain ones.
+bool has_dot_products();
+inline bool use_dot_products = has_dot_products();
 
 }  // namespace anymamba

@@ -12,6 +12,9 @@
 
 using anymamba::ConvArgs;
 using anymamba::DType;
+using anymamba::Format;
+using anymamba::Packed;
+using anymamba::PackedLinearArgs;
 using anymamba::Rows;
 using anymamba::ScanArgs;
 
@@ -100,6 +103,9 @@ struct Kernels {
     void (*scan_backward)(const ScanArgs&);
     void (*conv_forward)(const ConvArgs&);
     void (*conv_backward)(const ConvArgs&);
+    void (*packed_linear)(const PackedLinearArgs&);
+    void (*unpack_row)(const Packed&, int64_t, float*);
+    void (*pack_weights)(const Packed&, const float*, int);
 };
 
 const DType DTYPES[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
@@ -233,9 +239,47 @@ void conv(const Kernels& kernels) {
     kernels.conv_backward(a);
 }
 
+// A product in every format, against the sums of the unpacked weights and the activations in double.
+void products(const Kernels& kernels) {
+    const int number = pick(0, 7);
+    const auto format = static_cast<Format>(number);
+    const int64_t columns[] = {1, 1, 1, 32, 32, 256, 256, 256}, bytes[] = {4, 2, 2, 34, 18, 144, 176, 210};
+    const bool in_blocks = columns[number] > 1;
+    const int64_t n_in = columns[number] * pick(1, in_blocks ? 4 : 150), n_out = pick(1, 40), rows = pick(1, 20);
+    const Tensor x = filled(DType::float32, rows * n_in), bias = filled(DType::float32, n_out);
+    const Tensor matrix = filled(DType::float32, n_out * n_in);
+    const int64_t row_bytes = n_in / columns[number] * bytes[number];
+    std::vector<uint8_t> data(n_out * row_bytes);
+    const Packed w{data.data(), number, n_out, n_in, row_bytes};
+    if (format != Format::q5_k) {
+        kernels.pack_weights(w, reinterpret_cast<const float*>(matrix.bytes.data()), 3);
+    } else {
+        for (uint8_t& byte : data) byte = uint8_t(pick(0, 255));
+        for (int64_t i = 0; i < int64_t(data.size()); i += 176) data[i + 1] = data[i + 3] = 0x10;  // small scales
+    }
+    Tensor y(DType::float32, rows * n_out);
+    const auto floats = [](const Tensor& t) { return reinterpret_cast<const float*>(t.bytes.data()); };
+    kernels.packed_linear({w, floats(x), n_in, rows, floats(bias), static_cast<float*>(y.data()), 3});
+
+    std::vector<float> row(n_in);
+    for (int64_t o = 0; o < n_out; o++) {
+        kernels.unpack_row(w, o, row.data());
+        for (int64_t r = 0; r < rows; r++) {
+            double sum = bias.get(o), size = 0;
+            for (int64_t i = 0; i < n_in; i++) {
+                sum += double(row[i]) * x.get(r * n_in + i);
+                size += double(row[i]) * row[i];
+            }
+            const double rounding = in_blocks ? 0.02 : format == Format::bfloat16 ? 0.01 : 1e-5;  // of an activation
+            compare("product", kernels.name, y.get(r * n_out + o), sum, 5 * rounding * (0.1 + std::sqrt(size)));
+        }
+    }
+}
+
 #define KERNELS(ISA)                                                                               \
     {#ISA, anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward, \
-     anymamba::ISA::conv_backward}
+     anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, anymamba::ISA::unpack_row,        \
+     anymamba::ISA::pack_weights}
 
 }  // namespace
 
@@ -247,7 +291,10 @@ int main(int argc, char** argv) {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) all.push_back(KERNELS(x86_64_v4));
 #endif
     for (const Kernels& kernels : all)
-        for (int i = 0; i < rounds; i++) scan(kernels), conv(kernels);
+        for (int i = 0; i < rounds; i++) {
+            scan(kernels), conv(kernels), products(kernels);
+            anymamba::use_dot_products = i % 2 && anymamba::has_dot_products();
+        }
     std::printf("%zu instruction sets, %d rounds each, %d wrong values\n", all.size(), rounds, failures);
     return failures != 0;
 }

@@ -20,7 +20,9 @@ from anymamba.runtimes import native, nvrtc
 OPS = sorted(BACKENDS)
 FUSED = ("add_norm", "linear_cross_entropy")
 """Ops of one pass over memory on a GPU; on the CPU torch's own operations are as fast. They have no step."""
-WHOLE = [op for op in OPS if op not in FUSED]
+CONSTANT = ("packed_linear",)
+"""Ops whose kernels have no backward pass and no step."""
+WHOLE = [op for op in OPS if op not in FUSED + CONSTANT]
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +32,16 @@ def fresh_counters():
 
 @pytest.mark.parametrize("op", OPS)
 def test_absent_takes_the_first_that_serves(op):
-    assert dispatch.resolve(op, "cpu", None) == ("cpu" if native.load() and op in WHOLE else "portable")
-    assert dispatch.resolve(op, "meta", None) == "portable"
+    torch_operations = "reference" if op in CONSTANT else "portable"
+    assert dispatch.resolve(op, "cpu", None) == ("cpu" if native.load() and op not in FUSED else torch_operations)
+    assert dispatch.resolve(op, "meta", None) == torch_operations
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["portable", "reference"])
 def test_a_name_is_taken(op, name):
+    if op in CONSTANT and name == "portable":
+        name = "cpu" if native.load() else "reference"
     assert dispatch.resolve(op, "cpu", name) == name
 
 
@@ -125,7 +130,7 @@ PROTOCOL = ("unavailable", "refuses", "description", "forward", "backward", "ste
 def test_backends_of_an_op_have_the_same_signatures(op, name):
     have = [m for m in BACKENDS[op] if op in WHOLE or name not in ("backward", "step") or hasattr(m, name)]
     signatures = {m.NAME: inspect.signature(getattr(m, name), eval_str=True) for m in have}
-    assert len(have) >= 2 or op in FUSED
+    assert len(have) >= 2 or op in FUSED + CONSTANT
     if not have:
         return
     assert len(set(signatures.values())) == 1, signatures
@@ -149,7 +154,10 @@ def test_backends_never_import_each_other(op):
         modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
         ours = (
-            *(f"anymamba.kernels.{n}" for n in ("elementwise", "native", "nvrtc", "launching", f"{op}.arguments")),
+            *(
+                f"anymamba.kernels.{n}"
+                for n in ("elementwise", "native", "nvrtc", "launching", f"{op}.arguments", f"{op}.formats")
+            ),
             module.__name__,
         )
         ours = (*ours, module.__name__)

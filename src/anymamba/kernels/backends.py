@@ -21,6 +21,8 @@ from anymamba.kernels.causal_conv1d import triton as conv_triton
 from anymamba.kernels.linear_cross_entropy import cuda as loss_cuda
 from anymamba.kernels.linear_cross_entropy import portable as loss_portable
 from anymamba.kernels.linear_cross_entropy import reference as loss_reference
+from anymamba.kernels.packed_linear import cpu as packed_cpu
+from anymamba.kernels.packed_linear import reference as packed_reference
 from anymamba.kernels.selective_scan import cpu as scan_cpu
 from anymamba.kernels.selective_scan import cuda as scan_cuda
 from anymamba.kernels.selective_scan import portable as scan_portable
@@ -63,4 +65,5 @@ BACKENDS: dict[str, tuple[Any, ...]] = {
     "causal_conv1d": (conv_cpu, conv_cuda, conv_triton, conv_portable, conv_reference),
     "add_norm": (norm_cuda, norm_portable, norm_reference),
     "linear_cross_entropy": (loss_cuda, loss_portable, loss_reference),
+    "packed_linear": (packed_cpu, packed_reference),
 }

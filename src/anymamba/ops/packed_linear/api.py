@@ -23,9 +23,9 @@ def packed_linear(
     """Multiply by a packed weight: y = x W^T + bias.
 
     The compiled kernels read the weights as they lie in memory. They round x to bfloat16 for bfloat16 weights, and for
-    block formats to int8 with a scale for each 32 columns of a row; sums are float32. A row gives the same bits alone, in
-    any batch and for any number of threads. Gradients and tracers use torch operations on the unpacked weight, which do
-    not round x; the weight has no gradient.
+    block formats to int8 with a scale for each 32 columns of a row; sums are float32. A row gives the same bits alone,
+    in any batch and for any number of threads. Gradients and tracers use torch operations on the unpacked weight, which
+    do not round x; the weight has no gradient.
 
     Args:
         x: (..., n_in), floating point. Where it is infinite or NaN, block formats give NaN for the whole row.

@@ -1,0 +1,138 @@
+// Products of packed weights for one instruction set: activations in the form that a format needs, and which product.
+
+#include <algorithm>
+#include <new>
+
+#include "kernels.h"
+#include "products_blocks.h"
+#include "products_floats.h"
+#include "threads.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+namespace {
+
+// 32 activations as whole numbers from -127 to 127, rounded to nearest. Blocks below 2^-100 count as zeros.
+void pack_block(const float* x, ActivationBlock& block) {
+    int32_t bits[32], largest = 0;
+    std::memcpy(bits, x, sizeof bits);
+    for (int i = 0; i < 32; i++) largest = std::max(largest, bits[i] & INT32_MAX);
+    float size;
+    std::memcpy(&size, &largest, 4);
+    block = {};
+    if (largest >= 0x7f800000) block.scale = block.scaled_sum = std::nanf("");
+    if (largest >= 0x7f800000 || size < 7.8886090522101181e-31f) return;
+    const float inverse = 127 / size, magic = 12582912.0f;  // adding 1.5 2^23 rounds to a whole number
+    int32_t q[32], magic_bits;
+    std::memcpy(&magic_bits, &magic, 4);
+    for (int i = 0; i < 32; i++) {
+        const float rounded = x[i] * inverse + magic;
+        std::memcpy(&q[i], &rounded, 4);
+    }
+    int32_t first = 0, last = 0;
+    for (int i = 0; i < 32; i++) q[i] -= magic_bits, block.q[i] = int8_t(q[i]);
+    for (int i = 0; i < 16; i++) first += q[i], last += q[16 + i];
+    block.scale = size / 127;
+    block.scaled_sum = block.scale * float(first + last);
+    block.minus_8 = -8 * (first + last), block.minus_128 = -128 * (first + last);
+    block.minus_32[0] = -32 * first, block.minus_32[1] = -32 * last;
+}
+
+void pack_blocks(const float* x, int64_t n_in, ActivationBlock* to) {
+    int64_t i = 0;
+    for (; i + 32 <= n_in; i += 32) pack_block(x + i, *to++);
+    if (i == n_in) return;
+    float last[32] = {};
+    std::memcpy(last, x + i, (n_in - i) * sizeof(float));
+    pack_block(last, *to);
+}
+
+void pack_bfloat16(const float* x, int64_t n_in, uint16_t* to) {
+    for (int64_t i = 0; i < n_in; i += LANES<float>) {
+        const int count = int(std::min<int64_t>(LANES<float>, n_in - i));
+        write_floats(to, DType::bfloat16, i, count, read_floats(x, DType::float32, i, count));
+    }
+}
+
+// Uninitialised memory aligned to a cache line.
+class AlignedBytes {
+  public:
+    explicit AlignedBytes(int64_t size) : bytes_(static_cast<char*>(::operator new(size, LINE))) {}
+    ~AlignedBytes() { ::operator delete(bytes_, LINE); }
+    AlignedBytes(const AlignedBytes&) = delete;
+    AlignedBytes& operator=(const AlignedBytes&) = delete;
+    char* get() const { return bytes_; }
+
+  private:
+    static constexpr std::align_val_t LINE{64};
+    char* bytes_;
+};
+
+}  // namespace
+
+void pack_activations(Format format, const float* x, int64_t stride, int64_t rows, int64_t n_in, void* out) {
+    const int64_t row_bytes = activation_row_bytes(format, n_in);
+    const ActivationForm form = activation_form(format);
+    for (int64_t r = 0; r < rows; r++) {
+        char* to = static_cast<char*>(out) + r * row_bytes;
+        if (form == ActivationForm::blocks) {
+            pack_blocks(x + r * stride, n_in, reinterpret_cast<ActivationBlock*>(to));
+            continue;
+        }
+        const int64_t used = n_in * (form == ActivationForm::float32 ? 4 : 2);
+        std::memset(to + used, 0, row_bytes - used);
+        if (form == ActivationForm::float32)
+            std::memcpy(to, x + r * stride, used);
+        else
+            pack_bfloat16(x + r * stride, n_in, reinterpret_cast<uint16_t*>(to));
+    }
+}
+
+void product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride, int64_t begin,
+             int64_t end) {
+    switch (w.type()) {
+        case Format::float32: return float_product<Float32>(w, activations, rows, y, y_stride, begin, end);
+        case Format::bfloat16: return float_product<BFloat16>(w, activations, rows, y, y_stride, begin, end);
+        case Format::float16: return float_product<Float16>(w, activations, rows, y, y_stride, begin, end);
+        case Format::q8_0: return block_product<Format::q8_0>(w, activations, rows, y, y_stride, begin, end);
+        case Format::q4_0: return block_product<Format::q4_0>(w, activations, rows, y, y_stride, begin, end);
+        case Format::q4_k: return block_product<Format::q4_k>(w, activations, rows, y, y_stride, begin, end);
+        case Format::q5_k: return block_product<Format::q5_k>(w, activations, rows, y, y_stride, begin, end);
+        case Format::q6_k: return block_product<Format::q6_k>(w, activations, rows, y, y_stride, begin, end);
+    }
+}
+
+void packed_linear(const PackedLinearArgs& a) {
+    const Packed& w = a.weight;
+    constexpr int64_t SOME_ROWS = 16, MOST_BYTES = 1 << 17;
+    const int64_t row_bytes = activation_row_bytes(w.type(), w.n_in);
+    const AlignedBytes activations(a.rows * row_bytes);
+    parallel_for((a.rows + SOME_ROWS - 1) / SOME_ROWS, a.n_threads, [&](int64_t i) {
+        const int64_t begin = i * SOME_ROWS, n = std::min(SOME_ROWS, a.rows - begin);
+        char* to = activations.get() + begin * row_bytes;
+        pack_activations(w.type(), a.x + begin * a.x_stride, a.x_stride, n, w.n_in, to);
+    });
+    int64_t span = std::min(w.n_out / (4 * a.n_threads), MOST_BYTES / w.row_bytes);
+    span = std::max<int64_t>(16, (span + 15) / 16 * 16);
+    parallel_for((w.n_out + span - 1) / span, a.n_threads, [&](int64_t i) {
+        const int64_t begin = i * span, end = std::min(w.n_out, begin + span);
+        product(w, activations.get(), a.rows, a.y, w.n_out, begin, end);
+        if (a.bias)
+            for (int64_t r = 0; r < a.rows; r++)
+                for (int64_t o = begin; o < end; o++) a.y[r * w.n_out + o] += a.bias[o];
+    });
+}
+
+void read_memory(const void* data, int64_t size, int n_threads) {
+    constexpr int64_t SPAN = 1 << 18, VECTORS = 8;
+    const auto* bytes = static_cast<const char*>(data);
+    parallel_for(size / SPAN, n_threads, [&](int64_t i) {
+        vint sums[VECTORS] = {};
+        for (const char* p = bytes + i * SPAN; p < bytes + (i + 1) * SPAN; p += VECTORS * sizeof(vint))
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) sums[v] |= load_some<vint>(p + v * sizeof(vint), sizeof(vint));
+        for (int v = 1; v < VECTORS; v++) sums[0] |= sums[v];
+        asm volatile("" : : "m"(sums[0]));  // the sums are used, so the compiler keeps the loads
+    });
+}
+
+}  // namespace anymamba::ANYMAMBA_ISA

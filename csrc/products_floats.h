@@ -1,0 +1,159 @@
+// Products of weights in float32, bfloat16 and float16.
+//
+// A sum runs along the columns, one vector at a time, and its lanes are added at the end. Tiles of several outputs and
+// several rows read each vector once for all of them; the order of a sum does not depend on the tile.
+#pragma once
+
+#include "packed.h"
+#include "simd.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+
+// Weights and activations in the registers of one step: how they are loaded, and multiplied and added.
+struct Float32 {
+    using Weight = float;
+    using Activation = float;
+    using Loaded = vfloat;
+    static constexpr int COLUMNS = LANES<float>;
+    ANYMAMBA_INLINE static Loaded weights(const Weight* p) { return load<float>(p); }
+    ANYMAMBA_INLINE static Loaded weights(const Weight* p, int count) { return load_some<vfloat>(p, count); }
+    ANYMAMBA_INLINE static Loaded activations(const Activation* p) { return load<float>(p); }
+    ANYMAMBA_INLINE static vfloat multiply_add(vfloat sum, Loaded w, Loaded x) { return w * x + sum; }
+};
+
+struct Float16 : Float32 {
+    using Weight = uint16_t;
+    ANYMAMBA_INLINE static Loaded weights(const Weight* p) { return from_float16(load_some<vhalf>(p, COLUMNS)); }
+    ANYMAMBA_INLINE static Loaded weights(const Weight* p, int count) {
+        return from_float16(load_some<vhalf>(p, count));
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+    using Weight = uint16_t;
+    using Activation = uint16_t;
+    using Loaded = vint;
+    static constexpr int COLUMNS = 2 * LANES<float>;
+    ANYMAMBA_INLINE static Loaded weights(const Weight* p) { return load_some<vint>(p, COLUMNS); }
+    ANYMAMBA_INLINE static Loaded weights(const Weight* p, int count) { return load_some<vint>(p, count); }
+    ANYMAMBA_INLINE static Loaded activations(const Activation* p) { return weights(p); }
+    ANYMAMBA_INLINE static vfloat multiply_add(vfloat sum, Loaded w, Loaded x) {
+        return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+    }
+};
+#else
+struct BFloat16 {  // even and odd columns apart: each is a float32 after one operation
+    using Weight = uint16_t;
+    using Activation = uint16_t;
+    struct Loaded {
+        vfloat even, odd;
+    };
+    static constexpr int COLUMNS = 2 * LANES<float>;
+    ANYMAMBA_INLINE static Loaded split(vint pairs) { return {(vfloat)(pairs << 16), (vfloat)(pairs & -65536)}; }
+    ANYMAMBA_INLINE static Loaded weights(const Weight* p) { return split(load_some<vint>(p, COLUMNS)); }
+    ANYMAMBA_INLINE static Loaded weights(const Weight* p, int count) { return split(load_some<vint>(p, count)); }
+    ANYMAMBA_INLINE static Loaded activations(const Activation* p) { return weights(p); }
+    ANYMAMBA_INLINE static vfloat multiply_add(vfloat sum, Loaded w, Loaded x) {
+        return w.odd * x.odd + (w.even * x.even + sum);
+    }
+};
+#endif
+
+// The sum of the lanes, by halving.
+ANYMAMBA_INLINE float sum_lanes(vfloat v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float lanes[LANES<float>];
+    store(lanes, v);
+    return sum_of_lanes<float, LANES<float>>(lanes);
+#endif
+}
+
+// A range of weights and packed activations.
+template <typename F>
+struct FloatProduct {
+    const typename F::Weight* w;
+    int64_t w_stride;
+    const typename F::Activation* x;
+    int64_t x_stride, n_in;
+    float* y;
+    int64_t y_stride;
+
+    // y of rows [r, r + R) and outputs [o, o + O). The weights `ahead` bytes further are prefetched.
+    template <int O, int R>
+    ANYMAMBA_INLINE void tile(int64_t o, int64_t r, int64_t ahead) const {
+        const typename F::Weight* from = w + o * w_stride;
+        const typename F::Activation* rows = x + r * x_stride;
+        vfloat sums[O][R] = {};
+        int64_t i = 0;
+        for (; i + F::COLUMNS <= n_in; i += F::COLUMNS) {
+            typename F::Loaded weights[O];
+#pragma GCC unroll 8
+            for (int a = 0; a < O; a++) {
+                const auto* p = from + a * w_stride + i;
+                weights[a] = F::weights(p);
+                if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 0, 3);
+            }
+#pragma GCC unroll 8
+            for (int b = 0; b < R; b++) {
+                const auto activations = F::activations(rows + b * x_stride + i);
+#pragma GCC unroll 8
+                for (int a = 0; a < O; a++) sums[a][b] = F::multiply_add(sums[a][b], weights[a], activations);
+            }
+        }
+        if (i < n_in)
+            for (int a = 0; a < O; a++) {
+                const auto last = F::weights(from + a * w_stride + i, int(n_in - i));
+                for (int b = 0; b < R; b++)
+                    sums[a][b] = F::multiply_add(sums[a][b], last, F::activations(rows + b * x_stride + i));
+            }
+        for (int b = 0; b < R; b++)
+            for (int a = 0; a < O; a++) y[(r + b) * y_stride + o + a] = sum_lanes(sums[a][b]);
+    }
+
+    // Outputs [o, o + O) of rows [r, end).
+    template <int O>
+    void rows(int64_t o, int64_t r, int64_t end, int64_t ahead) const {
+        for (; r + MOST_ROWS <= end; r += MOST_ROWS, ahead = 0) tile<O, MOST_ROWS>(o, r, ahead);
+        switch (end - r) {
+            case 5: tile<O, 3>(o, r, ahead), r += 3; [[fallthrough]];
+            case 2: return tile<O, 2>(o, r, 0);
+            case 4: tile<O, 3>(o, r, ahead), r += 3; [[fallthrough]];
+            case 1: return tile<O, 1>(o, r, ahead);
+            case 3: return tile<O, 3>(o, r, ahead);
+        }
+    }
+
+    static constexpr int OUTPUTS = 4, MOST_ROWS = ANYMAMBA_VECTOR_BYTES == 64 ? 6 : 3;
+
+    void outputs(int64_t o, int64_t end, int64_t first_row, int64_t last_row) const {
+        for (; o + OUTPUTS <= end; o += OUTPUTS) {
+            const int64_t ahead = o + 2 * OUTPUTS <= end ? OUTPUTS * w_stride * int64_t(sizeof *w) : 0;
+            rows<OUTPUTS>(o, first_row, last_row, ahead);
+        }
+        for (; o < end; o++) rows<1>(o, first_row, last_row, 0);
+    }
+};
+
+// Rows of activations stay in the first-level cache while all outputs are computed, weights in the second-level cache
+// while all rows are.
+template <typename F>
+void float_product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride, int64_t begin,
+                   int64_t end) {
+    using Weight = typename F::Weight;
+    using Activation = typename F::Activation;
+    const int64_t x_stride = activation_row_bytes(w.type(), w.n_in) / int64_t(sizeof(Activation));
+    const FloatProduct<F> p{static_cast<const Weight*>(w.data), w.row_bytes / int64_t(sizeof(Weight)),
+                            static_cast<const Activation*>(activations), x_stride, w.n_in, y, y_stride};
+    constexpr int64_t L2 = 1 << 18, L1 = 3 << 13, M = FloatProduct<F>::MOST_ROWS, O = FloatProduct<F>::OUTPUTS;
+    if (rows <= 2 * M) return p.outputs(begin, end, 0, rows);
+    const int64_t some_rows = std::max<int64_t>(1, L1 / (x_stride * int64_t(sizeof(Activation)) * M)) * M;
+    const int64_t some_outputs = std::max<int64_t>(1, L2 / (w.row_bytes * O)) * O;
+    for (int64_t o = begin; o < end; o += some_outputs)
+        for (int64_t r = 0; r < rows; r += some_rows)
+            p.outputs(o, std::min(end, o + some_outputs), r, std::min(rows, r + some_rows));
+}
+
+}  // namespace anymamba::ANYMAMBA_ISA
