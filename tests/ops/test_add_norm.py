@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from scan_cases import HERE, rms
 from torch import Tensor
 
+from anymamba.kernels.add_norm import reference
+from anymamba.kernels.add_norm.arguments import NormArguments
 from anymamba.kernels.backends import BACKENDS
 from anymamba.ops.add_norm import add_norm
 
@@ -114,6 +116,75 @@ def test_derivatives_of_both_orders_and_forwards(name, subtract_mean):
 
 
 @EVERY
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_dtype_of_its_own_is_one_rounding(name, subtract_mean, dtype):
+    tensors = inputs(3, 24, dtype=torch.float32)
+    found, wide = (add_norm(**tensors, subtract_mean=subtract_mean, dtype=d, backend=name) for d in (dtype, None))
+    assert found.y.dtype == dtype and torch.equal(found.y, wide.y.to(dtype))
+    assert torch.equal(found.total, wide.total)
+    got, want = (run(tensors, subtract_mean=subtract_mean, dtype=dtype, backend=b) for b in (name, "reference"))
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-4)
+    assert add_norm(**tensors, dtype=torch.float64, backend=name).y.dtype == torch.float64
+
+
+class Opaque:
+    """A backend that torch cannot look into, as compiled kernels are: derivatives come from its `backward`."""
+
+    NAME, TRANSPARENT = "opaque", frozenset[str]()
+
+    @staticmethod
+    def unavailable(device_type: str) -> None:
+        return None
+
+    @staticmethod
+    def refuses(arguments: NormArguments) -> None:
+        return None
+
+    @staticmethod
+    @torch.no_grad()
+    def forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, None]:
+        y, total, _ = reference.forward(a, save)
+        return y, total.clone() if a.residual is not None else total.new_empty(0), None
+
+    @staticmethod
+    @torch.enable_grad()
+    def backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
+        leaves = [None if t is None else t.detach().requires_grad_() for t in a.tensors]
+        y, total, _ = reference.forward(NormArguments(*leaves, *a.options), False)
+        outputs, cotangents = ((y, total), (dy, dtotal)) if a.residual is not None else ((y,), (dy,))
+        found = iter(torch.autograd.grad(outputs, [t for t in leaves if t is not None], cotangents))
+        return [None if t is None else next(found) for t in leaves]
+
+
+@pytest.fixture
+def opaque(monkeypatch) -> str:
+    monkeypatch.setitem(BACKENDS, "add_norm", (*BACKENDS["add_norm"], Opaque))
+    return Opaque.NAME
+
+
+@BOTH
+@pytest.mark.parametrize("absent", ABSENT.values(), ids=ABSENT)
+def test_kernels_keep_the_sum_and_have_every_derivative(opaque, subtract_mean, absent):
+    tensors = inputs(2, 5, **absent)
+    names = [k for k, t in tensors.items() if t is not None]
+    leaves = [tensors[k].requires_grad_() for k in names]
+
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
+        found = add_norm(**dict(zip(names, values, strict=True)), subtract_mean=subtract_mean, backend=opaque)
+        return (found.y, found.total) if "residual" in names else (found.y,)
+
+    torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        _, *total = call(*leaves)
+    if total:
+        assert total[0].data_ptr() in saved and not {t.data_ptr() for t in leaves[:2]} & set(saved)
+
+
+@EVERY
 def test_vmap_is_a_loop(name):
     tensors = inputs(3, 2, 8, dtype=torch.float32)
     weight = tensors["weight"]
@@ -148,6 +219,11 @@ def test_empty_and_small_shapes(name, shape):
         ({"weight": torch.zeros(3)}, ValueError, r"weight must be \(size,\) = \(4\), got \(3,\)"),
         ({"bias": torch.zeros(4, dtype=torch.int32)}, TypeError, "bias must be floating point, got torch.int32"),
         ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
+        (
+            {"dtype": torch.int32},
+            TypeError,
+            "dtype must be a floating-point dtype of at least 16 bits, got torch.int32",
+        ),
         (
             {"backend": "cpu"},
             ValueError,

@@ -66,6 +66,7 @@ class Attention(SequenceLayer):
     """
 
     state_type = AttentionState
+    projects_input = True
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from anymamba.parts.conv import ShortConvolution
 from anymamba.parts.norm import build_norm
 from anymamba.parts.options import MambaOptions
 from anymamba.parts.padding import Rows
+from anymamba.parts.recipes import recomputing
 from anymamba.parts.sequence import SequenceLayer
 from anymamba.parts.state import MambaState
 
@@ -36,6 +37,7 @@ class GatedBlock(SequenceLayer):
     """
 
     state_type = MambaState
+    projects_input = True
 
     def _build_projections(
         self, d_model: int, d_conv: int, expand: float, conv_bias: bool, bias: bool, like: dict[str, Any]
@@ -82,8 +84,9 @@ class GatedBlock(SequenceLayer):
         if rows is not None:
             u = rows.zero_padding(u)
         before = None if state is None else state.conv
-        conv = self.conv(u, before, cu_seqlens)
-        y, after = self._map(conv.y, z, None if state is None else state.ssm, rows, cu_seqlens)
+        with recomputing(u):
+            conv = self.conv(u, before, cu_seqlens)
+            y, after = self._map(conv.y, z, None if state is None else state.ssm, rows, cu_seqlens)
         inputs = conv.last_state if rows is None else rows.last(u, before, self.d_conv - 1)
         return self._output(y), MambaState(inputs, after)
 

@@ -46,6 +46,7 @@ class MLP(SequenceLayer):
     """
 
     state_type = NoState
+    projects_input = True
 
     def __init__(
         self,

@@ -11,16 +11,19 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
 from anymamba.ops.selective_scan import B_DISCRETIZATIONS, ScanOutput, selective_scan, selective_scan_step
 from anymamba.parts import init
+from anymamba.parts.bare import is_bare
 from anymamba.parts.norm import RMSNorm
 from anymamba.parts.options import MambaOptions
 from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import WideParameters, complex_dtype
+from anymamba.parts.recipes import again, is_recomputing, recomputing
 from anymamba.parts.sequence import SequenceLayer
 
 
@@ -183,12 +186,10 @@ class SelectiveSSM(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> ScanOutput:
         """The scan over a sequence, gated by z if it is given. Padding leaves the state unchanged."""
-        delta, B, C = self._selection(u)
-        if rows is not None:  # softplus(-inf) = 0 freezes the state
-            delta = delta.masked_fill(~rows.mask[..., None], -math.inf)
+        dt, B, C = self._selection(u)
         return selective_scan(
             u,
-            delta,
+            self._delta(u, dt, None if rows is None else rows.mask),
             self.ssm.A(),
             B,
             C,
@@ -205,11 +206,11 @@ class SelectiveSSM(nn.Module):
         self, u: Float[Tensor, "batch width"], z: Float[Tensor, "batch width"] | None, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`_scan` of one token: y and the new state."""
-        delta, B, C = self._selection(u)
+        dt, B, C = self._selection(u)
         return selective_scan_step(
             state,
             u,
-            delta,
+            self._delta(u, dt),
             self.ssm.derived("A", self.ssm.A),
             B[:, None] if self.selective_B else B,
             C[:, None] if self.selective_C else C,
@@ -221,15 +222,24 @@ class SelectiveSSM(nn.Module):
         )
 
     def _selection(self, u: Float[Tensor, "... width"]) -> tuple[Tensor, Tensor, Tensor]:
-        """delta before its bias and softplus, B and C. Selective ones come from the input, others are parameters."""
+        """dt, of which `_delta` is a map, B and C. Selective ones come from the input, others are parameters."""
         projected = u.new_empty(*u.shape[:-1], 0) if self.x_proj is None else self.x_proj(u)
         dt, B, C = projected.split(self.x_proj_rows, dim=-1)
         if self.dt_norm is not None:
             dt = self.dt_norm(dt)
-        delta = torch.zeros_like(u) if self.dt_proj is None else self.dt_proj(dt)
         B = self._matrix(B, self.B_norm) if self.selective_B else self.ssm.constant("B")
         C = self._matrix(C, self.C_norm) if self.selective_C else self.ssm.constant("C")
-        return delta, B, C
+        return dt, B, C
+
+    def _delta(
+        self, u: Float[Tensor, "... width"], dt: Tensor, mask: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "... width"]:
+        """delta before its bias and softplus, which makes it 0 where the mask is false."""
+        projection = self.dt_proj
+        delta = _masked(torch.zeros_like(u) if projection is None else projection(dt), mask)
+        if projection is not None and is_recomputing() and is_bare(projection, nn.Linear):
+            again(delta, lambda dt, W, mask: _masked(F.linear(dt, W), mask), dt, projection.weight, mask)
+        return delta
 
     def _matrix(self, M: Tensor, norm: RMSNorm | None) -> Tensor:
         """Selective B or C (..., d_state) from its projection; for a complex one that is real and imaginary halves."""
@@ -239,6 +249,11 @@ class SelectiveSSM(nn.Module):
             return M
         real, imaginary = M.to(torch.promote_types(M.dtype, torch.float32)).chunk(2, dim=-1)
         return torch.complex(real, imaginary)
+
+
+def _masked(delta: Tensor, mask: Tensor | None) -> Tensor:
+    """delta with -inf where the mask is false: softplus(-inf) = 0 leaves the state unchanged."""
+    return delta if mask is None else delta.masked_fill(~mask[..., None], -math.inf)
 
 
 class S6State(NamedTuple):
@@ -309,11 +324,13 @@ class S6(SelectiveSSM, SequenceLayer):
 
     def run(self, x: Tensor, state: S6State | None, rows: Rows | None) -> tuple[Tensor, S6State]:
         u = x if rows is None else rows.zero_padding(x)
-        scan = self._scan(u, None, None if state is None else state.ssm, rows, None)
+        with recomputing(u):
+            scan = self._scan(u, None, None if state is None else state.ssm, rows, None)
         return scan.y, S6State(scan.last_state)
 
     def run_packed(self, x: Tensor, state: S6State | None, cu_seqlens: Tensor) -> tuple[Tensor, S6State]:
-        scan = self._scan(x, None, None if state is None else state.ssm, None, cu_seqlens)
+        with recomputing(x):
+            scan = self._scan(x, None, None if state is None else state.ssm, None, cu_seqlens)
         return scan.y, S6State(scan.last_state)
 
     def run_step(self, x: Float[Tensor, "batch width"], state: S6State) -> tuple[Float[Tensor, "batch width"], S6State]:

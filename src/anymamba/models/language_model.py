@@ -22,6 +22,7 @@ from anymamba.parts.bare import is_bare
 from anymamba.parts.init import WithoutMetaValues
 from anymamba.parts.norm import build_norm, norm_of_sum
 from anymamba.parts.parameters import WideParameters, without_decay
+from anymamba.parts.recipes import recomputing
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
@@ -80,8 +81,10 @@ class Block(nn.Module):
             update: that; None for nothing.
             Others as in the mixer.
         """
-        x, residual = norm_of_sum(self.norm, update, residual)
-        y, state = self.mixer(x, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        projected = getattr(self.mixer, "projects_input", False)
+        with recomputing(residual):
+            x, residual = norm_of_sum(self.norm, update, residual, projected)
+            y, state = self.mixer(x, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         return residual, y, state
 
     def step(
@@ -199,6 +202,17 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
         """`hidden` for vectors in place of the tokens' embeddings."""
+        return self._normed(embedded, state, attention_mask, cu_seqlens, projected=False)
+
+    def _normed(
+        self,
+        embedded: Float[Tensor, "batch length d_model"],
+        state: LanguageModelState | None,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        projected: bool,
+    ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
+        """`hidden_of_embedded`, and `projected` as in `norm_of_sum`."""
         where: Any = ()
         if self.positions is not None:
             before = None if state is None else state.positions
@@ -211,7 +225,7 @@ class LanguageModel(nn.Module):
             inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens, update)
             residual, update, new = recomputed(block, *inputs) if self.activation_checkpointing else block(*inputs)
             states.append(new)
-        x, _ = norm_of_sum(self.norm, update, residual)
+        x, _ = norm_of_sum(self.norm, update, residual, projected)
         return x, LanguageModelState(tuple(states), where)
 
     def forward(
@@ -278,7 +292,8 @@ class LanguageModel(nn.Module):
         """
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels must be like input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
-        x, state = self.hidden(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        _require_ids(input_ids, 2, "(batch, length)")
+        x, state = self._normed(self.embedding(input_ids), state, attention_mask, cu_seqlens, projected=True)
         x, labels = x.flatten(0, 1), labels.flatten().long()
         head = self.embedding if self.head is None else self.head
         if self.head is None or (is_bare(head, nn.Linear) and self.head.bias is None):

@@ -20,7 +20,7 @@ from anymamba.ops import devices, observers
 calls: Counter[tuple[str, str, str]] = Counter()
 """How often each (op, backend, pass) ran; pass is "forward", "backward" or "step"."""
 
-_insisted: list[str] = []
+_insisted: list[str | None] = []
 
 
 @contextmanager
@@ -38,11 +38,23 @@ def backend(name: str) -> Iterator[None]:
     known = dict.fromkeys(module.NAME for modules in BACKENDS.values() for module in modules)
     if name not in known:
         raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(known)}")
+    with insist(name):
+        yield
+
+
+@contextmanager
+def insist(name: str | None) -> Iterator[None]:
+    """`backend` without its check. None cancels outer contexts."""
     _insisted.append(name)
     try:
         yield
     finally:
         _insisted.pop()
+
+
+def insisted() -> str | None:
+    """The backend that the innermost context asks for."""
+    return _insisted[-1] if _insisted else None
 
 
 def resolve(op: str, device_type: str, backend: str | None, arguments: Any = None) -> str:
@@ -136,6 +148,14 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
         return nullcontext()
     needed = torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if needed else nullcontext()
+
+
+def autocast_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype | None:
+    """The dtype to which autocast converts operands of these dtypes in a product, or None: it is off, or one of them is
+    float64, which it leaves as it is."""
+    if not _can_autocast(device_type) or not torch.is_autocast_enabled(device_type) or torch.float64 in dtypes:
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def count(op: str, backend: str, what: str) -> None:

@@ -36,6 +36,9 @@ class Op(NamedTuple):
     """The same through the op registered with torch."""
     operations: Callable[[Any], tuple[Tensor, Tensor]]
     """y and the last state, computed by differentiable torch operations."""
+    kept: Callable[[Tensors, Tensor, Tensor], Tensors] | None = None
+    """Tensors with which the record has the same gradients, of less memory: (tensors, y, last_state). None keeps the
+    record's own tensors for the backward pass."""
 
 
 def run(op: Op, arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,8 @@ class _Forward(Function):
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
         ctx.shapes, ctx.dtypes = [t.shape for t in output[:2]], [t.dtype for t in output[:2]]
-        ctx.save_for_backward(*tensors, output[2])
+        kept = tensors if ctx.op.kept is None else ctx.op.kept(tensors, *output[:2])
+        ctx.save_for_backward(*kept, output[2])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

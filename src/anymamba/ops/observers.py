@@ -33,6 +33,9 @@ _function_modes: Ask = _private(torch._C, "_is_torch_function_mode_enabled")
 _profiler: Ask = _private(torch.autograd, "_profiler_enabled")
 _is_functional: Ask = _private(torch, "_is_functional_tensor")
 _is_zero: Ask = _private(Tensor, "_is_zerotensor")
+_autograd = _private(torch._C, "_autograd")
+_top_hooks: Ask = _private(_autograd, "_top_saved_tensors_default_hooks")
+_hooks_enabled: Ask = _private(_autograd, "_saved_tensors_hooks_is_enabled")
 
 
 def way(*tensors: Tensor | None) -> Way:
@@ -111,6 +114,17 @@ def transforms() -> list[str]:
     if _all_transforms is None:
         return []
     return [interpreter.key().name for interpreter in _all_transforms() or ()]
+
+
+def may_pack_saved_tensors() -> bool:
+    """Whether hooks may be set for the tensors that autograd saves: they are not disabled, and nobody else has set any.
+
+    Only the innermost hooks apply, so ours would replace those of a caller, such as checkpointing. False if this torch
+    cannot tell.
+    """
+    if _top_hooks is None or _hooks_enabled is None:
+        return False
+    return bool(_hooks_enabled()) and _top_hooks(True) is None
 
 
 def _traced_transforms() -> bool:

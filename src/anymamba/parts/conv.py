@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from anymamba.ops.causal_conv1d import ConvOutput, causal_conv1d, causal_conv1d_step
 from anymamba.parts.derived import DerivesTensors
+from anymamba.parts.recipes import again
 
 
 class ShortConvolution(DerivesTensors):
@@ -33,7 +34,10 @@ class ShortConvolution(DerivesTensors):
         cu_seqlens: Tensor | None = None,
     ) -> ConvOutput:
         """The convolved sequence and the last width - 1 inputs of each sequence."""
-        return causal_conv1d(x, self.weight, self.bias, activation="silu", initial_state=state, cu_seqlens=cu_seqlens)
+        inputs = (x, self.weight, self.bias, state, cu_seqlens)
+        output = _convolve(*inputs)
+        again(output.y, lambda *inputs: _convolve(*inputs).y, *inputs)
+        return output
 
     def step(
         self, x: Float[Tensor, "batch d_inner"], state: Float[Tensor, "batch width_minus_1 d_inner"]
@@ -45,3 +49,9 @@ class ShortConvolution(DerivesTensors):
     def _channels_last(self) -> Float[Tensor, "d_inner width"]:
         """The weight in the layout that kernels read: the taps of all channels at one position are contiguous."""
         return self.weight.T.contiguous().T
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
+) -> ConvOutput:
+    return causal_conv1d(x, weight, bias, activation="silu", initial_state=state, cu_seqlens=cu_seqlens)

@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.ops.add_norm import AddNormOutput, add_norm
+from anymamba.ops.dispatch import autocast_dtype
 from anymamba.parts.bare import is_bare
+from anymamba.parts.recipes import again
 
 
 class RMSNorm(nn.Module):
@@ -26,11 +28,18 @@ class RMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        return add_norm(x, self.weight, eps=self.eps).y
+        return self.of_sum(x).y
 
-    def of_sum(self, x: Float[Tensor, "... size"], residual: Float[Tensor, "... size"]) -> AddNormOutput:
-        """The norm of x + residual, and the sum."""
-        return add_norm(x, self.weight, residual=residual, eps=self.eps)
+    def of_sum(
+        self,
+        x: Float[Tensor, "... size"],
+        residual: Float[Tensor, "... size"] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AddNormOutput:
+        """The norm of x + residual, in a dtype that defaults to the weight's, and the sum."""
+        output = add_norm(x, self.weight, residual=residual, eps=self.eps, dtype=dtype)
+        again(output.y, _norm_of, output.total, self.weight, None, self.eps, False, dtype)
+        return output
 
 
 class LayerNorm(nn.Module):
@@ -47,11 +56,18 @@ class LayerNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        return add_norm(x, self.weight, self.bias, eps=self.eps, subtract_mean=True).y
+        return self.of_sum(x).y
 
-    def of_sum(self, x: Float[Tensor, "... size"], residual: Float[Tensor, "... size"]) -> AddNormOutput:
-        """The norm of x + residual, and the sum."""
-        return add_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, subtract_mean=True)
+    def of_sum(
+        self,
+        x: Float[Tensor, "... size"],
+        residual: Float[Tensor, "... size"] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AddNormOutput:
+        """The norm of x + residual, in a dtype that defaults to the weight's, and the sum."""
+        output = add_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, subtract_mean=True, dtype=dtype)
+        again(output.y, _norm_of, output.total, self.weight, self.bias, self.eps, True, dtype)
+        return output
 
 
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -68,7 +84,10 @@ def build_norm(name: str, size: int, eps: float, device=None, dtype=None) -> RMS
 
 
 def norm_of_sum(
-    norm: nn.Module, update: Float[Tensor, "... size"] | None, residual: Float[Tensor, "... size"]
+    norm: nn.Module,
+    update: Float[Tensor, "... size"] | None,
+    residual: Float[Tensor, "... size"],
+    projected: bool = False,
 ) -> tuple[Float[Tensor, "... size"], Float[Tensor, "... size"]]:
     """norm(residual + update) and residual + update, in one op where the norm is one of this file.
 
@@ -76,10 +95,24 @@ def norm_of_sum(
         norm: any module; one with hooks, or that wraps a norm, is called with the sum.
         update: what is added; None for nothing.
         residual: the stream so far.
+        projected: whether the norm goes into a linear map only. Then it is computed in the dtype of autocast, to which
+            the linear map would convert it.
     """
-    if update is None:
-        return norm(residual), residual
     if is_bare(norm, RMSNorm) or is_bare(norm, LayerNorm):
-        return norm.of_sum(update, residual)  # type: ignore[operator]
-    total = residual + update
+        wide = projected and norm.weight is not None and norm.weight.dtype == torch.float32
+        dtype = autocast_dtype(residual.device.type) if wide else None
+        terms = (residual, None) if update is None else (update, residual)
+        return norm.of_sum(*terms, dtype)  # type: ignore[operator]
+    total = residual if update is None else residual + update
     return norm(total), total
+
+
+def _norm_of(
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    subtract_mean: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    return add_norm(total, weight, bias, eps=eps, subtract_mean=subtract_mean, dtype=dtype).y

@@ -26,6 +26,9 @@ class SequenceLayer(nn.Module):
     state_type: type = tuple
     """The type that `init_state` returns; the state of another layer is refused."""
 
+    projects_input: bool = False
+    """Whether the layer uses its input in one linear map only, so that autocast converts the input in any case."""
+
     @property
     def grows(self) -> bool:
         """Whether the state grows with the sequence, as a cache does."""

@@ -21,6 +21,8 @@ class NormArguments(NamedTuple):
     bias: Float[Tensor, " size"] | None = None
     eps: float = 1e-5
     subtract_mean: bool = False
+    wanted_dtype: torch.dtype | None = None
+    """The dtype of y; None means that of the weight, or of x without a weight."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -41,14 +43,16 @@ class NormArguments(NamedTuple):
     @property
     def total_dtype(self) -> torch.dtype:
         """The dtype of x + residual."""
-        return self.x.dtype if self.residual is None else torch.promote_types(self.x.dtype, self.residual.dtype)
+        x, residual = self.x.dtype, self.residual
+        return x if residual is None or residual.dtype == x else torch.promote_types(x, residual.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the norm is computed."""
-        return torch.promote_types(self.total_dtype, torch.float32)
+        total = self.total_dtype
+        return total if total == torch.float32 else torch.promote_types(total, torch.float32)
 
     @property
     def y_dtype(self) -> torch.dtype:
-        """The dtype of the weight, or of x without a weight."""
-        return self.x.dtype if self.weight is None else self.weight.dtype
+        """The dtype in which y is returned."""
+        return self.wanted_dtype or (self.x.dtype if self.weight is None else self.weight.dtype)

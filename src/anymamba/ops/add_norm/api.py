@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,7 +16,7 @@ class AddNormOutput(NamedTuple):
     """The result of `add_norm`."""
 
     y: Rows
-    """The normalised sum, in the dtype of the weight, or of x without a weight."""
+    """The normalised sum."""
     total: Rows
     """x + residual, in the wider of the two dtypes; x itself without a residual."""
 
@@ -28,6 +29,7 @@ def add_norm(
     residual: Rows | None = None,
     eps: float = 1e-5,
     subtract_mean: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> AddNormOutput:
     """Add x to the residual stream and normalise the sum; a kernel does it in one pass over memory.
@@ -45,11 +47,12 @@ def add_norm(
         residual: like x, of any dtype; defaults to none.
         eps: added to the variance.
         subtract_mean: layer norm instead of RMS norm.
+        dtype: the dtype of y; defaults to that of the weight, or of x without a weight.
         backend: as in `selective_scan`.
     Returns y and total; gradients flow through both to every tensor.
     Raises ValueError for wrong shapes, TypeError for wrong dtypes, RuntimeError if a named backend cannot serve.
     Source: Root Mean Square Layer Normalization (arXiv:1910.07467); Layer Normalization (arXiv:1607.06450).
     """
-    arguments = checked(NormArguments(x, residual, weight, bias, eps, subtract_mean))
+    arguments = checked(NormArguments(x, residual, weight, bias, eps, subtract_mean, dtype))
     y, total = run(arguments, dispatch.resolve(OP, x.device.type, backend, arguments))
     return AddNormOutput(y, x if residual is None else total)

@@ -11,13 +11,15 @@ def checked(a: NormArguments) -> NormArguments:
 
     Raises ValueError for wrong shapes, sizes and devices, TypeError for wrong dtypes.
     """
-    x, residual, weight, bias, eps, _ = a
+    x, residual, weight, bias, eps, _, dtype = a
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must be (..., size) with a size of at least 1, got {tuple(x.shape)}")
     if residual is not None:
         require_shape("residual", residual, tuple(x.shape), "like x")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise TypeError(f"dtype must be a floating-point dtype of at least 16 bits, got {dtype}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             require_shape(name, tensor, (x.shape[-1],), "(size,)")

@@ -52,10 +52,11 @@ def forward_op(
     bias: Tensor | None,
     eps: float,
     subtract_mean: bool,
+    dtype: torch.dtype | None,
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(NormArguments(x, residual, weight, bias, eps, subtract_mean), save, backend)
+    return _forward(NormArguments(x, residual, weight, bias, eps, subtract_mean, dtype), save, backend)
 
 
 @torch.library.custom_op("anymamba::add_norm_backward", mutates_args=())
@@ -68,10 +69,11 @@ def backward_op(
     bias: Tensor | None,
     eps: float,
     subtract_mean: bool,
+    dtype: torch.dtype | None,
     saved: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    return _backward(dy, dtotal, NormArguments(x, residual, weight, bias, eps, subtract_mean), saved, backend)
+    return _backward(dy, dtotal, NormArguments(x, residual, weight, bias, eps, subtract_mean, dtype), saved, backend)
 
 
 @forward_op.register_fake
@@ -106,10 +108,19 @@ def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor, _: Tensor) -> tuple[Tensor 
         saved = forward_op(*arguments, True, ctx.backend)[2]
     grads = backward_op(dy, dtotal, *arguments, saved, ctx.backend)
     of_tensors = (None if t is None else g for t, g in zip(tensors, grads, strict=True))
-    return *of_tensors, None, None, None, None
+    return *of_tensors, None, None, None, None, None
 
 
 forward_op.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+def _kept(tensors: functions.Tensors, y: Tensor, total: Tensor) -> functions.Tensors:
+    """0 + total in place of x + residual: it has the same norm and gradients, and the next norm keeps it as well."""
+    x, residual, *rest = tensors
+    if x is None or residual is None:
+        return tensors
+    return [x.new_zeros(x.shape[-1]).expand(x.shape), total, *rest]
+
 
 RULES = functions.Op(
     record=NormArguments,
@@ -120,4 +131,5 @@ RULES = functions.Op(
         dy, dtotal, *arguments, saved, backend
     ),
     operations=_operations,
+    kept=_kept,
 )

@@ -22,16 +22,10 @@ def run(arguments: LossArguments, backend: str) -> Tensor:
             return _forward(arguments._replace(x=x, labels=labels), False, backend)[0]
 
         return sum_over_chunks(loss_of, arguments.x, arguments.labels, arguments.weight.shape[0])
-    loss, _ = functions.run(RULES, arguments._replace(dtype=_autocast_dtype(arguments)), backend)
+    x, weight = arguments.x, arguments.weight
+    dtype = dispatch.autocast_dtype(x.device.type, x.dtype, weight.dtype)
+    loss, _ = functions.run(RULES, arguments._replace(dtype=dtype), backend)
     return loss
-
-
-def _autocast_dtype(arguments: LossArguments) -> torch.dtype | None:
-    """The dtype in which autocast would multiply, or None if it would not change the dtype, as for float64."""
-    device = arguments.x.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (arguments.x.dtype, arguments.weight.dtype):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _operations(arguments: LossArguments) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ WAYS = 8
 
 def is_fast(a: NormArguments) -> bool:
     """Whether the fast kernels serve: by sizes and dtypes alone, a tensor that lies badly is copied."""
-    dtypes = {t.dtype for t in a.tensors if t is not None}
+    dtypes = {a.y_dtype, *(t.dtype for t in a.tensors if t is not None)}
     return a.size % WIDTH == 0 and a.size <= NUMBERS_OF_WARP * MOST_WARPS and dtypes.issubset(FAST_DTYPES)
 
 
