@@ -3,15 +3,17 @@
 
 #include "args.h"
 #include "packed.h"
+#include "stack.h"
 
-#define ANYMAMBA_DECLARE_KERNELS(ISA)      \
-    namespace anymamba::ISA {              \
-    void scan_forward(const ScanArgs& a);  \
-    void scan_backward(const ScanArgs& a); \
-    void conv_forward(const ConvArgs& a);  \
-    void conv_backward(const ConvArgs& a); \
-    ANYMAMBA_DECLARE_PRODUCTS              \
-    ANYMAMBA_DECLARE_CONVERSIONS           \
+#define ANYMAMBA_DECLARE_KERNELS(ISA)                  \
+    namespace anymamba::ISA {                          \
+    void scan_forward(const ScanArgs& a);              \
+    void scan_backward(const ScanArgs& a);             \
+    void conv_forward(const ConvArgs& a);              \
+    void conv_backward(const ConvArgs& a);             \
+    ANYMAMBA_DECLARE_PRODUCTS                          \
+    ANYMAMBA_DECLARE_CONVERSIONS                       \
+    void stack_step(Stack& stack, const StackStep& a); \
     }
 
 ANYMAMBA_DECLARE_KERNELS(baseline)

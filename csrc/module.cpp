@@ -13,9 +13,12 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pointer.h"
+#include "stack_binding.h"
 #include "threads.h"
 
 namespace nb = nanobind;
+using anymamba::bind_pointer;
 using anymamba::ConvArgs;
 using anymamba::Packed;
 using anymamba::PackedLinearArgs;
@@ -35,12 +38,13 @@ struct Kernels {
     void (*read_memory)(const void*, int64_t, int);
     void (*pack_weights)(const Packed&, const float*, int);
     void (*unpack_weights)(const Packed&, float*, int);
+    anymamba::RunStep stack_step;
 };
 
 #define ANYMAMBA_KERNELS(ISA)                                                                    \
     anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward,      \
         anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, anymamba::ISA::read_memory, \
-        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights
+        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights, anymamba::ISA::stack_step
 
 // Best first.
 const Kernels KERNELS[] = {
@@ -78,14 +82,6 @@ void choose(const std::string& name) {
     throw std::invalid_argument("this machine does not have the instruction set " + name);
 }
 
-// In Python a pointer is an integer; 0 is a null pointer.
-template <typename Args>
-void pointer(nb::class_<Args>& type, const char* name, void* Args::* member) {
-    type.def_prop_rw(
-        name, [member](const Args& a) { return reinterpret_cast<uintptr_t>(a.*member); },
-        [member](Args& a, uintptr_t address) { a.*member = reinterpret_cast<void*>(address); });
-}
-
 // Request pages of 2 MiB for fresh memory. The system allocates and clears pages of 4 KiB with one page fault each,
 // which can take as long as computing the values that are written to them.
 void use_large_pages(uintptr_t address, int64_t size) {
@@ -111,24 +107,24 @@ void bind_scan(nb::module_& m) {
     type.def_rw("B", &ScanArgs::B).def_rw("C", &ScanArgs::C).def_rw("y", &ScanArgs::y);
     type.def_rw("dy", &ScanArgs::dy).def_rw("du", &ScanArgs::du);
     type.def_rw("ddelta", &ScanArgs::ddelta).def_rw("dz", &ScanArgs::dz);
-    pointer(type, "A", &ScanArgs::A);
-    pointer(type, "D", &ScanArgs::D);
-    pointer(type, "delta_bias", &ScanArgs::delta_bias);
-    pointer(type, "constant_B", &ScanArgs::constant_B);
-    pointer(type, "constant_C", &ScanArgs::constant_C);
-    pointer(type, "initial_state", &ScanArgs::initial_state);
-    pointer(type, "last_state", &ScanArgs::last_state);
-    pointer(type, "saved", &ScanArgs::saved);
-    pointer(type, "chunk_states", &ScanArgs::chunk_states);
-    pointer(type, "chunk_decays", &ScanArgs::chunk_decays);
-    pointer(type, "offsets", &ScanArgs::offsets);
-    pointer(type, "dlast_state", &ScanArgs::dlast_state);
-    pointer(type, "dinitial_state", &ScanArgs::dinitial_state);
-    pointer(type, "dA_parts", &ScanArgs::dA_parts);
-    pointer(type, "dB_parts", &ScanArgs::dB_parts);
-    pointer(type, "dC_parts", &ScanArgs::dC_parts);
-    pointer(type, "dD_parts", &ScanArgs::dD_parts);
-    pointer(type, "dbias_parts", &ScanArgs::dbias_parts);
+    bind_pointer(type, "A", &ScanArgs::A);
+    bind_pointer(type, "D", &ScanArgs::D);
+    bind_pointer(type, "delta_bias", &ScanArgs::delta_bias);
+    bind_pointer(type, "constant_B", &ScanArgs::constant_B);
+    bind_pointer(type, "constant_C", &ScanArgs::constant_C);
+    bind_pointer(type, "initial_state", &ScanArgs::initial_state);
+    bind_pointer(type, "last_state", &ScanArgs::last_state);
+    bind_pointer(type, "saved", &ScanArgs::saved);
+    bind_pointer(type, "chunk_states", &ScanArgs::chunk_states);
+    bind_pointer(type, "chunk_decays", &ScanArgs::chunk_decays);
+    bind_pointer(type, "offsets", &ScanArgs::offsets);
+    bind_pointer(type, "dlast_state", &ScanArgs::dlast_state);
+    bind_pointer(type, "dinitial_state", &ScanArgs::dinitial_state);
+    bind_pointer(type, "dA_parts", &ScanArgs::dA_parts);
+    bind_pointer(type, "dB_parts", &ScanArgs::dB_parts);
+    bind_pointer(type, "dC_parts", &ScanArgs::dC_parts);
+    bind_pointer(type, "dD_parts", &ScanArgs::dD_parts);
+    bind_pointer(type, "dbias_parts", &ScanArgs::dbias_parts);
     m.def("scan_forward", [](const ScanArgs& a) { chosen->scan_forward(a); }, nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "scan_backward", [](const ScanArgs& a) { chosen->scan_backward(a); }, nb::call_guard<nb::gil_scoped_release>());
@@ -142,15 +138,15 @@ void bind_conv(nb::module_& m) {
     type.def_rw("n_threads", &ConvArgs::n_threads).def_rw("n_sequences", &ConvArgs::n_sequences);
     type.def_rw("x", &ConvArgs::x).def_rw("y", &ConvArgs::y);
     type.def_rw("dy", &ConvArgs::dy).def_rw("dx", &ConvArgs::dx);
-    pointer(type, "weight", &ConvArgs::weight);
-    pointer(type, "bias", &ConvArgs::bias);
-    pointer(type, "initial_state", &ConvArgs::initial_state);
-    pointer(type, "last_state", &ConvArgs::last_state);
-    pointer(type, "offsets", &ConvArgs::offsets);
-    pointer(type, "dlast_state", &ConvArgs::dlast_state);
-    pointer(type, "dinitial_state", &ConvArgs::dinitial_state);
-    pointer(type, "dweight_parts", &ConvArgs::dweight_parts);
-    pointer(type, "dbias_parts", &ConvArgs::dbias_parts);
+    bind_pointer(type, "weight", &ConvArgs::weight);
+    bind_pointer(type, "bias", &ConvArgs::bias);
+    bind_pointer(type, "initial_state", &ConvArgs::initial_state);
+    bind_pointer(type, "last_state", &ConvArgs::last_state);
+    bind_pointer(type, "offsets", &ConvArgs::offsets);
+    bind_pointer(type, "dlast_state", &ConvArgs::dlast_state);
+    bind_pointer(type, "dinitial_state", &ConvArgs::dinitial_state);
+    bind_pointer(type, "dweight_parts", &ConvArgs::dweight_parts);
+    bind_pointer(type, "dbias_parts", &ConvArgs::dbias_parts);
     m.def("conv_forward", [](const ConvArgs& a) { chosen->conv_forward(a); }, nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "conv_backward", [](const ConvArgs& a) { chosen->conv_backward(a); }, nb::call_guard<nb::gil_scoped_release>());
@@ -208,4 +204,5 @@ NB_MODULE(_native, m) {
     bind_scan(m);
     bind_conv(m);
     bind_products(m);
+    anymamba::bind_stack(m, [](anymamba::Stack& s, const anymamba::StackStep& a) { chosen->stack_step(s, a); });
 }

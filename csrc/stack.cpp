@@ -1,0 +1,349 @@
+// One token per row through a whole model of Mamba blocks, for one instruction set.
+//
+// A step is four phases per layer, whose chunks the team's threads claim, and the head:
+//
+//     in_proj    some rows of in_proj; convolution and SiLU of the channels of u, SiLU of those of z
+//     x_proj     some rows of x_proj
+//     channels   some channels: dt_proj, softplus, recurrence, gate
+//     out_proj   some rows of out_proj, added to the residual
+//
+// Between phases one thread computes the norms and packs the next product's activations. Activations are float32.
+// Notation: c is a channel, n an index of the state; vectors hold adjacent channels, in the recurrence adjacent n.
+
+#include "stack.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels.h"
+#include "simd.h"
+#include "team.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+namespace {
+
+constexpr int W = LANES<float>;
+constexpr DType F32 = DType::float32;
+constexpr int64_t MOST_ROWS = 64;
+constexpr int64_t LARGEST_CHUNK = 1 << 17, SMALLEST_CHUNK = 1 << 14;  // in bytes of weights
+constexpr int64_t CHUNKS_PER_THREAD = 16;
+
+ANYMAMBA_INLINE vfloat read(const float* data, int64_t index, int count) {
+    return data ? read_floats(data, F32, index, count) : vfloat{};
+}
+ANYMAMBA_INLINE void write(float* data, int64_t index, int count, vfloat value) {
+    write_floats(data, F32, index, count, value);
+}
+
+// Calls f(index, count) for vectors that cover [begin, end).
+template <typename F>
+ANYMAMBA_INLINE void for_vectors(int64_t begin, int64_t end, const F& f) {
+    int64_t i = begin;
+    for (; i + W <= end; i += W) f(i, W);
+    if (i < end) f(i, int(end - i));
+}
+
+template <typename F>
+ANYMAMBA_INLINE float sum_over(int64_t size, const F& f) {
+    vfloat sum{};
+    for_vectors(0, size, [&](int64_t i, int count) { sum += f(i, count); });
+    float lanes[W];
+    store<float>(lanes, sum);
+    return sum_of_lanes<float, W>(lanes);
+}
+
+// y = norm(x); y may be x.
+void normalize(const Norm& norm, const float* x, int64_t size, float* y) {
+    float mean = 0;
+    if (norm.subtract_mean)
+        mean = sum_over(size, [&](int64_t i, int count) { return read(x, i, count); }) / float(size);
+    const float squares = sum_over(size, [&](int64_t i, int count) {
+        vfloat v = read(x, i, count) - mean;
+        for (int lane = count; lane < W; lane++) v[lane] = 0;
+        return v * v;
+    });
+    const float scale = 1.0f / std::sqrt(squares / float(size) + norm.eps);
+    for_vectors(0, size, [&](int64_t i, int count) {
+        vfloat v = (read(x, i, count) - mean) * scale;
+        if (norm.weight) v *= read(norm.weight, i, count);
+        write(y, i, count, v + read(norm.bias, i, count));
+    });
+}
+
+bool is_present(const Packed& matrix) { return matrix.data != nullptr; }
+
+// y = matrix x + bias for outputs [begin, end) of each row.
+void multiply(const Packed& matrix, const float* bias, const void* x, int64_t rows, float* y, int64_t begin,
+              int64_t end) {
+    product(matrix, x, rows, y, matrix.n_out, begin, end);
+    if (!bias) return;
+    for (int64_t r = 0; r < rows; r++)
+        for_vectors(begin, end, [&](int64_t o, int count) {
+            float* const out = y + r * matrix.n_out;
+            write(out, o, count, read(out, o, count) + read(bias, o, count));
+        });
+}
+
+// Outputs of a matrix per chunk: enough bytes to stream, few enough to keep all threads busy to the end.
+int64_t outputs_per_chunk(const Packed& matrix, int n_threads) {
+    const int64_t bytes = matrix.n_out * matrix.row_bytes / (n_threads * CHUNKS_PER_THREAD);
+    const int64_t outputs = std::clamp(bytes, SMALLEST_CHUNK, LARGEST_CHUNK) / std::max<int64_t>(1, matrix.row_bytes);
+    const int64_t unit = matrix.n_out < 256 ? 8 : 32;
+    return std::max<int64_t>(1, outputs / unit) * unit;
+}
+
+int64_t n_pieces(int64_t size, int64_t piece) { return std::max<int64_t>(1, (size + piece - 1) / piece); }
+
+// ---------------------------------------------------------------------------------------------- the recurrence
+
+// One channel's state: h = exp(delta A) h + drive B; returns C . h. A constant B or C is that of the channel.
+template <bool ZOH, bool INSIDE>
+ANYMAMBA_INLINE float run_channel(int64_t d_state, float delta, float drive, const float* A, const float* B,
+                                  const float* C, const float* h, float* new_h, const Powers<float>& powers) {
+    return sum_over(d_state, [&](int64_t n, int count) {
+        const vfloat rate = read(A, n, count), high = rate * RATE_HIGH, x = broadcast(delta);
+        const vfloat low = multiply_subtract(rate, broadcast(RATE_HIGH), high) + rate * RATE_LOW;
+        const vfloat decay = INSIDE ? exp_product_inside(x, high, low, powers) : exp_product(x, high, low, powers);
+        vfloat input = drive * read(B, n, count);
+        if (ZOH) input *= expm1_ratio(x, high, low);
+        const vfloat after = decay * read(h, n, count) + input;
+        write(new_h, n, count, after);
+        return after * read(C, n, count);
+    });
+}
+
+template <bool ZOH, bool INSIDE>
+void run_channels(const Layer& layer, int64_t begin, int count, const float* delta, const float* drive,
+                  const float* selected, const float* h, float* new_h, float* y) {
+    const int64_t N = layer.d_state;
+    const float *const B = selected + layer.dt_rows, *const C = B + layer.B_rows;
+    const Powers<float> powers;
+    for (int i = 0; i < count; i++) {
+        const int64_t at = (begin + i) * N;
+        y[i] = run_channel<ZOH, INSIDE>(N, delta[i], drive[i], layer.A + at, layer.B_rows ? B : layer.B + at,
+                                        layer.C_rows ? C : layer.C + at, h + at, new_h + at, powers);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- the step
+
+class Step {
+  public:
+    Step(Stack& stack, const StackStep& args, int64_t first_row, int64_t rows)
+        : stack(stack), args(args), first_row(first_row), rows(rows) {
+        int64_t d_inner = 0, projected = 0, packed = packed_bytes(stack.head), packed_dt = 0;
+        for (const Layer& layer : stack.layers) {
+            d_inner = std::max(d_inner, layer.d_inner);
+            projected = std::max(projected, layer.x_proj.n_out);
+            packed_dt = std::max(packed_dt, packed_bytes(layer.dt_proj));
+            for (const Packed* matrix : {&layer.in_proj, &layer.x_proj, &layer.out_proj})
+                packed = std::max(packed, packed_bytes(*matrix));
+        }
+        Workspace& space = stack.workspace;
+        residual = space.residual.at_least(rows * stack.d_model);
+        normed = space.normed.at_least(rows * std::max(stack.d_model, d_inner));
+        xz = space.xz.at_least(rows * 2 * d_inner);
+        delta = space.delta.at_least(rows * d_inner);
+        y = space.y.at_least(rows * std::max(d_inner, stack.d_model));
+        projected_ = space.projected.at_least(rows * projected);
+        packed_ = space.packed.at_least(packed);
+        packed_dt_ = space.packed_dt.at_least(packed_dt);
+        for (int64_t r = 0; r < rows; r++)
+            unpack_row(stack.embedding, args.ids[first_row + r], residual + r * stack.d_model);
+        if (stack.layers.empty())
+            prepare(stack.norm, stack.head);
+        else
+            prepare(stack.layers[0].norm, stack.layers[0].in_proj);
+    }
+
+    int64_t n_phases() const { return PHASES * n_layers() + 1; }
+
+    int64_t n_chunks(int64_t phase) const {
+        const int64_t i = phase / PHASES;
+        if (i == n_layers()) return n_pieces(stack.head.n_out, size_of(stack.head));
+        const Layer& layer = stack.layers[i];
+        switch (phase % PHASES) {
+            case IN_PROJ: return n_pieces(layer.in_proj.n_out, size_of(layer.in_proj));
+            case X_PROJ: return n_pieces(layer.x_proj.n_out, size_of(layer.x_proj));
+            case CHANNELS: return n_pieces(layer.d_inner, CHANNELS_PER_CHUNK);
+            default: return n_pieces(layer.out_proj.n_out, size_of(layer.out_proj));
+        }
+    }
+
+    void chunk(int64_t phase, int64_t piece) const {
+        const int64_t i = phase / PHASES;
+        if (i == n_layers()) return project(stack.head, piece);
+        const Layer& layer = stack.layers[i];
+        switch (phase % PHASES) {
+            case IN_PROJ: return project_in(layer, args.states[i], piece);
+            case X_PROJ: return select(layer, piece);
+            case CHANNELS: return recur(layer, args.states[i], piece);
+            default: return project_out(layer, piece);
+        }
+    }
+
+    void finish(int64_t phase) const {
+        const int64_t i = phase / PHASES;
+        if (i == n_layers()) return;
+        const Layer& layer = stack.layers[i];
+        switch (phase % PHASES) {
+            case IN_PROJ:
+                if (is_present(layer.x_proj)) pack(layer.x_proj, xz, 2 * layer.d_inner, packed_);
+                return;
+            case X_PROJ: return finish_selection(layer);
+            case CHANNELS: return finish_channels(layer);
+            default:
+                if (i + 1 < n_layers()) return prepare(stack.layers[i + 1].norm, stack.layers[i + 1].in_proj);
+                return prepare(stack.norm, stack.head);
+        }
+    }
+
+  private:
+    enum Phase { IN_PROJ, X_PROJ, CHANNELS, OUT_PROJ, PHASES };
+    static constexpr int64_t CHANNELS_PER_CHUNK = 64;
+
+    Stack& stack;
+    const StackStep& args;
+    const int64_t first_row, rows;
+    // Activations, one row after the other: xz has 2 d_inner columns, u before the gate z.
+    float *residual, *normed, *xz, *projected_, *delta, *y;
+    char *packed_, *packed_dt_;
+
+    int64_t n_layers() const { return static_cast<int64_t>(stack.layers.size()); }
+    int64_t size_of(const Packed& matrix) const { return outputs_per_chunk(matrix, args.n_threads); }
+    int64_t packed_bytes(const Packed& matrix) const {
+        return is_present(matrix) ? activation_bytes(Format(matrix.format), rows, matrix.n_in) : 0;
+    }
+    void pack(const Packed& matrix, const float* x, int64_t stride, char* out) const {
+        pack_activations(Format(matrix.format), x, stride, rows, matrix.n_in, out);
+    }
+
+    // The input of in_proj or the head.
+    void prepare(const Norm& norm, const Packed& matrix) const {
+        const int64_t size = stack.d_model;
+        for (int64_t r = 0; r < rows; r++) normalize(norm, residual + r * size, size, normed + r * size);
+        pack(matrix, normed, size, packed_);
+    }
+
+    // Calls f(begin, end) with the outputs of a chunk.
+    template <typename F>
+    void for_piece(int64_t size, int64_t per_chunk, int64_t piece, const F& f) const {
+        f(piece * per_chunk, std::min(size, (piece + 1) * per_chunk));
+    }
+
+    void project(const Packed& head, int64_t piece) const {
+        for_piece(head.n_out, size_of(head), piece, [&](int64_t begin, int64_t end) {
+            multiply(head, nullptr, packed_, rows, args.logits + first_row * head.n_out, begin, end);
+        });
+    }
+
+    void project_in(const Layer& layer, const LayerState& state, int64_t piece) const {
+        const int64_t D = layer.d_inner;
+        for_piece(2 * D, size_of(layer.in_proj), piece, [&](int64_t begin, int64_t end) {
+            multiply(layer.in_proj, layer.in_bias, packed_, rows, xz, begin, end);
+            for (int64_t r = 0; r < rows; r++) {
+                float* const row = xz + r * 2 * D;
+                for_vectors(begin, std::min(end, D), [&](int64_t c, int count) {
+                    write(row, c, count, convolve(layer, state, r, c, count, read(row, c, count)));
+                });
+                for_vectors(std::max(begin, D), std::max(end, D), [&](int64_t c, int count) {
+                    write(row, c, count, silu(read(row, c, count)));
+                });
+            }
+        });
+    }
+
+    // SiLU of the convolution, whose newest input is x; the state moves on by one input.
+    ANYMAMBA_INLINE vfloat convolve(const Layer& layer, const LayerState& state, int64_t row, int64_t c, int count,
+                                    vfloat x) const {
+        const int64_t D = layer.d_inner, before = layer.d_conv - 1, place = (first_row + row) * before * D + c;
+        vfloat sum = read(layer.conv_bias, c, count);
+        for (int64_t i = 0; i < before; i++) {
+            const vfloat input = read(state.conv, place + i * D, count);
+            sum += read(layer.conv_weight, i * D + c, count) * input;
+            if (i > 0) write(state.new_conv, place + (i - 1) * D, count, input);
+        }
+        if (before > 0) write(state.new_conv, place + (before - 1) * D, count, x);
+        return silu(sum + read(layer.conv_weight, before * D + c, count) * x);
+    }
+
+    void select(const Layer& layer, int64_t piece) const {
+        if (!is_present(layer.x_proj)) return;
+        for_piece(layer.x_proj.n_out, size_of(layer.x_proj), piece, [&](int64_t begin, int64_t end) {
+            multiply(layer.x_proj, nullptr, packed_, rows, projected_, begin, end);
+        });
+    }
+
+    void finish_selection(const Layer& layer) const {
+        const int64_t size = layer.x_proj.n_out;
+        for (int64_t r = 0; r < rows; r++) {
+            float* part = projected_ + r * size;
+            for (const auto& [norm, columns] : {std::pair(&layer.dt_norm, layer.dt_rows),
+                                                std::pair(&layer.B_norm, layer.B_rows),
+                                                std::pair(&layer.C_norm, layer.C_rows)}) {
+                if (norm->present) normalize(*norm, part, columns, part);
+                part += columns;
+            }
+        }
+        if (is_present(layer.dt_proj)) pack(layer.dt_proj, projected_, size, packed_dt_);
+    }
+
+    void recur(const Layer& layer, const LayerState& state, int64_t piece) const {
+        const int64_t D = layer.d_inner;
+        for_piece(D, CHANNELS_PER_CHUNK, piece, [&](int64_t begin, int64_t end) {
+            if (is_present(layer.dt_proj)) multiply(layer.dt_proj, nullptr, packed_dt_, rows, delta, begin, end);
+            for (int64_t r = 0; r < rows; r++)
+                for_vectors(begin, end, [&](int64_t c, int count) { recur_vector(layer, state, r, c, count); });
+        });
+    }
+
+    // Channels [c, c + count) of one row, from delta before its bias to the gated y.
+    void recur_vector(const Layer& layer, const LayerState& state, int64_t r, int64_t c, int count) const {
+        const int64_t D = layer.d_inner, states = (first_row + r) * D * layer.d_state;
+        const float* const row = xz + r * 2 * D;
+        const vfloat u = read(row, c, count);
+        const vfloat raw = is_present(layer.dt_proj) ? read(delta, r * D + c, count) : vfloat{};
+        const vfloat step = softplus(raw + read(layer.delta_bias, c, count));
+        float steps[W], drives[W], sums[W] = {};
+        store<float>(steps, step);
+        store<float>(drives, step * u);
+        bool inside = true;  // no exponent is large
+        for (int i = 0; i < count; i++) inside &= steps[i] * layer.largest_A < 87.0f;
+        const auto run = layer.zoh ? (inside ? &run_channels<true, true> : &run_channels<true, false>)
+                                   : (inside ? &run_channels<false, true> : &run_channels<false, false>);
+        run(layer, c, count, steps, drives, projected_ + r * layer.x_proj.n_out, state.ssm + states,
+            state.new_ssm + states, sums);
+        write(y, r * D + c, count, (load<float>(sums) + read(layer.D, c, count) * u) * read(row, D + c, count));
+    }
+
+    void finish_channels(const Layer& layer) const {
+        const int64_t D = layer.d_inner;
+        if (layer.output_norm.present)
+            for (int64_t r = 0; r < rows; r++) normalize(layer.output_norm, y + r * D, D, y + r * D);
+        pack(layer.out_proj, y, D, packed_);
+    }
+
+    void project_out(const Layer& layer, int64_t piece) const {
+        const int64_t size = stack.d_model;
+        for_piece(size, size_of(layer.out_proj), piece, [&](int64_t begin, int64_t end) {
+            multiply(layer.out_proj, layer.out_bias, packed_, rows, normed, begin, end);
+            for (int64_t r = 0; r < rows; r++)
+                for_vectors(begin, end, [&](int64_t o, int count) {
+                    const int64_t at = r * size + o;
+                    write(residual, at, count, read(residual, at, count) + read(normed, at, count));
+                });
+        });
+    }
+};
+
+}  // namespace
+
+void stack_step(Stack& stack, const StackStep& args) {
+    const std::lock_guard<std::mutex> lock(stack.workspace.in_use);
+    for (int64_t first = 0; first < args.rows; first += MOST_ROWS) {
+        const Step step(stack, args, first, std::min(MOST_ROWS, args.rows - first));
+        Team<Step>(step).run(args.n_threads);
+    }
+}
+
+}  // namespace anymamba::ANYMAMBA_ISA

@@ -1,0 +1,77 @@
+// One token through a whole language model of Mamba blocks. Python checks sizes before the calls and keeps the tensors
+// alive. All tensors are contiguous; those given as float are float32.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "packed.h"
+#include "scratch.h"
+
+namespace anymamba {
+
+struct Norm {
+    bool present = false, subtract_mean = false;
+    float eps = 0;
+    float *weight = nullptr, *bias = nullptr;
+};
+
+// A matrix without data is absent. Step, B and C are selective where x_proj has rows for them; those rows are in this
+// order. A constant B or C is (d_inner, d_state).
+struct Layer {
+    int64_t d_inner = 0, d_state = 0, d_conv = 0, dt_rows = 0, B_rows = 0, C_rows = 0;
+    bool zoh = false;
+    float largest_A = 0;  // the largest magnitude
+    Norm norm, dt_norm, B_norm, C_norm, output_norm;
+    Packed in_proj{}, x_proj{}, dt_proj{}, out_proj{};
+    float *in_bias = nullptr, *out_bias = nullptr;
+    float *conv_weight = nullptr, *conv_bias = nullptr;  // (d_conv, d_inner), (d_inner,)
+    float *A = nullptr, *D = nullptr, *delta_bias = nullptr, *B = nullptr, *C = nullptr;
+};
+
+// The state of one layer: conv (rows, d_conv - 1, d_inner) and ssm (rows, d_inner, d_state). The new state may be
+// written over the old one.
+struct LayerState {
+    const float *conv, *ssm;
+    float *new_conv, *new_ssm;
+};
+
+// Aligned memory that is kept between steps.
+template <typename T>
+class Kept {
+  public:
+    T* at_least(int64_t size) {
+        if (size > size_) memory_ = Scratch<T>(size), size_ = size;
+        return memory_.get();
+    }
+
+  private:
+    int64_t size_ = 0;
+    Scratch<T> memory_{0};
+};
+
+// Memory for the activations of a step.
+struct Workspace {
+    std::mutex in_use;
+    Kept<float> residual, normed, xz, projected, delta, y;
+    Kept<char> packed, packed_dt;
+};
+
+struct Stack {
+    int64_t d_model = 0;
+    Packed embedding{}, head{};
+    Norm norm;
+    std::vector<Layer> layers;
+    Workspace workspace;
+};
+
+struct StackStep {
+    const int64_t* ids = nullptr;
+    int64_t rows = 0;
+    int n_threads = 1;
+    const LayerState* states = nullptr;  // one for each layer
+    float* logits = nullptr;             // (rows, head.n_out)
+};
+
+}  // namespace anymamba

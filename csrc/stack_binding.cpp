@@ -1,0 +1,79 @@
+#include "stack_binding.h"
+
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pointer.h"
+
+namespace nb = nanobind;
+
+namespace anymamba {
+namespace {
+
+RunStep run_step = nullptr;
+
+void require_ids(const Stack& stack, const int64_t* ids, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++)
+        if (ids[r] < 0 || ids[r] >= stack.embedding.n_out)
+            throw std::out_of_range("token id " + std::to_string(ids[r]) + " is outside the embedding's rows, 0 to " +
+                                    std::to_string(stack.embedding.n_out - 1));
+}
+
+// `states` has four addresses for each layer: conv, ssm, and where their new values go.
+void step(Stack& stack, uintptr_t ids, int64_t rows, int n_threads, const std::vector<uintptr_t>& states,
+          uintptr_t logits) {
+    if (states.size() != 4 * stack.layers.size())
+        throw std::invalid_argument("the state must have four addresses for each layer, got " +
+                                    std::to_string(states.size()) + " for " + std::to_string(stack.layers.size()) +
+                                    " layers");
+    std::vector<LayerState> layers;
+    layers.reserve(stack.layers.size());
+    for (size_t i = 0; i < states.size(); i += 4)
+        layers.push_back({reinterpret_cast<const float*>(states[i]), reinterpret_cast<const float*>(states[i + 1]),
+                          reinterpret_cast<float*>(states[i + 2]), reinterpret_cast<float*>(states[i + 3])});
+    const auto* id_list = reinterpret_cast<const int64_t*>(ids);
+    require_ids(stack, id_list, rows);
+    nb::gil_scoped_release release;
+    run_step(stack, {id_list, rows, n_threads, layers.data(), reinterpret_cast<float*>(logits)});
+}
+
+void bind_norm(nb::module_& m) {
+    auto type = nb::class_<Norm>(m, "Norm").def(nb::init<>());
+    type.def_rw("present", &Norm::present).def_rw("subtract_mean", &Norm::subtract_mean).def_rw("eps", &Norm::eps);
+    bind_pointer(type, "weight", &Norm::weight);
+    bind_pointer(type, "bias", &Norm::bias);
+}
+
+void bind_layer(nb::module_& m) {
+    auto type = nb::class_<Layer>(m, "Layer").def(nb::init<>());
+    type.def_rw("d_inner", &Layer::d_inner).def_rw("d_state", &Layer::d_state).def_rw("d_conv", &Layer::d_conv);
+    type.def_rw("dt_rows", &Layer::dt_rows).def_rw("B_rows", &Layer::B_rows).def_rw("C_rows", &Layer::C_rows);
+    type.def_rw("zoh", &Layer::zoh).def_rw("largest_A", &Layer::largest_A);
+    type.def_rw("norm", &Layer::norm).def_rw("output_norm", &Layer::output_norm);
+    type.def_rw("dt_norm", &Layer::dt_norm).def_rw("B_norm", &Layer::B_norm).def_rw("C_norm", &Layer::C_norm);
+    type.def_rw("in_proj", &Layer::in_proj).def_rw("x_proj", &Layer::x_proj);
+    type.def_rw("dt_proj", &Layer::dt_proj).def_rw("out_proj", &Layer::out_proj);
+    for (const auto& [name, member] : {std::pair("in_bias", &Layer::in_bias), {"out_bias", &Layer::out_bias},
+                                       {"conv_weight", &Layer::conv_weight}, {"conv_bias", &Layer::conv_bias},
+                                       {"A", &Layer::A}, {"D", &Layer::D}, {"delta_bias", &Layer::delta_bias},
+                                       {"B", &Layer::B}, {"C", &Layer::C}})
+        bind_pointer(type, name, member);
+}
+
+}  // namespace
+
+void bind_stack(nb::module_& m, RunStep run) {
+    run_step = run;
+    bind_norm(m);
+    bind_layer(m);
+    auto type = nb::class_<Stack>(m, "Stack").def(nb::init<>());
+    type.def_rw("d_model", &Stack::d_model).def_rw("norm", &Stack::norm);
+    type.def_rw("embedding", &Stack::embedding).def_rw("head", &Stack::head);
+    type.def("add", [](Stack& stack, const Layer& layer) { stack.layers.push_back(layer); });
+    type.def("step", &step);
+}
+
+}  // namespace anymamba

@@ -1,0 +1,15 @@
+// The binding of the step of a whole model.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include "stack.h"
+
+namespace anymamba {
+
+using RunStep = void (*)(Stack&, const StackStep&);
+
+// `run` calls the kernel of the chosen instruction set.
+void bind_stack(nanobind::module_& m, RunStep run);
+
+}  // namespace anymamba

@@ -1,0 +1,1 @@
+"""Language models for inference: packed weights, and one native call per token where the model allows it."""

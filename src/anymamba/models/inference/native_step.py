@@ -1,0 +1,254 @@
+"""The step of a whole model as one compiled call (csrc/stack.cpp).
+
+It serves models whose blocks are all Mamba with real A, in float32 or with packed weights. Activations and state are
+float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from anymamba.layers.mamba import Mamba
+from anymamba.layers.s6 import SSMParameters
+from anymamba.models.language_model import Block, LanguageModel, LanguageModelOutput, LanguageModelState
+from anymamba.ops import dispatch, observers
+from anymamba.ops.packed_linear import FORMATS
+from anymamba.parts.bare import is_bare
+from anymamba.parts.conv import ShortConvolution
+from anymamba.parts.norm import LayerNorm, RMSNorm
+from anymamba.parts.packed import PackedEmbedding, PackedLinear
+from anymamba.parts.state import MambaState
+from anymamba.runtimes import native
+
+WHOLE = -1
+"""The key of reasons that are about the whole model and not about one block."""
+
+SMALL = 1 << 23  # bytes of weights that one thread reads sooner than it can wake another one
+
+
+class NativeStep:
+    """The step of a whole model as one compiled call. Make it with `NativeStep.of`.
+
+    It reads weights where they are. It keeps what is derived from them (A, the convolution's weight) and makes it again
+    when their versions or addresses change; writing through `weight.data` changes neither.
+    """
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> NativeStep | dict[int, str]:
+        """The step of a model, or the reasons why it has none: by block index, or WHOLE for the model."""
+        reasons = obstacles(model)
+        return reasons or cls(model)
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._sources = [*model.parameters(), *model.buffers()]
+        self._shapes = [(b.mixer.d_conv - 1, b.mixer.d_inner, b.mixer.d_state) for b in model.blocks]
+        self._n_logits = model.config.padded_vocab_size
+        self._trains = any(source.requires_grad for source in self._sources)
+        self._build()
+
+    def _build(self) -> None:
+        builder = _Builder(self._model)
+        self._stack, self._alive = builder.stack, builder.alive
+        self._step = self._stack.step
+        self._is_small = sum(source.nbytes for source in self._sources) < SMALL
+        self._versions = self._read_versions()
+
+    def _read_versions(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._sources]
+
+    def serves(self, token_ids: Tensor, state: LanguageModelState) -> bool:
+        """Whether `step` can take these arguments: one dense row of ids on the CPU and a state of this model, without
+        autograd, transforms and tracers, and with compiled kernels allowed by `anymamba.backend`."""
+        return (
+            type(token_ids) is Tensor
+            and token_ids.is_cpu
+            and token_ids.ndim == 1
+            and token_ids.dtype in (torch.int64, torch.int32)
+            and type(state) is LanguageModelState
+            and len(state.layers) == len(self._shapes)
+            and not (self._trains and torch.is_grad_enabled())
+            and observers.plain(token_ids)
+            and self._fits(state, token_ids.shape[0])
+            and dispatch.resolve("selective_scan", "cpu", None) == "cpu"
+        )
+
+    def _fits(self, state: LanguageModelState, rows: int) -> bool:
+        """Whether a state is one of this model, in dense float32 tensors."""
+        for layer, (before, d_inner, d_state) in zip(state.layers, self._shapes, strict=True):
+            if type(layer) is not MambaState:
+                return False
+            conv, ssm = layer
+            if not (
+                type(conv) is Tensor
+                and type(ssm) is Tensor
+                and conv.dtype == ssm.dtype == torch.float32
+                and conv.shape == (rows, before, d_inner)
+                and ssm.shape == (rows, d_inner, d_state)
+                and ssm.is_cpu
+                and not (conv.requires_grad or ssm.requires_grad)
+            ):
+                return False
+        return True
+
+    @torch.no_grad()
+    def step(
+        self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse: bool = False
+    ) -> LanguageModelOutput:
+        """`LanguageModel.step`, for arguments that it `serves`.
+
+        Args:
+            token_ids: (batch,).
+            state: one row per sequence.
+            reuse: write the new state into the memory of the given one.
+        Raises IndexError for an id outside the vocabulary.
+        """
+        if self._read_versions() != self._versions:
+            self._build()
+        token_ids, addresses = token_ids.to(torch.int64).contiguous(), []
+        after = []
+        for conv, ssm in state.layers:
+            before = MambaState(conv.contiguous(), ssm.contiguous())
+            new = before if reuse else MambaState(torch.empty_like(before.conv), torch.empty_like(before.ssm))
+            addresses += [t.data_ptr() for t in (*before, *new)]
+            after.append((before, new))
+        rows = token_ids.shape[0]
+        logits = torch.empty(rows, self._n_logits)
+        threads = 1 if self._is_small and rows < 4 else torch.get_num_threads()
+        self._step(token_ids.data_ptr(), rows, threads, addresses, logits.data_ptr())
+        return LanguageModelOutput(logits, LanguageModelState(tuple(new for _, new in after), state.positions))
+
+
+class _Builder:
+    """The compiled record of a model. `alive` holds the tensors that it points to and that no module holds."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.native, self.alive = native.module(), list[Tensor]()
+        self.stack = self.native.Stack()
+        self.stack.d_model = model.config.d_model
+        self.stack.norm = self._norm(model.norm)
+        self.stack.embedding = self._matrix(model.embedding)
+        self.stack.head = self._matrix(model.embedding if model.head is None else model.head)
+        for block in model.blocks:
+            self.stack.add(self._layer(block))
+
+    def _layer(self, block: Any) -> Any:
+        mixer, layer = block.mixer, self.native.Layer()
+        layer.d_inner, layer.d_state, layer.d_conv = mixer.d_inner, mixer.d_state, mixer.d_conv
+        layer.dt_rows, layer.B_rows, layer.C_rows = mixer.x_proj_rows
+        layer.zoh = mixer.b_discretization == "zoh"
+        layer.norm = self._norm(block.norm)
+        for name in ("dt_norm", "B_norm", "C_norm", "output_norm"):
+            setattr(layer, name, self._norm(getattr(mixer, name)))
+        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+            if getattr(mixer, name) is not None:
+                setattr(layer, name, self._matrix(getattr(mixer, name)))
+        A = mixer.ssm.A().detach()
+        layer.largest_A = float(A.abs().max())
+        vectors = {
+            "in_bias": mixer.in_proj.bias,
+            "out_bias": mixer.out_proj.bias,
+            "conv_weight": mixer.conv.weight.T,
+            "conv_bias": mixer.conv.bias,
+            "A": A,
+            "D": mixer.ssm.D,
+            "delta_bias": mixer.ssm.delta_bias,
+            "B": mixer.ssm.B,
+            "C": mixer.ssm.C,
+        }
+        for name, vector in vectors.items():
+            setattr(layer, name, self._address(name, vector))
+        return layer
+
+    def _norm(self, module: Any) -> Any:
+        norm = self.native.Norm()
+        if module is not None:
+            norm.present, norm.subtract_mean, norm.eps = True, isinstance(module, LayerNorm), module.eps
+            norm.weight = self._address("weight", module.weight)
+            norm.bias = self._address("bias", getattr(module, "bias", None))
+        return norm
+
+    def _matrix(self, module: Any) -> Any:
+        weight = module.weight
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            code, n_out, n_in = FORMATS[module.format].code, module.n_out, module.n_in
+        else:
+            code, (n_out, n_in) = FORMATS["float32"].code, weight.shape
+        address = self._address("weight", weight)
+        return self.native.Packed(address, code, n_out, n_in, weight.stride(0) * weight.itemsize)
+
+    def _address(self, name: str, tensor: Tensor | None) -> int:
+        """The address of a contiguous tensor; 0 for None."""
+        if tensor is None:
+            return 0
+        contiguous = tensor.detach().contiguous()
+        self.alive.append(contiguous)
+        return native.address(name, contiguous)
+
+
+# ----------------------------------------------------------------------------------------------- what has a step
+
+
+def obstacles(model: LanguageModel) -> dict[int, str]:
+    """The reasons why a model has no compiled step: by block index, or WHOLE for the model; empty if it has one."""
+    whole = _of_model(model)
+    if whole is not None:
+        return {WHOLE: whole}
+    found = ((index, _of_block(block)) for index, block in enumerate(model.blocks))
+    return {index: why for index, why in found if why is not None}
+
+
+def _of_model(model: LanguageModel) -> str | None:
+    if native.unavailable("cpu") is not None:
+        return native.unavailable("cpu")
+    devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
+    if devices != {"cpu"}:
+        return f"it runs on the CPU, and the model is on {', '.join(sorted(devices))}"
+    if model.positions is not None:
+        return "it has no table of positions"
+    for name, module in (("embedding", model.embedding), ("head", model.head)):
+        why = None if module is None else _of_matrix(module)
+        if why is not None:
+            return f"{name} is {why}"
+    return _of_vectors({"norm": model.norm})
+
+
+def _of_block(block: Any) -> str | None:
+    mixer = block.mixer
+    if not is_bare(block, Block) or not is_bare(mixer, Mamba):
+        return f"its mixer is {type(mixer).__name__}, and only a plain Mamba is compiled"
+    if mixer.ssm.is_complex:
+        return "A is complex"
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        why = None if getattr(mixer, name) is None else _of_matrix(getattr(mixer, name))
+        if why is not None:
+            return f"{name} is {why}"
+    names = ("dt_norm", "B_norm", "C_norm", "output_norm", "conv", "ssm")
+    return _of_vectors({"norm": block.norm} | {name: getattr(mixer, name) for name in names})
+
+
+def _of_matrix(module: nn.Module) -> str | None:
+    """Why a matrix does not fit, in words that complete "it is"."""
+    if is_bare(module, PackedLinear) or is_bare(module, PackedEmbedding):
+        return None
+    if not is_bare(module, nn.Linear) and not is_bare(module, nn.Embedding):
+        return f"a {type(module).__name__}"
+    dtype = module.weight.dtype
+    return None if dtype == torch.float32 else f"{dtype} with activations in {dtype}; use for_inference"
+
+
+def _of_vectors(modules: dict[str, Any]) -> str | None:
+    """Why one of the small modules does not fit."""
+    kinds = (RMSNorm, LayerNorm, ShortConvolution, SSMParameters)
+    for name, module in modules.items():
+        if module is None:
+            continue
+        if not any(is_bare(module, kind) for kind in kinds):
+            return f"{name} is a {type(module).__name__}"
+        if any(p.dtype != torch.float32 for p in module.parameters()):
+            return f"{name} is not in float32; use for_inference"
+    return None
