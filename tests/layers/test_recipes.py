@@ -41,6 +41,7 @@ WIDTH, LENGTH = 32, 21
 def device(request, monkeypatch) -> str:
     """A device on which layers recompute."""
     monkeypatch.setattr(recipes, "DEVICES", (request.param,))
+    monkeypatch.setattr(recipes, "LEAST_SIZE", 0)
     return request.param
 
 
@@ -311,6 +312,10 @@ def test_hooks_of_a_caller_come_first(context, device, monkeypatch):
         assert same(gradients(layer, x), want)
 
 
-def test_it_is_off_on_a_cpu(monkeypatch):
+def test_it_is_off_on_a_cpu_and_for_short_sequences(device, monkeypatch):
+    layer, x = layer_of(Mamba, device), sequence(device)
     monkeypatch.setattr(recipes, "_Recipes", None)
-    gradients(layer_of(Mamba, "cpu"), sequence("cpu"))
+    for name, value in (("DEVICES", ()), ("LEAST_SIZE", 2 * LENGTH * 2 * WIDTH + 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(recipes, name, value)
+            gradients(layer, x)

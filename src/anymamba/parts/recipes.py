@@ -27,6 +27,8 @@ from anymamba.ops.observers import may_pack_saved_tensors, plain
 
 DEVICES: tuple[str, ...] = ("cuda",)
 """Types of devices on which `recomputing` is active: memory is scarce there, and cheap operations take little time."""
+LEAST_SIZE = 1 << 20
+"""Numbers in the input of the operations. With fewer, Python code takes most of a step, and memory is plentiful."""
 
 _thread = threading.local()
 
@@ -34,16 +36,16 @@ _thread = threading.local()
 def recomputing(x: Tensor) -> AbstractContextManager[object]:
     """A context in which operations save the recipes of results that were passed to `again`.
 
-    It does nothing without gradients, on other devices than DEVICES, under `torch.func`, while torch traces or
-    compiles, and inside a caller's hooks for saved tensors, which checkpointing sets too. A context inside another one
-    is part of the outer one.
+    It does nothing without gradients, on other devices than DEVICES, for small inputs, under `torch.func`, while torch
+    traces or compiles, and inside a caller's hooks for saved tensors, which checkpointing sets too. A context inside
+    another one is part of the outer one.
 
     Args:
         x: an input of the operations.
     """
-    if x.device.type not in DEVICES or not torch.is_grad_enabled() or not plain(x) or not may_pack_saved_tensors():
-        return nullcontext()
-    return _Recipes()
+    if x.device.type in DEVICES and torch.is_grad_enabled() and plain(x) and x.numel() >= LEAST_SIZE:
+        return _Recipes() if may_pack_saved_tensors() else nullcontext()
+    return nullcontext()
 
 
 def is_recomputing() -> bool:
