@@ -186,3 +186,36 @@ def test_misuse_of_sample():
         RowDraws([1, 2, 3], 2)
     with pytest.raises(ValueError, match="a seed must lie between 0 and"):
         RowDraws(-1, 1)
+
+
+# --------------------------------------------------------------------------------------------- one row
+
+FILTERS = [
+    SamplingConfig(),
+    SamplingConfig(temperature=0.7, top_p=0.9),
+    SamplingConfig(temperature=1.3, top_k=40, top_p=0.95, min_p=0.02, repetition_penalty=1.2),
+    SamplingConfig(top_p=1e-6),
+]
+
+
+@pytest.mark.parametrize("config", FILTERS, ids=["plain", "top-p", "all", "one token"])
+@pytest.mark.parametrize("vocab_size", [1, 13, 257, 5003])
+def test_one_row_has_the_tokens_that_it_has_in_a_batch(config, vocab_size):
+    """One row is drawn by numpy, several by torch; the bits before the draw are equal, too."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = (4 * torch.randn(40, vocab_size, generator=generator)).mul(8).round().div(8)  # with ties
+    draws = torch.rand(40, dtype=torch.float64, generator=generator)
+    draws[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    seen = torch.rand(40, vocab_size, generator=generator) < 0.2
+    together, filtered = sample(logits, config, draws, seen), filter_logits(logits, config, seen)
+    for row in range(40):
+        part = slice(row, row + 1)
+        assert sample(logits[part], config, draws[part], seen[part]).tolist() == [together[row]]
+        assert torch.equal(filter_logits(logits[part], config, seen[part]), filtered[part])
+
+
+def test_one_row_that_is_not_a_number_draws_the_last_id():
+    """The stream then raises for its log-probability."""
+    logits = torch.full((1, 5), float("nan"))
+    for config in FILTERS:
+        assert sample(logits, config, torch.tensor([0.5], dtype=torch.float64)).item() == 4
