@@ -74,12 +74,12 @@ def test_A_log_over_its_whole_range(tmp_path, moved):
 
 
 def test_q8_0(tmp_path, moved):
-    """Each block of 32 within half a step of its largest entry / 127; rows that are not a multiple of 32 are F16."""
+    """Each block of 32 within half a step of its largest entry / 127; rows that are not a multiple of 32 are BF16."""
     model = moved(PLAIN)
     model.save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "q8.gguf", "gguf", dtype="q8_0")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "q8.gguf").tensors}
-    assert kinds["token_embd.weight"] == "Q8_0" and kinds["blk.0.ssm_dt.weight"] == "F16"
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["blk.0.ssm_dt.weight"] == "BF16"
     assert {kinds[k] for k in ("blk.0.ssm_conv1d.weight", "blk.0.ssm_a", "blk.0.attn_norm.weight")} == {"F32"}
     loaded = load_pretrained(tmp_path / "q8.gguf")
     want, got = model.embedding.weight.view(-1, 32), loaded.embedding.weight.view(-1, 32)
@@ -371,8 +371,8 @@ def test_other_quantizations_are_refused_by_name(tmp_path, good, moved):
     writer = gguf.GGUFWriter(tmp_path / "q4.gguf", "mamba")
     for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors:
         if tensor.name == "token_embd.weight":
-            data = gguf.quants.quantize(tensor.data, gguf.GGMLQuantizationType.Q4_0)
-            writer.add_tensor(tensor.name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+            data = gguf.quants.quantize(tensor.data, gguf.GGMLQuantizationType.Q4_1)
+            writer.add_tensor(tensor.name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
         else:
             writer.add_tensor(tensor.name, tensor.data)
     for key in ("embedding_length", "block_count", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size"):
@@ -382,7 +382,10 @@ def test_other_quantizations_are_refused_by_name(tmp_path, good, moved):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"token_embd\.weight is of type Q4_0; F32, F16, BF16, Q8_0 can be read"):
+    known = "F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K"
+    with pytest.raises(
+        CheckpointError, match=rf"embd\.weight is of type Q4_1; {known} can be read: write it again with"
+    ):
         load_pretrained(tmp_path / "q4.gguf")
 
 

@@ -20,6 +20,7 @@ VERBS = {
     "eval": "measure a model on files: bits per byte, nats per token, perplexity",
     "lm-eval": "run tasks of lm-eval (EleutherAI's evaluation harness) on a model",
     "convert": "write a checkpoint in another format: hf, state-spaces, gguf",
+    "bench": "measure how fast a model reads and generates here, beside the machine's limits",
     "download": "download a model of the Hugging Face hub into its cache, and check it",
     "cache": "show the cached tables of tokens, and delete them",
     "experiment": "run one of the paper's experiments: results, charts and a report",

@@ -29,9 +29,12 @@ class ConvertOptions:
     """A new folder; for gguf also a path that ends in .gguf."""
     to: Literal["hf", "state-spaces", "gguf", "anymamba"]
     """The format: Hugging Face's mamba or falcon_mamba, the original one, llama.cpp's, our own."""
-    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
-    """Dtype of the weights; defaults to the stored one. A_log, D and the step's bias stay float32. q8_0 is for gguf
-    only."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_0", "q4_k", "q6_k"] | None = None
+    """Dtype of the weights; defaults to the stored one. A_log, D and the step's bias stay float32. The last four are
+    llama.cpp's blocks of integers, for gguf only."""
+    weights: Literal["int8", "int4"] | None = None
+    """Blocks of integers in hf, anymamba or gguf, as `generate --weights` packs them. In a folder only anymamba reads
+    them."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; "none" leaves it out. Defaults to
     the source's own."""
@@ -51,13 +54,14 @@ def command(arguments: Sequence[str]) -> None:
     from anymamba.models.checkpoints import convert
 
     require_at_least("--shard-bytes", options.shard_bytes, 1)
-    dtype = options.dtype if options.dtype in (None, "q8_0") else getattr(torch, options.dtype)
+    dtype = getattr(torch, options.dtype or "", options.dtype)  # a torch.dtype, or the name of a block format
     with progress_bar("converting") as show, told_warnings():
         convert(
             options.source,
             options.out,
             options.to,
             dtype=dtype,
+            weights=options.weights,
             tokenizer=None if options.tokenizer == WITHOUT else options.tokenizer,
             without_tokenizer=options.tokenizer == WITHOUT,
             shard_bytes=options.shard_bytes,

@@ -26,7 +26,10 @@ class Runtime:
     device: str = "auto"
     """cpu, cuda, cuda:1, xpu, mps; auto takes the first of cuda, xpu, mps and cpu that can be used here."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the weights; defaults to the stored one."""
+    """Dtype of the weights and of the computation; defaults to the stored one."""
+    weights: Literal["float32", "bfloat16", "int8", "int4"] | None = None
+    """Pack the weights for inference, which is faster and takes less memory; they compute in float32. On a CPU, files
+    with weights in blocks of integers are run in their blocks by default."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice, the number of cores."""
     adapter: Path | None = None
@@ -57,7 +60,7 @@ def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[C
     set_threads(runtime.threads)
     from anymamba.ops.devices import usable_device
 
-    usable_device(runtime.device)
+    check_weights(runtime, usable_device(runtime.device).type)
     from anymamba.models.checkpoints import find_tokenizer, open_checkpoint
 
     checkpoint = open_checkpoint(model, verify=not runtime.no_verify, adapter=runtime.adapter)
@@ -65,14 +68,30 @@ def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[C
 
 
 def load_model(checkpoint: Checkpoint, runtime: Runtime) -> LanguageModel:
-    """Load the weights of an open model for inference."""
+    """Load the weights of an open model for inference; on a CPU packed, if --weights or the file says so."""
     import torch
 
     from anymamba.models.checkpoints import load_pretrained
     from anymamba.ops.devices import usable_device
 
-    dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
-    return load_pretrained(checkpoint, device=usable_device(runtime.device), dtype=dtype).eval()
+    device = usable_device(runtime.device)
+    if device.type == "cpu" and (runtime.weights or (runtime.dtype is None and checkpoint.in_blocks)):
+        from anymamba.models.inference import InferenceModel
+
+        return InferenceModel.from_pretrained(checkpoint, runtime.weights)
+    name = runtime.weights or runtime.dtype
+    return load_pretrained(checkpoint, device=device, dtype=getattr(torch, name) if name else None).eval()
+
+
+def check_weights(runtime: Runtime, device_type: str) -> None:
+    """Raise ValueError for --weights beside --dtype, and for formats that a device cannot run."""
+    if runtime.weights is not None and runtime.dtype is not None:
+        raise ValueError("--weights and --dtype both choose the format of the weights; give one")
+    if runtime.weights in ("int8", "int4") and device_type != "cpu":
+        raise ValueError(
+            f"--weights {runtime.weights} runs on a CPU, and the device is {device_type}; take --weights bfloat16, or "
+            "--device cpu"
+        )
 
 
 @contextmanager

@@ -44,6 +44,7 @@ _TRAIN = {
 _MODEL = {
     "--model": "--model-path --checkpoint --ckpt --pretrained --model-name -m",
     "--no-verify": "--skip-verify",
+    "--weights": "--quantize --quantization --quant --load-in-8bit --load-in-4bit",
 }
 _GENERATE = _MODEL | {
     "--max-new-tokens": "--max-tokens --num-tokens --length --n-predict --max-length -n",
@@ -55,7 +56,11 @@ _GENERATE = _MODEL | {
     "--stop": "--stop-string --stop-sequence",
 }
 _EVAL = _MODEL | {"--data": "--input --dataset --files --eval-data", "--chunk": "--chunk-size --batch-size --context"}
-_CONVERT = {"--to": "--format --output-format", "--dtype": "--precision --outtype"}
+_CONVERT = {
+    "--to": "--format --output-format",
+    "--dtype": "--precision --outtype",
+    "--weights": "--quantize --quantization --quant",
+}
 _LISTS = {"train": _TRAIN, "generate": _GENERATE, "eval": _EVAL, "convert": _CONVERT}
 
 SYNONYMS: dict[str, dict[str, str]] = {

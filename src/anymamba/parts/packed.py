@@ -5,6 +5,8 @@ They stand in for `nn.Linear` and `nn.Embedding` in a model for inference. Input
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
@@ -65,7 +67,7 @@ class PackedEmbedding(_Packed):
         return packed_linear(x, self.packed)
 
 
-def pack_modules(model: nn.Module, weights: dict[str, PackedWeight]) -> None:
+def pack_modules(model: nn.Module, weights: Mapping[str, PackedWeight]) -> None:
     """Replace linear maps and embeddings by packed ones, in place.
 
     Args:

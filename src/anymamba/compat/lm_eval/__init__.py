@@ -19,7 +19,9 @@ from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.generate import generate
 from anymamba.generation.sampling import SamplingConfig
 from anymamba.models.checkpoints import find_tokenizer
+from anymamba.models.inference import InferenceModel
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.weight_formats import Weights
 from anymamba.parts.state import state_bytes
 
 try:
@@ -67,6 +69,7 @@ class AnymambaLM(TemplateLM):
         prefix_token_id: the id used for an empty context; defaults to the beginning-of-text id, else the end-of-text
             id.
         revision: revision of a repository on the hub.
+        weights: pack the model for inference, in "float32", "bfloat16", "int8" or "int4"; on a CPU, in place of dtype.
     Raises ValueError for options out of range, FileNotFoundError and CheckpointError as `from_pretrained` does.
     """
 
@@ -83,13 +86,14 @@ class AnymambaLM(TemplateLM):
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         revision: str | None = None,
+        weights: Weights | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size if batch_size == "auto" else _at_least_one("batch_size", batch_size)
         self.max_batch_size = None if max_batch_size is None else _at_least_one("max_batch_size", max_batch_size)
         self.max_length = _at_least_one("max_length", max_length)
         self.max_gen_toks = _at_least_one("max_gen_toks", max_gen_toks)
-        self.model = load_model(pretrained, dtype, device, revision).eval()
+        self.model = load_model(pretrained, dtype, device, revision, weights).eval()
         self._device = self.model.embedding.weight.device
         name = None if isinstance(pretrained, LanguageModel) else pretrained
         vocab_size = self.model.config.vocab_size
@@ -146,8 +150,10 @@ class AnymambaLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts about the model that lm-eval writes next to the results."""
-        weight = self.model.embedding.weight
-        return {"model_num_parameters": self.model.n_parameters(), "model_dtype": str(weight.dtype)}
+        model, dtype = self.model, str(self.model.embedding.weight.dtype)
+        if isinstance(model, InferenceModel):
+            dtype = ", ".join(sorted(set(model.weight_formats.values())))
+        return {"model_num_parameters": model.n_parameters(), "model_dtype": dtype}
 
     # --------------------------------------------------------------------------------------------- likelihoods
 

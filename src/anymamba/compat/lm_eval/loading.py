@@ -9,7 +9,9 @@ import tokenizers
 import torch
 
 from anymamba.data.tokenizer import JsonTokenizer, Tokenizer
+from anymamba.models.inference import InferenceModel
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.weight_formats import Weights
 from anymamba.ops.devices import usable_device
 
 DTYPES = {"auto": None, **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}}
@@ -21,14 +23,21 @@ def load_model(
     dtype: str | torch.dtype | None,
     device: str | torch.device | None,
     revision: str | None,
+    weights: Weights | None = None,
 ) -> LanguageModel:
-    """Load the model of that name, by default in float32; a LanguageModel is returned as it is."""
+    """Load the model of that name, by default in float32; a LanguageModel is returned as it is.
+
+    With weights it is packed for inference.
+    """
     if isinstance(pretrained, LanguageModel):
-        if (dtype, device, revision) != (None, None, None):
+        if (dtype, device, revision, weights) != (None, None, None, None):
             raise ValueError(
-                "dtype, device and revision apply only when a model is loaded; leave them out for a LanguageModel"
+                "dtype, device, revision and weights apply only when a model is loaded; leave them out for a "
+                "LanguageModel"
             )
         return pretrained
+    if weights is not None:
+        return _packed(pretrained, dtype, device, revision, weights)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -36,6 +45,22 @@ def load_model(
     elif dtype is None:
         dtype = torch.float32
     return LanguageModel.from_pretrained(pretrained, device=usable_device(device), dtype=dtype, revision=revision)
+
+
+def _packed(
+    pretrained: str | Path,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    revision: str | None,
+    weights: Weights,
+) -> LanguageModel:
+    if dtype is not None:
+        raise ValueError(f"dtype={dtype} and weights={weights} both choose the format of the weights; give one")
+    if device is not None and usable_device(device).type != "cpu":
+        raise ValueError(
+            f"weights={weights} runs on a CPU, got device={device}; give device=cpu, or dtype in place of weights"
+        )
+    return InferenceModel.from_pretrained(pretrained, weights, revision=revision)
 
 
 def special_id(tokenizer: Tokenizer, key: str, default: int | None) -> int | None:

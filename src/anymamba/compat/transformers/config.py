@@ -57,6 +57,11 @@ class AnyMambaConfig(PretrainedConfig):
                 f"this is a model of model_type {kind!r}, whose parameters have other names; load it with "
                 "anymamba's LanguageModel.from_pretrained and pass the model to anymamba.compat.transformers.wrap"
             )
+        if config_dict.get("weight_formats"):
+            raise ValueError(
+                "the weights of this model are in blocks of integers, which transformers does not read; load it with "
+                "anymamba's LanguageModel.from_pretrained and pass the model to anymamba.compat.transformers.wrap"
+            )
         return super().from_dict(config_dict, **kwargs)
 
     def to_model_config(self) -> ModelConfig:

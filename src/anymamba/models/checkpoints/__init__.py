@@ -9,6 +9,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",
+    "StoredTensor",
     "convert",
     "find_tokenizer",
     "load_pretrained",
@@ -16,6 +17,8 @@ __all__ = [
     "model_tokenizer",
     "open_checkpoint",
     "save_pretrained",
+    "save_weights",
+    "stored_formats",
     "weights_digest",
 ]
 
@@ -24,6 +27,7 @@ _HOMES = {
     "Checkpoint": "anymamba.models.checkpoints.reading",
     "CheckpointError": "anymamba.base.errors",
     "CheckpointWarning": "anymamba.base.errors",
+    "StoredTensor": "anymamba.models.checkpoints.formats.files",
     "convert": "anymamba.models.checkpoints.writing",
     "find_tokenizer": "anymamba.models.checkpoints.tokenizers",
     "load_pretrained": "anymamba.models.checkpoints.reading",
@@ -31,6 +35,8 @@ _HOMES = {
     "model_tokenizer": "anymamba.models.checkpoints.tokenizers",
     "open_checkpoint": "anymamba.models.checkpoints.reading",
     "save_pretrained": "anymamba.models.checkpoints.writing",
+    "save_weights": "anymamba.models.checkpoints.writing",
+    "stored_formats": "anymamba.models.checkpoints.reading",
     "weights_digest": "anymamba.models.checkpoints.adapters",
 }
 
@@ -39,7 +45,8 @@ __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 if TYPE_CHECKING:
     from anymamba.base.errors import CheckpointError, CheckpointWarning
     from anymamba.models.checkpoints.adapters import weights_digest
+    from anymamba.models.checkpoints.formats.files import StoredTensor
     from anymamba.models.checkpoints.hub import local_path
-    from anymamba.models.checkpoints.reading import Checkpoint, load_pretrained, open_checkpoint
+    from anymamba.models.checkpoints.reading import Checkpoint, load_pretrained, open_checkpoint, stored_formats
     from anymamba.models.checkpoints.tokenizers import find_tokenizer, model_tokenizer
-    from anymamba.models.checkpoints.writing import FORMATS, convert, save_pretrained
+    from anymamba.models.checkpoints.writing import FORMATS, convert, save_pretrained, save_weights

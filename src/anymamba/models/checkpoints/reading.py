@@ -20,12 +20,22 @@ from anymamba.models.checkpoints import runs
 from anymamba.models.checkpoints.adapters import Adapter, fitted, read_adapter, weights_digest
 from anymamba.models.checkpoints.families import ANYMAMBA, Format, Spelling
 from anymamba.models.checkpoints.formats import folder as folders
-from anymamba.models.checkpoints.formats.files import CONFIG, TORCH, StoredTensor, TensorFile, open_weights, read_json
+from anymamba.models.checkpoints.formats.files import (
+    CONFIG,
+    DTYPE_FORMATS,
+    TORCH,
+    StoredTensor,
+    TensorFile,
+    open_weights,
+    read_json,
+)
 from anymamba.models.checkpoints.formats.gguf import GGUFFile
 from anymamba.models.checkpoints.hub import local_path
 from anymamba.models.checkpoints.weights import is_wide
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.weight_formats import format_table
+from anymamba.ops.packed_linear import PackedWeight
 
 
 class TokenizerJson(NamedTuple):
@@ -77,19 +87,39 @@ class Checkpoint:
         found = {name: StoredTensor(shape, dtypes[name]) for name, shape in shapes.items()}
         object.__setattr__(self, "stored", found)
         object.__setattr__(self, "_names", {key: name for name, key in keys.items()})
+        object.__setattr__(self, "_keys", keys)
 
     stored: dict[str, StoredTensor] = field(init=False, repr=False)
     """Shapes and dtypes by our names. The dtype is the embedding's, except for A_log, D and the step's bias."""
     _names: dict[str, str] = field(init=False, repr=False)
     """Our names by the file's names."""
+    _keys: dict[str, str] = field(init=False, repr=False)
+    """The file's names by our names."""
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of `stored`, in its order; each is valid until the next one is requested."""
-        for key, tensor in self.file.read(self._names):
+    def tensors(
+        self, names: Container[str] | None = None, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of `stored`, in its order; each is valid until the next one is requested.
+
+        Args:
+            names: of those to read; defaults to all.
+            dtype: of all tensors; defaults to those in `stored`.
+        """
+        wanted = [key for name, key in self._keys.items() if names is None or name in names]
+        for key, tensor in self.file.read(wanted):
             name = self._names[key]
             tensor = self.spelling.decode(name, tensor, f"{self.file.path}: {key}")
-            tensor = tensor.to(self.stored[name].dtype).view(self.stored[name].shape)
+            tensor = tensor.to(dtype or self.stored[name].dtype).view(self.stored[name].shape)
             yield name, self.adapter[name].added_to(tensor) if name in self.adapter else tensor
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the file holds matrices in blocks of integers."""
+        return bool(self.file.formats)
+
+    def blocks(self, name: str) -> PackedWeight | None:
+        """A matrix as it lies in the mapped file; None if the file does not give that or an adapter changes it."""
+        return None if name in self.adapter else self.file.blocks(self._keys[name])
 
     def with_adapter(self, adapter: Adapter) -> Checkpoint:
         """The same checkpoint with an adapter merged into its tensors.
@@ -119,6 +149,15 @@ class Checkpoint:
         """The name in the file of one of our parameters."""
         key = self.spelling.name(name)
         return next((other for other in self.spelling.aliases(key) if other in stored), key)
+
+
+def stored_formats(checkpoint: Checkpoint) -> dict[str, str]:
+    """The packed formats of a checkpoint's matrices, by our names: those of its blocks, else those of their dtypes."""
+    found = {}
+    for name in format_table(checkpoint.config, "float32"):
+        blocks = checkpoint.blocks(name)
+        found[name] = DTYPE_FORMATS.get(checkpoint.stored[name].dtype, "float32") if blocks is None else blocks.format
+    return found
 
 
 def open_checkpoint(
@@ -208,7 +247,8 @@ def parameter_shapes(config: ModelConfig, where: Path) -> dict[str, tuple[int, .
 def _open_folder(folder: Path, verify: bool) -> Checkpoint:
     values = read_json(folder / CONFIG)
     format, spelling, config = folders.read_config(values, folder / CONFIG)
-    return Checkpoint(folder, format, spelling, config, open_weights(folder, verify), folders.token_ids(values))
+    file = open_weights(folder, verify, folders.block_formats(values, folder / CONFIG))
+    return Checkpoint(folder, format, spelling, config, file, folders.token_ids(values))
 
 
 def _open_run_checkpoint(folder: Path, verify: bool) -> Checkpoint:

@@ -15,6 +15,7 @@ from anymamba.base.schema import config_from_dict
 from anymamba.models.checkpoints.adapters import Adapter, low_ranks
 from anymamba.models.checkpoints.formats.files import CONFIG, SafetensorsFile, StoredTensor, read_json
 from anymamba.models.config import ModelConfig
+from anymamba.ops.packed_linear import PackedWeight
 
 STATE, RUN_CONFIG, PREFIX = "state.json", "train_config.json", "model."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -85,3 +86,7 @@ class ModelTensors(SafetensorsFile):
         """As in `TensorFile`."""
         for name, tensor in super().read([PREFIX + name for name in names]):
             yield name.removeprefix(PREFIX), tensor
+
+    def blocks(self, name: str) -> PackedWeight | None:
+        """As in `TensorFile`."""
+        return super().blocks(PREFIX + name)

@@ -1,16 +1,19 @@
-"""Weights to be written: the config and the tensors of a checkpoint or of a model, with our names, in any dtype."""
+"""Weights to be written: the config and the tensors of a checkpoint or of a model, with our names, in any dtype or in
+blocks of integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from anymamba.models.checkpoints.formats.files import StoredTensor
+from anymamba.kernels.packed_linear.formats import row_bytes
+from anymamba.models.checkpoints.formats.files import BLOCKS, StoredTensor
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.ops.packed_linear import PackedWeight, pack
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -27,6 +30,8 @@ class Weights(Protocol):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
+    def blocks(self, name: str) -> PackedWeight | None: ...
+
 
 class ModelWeights:
     """The weights of a model that is in memory."""
@@ -41,25 +46,60 @@ class ModelWeights:
         for name, parameter in self._parameters.items():
             yield name, parameter.detach().cpu().contiguous()
 
+    def blocks(self, name: str) -> PackedWeight | None:
+        """None: its tensors are not in blocks."""
+        return None
+
 
 class CastWeights:
-    """Weights in another dtype; A_log, D and the step's bias stay float32 or wider."""
+    """Weights in another dtype, or matrices in blocks; A_log, D and the step's bias stay float32 or wider.
 
-    def __init__(self, weights: Weights, dtype: torch.dtype | None, progress: Progress | None) -> None:
+    Args:
+        weights: the source. Blocks that have the wanted format are written as they are.
+        dtype: of the weights; defaults to the stored one.
+        progress: called after each tensor.
+        formats: the format of each matrix; all other tensors are then float32. Defaults to `dtype` for all.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        dtype: torch.dtype | None,
+        progress: Progress | None,
+        formats: Mapping[str, str] | None = None,
+    ) -> None:
         self.config, self._weights, self._progress = weights.config, weights, progress
+        self.formats = {name: format for name, format in (formats or {}).items() if format in BLOCKS}
+        """The formats of the matrices that are written in blocks; their tensors are bytes, (n_out, row_bytes)."""
         self.stored = {
-            name: StoredTensor(info.shape, target_dtype(name, info.dtype, dtype))
+            name: self._target(name, info, dtype) if formats is None else self._in_table(info, formats.get(name))
             for name, info in weights.stored.items()
         }
+
+    @staticmethod
+    def _target(name: str, info: StoredTensor, dtype: torch.dtype | None) -> StoredTensor:
+        return StoredTensor(info.shape, target_dtype(name, info.dtype, dtype))
+
+    @staticmethod
+    def _in_table(info: StoredTensor, format: str | None) -> StoredTensor:
+        if format in BLOCKS:
+            return StoredTensor((info.shape[0], row_bytes(format, info.shape[1])), torch.uint8)
+        return StoredTensor(info.shape, torch.float32 if format is None else getattr(torch, format))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all tensors in order; each is valid until the next one is requested."""
         done, total = 0, sum(info.nbytes for info in self.stored.values())
         for name, tensor in self._weights.tensors():
-            yield name, tensor.to(self.stored[name].dtype)
+            yield name, self._in_blocks(name, tensor) if name in self.formats else tensor.to(self.stored[name].dtype)
             done += self.stored[name].nbytes
             if self._progress is not None:
                 self._progress(done, total)
+
+    def _in_blocks(self, name: str, tensor: Tensor) -> Tensor:
+        found, format = self._weights.blocks(name), self.formats[name]
+        if found is None or found.format != format:
+            found = pack(tensor.to(torch.float32), format)
+        return found.data.cpu()
 
 
 def is_wide(name: str) -> bool:

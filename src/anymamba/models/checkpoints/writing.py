@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,10 +19,11 @@ from anymamba.models.checkpoints.families import Format, Spelling, nearest_spell
 from anymamba.models.checkpoints.formats import folder as folders
 from anymamba.models.checkpoints.formats import gguf, state_spaces
 from anymamba.models.checkpoints.formats.files import failures_told
-from anymamba.models.checkpoints.reading import open_checkpoint
+from anymamba.models.checkpoints.reading import open_checkpoint, stored_formats
 from anymamba.models.checkpoints.tokenizers import load_tokenizer, require_fitting
 from anymamba.models.checkpoints.weights import CastWeights, ModelWeights, Progress, Weights
 from anymamba.models.language_model import LanguageModel
+from anymamba.models.weight_formats import BLOCK_FORMATS, format_table
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
@@ -54,10 +55,27 @@ def save_pretrained(
     Raises CheckpointError, which names the options, if the format cannot hold the model, ValueError for a tokenizer
         with more ids than the model.
     """
+    save_weights(ModelWeights(model), folder, tokenizer, format=format, shard_bytes=shard_bytes)
+
+
+def save_weights(
+    weights: Weights,
+    folder: str | Path,
+    tokenizer: Tokenizer | None,
+    *,
+    format: Format | None = None,
+    formats: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`save_pretrained` for weights from anywhere.
+
+    Args:
+        formats: the format of each matrix, as in `write`; defaults to the dtypes of the weights.
+    """
     if format is None:
-        format = "anymamba" if nearest_spelling(model.config, "hf")[1] else "hf"
+        format = "anymamba" if nearest_spelling(weights.config, "hf")[1] else "hf"
     if tokenizer is not None:
-        require_fitting(tokenizer, model.config.padded_vocab_size)
+        require_fitting(tokenizer, weights.config.padded_vocab_size)
     folder = Path(folder)
     if format != "gguf":
         require_utf8(folder)
@@ -65,7 +83,7 @@ def save_pretrained(
     text = None if tokenizer is None or format != "gguf" else tokenizer.to_json()
     with own_file(folder) if folder.suffix == ".gguf" else own_folder(folder), _manifest(folder) as files:
         files += write(
-            ModelWeights(model), folder, format, token_ids=token_ids, tokenizer=text, shard_bytes=shard_bytes
+            weights, folder, format, formats=formats, token_ids=token_ids, tokenizer=text, shard_bytes=shard_bytes
         )
         if tokenizer is not None and folder.is_dir():
             tokenizer.save(folder)
@@ -78,6 +96,7 @@ def convert(
     to: Format,
     *,
     dtype: torch.dtype | str | None = None,
+    weights: str | None = None,
     tokenizer: str | Path | None = None,
     without_tokenizer: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -91,7 +110,10 @@ def convert(
         source: as in `load_pretrained`.
         out: a folder that does not exist yet or is empty; for "gguf" also a path that ends in .gguf.
         to: one of FORMATS.
-        dtype: of the weights; "q8_0" is for GGUF only. Defaults to the stored one.
+        dtype: of the weights; for GGUF also the block format "q8_0", "q4_0", "q4_k" or "q6_k". Defaults to the stored
+            one; blocks are kept in GGUF and our own format, and become float32 in others.
+        weights: "int8" or "int4", for matrices in blocks as `LanguageModel.for_inference` packs them. In a folder they
+            have our own model type, which other programs do not read.
         tokenizer: a tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the
             source's own, if there is one.
         without_tokenizer: leave the tokenizer out.
@@ -101,6 +123,7 @@ def convert(
     Raises FileExistsError if `out` is not empty, InUseError if another process is writing it, CheckpointError if the
         source is broken or if the format cannot hold the model (the message names the options).
     """
+    formats_of = _checked_formats(to, dtype, weights)
     out = Path(out)
     if out.name in ("", ".."):
         raise ValueError(f"{out} has no name of its own; give a folder that does not exist yet, such as {out / 'NAME'}")
@@ -108,6 +131,9 @@ def convert(
         require_utf8(out)
     _require_new(out)
     checkpoint = open_checkpoint(source, verify=verify, adapter=adapter)
+    formats = None if formats_of is None else format_table(checkpoint.config, formats_of)
+    if formats_of is None and dtype is None and to in ("gguf", "anymamba") and checkpoint.in_blocks:
+        formats = stored_formats(checkpoint)
     text = None
     if tokenizer is not None:
         given = load_tokenizer(tokenizer)
@@ -121,7 +147,8 @@ def convert(
             checkpoint,
             new,
             to,
-            dtype=dtype,
+            dtype=dtype if isinstance(dtype, torch.dtype) else None,
+            formats=formats,
             token_ids=checkpoint.token_ids,
             tokenizer=text if to == "gguf" else None,
             shard_bytes=shard_bytes,
@@ -133,6 +160,24 @@ def convert(
             for name in BESIDE if tokenizer is None and checkpoint.path.is_dir() else ():
                 if (checkpoint.path / name).is_file():
                     shutil.copyfile(checkpoint.path / name, new / name)
+
+
+def _checked_formats(to: Format, dtype: torch.dtype | str | None, weights: str | None) -> str | None:
+    """The name of the formats of matrices; None for plain numbers. Raises ValueError for what does not go together."""
+    if dtype is not None and weights is not None:
+        raise ValueError(f"dtype={dtype} and weights={weights!r} both choose the format of the weights; give one")
+    if weights is not None and weights not in ("int8", "int4"):
+        raise ValueError(f"weights must be int8 or int4, got {weights!r}; for plain numbers give dtype")
+    if not isinstance(dtype, str):
+        return weights
+    if dtype not in BLOCK_FORMATS:
+        raise ValueError(f"dtype must be a torch.dtype or one of {', '.join(BLOCK_FORMATS)}, got {dtype!r}")
+    if to != "gguf":
+        raise ValueError(
+            f"dtype {dtype} is for gguf, not for {to}; take float32, bfloat16 or float16, or weights int8 or int4, "
+            "which only anymamba reads"
+        )
+    return dtype
 
 
 @contextmanager
@@ -160,7 +205,8 @@ def write(
     out: Path,
     to: Format,
     *,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | None = None,
+    formats: Mapping[str, str] | None = None,
     token_ids: dict[str, Any] | None = None,
     tokenizer: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -168,17 +214,22 @@ def write(
 ) -> list[str]:
     """Write weights in a format. The arguments are those of `convert`; `tokenizer` is the contents of a tokenizer.json.
 
+    Args:
+        formats: the format of each matrix, by our names of the parameters; all other tensors are then float32. Those in
+            blocks make a folder one of our own format. Defaults to `dtype` for all.
     Returns the names of the files for the manifest. A GGUF file is not among them: its digest is inside.
     Warns with CheckpointWarning if llama.cpp differs from the tokenizer.
     """
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; the formats are {', '.join(FORMATS)}")
+    cast = CastWeights(weights, dtype, progress, formats)
+    if cast.formats and to == "state-spaces":
+        raise ValueError(f"weights in blocks are for hf, anymamba and gguf, not for {to}; take one of them, or a dtype")
+    if cast.formats and to == "hf":
+        to = "anymamba"  # readers of Hugging Face's format do not know the blocks
     spelling = spelling_for(weights.config, to)
-    if dtype == "q8_0" and to != "gguf":
-        raise ValueError(f"dtype q8_0 is for gguf, not for {to}; take float32, bfloat16 or float16")
-    cast = CastWeights(weights, dtype if isinstance(dtype, torch.dtype) else None, progress)
     if to == "gguf":
-        _write_gguf(cast, out, spelling, "Q8_0" if dtype == "q8_0" else None, token_ids or {}, tokenizer)
+        _write_gguf(cast, out, spelling, token_ids or {}, tokenizer)
         return []
     if to == "state-spaces":
         return state_spaces.write(cast, out, spelling)
@@ -189,20 +240,16 @@ def _write_gguf(
     weights: CastWeights,
     out: Path,
     spelling: Spelling,
-    kind: str | None,
     token_ids: dict[str, Any],
     tokenizer: str | None,
 ) -> None:
     path = out if out.suffix == ".gguf" else out / GGUF_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    if kind is None:
-        dtype = weights.stored["embedding.weight"].dtype
-        kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-        if dtype not in kinds:
-            raise CheckpointError(f"the format gguf cannot hold {dtype}; take float32, bfloat16, float16 or q8_0")
-        kind = kinds[dtype]
+    dtype = weights.stored["embedding.weight"].dtype
+    if not weights.formats and dtype not in gguf.KINDS:
+        raise CheckpointError(f"the format gguf cannot hold {dtype}; take float32, bfloat16, float16 or q8_0")
     with atomic_file(path) as temporary, failures_told(path.name):
-        differences = gguf.write(temporary, weights, spelling, kind, token_ids, tokenizer)
+        differences = gguf.write(temporary, weights, spelling, token_ids, tokenizer)
     if differences:
         warnings.warn(
             f"llama.cpp does not do all that the tokenizer in {path.name} does: {'; '.join(differences)}. The file "

@@ -18,7 +18,7 @@ class OwnFolder(Spelling):
     """A folder with a config.json of model_type `anymamba`."""
 
     kind = "anymamba"
-    own_version = 1
+    own_version = 2  # that of a folder with weights in blocks; others are written as version 1
 
     def matches(self, values: Mapping[str, Any]) -> bool:
         return values.get("model_type") == self.kind
@@ -27,7 +27,7 @@ class OwnFolder(Spelling):
         return []
 
     def to_fields(self, config: ModelConfig) -> dict[str, Any]:
-        return {"model_type": self.kind, FORMAT_VERSION: self.own_version}
+        return {"model_type": self.kind, FORMAT_VERSION: 1}
 
     def from_fields(self, values: Mapping[str, Any]) -> ModelConfig:
         return config_from_dict(ModelConfig, values[TABLE], TABLE)

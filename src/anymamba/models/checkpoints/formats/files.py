@@ -11,7 +11,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anymamba.base.errors import CheckpointError
+from anymamba.ops.packed_linear import FORMATS, PackedWeight, unpack
 
 CONFIG = "config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 OTHER_PICKLES = ("model.pt", "model.pth", "pytorch_model.pt")
 READ_BYTES = 1 << 20
 MAPPED_BYTES = 1 << 26  # bytes to read before a file is opened again, which frees the pages read so far
+
+BLOCKS = {name: format for name, format in FORMATS.items() if format.columns > 1}
+"""The packed formats whose rows are blocks of integers with scales."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -57,12 +61,21 @@ class TensorFile(Protocol):
 
     path: Path
 
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """The block formats of the matrices that are stored in blocks of integers, by name."""
+        ...
+
     def stored(self) -> dict[str, StoredTensor]:
         """All tensors by name."""
         ...
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors by name, in order; each is a view of the mapped file, valid until the next is requested."""
+        ...
+
+    def blocks(self, name: str) -> PackedWeight | None:
+        """A matrix as it lies in the mapped file; None if this kind of file does not give that."""
         ...
 
 
@@ -84,21 +97,48 @@ class Unchanged:
 
 
 class SafetensorsFile:
-    """One safetensors file."""
+    """One safetensors file.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        formats: the block formats of the matrices that are stored as bytes, (n_out, row_bytes).
+    """
+
+    def __init__(self, path: Path, formats: Mapping[str, str] | None = None) -> None:
         self.path, self._unchanged = path, Unchanged(path)
+        self.formats: Mapping[str, str] = formats or {}
+        self._whole: Any = None  # the open file that the tensors of `blocks` are views of
 
     def stored(self) -> dict[str, StoredTensor]:
         found = {}
         with self._open() as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                kind = part.get_dtype()
-                if kind not in _DTYPES:
+                kind, shape = part.get_dtype(), tuple(part.get_shape())
+                if name in self.formats:
+                    found[name] = self._of_blocks(name, kind, shape)
+                elif kind not in _DTYPES:
                     raise CheckpointError(f"{self.path}: {name} must be floating point, got {kind}")
-                found[name] = StoredTensor(tuple(part.get_shape()), _DTYPES[kind])
+                else:
+                    found[name] = StoredTensor(shape, _DTYPES[kind])
         return found
+
+    def _of_blocks(self, name: str, kind: str, shape: tuple[int, ...]) -> StoredTensor:
+        """The shape of the matrix that blocks stand for."""
+        size = BLOCKS[self.formats[name]].n_bytes
+        if kind != "U8" or len(shape) != 2 or shape[1] % size:
+            raise CheckpointError(
+                f"{self.path}: {name} must be rows of {self.formats[name]} blocks, (n_out, a multiple of {size} bytes) "
+                f"in U8, got {shape} in {kind}; copy it again"
+            )
+        return StoredTensor((shape[0], shape[1] // size * BLOCKS[self.formats[name]].columns), torch.float32)
+
+    def blocks(self, name: str) -> PackedWeight | None:
+        if self._whole is None:
+            with self._open():  # checks it
+                self._whole = safe_open(self.path, framework="pt")
+        self._unchanged.require()
+        tensor = self._whole.get_tensor(name)
+        return of_blocks(tensor, self.formats[name]) if name in self.formats else as_packed(tensor)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         rest = list(names)[::-1]
@@ -109,8 +149,11 @@ class SafetensorsFile:
                     name = rest.pop()
                     tensor = file.get_tensor(name)
                     budget -= tensor.numel() * tensor.element_size()
-                    yield name, tensor
+                    yield name, self._values(name, tensor)
                     del tensor
+
+    def _values(self, name: str, tensor: Tensor) -> Tensor:
+        return unpack(of_blocks(tensor, self.formats[name])) if name in self.formats else tensor
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
@@ -133,6 +176,7 @@ class TorchFile:
 
     def __init__(self, path: Path, verify: bool = True) -> None:
         self.path, self._unverified, self._unchanged = path, verify, Unchanged(path)
+        self.formats: dict[str, str] = {}
 
     def stored(self) -> dict[str, StoredTensor]:
         return {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in self._load().items()}
@@ -145,6 +189,10 @@ class TorchFile:
                 name = rest.pop()
                 budget -= tensors[name].numel() * tensors[name].element_size()
                 yield name, tensors[name]
+
+    def blocks(self, name: str) -> PackedWeight | None:
+        """None: the archive is opened again and again, and its tensors need not be aligned."""
+        return None
 
     def _load(self) -> dict[str, Tensor]:
         self._require_plain_archive()
@@ -227,6 +275,7 @@ class ShardedFiles:
                 raise CheckpointError(f"{path} names the shard {name}, which is not there; copy it too")
         self._shard_of: dict[str, str] = table
         self._shards = {name: open_shard(folder / name) for name in dict.fromkeys(table.values())}
+        self.formats = {k: v for shard in self._shards.values() for k, v in shard.formats.items()}
 
     def stored(self) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}
@@ -249,16 +298,37 @@ class ShardedFiles:
         for shard, wanted in queues.items():
             yield from self._shards[shard].read(wanted)
 
+    def blocks(self, name: str) -> PackedWeight | None:
+        return self._shards[self._shard_of[name]].blocks(name)
 
-def open_weights(folder: Path, verify: bool = True) -> TensorFile:
+
+DTYPE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""The packed formats of matrices of plain numbers."""
+
+
+def of_blocks(rows: Tensor, format: str) -> PackedWeight:
+    """Rows of bytes (n_out, row_bytes) as the matrix that they stand for."""
+    _, columns, size, _ = BLOCKS[format]
+    return PackedWeight(rows, format, rows.shape[1] // size * columns)
+
+
+def as_packed(matrix: Tensor) -> PackedWeight | None:
+    """A matrix of plain numbers as packed rows, without a copy; None for a dtype that products do not take."""
+    if matrix.dtype not in DTYPE_FORMATS or matrix.ndim != 2:
+        return None
+    return PackedWeight(matrix.view(torch.uint8), DTYPE_FORMATS[matrix.dtype], matrix.shape[1])
+
+
+def open_weights(folder: Path, verify: bool = True, formats: Mapping[str, str] | None = None) -> TensorFile:
     """Open the weights of a model folder; prefers safetensors to torch's archives, and one file to shards.
 
     Args:
         verify: compare torch's archives with their CRC-32s; safetensors have none.
+        formats: the block formats of matrices that are stored as bytes, in safetensors only.
     Raises FileNotFoundError if there are none, CheckpointError if there is only a bare pickle.
     """
     kinds: dict[str, Callable[[Path], TensorFile]]
-    kinds = {SAFETENSORS: SafetensorsFile, TORCH: partial(TorchFile, verify=verify)}
+    kinds = {SAFETENSORS: partial(SafetensorsFile, formats=formats), TORCH: partial(TorchFile, verify=verify)}
     for name, open_file in kinds.items():
         if (folder / name).exists():
             return open_file(folder / name)

@@ -9,21 +9,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anymamba.base.errors import CheckpointError, require_format_version
+from anymamba.base.errors import FORMAT_VERSION, CheckpointError, require_format_version
 from anymamba.base.files import atomic_file, write_json
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.checkpoints.families import Format, Spelling, kinds, nearest_spelling, recognise
 from anymamba.models.checkpoints.families.anymamba import TABLE
-from anymamba.models.checkpoints.formats.files import CONFIG, SAFETENSORS, StoredTensor, failures_told
+from anymamba.models.checkpoints.formats.files import BLOCKS, CONFIG, SAFETENSORS, StoredTensor, failures_told
 from anymamba.models.checkpoints.weights import CastWeights
 from anymamba.models.config import ModelConfig
 
 TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 FORMATS: tuple[Format, ...] = ("hf", "anymamba", "state-spaces")
 """Formats with a config.json."""
+BLOCK_FORMATS = "weight_formats"
+"""The key of the formats of tensors that are stored in blocks, by their names. Only our own format has it."""
 UNREAD = {"architectures", "use_cache"}
 """Fields that do not change what the model computes."""
 
@@ -67,6 +70,23 @@ def token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
 
 
+def block_formats(values: Mapping[str, Any], where: Path) -> dict[str, str]:
+    """The formats of the tensors that a config.json says are stored in blocks.
+
+    Raises CheckpointError if they are not a table of formats that can be read.
+    """
+    found = values.get(BLOCK_FORMATS, {})
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where}: {BLOCK_FORMATS} must be a table of names and formats, got {found!r}")
+    for name, format in found.items():
+        if format not in BLOCKS:
+            raise CheckpointError(
+                f"{where}: {name} is in {format!r}; the formats that can be read are {', '.join(BLOCKS)}: write the "
+                "model again with anymamba convert"
+            )
+    return found
+
+
 # ------------------------------------------------------------------------------------------ writing
 
 
@@ -79,8 +99,10 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = _write_safetensors(weights, folder, spelling, shard_bytes)
-    dtype = weights.stored["embedding.weight"].dtype
+    dtype = torch.float32 if weights.formats else weights.stored["embedding.weight"].dtype
     values = spelling.to_fields(weights.config)
+    if weights.formats:
+        values |= {FORMAT_VERSION: spelling.own_version, BLOCK_FORMATS: weights.formats}
     values |= {TABLE: config_to_dict(weights.config), "dtype": str(dtype).removeprefix("torch.")}
     values |= dict.fromkeys(TOKEN_IDS, token_ids.get("eos_token_id")) | token_ids
     write_json(folder / CONFIG, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from anymamba.base.errors import CheckpointError
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.checkpoints.families import Spelling, kinds, nearest_spelling, recognise
 from anymamba.models.checkpoints.formats import gguf_digest, gguf_tokenizer
-from anymamba.models.checkpoints.formats.files import StoredTensor, Unchanged
-from anymamba.models.checkpoints.formats.gguf_header import read_header
+from anymamba.models.checkpoints.formats.files import BLOCKS, DTYPE_FORMATS, StoredTensor, Unchanged
+from anymamba.models.checkpoints.formats.gguf_header import TensorInfo, read_header
 from anymamba.models.checkpoints.weights import CastWeights, is_wide
 from anymamba.models.config import ModelConfig
+from anymamba.ops.packed_linear import PackedWeight, unpack
 
 OUR_CONFIG = "anymamba.config"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.float32}
-"""The types that can be read, and the dtypes they are read as."""
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+FORMATS = {kind: DTYPE_FORMATS[dtype] for kind, dtype in DTYPES.items()} | {name.upper(): name for name in BLOCKS}
+"""The types that can be read, and their packed formats. Blocks are read as float32."""
+FILE_TYPES = {"Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "F32": "ALL_F32"}
+"""What llama.cpp calls a file by the type of most of its weights; for other types MOSTLY_ and the type."""
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -47,6 +53,8 @@ class GGUFFile:
             architecture, known = self.field("general.architecture"), ", ".join(map(repr, kinds(("gguf",))))
             raise CheckpointError(f"{path} is of architecture {architecture!r}; this reader takes {known}")
         self.spelling: Spelling = found[1]
+        formats = {name: FORMATS.get(tensor.kind, "") for name, tensor in self._header.tensors.items()}
+        self.formats = {name: format for name, format in formats.items() if format in BLOCKS}
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object, or the default if there is none."""
@@ -55,20 +63,34 @@ class GGUFFile:
     def stored(self) -> dict[str, StoredTensor]:
         found = {}
         for name, tensor in self._header.tensors.items():
-            if tensor.kind not in DTYPES:
-                raise CheckpointError(f"{self.path}: {name} is of type {tensor.kind}; {', '.join(DTYPES)} can be read")
-            found[name] = StoredTensor(tensor.shape, DTYPES[tensor.kind])
+            if tensor.kind not in FORMATS:
+                raise CheckpointError(
+                    f"{self.path}: {name} is of type {tensor.kind}; {', '.join(FORMATS)} can be read: write it again "
+                    f"with one of them, such as llama-quantize --allow-requantize {self.path.name} OUT Q8_0"
+                )
+            found[name] = StoredTensor(tensor.shape, DTYPES.get(tensor.kind, torch.float32))
         return found
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
             info = self._header.tensors[name]
-            data = torch.from_numpy(np.memmap(self.path, mode="c", offset=info.offset, shape=(info.n_bytes,)))
-            self._unchanged.require()
-            if info.kind == "Q8_0":
-                yield name, _from_q8_0(data).view(info.shape)
+            if info.kind in DTYPES:
+                yield name, self._mapped(info).view(DTYPES[info.kind]).view(info.shape)
             else:
-                yield name, data.view(DTYPES[info.kind]).view(info.shape)
+                yield name, unpack(self._packed(info)).view(info.shape)
+
+    def blocks(self, name: str) -> PackedWeight | None:
+        return self._packed(self._header.tensors[name])
+
+    def _packed(self, info: TensorInfo) -> PackedWeight:
+        rows = self._mapped(info).view(math.prod(info.shape[:-1]), -1)
+        return PackedWeight(rows, FORMATS[info.kind], info.shape[-1])
+
+    def _mapped(self, info: TensorInfo) -> Tensor:
+        """The bytes of a tensor in the mapped file."""
+        data = torch.from_numpy(np.memmap(self.path, mode="c", offset=info.offset, shape=(info.n_bytes,)))
+        self._unchanged.require()
+        return data
 
     def config(self) -> ModelConfig:
         """The model's config: our own if the file has it and its fields agree, else one made from the fields."""
@@ -130,13 +152,6 @@ class _Metadata(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
-def _from_q8_0(data: Tensor) -> Tensor:
-    """Values of blocks of 34 bytes: a float16 scale and 32 int8 multiples of it."""
-    blocks = data.view(-1, 34)
-    scales = blocks[:, :2].contiguous().view(torch.float16).float()
-    return blocks[:, 2:].view(torch.int8).float().mul_(scales)
-
-
 # ------------------------------------------------------------------------------------------ writing
 
 
@@ -144,23 +159,22 @@ def write(
     path: Path,
     weights: CastWeights,
     spelling: Spelling,
-    kind: str,
     token_ids: dict[str, Any],
     tokenizer: str | None,
 ) -> list[str]:
     """Write a file, tensor by tensor.
 
     Args:
-        kind: type of the matrices: "F32", "F16", "BF16" or "Q8_0". A, D, norms, biases and filters are float32.
+        weights: A, D, norms, biases and filters are written in float32, whatever their dtype.
         tokenizer: the contents of a tokenizer.json, None to leave it out.
     Returns phrases that say where llama.cpp differs from the tokenizer.
     """
     require_gguf()
-    from gguf import GGUFWriter, LlamaFileType
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
     writer = GGUFWriter(path, spelling.kind)
-    file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(LlamaFileType[file_types[kind]])
+    most = _kind_of("blocks.0.mixer.in_proj.weight", weights)
+    writer.add_file_type(LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
     writer.add_quantization_version(2)
     digest, its_copy = gguf_digest.KEYS
     writer.add_string(digest, gguf_digest.BLANK)
@@ -175,46 +189,34 @@ def write(
             writer.add_uint32(key, value)
     differences = gguf_tokenizer.write(writer, tokenizer, weights.config.padded_vocab_size, token_ids)
     for name, info in weights.stored.items():
+        kind_of = _kind_of(name, weights)
         as_written = spelling.encode(name, torch.empty(info.shape, device="meta")).shape
-        shape, tensor_kind = _encode(name, tuple(as_written), kind)
+        item = 1 if name in weights.formats else DTYPES[kind_of].itemsize
+        shape = (*as_written[:-1], as_written[-1] * item)
         writer.add_tensor_info(
-            spelling.name(name), shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=tensor_kind
+            spelling.name(name), shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=GGMLQuantizationType[kind_of]
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in weights.tensors():
-        writer.write_tensor_data(_bytes(name, spelling.encode(name, tensor), kind))
+        encoded = spelling.encode(name, tensor)
+        if name not in weights.formats:
+            encoded = encoded.to(DTYPES[_kind_of(name, weights)])
+        writer.write_tensor_data(encoded.contiguous().view(torch.uint8).numpy())
     writer.close()
     gguf_digest.sign(path)
     return differences
 
 
-def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
+def _kind_of(name: str, weights: CastWeights) -> str:
     """The type to write one of our parameters in."""
-    if len(shape) == 1 or is_wide(name) or name.endswith("conv.weight"):
+    if name in weights.formats:
+        return weights.formats[name].upper()
+    info = weights.stored[name]
+    if len(info.shape) == 1 or is_wide(name) or name.endswith("conv.weight"):
         return "F32"
-    return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind  # blocks of 32
-
-
-def _encode(name: str, shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], Any]:
-    """The shape of a tensor in the file, counted in bytes, and its type."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    chosen = GGMLQuantizationType[_kind_of(name, shape, kind)]
-    block, block_bytes = GGML_QUANT_SIZES[chosen]
-    return (*shape[:-1], shape[-1] // block * block_bytes), chosen
-
-
-def _bytes(name: str, tensor: Tensor, kind: str) -> np.ndarray:
-    """The bytes of a tensor in the file."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    chosen = _kind_of(name, tuple(tensor.shape), kind)
-    if chosen == "Q8_0":
-        return quantize(tensor.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
-    return tensor.to(DTYPES[chosen]).contiguous().view(torch.uint8).numpy()
+    return KINDS[info.dtype]
 
 
 def require_gguf() -> None:

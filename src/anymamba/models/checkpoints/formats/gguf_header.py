@@ -24,7 +24,16 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
 ALIGNMENT = "general.alignment"
 DEFAULT_ALIGNMENT = 32
-KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34), 30: ("BF16", 1, 2)}
+KINDS = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    30: ("BF16", 1, 2),
+}
 """Types of tensors that are read: name, elements of a block, bytes of a block."""
 MAX_ENTRIES = 1 << 24
 """Most elements of one array, most keys, and most tensors; the largest vocabularies have less than 2^19 tokens."""

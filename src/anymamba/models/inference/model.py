@@ -1,0 +1,202 @@
+"""A language model with packed weights, for reading and generating only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anymamba.models.checkpoints import Checkpoint, open_checkpoint, save_weights
+from anymamba.models.config import ModelConfig
+from anymamba.models.inference.invariance import obstacle
+from anymamba.models.inference.packing import (
+    PackedModelWeights,
+    PackedParts,
+    packed_checkpoint,
+    packed_copy,
+    packed_random,
+)
+from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
+from anymamba.models.weight_formats import Weights, format_table
+from anymamba.ops.linear_cross_entropy.chunks import sum_over_chunks
+from anymamba.ops.packed_linear import PackedWeight
+from anymamba.parts.packed import PackedEmbedding, PackedLinear, pack_modules
+
+if TYPE_CHECKING:
+    from anymamba.data.tokenizer import Tokenizer
+
+
+class BlockReport(NamedTuple):
+    """How one block of a model runs when it generates."""
+
+    mixer: str
+    native: bool
+    """Whether it is part of the one compiled call per token; otherwise it runs its own step."""
+    reason: str
+    """Why it is not; empty if it is."""
+
+
+class InferenceModel(LanguageModel):
+    """A language model with packed matrices. It reads, steps and scores as `LanguageModel` does, without gradients.
+
+    `LanguageModel.for_inference` and `InferenceModel.from_pretrained` make it. Activations, norms, convolutions, A, D
+    and the state are float32. If all blocks are Mamba with real A, on a CPU with the compiled kernels, a step is one
+    compiled call; otherwise it runs block by block, around compiled products.
+
+    Args:
+        config: of the model.
+        matrices: packed weights by the names of the parameters that they stand for.
+        others: all other parameters by name, in float32.
+        invariant: make a row's logits the same bits alone and in any batch, read whole, in pieces, or token by token.
+    Raises ValueError if invariance is asked of a model that does not have it; the message names what prevents it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        matrices: Mapping[str, PackedWeight],
+        others: Mapping[str, Tensor],
+        *,
+        invariant: bool = False,
+    ) -> None:
+        super().__init__(config, device="meta")
+        pack_modules(self, matrices)
+        missing, unexpected = self.load_state_dict(dict(others), strict=False, assign=True)
+        assert set(missing) == set(matrices) and not unexpected, (missing, unexpected)
+        self.requires_grad_(False)
+        self.eval()
+        self.invariant = invariant
+        """Whether a row's logits are the same bits in any batch and any cut of its text."""
+        why = obstacle(config, next(self.parameters()).device) if invariant else None
+        if why is not None:
+            raise ValueError(f"invariant=True is not possible for this model: {why}; leave it out")
+
+    @classmethod
+    def of(
+        cls, model: LanguageModel, weights: Weights | Mapping[str, str] = "float32", *, invariant: bool = False
+    ) -> InferenceModel:
+        """A copy of a model, as `LanguageModel.for_inference` makes it.
+
+        Args:
+            weights: may also be the format of each matrix, by the parameter's name.
+        """
+        formats = format_table(model.config, weights) if isinstance(weights, str) else weights
+        return cls(*packed_copy(model, formats), invariant=invariant)
+
+    @classmethod
+    def random(cls, config: ModelConfig, weights: Weights = "float32", *, invariant: bool = False) -> InferenceModel:
+        """A model with random weights, to measure speed and memory; it is never in memory in float32 as a whole."""
+        return cls(*packed_random(config, weights), invariant=invariant)
+
+    # --------------------------------------------------------------------------------------------- running
+
+    def step(
+        self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
+    ) -> LanguageModelOutput:
+        """One token per row: logits (batch, padded_vocab) and the new state, in constant time.
+
+        Args:
+            token_ids: (batch,).
+            state: one row per sequence.
+            reuse_state: the caller does not use the given state again, so its memory may hold the new one.
+        """
+        return super().step(token_ids, state)
+
+    def logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
+        """Apply the head to the output of `hidden`."""
+        embedding: Any = self.embedding  # packed
+        return embedding.project(x) if self.head is None else self.head(x)
+
+    def _summed_loss(self, x: Float[Tensor, "tokens d_model"], labels: Int[Tensor, " tokens"]) -> Tensor:
+        return sum_over_chunks(self._cross_entropy, x, labels, self.config.padded_vocab_size)
+
+    def report(self) -> list[BlockReport]:
+        """How each block runs in `step`, in order."""
+        return [BlockReport(name, False, "the compiled step is not there yet") for name in self.config.layer_mixers]
+
+    # --------------------------------------------------------------------------------------------- weights
+
+    @property
+    def weight_formats(self) -> dict[str, str]:
+        """The format of each packed matrix, by the name of the parameter that it stands for."""
+        return {f"{name}.weight": module.format for name, module in self._packed_modules()}
+
+    def packed_weights(self) -> dict[str, PackedWeight]:
+        """The packed matrices, by the names of the parameters that they stand for."""
+        return {f"{name}.weight": module.packed for name, module in self._packed_modules()}
+
+    def n_parameters(self) -> int:
+        """The number of parameters that the packed weights stand for; a tied weight counts once."""
+        return super().n_parameters() + sum(m.n_in * m.n_out for _, m in self._packed_modules())
+
+    def _packed_modules(self) -> list[tuple[str, PackedLinear | PackedEmbedding]]:
+        return [(n, m) for n, m in self.named_modules() if isinstance(m, PackedLinear | PackedEmbedding)]
+
+    def train(self, mode: bool = True) -> InferenceModel:
+        """Raises RuntimeError for mode=True: packed weights have no gradients."""
+        if mode:
+            raise RuntimeError(
+                "a model for inference cannot be trained: its weights are packed and have no gradients; train the "
+                "LanguageModel that it was made from (LanguageModel.from_pretrained reads packed files, too), then "
+                "call for_inference again"
+            )
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if fn(torch.zeros(0)).dtype != torch.float32:
+            raise TypeError(
+                "a model for inference computes in float32 and keeps its dtype; choose the format of its weights with "
+                f"for_inference(weights=...), got a conversion to {fn(torch.zeros(0)).dtype}"
+            )
+        return super()._apply(fn, recurse)
+
+    # --------------------------------------------------------------------------------------------- files
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | Path | Checkpoint,
+        weights: Weights | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        *,
+        verify: bool = True,
+        adapter: str | Path | None = None,
+        invariant: bool = False,
+    ) -> InferenceModel:
+        """Load a model for inference. Weights that are stored in the wanted format stay in the mapped file.
+
+        Args:
+            path, revision, verify, adapter: as in `LanguageModel.from_pretrained`; or a `Checkpoint`.
+            weights: "float32", "bfloat16", "int8" or "int4"; defaults to the formats in the file.
+            device: where the weights go; defaults to the CPU.
+            invariant: as in `InferenceModel`.
+        Raises as `LanguageModel.from_pretrained` does.
+        """
+        if not isinstance(path, Checkpoint):
+            path = open_checkpoint(path, revision, verify=verify, adapter=adapter)
+        return cls(*packed_checkpoint(path, weights, device), invariant=invariant)
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer | None = None,
+        *,
+        format: Literal["hf", "state-spaces", "gguf", "anymamba"] | None = None,
+    ) -> None:
+        """Write the packed weights as they are, in our own format or as GGUF.
+
+        Args:
+            path: a folder; for "gguf" also the path of a .gguf file.
+            tokenizer: written beside the model, or inside a GGUF file.
+            format: "hf", "anymamba" or "gguf"; defaults as in `LanguageModel.save_pretrained`. Hugging Face's readers
+                do not know weights in blocks: a folder with them has our own model type.
+        Raises CheckpointError if the format cannot hold the model.
+        """
+        others: dict[str, Tensor] = dict(self.named_parameters())
+        weights = PackedModelWeights(PackedParts(self.config, self.packed_weights(), others))
+        save_weights(weights, path, tokenizer, format=format, formats=weights.formats)

@@ -1,0 +1,221 @@
+"""Models for inference: the same function as the language model, whatever packs its weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from anymamba import MambaOptions, ModelConfig, SamplingConfig, generate
+from anymamba.generation.beam import beam_search
+from anymamba.models.inference import InferenceModel
+from anymamba.models.language_model import LanguageModel
+from anymamba.models.weight_formats import WEIGHTS, format_table
+from anymamba.ops.packed_linear import unpack
+
+PLAIN = ModelConfig(d_model=64, n_layers=2, vocab_size=61)
+CONFIGS = {
+    "tied": PLAIN,
+    "untied, biases": replace(PLAIN, tie_embeddings=False, mamba=MambaOptions(bias=True, conv_bias=False)),
+    "inner norms": replace(PLAIN, mamba=MambaOptions(inner_norms=True), norm="layernorm"),
+    "constant": replace(PLAIN, mamba=MambaOptions(selective_delta=False, selective_B=False, b_discretization="zoh")),
+    "complex": replace(PLAIN, mamba=MambaOptions(A_init="s4d-lin")),
+    "hybrid": replace(PLAIN, n_layers=4, mixers=("mamba", "mlp"), attention_layers=(2,)),
+    "others": replace(PLAIN, n_layers=5, mixers=("rwkv", "rwkv-channel", "h3-s4d", "hyena", "gau")),
+}
+ERROR = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.05, "int4": 0.5}
+"""Largest root mean square of the error of logits, in units of their standard deviation, in these small models."""
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The root mean square of the difference, relative to the standard deviation."""
+    return ((found - wanted).pow(2).mean().sqrt() / wanted.std()).item()
+
+
+def with_values_of(packed: InferenceModel) -> LanguageModel:
+    """A language model whose weights are what the packed ones stand for."""
+    model = LanguageModel(packed.config).eval()
+    values = {name: unpack(weight) for name, weight in packed.packed_weights().items()}
+    model.load_state_dict(values | dict(packed.named_parameters()))
+    return model
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_the_same_function(moved, name, weights):
+    """Against a language model with the packed values: reading, stepping, the loss. int8 activations add an error."""
+    packed = moved(CONFIGS[name]).for_inference(weights)
+    model, ids = with_values_of(packed), torch.randint(61, (2, 11), generator=torch.Generator().manual_seed(0))
+    wanted, allowed = model(ids), 0.05 if weights.startswith("int") else ERROR[weights]
+    found = packed(ids)
+    assert found.logits.dtype == torch.float32 and error(found.logits, wanted.logits) < allowed
+    state = packed.init_state(2)
+    for t in range(ids.shape[1]):
+        logits, state = packed.step(ids[:, t], state)
+        assert error(logits, wanted.logits[:, t]) < allowed, t
+    loss = packed.loss(ids[:, :-1], ids[:, 1:]).loss
+    assert abs(loss / model.loss(ids[:, :-1], ids[:, 1:]).loss - 1) < allowed
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@torch.no_grad()
+def test_near_the_model_that_it_was_made_from(moved, weights):
+    model = moved(PLAIN)
+    ids = torch.randint(61, (2, 40))
+    packed = model.for_inference(weights)
+    assert error(packed(ids).logits, model(ids).logits) < ERROR[weights]
+    assert packed.n_parameters() == model.n_parameters()
+
+
+def test_it_is_a_copy(moved):
+    model = moved(PLAIN)
+    packed, ids = model.for_inference("float32"), torch.tensor([[1, 2]])
+    before = packed(ids).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(packed(ids).logits, before)
+
+
+def test_which_tensor_has_which_format():
+    """Shapes of mamba-130m: 48 columns of dt_proj are no multiple of a block; all others are one of 256."""
+    config = ModelConfig(d_model=768, n_layers=1, vocab_size=8, tie_embeddings=False)
+    table = {kind: format_table(config, kind) for kind in (*WEIGHTS, "q4_k", "q6_k")}
+    rows = {
+        "embedding.weight": ("q8_0", "q6_k", "q6_k", "q6_k"),
+        "head.weight": ("q8_0", "q6_k", "q6_k", "q6_k"),
+        "blocks.0.mixer.in_proj.weight": ("q8_0", "q4_0", "q4_k", "q6_k"),
+        "blocks.0.mixer.out_proj.weight": ("q8_0", "q4_0", "q4_k", "q6_k"),
+        "blocks.0.mixer.x_proj.weight": ("q8_0", "q8_0", "q8_0", "q8_0"),
+        "blocks.0.mixer.dt_proj.weight": ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+    }
+    for name, formats in rows.items():
+        assert tuple(table[kind][name] for kind in ("int8", "int4", "q4_k", "q6_k")) == formats, name
+        assert table["float32"][name] == "float32" and table["bfloat16"][name] == "bfloat16"
+    assert all(set(found) == set(rows) for found in table.values())
+    odd = format_table(replace(config, d_model=96, tie_embeddings=True), "int4")
+    assert odd["embedding.weight"] == "q8_0" and odd["blocks.0.mixer.in_proj.weight"] == "q4_0"
+    assert format_table(replace(config, d_model=96), "q4_k")["blocks.0.mixer.in_proj.weight"] == "q4_0"
+    with pytest.raises(ValueError, match="weights must be one of float32, bfloat16, int8, int4, got 'int3'"):
+        format_table(config, "int3")
+
+
+@torch.no_grad()
+def test_generation_and_beams_take_it(moved):
+    model = moved(PLAIN)
+    packed, prompts = model.for_inference("float32"), [[1, 2, 3], [4]]
+    greedy = SamplingConfig(temperature=0)
+    assert (
+        generate(packed, prompts, max_new_tokens=8, sampling=greedy).ids
+        == generate(model, prompts, max_new_tokens=8, sampling=greedy).ids
+    )
+    found, wanted = (beam_search(m, prompts, num_beams=3, max_new_tokens=5) for m in (packed, model))
+    assert [row[0].ids for row in found] == [row[0].ids for row in wanted]
+
+
+def test_random_weights_have_the_sizes_of_the_preset():
+    config = replace(CONFIGS["hybrid"], tie_embeddings=False)
+    packed = InferenceModel.random(config, "int4")
+    assert packed.weight_formats == format_table(config, "int4")
+    assert packed.n_parameters() == LanguageModel(config, device="meta").n_parameters()
+    assert packed(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_step_may_reuse_the_state(moved):
+    """The value of the state that comes back does not depend on it; without it the given state stays as it is."""
+    packed, ids = moved(PLAIN).for_inference("int8"), torch.tensor([3, 5])
+    start = packed.step(ids, packed.init_state(2)).state
+    kept = copy.deepcopy(start)
+    plain = packed.step(ids, start)
+    for one, two in zip(start.layers, kept.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    reused = packed.step(ids, kept, reuse_state=True)
+    assert torch.equal(plain.logits, reused.logits)
+    for one, two in zip(plain.state.layers, reused.state.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# ------------------------------------------------------------------------------------------ how it runs
+
+
+def test_the_report_says_how_blocks_run(moved):
+    assert {block.native for block in moved(PLAIN).for_inference("int8").report()} == {True}
+    report = moved(CONFIGS["hybrid"]).for_inference("int8").report()
+    assert [block.mixer for block in report] == ["mamba", "mlp", "attention", "mlp"]
+    assert not any(block.native for block in report) and all(block.reason for block in report)
+    assert "invariant" in moved(PLAIN).for_inference(invariant=True).report()[0].reason
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@torch.no_grad()
+def test_invariance(moved, weights):
+    """A row's logits have the same bits alone, in a batch, in pieces, token by token, padded and packed."""
+    packed = moved(replace(PLAIN, n_layers=3)).for_inference(weights, invariant=True)
+    ids = torch.randint(61, (5, 67))
+    wanted = torch.cat([packed(row[None]).logits for row in ids])
+    assert torch.equal(packed(ids).logits, wanted)
+    for cut in (1, 31, 64):
+        first = packed(ids[:, :cut])
+        rest = packed(ids[:, cut:], first.state)
+        assert torch.equal(torch.cat([first.logits, rest.logits], 1), wanted)
+    state = packed.init_state(3)
+    for t in range(ids.shape[1]):
+        logits, state = packed.step(ids[:3, t], state)
+        assert torch.equal(logits, wanted[:3, t]), t
+    mask = torch.ones(2, 67, dtype=torch.bool)
+    mask[0, :20] = False
+    padded = packed(torch.cat([ids[:1, :20], ids[:1, :47]], 1).expand(2, -1), attention_mask=mask)
+    assert torch.equal(padded.logits[0, 20:], wanted[0, :47])
+    offsets = torch.tensor([0, 67, 134], dtype=torch.int32)
+    assert torch.equal(packed(ids[:2].reshape(1, -1), cu_seqlens=offsets).logits, wanted[:2].reshape(1, 134, -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("hybrid", "its mixers attention, mlp"), ("complex", "complex A runs in plain PyTorch")]
+)
+def test_invariance_that_is_not_there(moved, name, why):
+    with pytest.raises(ValueError, match=f"invariant=True is not possible for this model: {why}"):
+        moved(CONFIGS[name]).for_inference(invariant=True)
+    narrow = ModelConfig(d_model=4, n_layers=1, vocab_size=8)
+    with pytest.raises(ValueError, match=r"so few channels \(d_inner=8\) is cut in time; leave it out"):
+        LanguageModel(narrow).for_inference(invariant=True)
+
+
+# ------------------------------------------------------------------------------------------ what it is not
+
+
+def test_it_cannot_be_trained(moved):
+    packed = moved(PLAIN).for_inference("int8")
+    with pytest.raises(RuntimeError, match=r"cannot be trained.*train the LanguageModel.*call for_inference again"):
+        packed.train()
+    assert not packed.eval().training and not any(p.requires_grad for p in packed.parameters())
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.half, torch.nn.Module.double, torch.nn.Module.bfloat16])
+def test_its_dtype_stays(moved, change):
+    packed, ids = moved(PLAIN).for_inference("int8"), torch.tensor([[1, 2]])
+    wanted = packed(ids).logits
+    with pytest.raises(TypeError, match=r"computes in float32.*for_inference\(weights=...\)"):
+        change(packed)
+    assert torch.equal(packed.to("cpu")(ids).logits, wanted)
+
+
+def test_a_copy_of_it_works(moved):
+    packed, ids = moved(PLAIN).for_inference("int4"), torch.tensor([2])
+    wanted = packed.step(ids, packed.init_state(1)).logits
+    twin = copy.deepcopy(packed)
+    del packed
+    assert torch.equal(twin.step(ids, twin.init_state(1)).logits, wanted)
+
+
+def test_ids_outside_the_vocabulary(moved):
+    packed = moved(PLAIN).for_inference("int8")
+    for bad in (-1, 64):
+        with pytest.raises(IndexError):
+            packed(torch.tensor([[bad]]))
+        with pytest.raises(IndexError):
+            packed.step(torch.tensor([bad]), packed.init_state(1))
