@@ -40,6 +40,7 @@ SHARED = {
     *("parts.bare", "parts.recipes"),
     "layers.s6",
     *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
+    *("models.weight_formats", "models.inference"),
     *("generation.sampling", "generation.prompts", "generation.stops"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *(
@@ -61,9 +62,14 @@ SHARED = {
 
 GATHERER = "kernels.backends"  # the list of backends may import them all
 
-# `LanguageModel.from_pretrained` and `.save_pretrained` call the readers and writers, which build models. So the two
-# methods import them when they are called. No other import may close a cycle.
-CONVENIENCE = {("models.language_model", "models.checkpoints")}
+# `LanguageModel.from_pretrained` and `.save_pretrained` call the readers and writers, which build models, and
+# `.for_inference` makes a model of a subclass. So these methods import them when they are called. No other import may
+# close a cycle.
+CONVENIENCE = {
+    ("models.language_model", "models.checkpoints"),
+    ("models.language_model", "models.inference"),
+    ("models.language_model", "models.weight_formats"),
+}
 
 
 def modules(source: Path = SOURCE) -> dict[str, Path]:

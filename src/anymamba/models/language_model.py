@@ -26,6 +26,8 @@ from anymamba.parts.recipes import recomputing
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
+    from anymamba.models.inference import InferenceModel
+    from anymamba.models.weight_formats import Weights
 
 
 class LanguageModelState(NamedTuple):
@@ -294,13 +296,15 @@ class LanguageModel(nn.Module):
             raise ValueError(f"labels must be like input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
         _require_ids(input_ids, 2, "(batch, length)")
         x, state = self._normed(self.embedding(input_ids), state, attention_mask, cu_seqlens, projected=True)
-        x, labels = x.flatten(0, 1), labels.flatten().long()
+        loss = self._summed_loss(x.flatten(0, 1), labels.flatten().long())
+        return LossOutput(loss, (labels != -100).sum(), state)
+
+    def _summed_loss(self, x: Float[Tensor, "tokens d_model"], labels: Int[Tensor, " tokens"]) -> Tensor:
         head = self.embedding if self.head is None else self.head
         if self.head is None or (is_bare(head, nn.Linear) and self.head.bias is None):
-            loss = linear_cross_entropy(x, head.weight, labels)
-        else:  # an adapter, say, or a quantised layer
-            loss = sum_over_chunks(self._cross_entropy, x, labels, self.config.padded_vocab_size)
-        return LossOutput(loss, (labels != -100).sum(), state)
+            return linear_cross_entropy(x, head.weight, labels)
+        # an adapter, say, or a quantised layer
+        return sum_over_chunks(self._cross_entropy, x, labels, self.config.padded_vocab_size)
 
     def _residual(self, embedded: Tensor) -> Tensor:
         wide = torch.promote_types(embedded.dtype, torch.float32)
@@ -325,6 +329,24 @@ class LanguageModel(nn.Module):
         """Names of parameters that get no weight decay: those of the SSM, all biases, all norms."""
         exempt = without_decay(self)
         return {name for name, parameter in self.named_parameters() if parameter in exempt}
+
+    # --------------------------------------------------------------------------------------------- inference
+
+    def for_inference(self, weights: Weights = "float32", *, invariant: bool = False) -> InferenceModel:
+        """A copy of the model with packed weights, which reads and generates faster and in less memory.
+
+        To run a saved model, `InferenceModel.from_pretrained` is better: it uses weights as they lie in the file.
+
+        Args:
+            weights: "float32", "bfloat16", "int8" or "int4"; `models/weight_formats.py` says which tensors take which
+                format.
+            invariant: make a row's logits the same bits alone and in any batch, read whole, in pieces, or token by
+                token. Only on a CPU, for models whose blocks are all Mamba.
+        Raises ValueError for another name, and for invariance of a model that does not have it.
+        """
+        from anymamba.models.inference import InferenceModel
+
+        return InferenceModel.of(self, weights, invariant=invariant)
 
     # --------------------------------------------------------------------------------------------- files
 
