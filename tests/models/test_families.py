@@ -111,8 +111,8 @@ def test_a_newer_version_is_refused(tmp_path):
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
     (tmp_path / "anymamba_manifest.json").unlink()
-    path.write_text(json.dumps(values | {"format_version": 2}))
-    with pytest.raises(CheckpointError, match=r"config\.json has format version 2, .* up to 1; upgrade it"):
+    path.write_text(json.dumps(values | {"format_version": 3}))
+    with pytest.raises(CheckpointError, match=r"config\.json has format version 3, .* up to 2; upgrade it"):
         load_pretrained(tmp_path)
     path.write_text(json.dumps(values | {"format_version": "two"}))
     with pytest.raises(CheckpointError, match=r"format_version must be an integer of at least 1, got 'two'"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from anymamba.models.checkpoints import Checkpoint, open_checkpoint, save_weights
 from anymamba.models.config import ModelConfig
 from anymamba.models.inference.invariance import obstacle
+from anymamba.models.inference.native_step import WHOLE, NativeStep
 from anymamba.models.inference.packing import (
     PackedModelWeights,
     PackedParts,
@@ -71,6 +72,7 @@ class InferenceModel(LanguageModel):
         self.eval()
         self.invariant = invariant
         """Whether a row's logits are the same bits in any batch and any cut of its text."""
+        self._native: NativeStep | dict[int, str] | None = None
         why = obstacle(config, next(self.parameters()).device) if invariant else None
         if why is not None:
             raise ValueError(f"invariant=True is not possible for this model: {why}; leave it out")
@@ -104,7 +106,10 @@ class InferenceModel(LanguageModel):
             state: one row per sequence.
             reuse_state: the caller does not use the given state again, so its memory may hold the new one.
         """
-        return super().step(token_ids, state)
+        native = None if self.invariant else self._native_step()
+        if native is None or not native.serves(token_ids, state):
+            return super().step(token_ids, state)
+        return native.step(token_ids, state, reuse=reuse_state)
 
     def logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
         """Apply the head to the output of `hidden`."""
@@ -116,7 +121,18 @@ class InferenceModel(LanguageModel):
 
     def report(self) -> list[BlockReport]:
         """How each block runs in `step`, in order."""
-        return [BlockReport(name, False, "the compiled step is not there yet") for name in self.config.layer_mixers]
+        native = self._native_step()
+        reasons = self._native if isinstance(self._native, dict) else {}
+        if self.invariant:
+            native, reasons = None, {WHOLE: "invariant=True computes a token as a sequence of length one"}
+        default = "" if native is not None else reasons.get(WHOLE, "another block is not")
+        names = enumerate(self.config.layer_mixers)
+        return [BlockReport(name, native is not None, reasons.get(index, default)) for index, name in names]
+
+    def _native_step(self) -> NativeStep | None:
+        if self._native is None:
+            self._native = NativeStep.of(self)
+        return self._native if isinstance(self._native, NativeStep) else None
 
     # --------------------------------------------------------------------------------------------- weights
 
@@ -152,7 +168,11 @@ class InferenceModel(LanguageModel):
                 "a model for inference computes in float32 and keeps its dtype; choose the format of its weights with "
                 f"for_inference(weights=...), got a conversion to {fn(torch.zeros(0)).dtype}"
             )
+        self._native = None  # it holds the addresses of the weights
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}
 
     # --------------------------------------------------------------------------------------------- files
 
