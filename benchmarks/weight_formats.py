@@ -39,7 +39,7 @@ ALONE = {
     "embedding": "q6_k",
 }
 """The tensors that are packed alone, to see which of them cost what, and their formats with int4."""
-EVALUATED_BYTES = 100_000
+EVALUATED_BYTES = 60_000
 
 
 def trained(name: str, minutes: float, folder: Path) -> LanguageModel:
@@ -56,6 +56,7 @@ def trained(name: str, minutes: float, folder: Path) -> LanguageModel:
             max_minutes=minutes,
             batch_size=16,
             context=64,
+            precision="bfloat16",
             log=(),
             eval_tokens=0,
             sample_tokens=0,
