@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <vector>
 
 #include "products_panel.h"
@@ -40,6 +41,19 @@ ANYMAMBA_INLINE vint dot4(vint sum, vint w, vint x) {
 #endif
 }
 
+// a b + c, rounded once where the instruction set can, wherever the compiler would contract or not.
+ANYMAMBA_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 ANYMAMBA_INLINE vint broadcast_int(const void* p) {
     int32_t value;
     std::memcpy(&value, p, 4);
@@ -48,6 +62,53 @@ ANYMAMBA_INLINE vint broadcast_int(const void* p) {
 #else
     return value - vint{};
 #endif
+}
+
+// The 32-bit word j of a block of activations in every lane. One row alone takes all words from one load.
+ANYMAMBA_INLINE vint broadcast_word(vint words, const ActivationBlock& block, int j) {
+#if defined(__AVX512F__)
+    (void)block;
+    return (vint)_mm512_maskz_permutexvar_epi32(0xffff, _mm512_set1_epi32(j), (__m512i)words);
+#else
+    (void)words;
+    return broadcast_int(reinterpret_cast<const char*>(&block) + 4 * j);
+#endif
+}
+
+// Adds n stored blocks of one row, without keeping them. The order of the sum is that of `add_blocks`.
+template <Format F>
+ANYMAMBA_INLINE vfloat add_to_one_row(vfloat y, PanelRows& rows, int n, const ActivationBlock* x, const uint8_t* next) {
+    using L = Layout<F>;
+    constexpr int SCALE = 8, MINUS_8 = 10, MINUS_128 = 11, MINUS_32 = 12;  // words of a block
+    static_assert(offsetof(ActivationBlock, scale) == 4 * SCALE && offsetof(ActivationBlock, minus_32) == 4 * MINUS_32);
+    constexpr int FIRST = L::ZERO == 8 ? MINUS_8 : L::ZERO == 128 ? MINUS_128 : MINUS_32;
+    vfloat sums[L::BLOCKS][2], scales[L::BLOCKS][2], minima[L::BLOCKS];
+    const auto multiply = [&](int b, const vint* q, const vfloat* scale, vfloat minimum) ANYMAMBA_INLINE_LAMBDA {
+        const ActivationBlock& block = x[b];
+        const vint words = load_some<vint>(reinterpret_cast<const int32_t*>(&block), LANES<float>);
+        vint first = L::ZERO ? broadcast_word(words, block, FIRST) : vint{};
+        vint last = L::HALVES ? broadcast_word(words, block, MINUS_32 + 1) : vint{};
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            first = dot4<L::SIGNED>(first, q[j], broadcast_word(words, block, j));
+            last = dot4<L::SIGNED>(last, q[4 + j], broadcast_word(words, block, 4 + j));
+        }
+        const vfloat x_scale = (vfloat)broadcast_word(words, block, SCALE);
+        const int i = b % L::BLOCKS;
+        sums[i][0] = to_float(L::HALVES ? first : first + last), scales[i][0] = scale[0] * x_scale;
+        if (L::HALVES) sums[i][1] = to_float(last), scales[i][1] = scale[1] * x_scale;
+        if (L::MINIMA) minima[i] = minimum;
+    };
+    const auto add = [&](int stored) ANYMAMBA_INLINE_LAMBDA {
+#pragma GCC unroll 8
+        for (int i = 0; i < L::BLOCKS; i++) {
+            y = multiply_add(sums[i][0], scales[i][0], y);
+            if (L::HALVES) y = multiply_add(sums[i][1], scales[i][1], y);
+            if (L::MINIMA) y = multiply_add(-minima[i], broadcast(x[stored * L::BLOCKS + i].scaled_sum), y);
+        }
+    };
+    unpack<F>(rows, n, next, multiply, add);
+    return y;
 }
 
 // Adds n_blocks of a panel to the sums of R rows. `x` are the rows' blocks, x_stride blocks apart.
@@ -80,11 +141,15 @@ ANYMAMBA_INLINE void add_blocks(const Panel& panel, int n_blocks, const Activati
             }
             const vfloat scale = panel.scale[b][part];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) y[r] = to_float(sum[r]) * (scale * x[r * x_stride + b].scale) + y[r];
+            for (int r = 0; r < R; r++) {
+                const vfloat scales = scale * x[r * x_stride + b].scale;
+                y[r] = multiply_add(to_float(sum[r]), scales, y[r]);
+            }
         }
         if (L::MINIMA)
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) y[r] = y[r] - panel.minimum[b] * x[r * x_stride + b].scaled_sum;
+            for (int r = 0; r < R; r++)
+                y[r] = multiply_add(-panel.minimum[b], broadcast(x[r * x_stride + b].scaled_sum), y[r]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) sums[r] = y[r];
@@ -113,19 +178,29 @@ void some_rows(const Packed& w, const ActivationBlock* x, int64_t rows, float* y
     const auto* data = static_cast<const uint8_t*>(w.data);
     const int64_t n_stored = w.n_in / 32 / L::BLOCKS, x_stride = n_stored * L::BLOCKS;
     constexpr int STORED = PANEL_BLOCKS / L::BLOCKS;
+    const int64_t panels_ahead = 1 + PREFETCH_DISTANCE / (OUTPUTS * w.row_bytes);
     Panel panel;
     vfloat sums[MOST_ROWS];
     for (int64_t o = begin; o < end; o += OUTPUTS) {
         const int64_t first = std::min(o, w.n_out - OUTPUTS);
-        const uint8_t* from = data + first * w.row_bytes;
-        const uint8_t* next = o + 2 * OUTPUTS <= end ? from + OUTPUTS * w.row_bytes : nullptr;
+        PanelRows from(data + first * w.row_bytes, w.row_bytes);
+        const int64_t later = first + OUTPUTS * panels_ahead;
+        const uint8_t* next = later + OUTPUTS <= end ? data + later * w.row_bytes : nullptr;
         std::fill_n(sums, rows, vfloat{});
         for (int64_t s = 0; s < n_stored; s += STORED) {
             const int n = int(std::min<int64_t>(STORED, n_stored - s));
-            for (int i = 0; i < n; i++) {
-                if (next) prefetch(next + (s + i) * L::BYTES * OUTPUTS, L::BYTES * OUTPUTS);
-                unpack<F>(from + (s + i) * L::BYTES, w.row_bytes, panel, i * L::BLOCKS);
+            const uint8_t* ahead = next ? next + s * L::BYTES * OUTPUTS : nullptr;
+            if (rows == 1) {
+                sums[0] = add_to_one_row<F>(sums[0], from, n, x + s * L::BLOCKS, ahead);
+                continue;
             }
+            const auto keep = [&](int b, const vint* q, const vfloat* scale, vfloat minimum) ANYMAMBA_INLINE_LAMBDA {
+                for (int j = 0; j < 8; j++) panel.q[b][j] = q[j];
+                panel.scale[b][0] = scale[0];
+                if (L::HALVES) panel.scale[b][1] = scale[1];
+                if (L::MINIMA) panel.minimum[b] = minimum;
+            };
+            unpack<F>(from, n, ahead, keep, [](int) {});
             add_blocks<F>(panel, n * L::BLOCKS, x + s * L::BLOCKS, x_stride, rows, sums);
         }
         const int64_t count = std::min<int64_t>(OUTPUTS, end - o);

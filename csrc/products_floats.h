@@ -4,7 +4,10 @@
 // several rows read each vector once for all of them; the order of a sum does not depend on the tile.
 #pragma once
 
+#include <algorithm>
+
 #include "packed.h"
+#include "products_panel.h"
 #include "simd.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -62,12 +65,25 @@ struct BFloat16 {  // even and odd columns apart: each is a float32 after one op
 
 // The sum of the lanes, by halving.
 ANYMAMBA_INLINE float sum_lanes(vfloat v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
     float lanes[LANES<float>];
     store(lanes, v);
     return sum_of_lanes<float, LANES<float>>(lanes);
+}
+
+// The same for four vectors; each sum has the same order.
+ANYMAMBA_INLINE void sum_four(const vfloat* v, float* to) {
+#if defined(__AVX512F__)
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    constexpr __mmask16 ALL = 0xffff;
+    const __m512 ab = _mm512_maskz_shuffle_f32x4(ALL, a, b, 0x44) + _mm512_maskz_shuffle_f32x4(ALL, a, b, 0xee);
+    const __m512 cd = _mm512_maskz_shuffle_f32x4(ALL, c, d, 0x44) + _mm512_maskz_shuffle_f32x4(ALL, c, d, 0xee);
+    __m512 s = _mm512_maskz_shuffle_f32x4(ALL, ab, cd, 0x88) + _mm512_maskz_shuffle_f32x4(ALL, ab, cd, 0xdd);
+    s += _mm512_maskz_permute_ps(ALL, s, 0x4e);  // a quarter for each vector: lanes 0 and 2, 1 and 3
+    s += _mm512_maskz_permute_ps(ALL, s, 0xb1);
+    const __m512 first = _mm512_maskz_compress_ps(0x1111, s);
+    _mm_storeu_ps(to, _mm512_castps512_ps128(first));
+#else
+    for (int i = 0; i < 4; i++) to[i] = sum_lanes(v[i]);
 #endif
 }
 
@@ -86,7 +102,7 @@ struct FloatProduct {
     ANYMAMBA_INLINE void tile(int64_t o, int64_t r, int64_t ahead) const {
         const typename F::Weight* from = w + o * w_stride;
         const typename F::Activation* rows = x + r * x_stride;
-        vfloat sums[O][R] = {};
+        vfloat sums[R][O] = {};
         int64_t i = 0;
         for (; i + F::COLUMNS <= n_in; i += F::COLUMNS) {
             typename F::Loaded weights[O];
@@ -94,46 +110,70 @@ struct FloatProduct {
             for (int a = 0; a < O; a++) {
                 const auto* p = from + a * w_stride + i;
                 weights[a] = F::weights(p);
-                if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 0, 3);
+                if (R > 1 && ahead) __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 0, 3);
             }
 #pragma GCC unroll 8
             for (int b = 0; b < R; b++) {
                 const auto activations = F::activations(rows + b * x_stride + i);
 #pragma GCC unroll 8
-                for (int a = 0; a < O; a++) sums[a][b] = F::multiply_add(sums[a][b], weights[a], activations);
+                for (int a = 0; a < O; a++) sums[b][a] = F::multiply_add(sums[b][a], weights[a], activations);
             }
         }
         if (i < n_in)
             for (int a = 0; a < O; a++) {
                 const auto last = F::weights(from + a * w_stride + i, int(n_in - i));
                 for (int b = 0; b < R; b++)
-                    sums[a][b] = F::multiply_add(sums[a][b], last, F::activations(rows + b * x_stride + i));
+                    sums[b][a] = F::multiply_add(sums[b][a], last, F::activations(rows + b * x_stride + i));
             }
-        for (int b = 0; b < R; b++)
-            for (int a = 0; a < O; a++) y[(r + b) * y_stride + o + a] = sum_lanes(sums[a][b]);
+#pragma GCC unroll 8
+        for (int b = 0; b < R; b++) {
+            float* to = y + (r + b) * y_stride + o;
+#pragma GCC unroll 8
+            for (int a = 0; a < O / 4 * 4; a += 4) sum_four(&sums[b][a], to + a);
+#pragma GCC unroll 4
+            for (int a = O / 4 * 4; a < O; a++) to[a] = sum_lanes(sums[b][a]);
+        }
     }
 
-    // Outputs [o, o + O) of rows [r, end).
+    static constexpr bool WIDE = ANYMAMBA_VECTOR_BYTES == 64;  // and twice as many registers
+    static constexpr int OUTPUTS = 4, MOST_ROWS = WIDE ? 6 : 3;
+
+    // O outputs of all rows [r, end). The first tile prefetches, the others find their weights in the cache.
     template <int O>
     void rows(int64_t o, int64_t r, int64_t end, int64_t ahead) const {
-        for (; r + MOST_ROWS <= end; r += MOST_ROWS, ahead = 0) tile<O, MOST_ROWS>(o, r, ahead);
-        switch (end - r) {
-            case 5: tile<O, 3>(o, r, ahead), r += 3; [[fallthrough]];
-            case 2: return tile<O, 2>(o, r, 0);
-            case 4: tile<O, 3>(o, r, ahead), r += 3; [[fallthrough]];
-            case 1: return tile<O, 1>(o, r, ahead);
-            case 3: return tile<O, 3>(o, r, ahead);
+        for (int64_t n; (n = end - r) > 0; ahead = 0) {
+            const int64_t some = WIDE && (n == 7 || n == 8) ? 4 : std::min<int64_t>(n, MOST_ROWS);
+            if (some == 1) tile<O, 1>(o, r, ahead);
+            if (some == 2) tile<O, 2>(o, r, ahead);
+            if (some == 3) tile<O, 3>(o, r, ahead);
+            if constexpr (WIDE) {
+                if (some == 4) tile<O, 4>(o, r, ahead);
+                if (some == 5) tile<O, 5>(o, r, ahead);
+                if (some == 6) tile<O, 6>(o, r, ahead);
+            }
+            r += some;
         }
     }
 
-    static constexpr int OUTPUTS = 4, MOST_ROWS = ANYMAMBA_VECTOR_BYTES == 64 ? 6 : 3;
+    // Outputs [o, end), O at once while so many are left. Returns the first that is left.
+    template <int O, int R>
+    int64_t some_outputs(int64_t o, int64_t end, int64_t first_row, int64_t last_row) const {
+        const int64_t bytes = w_stride * int64_t(sizeof *w), later = (1 + PREFETCH_DISTANCE / (O * bytes)) * O;
+        for (; o + O <= end; o += O) {
+            const int64_t ahead = o + later + O <= end ? later * bytes : 0;
+            if constexpr (R != 0)
+                tile<O, R>(o, first_row, ahead);
+            else
+                rows<O>(o, first_row, last_row, ahead);
+        }
+        return o;
+    }
 
     void outputs(int64_t o, int64_t end, int64_t first_row, int64_t last_row) const {
-        for (; o + OUTPUTS <= end; o += OUTPUTS) {
-            const int64_t ahead = o + 2 * OUTPUTS <= end ? OUTPUTS * w_stride * int64_t(sizeof *w) : 0;
-            rows<OUTPUTS>(o, first_row, last_row, ahead);
-        }
-        for (; o < end; o++) rows<1>(o, first_row, last_row, 0);
+        const int64_t n = last_row - first_row;
+        if (n == 1) o = some_outputs<8, 1>(o, end, first_row, last_row);
+        o = some_outputs<OUTPUTS, 0>(o, end, first_row, last_row);
+        some_outputs<1, 0>(o, end, first_row, last_row);
     }
 };
 
