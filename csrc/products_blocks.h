@@ -171,6 +171,7 @@ void add_blocks(const Panel& panel, int n_blocks, const ActivationBlock* x, int6
 constexpr int64_t MOST_ROWS = 256;  // whose sums are kept at once
 
 // y of at most MOST_ROWS rows. Panels at the end overlap: a lane is stored once. The matrix has at least OUTPUTS rows.
+// Prefetches go beyond `end`: some thread takes the outputs after it next.
 template <Format F>
 void some_rows(const Packed& w, const ActivationBlock* x, int64_t rows, float* y, int64_t y_stride, int64_t begin,
                int64_t end) {
@@ -185,7 +186,7 @@ void some_rows(const Packed& w, const ActivationBlock* x, int64_t rows, float* y
         const int64_t first = std::min(o, w.n_out - OUTPUTS);
         PanelRows from(data + first * w.row_bytes, w.row_bytes);
         const int64_t later = first + OUTPUTS * panels_ahead;
-        const uint8_t* next = later + OUTPUTS <= end ? data + later * w.row_bytes : nullptr;
+        const uint8_t* next = later + OUTPUTS <= w.n_out ? data + later * w.row_bytes : nullptr;
         std::fill_n(sums, rows, vfloat{});
         for (int64_t s = 0; s < n_stored; s += STORED) {
             const int n = int(std::min<int64_t>(STORED, n_stored - s));

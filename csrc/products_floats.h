@@ -93,7 +93,7 @@ struct FloatProduct {
     const typename F::Weight* w;
     int64_t w_stride;
     const typename F::Activation* x;
-    int64_t x_stride, n_in;
+    int64_t x_stride, n_in, n_out;
     float* y;
     int64_t y_stride;
 
@@ -160,7 +160,7 @@ struct FloatProduct {
     int64_t some_outputs(int64_t o, int64_t end, int64_t first_row, int64_t last_row) const {
         const int64_t bytes = w_stride * int64_t(sizeof *w), later = (1 + PREFETCH_DISTANCE / (O * bytes)) * O;
         for (; o + O <= end; o += O) {
-            const int64_t ahead = o + later + O <= end ? later * bytes : 0;
+            const int64_t ahead = o + later + O <= n_out ? later * bytes : 0;
             if constexpr (R != 0)
                 tile<O, R>(o, first_row, ahead);
             else
@@ -186,7 +186,7 @@ void float_product(const Packed& w, const void* activations, int64_t rows, float
     using Activation = typename F::Activation;
     const int64_t x_stride = activation_row_bytes(w.type(), w.n_in) / int64_t(sizeof(Activation));
     const FloatProduct<F> p{static_cast<const Weight*>(w.data), w.row_bytes / int64_t(sizeof(Weight)),
-                            static_cast<const Activation*>(activations), x_stride, w.n_in, y, y_stride};
+                            static_cast<const Activation*>(activations), x_stride, w.n_in, w.n_out, y, y_stride};
     constexpr int64_t L2 = 1 << 18, L1 = 3 << 13, M = FloatProduct<F>::MOST_ROWS, O = FloatProduct<F>::OUTPUTS;
     if (rows <= 2 * M) return p.outputs(begin, end, 0, rows);
     const int64_t some_rows = std::max<int64_t>(1, L1 / (x_stride * int64_t(sizeof(Activation)) * M)) * M;
