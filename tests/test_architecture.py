@@ -42,7 +42,7 @@ SHARED = {
     "layers.s6",
     *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
     *("models.weight_formats", "models.inference"),
-    *("generation.sampling", "generation.prompts", "generation.stops"),
+    *("generation.sampling", "generation.prompts", "generation.stops", "generation.stepping"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *(
         "training.clock",

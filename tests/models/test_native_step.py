@@ -187,6 +187,7 @@ def test_a_changed_weight_is_seen(moved):
         with torch.no_grad():
             getattr(model.blocks[1].mixer.ssm, name).mul_(1.5)
             model.blocks[0].mixer.conv.weight.add_(0.1)
+            model.blocks[0].mixer.out_proj.weight = nn.Parameter(2 * model.blocks[0].mixer.out_proj.weight)
             wanted = LanguageModel.step(model, ids, state)
         assert difference(step.step(ids, state).logits, wanted.logits) < 2e-5
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
+from anymamba.generation.stepping import Stepper
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel
-from anymamba.parts.derived import KeptTensors
 from anymamba.parts.state import select_rows
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -167,7 +167,7 @@ def _run(model: LanguageModel, read: GenerationState, searches: list[_Search], t
     """Advance all searches together until each is done. The rows of the batch are their running beams."""
     vocab_size = model.config.vocab_size
     n_ids = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
-    logits, state, kept = read.logits, read.model, KeptTensors(model)
+    logits, state, step = read.logits, read.model, Stepper(model)
     active = [search for search in searches if not search.is_done]
     rows = [row for row, search in enumerate(searches) if not search.is_done]
     logits, state = logits[rows], select_rows(state, torch.tensor(rows, dtype=torch.int64, device=logits.device))
@@ -183,8 +183,7 @@ def _run(model: LanguageModel, read: GenerationState, searches: list[_Search], t
         if active:
             last = [beam.ids[-1] for search in active for beam in search.running]
             state = select_rows(state, torch.tensor(parents, device=logits.device))
-            with kept:
-                logits, state = model.step(torch.tensor(last, device=logits.device), state)
+            logits, state = step(torch.tensor(last, device=logits.device), state, reuse_state=True)
 
 
 def _candidates(active: list[_Search], logits: Float[Tensor, "rows n_ids"]) -> list[list[tuple[int, int, float]]]:

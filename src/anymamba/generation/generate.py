@@ -20,9 +20,9 @@ from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
 from anymamba.generation.sampling import RowDraws, SamplingConfig, Seed, sample
+from anymamba.generation.stepping import Stepper
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel, LanguageModelState
-from anymamba.parts.derived import KeptTensors
 from anymamba.parts.state import concatenate_rows, map_state, select_rows
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -98,7 +98,7 @@ class TokenStream(Iterator[Step]):
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer to turn tokens into text; got tokenizer=None")
         self._model, self._max_new_tokens = model, max_new_tokens
-        self._kept = KeptTensors(model)
+        self._step = Stepper(model)
         self._sampling = sampling or SamplingConfig()
         self._eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         rows = prompt_rows(prompts)
@@ -146,7 +146,7 @@ class TokenStream(Iterator[Step]):
             together = select_rows(together, rows.argsort().to(together.last.device))
             result = GenerationState(together.model, self._logits, together.seen) if self._logits is not None else None
             if result is None:
-                output = self._model.step(together.last, together.model)
+                output = self._step(together.last, together.model)
                 logits = output.logits[:, : self._model.config.vocab_size].float()
                 result = GenerationState(output.state, logits, together.seen)
         return map_state(Tensor.clone, result)  # a snapshot, made outside inference mode: usable by autograd, too
@@ -156,8 +156,7 @@ class TokenStream(Iterator[Step]):
         if self._logits is not None:
             logits, self._logits = self._logits, None
         else:
-            with self._kept:
-                logits, model_state = self._model.step(self._running.last, self._running.model)
+            logits, model_state = self._step(self._running.last, self._running.model, reuse_state=True)
             self._running = self._running._replace(model=model_state)
         return logits[:, : self._n_ids].float()
 
@@ -165,8 +164,7 @@ class TokenStream(Iterator[Step]):
         """One token per row, and its log-probability under the model."""
         draws = None if self._sampling.is_greedy else self._draws.next(self._rows)
         ids = sample(logits, self._sampling, draws, self._running.seen[:, : self._n_ids])
-        chosen = logits.gather(1, ids[:, None])[:, 0]
-        return ids, chosen - logits.logsumexp(-1)
+        return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
     def _report(self, ids: list[int], log_probabilities: list[float]) -> Step:
         if not all(map(math.isfinite, log_probabilities)):

@@ -45,21 +45,27 @@ class NativeStep:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
-        self._sources = [*model.parameters(), *model.buffers()]
+        groups = (group for module in model.modules() for group in (module._parameters, module._buffers))
+        self._weights = [group for group in groups if group]  # those of each module, which may be replaced
         self._shapes = [(b.mixer.d_conv - 1, b.mixer.d_inner, b.mixer.d_state) for b in model.blocks]
         self._n_logits = model.config.padded_vocab_size
-        self._trains = any(source.requires_grad for source in self._sources)
+        self._trains = any(p.requires_grad for p in model.parameters())
         self._build()
 
     def _build(self) -> None:
         builder = _Builder(self._model)
         self._stack, self._alive = builder.stack, builder.alive
         self._step = self._stack.step
-        self._is_small = sum(source.nbytes for source in self._sources) < SMALL
+        self._is_small = sum(t.nbytes for group in self._weights for t in group.values() if t is not None) < SMALL
         self._versions = self._read_versions()
 
     def _read_versions(self) -> list[tuple[int, int]]:
-        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._sources]
+        return [
+            (t.data_ptr(), 0 if t.is_inference() else t._version)
+            for group in self._weights
+            for t in group.values()
+            if t is not None
+        ]
 
     def serves(self, token_ids: Tensor, state: LanguageModelState) -> bool:
         """Whether `step` can take these arguments: one dense row of ids on the CPU and a state of this model, without

@@ -1,0 +1,42 @@
+"""The step of one stream or search: one compiled call where the model allows it, otherwise block by block."""
+
+from __future__ import annotations
+
+from jaxtyping import Int
+from torch import Tensor
+
+from anymamba.models.inference import InferenceModel
+from anymamba.models.inference.native_step import NativeStep
+from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
+from anymamba.parts.derived import KeptTensors
+
+
+class Stepper:
+    """Steps a model during one generation. What is derived from the weights is kept until they change.
+
+    Args:
+        model: a language model; one with a step of its own keeps it.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model, self._kept = model, KeptTensors(model)
+        self._may_reuse = isinstance(model, InferenceModel)
+        native = NativeStep.of(model) if type(model) is LanguageModel else None
+        self._native = native if isinstance(native, NativeStep) else None
+
+    def __call__(
+        self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
+    ) -> LanguageModelOutput:
+        """`LanguageModel.step`.
+
+        Args:
+            token_ids: (batch,).
+            state: one row per sequence.
+            reuse_state: the given state is not needed any more, so its memory may hold the new one.
+        """
+        if self._native is not None and self._native.serves(token_ids, state):
+            return self._native.step(token_ids, state, reuse=reuse_state)
+        if self._may_reuse:
+            return self._model.step(token_ids, state, reuse_state=reuse_state)  # type: ignore[call-arg]
+        with self._kept:
+            return self._model.step(token_ids, state)
