@@ -50,6 +50,7 @@ struct Index {
 struct Copy {
     void* to;
     const void* from;
+    int size;
     bool ok;
     int group;
 };
@@ -229,9 +230,13 @@ inline void wait(const Barrier* b, u32 parity) {
 
 inline void copy_16_bytes(void* to, const void* from, bool ok) {
     need(reinterpret_cast<u64>(to) % 16 == 0 && (!ok || reinterpret_cast<u64>(from) % 16 == 0), "a copy not aligned");
-    emulated::self->copies.push_back({to, from, ok, emulated::self->group});
+    emulated::self->copies.push_back({to, from, 16, ok, emulated::self->group});
 }
 inline void copy_16_bytes(void* to, const void* from) { copy_16_bytes(to, from, true); }
+inline void copy_8_bytes(void* to, const void* from) {
+    need((reinterpret_cast<u64>(to) | reinterpret_cast<u64>(from)) % 8 == 0, "a copy not aligned");
+    emulated::self->copies.push_back({to, from, 8, true, emulated::self->group});
+}
 inline void end_of_copies() { emulated::self->group++; }
 template <int N>
 void wait_for_copies() {
@@ -241,9 +246,9 @@ void wait_for_copies() {
         if (c.group >= emulated::self->group - N) {
             copies[kept++] = c;
         } else if (c.ok) {
-            std::memcpy(c.to, c.from, 16);
+            std::memcpy(c.to, c.from, c.size);
         } else {
-            std::memset(c.to, 0, 16);
+            std::memset(c.to, 0, c.size);
         }
     }
     copies.resize(kept);

@@ -114,6 +114,9 @@ DEVICE void copy_16_bytes(void* shared, const void* global, bool ok) {
 DEVICE void copy_16_bytes(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
+DEVICE void copy_8_bytes(void* shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
 DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All copies but those of the last N groups have arrived, for the thread that asked for them.
 template <int N>

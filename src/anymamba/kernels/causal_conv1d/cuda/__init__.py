@@ -42,7 +42,8 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     if calls.is_fast(a):
         n_blocks = _pieces(call, a, calls.FORWARD_BLOCKS, calls.FORWARD_PIECES)
         n_blocks += 0 if a.cu_seqlens is None else _blocks(last_state.numel())
-        call.launch(calls.fast("forward", a.x.dtype), n_blocks, calls.THREADS, calls.SHARED_OF_WEIGHTS)
+        shared = calls.SHARED_OF_WEIGHTS + calls.shared_of_slots(a.x.dtype, 1)
+        call.launch(calls.fast("forward", a.x.dtype), n_blocks, calls.THREADS, shared)
     else:
         call.set(n_blocks=_blocks(a.x.numel()))
         n_blocks = call["n_blocks"] + _blocks(last_state.numel())
@@ -119,7 +120,7 @@ def _fast_backward(call: Call, a: ConvArguments) -> None:
     n_blocks = _pieces(call, a, calls.BACKWARD_BLOCKS, calls.BACKWARD_PIECES) + _states(a)
     call.set(taps=calls.TAPS)
     call.scratch("parts", call["n_parts"], calls.TAPS + 1, a.x.shape[2], dtype=torch.float32)
-    shared = calls.SHARED_OF_WEIGHTS * calls.WARPS
+    shared = calls.SHARED_OF_WEIGHTS * calls.WARPS + calls.shared_of_slots(a.x.dtype, 2)
     call.launch(calls.fast("backward", a.x.dtype), n_blocks, calls.THREADS, shared)
     _sum_parts(call, calls.fast("sum_parts", a.x.dtype), 4)
 

@@ -32,6 +32,8 @@ THREADS, WARPS, CHANNELS, BLOCK_CHANNELS = 128, 4, 4, 128
 WAYS = 8
 """Of `sum_parts`: see parameters.cuh."""
 SHARED_OF_WEIGHTS = 4 * (TAPS + 1) * BLOCK_CHANNELS
+SLOTS_OF_SHORT, SLOTS_OF_FLOATS = 12, 8
+"""Of fast.cu: tokens of a tensor that a warp has in shared memory, by their dtype."""
 GENERAL_PIECE = 512
 """Tokens of a part of the weights' gradients in the general kernels."""
 
@@ -62,6 +64,12 @@ def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
     found = [fast("forward", dtype) for dtype in FAST_DTYPES]
     return found + [general("forward", dtype) for dtype in (torch.float32, torch.float64)]
+
+
+def shared_of_slots(dtype: torch.dtype, n_tensors: int) -> int:
+    """Bytes of shared memory in which a block's warps have tokens of so many tensors."""
+    slots = SLOTS_OF_FLOATS if dtype == torch.float32 else SLOTS_OF_SHORT
+    return WARPS * n_tensors * slots * BLOCK_CHANNELS * dtype.itemsize
 
 
 @cache

@@ -3,8 +3,9 @@
 //     y[t] = act(bias + sum_i weight[i] x[t - width + 1 + i])
 //
 // A lane has four neighbouring channels and a warp 128; a warp takes a piece of time and keeps the last three inputs in
-// registers, so that each token is read once (and three more before the piece). Tokens are asked for in groups, each
-// while the one before it is worked on. PLAIN code is for a whole group of four taps with the activation, as a Mamba
+// registers, so that each token is read once (and three more before the piece). Tokens are copied to shared memory in
+// groups, AHEAD of the one that is worked on, so that enough bytes are on their way; a lane reads what it has copied
+// itself. PLAIN code is for a whole group of four taps with the activation, as a Mamba
 // block has them: it asks no questions, so that nothing is moved between registers.
 // Backward runs forwards in time: the gradient of a token is complete three tokens later, when it is written. Taps are
 // counted so that the fourth is the present; narrower weights leave the first ones out, and what these would see, too.
@@ -19,7 +20,9 @@
 #include "parameters.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, CHANNELS = 4, LANES = 32, BLOCK_CHANNELS = LANES * CHANNELS, TAPS = 4;
-constexpr int GROUP = 4;  // tokens that are asked for at once
+constexpr int GROUP = 4;                         // tokens that are copied at once
+constexpr int AHEAD = DTYPE == FLOAT32 ? 1 : 2;  // groups that are on their way while one is worked on
+constexpr int SLOTS = (AHEAD + 1) * GROUP;       // of a tensor: tokens that a lane has in shared memory
 
 typedef ElementOf<DTYPE>::Type Element;
 typedef float Four[CHANNELS];
@@ -41,8 +44,8 @@ DEVICE Place place_of_warp(const Parameters& p) {
     return at;
 }
 
-// Four numbers as they are in memory: what has been asked for and need not have come yet. Short ones stay in words, which
-// is how they are loaded and widened.
+// Four numbers as they are in memory: what has been asked for and need not have come yet. Short ones stay in words,
+// which is how they are loaded and widened.
 #if DTYPE == 0
 typedef float4 Packed;
 DEVICE Packed nothing() { return make_float4(0.f, 0.f, 0.f, 0.f); }
@@ -50,9 +53,7 @@ DEVICE void unpack(Four& out, const Packed& in) { out[0] = in.x, out[1] = in.y, 
 #else
 typedef uint2 Packed;
 DEVICE Packed nothing() { return make_uint2(0u, 0u); }
-DEVICE float first_of(u32 word) {
-    return DTYPE == BFLOAT16 ? bits_as_float(word << 16) : half_as_float(u16(word));
-}
+DEVICE float first_of(u32 word) { return DTYPE == BFLOAT16 ? bits_as_float(word << 16) : half_as_float(u16(word)); }
 DEVICE float second_of(u32 word) {
     return DTYPE == BFLOAT16 ? bits_as_float(word & 0xffff0000u) : half_as_float(u16(word >> 16));
 }
@@ -87,6 +88,13 @@ DEVICE void put(Element* to, const Four& values, int count) {
         }
     }
 }
+DEVICE void start_copy(Packed* shared, const Element* from) {
+    if constexpr (sizeof(Packed) == 16) {
+        copy_16_bytes(shared, from);
+    } else {
+        copy_8_bytes(shared, from);
+    }
+}
 DEVICE void copy(Four& to, const Four& from) {
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) to[i] = from[i];
@@ -106,7 +114,8 @@ struct Weights {
 };
 template <int TYPE>
 DEVICE void get_taps(float (&taps)[TAPS], const Parameters& p, i64 channel) {
-    const auto* from = reinterpret_cast<const typename ElementOf<TYPE>::Type*>(p.weight.data) + channel * p.weight.batch;
+    const auto* from =
+        reinterpret_cast<const typename ElementOf<TYPE>::Type*>(p.weight.data) + channel * p.weight.batch;
 #pragma unroll
     for (int i = 0; i < TAPS; i++) {
         const int tap = i - (TAPS - int(p.width));
@@ -115,7 +124,7 @@ DEVICE void get_taps(float (&taps)[TAPS], const Parameters& p, i64 channel) {
         taps[i] = value[0];
     }
 }
-// One thread a channel.
+// One thread a channel. All warps of a block call it at the same place, since it has a barrier.
 DEVICE void put_weights_in_shared(const Parameters& p, const Place& at) {
     static_assert(THREADS == BLOCK_CHANNELS, "");
     float* shared = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
@@ -180,16 +189,35 @@ DEVICE void ask_for_window(Packed (&window)[TAPS - 1], const Parameters& p, cons
         }
     }
 }
-// A group of tokens, of which `left` exist; the others keep what they are.
-template <bool ALIGNED>
-DEVICE void ask_for_group(Packed (&group)[GROUP], const Element* from, i64 stride, int left, int count) {
+// Tokens of a span, of which `left` exist, group by group: `begin` starts the first copies, and before the k-th group
+// `next` starts those of a later one and waits for that group.
+struct Tokens {
+    Packed* slots;  // the lane's, LANES apart
+    const Element* from;
+    i64 stride;
+    int left, count;
+
+    template <bool ALIGNED>
+    DEVICE void copy_group(int slot) {
 #pragma unroll
-    for (int i = 0; i < GROUP; i++)
-        if (i < left) group[i] = ask<ALIGNED>(from + i * stride, count);
-}
-DEVICE void forget(Packed (&group)[GROUP]) {
-#pragma unroll
-    for (int i = 0; i < GROUP; i++) group[i] = nothing();
+        for (int i = 0; i < GROUP; i++) {
+            if (i >= left) continue;
+            Packed* to = slots + (slot + i) * LANES;
+            if constexpr (ALIGNED) {
+                if (count > 0) start_copy(to, from + i * stride);
+            } else {
+                *to = ask<false>(from + i * stride, count);
+            }
+        }
+        from += GROUP * stride, left -= GROUP;
+    }
+    DEVICE void get(Four& x, int slot) const { unpack(x, slots[slot * LANES]); }
+};
+constexpr int OF_WEIGHTS = (TAPS + 1) * BLOCK_CHANNELS * 4;  // bytes
+// `tensor` is one of `n_tensors`; their slots are after `before` bytes of other things.
+DEVICE Packed* slots_of_lane(int before, int tensor, int n_tensors) {
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    return reinterpret_cast<Packed*>(shared_memory() + before) + (warp * n_tensors + tensor) * SLOTS * LANES + lane;
 }
 DEVICE void shift(Four (&window)[TAPS - 1], const Four& x) {
     copy(window[0], window[1]), copy(window[1], window[2]), copy(window[2], x);
@@ -213,13 +241,14 @@ DEVICE void sum_over_taps(Four& sum, const Weights& w, const Four (&window)[TAPS
 
 // The outputs of a group of tokens, of which `left` exist.
 template <bool ALIGNED, bool PLAIN>
-DEVICE void forward_group(Four (&window)[TAPS - 1], const Four (&xs)[GROUP], const Weights& w, const Parameters& p,
+DEVICE void forward_group(Four (&window)[TAPS - 1], const Tokens& xs, int slot, const Weights& w, const Parameters& p,
                           Element* y, int left, int count) {
 #pragma unroll
     for (int i = 0; i < GROUP; i++) {
-        Four sum;
-        sum_over_taps<PLAIN>(sum, w, window, xs[i], int(p.width));
-        if (PLAIN || i < left) shift(window, xs[i]);
+        Four sum, x;
+        xs.get(x, slot + i);
+        sum_over_taps<PLAIN>(sum, w, window, x, int(p.width));
+        if (PLAIN || i < left) shift(window, x);
         if (PLAIN || p.silu) {
 #pragma unroll
             for (int c = 0; c < CHANNELS; c++) sum[c] *= sigmoid_fast(sum[c]);
@@ -242,42 +271,54 @@ DEVICE void put_window(const Parameters& p, const Place& at, const Sequence& s, 
 template <bool ALIGNED>
 DEVICE void forward_piece(const Parameters& p) {
     const Place at = place_of_warp(p);
-    if (at.begin >= at.end) return put_weights_in_shared(p, at);
     const bool plain = ALIGNED && p.width == TAPS && p.silu;
-    Weights w;
-    Sequence s = find_sequence(p, at.row, at.begin);
-    for (i64 t = at.begin;;) {
-        const i64 stop = min(at.end, s.end);
-        const Element* x = row_at(p.x, at, t);
-        Element* y = row_at(p.y, at, t);
-        Packed before[TAPS - 1], next[GROUP];
-        forget(next);
+    Sequence s = {};
+    i64 stop = at.begin;
+    Packed before[TAPS - 1];
+    Tokens xs = {slots_of_lane(OF_WEIGHTS, 0, 1), nullptr, p.x.length, 0, at.count};
+    const auto begin = [&](i64 t) {
+        stop = min(at.end, s.end);
         ask_for_window<ALIGNED>(before, p, at, s, t);
-        ask_for_group<ALIGNED>(next, x, p.x.length, int(stop - t), at.count);
-        if (t == at.begin) {
-            put_weights_in_shared(p, at);
-            w = weights_of_lane();
+        xs.from = row_at(p.x, at, t), xs.left = int(stop - t);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            xs.copy_group<ALIGNED>(k * GROUP);
+            end_of_copies();
         }
+    };
+    if (at.begin < at.end) {
+        s = find_sequence(p, at.row, at.begin);
+        begin(at.begin);
+    }
+    put_weights_in_shared(p, at);
+    const Weights w = weights_of_lane();
+#pragma unroll 1
+    for (i64 t = at.begin; t < at.end;) {
+        Element* y = row_at(p.y, at, t);
         Four window[TAPS - 1];
 #pragma unroll
         for (int i = 0; i < TAPS - 1; i++) unpack(window[i], before[i]);
+        int slot = 0;
+#pragma unroll 1
         for (int left = int(stop - t); left > 0; left -= GROUP) {
-            Four xs[GROUP];
-#pragma unroll
-            for (int i = 0; i < GROUP; i++) unpack(xs[i], next[i]);
-            x += GROUP * p.x.length;
-            ask_for_group<ALIGNED>(next, x, p.x.length, left - GROUP, at.count);
+            wait_for_copies<AHEAD - 1>();
+            xs.copy_group<ALIGNED>(slot == 0 ? SLOTS - GROUP : slot - GROUP);
+            end_of_copies();
             if (plain && left >= GROUP) {
-                forward_group<ALIGNED, true>(window, xs, w, p, y, left, at.count);
+                forward_group<ALIGNED, true>(window, xs, slot, w, p, y, left, at.count);
             } else {
-                forward_group<ALIGNED, false>(window, xs, w, p, y, left, at.count);
+                forward_group<ALIGNED, false>(window, xs, slot, w, p, y, left, at.count);
             }
             y += GROUP * p.y.length;
+            slot = slot + GROUP == SLOTS ? 0 : slot + GROUP;
         }
         t = stop;
         if (t == p.length && !p.offsets) put_window<ALIGNED>(p, at, s, window);
-        if (t >= at.end) return;
-        s = sequence_after(p, s, t);
+        if (t < at.end) {
+            wait_for_copies<0>();
+            s = sequence_after(p, s, t);
+            begin(t);
+        }
     }
 }
 
@@ -332,8 +373,8 @@ DEVICE void take_through_activation(Four& slope, const Four& sum) {
 
 // One token: its part in the gradients of the inputs that it saw and, if it is the span's own, of the weights.
 template <bool PLAIN>
-DEVICE void add_token(Sums& sums, Four& finished, const Weights& w, Four (&window)[TAPS - 1], const Four& x, Four& slope,
-                      int width, bool silu, bool is_own) {
+DEVICE void add_token(Sums& sums, Four& finished, const Weights& w, Four (&window)[TAPS - 1], const Four& x,
+                      Four& slope, int width, bool silu, bool is_own) {
     if (PLAIN || silu) {
         Four sum;
         sum_over_taps<PLAIN>(sum, w, window, x, width);
@@ -364,63 +405,76 @@ DEVICE void add_token(Sums& sums, Four& finished, const Weights& w, Four (&windo
 
 // A group of tokens, the first of which is token `done` of the span; those from `end` on do not exist.
 template <bool ALIGNED, bool PLAIN>
-DEVICE void backward_group(Sums& sums, Four (&window)[TAPS - 1], const Four (&xs)[GROUP], Four (&slopes)[GROUP],
+DEVICE void backward_group(Sums& sums, Four (&window)[TAPS - 1], const Tokens& xs, const Tokens& dys, int slot,
                            const Weights& w, const Parameters& p, const Place& at, const Sequence& s, const Span& span,
                            Element* dx, int done, int end) {
 #pragma unroll
     for (int i = 0; i < GROUP; i++) {
         if (!PLAIN && done + i >= end) continue;
-        Four finished;
-        add_token<PLAIN>(sums, finished, w, window, xs[i], slopes[i], int(p.width), p.silu, done + i < span.tokens);
+        Four finished, x, slope;
+        xs.get(x, slot + i), dys.get(slope, slot + i);
+        add_token<PLAIN>(sums, finished, w, window, x, slope, int(p.width), p.silu, done + i < span.tokens);
         const int t = done + i - (TAPS - 1);
         if (PLAIN || t >= 0) write_gradient<ALIGNED, PLAIN>(p, at, s, span, dx, t, finished);
     }
 }
 
-// The tokens from t to `stop`, all of sequence s. The first span of a block gets the weights.
+// What is read for a span: the inputs before it, and its tokens.
+struct OfSpan {
+    Packed before[TAPS - 1];
+    Tokens xs, dys;
+
+    template <bool ALIGNED>
+    DEVICE void copy_group(int slot) {
+        xs.copy_group<ALIGNED>(slot), dys.copy_group<ALIGNED>(slot);
+        end_of_copies();
+    }
+    template <bool ALIGNED>
+    DEVICE void begin(const Parameters& p, const Place& at, const Sequence& s, i64 t, int end) {
+        ask_for_window<ALIGNED>(before, p, at, s, t);
+        xs.from = row_at(p.x, at, t), dys.from = row_at(p.dy, at, t), xs.left = dys.left = end;
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) copy_group<ALIGNED>(k * GROUP);
+    }
+};
+// Tokens after the span's last one, of the same sequence, have seen some of it.
+DEVICE int end_of_span(const Parameters& p, const Sequence& s, i64 t, i64 stop) {
+    return int(min(stop + p.width - 1, s.end) - t);
+}
+
+// The tokens from t to `stop`, all of sequence s.
 template <bool ALIGNED>
-DEVICE void backward_span(Sums& sums, Weights& w, const Parameters& p, const Place& at, const Sequence& s, i64 t,
-                          i64 stop) {
+DEVICE void backward_span(Sums& sums, OfSpan& read, const Weights& w, const Parameters& p, const Place& at,
+                          const Sequence& s, i64 t, i64 stop) {
     const bool plain = ALIGNED && p.width == TAPS && p.silu;
     const i64 last = p.dlast_state ? s.end - p.width + 1 - t : i64(1) << 30;
     const Span span = {int(stop - t), int(max(-(i64(1) << 30), min(last, i64(1) << 30)))};
-    const int end = int(min(stop + p.width - 1, s.end) - t);  // later tokens have seen none of the span
-    const Element *x = row_at(p.x, at, t), *dy = row_at(p.dy, at, t);
+    const int end = end_of_span(p, s, t, stop);
     Element* dx = row_at(p.dx, at, t);
-    Packed before[TAPS - 1], next_xs[GROUP], next_dys[GROUP];
-    forget(next_xs), forget(next_dys);
-    ask_for_window<ALIGNED>(before, p, at, s, t);
-    ask_for_group<ALIGNED>(next_xs, x, p.x.length, end, at.count);
-    ask_for_group<ALIGNED>(next_dys, dy, p.dy.length, end, at.count);
-    if (t == at.begin) {
-        put_weights_in_shared(p, at);
-        w = weights_of_lane();
-    }
     Four window[TAPS - 1];
 #pragma unroll
     for (int i = 0; i < TAPS - 1; i++) {
         const Four none = {};
-        unpack(window[i], before[i]);
+        unpack(window[i], read.before[i]);
         copy(sums.pending[i], none);
     }
+    int slot = 0;
+#pragma unroll 1
     for (int done = 0; done < end; done += GROUP) {
-        Four xs[GROUP], slopes[GROUP];
-#pragma unroll
-        for (int i = 0; i < GROUP; i++) unpack(xs[i], next_xs[i]), unpack(slopes[i], next_dys[i]);
-        x += GROUP * p.x.length, dy += GROUP * p.dy.length;
-        ask_for_group<ALIGNED>(next_xs, x, p.x.length, end - done - GROUP, at.count);
-        ask_for_group<ALIGNED>(next_dys, dy, p.dy.length, end - done - GROUP, at.count);
+        wait_for_copies<AHEAD - 1>();
+        read.copy_group<ALIGNED>(slot == 0 ? SLOTS - GROUP : slot - GROUP);
         if (plain && done > 0 && done + GROUP <= span.tokens && done + GROUP - TAPS < span.last_state) {
-            backward_group<ALIGNED, true>(sums, window, xs, slopes, w, p, at, s, span, dx, done, end);
+            backward_group<ALIGNED, true>(sums, window, read.xs, read.dys, slot, w, p, at, s, span, dx, done, end);
         } else {
-            backward_group<ALIGNED, false>(sums, window, xs, slopes, w, p, at, s, span, dx, done, end);
+            backward_group<ALIGNED, false>(sums, window, read.xs, read.dys, slot, w, p, at, s, span, dx, done, end);
         }
+        slot = slot + GROUP == SLOTS ? 0 : slot + GROUP;
     }
+    wait_for_copies<0>();
 #pragma unroll
     for (int i = 0; i < TAPS - 1; i++) {
         const int t_of = end - (TAPS - 1) + i;
-        if (t_of >= 0 && t_of < span.tokens)
-            write_gradient<ALIGNED, false>(p, at, s, span, dx, t_of, sums.pending[i]);
+        if (t_of >= 0 && t_of < span.tokens) write_gradient<ALIGNED, false>(p, at, s, span, dx, t_of, sums.pending[i]);
     }
 }
 
@@ -431,7 +485,8 @@ DEVICE void write_parts(const Sums& sums, const Parameters& p, const Place& at) 
     constexpr int SIZE = (TAPS + 1) * BLOCK_CHANNELS;
     sync_block();  // the weights have been read
 #pragma unroll
-    for (int i = 0; i < TAPS; i++) write<FLOAT32>(shared + warp * SIZE + i * BLOCK_CHANNELS + lane * CHANNELS, sums.of[i]);
+    for (int i = 0; i < TAPS; i++)
+        write<FLOAT32>(shared + warp * SIZE + i * BLOCK_CHANNELS + lane * CHANNELS, sums.of[i]);
     write<FLOAT32>(shared + warp * SIZE + TAPS * BLOCK_CHANNELS + lane * CHANNELS, sums.bias);
     sync_block();
     const i64 first = at.channel - lane * CHANNELS, part = at.row * p.n_groups + at.group;
@@ -440,25 +495,36 @@ DEVICE void write_parts(const Sums& sums, const Parameters& p, const Place& at) 
 #pragma unroll
         for (int k = 0; k < WARPS; k++) sum += shared[k * SIZE + i];
         const i64 tap = i / BLOCK_CHANNELS, channel = first + i % BLOCK_CHANNELS;
-        if (channel < p.d_inner) reinterpret_cast<float*>(p.parts)[(part * (TAPS + 1) + tap) * p.d_inner + channel] = sum;
+        if (channel < p.d_inner)
+            reinterpret_cast<float*>(p.parts)[(part * (TAPS + 1) + tap) * p.d_inner + channel] = sum;
     }
 }
 
 template <bool ALIGNED>
 DEVICE void backward_piece(const Parameters& p) {
     const Place at = place_of_warp(p);
-    Weights w;
     Sums sums = {};
-    if (at.begin >= at.end) {
-        put_weights_in_shared(p, at);
-    } else {
-        Sequence s = find_sequence(p, at.row, at.begin);
-        for (i64 t = at.begin;;) {
-            const i64 stop = min(at.end, s.end);
-            backward_span<ALIGNED>(sums, w, p, at, s, t, stop);
-            t = stop;
-            if (t >= at.end) break;
+    Sequence s = {};
+    i64 stop = at.begin;
+    constexpr int OF_PARTS = WARPS * OF_WEIGHTS;
+    OfSpan read = {{},
+                   {slots_of_lane(OF_PARTS, 0, 2), nullptr, p.x.length, 0, at.count},
+                   {slots_of_lane(OF_PARTS, 1, 2), nullptr, p.dy.length, 0, at.count}};
+    if (at.begin < at.end) {
+        s = find_sequence(p, at.row, at.begin);
+        stop = min(at.end, s.end);
+        read.begin<ALIGNED>(p, at, s, at.begin, end_of_span(p, s, at.begin, stop));
+    }
+    put_weights_in_shared(p, at);
+    const Weights w = weights_of_lane();
+#pragma unroll 1
+    for (i64 t = at.begin; t < at.end;) {
+        backward_span<ALIGNED>(sums, read, w, p, at, s, t, stop);
+        t = stop;
+        if (t < at.end) {
             s = sequence_after(p, s, t);
+            stop = min(at.end, s.end);
+            read.begin<ALIGNED>(p, at, s, t, end_of_span(p, s, t, stop));
         }
     }
     write_parts(sums, p, at);
@@ -532,6 +598,7 @@ KERNEL(THREADS, 8) step(PARAMETER Parameters p) {
     for (int i = 1; i < TAPS; i++) {
         const float value[1] = {seen[i]};
         if (i > skipped)
-            write<DTYPE>(reinterpret_cast<Element*>(p.last_state) + state_index(p, row, i - 1 - skipped, channel), value);
+            write<DTYPE>(reinterpret_cast<Element*>(p.last_state) + state_index(p, row, i - 1 - skipped, channel),
+                         value);
     }
 }
