@@ -12,9 +12,9 @@
 //
 // dB and dC are sums over channels: each block writes its part, sum_pieces adds them in order.
 //
-// A turn is a tile and a group of states; a round of it is a piece for each warp. Both runs come from warp 0 and go to
-// the last one, which so is always a little later, and never waits for long. AHEAD, the forward run of the next turn
-// goes along with the backward run of this one; it takes two sides of shared memory, which turns use in turn. The
+// A turn is a tile and a group of states. Warps take the pieces of all turns one after the other, so that each warp is
+// a little later than the one before it and does not wait for long. AHEAD, the forward run of the next turn goes along
+// with the backward run of this one; it takes two sides of shared memory, which turns use alternately. The
 // forward run begins with the pieces with which the backward run ends: on every other use of a side their places are in
 // the opposite order, so that those are taken first that were left first.
 //
@@ -27,7 +27,8 @@
 #include "sums.cuh"
 
 static_assert(SHARE == 4 && CHANNELS == 4 && TOKENS == 4, "the exchanges between lanes want these");
-constexpr int PIECES = SAVED_EVERY / TOKENS, ROUNDS = PIECES / WARPS, SIDES = AHEAD ? 2 : 1;
+constexpr int PIECES = SAVED_EVERY / TOKENS, SIDES = AHEAD ? 2 : 1;
+static_assert(PIECES % WARPS == 0, "");
 constexpr int ROW = TOKENS * BLOCK_CHANNELS;
 constexpr int UNITS_OF_ROW = ROW / VECTOR, UNITS_OF_MATRIX = TOKENS * GROUP / VECTOR;  // copies of 16 bytes
 constexpr int COPIES = (3 * UNITS_OF_ROW + 31) / 32;                                   // of a lane for a piece
@@ -37,6 +38,7 @@ struct alignas(16) Source {
     const u8* from;
     int row, group;  // bytes from a token to the next, and from a group of states to the next
 };
+constexpr int PER_LINK = 2, LINKS = STEPS / PER_LINK;  // steps of the forward run that are handed on together
 enum { FORWARD_RUN, BACKWARD_RUN };
 
 DEVICE Source read_source(const Source* from) {  // at once
@@ -45,10 +47,14 @@ DEVICE Source read_source(const Source* from) {  // at once
     return {reinterpret_cast<const u8*>(address), int(float_as_bits(v.z)), int(float_as_bits(v.w))};
 }
 
+// Turns whose first state is kept. That of a turn is asked for by warp 0 in the last round of the turn before it, after
+// it has waited for the last warp's piece of the round before; by then that warp has done the turn four before it.
+constexpr int SAVED_TURNS = 4;
+
 struct alignas(16) OfBlock {
     float exchange[WARPS][512];                              // first, so that places in it are changed by bits
     float between[SIDES][PIECES][PLANE];                     // the state after a piece; later its gradient
-    float saved[4][PLANE];                                   // the state before the first piece; three turns want one
+    float saved[SAVED_TURNS][PLANE];                         // the state before the first piece of a turn
     float d[SIDES * PIECES * ROW], w[SIDES * PIECES * ROW];  // see place_in_row
     float matrices[SIDES][PIECES][2][GROUP * TOKENS];        // B and C as (state, token)
     float g[WARPS * ROW];
@@ -56,12 +62,13 @@ struct alignas(16) OfBlock {
     float dA[WARPS][PLANE];
     Source sources[2][COPIES][32];
     float totals[2 * CHANNELS][THREADS];  // of dD and dbias
-    const u8* places[2][32];  // of each lane, in dB_parts and in the rows that are written: registers are short
-    Element raw[WARPS][2][3 * ROW];         // of a piece: u, delta, B, C for the forward run and u, z, dy for the other
-    Barrier arrived[SIDES][PIECES][STEPS];  // forward: the state after the piece is there
-    Barrier prepared[SIDES][PIECES];        // d, w, B and C of the piece are
+    const u8* places[2][32];         // of each lane, in dB_parts and in the rows that are written: registers are short
+    Element raw[WARPS][2][3 * ROW];  // of a piece: u, delta, B, C for the forward run and u, z, dy for the other
+    Barrier arrived[SIDES][PIECES][LINKS];   // forward: the state after the piece is there
+    Barrier prepared[SIDES][PIECES];         // d, w, B and C of the piece are
     Barrier returned[SIDES][PIECES][STEPS];  // backward: the gradient of the state after the piece is there
     Barrier finished[SIDES][PIECES];         // the piece's place may be taken
+    Place at;
 };
 struct alignas(16) OfGroup {             // of states
     float rates[PLANE], leaving[PLANE];  // leaving: the gradient that leaves the tile
@@ -76,6 +83,12 @@ DEVICE u32 phase_of_piece(u32 turn, int piece) { return turn / (piece == 0 ? 2 *
 constexpr u32 LONG = 16;  // turns after which sums over time are added to others: the longer a sum, the more it rounds
 
 constexpr int SUMS = 3 * SAVED_EVERY * BLOCK_CHANNELS;  // y, du, ddelta of a tile, where there are several groups
+
+// The sums of dA that a warp has set aside: a plane for each group of states.
+DEVICE float* kept_dA(const Parameters& p, const Place& at, int warp) {
+    const i64 of_warp = (at.row * p.n_chunks + at.chunk) * WARPS + warp;
+    return reinterpret_cast<float*>(p.dA_of_warps) + (of_warp * p.channels + at.padded) * p.states;
+}
 
 // Rows (token, channel): an owner's channels of token 0 are at `row`, a multiple of ROW, + owner * CHANNELS; those of
 // others in an order in which banks do not conflict.
@@ -100,7 +113,10 @@ DEVICE void sum_to_owner(float (&out)[CHANNELS], const float (&values)[TOKENS][C
 }
 
 KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
-    const Place at = place_of_block(p, BLOCK_CHANNELS, 0);
+    OfBlock& block = *reinterpret_cast<OfBlock*>(shared_memory());
+    if (threadIdx.x == 0) block.at = place_of_block(p, BLOCK_CHANNELS, 0);
+    sync_block();
+    const Place& at = block.at;
     int lane = threadIdx.x % 32;
     keep(lane);
     const int warp = shuffle(int(threadIdx.x / 32), 0);
@@ -114,7 +130,6 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     const bool is_regular = p.aligned && at.count >= BLOCK_CHANNELS && p.states == p.d_state;
     const int own = lane * CHANNELS;  // in a step of a plane
 
-    OfBlock& block = *reinterpret_cast<OfBlock*>(shared_memory());
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(&block + 1);
     float* sums = reinterpret_cast<float*>(of_groups + groups);
     float *const exchange = &block.exchange[0][0], *const my_g = block.g;
@@ -172,13 +187,15 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     const auto stage_piece = [&](Element* to, int run, int tile, int piece, int group) {
         const int first = tile * SAVED_EVERY + piece * TOKENS, tokens = length - first;
         if (is_regular && tokens >= TOKENS) {
+            const u8* from[COPIES];
 #pragma unroll
             for (int i = 0; i < COPIES; i++) {
-                if (i * 32 + lane >= 3 * UNITS_OF_ROW) continue;
                 const Source source = read_source(block.sources[run][i] + lane);
-                const u8* from = advance(source.from, first, source.row) + (ONE_GROUP ? 0 : group * source.group);
-                copy_16_bytes(to + (i * 32 + lane) * VECTOR, from);
+                from[i] = advance(source.from, first, source.row) + (ONE_GROUP ? 0 : group * source.group);
             }
+#pragma unroll
+            for (int i = 0; i < COPIES; i++)
+                if (i * 32 + lane < 3 * UNITS_OF_ROW) copy_16_bytes(to + (i * 32 + lane) * VECTOR, from[i]);
         } else {
             stage_edge(to, run, first, tokens, group);
         }
@@ -186,24 +203,25 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     const auto tile_of = [&](u32 turn) { return ONE_GROUP ? int(turn) : int(turn / u32(groups)); };
     const auto group_of = [&](u32 turn) { return ONE_GROUP ? 0 : int(turn % u32(groups)); };
     int around_forward = -1, around_backward = -1;  // sequences around the pieces that are staged
-    const auto stage_forward = [&](u32 turn, u32 round) {
+    const auto stage_forward = [&](u32 turn, int piece) {
         if (turn >= n_turns) return;
-        const int tile = n_tiles - 1 - tile_of(turn), group = group_of(turn), piece = round * WARPS + warp;
+        const int tile = n_tiles - 1 - tile_of(turn), group = group_of(turn);
         stage_piece(raw_forward, FORWARD_RUN, tile, piece, group);
         if (piece == 0) {
-            const i64 plane = (at.row * n_saved + first_tile + tile) * p.states + group * GROUP;
-            const float* saved = reinterpret_cast<const float*>(p.saved) + plane * p.channels + at.padded;
-            for (int i = lane; i < PLANE / CHANNELS; i += 32) {
-                const int n = i / OWNERS, c = i % OWNERS * CHANNELS;
-                copy_16_bytes(block.saved[turn % 4] + place_in_plane(n, c), saved + n * p.channels + c);
+            const i64 plane = (at.row * n_saved + first_tile + tile) * (p.channels / 32) + at.padded / 32;
+            const float* saved = reinterpret_cast<const float*>(p.saved) + (plane * p.states + group * GROUP) * 32;
+#pragma unroll
+            for (int k = 0; k < PLANE / CHANNELS / 32; k++) {
+                const int i = k * 32 + lane, n = i / OWNERS, c = i % OWNERS * CHANNELS;
+                copy_16_bytes(block.saved[turn % SAVED_TURNS] + place_in_plane(n, c), saved + i * CHANNELS);
             }
         }
         end_of_copies();
         if (options & IS_PACKED)
             around_forward = sequences_around(p, at.begin + tile * SAVED_EVERY + piece * TOKENS, TOKENS, lane);
     };
-    const auto stage_backward = [&](u32 turn, u32 round) {
-        const int tile = n_tiles - 1 - tile_of(turn), piece = PIECES - 1 - (round * WARPS + warp);
+    const auto stage_backward = [&](u32 turn, int piece) {
+        const int tile = n_tiles - 1 - tile_of(turn);
         stage_piece(raw_backward, BACKWARD_RUN, tile, piece, 0);
         end_of_copies();
         if (options & IS_PACKED)
@@ -216,7 +234,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         of_groups[g].leaving[place] = arrival<true>(p, at, n, c);
     }
     for (int i = lane; i < PLANE; i += 32) block.dA[warp][i] = 0.f;
-    constexpr int BARRIERS = SIDES * PIECES * (2 * STEPS + 2);
+    constexpr int BARRIERS = SIDES * PIECES * (LINKS + STEPS + 2);
     for (int i = threadIdx.x; i < BARRIERS; i += THREADS) start_barrier(&block.arrived[0][0][0] + i);
     for (int i = threadIdx.x; i < groups * STEPS; i += THREADS) start_barrier(&of_groups[i / STEPS].left[i % STEPS]);
     if (warp == 0 && part == 0) {
@@ -241,9 +259,9 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     };
 
     // ------------------------------------------------------------------------------------ the state, forward
-    const auto run_forward = [&](u32 turn, u32 round, int around) {
+    const auto run_forward = [&](u32 turn, int piece, int around) {
         const int tile = n_tiles - 1 - tile_of(turn), group = group_of(turn), side = turn % SIDES;
-        const int piece = round * WARPS + warp, first = tile * SAVED_EVERY + piece * TOKENS, tokens = length - first;
+        const int first = tile * SAVED_EVERY + piece * TOKENS, tokens = length - first;
         const int slot = slot_of(turn, piece), slot_before = slot_of(turn, max(piece - 1, 0));
         const u32 phase = turn / SIDES & 1;
         const int row = (side * PIECES + slot) * ROW + c0, own_row = place_in_row(row, part);
@@ -256,9 +274,10 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             read<DTYPE>(v, raw_forward + ROW + part * BLOCK_CHANNELS + c0);
 #pragma unroll
             for (int s = 0; s < CHANNELS; s++) v[s] += bias[s];
-            if (options & HAS_SOFTPLUS) {
 #pragma unroll
-                for (int s = 0; s < CHANNELS; s++) v[s] = softplus_fast<PRECISE>(v[s]);
+            for (int s = 0; s < CHANNELS; s++) {
+                const float soft = softplus_fast<PRECISE>(v[s]);
+                v[s] = options & HAS_SOFTPLUS ? soft : v[s];
             }
             if (part >= tokens) v[0] = v[1] = v[2] = v[3] = 0.f;
             store(block.d + own_row, v);
@@ -285,7 +304,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             load(w[t], block.w + place_in_row(row, t));
         }
         const float* rates = of_groups[group].rates + own;
-        const float* from = (piece == 0 ? block.saved[turn % 4] : block.between[side][slot_before]) + own;
+        const float* from = (piece == 0 ? block.saved[turn % SAVED_TURNS] : block.between[side][slot_before]) + own;
         float* to = block.between[side][slot] + own;
         const Boundaries edges =
             boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
@@ -295,26 +314,36 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         };
         const auto steps = [&](auto with_edges) {
             constexpr bool EDGES = decltype(with_edges)::value;
-#pragma unroll(EDGES ? 1 : 2)  // of 4: all of them would not fit the instructions' cache
-            for (int j = 0; j < STEPS; j++) {
-                const int n = j * SHARE + part, place = j * 32 * CHANNELS;
-                float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
-                load(rate, rates + place);
-                load(B, matrices[0] + n * TOKENS);
+#pragma unroll 1  // all of them would not fit the instructions' cache
+            for (int link = 0; link < LINKS; link++) {
+                float a[PER_LINK][TOKENS][CHANNELS], wB[PER_LINK][TOKENS][CHANNELS];
 #pragma unroll
-                for (int t = 0; t < TOKENS; t++)
+                for (int i = 0; i < PER_LINK; i++) {
+                    const int j = link * PER_LINK + i;
+                    float rate[CHANNELS], B[TOKENS];
+                    load(rate, rates + j * 32 * CHANNELS);
+                    load(B, matrices[0] + (j * SHARE + part) * TOKENS);
 #pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) a[t][s] = exp2_fast(d[t][s] * rate[s]);
-                if (piece > 0) wait(&block.arrived[side][slot_before][j], phase_before);
-                load(h, from + place);
+                    for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                for (int t = 0; t < TOKENS; t++) {
-                    if (EDGES && edges.starts >> t & 1) initial(h, states_at(p.initial_state, t, n));
-#pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
+                        for (int s = 0; s < CHANNELS; s++)
+                            a[i][t][s] = exp2_fast(d[t][s] * rate[s]), wB[i][t][s] = w[t][s] * B[t];
                 }
-                store(to + place, h);
-                pass_on(&block.arrived[side][slot][j], lane);
+                if (piece > 0) wait(&block.arrived[side][slot_before][link], phase_before);
+#pragma unroll
+                for (int i = 0; i < PER_LINK; i++) {
+                    const int j = link * PER_LINK + i, place = j * 32 * CHANNELS;
+                    float h[CHANNELS];
+                    load(h, from + place);
+#pragma unroll
+                    for (int t = 0; t < TOKENS; t++) {
+                        if (EDGES && edges.starts >> t & 1) initial(h, states_at(p.initial_state, t, j * SHARE + part));
+#pragma unroll
+                        for (int s = 0; s < CHANNELS; s++) h[s] = fmaf(a[i][t][s], h[s], wB[i][t][s]);
+                    }
+                    store(to + place, h);
+                }
+                pass_on(&block.arrived[side][slot][link], lane);
             }
         };
         if (edges.starts == 0) {
@@ -325,9 +354,9 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     };
 
     // ------------------------------------------------------------------------------------ its gradient, backward
-    const auto run_backward = [&](u32 turn, u32 round, int around) {
+    const auto run_backward = [&](u32 turn, int piece, int around) {
         const int tile = n_tiles - 1 - tile_of(turn), group = group_of(turn), side = turn % SIDES;
-        const int piece = PIECES - 1 - (round * WARPS + warp), first = tile * SAVED_EVERY + piece * TOKENS;
+        const int first = tile * SAVED_EVERY + piece * TOKENS;
         const int tokens = length - first;
         const int slot = slot_of(turn, piece), slot_before = slot_of(turn, max(piece - 1, 0));
         const u32 phase = turn / SIDES & 1;
@@ -339,10 +368,11 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         {
             float z[CHANNELS], v[CHANNELS];
             read<DTYPE>(v, raw_backward + 2 * ROW + part * BLOCK_CHANNELS + c0);
-            if (options & HAS_Z) {
-                read<DTYPE>(z, raw_backward + ROW + part * BLOCK_CHANNELS + c0);
+            read<DTYPE>(z, raw_backward + ROW + part * BLOCK_CHANNELS + c0);
 #pragma unroll
-                for (int s = 0; s < CHANNELS; s++) v[s] *= z[s] * sigmoid_fast(z[s]);
+            for (int s = 0; s < CHANNELS; s++) {
+                const float gated = v[s] * (z[s] * sigmoid_fast(z[s]));
+                v[s] = options & HAS_Z ? gated : v[s];
             }
             store(my_g + own_row_of_g, v);
         }
@@ -350,8 +380,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         wait(&block.prepared[side][slot], phase);
         const u32 phase_before = phase_of_piece(turn, max(piece - 1, 0));
         if (CHECKED && is_last)  // it had no forward run that waited for them
-            for (int j = 0; j < STEPS - 1; j++) wait(&block.arrived[side][slot_before][j], phase_before);
-        if (!is_first) wait(&block.arrived[side][slot_before][STEPS - 1], phase_before);
+            for (int j = 0; j < LINKS - 1; j++) wait(&block.arrived[side][slot_before][j], phase_before);
+        if (!is_first) wait(&block.arrived[side][slot_before][LINKS - 1], phase_before);
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS], g[TOKENS][CHANNELS];
         float y[TOKENS][CHANNELS], q[TOKENS][CHANNELS], r[TOKENS][CHANNELS];  // sums of C h, B e and x rate
 #pragma unroll
@@ -361,7 +391,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             load(w[t], block.w + place_in_row(row, t));
         }
         const float* rates = of_group.rates + own;
-        const float* from = (is_first ? block.saved[turn % 4] : block.between[side][slot_before]) + own;
+        const float* from = (is_first ? block.saved[turn % SAVED_TURNS] : block.between[side][slot_before]) + own;
         const float* from_after = (is_last ? of_group.leaving : block.between[side][slot]) + own;
         float* to_before = (is_first ? of_group.leaving : block.between[side][slot_before]) + own;
         const Barrier* left_after = is_last ? of_group.left : block.returned[side][slot];
@@ -384,7 +414,10 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             constexpr bool EDGES = decltype(with_edges)::value;
             float next[CHANNELS] = {};
             if (EDGES && edges.ends) states_at(p.dlast_state, last_end, part).read(next);
-#pragma unroll(EDGES ? 1 : STEPS / 2)
+            float rate_ahead[CHANNELS], h_ahead[CHANNELS];
+            load(rate_ahead, rates);
+            load(h_ahead, from);
+#pragma unroll 1
             for (int pair = 0; pair < STEPS / 2; pair++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -397,10 +430,10 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                         for (int s = 0; s < CHANNELS; s++) given[s] = next[s];
                         if (edges.ends && j + 1 < STEPS) states_at(p.dlast_state, last_end, n + SHARE).read(next);
                     }
-                    load(rate, rates + place);
                     load(B, matrices[0] + n * TOKENS);
                     load(C, matrices[1] + n * TOKENS);
-                    load(h, from + place);
+#pragma unroll
+                    for (int s = 0; s < CHANNELS; s++) rate[s] = rate_ahead[s], h[s] = h_ahead[s];
 #pragma unroll
                     for (int t = 0; t < TOKENS; t++) {
                         if (EDGES && edges.starts >> t & 1) initial(h, states_at(p.initial_state, t, n));
@@ -447,6 +480,10 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                     }
 
                     load(dA, my_dA + place);
+                    if (j + 1 < STEPS) {
+                        load(rate_ahead, rates + place + 32 * CHANNELS);
+                        load(h_ahead, from + place + 32 * CHANNELS);
+                    }
 #pragma unroll
                     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
@@ -506,49 +543,51 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             const int row_bytes = int(p.du.length) * int(sizeof(Element));
             const i64 offset = reinterpret_cast<i64>(advance(block.places[1][lane], first + part, row_bytes));
             const Element* raw = raw_backward + part * BLOCK_CHANNELS + c0;
-            float u[CHANNELS], of_d[CHANNELS], of_g[CHANNELS], D[CHANNELS], out[CHANNELS];
+            float u[CHANNELS], z[CHANNELS], dy[CHANNELS], of_d[CHANNELS], of_g[CHANNELS], D[CHANNELS];
+            float out[3][CHANNELS];  // du, ddelta, dz
             load(D, block.D + c0);
             read<DTYPE>(u, raw);
+            read<DTYPE>(z, raw + ROW);
+            read<DTYPE>(dy, raw + 2 * ROW);
             load(of_d, block.d + own_row);
             load(of_g, my_g + own_row_of_g);
-            if (options & HAS_Z) {
-                float z[CHANNELS], dy[CHANNELS];
-                read<DTYPE>(z, raw + ROW);
-                read<DTYPE>(dy, raw + 2 * ROW);
-#pragma unroll
-                for (int s = 0; s < CHANNELS; s++) {
-                    const float gate = sigmoid_fast(z[s]),
-                                before_gate = options & HAS_D ? fmaf(D[s], u[s], own_y[s]) : own_y[s];
-                    out[s] = dy[s] * before_gate * gate * fmaf(z[s], 1.f - gate, 1.f);
-                }
-                write_some(p.dz.data + offset, is_regular, out, my_count);
-            }
 #pragma unroll
             for (int s = 0; s < CHANNELS; s++) {
-                out[s] = own_q[s] * of_d[s];
-                if (options & HAS_D) out[s] = fmaf(D[s], of_g[s], out[s]);
+                const float gate = sigmoid_fast(z[s]), slope = softplus_slope_fast<PRECISE>(of_d[s]);
+                const float before_gate = options & HAS_D ? fmaf(D[s], u[s], own_y[s]) : own_y[s];
+                out[2][s] = dy[s] * before_gate * gate * fmaf(z[s], 1.f - gate, 1.f);
+                out[0][s] = own_q[s] * of_d[s];
+                if (options & HAS_D) out[0][s] = fmaf(D[s], of_g[s], out[0][s]);
                 dD[s] = fmaf(of_g[s], u[s], dD[s]);
+                out[1][s] = fmaf(own_r[s], LN_2, u[s] * own_q[s]);
+                if (options & HAS_SOFTPLUS) out[1][s] *= slope;
+                dbias[s] += out[1][s];
             }
-            write_some(p.du.data + offset, is_regular, out, my_count);
-#pragma unroll
-            for (int s = 0; s < CHANNELS; s++) {
-                out[s] = fmaf(own_r[s], LN_2, u[s] * own_q[s]);
-                if (options & HAS_SOFTPLUS) out[s] *= softplus_slope_fast<PRECISE>(of_d[s]);
-                dbias[s] += out[s];
+            if (is_regular) {
+                write<DTYPE>(reinterpret_cast<Element*>(p.du.data + offset), out[0]);
+                write<DTYPE>(reinterpret_cast<Element*>(p.ddelta.data + offset), out[1]);
+                if (options & HAS_Z) write<DTYPE>(reinterpret_cast<Element*>(p.dz.data + offset), out[2]);
+            } else {
+                write_some(p.du.data + offset, false, out[0], my_count);
+                write_some(p.ddelta.data + offset, false, out[1], my_count);
+                if (options & HAS_Z) write_some(p.dz.data + offset, false, out[2], my_count);
             }
-            write_some(p.ddelta.data + offset, is_regular, out, my_count);
         }
         pass_on(&block.finished[side][slot], lane);
         // The turn's last piece of this warp: another group's dA is next, or sums have become long.
-        if (round == ROUNDS - 1 && (groups > 1 || turn % LONG == LONG - 1)) {
+        const bool is_long = turn % LONG == LONG - 1 && turn + 1 < n_turns;
+        if (piece < WARPS && (groups > 1 || is_long)) {
             const bool is_new = turn < u32(groups > 1 ? groups : LONG);
-            const i64 of_warp = (at.row * p.n_chunks + at.chunk) * WARPS + warp;
-            float* kept = reinterpret_cast<float*>(p.dA_of_warps) + of_warp * p.states * p.channels + at.padded;
-            for (int i = lane; i < PLANE; i += 32) {
-                const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n, c);
-                float* to = kept + (group * GROUP + n) * p.channels + c;
-                *to = block.dA[warp][place] + (is_new ? 0.f : *to);
-                block.dA[warp][place] = 0.f;
+            float* kept = kept_dA(p, at, warp) + group * PLANE + own;
+#pragma unroll 1
+            for (int j = 0; j < STEPS; j++) {
+                float sum[CHANNELS] = {}, dA[CHANNELS];
+                if (!is_new) load(sum, kept + j * 32 * CHANNELS);
+                load(dA, my_dA + j * 32 * CHANNELS);
+#pragma unroll
+                for (int s = 0; s < CHANNELS; s++) sum[s] += dA[s], dA[s] = 0.f;
+                store(kept + j * 32 * CHANNELS, sum);
+                store(my_dA + j * 32 * CHANNELS, dA);
             }
 #pragma unroll
             for (int s = 0; s < CHANNELS; s++) {
@@ -560,45 +599,45 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     };
 
     // ------------------------------------------------------------------------------------ the two runs
-    stage_forward(0, 0);
+    stage_forward(0, warp);
     if constexpr (AHEAD) {
+        // Warps take the pieces of all turns one after the other, first forward and, a turn later, backward.
 #pragma unroll 1
-        for (u32 k = 0; k < (n_turns + 1) * ROUNDS; k++) {
-            const u32 back = k - ROUNDS;
-            const bool is_back = k >= ROUNDS;
-            const int around = around_forward;
+        for (u32 k = warp; k < (n_turns + 1) * PIECES; k += WARPS) {
+            const u32 turn = k / PIECES;
+            const int piece = k % PIECES, around = around_forward;
             wait_for_copies<0>();
             sync_warp();
-            if (is_back) stage_backward(back / ROUNDS, back % ROUNDS);
-            if (k < n_turns * ROUNDS) run_forward(k / ROUNDS, k % ROUNDS, around);
+            if (turn > 0) stage_backward(turn - 1, PIECES - 1 - piece);
+            if (turn < n_turns) run_forward(turn, piece, around);
             const int around_now = around_backward;
             wait_for_copies<0>();
             sync_warp();
-            stage_forward((k + 1) / ROUNDS, (k + 1) % ROUNDS);
-            if (is_back) run_backward(back / ROUNDS, back % ROUNDS, around_now);
+            stage_forward((k + WARPS) / PIECES, (k + WARPS) % PIECES);
+            if (turn > 0) run_backward(turn - 1, PIECES - 1 - piece, around_now);
         }
     } else {
 #pragma unroll 1
         for (u32 turn = 0; turn < n_turns; turn++) {
 #pragma unroll 1
-            for (u32 round = 0; round < ROUNDS; round++) {
+            for (int first = 0; first < PIECES; first += WARPS) {
                 const int around = around_forward;
                 wait_for_copies<0>();
                 sync_warp();
-                if (round + 1 == ROUNDS) stage_backward(turn, 0);
-                run_forward(turn, round, around);
+                if (first + WARPS == PIECES) stage_backward(turn, PIECES - 1 - warp);
+                run_forward(turn, first + warp, around);
                 sync_warp();
-                if (round + 1 < ROUNDS) stage_forward(turn, round + 1);
+                if (first + WARPS < PIECES) stage_forward(turn, first + WARPS + warp);
             }
 #pragma unroll 1
-            for (u32 round = 0; round < ROUNDS; round++) {
+            for (int last = PIECES - 1; last > 0; last -= WARPS) {
                 const int around = around_backward;
                 wait_for_copies<0>();
                 sync_warp();
-                if (round + 1 == ROUNDS) stage_forward(turn + 1, 0);
-                run_backward(turn, round, around);
+                if (last < WARPS) stage_forward(turn + 1, warp);
+                run_backward(turn, last - warp, around);
                 sync_warp();
-                if (round + 1 < ROUNDS) stage_backward(turn, round + 1);
+                if (last >= WARPS) stage_backward(turn, last - WARPS - warp);
             }
         }
     }
@@ -607,13 +646,12 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     sync_block();
     const i64 of_chunk = at.row * p.n_chunks + at.chunk, size = p.states * p.channels;
     float* dA = reinterpret_cast<float*>(p.dA_parts) + of_chunk * size + at.padded;
-    const float* kept = reinterpret_cast<const float*>(p.dA_of_warps) + of_chunk * WARPS * size + at.padded;
     for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
         const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n % GROUP, c);
         float sum = 0.f;
         for (int w = 0; w < WARPS; w++) {
             if (groups == 1) sum += block.dA[w][place];
-            if (groups > 1 || n_turns >= LONG) sum += kept[w * size + n * p.channels + c];
+            if (groups > 1 || n_turns > LONG) sum += kept_dA(p, at, w)[n / GROUP * PLANE + place];
         }
         dA[n * p.channels + c] = sum;
     }

@@ -13,6 +13,8 @@
 #include "pieces.cuh"
 
 constexpr int INPUTS = PASS == SUMMARY ? 2 : 3, MATRICES = PASS == FORWARD ? 2 : 1;
+// Steps whose states are handed on together, as was fastest on a GPU of compute capability 9.0.
+constexpr int PER_LINK = PRECISE ? 2 : 1, LINKS = STEPS / PER_LINK;
 
 struct alignas(16) OfWarp {
     Element raw[2][INPUTS][TOKENS * BLOCK_CHANNELS];  // u or dy, delta, z: this piece and the next
@@ -21,7 +23,7 @@ struct alignas(16) OfWarp {
 struct alignas(16) OfGroup {                           // of states, of one warp
     float matrices[MATRICES][GROUP * TOKENS + 4 * 4];  // B and C as (state, token); see row_of_state
     float carry[PLANE];                                // the state that leaves this warp's piece
-    Barrier passed[STEPS];                             // it is there
+    Barrier passed[LINKS];                             // it is there
     Element raw[2][MATRICES][TOKENS * GROUP];
 };
 
@@ -53,9 +55,10 @@ DEVICE void prepare(OfWarp& mine, int options, int stage, const float (&bias)[4]
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) d[i] += bias[i];
-        if (options & HAS_SOFTPLUS) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) d[i] = softplus_fast<PRECISE>(d[i]);
+        for (int i = 0; i < 4; i++) {
+            const float soft = softplus_fast<PRECISE>(d[i]);
+            d[i] = options & HAS_SOFTPLUS ? soft : d[i];
         }
         if (!full && t >= tokens) d[0] = d[1] = d[2] = d[3] = 0.f;
 #pragma unroll
@@ -119,9 +122,14 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(of_warps + warps);
     OfWarp& mine = of_warps[warp];
-    OfGroup* my_groups = of_groups + warp * groups;
     OfGroup* last_groups = of_groups + (warps - 1) * groups;
-    const OfGroup* from_groups = of_groups + (warp == 0 ? warps - 1 : warp - 1) * groups;
+    const auto groups_of_warp = [&](int w) {  // the compiler would compute an address that it knows for each barrier
+        int offset = int(reinterpret_cast<u8*>(of_groups + w * groups) - shared_memory());
+        keep(offset);
+        return reinterpret_cast<OfGroup*>(shared_memory() + offset);
+    };
+    OfGroup* my_groups = groups_of_warp(warp);
+    const OfGroup* from_groups = groups_of_warp(warp == 0 ? warps - 1 : warp - 1);
 
     const Rows &input = PASS == REVERSE ? p.dy : p.u, &matrix = PASS == REVERSE ? p.C : p.B;
     const int options = options_of(p), row_of_y = int(p.y.length) * int(sizeof(Element));
@@ -222,8 +230,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         rates[g * PLANE + place] = rate_of(p, at, n, c);
         last_groups[g].carry[place] = PASS == FORWARD ? arrival<false>(p, at, n, c) : 0.f;
     }
-    for (int i = threadIdx.x; i < warps * groups * STEPS; i += blockDim.x)
-        start_barrier(&of_groups[i / STEPS].passed[i % STEPS]);
+    for (int i = threadIdx.x; i < warps * groups * LINKS; i += blockDim.x)
+        start_barrier(&of_groups[i / LINKS].passed[i % LINKS]);
 
     float bias[4], D[CHANNELS], total[CHANNELS];
     const int four = lane % (BLOCK_CHANNELS / 4) * 4;
@@ -265,7 +273,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         float* saved = reinterpret_cast<float*>(p.saved);
         if (saving) {
             const i64 n_saved = (p.length + SAVED_EVERY - 1) / SAVED_EVERY, index = (at.begin + first) / SAVED_EVERY;
-            saved += ((at.row * n_saved + index) * p.states + part) * p.channels + at.padded + c0;
+            const i64 plane = (at.row * n_saved + index) * (p.channels / 32) + at.padded / 32;
+            saved += (plane * p.states + part) * 32 + at.padded % 32 + c0;
         }
 
         const int own = lane * CHANNELS;  // in a step of a plane
@@ -277,21 +286,26 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, n + part);
         };
 
-        const auto step = [&](int g, int j, const float (&given)[CHANNELS], auto with_edges) {
-            constexpr bool EDGES = decltype(with_edges)::value;
-            const OfGroup& from = from_groups[g];
-            OfGroup& to = my_groups[g];
-            const int place = j * 32 * CHANNELS + own, n = g * GROUP + j * SHARE;
-            float rate[CHANNELS], h[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
-            load(rate, rates + g * PLANE + place);
-            load(B, &to.matrices[0][row_of_step(j, part)]);
+        // A link is the steps that are handed on together. Its steps, one after the other: the decays `a`, which become
+        // the states, then what they add to y.
+        const auto read_step = [&](float (&rate)[CHANNELS], float (&B)[TOKENS], int g, int j) {
+            load(rate, rates + g * PLANE + j * 32 * CHANNELS + own);
+            load(B, &my_groups[g].matrices[0][row_of_step(j, part)]);
+        };
+        const auto find_decays = [&](float (&a)[TOKENS][CHANNELS], const float (&rate)[CHANNELS]) {
 #pragma unroll
             for (int t = 0; t < TOKENS; t++)
 #pragma unroll
                 for (int s = 0; s < CHANNELS; s++) a[t][s] = exp2_fast(d[t][s] * rate[s]);
-            wait(&from.passed[j], parity);
-            load(h, &from.carry[place]);
-            if (saving) store(saved + n * p.channels, h);
+        };
+        const auto run = [&](float (&a)[TOKENS][CHANNELS], const float (&B)[TOKENS], int g, int j,
+                             const float (&given)[CHANNELS], auto with_edges) {
+            constexpr bool EDGES = decltype(with_edges)::value;
+            const int place = j * 32 * CHANNELS + own, n = g * GROUP + j * SHARE;
+            float h[CHANNELS];
+            if (j % PER_LINK == 0) wait(&from_groups[g].passed[j / PER_LINK], parity);
+            load(h, &from_groups[g].carry[place]);
+            if (saving) store(saved + n * 32, h);
 #pragma unroll
             for (int k = 0; k < TOKENS; k++) {
                 const int t = PASS == REVERSE ? TOKENS - 1 - k : k;
@@ -308,34 +322,45 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                     if (EDGES && PASS == REVERSE && edges.starts >> t & 1) h[s] = 0.f;
                 }
             }
-            store(&to.carry[place], h);
-            pass_on(&to.passed[j], lane);
-            if constexpr (PASS == FORWARD) {
-                float C[TOKENS];
-                load(C, &to.matrices[MATRICES - 1][row_of_step(j, part)]);
+            store(&my_groups[g].carry[place], h);
+            if (j % PER_LINK == PER_LINK - 1) pass_on(&my_groups[g].passed[j / PER_LINK], lane);
+        };
+        const auto add_to_y = [&](const float (&states)[TOKENS][CHANNELS], int g, int j) {
+            float C[TOKENS];
+            load(C, &my_groups[g].matrices[MATRICES - 1][row_of_step(j, part)]);
 #pragma unroll
-                for (int t = 0; t < TOKENS; t++)
+            for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) y[t * CHANNELS + s] = fmaf(a[t][s], C[t], y[t * CHANNELS + s]);
-                if constexpr (EDGES) {
-                    for (u32 left = edges.ends; left; left &= left - 1) {
-                        float last[CHANNELS];
-                        const int end = first_bit(left);
-#pragma unroll
-                        for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) last[s] = t == end ? a[t][s] : last[s];
-                        states_at(p.last_state, end, n).write(last);
-                    }
-                }
-            }
+                for (int s = 0; s < CHANNELS; s++) y[t * CHANNELS + s] = fmaf(states[t][s], C[t], y[t * CHANNELS + s]);
         };
         if ((edges.starts | edges.ends) == 0) {
             const float nothing[CHANNELS] = {};
-#pragma unroll 1
-            for (int g = 0; g < groups; g++)
+            // A step alone reads ahead for the next one; for two of them registers would be short.
+            constexpr bool READS_AHEAD = PER_LINK == 1;
+            float rate[PER_LINK][CHANNELS], next[PER_LINK][TOKENS];
+            const auto run_link = [&](int g, int link) {
+                const int first = link * PER_LINK;
+                float a[PER_LINK][TOKENS][CHANNELS], B[PER_LINK][TOKENS];
 #pragma unroll
-                for (int j = 0; j < STEPS; j++) step(g, j, nothing, No());
+                for (int i = 0; i < PER_LINK; i++) {
+                    if (!READS_AHEAD) read_step(rate[i], next[i], g, first + i);
+                    find_decays(a[i], rate[i]);
+#pragma unroll
+                    for (int t = 0; t < TOKENS; t++) B[i][t] = next[i][t];
+                }
+                if (READS_AHEAD && link + 1 < LINKS) read_step(rate[0], next[0], g, first + 1);
+#pragma unroll
+                for (int i = 0; i < PER_LINK; i++) run(a[i], B[i], g, first + i, nothing, No());
+#pragma unroll
+                for (int i = 0; i < PER_LINK; i++)
+                    if (PASS == FORWARD) add_to_y(a[i], g, first + i);
+            };
+#pragma unroll 1
+            for (int g = 0; g < groups; g++) {
+                if (READS_AHEAD) read_step(rate[0], next[0], g, 0);
+#pragma unroll
+                for (int link = 0; link < LINKS; link++) run_link(g, link);
+            }
         } else {
             float given[CHANNELS], next[CHANNELS] = {};
             const auto read_ahead = [&](int i) {
@@ -345,10 +370,27 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             read_ahead(0);
 #pragma unroll 1
             for (int i = 0; i < groups * STEPS; i++) {
+                const int g = i / STEPS, j = i % STEPS;
+                float rate[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
 #pragma unroll
                 for (int s = 0; s < CHANNELS; s++) given[s] = next[s];
                 read_ahead(i + 1);
-                step(i / STEPS, i % STEPS, given, Yes());
+                read_step(rate, B, g, j);
+                find_decays(a, rate);
+                run(a, B, g, j, given, Yes());
+                if constexpr (PASS == FORWARD) {
+                    add_to_y(a, g, j);
+#pragma unroll 1
+                    for (u32 left = edges.ends; left; left &= left - 1) {
+                        float last[CHANNELS];
+                        const int end = first_bit(left);
+#pragma unroll
+                        for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                            for (int s = 0; s < CHANNELS; s++) last[s] = t == end ? a[t][s] : last[s];
+                        states_at(p.last_state, end, g * GROUP + j * SHARE).write(last);
+                    }
+                }
             }
         }
 
@@ -367,20 +409,17 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                     for (int s = 0; s < CHANNELS; s++) y[i * CHANNELS + s] = out[s];
                 }
             };
-            if (options & HAS_D)
-                each([&](int i, float (&out)[CHANNELS]) {
-                    float u[CHANNELS];
-                    read<DTYPE>(u, raw + i * BLOCK_CHANNELS);
+            each([&](int i, float (&out)[CHANNELS]) {
+                float u[CHANNELS], z[CHANNELS];
+                read<DTYPE>(u, raw + i * BLOCK_CHANNELS);
+                read<DTYPE>(z, raw + (INPUTS - 1) * TOKENS * BLOCK_CHANNELS + i * BLOCK_CHANNELS);
 #pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) out[s] = fmaf(D[s], u[s], out[s]);
-                });
-            if (options & HAS_Z)
-                each([&](int i, float (&out)[CHANNELS]) {
-                    float z[CHANNELS];
-                    read<DTYPE>(z, raw + (INPUTS - 1) * TOKENS * BLOCK_CHANNELS + i * BLOCK_CHANNELS);
-#pragma unroll
-                    for (int s = 0; s < CHANNELS; s++) out[s] *= z[s] * sigmoid_fast(z[s]);
-                });
+                for (int s = 0; s < CHANNELS; s++) {
+                    if (options & HAS_D) out[s] = fmaf(D[s], u[s], out[s]);
+                    const float gate = z[s] * sigmoid_fast(z[s]);
+                    if (options & HAS_Z) out[s] *= gate;
+                }
+            });
             u8* to = const_cast<u8*>(advance(places[OF_Y][lane], first + part * MINE, row_of_y));
             if (full) {
                 each([&](int i, float (&out)[CHANNELS]) {

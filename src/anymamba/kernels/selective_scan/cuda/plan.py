@@ -310,9 +310,9 @@ def shared_of_forward(layout: Layout, warps: int, dtype: torch.dtype, states: in
     """Bytes of shared memory of forward.cu: places, rates, OfWarp and OfGroup."""
     inputs, matrices = 2 if passage == SUMMARY else 3, 2 if passage == FORWARD else 1
     width, channels = dtype.itemsize, layout.block_channels
-    steps = GROUP // layout.share
+    links = GROUP // layout.share // (2 if width == 4 else 1)
     of_warp = layout.tokens * channels * (2 * inputs * width + 8)
-    of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 64) + GROUP * channels * 4 + steps * 8
+    of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 64) + GROUP * channels * 4 + links * 8
     return 5 * 32 * 8 + states * channels * 4 + warps * (of_warp + states // GROUP * of_group)
 
 
@@ -326,7 +326,7 @@ def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: b
     of_block = (
         4 * floats + 2 * copies * 32 * 16 + 2 * 32 * 8 + 8 * layout.threads * 4 + layout.warps * 2 * 3 * row * width
     )
-    of_block += sides * pieces * (2 * steps + 2) * 8
+    of_block += sides * pieces * (steps // 2 + steps + 2) * 8 + 80  # barriers, and the struct Place
     of_group = 4 * 2 * plane + steps * 8
     return of_block + groups * of_group + (4 * 3 * SAVED_EVERY * channels if groups > 1 else 0)
 
