@@ -64,7 +64,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is None)."""
     if a.u.numel() == 0:
         return _gradients_of_nothing(dlast_state, a)
-    call = Call(a)
+    call = Call(a, plan.BACKWARD_PROGRAMS)
     dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))  # autograd hands over lazy ones
     dlast_state = dlast_state.to(a.dtype).contiguous()
     dinitial = None if a.initial_state is None else dlast_state.clone()  # an empty sequence hands it on

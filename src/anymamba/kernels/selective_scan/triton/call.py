@@ -19,7 +19,7 @@ STEP_ELEMENTS, STEP_STATES = 1024, 128
 class Call:
     """The arguments of the kernels of one call, which is not empty."""
 
-    def __init__(self, a: ScanArguments) -> None:
+    def __init__(self, a: ScanArguments, programs: int = plan.FORWARD_PROGRAMS) -> None:
         self.a = a
         self.slabs = plan.slabs(a.d_state)
         self.rows = {name: triton.dense(t) for name, t in (("u", a.u), ("delta", a.delta), ("z", a.z))}
@@ -29,7 +29,7 @@ class Call:
         self.block = plan.block(a)
         per_group = a.d_inner // a.n_groups
         self.n_blocks = a.n_groups * -(-per_group // self.block)
-        self.chunk = plan.chunk(a, self.n_blocks * a.batch)
+        self.chunk = plan.chunk(a, self.n_blocks * a.batch, programs)
         self.n_chunks = -(-a.length // self.chunk)
         self.fast = triton.is_nvidia(a.u) and a.dtype == torch.float32
         self.flags: dict[str, Any] = {

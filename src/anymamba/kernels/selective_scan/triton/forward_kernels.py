@@ -195,6 +195,7 @@ def scan(
         us = ()
         ds = ()
         zs = ()
+        totals = ()  # stored after the loads of all tokens, which the compiler may move up to here
         u0 = u + t0 * u_token  # multiplications in 64 bits take several instructions
         delta0 = delta + t0 * delta_token
         z0 = z + row * z_row + channel + t0 * z_token if z is not None else None
@@ -239,10 +240,14 @@ def scan(
                 if LAST and z is not None:
                     gate = zs[i].to(R)
                     total = total * (gate * sigmoid(gate, FAST))
-                store((y if LAST else partial) + out0 + i * d_inner, total, inside & is_token, WHOLE)
+                totals = totals + (total,)
                 if sequence_of is not None:
                     if ends:
                         put_states(last, h, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+        if not SUMMARY:
+            for i in tl.static_range(TOKENS):
+                place = (y if LAST else partial) + out0 + i * d_inner
+                store(place, totals[i], inside & (t0 + i < end), WHOLE)
     if SUMMARY:
         at = row * n_chunks + ck
         put_scratch(chunk_states, h, at, channel, inside, d_inner, d_state, first_state, N, WHOLE)

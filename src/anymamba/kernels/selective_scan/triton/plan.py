@@ -13,7 +13,7 @@ SAVED_EVERY = 64
 SLAB = 16
 """States of a launch: those of a channel are in the registers of one lane."""
 
-PROGRAMS = 24
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 32, 24
 """Programs for each multiprocessor that a launch should have, from chunks of time if need be."""
 
 FORWARD_TOKENS, BACKWARD_TOKENS = 4, 2
@@ -48,9 +48,9 @@ def block(a: ScanArguments) -> int:
     return triton.lanes(a.u)
 
 
-def chunk(a: ScanArguments, n_blocks: int) -> int:
+def chunk(a: ScanArguments, n_blocks: int, programs: int) -> int:
     """Tokens of a chunk: so many chunks that the GPU has enough programs; in the interpreter the shortest ones."""
-    wanted = PROGRAMS * triton.n_multiprocessors(a.u.device)
+    wanted = programs * triton.n_multiprocessors(a.u.device)
     longest = -(-a.length // SAVED_EVERY)
     n_chunks = min(longest, -(-wanted // n_blocks)) if wanted else longest
     return -(-longest // n_chunks) * SAVED_EVERY
