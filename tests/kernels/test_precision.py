@@ -183,12 +183,17 @@ def measure(case: str, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 
 def assert_as_good_as_the_reference(case: str, length: int, backend: str) -> None:
-    """Errors are at most 1.5 times the reference's; 3.5 times with a GPU's own exponential, which is not corrected."""
+    """Errors are at most 1.5 times the reference's, and on a GPU 3.5 times, for dA 5 times.
+
+    A GPU's own exponential errs to one side by a part of its last place. Most results round more than that; in dA, a
+    sum over time, other errors average out and this one stays. With an exact exponential the kernels' dA has 0.83 times
+    the reference's error (the case "A from -1 to -16", emulated).
+    """
     inputs, exact, peer = measure(case, length)
     got = results_of_scan(case, inputs, backend)
     ratios = {name: error(got[name], exact[name]) / peer[name] for name in exact}
-    limit = 3.5 if backend == "cuda" else 1.5
-    assert max(ratios.values()) < limit, ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    limits = dict.fromkeys(exact, 3.5) | {"dA": 5.0} if backend == "cuda" else dict.fromkeys(exact, 1.5)
+    assert all(ratios[name] < limits[name] for name in exact), ", ".join(f"{k} {r:.2f}" for k, r in ratios.items())
 
 
 @every_backend
