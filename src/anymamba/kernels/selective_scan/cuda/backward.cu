@@ -84,12 +84,6 @@ constexpr u32 LONG = 16;  // turns after which sums over time are added to other
 
 constexpr int SUMS = 3 * SAVED_EVERY * BLOCK_CHANNELS;  // y, du, ddelta of a tile, where there are several groups
 
-// The sums of dA that a warp has set aside: a plane for each group of states.
-DEVICE float* kept_dA(const Parameters& p, const Place& at, int warp) {
-    const i64 of_warp = (at.row * p.n_chunks + at.chunk) * WARPS + warp;
-    return reinterpret_cast<float*>(p.dA_of_warps) + (of_warp * p.channels + at.padded) * p.states;
-}
-
 // Rows (token, channel): an owner's channels of token 0 are at `row`, a multiple of ROW, + owner * CHANNELS; those of
 // others in an order in which banks do not conflict.
 DEVICE int place_in_row(int row, int t) { return (row ^ (t * 2 * CHANNELS)) + t * BLOCK_CHANNELS; }
@@ -575,19 +569,15 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         }
         pass_on(&block.finished[side][slot], lane);
         // The turn's last piece of this warp: another group's dA is next, or sums have become long.
-        const bool is_long = turn % LONG == LONG - 1 && turn + 1 < n_turns;
-        if (piece < WARPS && (groups > 1 || is_long)) {
+        if (piece < WARPS && (groups > 1 || turn % LONG == LONG - 1)) {
             const bool is_new = turn < u32(groups > 1 ? groups : LONG);
-            float* kept = kept_dA(p, at, warp) + group * PLANE + own;
-#pragma unroll 1
-            for (int j = 0; j < STEPS; j++) {
-                float sum[CHANNELS] = {}, dA[CHANNELS];
-                if (!is_new) load(sum, kept + j * 32 * CHANNELS);
-                load(dA, my_dA + j * 32 * CHANNELS);
-#pragma unroll
-                for (int s = 0; s < CHANNELS; s++) sum[s] += dA[s], dA[s] = 0.f;
-                store(kept + j * 32 * CHANNELS, sum);
-                store(my_dA + j * 32 * CHANNELS, dA);
+            const i64 of_warp = (at.row * p.n_chunks + at.chunk) * WARPS + warp;
+            float* kept = reinterpret_cast<float*>(p.dA_of_warps) + of_warp * p.states * p.channels + at.padded;
+            for (int i = lane; i < PLANE; i += 32) {
+                const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n, c);
+                float* to = kept + (group * GROUP + n) * p.channels + c;
+                *to = block.dA[warp][place] + (is_new ? 0.f : *to);
+                block.dA[warp][place] = 0.f;
             }
 #pragma unroll
             for (int s = 0; s < CHANNELS; s++) {
@@ -646,12 +636,13 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
     sync_block();
     const i64 of_chunk = at.row * p.n_chunks + at.chunk, size = p.states * p.channels;
     float* dA = reinterpret_cast<float*>(p.dA_parts) + of_chunk * size + at.padded;
+    const float* kept = reinterpret_cast<const float*>(p.dA_of_warps) + of_chunk * WARPS * size + at.padded;
     for (int i = threadIdx.x; i < groups * PLANE; i += THREADS) {
         const int n = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS, place = place_in_plane(n % GROUP, c);
         float sum = 0.f;
         for (int w = 0; w < WARPS; w++) {
             if (groups == 1) sum += block.dA[w][place];
-            if (groups > 1 || n_turns > LONG) sum += kept_dA(p, at, w)[n / GROUP * PLANE + place];
+            if (groups > 1 || n_turns >= LONG) sum += kept[w * size + n * p.channels + c];
         }
         dA[n * p.channels + c] = sum;
     }

@@ -13,8 +13,6 @@
 #include "pieces.cuh"
 
 constexpr int INPUTS = PASS == SUMMARY ? 2 : 3, MATRICES = PASS == FORWARD ? 2 : 1;
-// Steps whose states are handed on together, as was fastest on a GPU of compute capability 9.0.
-constexpr int PER_LINK = PRECISE ? 2 : 1, LINKS = STEPS / PER_LINK;
 
 struct alignas(16) OfWarp {
     Element raw[2][INPUTS][TOKENS * BLOCK_CHANNELS];  // u or dy, delta, z: this piece and the next
@@ -23,7 +21,7 @@ struct alignas(16) OfWarp {
 struct alignas(16) OfGroup {                           // of states, of one warp
     float matrices[MATRICES][GROUP * TOKENS + 4 * 4];  // B and C as (state, token); see row_of_state
     float carry[PLANE];                                // the state that leaves this warp's piece
-    Barrier passed[LINKS];                             // it is there
+    Barrier passed[STEPS];                             // it is there
     Element raw[2][MATRICES][TOKENS * GROUP];
 };
 
@@ -117,19 +115,18 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const int groups = groups_of(p), length = int(at.end - at.begin);
     const Tiles tiles = tiles_of(p, at, length, tile_tokens);
 
-    const u8* (*places)[32] = reinterpret_cast<const u8* (*)[32]>(shared_memory());  // of each lane; see Placed
-    float* rates = reinterpret_cast<float*>(places + N_PLACED);                      // a plane for each group
+    const u8*(*places)[32] = reinterpret_cast<const u8*(*)[32]>(shared_memory());  // of each lane; see Placed
+    float* rates = reinterpret_cast<float*>(places + N_PLACED);                    // a plane for each group
     OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(of_warps + warps);
     OfWarp& mine = of_warps[warp];
     OfGroup* last_groups = of_groups + (warps - 1) * groups;
-    const auto groups_of_warp = [&](int w) {  // the compiler would compute an address that it knows for each barrier
-        int offset = int(reinterpret_cast<u8*>(of_groups + w * groups) - shared_memory());
-        keep(offset);
-        return reinterpret_cast<OfGroup*>(shared_memory() + offset);
-    };
-    OfGroup* my_groups = groups_of_warp(warp);
-    const OfGroup* from_groups = groups_of_warp(warp == 0 ? warps - 1 : warp - 1);
+    int to_offset = int(reinterpret_cast<u8*>(of_groups + warp * groups) - shared_memory());
+    int from_offset =
+        int(reinterpret_cast<u8*>(of_groups + (warp == 0 ? warps - 1 : warp - 1) * groups) - shared_memory());
+    keep(to_offset), keep(from_offset);
+    OfGroup* my_groups = reinterpret_cast<OfGroup*>(shared_memory() + to_offset);
+    const OfGroup* from_groups = reinterpret_cast<const OfGroup*>(shared_memory() + from_offset);
 
     const Rows &input = PASS == REVERSE ? p.dy : p.u, &matrix = PASS == REVERSE ? p.C : p.B;
     const int options = options_of(p), row_of_y = int(p.y.length) * int(sizeof(Element));
@@ -230,8 +227,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
         rates[g * PLANE + place] = rate_of(p, at, n, c);
         last_groups[g].carry[place] = PASS == FORWARD ? arrival<false>(p, at, n, c) : 0.f;
     }
-    for (int i = threadIdx.x; i < warps * groups * LINKS; i += blockDim.x)
-        start_barrier(&of_groups[i / LINKS].passed[i % LINKS]);
+    for (int i = threadIdx.x; i < warps * groups * STEPS; i += blockDim.x)
+        start_barrier(&of_groups[i / STEPS].passed[i % STEPS]);
 
     float bias[4], D[CHANNELS], total[CHANNELS];
     const int four = lane % (BLOCK_CHANNELS / 4) * 4;
@@ -286,25 +283,26 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, n + part);
         };
 
-        // A link is the steps that are handed on together. Its steps, one after the other: the decays `a`, which become
-        // the states, then what they add to y.
-        const auto read_step = [&](float (&rate)[CHANNELS], float (&B)[TOKENS], int g, int j) {
+        float rate[CHANNELS], B[TOKENS];
+        const auto ask = [&](int g, int j) {
             load(rate, rates + g * PLANE + j * 32 * CHANNELS + own);
             load(B, &my_groups[g].matrices[0][row_of_step(j, part)]);
         };
-        const auto find_decays = [&](float (&a)[TOKENS][CHANNELS], const float (&rate)[CHANNELS]) {
+        const auto step = [&](int g, int j, const float (&given)[CHANNELS], auto with_edges) {
+            constexpr bool EDGES = decltype(with_edges)::value;
+            const OfGroup& from = from_groups[g];
+            OfGroup& to = my_groups[g];
+            const int place = j * 32 * CHANNELS + own, n = g * GROUP + j * SHARE;
+            float h[CHANNELS], a[TOKENS][CHANNELS], wB[TOKENS][CHANNELS];
+            if (EDGES) ask(g, j);
 #pragma unroll
             for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                for (int s = 0; s < CHANNELS; s++) a[t][s] = exp2_fast(d[t][s] * rate[s]);
-        };
-        const auto run = [&](float (&a)[TOKENS][CHANNELS], const float (&B)[TOKENS], int g, int j,
-                             const float (&given)[CHANNELS], auto with_edges) {
-            constexpr bool EDGES = decltype(with_edges)::value;
-            const int place = j * 32 * CHANNELS + own, n = g * GROUP + j * SHARE;
-            float h[CHANNELS];
-            if (j % PER_LINK == 0) wait(&from_groups[g].passed[j / PER_LINK], parity);
-            load(h, &from_groups[g].carry[place]);
+                for (int s = 0; s < CHANNELS; s++)
+                    a[t][s] = exp2_fast(d[t][s] * rate[s]), wB[t][s] = PASS == REVERSE ? B[t] : w[t][s] * B[t];
+            if (!EDGES && j + 1 < STEPS) ask(g, j + 1);
+            wait(&from.passed[j], parity);
+            load(h, &from.carry[place]);
             if (saving) store(saved + n * 32, h);
 #pragma unroll
             for (int k = 0; k < TOKENS; k++) {
@@ -317,49 +315,40 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
                 }
 #pragma unroll
                 for (int s = 0; s < CHANNELS; s++) {
-                    h[s] = PASS == REVERSE ? a[t][s] * fmaf(B[t], w[t][s], h[s]) : fmaf(a[t][s], h[s], w[t][s] * B[t]);
+                    h[s] = PASS == REVERSE ? a[t][s] * fmaf(wB[t][s], w[t][s], h[s]) : fmaf(a[t][s], h[s], wB[t][s]);
                     a[t][s] = h[s];
                     if (EDGES && PASS == REVERSE && edges.starts >> t & 1) h[s] = 0.f;
                 }
             }
-            store(&my_groups[g].carry[place], h);
-            if (j % PER_LINK == PER_LINK - 1) pass_on(&my_groups[g].passed[j / PER_LINK], lane);
-        };
-        const auto add_to_y = [&](const float (&states)[TOKENS][CHANNELS], int g, int j) {
-            float C[TOKENS];
-            load(C, &my_groups[g].matrices[MATRICES - 1][row_of_step(j, part)]);
+            store(&to.carry[place], h);
+            pass_on(&to.passed[j], lane);
+            if constexpr (PASS == FORWARD) {
+                float C[TOKENS];
+                load(C, &to.matrices[MATRICES - 1][row_of_step(j, part)]);
 #pragma unroll
-            for (int t = 0; t < TOKENS; t++)
+                for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-                for (int s = 0; s < CHANNELS; s++) y[t * CHANNELS + s] = fmaf(states[t][s], C[t], y[t * CHANNELS + s]);
+                    for (int s = 0; s < CHANNELS; s++) y[t * CHANNELS + s] = fmaf(a[t][s], C[t], y[t * CHANNELS + s]);
+                if constexpr (EDGES) {
+                    for (u32 left = edges.ends; left; left &= left - 1) {
+                        float last[CHANNELS];
+                        const int end = first_bit(left);
+#pragma unroll
+                        for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+                            for (int s = 0; s < CHANNELS; s++) last[s] = t == end ? a[t][s] : last[s];
+                        states_at(p.last_state, end, n).write(last);
+                    }
+                }
+            }
         };
         if ((edges.starts | edges.ends) == 0) {
             const float nothing[CHANNELS] = {};
-            // A step alone reads ahead for the next one; for two of them registers would be short.
-            constexpr bool READS_AHEAD = PER_LINK == 1;
-            float rate[PER_LINK][CHANNELS], next[PER_LINK][TOKENS];
-            const auto run_link = [&](int g, int link) {
-                const int first = link * PER_LINK;
-                float a[PER_LINK][TOKENS][CHANNELS], B[PER_LINK][TOKENS];
-#pragma unroll
-                for (int i = 0; i < PER_LINK; i++) {
-                    if (!READS_AHEAD) read_step(rate[i], next[i], g, first + i);
-                    find_decays(a[i], rate[i]);
-#pragma unroll
-                    for (int t = 0; t < TOKENS; t++) B[i][t] = next[i][t];
-                }
-                if (READS_AHEAD && link + 1 < LINKS) read_step(rate[0], next[0], g, first + 1);
-#pragma unroll
-                for (int i = 0; i < PER_LINK; i++) run(a[i], B[i], g, first + i, nothing, No());
-#pragma unroll
-                for (int i = 0; i < PER_LINK; i++)
-                    if (PASS == FORWARD) add_to_y(a[i], g, first + i);
-            };
 #pragma unroll 1
             for (int g = 0; g < groups; g++) {
-                if (READS_AHEAD) read_step(rate[0], next[0], g, 0);
+                ask(g, 0);
 #pragma unroll
-                for (int link = 0; link < LINKS; link++) run_link(g, link);
+                for (int j = 0; j < STEPS; j++) step(g, j, nothing, No());
             }
         } else {
             float given[CHANNELS], next[CHANNELS] = {};
@@ -370,27 +359,10 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             read_ahead(0);
 #pragma unroll 1
             for (int i = 0; i < groups * STEPS; i++) {
-                const int g = i / STEPS, j = i % STEPS;
-                float rate[CHANNELS], a[TOKENS][CHANNELS], B[TOKENS];
 #pragma unroll
                 for (int s = 0; s < CHANNELS; s++) given[s] = next[s];
                 read_ahead(i + 1);
-                read_step(rate, B, g, j);
-                find_decays(a, rate);
-                run(a, B, g, j, given, Yes());
-                if constexpr (PASS == FORWARD) {
-                    add_to_y(a, g, j);
-#pragma unroll 1
-                    for (u32 left = edges.ends; left; left &= left - 1) {
-                        float last[CHANNELS];
-                        const int end = first_bit(left);
-#pragma unroll
-                        for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-                            for (int s = 0; s < CHANNELS; s++) last[s] = t == end ? a[t][s] : last[s];
-                        states_at(p.last_state, end, g * GROUP + j * SHARE).write(last);
-                    }
-                }
+                step(i / STEPS, i % STEPS, given, Yes());
             }
         }
 

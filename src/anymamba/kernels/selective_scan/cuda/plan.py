@@ -310,9 +310,9 @@ def shared_of_forward(layout: Layout, warps: int, dtype: torch.dtype, states: in
     """Bytes of shared memory of forward.cu: places, rates, OfWarp and OfGroup."""
     inputs, matrices = 2 if passage == SUMMARY else 3, 2 if passage == FORWARD else 1
     width, channels = dtype.itemsize, layout.block_channels
-    links = GROUP // layout.share // (2 if width == 4 else 1)
+    steps = GROUP // layout.share
     of_warp = layout.tokens * channels * (2 * inputs * width + 8)
-    of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 64) + GROUP * channels * 4 + links * 8
+    of_group = matrices * (GROUP * layout.tokens * (4 + 2 * width) + 64) + GROUP * channels * 4 + steps * 8
     return 5 * 32 * 8 + states * channels * 4 + warps * (of_warp + states // GROUP * of_group)
 
 
