@@ -20,7 +20,7 @@ BENCHMARKS = {
     "layer_vs_mambapy": "One layer against mambapy",
     "packing": "1,000 packed documents against one sequence",
     "decode_context": "Time of a token against the context",
-    "token": "A token against the memory",
+    "one_token": "A token against the memory",
     "weight_formats": "What packed weights cost in quality",
     "startup": "Start-up",
     "first_token": "The first token",

@@ -26,7 +26,6 @@ constexpr int W = LANES<float>;
 constexpr DType F32 = DType::float32;
 constexpr int64_t MOST_ROWS = 64;
 constexpr int64_t LARGEST_CHUNK = 1 << 17, SMALLEST_CHUNK = 1 << 14;  // in bytes of weights
-constexpr int64_t CHUNKS_PER_THREAD = 16;
 
 ANYMAMBA_INLINE vfloat read(const float* data, int64_t index, int count) {
     return data ? read_floats(data, F32, index, count) : vfloat{};
@@ -84,15 +83,20 @@ void multiply(const Packed& matrix, const float* bias, const void* x, int64_t ro
         });
 }
 
-// Outputs of a matrix per chunk: enough bytes to stream, few enough to keep all threads busy to the end.
-int64_t outputs_per_chunk(const Packed& matrix, int n_threads) {
-    const int64_t bytes = matrix.n_out * matrix.row_bytes / (n_threads * CHUNKS_PER_THREAD);
-    const int64_t outputs = std::clamp(bytes, SMALLEST_CHUNK, LARGEST_CHUNK) / std::max<int64_t>(1, matrix.row_bytes);
-    const int64_t unit = matrix.n_out < 256 ? 8 : 32;
-    return std::max<int64_t>(1, outputs / unit) * unit;
+// Bounds of chunks, large ones first and small ones at the end: few to claim, and threads that finish close together.
+std::vector<int64_t> cut(int64_t size, int64_t bytes_each, int n_threads) {
+    bytes_each = std::max<int64_t>(1, bytes_each);
+    const int64_t unit = size < 256 ? 8 : 32;
+    std::vector<int64_t> bounds{0};
+    while (bounds.back() < size) {
+        const int64_t share = (size - bounds.back()) * bytes_each / (2 * n_threads);
+        const int64_t outputs = std::clamp(share, SMALLEST_CHUNK, LARGEST_CHUNK) / bytes_each / unit * unit;
+        bounds.push_back(std::min(size, bounds.back() + std::max(unit, outputs)));
+    }
+    if (size == 0) bounds.push_back(0);
+    return bounds;
 }
-
-int64_t n_pieces(int64_t size, int64_t piece) { return std::max<int64_t>(1, (size + piece - 1) / piece); }
+std::vector<int64_t> cut(const Packed& matrix, int n_threads) { return cut(matrix.n_out, matrix.row_bytes, n_threads); }
 
 // ---------------------------------------------------------------------------------------------- the recurrence
 
@@ -127,6 +131,22 @@ void run_channels(const Layer& layer, int64_t begin, int count, const float* del
 
 // ---------------------------------------------------------------------------------------------- the step
 
+enum Phase { IN_PROJ, X_PROJ, CHANNELS, OUT_PROJ, PHASES };
+
+void cut_into_chunks(Stack& stack, int n_threads) {
+    auto& bounds = stack.chunks.bounds;
+    bounds.clear();
+    for (const Layer& layer : stack.layers) {
+        const int64_t per_channel = layer.dt_proj.row_bytes + 4 * int64_t(sizeof(float)) * layer.d_state;
+        bounds.push_back(cut(layer.in_proj, n_threads));
+        bounds.push_back(cut(layer.x_proj, n_threads));
+        bounds.push_back(cut(layer.d_inner, per_channel, n_threads));
+        bounds.push_back(cut(layer.out_proj, n_threads));
+    }
+    bounds.push_back(cut(stack.head, n_threads));
+    stack.chunks.n_threads = n_threads;
+}
+
 class Step {
   public:
     Step(Stack& stack, const StackStep& args, int64_t first_row, int64_t rows)
@@ -156,29 +176,20 @@ class Step {
             prepare(stack.layers[0].norm, stack.layers[0].in_proj);
     }
 
-    int64_t n_phases() const { return PHASES * n_layers() + 1; }
+    int64_t n_phases() const { return static_cast<int64_t>(stack.chunks.bounds.size()); }
 
-    int64_t n_chunks(int64_t phase) const {
-        const int64_t i = phase / PHASES;
-        if (i == n_layers()) return n_pieces(stack.head.n_out, size_of(stack.head));
-        const Layer& layer = stack.layers[i];
-        switch (phase % PHASES) {
-            case IN_PROJ: return n_pieces(layer.in_proj.n_out, size_of(layer.in_proj));
-            case X_PROJ: return n_pieces(layer.x_proj.n_out, size_of(layer.x_proj));
-            case CHANNELS: return n_pieces(layer.d_inner, CHANNELS_PER_CHUNK);
-            default: return n_pieces(layer.out_proj.n_out, size_of(layer.out_proj));
-        }
-    }
+    int64_t n_chunks(int64_t phase) const { return static_cast<int64_t>(stack.chunks.bounds[phase].size()) - 1; }
 
     void chunk(int64_t phase, int64_t piece) const {
-        const int64_t i = phase / PHASES;
-        if (i == n_layers()) return project(stack.head, piece);
+        const int64_t i = phase / PHASES, begin = stack.chunks.bounds[phase][piece];
+        const int64_t end = stack.chunks.bounds[phase][piece + 1];
+        if (i == n_layers()) return project(begin, end);
         const Layer& layer = stack.layers[i];
         switch (phase % PHASES) {
-            case IN_PROJ: return project_in(layer, args.states[i], piece);
-            case X_PROJ: return select(layer, piece);
-            case CHANNELS: return recur(layer, args.states[i], piece);
-            default: return project_out(layer, piece);
+            case IN_PROJ: return project_in(layer, args.states[i], begin, end);
+            case X_PROJ: return select(layer, begin, end);
+            case CHANNELS: return recur(layer, args.states[i], begin, end);
+            default: return project_out(layer, begin, end);
         }
     }
 
@@ -199,9 +210,6 @@ class Step {
     }
 
   private:
-    enum Phase { IN_PROJ, X_PROJ, CHANNELS, OUT_PROJ, PHASES };
-    static constexpr int64_t CHANNELS_PER_CHUNK = 64;
-
     Stack& stack;
     const StackStep& args;
     const int64_t first_row, rows;
@@ -210,7 +218,6 @@ class Step {
     char *packed_, *packed_dt_;
 
     int64_t n_layers() const { return static_cast<int64_t>(stack.layers.size()); }
-    int64_t size_of(const Packed& matrix) const { return outputs_per_chunk(matrix, args.n_threads); }
     int64_t packed_bytes(const Packed& matrix) const {
         return is_present(matrix) ? activation_bytes(Format(matrix.format), rows, matrix.n_in) : 0;
     }
@@ -225,32 +232,25 @@ class Step {
         pack(matrix, normed, size, packed_);
     }
 
-    // Calls f(begin, end) with the outputs of a chunk.
-    template <typename F>
-    void for_piece(int64_t size, int64_t per_chunk, int64_t piece, const F& f) const {
-        f(piece * per_chunk, std::min(size, (piece + 1) * per_chunk));
+    // The phases, for outputs or channels [begin, end).
+
+    void project(int64_t begin, int64_t end) const {
+        const Packed& head = stack.head;
+        multiply(head, nullptr, packed_, rows, args.logits + first_row * head.n_out, begin, end);
     }
 
-    void project(const Packed& head, int64_t piece) const {
-        for_piece(head.n_out, size_of(head), piece, [&](int64_t begin, int64_t end) {
-            multiply(head, nullptr, packed_, rows, args.logits + first_row * head.n_out, begin, end);
-        });
-    }
-
-    void project_in(const Layer& layer, const LayerState& state, int64_t piece) const {
+    void project_in(const Layer& layer, const LayerState& state, int64_t begin, int64_t end) const {
         const int64_t D = layer.d_inner;
-        for_piece(2 * D, size_of(layer.in_proj), piece, [&](int64_t begin, int64_t end) {
-            multiply(layer.in_proj, layer.in_bias, packed_, rows, xz, begin, end);
-            for (int64_t r = 0; r < rows; r++) {
-                float* const row = xz + r * 2 * D;
-                for_vectors(begin, std::min(end, D), [&](int64_t c, int count) {
-                    write(row, c, count, convolve(layer, state, r, c, count, read(row, c, count)));
-                });
-                for_vectors(std::max(begin, D), std::max(end, D), [&](int64_t c, int count) {
-                    write(row, c, count, silu(read(row, c, count)));
-                });
-            }
-        });
+        multiply(layer.in_proj, layer.in_bias, packed_, rows, xz, begin, end);
+        for (int64_t r = 0; r < rows; r++) {
+            float* const row = xz + r * 2 * D;
+            for_vectors(begin, std::min(end, D), [&](int64_t c, int count) {
+                write(row, c, count, convolve(layer, state, r, c, count, read(row, c, count)));
+            });
+            for_vectors(std::max(begin, D), std::max(end, D), [&](int64_t c, int count) {
+                write(row, c, count, silu(read(row, c, count)));
+            });
+        }
     }
 
     // SiLU of the convolution, whose newest input is x; the state moves on by one input.
@@ -267,11 +267,8 @@ class Step {
         return silu(sum + read(layer.conv_weight, before * D + c, count) * x);
     }
 
-    void select(const Layer& layer, int64_t piece) const {
-        if (!is_present(layer.x_proj)) return;
-        for_piece(layer.x_proj.n_out, size_of(layer.x_proj), piece, [&](int64_t begin, int64_t end) {
-            multiply(layer.x_proj, nullptr, packed_, rows, projected_, begin, end);
-        });
+    void select(const Layer& layer, int64_t begin, int64_t end) const {
+        if (is_present(layer.x_proj)) multiply(layer.x_proj, nullptr, packed_, rows, projected_, begin, end);
     }
 
     void finish_selection(const Layer& layer) const {
@@ -288,13 +285,10 @@ class Step {
         if (is_present(layer.dt_proj)) pack(layer.dt_proj, projected_, size, packed_dt_);
     }
 
-    void recur(const Layer& layer, const LayerState& state, int64_t piece) const {
-        const int64_t D = layer.d_inner;
-        for_piece(D, CHANNELS_PER_CHUNK, piece, [&](int64_t begin, int64_t end) {
-            if (is_present(layer.dt_proj)) multiply(layer.dt_proj, nullptr, packed_dt_, rows, delta, begin, end);
-            for (int64_t r = 0; r < rows; r++)
-                for_vectors(begin, end, [&](int64_t c, int count) { recur_vector(layer, state, r, c, count); });
-        });
+    void recur(const Layer& layer, const LayerState& state, int64_t begin, int64_t end) const {
+        if (is_present(layer.dt_proj)) multiply(layer.dt_proj, nullptr, packed_dt_, rows, delta, begin, end);
+        for (int64_t r = 0; r < rows; r++)
+            for_vectors(begin, end, [&](int64_t c, int count) { recur_vector(layer, state, r, c, count); });
     }
 
     // Channels [c, c + count) of one row, from delta before its bias to the gated y.
@@ -323,16 +317,14 @@ class Step {
         pack(layer.out_proj, y, D, packed_);
     }
 
-    void project_out(const Layer& layer, int64_t piece) const {
+    void project_out(const Layer& layer, int64_t begin, int64_t end) const {
         const int64_t size = stack.d_model;
-        for_piece(size, size_of(layer.out_proj), piece, [&](int64_t begin, int64_t end) {
-            multiply(layer.out_proj, layer.out_bias, packed_, rows, normed, begin, end);
-            for (int64_t r = 0; r < rows; r++)
-                for_vectors(begin, end, [&](int64_t o, int count) {
-                    const int64_t at = r * size + o;
-                    write(residual, at, count, read(residual, at, count) + read(normed, at, count));
-                });
-        });
+        multiply(layer.out_proj, layer.out_bias, packed_, rows, normed, begin, end);
+        for (int64_t r = 0; r < rows; r++)
+            for_vectors(begin, end, [&](int64_t o, int count) {
+                const int64_t at = r * size + o;
+                write(residual, at, count, read(residual, at, count) + read(normed, at, count));
+            });
     }
 };
 
@@ -340,6 +332,7 @@ class Step {
 
 void stack_step(Stack& stack, const StackStep& args) {
     const std::lock_guard<std::mutex> lock(stack.workspace.in_use);
+    if (stack.chunks.n_threads != args.n_threads) cut_into_chunks(stack, args.n_threads);
     for (int64_t first = 0; first < args.rows; first += MOST_ROWS) {
         const Step step(stack, args, first, std::min(MOST_ROWS, args.rows - first));
         Team<Step>(step).run(args.n_threads);

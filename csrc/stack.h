@@ -58,12 +58,19 @@ struct Workspace {
     Kept<char> packed, packed_dt;
 };
 
+// The first output of each chunk of each phase, and the end.
+struct Chunks {
+    int n_threads = 0;  // for which they were made
+    std::vector<std::vector<int64_t>> bounds;
+};
+
 struct Stack {
     int64_t d_model = 0;
     Packed embedding{}, head{};
     Norm norm;
     std::vector<Layer> layers;
     Workspace workspace;
+    Chunks chunks;
 };
 
 struct StackStep {

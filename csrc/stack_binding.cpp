@@ -72,7 +72,10 @@ void bind_stack(nb::module_& m, RunStep run) {
     auto type = nb::class_<Stack>(m, "Stack").def(nb::init<>());
     type.def_rw("d_model", &Stack::d_model).def_rw("norm", &Stack::norm);
     type.def_rw("embedding", &Stack::embedding).def_rw("head", &Stack::head);
-    type.def("add", [](Stack& stack, const Layer& layer) { stack.layers.push_back(layer); });
+    type.def("add", [](Stack& stack, const Layer& layer) {
+        stack.layers.push_back(layer);
+        stack.chunks.n_threads = 0;  // to be made again
+    });
     type.def("step", &step);
 }
 

@@ -106,6 +106,7 @@ struct Kernels {
     void (*packed_linear)(const PackedLinearArgs&);
     void (*unpack_row)(const Packed&, int64_t, float*);
     void (*pack_weights)(const Packed&, const float*, int);
+    void (*stack_step)(anymamba::Stack&, const anymamba::StackStep&);
 };
 
 const DType DTYPES[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
@@ -276,10 +277,83 @@ void products(const Kernels& kernels) {
     }
 }
 
+// A whole model, whose weights live as long as this.
+struct Model {
+    std::vector<Tensor> kept;
+    anymamba::Stack stack;
+
+    float* vector(int64_t size, double scale = 1) {
+        kept.push_back(filled(DType::float32, size, scale));
+        return static_cast<float*>(kept.back().data());
+    }
+    Packed matrix(int64_t n_out, int64_t n_in) { return {vector(n_out * n_in, 0.3), 0, n_out, n_in, 4 * n_in}; }
+    anymamba::Norm norm(int64_t size, bool present = true) {
+        const bool has_bias = pick(0, 1);
+        return {present, has_bias, 1e-5f, pick(0, 3) ? vector(size) : nullptr, has_bias ? vector(size) : nullptr};
+    }
+
+    Model() {
+        const int64_t d = stack.d_model = pick(1, 70), vocabulary = pick(1, 600);
+        stack.embedding = matrix(vocabulary, d), stack.head = matrix(vocabulary, d), stack.norm = norm(d);
+        for (int i = pick(0, 3); i > 0; i--) add(d);
+    }
+
+    void add(int64_t d) {
+        anymamba::Layer layer;
+        const int64_t D = layer.d_inner = pick(1, 150), N = layer.d_state = pick(1, 35);
+        layer.d_conv = pick(1, 5), layer.zoh = pick(0, 1);
+        layer.dt_rows = pick(0, 3) ? pick(1, 9) : 0, layer.B_rows = pick(0, 3) ? N : 0;
+        layer.C_rows = pick(0, 3) ? N : 0;
+        layer.norm = norm(d), layer.output_norm = norm(D, pick(0, 1));
+        layer.dt_norm = norm(layer.dt_rows, pick(0, 1)), layer.B_norm = norm(layer.B_rows, pick(0, 1));
+        layer.C_norm = norm(layer.C_rows, pick(0, 1));
+        layer.in_proj = matrix(2 * D, d), layer.out_proj = matrix(d, D);
+        const int64_t projected = layer.dt_rows + layer.B_rows + layer.C_rows;
+        if (projected) layer.x_proj = matrix(projected, D);
+        if (layer.dt_rows) layer.dt_proj = matrix(D, layer.dt_rows);
+        if (pick(0, 1)) layer.in_bias = vector(2 * D), layer.out_bias = vector(d), layer.conv_bias = vector(D);
+        layer.conv_weight = vector(layer.d_conv * D), layer.D = vector(D), layer.delta_bias = vector(D);
+        layer.A = vector(D * N);
+        for (int64_t j = 0; j < D * N; j++) {
+            layer.A[j] = -std::abs(layer.A[j]);
+            layer.largest_A = std::max(layer.largest_A, -layer.A[j]);
+        }
+        layer.B = layer.B_rows ? nullptr : vector(D * N), layer.C = layer.C_rows ? nullptr : vector(D * N);
+        stack.layers.push_back(layer);
+    }
+};
+
+// Steps of a model give the same bits on one thread and on three, into new memory and over the old state.
+void steps(const Kernels& kernels) {
+    Model model;
+    const int64_t rows = pick(1, 9) < 9 ? pick(1, 5) : pick(60, 70), n_logits = model.stack.head.n_out;
+    std::vector<int64_t> ids(rows);
+    for (int64_t& id : ids) id = pick(0, int(n_logits) - 1);
+    std::vector<Tensor> before, after;
+    for (const anymamba::Layer& layer : model.stack.layers) {
+        before.push_back(filled(DType::float32, rows * (layer.d_conv - 1) * layer.d_inner));
+        before.push_back(filled(DType::float32, rows * layer.d_inner * layer.d_state));
+    }
+    after = before;
+    const auto run = [&](std::vector<Tensor>& from, std::vector<Tensor>& to, int threads, Tensor& logits) {
+        std::vector<anymamba::LayerState> states;
+        for (size_t i = 0; i < from.size(); i += 2)
+            states.push_back({static_cast<float*>(from[i].data()), static_cast<float*>(from[i + 1].data()),
+                              static_cast<float*>(to[i].data()), static_cast<float*>(to[i + 1].data())});
+        kernels.stack_step(model.stack,
+                           {ids.data(), rows, threads, states.data(), static_cast<float*>(logits.data())});
+    };
+    Tensor one(DType::float32, rows * n_logits), three = one;
+    run(before, after, 1, one);
+    run(before, before, 3, three);
+    failures += one.bytes != three.bytes;
+    for (size_t i = 0; i < before.size(); i++) failures += before[i].bytes != after[i].bytes;
+}
+
 #define KERNELS(ISA)                                                                               \
     {#ISA, anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward, \
      anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, anymamba::ISA::unpack_row,        \
-     anymamba::ISA::pack_weights}
+     anymamba::ISA::pack_weights, anymamba::ISA::stack_step}
 
 }  // namespace
 
@@ -292,7 +366,7 @@ int main(int argc, char** argv) {
 #endif
     for (const Kernels& kernels : all)
         for (int i = 0; i < rounds; i++) {
-            scan(kernels), conv(kernels), products(kernels);
+            scan(kernels), conv(kernels), products(kernels), steps(kernels);
             anymamba::use_dot_products = i % 2 && anymamba::has_dot_products();
         }
     std::printf("%zu instruction sets, %d rounds each, %d wrong values\n", all.size(), rounds, failures);

@@ -2,7 +2,7 @@
 
 The limit is measured in turns with the tokens: a compiled loop reads 512 MB with all threads.
 
-    python -m benchmarks.token [--without-2.8b]
+    python -m benchmarks.one_token [--without-2.8b]
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def part(name: str, seconds: float, busy: bool = False) -> str:
     """What a part prints."""
     other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
     try:
-        command = [sys.executable, "-m", "benchmarks.token", "--part", name, "--seconds", str(seconds)]
+        command = [sys.executable, "-m", "benchmarks.one_token", "--part", name, "--seconds", str(seconds)]
         environment = os.environ | SETTINGS
         return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     finally:
