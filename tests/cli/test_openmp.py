@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import ModuleType
 
 import pytest
 
@@ -87,6 +88,12 @@ def watched(monkeypatch, loads: list[float]) -> list[str]:
 def test_threads_sleep_at_once_only_while_others_are_busy(monkeypatch):
     assert watched(monkeypatch, [0.0, 0.1, 0.3]) == []
     assert watched(monkeypatch, [0.0, 0.9, 1.0, 0.3, 0.1, 0.0, 1.0]) == ["crowd", "alone", "crowd"]
+
+
+@needs_linux
+def test_nothing_happens_while_torch_is_being_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))  # without any of its names
+    assert watched(monkeypatch, [1.0, 1.0, 1.0]) == []
 
 
 CROWD = """

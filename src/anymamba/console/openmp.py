@@ -82,7 +82,8 @@ def watch(sleep: Callable[[float], Any] = time.sleep) -> None:
         sleep(PERIOD)
         after = ticks()
         others, before = cores_of_others(before, after), after
-        if crowd is None and others >= BUSY and "torch" in sys.modules:
+        imported = hasattr(sys.modules.get("torch"), "get_num_threads")  # it is there before its import has ended
+        if crowd is None and others >= BUSY and imported:
             crowd = Crowd.start()
         elif crowd is not None and others < QUIET:
             crowd.stop()
