@@ -13,7 +13,8 @@ WRITTEN = [name for name in FORMATS if name != "q5_k"]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    cpu = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return cpu.to(torch.get_default_device())
 
 
 @pytest.mark.parametrize("format", WRITTEN)

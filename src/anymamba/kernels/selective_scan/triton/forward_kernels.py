@@ -232,11 +232,13 @@ def scan(
             else:
                 if not CONSTANT_C:
                     Cs = numbers(C0 + i * of_token, is_token, R, N, WORD, WHOLE)
-                total = skip * x if LAST else zero
-                if not FIRST:
-                    total += load(partial + out0 + i * d_inner, inside & is_token, WHOLE)
+                total = skip * x if FIRST and LAST else zero
                 for n in tl.static_range(N):
                     total += h[n] * Cs[n]
+                if not FIRST:  # added as a whole: a sum over many states, one by one, would round more
+                    total += load(partial + out0 + i * d_inner, inside & is_token, WHOLE)
+                    if LAST:
+                        total += skip * x
                 if LAST and z is not None:
                     gate = zs[i].to(R)
                     total = total * (gate * sigmoid(gate, FAST))
