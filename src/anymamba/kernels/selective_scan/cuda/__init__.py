@@ -253,7 +253,7 @@ def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: t
     n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
     n_units = a.batch * n_pieces * call["states"] * 2
     call.scratch("dB_parts", n_blocks // a.batch, n_units, layout.tokens)
-    if call["states"] > plan.GROUP or call["chunk"] >= plan.LONG:
+    if call["states"] > plan.GROUP or call["chunk"] > plan.LONG:
         call.scratch("dA_of_warps", call["n_parts"], layout.warps, call["states"], call["channels"])
     shared = plan.shared_of_backward(layout, dtype, call["states"], layouts.ahead)
     variant = plan.fast_backward(layout, dtype, call["states"], layouts.ahead)

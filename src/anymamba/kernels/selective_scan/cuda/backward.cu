@@ -568,8 +568,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             }
         }
         pass_on(&block.finished[side][slot], lane);
-        // The turn's last piece of this warp: another group's dA is next, or sums have become long.
-        if (piece < WARPS && (groups > 1 || turn % LONG == LONG - 1)) {
+        // The warp's last piece of a turn: another group's dA is next, or sums have become long and go on.
+        if (piece < WARPS && (groups > 1 || (turn % LONG == LONG - 1 && turn + 1 < n_turns))) {
             const bool is_new = turn < u32(groups > 1 ? groups : LONG);
             const i64 of_warp = (at.row * p.n_chunks + at.chunk) * WARPS + warp;
             float* kept = reinterpret_cast<float*>(p.dA_of_warps) + of_warp * p.states * p.channels + at.padded;
@@ -642,7 +642,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
         float sum = 0.f;
         for (int w = 0; w < WARPS; w++) {
             if (groups == 1) sum += block.dA[w][place];
-            if (groups > 1 || n_turns >= LONG) sum += kept[w * size + n * p.channels + c];
+            if (groups > 1 || n_turns > LONG) sum += kept[w * size + n * p.channels + c];
         }
         dA[n * p.channels + c] = sum;
     }

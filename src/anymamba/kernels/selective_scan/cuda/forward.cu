@@ -115,12 +115,13 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const int groups = groups_of(p), length = int(at.end - at.begin);
     const Tiles tiles = tiles_of(p, at, length, tile_tokens);
 
-    const u8*(*places)[32] = reinterpret_cast<const u8*(*)[32]>(shared_memory());  // of each lane; see Placed
-    float* rates = reinterpret_cast<float*>(places + N_PLACED);                    // a plane for each group
+    const u8* (*places)[32] = reinterpret_cast<const u8* (*)[32]>(shared_memory());  // of each lane; see Placed
+    float* rates = reinterpret_cast<float*>(places + N_PLACED);                      // a plane for each group
     OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(of_warps + warps);
     OfWarp& mine = of_warps[warp];
     OfGroup* last_groups = of_groups + (warps - 1) * groups;
+    // Offsets that the compiler does not see through: it would compute what it knows again for each barrier.
     int to_offset = int(reinterpret_cast<u8*>(of_groups + warp * groups) - shared_memory());
     int from_offset =
         int(reinterpret_cast<u8*>(of_groups + (warp == 0 ? warps - 1 : warp - 1) * groups) - shared_memory());
@@ -283,8 +284,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             return states_of<CHANNELS>(states, p, sequence_at(p, at, around, t), at.channel + c0, my_count, n + part);
         };
 
-        float rate[CHANNELS], B[TOKENS];
-        const auto ask = [&](int g, int j) {
+        float rate[CHANNELS], B[TOKENS];  // of the next step; they are read before the wait for this one's state
+        const auto read_step = [&](int g, int j) {
             load(rate, rates + g * PLANE + j * 32 * CHANNELS + own);
             load(B, &my_groups[g].matrices[0][row_of_step(j, part)]);
         };
@@ -294,13 +295,13 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             OfGroup& to = my_groups[g];
             const int place = j * 32 * CHANNELS + own, n = g * GROUP + j * SHARE;
             float h[CHANNELS], a[TOKENS][CHANNELS], wB[TOKENS][CHANNELS];
-            if (EDGES) ask(g, j);
+            if (EDGES) read_step(g, j);
 #pragma unroll
             for (int t = 0; t < TOKENS; t++)
 #pragma unroll
                 for (int s = 0; s < CHANNELS; s++)
                     a[t][s] = exp2_fast(d[t][s] * rate[s]), wB[t][s] = PASS == REVERSE ? B[t] : w[t][s] * B[t];
-            if (!EDGES && j + 1 < STEPS) ask(g, j + 1);
+            if (!EDGES && j + 1 < STEPS) read_step(g, j + 1);
             wait(&from.passed[j], parity);
             load(h, &from.carry[place]);
             if (saving) store(saved + n * 32, h);
@@ -346,7 +347,7 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             const float nothing[CHANNELS] = {};
 #pragma unroll 1
             for (int g = 0; g < groups; g++) {
-                ask(g, 0);
+                read_step(g, 0);
 #pragma unroll
                 for (int j = 0; j < STEPS; j++) step(g, j, nothing, No());
             }

@@ -34,7 +34,7 @@ LARGEST_STATE = 64
 LONGEST_CHUNK = 1 << 30
 
 LONG = 16 * SAVED_EVERY
-"""Of backward.cu: tokens of a chunk from which sums over time need `dA_of_warps`."""
+"""Of backward.cu: sums over time of a chunk of more tokens need `dA_of_warps`."""
 
 SHARED_OF_SYSTEM = 1 << 10
 """Bytes of shared memory that a block takes beside what it asks for."""
