@@ -23,6 +23,7 @@ from anymamba.kernels.selective_scan.triton.forward_kernels import (
     advance,
     columns,
     get_scratch,
+    initial_states,
     numbers,
     place_of,
     put_scratch,
@@ -31,6 +32,7 @@ from anymamba.kernels.selective_scan.triton.forward_kernels import (
     sequences_at,
     start_of_matrix,
     states_of,
+    step_of,
     zeros,
 )
 from anymamba.runtimes.triton.functions import (
@@ -41,7 +43,6 @@ from anymamba.runtimes.triton.functions import (
     expm1_ratio_slope,
     load,
     sigmoid,
-    softplus,
     store,
 )
 
@@ -67,17 +68,6 @@ def sums_of_lanes(values, BLOCK: tl.constexpr, COUNT: tl.constexpr, LEVELS: tl.c
         if BLOCK >> (level + 1) > 0:
             found += tl.gather(found, lane ^ (BLOCK >> (level + 1)), 0)
     return found
-
-
-@triton.jit
-def step_of(delta, shift, inside, is_token, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr):
-    """delta with its bias and after the softplus; 0 where there is no token."""
-    d = load(delta, inside & is_token, WHOLE).to(shift.dtype) + shift
-    if SOFTPLUS:
-        d = softplus(d, FAST)
-    if not WHOLE:
-        d = tl.where(is_token, d, 0.0)
-    return d
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -114,7 +104,8 @@ def reverse_summary(
         for i in tl.static_range(TOKENS - 1, -1, -1):
             t = t0 + i
             is_token = t < end
-            d = step_of(delta0 + i * delta_token, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
+            given = load(delta0 + i * delta_token, inside & is_token, WHOLE)
+            d = step_of(given, shift, is_token, SOFTPLUS, WHOLE, FAST)
             g = load(dy0 + i * dy_token, inside & is_token, WHOLE).to(R)
             if z is not None:
                 gate = load(z0 + i * z_token, inside & is_token, WHOLE).to(R)
@@ -206,16 +197,16 @@ def scan_backward(
                 t = t0 + i
                 is_token = t < end
                 x = load(u0 + i * u_token, inside & is_token, WHOLE).to(R)
-                d = step_of(delta0 + i * delta_token, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
+                given = load(delta0 + i * delta_token, inside & is_token, WHOLE)
+                d = step_of(given, shift, is_token, SOFTPLUS, WHOLE, FAST)
                 if not CONSTANT_B:
                     Bs = numbers(B0 + i * of_token, is_token, R, N, WORD, WHOLE)
                 if sequence_of is not None:
                     sequence, starts, _ = sequences_at(sequence_of, t, length, end)
                     if starts:
-                        if initial is not None:
-                            h = states_of(initial, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
-                        else:
-                            h = zeros(zero, N)
+                        h = initial_states(
+                            initial, sequence, channel, inside, zero, d_inner, d_state, first_state, N, WHOLE
+                        )
                 h = advance(h, d, x, rates, Bs, N, ZOH, FAST)
         for back_tile in tl.range(0, n_tiles):
             k = n_tiles - 1 - back_tile
@@ -238,7 +229,8 @@ def scan_backward(
                 t = t0 + i
                 is_token = t < end
                 x = load(u0 + i * u_token, inside & is_token, WHOLE).to(R)
-                d = step_of(delta0 + i * delta_token, shift, inside, is_token, SOFTPLUS, WHOLE, FAST)
+                given = load(delta0 + i * delta_token, inside & is_token, WHOLE)
+                d = step_of(given, shift, is_token, SOFTPLUS, WHOLE, FAST)
                 if not CONSTANT_B:
                     Bs = numbers(B0 + i * of_token, is_token, R, N, WORD, WHOLE)
                 if not CONSTANT_C:
@@ -246,10 +238,9 @@ def scan_backward(
                 if sequence_of is not None:
                     sequence, starts, _ = sequences_at(sequence_of, t, length, end)
                     if starts:
-                        if initial is not None:
-                            h = states_of(initial, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
-                        else:
-                            h = zeros(zero, N)
+                        h = initial_states(
+                            initial, sequence, channel, inside, zero, d_inner, d_state, first_state, N, WHOLE
+                        )
                 own = zero
                 after = ()
                 decay = ()

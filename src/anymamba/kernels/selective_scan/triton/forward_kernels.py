@@ -74,6 +74,28 @@ def states_of(states, sequence, channel, inside, d_inner, d_state, first_state, 
 
 
 @triton.jit
+def initial_states(
+    initial, sequence, channel, inside, zero, d_inner, d_state, first_state, N: tl.constexpr, WHOLE: tl.constexpr
+):
+    """The slab with which a sequence begins."""
+    if initial is not None:
+        return states_of(initial, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
+    else:
+        return zeros(zero, N)
+
+
+@triton.jit
+def step_of(delta, shift, is_token, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr, FAST: tl.constexpr):
+    """delta with its bias and after the softplus; 0 where there is no token: the state stays as it is."""
+    d = delta.to(shift.dtype) + shift
+    if SOFTPLUS:
+        d = softplus(d, FAST)
+    if not WHOLE:
+        d = tl.where(is_token, d, 0.0)
+    return d
+
+
+@triton.jit
 def put_states(
     states, h, sequence, channel, inside, d_inner, d_state, first_state, N: tl.constexpr, WHOLE: tl.constexpr
 ):
@@ -212,20 +234,15 @@ def scan(
             t = t0 + i
             is_token = t < end
             x = us[i].to(R)
-            d = ds[i].to(R) + shift
-            if SOFTPLUS:
-                d = softplus(d, FAST)
-            if not WHOLE:
-                d = tl.where(is_token, d, 0.0)  # the state stays as it is
+            d = step_of(ds[i], shift, is_token, SOFTPLUS, WHOLE, FAST)
             if not CONSTANT_B:
                 Bs = numbers(B0 + i * of_token, is_token, R, N, WORD, WHOLE)
             if sequence_of is not None:
                 sequence, starts, ends = sequences_at(sequence_of, t, length, end)
                 if starts:
-                    if initial is not None:
-                        h = states_of(initial, sequence, channel, inside, d_inner, d_state, first_state, N, WHOLE)
-                    else:
-                        h = zeros(zero, N)
+                    h = initial_states(
+                        initial, sequence, channel, inside, zero, d_inner, d_state, first_state, N, WHOLE
+                    )
             h = advance(h, d, x, rates, Bs, N, ZOH, FAST)
             if SUMMARY:
                 steps += d
