@@ -50,11 +50,13 @@ def is_fast(a: ConvArguments) -> bool:
     return a.width <= TAPS and a.dtype == torch.float32 and a.x.dtype in FAST_DTYPES
 
 
+@cache
 def fast(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
     """A kernel of fast.cu."""
     return nvrtc.Variant(nvrtc.source(HERE / "fast.cu"), kernel, (("DTYPE", nvrtc.DTYPES[dtype]),))
 
 
+@cache
 def general(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
     """A kernel of general.cu, by the dtype of sums."""
     return nvrtc.Variant(nvrtc.source(HERE / "general.cu"), kernel, (("DOUBLE", int(dtype == torch.float64)),))

@@ -3,10 +3,10 @@
 //     y[t] = act(bias + sum_i weight[i] x[t - width + 1 + i])
 //
 // A lane has four neighbouring channels and a warp 128; a warp takes a piece of time and keeps the last three inputs in
-// registers, so that each token is read once (and three more before the piece). Tokens are copied to shared memory in
-// groups, AHEAD of the one that is worked on, so that enough bytes are on their way; a lane reads what it has copied
-// itself. PLAIN code is for a whole group of four taps with the activation, as a Mamba
-// block has them: it asks no questions, so that nothing is moved between registers.
+// registers, so that each token is read once (and three more before the piece). Groups of tokens are copied to shared
+// memory ahead of the group that is worked on, so that enough bytes are on their way. A lane reads only what it has
+// copied itself, so there are no barriers. PLAIN code is for a whole group of four taps with the activation, as a Mamba
+// block has them: it has no branches, so that nothing is moved between registers.
 // Backward runs forwards in time: the gradient of a token is complete three tokens later, when it is written. Taps are
 // counted so that the fourth is the present; narrower weights leave the first ones out, and what these would see, too.
 //
@@ -189,14 +189,14 @@ DEVICE void ask_for_window(Packed (&window)[TAPS - 1], const Parameters& p, cons
         }
     }
 }
-// Tokens of a span, of which `left` exist, group by group: `begin` starts the first copies, and before the k-th group
-// `next` starts those of a later one and waits for that group.
+// The tokens of a span that are still to be copied, at a lane's channels.
 struct Tokens {
-    Packed* slots;  // the lane's, LANES apart
-    const Element* from;
+    Packed* slots;        // the lane's, LANES apart
+    const Element* from;  // the first of them
     i64 stride;
-    int left, count;
+    int left, count;  // tokens, channels
 
+    // Start to copy the next group to its slots; what does not exist is left out.
     template <bool ALIGNED>
     DEVICE void copy_group(int slot) {
 #pragma unroll
@@ -214,7 +214,7 @@ struct Tokens {
     DEVICE void get(Four& x, int slot) const { unpack(x, slots[slot * LANES]); }
 };
 constexpr int OF_WEIGHTS = (TAPS + 1) * BLOCK_CHANNELS * 4;  // bytes
-// `tensor` is one of `n_tensors`; their slots are after `before` bytes of other things.
+// Of one of the block's tensors; slots begin after `before` bytes of shared memory.
 DEVICE Packed* slots_of_lane(int before, int tensor, int n_tensors) {
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     return reinterpret_cast<Packed*>(shared_memory() + before) + (warp * n_tensors + tensor) * SLOTS * LANES + lane;
