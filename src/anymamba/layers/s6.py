@@ -238,7 +238,7 @@ class SelectiveSSM(nn.Module):
         projection = self.dt_proj
         delta = _masked(torch.zeros_like(u) if projection is None else projection(dt), mask)
         if projection is not None and is_recomputing() and is_bare(projection, nn.Linear):
-            again(delta, lambda dt, W, mask: _masked(F.linear(dt, W), mask), dt, projection.weight, mask)
+            again(delta, _projected, dt, projection.weight, mask, delta.dtype)
         return delta
 
     def _matrix(self, M: Tensor, norm: RMSNorm | None) -> Tensor:
@@ -254,6 +254,11 @@ class SelectiveSSM(nn.Module):
 def _masked(delta: Tensor, mask: Tensor | None) -> Tensor:
     """delta with -inf where the mask is false: softplus(-inf) = 0 leaves the state unchanged."""
     return delta if mask is None else delta.masked_fill(~mask[..., None], -math.inf)
+
+
+def _projected(dt: Tensor, weight: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """delta in the dtype that it had under autocast, or without it."""
+    return _masked(F.linear(dt.to(dtype), weight.to(dtype)), mask)
 
 
 class S6State(NamedTuple):

@@ -28,6 +28,7 @@ def _private(owner: Any, name: str) -> Any:
 _functorch = _private(torch._C, "_functorch")
 _top_transform: Ask = _private(_functorch, "peek_interpreter_stack")
 _all_transforms: Ask = _private(_functorch, "get_interpreter_stack")
+_unwrap: Ask = _private(_functorch, "unwrap_if_dead")
 _dispatch_modes: Ask = _private(torch._C, "_len_torch_dispatch_stack")
 _function_modes: Ask = _private(torch._C, "_is_torch_function_mode_enabled")
 _profiler: Ask = _private(torch.autograd, "_profiler_enabled")
@@ -114,6 +115,16 @@ def transforms() -> list[str]:
     if _all_transforms is None:
         return []
     return [interpreter.key().name for interpreter in _all_transforms() or ()]
+
+
+def without_transforms(*args: Any) -> list[Any] | None:
+    """Arguments of an autograd function outside of all transforms, or None inside one or if this torch cannot tell.
+
+    Tensors that a transform has wrapped and that outlived it are unwrapped.
+    """
+    if _unwrap is None or _may(_top_transform):
+        return None
+    return [_unwrap(a) if isinstance(a, Tensor) else a for a in args]
 
 
 def may_pack_saved_tensors() -> bool:

@@ -58,7 +58,7 @@ def again(y: Tensor, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
     Args:
         y: equal to function(*inputs), in memory of its own.
-        function: gives the same bits each time. It reads only tensors that are in `inputs`.
+        function: gives the same bits each time, without autocast. It reads only tensors that are in `inputs`.
         inputs: tensors that are kept for the backward pass anyway, and other values.
     """
     if is_recomputing():
@@ -67,14 +67,12 @@ def again(y: Tensor, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class _Recipe:
-    """How to compute a tensor again, under the autocast and the backend with which it was computed first."""
+    """How to compute a tensor again, with the backend with which it was computed first."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Any, ...], device: str) -> None:
-        self.function = function
+        self.function, self.device, self.backend = function, device, dispatch.insisted()
         self.inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         self.versions = [t._version if isinstance(t, Tensor) else None for t in inputs]
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        self.backend = dispatch.insisted()
         self.n_saved = self.n_left = 0
         self.value: Tensor | None = None
 
@@ -90,8 +88,10 @@ class _Recipe:
         for tensor, version in zip(self.inputs, self.versions, strict=True):
             if version is not None:
                 _require_version(tensor, version)
-        device, dtype, enabled = self.autocast
-        with torch.no_grad(), torch.autocast(device, dtype, enabled), dispatch.insist(self.backend):
+        usual = not (torch.is_grad_enabled() or torch.is_autocast_enabled(self.device))
+        if usual and dispatch.insisted() == self.backend:  # contexts take longer than a launch
+            return self.function(*self.inputs)
+        with torch.no_grad(), dispatch.without_autocast(self.device), dispatch.insist(self.backend):
             return self.function(*self.inputs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -47,11 +48,13 @@ def warps_of_row(size: int) -> int:
     return 1 << (-(-size // NUMBERS_OF_WARP) - 1).bit_length()
 
 
+@cache
 def fast(kernel: str, subtract_mean: bool) -> nvrtc.Variant:
     """A kernel of fast.cu."""
     return nvrtc.Variant(nvrtc.source(HERE / "fast.cu"), kernel, (("SUBTRACT_MEAN", int(subtract_mean)),))
 
 
+@cache
 def general(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
     """A kernel of general.cu, by the dtype in which it computes."""
     return nvrtc.Variant(nvrtc.source(HERE / "general.cu"), kernel, (("DOUBLE", int(dtype == torch.float64)),))
