@@ -5,15 +5,16 @@
 #include "packed.h"
 #include "stack.h"
 
-#define ANYMAMBA_DECLARE_KERNELS(ISA)                  \
-    namespace anymamba::ISA {                          \
-    void scan_forward(const ScanArgs& a);              \
-    void scan_backward(const ScanArgs& a);             \
-    void conv_forward(const ConvArgs& a);              \
-    void conv_backward(const ConvArgs& a);             \
-    ANYMAMBA_DECLARE_PRODUCTS                          \
-    ANYMAMBA_DECLARE_CONVERSIONS                       \
-    void stack_step(Stack& stack, const StackStep& a); \
+#define ANYMAMBA_DECLARE_KERNELS(ISA)                            \
+    namespace anymamba::ISA {                                    \
+    void scan_forward(const ScanArgs& a);                        \
+    void scan_backward(const ScanArgs& a);                       \
+    void conv_forward(const ConvArgs& a);                        \
+    void conv_backward(const ConvArgs& a);                       \
+    ANYMAMBA_DECLARE_PRODUCTS                                    \
+    ANYMAMBA_DECLARE_CONVERSIONS                                 \
+    void stack_step(Stack& stack, const StackStep& a);           \
+    void stack_replay(const Stack& stack, const StackReplay& a); \
     }
 
 ANYMAMBA_DECLARE_KERNELS(baseline)

@@ -39,12 +39,14 @@ struct Kernels {
     void (*pack_weights)(const Packed&, const float*, int);
     void (*unpack_weights)(const Packed&, float*, int);
     anymamba::RunStep stack_step;
+    anymamba::RunReplay stack_replay;
 };
 
-#define ANYMAMBA_KERNELS(ISA)                                                                    \
-    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward,      \
+#define ANYMAMBA_KERNELS(ISA)                                                                   \
+    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward,     \
         anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, anymamba::ISA::read_memory, \
-        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights, anymamba::ISA::stack_step
+        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights, anymamba::ISA::stack_step,  \
+        anymamba::ISA::stack_replay
 
 // Best first.
 const Kernels KERNELS[] = {
@@ -204,5 +206,7 @@ NB_MODULE(_native, m) {
     bind_scan(m);
     bind_conv(m);
     bind_products(m);
-    anymamba::bind_stack(m, [](anymamba::Stack& s, const anymamba::StackStep& a) { chosen->stack_step(s, a); });
+    anymamba::bind_stack(
+        m, [](anymamba::Stack& s, const anymamba::StackStep& a) { chosen->stack_step(s, a); },
+        [](const anymamba::Stack& s, const anymamba::StackReplay& a) { chosen->stack_replay(s, a); });
 }

@@ -1,4 +1,4 @@
-// One token per row through a whole model of Mamba blocks, for one instruction set.
+// Tokens through a whole model of Mamba blocks, for one instruction set: one token of each sequence, or several.
 //
 // A step is four phases per layer, whose chunks the team's threads claim, and the head:
 //
@@ -8,6 +8,10 @@
 //     out_proj   some rows of out_proj, added to the residual
 //
 // Between phases one thread computes the norms and packs the next product's activations. Activations are float32.
+// All rows of a step go through a product together. The convolution and the recurrence of a chunk of channels take the
+// rows in order; a token after the first of its sequence reads the state that the one before has written. A row is
+// computed in the same way wherever it stands, so its bits do not depend on how a text is cut.
+//
 // Notation: c is a channel, n an index of the state; vectors hold adjacent channels, in the recurrence adjacent n.
 
 #include "stack.h"
@@ -18,6 +22,7 @@
 #include "kernels.h"
 #include "simd.h"
 #include "team.h"
+#include "threads.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
@@ -51,8 +56,10 @@ ANYMAMBA_INLINE float sum_over(int64_t size, const F& f) {
     return sum_of_lanes<float, W>(lanes);
 }
 
+ANYMAMBA_ONE_COPY vfloat silu_of(vfloat x) { return silu(x); }
+
 // y = norm(x); y may be x.
-void normalize(const Norm& norm, const float* x, int64_t size, float* y) {
+ANYMAMBA_ONE_COPY void normalize(const Norm& norm, const float* x, int64_t size, float* y) {
     float mean = 0;
     if (norm.subtract_mean)
         mean = sum_over(size, [&](int64_t i, int count) { return read(x, i, count); }) / float(size);
@@ -100,7 +107,7 @@ std::vector<int64_t> cut(const Packed& matrix, int n_threads) { return cut(matri
 
 // ---------------------------------------------------------------------------------------------- the recurrence
 
-// One channel's state: h = exp(delta A) h + drive B; returns C . h. A constant B or C is that of the channel.
+// One channel's state: h = exp(delta A) h + drive B; returns C . h.
 template <bool ZOH, bool INSIDE>
 ANYMAMBA_INLINE float run_channel(int64_t d_state, float delta, float drive, const float* A, const float* B,
                                   const float* C, const float* h, float* new_h, const Powers<float>& powers) {
@@ -117,16 +124,30 @@ ANYMAMBA_INLINE float run_channel(int64_t d_state, float delta, float drive, con
 }
 
 template <bool ZOH, bool INSIDE>
-void run_channels(const Layer& layer, int64_t begin, int count, const float* delta, const float* drive,
-                  const float* selected, const float* h, float* new_h, float* y) {
+ANYMAMBA_ONE_COPY void run_channels(const Layer& layer, int64_t begin, int count, const float* delta,
+                                    const float* drive, const float* B, const float* C, const float* h, float* new_h,
+                                    float* y) {
     const int64_t N = layer.d_state;
-    const float *const B = selected + layer.dt_rows, *const C = B + layer.B_rows;
     const Powers<float> powers;
     for (int i = 0; i < count; i++) {
         const int64_t at = (begin + i) * N;
         y[i] = run_channel<ZOH, INSIDE>(N, delta[i], drive[i], layer.A + at, layer.B_rows ? B : layer.B + at,
                                         layer.C_rows ? C : layer.C + at, h + at, new_h + at, powers);
     }
+}
+
+// Channels [c, c + count) of one token: the new state, and y = C . h. B and C are those of the token, if selective.
+ANYMAMBA_ONE_COPY vfloat run_vector(const Layer& layer, int64_t c, int count, vfloat delta, vfloat u, const float* B,
+                                    const float* C, const float* h, float* new_h) {
+    float deltas[W], drives[W], sums[W] = {};
+    store<float>(deltas, delta);
+    store<float>(drives, delta * u);
+    bool inside = true;  // no exponent is large
+    for (int i = 0; i < count; i++) inside &= deltas[i] * layer.largest_A < 87.0f;
+    const auto run = layer.zoh ? (inside ? &run_channels<true, true> : &run_channels<true, false>)
+                               : (inside ? &run_channels<false, true> : &run_channels<false, false>);
+    run(layer, c, count, deltas, drives, B, C, h, new_h, sums);
+    return load<float>(sums);
 }
 
 // ---------------------------------------------------------------------------------------------- the step
@@ -168,10 +189,12 @@ class Step {
         projected_ = space.projected.at_least(rows * projected);
         packed_ = space.packed.at_least(packed);
         packed_dt_ = space.packed_dt.at_least(packed_dt);
+        head_begin = logits_before(first_row);
+        head_rows = logits_before(first_row + rows) - head_begin;
         for (int64_t r = 0; r < rows; r++)
             unpack_row(stack.embedding, args.ids[first_row + r], residual + r * stack.d_model);
         if (stack.layers.empty())
-            prepare(stack.norm, stack.head);
+            prepare_head();
         else
             prepare(stack.layers[0].norm, stack.layers[0].in_proj);
     }
@@ -201,11 +224,11 @@ class Step {
             case IN_PROJ:
                 if (is_present(layer.x_proj)) pack(layer.x_proj, xz, 2 * layer.d_inner, packed_);
                 return;
-            case X_PROJ: return finish_selection(layer);
+            case X_PROJ: return finish_selection(layer, args.states[i]);
             case CHANNELS: return finish_channels(layer);
             default:
                 if (i + 1 < n_layers()) return prepare(stack.layers[i + 1].norm, stack.layers[i + 1].in_proj);
-                return prepare(stack.norm, stack.head);
+                return prepare_head();
         }
     }
 
@@ -213,6 +236,7 @@ class Step {
     Stack& stack;
     const StackStep& args;
     const int64_t first_row, rows;
+    int64_t head_begin, head_rows;  // rows of the logits that this step computes
     // Activations, one row after the other: xz has 2 d_inner columns, u before the gate z.
     float *residual, *normed, *xz, *projected_, *delta, *y;
     char *packed_, *packed_dt_;
@@ -221,22 +245,43 @@ class Step {
     int64_t packed_bytes(const Packed& matrix) const {
         return is_present(matrix) ? activation_bytes(Format(matrix.format), rows, matrix.n_in) : 0;
     }
+    // Rows of the logits of the rows before this one.
+    int64_t logits_before(int64_t row) const {
+        const int64_t without = args.length - args.n_logits;
+        return row / args.length * args.n_logits + std::max<int64_t>(0, row % args.length - without);
+    }
+    // The row's sequence, and whether the row is its first token.
+    int64_t sequence(int64_t row) const { return (first_row + row) / args.length; }
+    bool is_first(int64_t row) const { return (first_row + row) % args.length == 0; }
+
     void pack(const Packed& matrix, const float* x, int64_t stride, char* out) const {
         pack_activations(Format(matrix.format), x, stride, rows, matrix.n_in, out);
     }
 
-    // The input of in_proj or the head.
+    // The input of in_proj.
     void prepare(const Norm& norm, const Packed& matrix) const {
         const int64_t size = stack.d_model;
         for (int64_t r = 0; r < rows; r++) normalize(norm, residual + r * size, size, normed + r * size);
         pack(matrix, normed, size, packed_);
     }
 
+    // The input of the head: only the rows whose logits are wanted.
+    void prepare_head() const {
+        const int64_t size = stack.d_model;
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t place = logits_before(first_row + r);
+            if (logits_before(first_row + r + 1) > place)
+                normalize(stack.norm, residual + r * size, size, normed + (place - head_begin) * size);
+        }
+        pack_activations(Format(stack.head.format), normed, size, head_rows, size, packed_);
+    }
+
     // The phases, for outputs or channels [begin, end).
 
     void project(int64_t begin, int64_t end) const {
         const Packed& head = stack.head;
-        multiply(head, nullptr, packed_, rows, args.logits + first_row * head.n_out, begin, end);
+        if (head_rows == 0) return;
+        multiply(head, nullptr, packed_, head_rows, args.logits + head_begin * head.n_out, begin, end);
     }
 
     void project_in(const Layer& layer, const LayerState& state, int64_t begin, int64_t end) const {
@@ -248,30 +293,37 @@ class Step {
                 write(row, c, count, convolve(layer, state, r, c, count, read(row, c, count)));
             });
             for_vectors(std::max(begin, D), std::max(end, D), [&](int64_t c, int count) {
-                write(row, c, count, silu(read(row, c, count)));
+                write(row, c, count, silu_of(read(row, c, count)));
             });
         }
     }
 
     // SiLU of the convolution, whose newest input is x; the state moves on by one input.
-    ANYMAMBA_INLINE vfloat convolve(const Layer& layer, const LayerState& state, int64_t row, int64_t c, int count,
-                                    vfloat x) const {
-        const int64_t D = layer.d_inner, before = layer.d_conv - 1, place = (first_row + row) * before * D + c;
+    ANYMAMBA_ONE_COPY vfloat convolve(const Layer& layer, const LayerState& state, int64_t row, int64_t c, int count,
+                                      vfloat x) const {
+        const int64_t D = layer.d_inner, before = layer.d_conv - 1, place = sequence(row) * before * D + c;
+        const float* const inputs = is_first(row) ? state.conv : state.new_conv;
         vfloat sum = read(layer.conv_bias, c, count);
         for (int64_t i = 0; i < before; i++) {
-            const vfloat input = read(state.conv, place + i * D, count);
+            const vfloat input = read(inputs, place + i * D, count);
             sum += read(layer.conv_weight, i * D + c, count) * input;
             if (i > 0) write(state.new_conv, place + (i - 1) * D, count, input);
         }
         if (before > 0) write(state.new_conv, place + (before - 1) * D, count, x);
-        return silu(sum + read(layer.conv_weight, before * D + c, count) * x);
+        const vfloat u = silu(sum + read(layer.conv_weight, before * D + c, count) * x);
+        if (state.kept) {
+            const KeptInputs kept(layer, state.kept, first_row + row);
+            write(kept.x, c, count, x);
+            write(kept.u, c, count, u);
+        }
+        return u;
     }
 
     void select(const Layer& layer, int64_t begin, int64_t end) const {
         if (is_present(layer.x_proj)) multiply(layer.x_proj, nullptr, packed_, rows, projected_, begin, end);
     }
 
-    void finish_selection(const Layer& layer) const {
+    void finish_selection(const Layer& layer, const LayerState& state) const {
         const int64_t size = layer.x_proj.n_out;
         for (int64_t r = 0; r < rows; r++) {
             float* part = projected_ + r * size;
@@ -281,6 +333,8 @@ class Step {
                 if (norm->present) normalize(*norm, part, columns, part);
                 part += columns;
             }
+            if (state.kept)
+                std::copy_n(selected_B(layer, r), layer.B_rows, KeptInputs(layer, state.kept, first_row + r).B);
         }
         if (is_present(layer.dt_proj)) pack(layer.dt_proj, projected_, size, packed_dt_);
     }
@@ -291,23 +345,23 @@ class Step {
             for_vectors(begin, end, [&](int64_t c, int count) { recur_vector(layer, state, r, c, count); });
     }
 
+    const float* selected_B(const Layer& layer, int64_t r) const {
+        return projected_ + r * layer.x_proj.n_out + layer.dt_rows;
+    }
+
     // Channels [c, c + count) of one row, from delta before its bias to the gated y.
-    void recur_vector(const Layer& layer, const LayerState& state, int64_t r, int64_t c, int count) const {
-        const int64_t D = layer.d_inner, states = (first_row + r) * D * layer.d_state;
+    ANYMAMBA_ONE_COPY void recur_vector(const Layer& layer, const LayerState& state, int64_t r, int64_t c,
+                                        int count) const {
+        const int64_t D = layer.d_inner, place = sequence(r) * D * layer.d_state;
         const float* const row = xz + r * 2 * D;
         const vfloat u = read(row, c, count);
         const vfloat raw = is_present(layer.dt_proj) ? read(delta, r * D + c, count) : vfloat{};
         const vfloat step = softplus(raw + read(layer.delta_bias, c, count));
-        float steps[W], drives[W], sums[W] = {};
-        store<float>(steps, step);
-        store<float>(drives, step * u);
-        bool inside = true;  // no exponent is large
-        for (int i = 0; i < count; i++) inside &= steps[i] * layer.largest_A < 87.0f;
-        const auto run = layer.zoh ? (inside ? &run_channels<true, true> : &run_channels<true, false>)
-                                   : (inside ? &run_channels<false, true> : &run_channels<false, false>);
-        run(layer, c, count, steps, drives, projected_ + r * layer.x_proj.n_out, state.ssm + states,
-            state.new_ssm + states, sums);
-        write(y, r * D + c, count, (load<float>(sums) + read(layer.D, c, count) * u) * read(row, D + c, count));
+        if (state.kept) write(KeptInputs(layer, state.kept, first_row + r).delta, c, count, step);
+        const float *const B = selected_B(layer, r), *const C = B + layer.B_rows;
+        const float* const h = is_first(r) ? state.ssm : state.new_ssm;
+        const vfloat sums = run_vector(layer, c, count, step, u, B, C, h + place, state.new_ssm + place);
+        write(y, r * D + c, count, (sums + read(layer.D, c, count) * u) * read(row, D + c, count));
     }
 
     void finish_channels(const Layer& layer) const {
@@ -328,7 +382,46 @@ class Step {
     }
 };
 
+// The state of channels [begin, end) of one sequence after its first `count` tokens.
+void replay_channels(const Layer& layer, const LayerState& state, int64_t first_row, int64_t count, int64_t sequence,
+                     int64_t begin, int64_t end) {
+    const int64_t D = layer.d_inner, N = layer.d_state, before = layer.d_conv - 1;
+    const int64_t place = sequence * D * N, size = end - begin;
+    for (int64_t i = 0; i < before; i++) {
+        const int64_t at = i + count;  // among the inputs in the old state and then those kept
+        const float* const from = at < before ? state.conv + (sequence * before + at) * D
+                                              : KeptInputs(layer, state.kept, first_row + at - before).x;
+        std::copy_n(from + begin, size, state.new_conv + (sequence * before + i) * D + begin);
+    }
+    if (count == 0 && state.ssm != state.new_ssm)
+        std::copy_n(state.ssm + place + begin * N, size * N, state.new_ssm + place + begin * N);
+    for (int64_t t = 0; t < count; t++) {
+        const KeptInputs kept(layer, state.kept, first_row + t);
+        const float* const h = (t == 0 ? state.ssm : state.new_ssm) + place;
+        const float* const C = layer.B_rows ? kept.B : layer.A;  // any numbers: the output is not used
+        for_vectors(begin, end, [&](int64_t c, int lanes) {
+            run_vector(layer, c, lanes, read(kept.delta, c, lanes), read(kept.u, c, lanes), kept.B, C, h,
+                       state.new_ssm + place);
+        });
+    }
+}
+
 }  // namespace
+
+void stack_replay(const Stack& stack, const StackReplay& args) {
+    constexpr int64_t CHANNELS_PER_TASK = 128;
+    int64_t widest = 0;
+    for (const Layer& layer : stack.layers) widest = std::max(widest, layer.d_inner);
+    const int64_t pieces = (widest + CHANNELS_PER_TASK - 1) / CHANNELS_PER_TASK;
+    const auto n_layers = static_cast<int64_t>(stack.layers.size());
+    parallel_for(args.batch * n_layers * pieces, args.n_threads, [&](int64_t task) {
+        const int64_t b = task / (n_layers * pieces), i = task / pieces % n_layers;
+        const int64_t begin = task % pieces * CHANNELS_PER_TASK;
+        const Layer& layer = stack.layers[i];
+        replay_channels(layer, args.states[i], b * args.length, args.counts[b], b, begin,
+                        std::min(layer.d_inner, begin + CHANNELS_PER_TASK));
+    });
+}
 
 void stack_step(Stack& stack, const StackStep& args) {
     const std::lock_guard<std::mutex> lock(stack.workspace.in_use);

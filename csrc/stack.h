@@ -1,4 +1,4 @@
-// One token through a whole language model of Mamba blocks. Python checks sizes before the calls and keeps the tensors
+// Tokens through a whole language model of Mamba blocks. Python checks sizes before the calls and keeps the tensors
 // alive. All tensors are contiguous; those given as float are float32.
 #pragma once
 
@@ -30,11 +30,20 @@ struct Layer {
     float *A = nullptr, *D = nullptr, *delta_bias = nullptr, *B = nullptr, *C = nullptr;
 };
 
-// The state of one layer: conv (rows, d_conv - 1, d_inner) and ssm (rows, d_inner, d_state). The new state may be
+// The state of one layer: conv (batch, d_conv - 1, d_inner) and ssm (batch, d_inner, d_state). The new state may be
 // written over the old one.
 struct LayerState {
     const float *conv, *ssm;
     float *new_conv, *new_ssm;
+    float* kept = nullptr;  // (batch, length, KeptInputs::size): what a replay needs; null: not kept
+};
+
+// What is kept of one token in one layer: the inputs of the convolution and of the recurrence.
+struct KeptInputs {
+    float *x, *u, *delta, *B;  // (d_inner), (d_inner), (d_inner), (B_rows)
+    KeptInputs(const Layer& layer, float* kept, int64_t row)
+        : x(kept + row * size(layer)), u(x + layer.d_inner), delta(u + layer.d_inner), B(delta + layer.d_inner) {}
+    static int64_t size(const Layer& layer) { return 3 * layer.d_inner + layer.B_rows; }
 };
 
 // Aligned memory that is kept between steps.
@@ -73,12 +82,22 @@ struct Stack {
     Chunks chunks;
 };
 
+// Rows are (batch, length): the tokens of a sequence one after the other.
 struct StackStep {
     const int64_t* ids = nullptr;
-    int64_t rows = 0;
+    int64_t rows = 0, length = 1;
     int n_threads = 1;
     const LayerState* states = nullptr;  // one for each layer
-    float* logits = nullptr;             // (rows, head.n_out)
+    float* logits = nullptr;             // (batch, n_logits, head.n_out)
+    int64_t n_logits = 1;                // of the last tokens of each sequence
+};
+
+// The new state after the first counts[b] of the `length` tokens of each sequence, from the inputs that were kept.
+struct StackReplay {
+    const int64_t* counts = nullptr;
+    int64_t batch = 0, length = 0;
+    int n_threads = 1;
+    const LayerState* states = nullptr;
 };
 
 }  // namespace anymamba

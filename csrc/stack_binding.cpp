@@ -14,6 +14,7 @@ namespace anymamba {
 namespace {
 
 RunStep run_step = nullptr;
+RunReplay run_replay = nullptr;
 
 void require_ids(const Stack& stack, const int64_t* ids, int64_t rows) {
     for (int64_t r = 0; r < rows; r++)
@@ -22,22 +23,50 @@ void require_ids(const Stack& stack, const int64_t* ids, int64_t rows) {
                                     std::to_string(stack.embedding.n_out - 1));
 }
 
-// `states` has four addresses for each layer: conv, ssm, and where their new values go.
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// `states` has four addresses for each layer: conv, ssm, and where their new values go. `kept` has one, or is empty.
+std::vector<LayerState> layer_states(const Stack& stack, const std::vector<uintptr_t>& states,
+                                     const std::vector<uintptr_t>& kept) {
+    const size_t n_layers = stack.layers.size();
+    if (states.size() != 4 * n_layers)
+        throw std::invalid_argument("the state must have four addresses for each layer, got " +
+                                    std::to_string(states.size()) + " for " + std::to_string(n_layers) + " layers");
+    if (!kept.empty() && kept.size() != n_layers)
+        throw std::invalid_argument("what is kept must have one address for each layer, got " +
+                                    std::to_string(kept.size()) + " for " + std::to_string(n_layers) + " layers");
+    std::vector<LayerState> layers;
+    layers.reserve(n_layers);
+    for (size_t i = 0; i < states.size(); i += 4)
+        layers.push_back({pointer<float>(states[i]), pointer<float>(states[i + 1]), pointer<float>(states[i + 2]),
+                          pointer<float>(states[i + 3]), kept.empty() ? nullptr : pointer<float>(kept[i / 4])});
+    return layers;
+}
+
+// Reads `length` tokens of each sequence; `ids` is (batch, length). Logits are those of the last n_logits tokens.
+void read(Stack& stack, uintptr_t ids, int64_t batch, int64_t length, int n_threads,
+          const std::vector<uintptr_t>& states, const std::vector<uintptr_t>& kept, uintptr_t logits,
+          int64_t n_logits) {
+    const std::vector<LayerState> layers = layer_states(stack, states, kept);
+    require_ids(stack, pointer<int64_t>(ids), batch * length);
+    nb::gil_scoped_release release;
+    run_step(stack, {pointer<int64_t>(ids), batch * length, length, n_threads, layers.data(), pointer<float>(logits),
+                     n_logits});
+}
+
 void step(Stack& stack, uintptr_t ids, int64_t rows, int n_threads, const std::vector<uintptr_t>& states,
           uintptr_t logits) {
-    if (states.size() != 4 * stack.layers.size())
-        throw std::invalid_argument("the state must have four addresses for each layer, got " +
-                                    std::to_string(states.size()) + " for " + std::to_string(stack.layers.size()) +
-                                    " layers");
-    std::vector<LayerState> layers;
-    layers.reserve(stack.layers.size());
-    for (size_t i = 0; i < states.size(); i += 4)
-        layers.push_back({reinterpret_cast<const float*>(states[i]), reinterpret_cast<const float*>(states[i + 1]),
-                          reinterpret_cast<float*>(states[i + 2]), reinterpret_cast<float*>(states[i + 3])});
-    const auto* id_list = reinterpret_cast<const int64_t*>(ids);
-    require_ids(stack, id_list, rows);
+    read(stack, ids, rows, 1, n_threads, states, {}, logits, 1);
+}
+
+void replay(const Stack& stack, uintptr_t counts, int64_t batch, int64_t length, int n_threads,
+            const std::vector<uintptr_t>& states, const std::vector<uintptr_t>& kept) {
+    const std::vector<LayerState> layers = layer_states(stack, states, kept);
     nb::gil_scoped_release release;
-    run_step(stack, {id_list, rows, n_threads, layers.data(), reinterpret_cast<float*>(logits)});
+    run_replay(stack, {pointer<int64_t>(counts), batch, length, n_threads, layers.data()});
 }
 
 void bind_norm(nb::module_& m) {
@@ -65,8 +94,9 @@ void bind_layer(nb::module_& m) {
 
 }  // namespace
 
-void bind_stack(nb::module_& m, RunStep run) {
-    run_step = run;
+void bind_stack(nb::module_& m, RunStep step_kernel, RunReplay replay_kernel) {
+    run_step = step_kernel;
+    run_replay = replay_kernel;
     bind_norm(m);
     bind_layer(m);
     auto type = nb::class_<Stack>(m, "Stack").def(nb::init<>());
@@ -76,7 +106,7 @@ void bind_stack(nb::module_& m, RunStep run) {
         stack.layers.push_back(layer);
         stack.chunks.n_threads = 0;  // to be made again
     });
-    type.def("step", &step);
+    type.def("step", &step).def("read", &read).def("replay", &replay);
 }
 
 }  // namespace anymamba

@@ -8,8 +8,9 @@
 namespace anymamba {
 
 using RunStep = void (*)(Stack&, const StackStep&);
+using RunReplay = void (*)(const Stack&, const StackReplay&);
 
-// `run` calls the kernel of the chosen instruction set.
-void bind_stack(nanobind::module_& m, RunStep run);
+// Both call the kernel of the chosen instruction set.
+void bind_stack(nanobind::module_& m, RunStep step, RunReplay replay);
 
 }  // namespace anymamba

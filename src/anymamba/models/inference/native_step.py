@@ -44,20 +44,35 @@ class NativeStep:
         return reasons or cls(model)
 
     def __init__(self, model: LanguageModel) -> None:
-        self._model = model
+        self.model = model
         groups = (group for module in model.modules() for group in (module._parameters, module._buffers))
         self._weights = [group for group in groups if group]  # those of each module, which may be replaced
         self._shapes = [(b.mixer.d_conv - 1, b.mixer.d_inner, b.mixer.d_state) for b in model.blocks]
-        self._n_logits = model.config.padded_vocab_size
+        self.n_logits = model.config.padded_vocab_size
         self._trains = any(p.requires_grad for p in model.parameters())
         self._build()
 
     def _build(self) -> None:
-        builder = _Builder(self._model)
+        builder = _Builder(self.model)
         self._stack, self._alive = builder.stack, builder.alive
-        self._step = self._stack.step
         self._is_small = sum(t.nbytes for group in self._weights for t in group.values() if t is not None) < SMALL
         self._versions = self._read_versions()
+
+    @property
+    def stack(self) -> Any:
+        """The compiled record of the model with its weights as they are now."""
+        if self._read_versions() != self._versions:
+            self._build()
+        return self._stack
+
+    def threads(self, rows: int) -> int:
+        """How many threads to use for so many tokens."""
+        return 1 if self._is_small and rows < 4 else torch.get_num_threads()
+
+    def kept_sizes(self) -> list[int]:
+        """How many numbers a replay needs of each token, by layer: three per channel and the selective B."""
+        mixers = [block.mixer for block in self.model.blocks]
+        return [3 * mixer.d_inner + mixer.x_proj_rows[1] for mixer in mixers]
 
     def _read_versions(self) -> list[tuple[int, int]]:
         return [
@@ -113,8 +128,7 @@ class NativeStep:
             reuse: write the new state into the memory of the given one.
         Raises IndexError for an id outside the vocabulary.
         """
-        if self._read_versions() != self._versions:
-            self._build()
+        stack = self.stack
         token_ids, addresses = token_ids.to(torch.int64).contiguous(), []
         after = []
         for conv, ssm in state.layers:
@@ -123,9 +137,8 @@ class NativeStep:
             addresses += [t.data_ptr() for t in (*before, *new)]
             after.append((before, new))
         rows = token_ids.shape[0]
-        logits = torch.empty(rows, self._n_logits)
-        threads = 1 if self._is_small and rows < 4 else torch.get_num_threads()
-        self._step(token_ids.data_ptr(), rows, threads, addresses, logits.data_ptr())
+        logits = torch.empty(rows, self.n_logits)
+        stack.step(token_ids.data_ptr(), rows, self.threads(rows), addresses, logits.data_ptr())
         return LanguageModelOutput(logits, LanguageModelState(tuple(new for _, new in after), state.positions))
 
 

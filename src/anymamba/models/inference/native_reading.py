@@ -1,0 +1,112 @@
+"""Reading several tokens of each sequence in one compiled call, and going back to an earlier one of them.
+
+Every token is computed as `NativeStep.step` computes it: a text gives the same bits read whole, in pieces or token by
+token, alone or in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anymamba.models.inference.native_step import NativeStep
+from anymamba.models.language_model import LanguageModelOutput, LanguageModelState
+from anymamba.parts.state import map_state
+
+
+@torch.no_grad()
+def read(
+    native: NativeStep,
+    token_ids: Int[Tensor, "batch length"],
+    state: LanguageModelState,
+    *,
+    num_last_logits: int | None = None,
+) -> LanguageModelOutput:
+    """`LanguageModel.forward` for arguments whose first token `native.serves`.
+
+    Args:
+        token_ids: (batch, length), without padding; the length is at least 1.
+        state: one row per sequence.
+        num_last_logits: compute the logits of this many last positions only; defaults to all.
+    Returns logits (batch, positions, padded_vocab) and the new state. Raises IndexError for an id outside the
+    vocabulary.
+    """
+    old = map_state(Tensor.contiguous, state)
+    new = map_state(torch.empty_like, old)
+    n_logits = token_ids.shape[1] if num_last_logits is None else min(num_last_logits, token_ids.shape[1])
+    logits = _read(native, token_ids, _addresses(old, new), [], n_logits)
+    return LanguageModelOutput(logits, new)
+
+
+class Verifier:
+    """Reads drafted tokens of one sequence in one pass, and then gives the state after those that were accepted.
+
+    The pass keeps the inputs of the recurrence, so that the state after an earlier token needs no products. Memory for
+    states and inputs is kept between passes.
+
+    Args:
+        native: the compiled step of the model.
+        most_tokens: that one pass reads.
+    """
+
+    def __init__(self, native: NativeStep, most_tokens: int) -> None:
+        self._native, self._most = native, most_tokens
+        sizes = native.kept_sizes()
+        self._kept = [torch.empty(most_tokens * size) for size in sizes]
+        self._kept_addresses = [tensor.data_ptr() for tensor in self._kept]
+        self._old: LanguageModelState | None = None
+        self._new: LanguageModelState | None = None
+        self._addresses: list[int] = []
+        self._n_read = 0
+
+    @torch.no_grad()
+    def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
+        """Logits after each token.
+
+        Args:
+            token_ids: at least one and at most `most_tokens`.
+            state: of one row, which `native.serves`. Its memory is used again after `accept`.
+        """
+        self._n_read = len(token_ids)
+        if self._old is not state:
+            self._old = state
+            contiguous = map_state(Tensor.contiguous, state)
+            if self._new is None:
+                self._new = map_state(torch.empty_like, contiguous)
+            self._source, self._addresses = contiguous, _addresses(contiguous, self._new)
+        return _read(self._native, torch.tensor([token_ids]), self._addresses, self._kept_addresses, self._n_read)[0]
+
+    @torch.no_grad()
+    def accept(self, n_tokens: int) -> LanguageModelState:
+        """The state after the first n_tokens of those read. The state given to `read` is then not valid any more."""
+        assert self._old is not None and self._new is not None
+        if n_tokens < self._n_read:
+            counts = torch.tensor([n_tokens])
+            self._native.stack.replay(
+                counts.data_ptr(), 1, self._n_read, torch.get_num_threads(), self._addresses, self._kept_addresses
+            )
+        after, self._new = self._new, self._source
+        self._old, self._source, self._addresses = after, after, _addresses(after, self._new)
+        return after
+
+
+def _read(
+    native: NativeStep, token_ids: Tensor, addresses: list[int], kept: list[int], n_logits: int
+) -> Float[Tensor, "batch n_logits padded_vocab"]:
+    stack, ids = native.stack, token_ids.to(torch.int64).contiguous()
+    batch, length = ids.shape
+    logits = torch.empty(batch, n_logits, native.n_logits)
+    threads = native.threads(batch * length)
+    stack.read(ids.data_ptr(), batch, length, threads, addresses, kept, logits.data_ptr(), n_logits)
+    return logits
+
+
+def _addresses(old: LanguageModelState, new: LanguageModelState) -> list[int]:
+    """Four for each layer: conv, ssm, and where their new values go."""
+    found: list[int] = []
+    for before, after in zip(old.layers, new.layers, strict=True):
+        found += [tensor.data_ptr() for tensor in (*before, *after)]
+    return found
