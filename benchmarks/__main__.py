@@ -24,6 +24,7 @@ BENCHMARKS = {
     "weight_formats": "What packed weights cost in quality",
     "startup": "Start-up",
     "first_token": "The first token",
+    "speculation": "Speculation",
     "busy": "Beside another busy process",
     "experiment_times": "How long the experiments take",
 }

@@ -43,6 +43,7 @@ SHARED = {
     *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
     *("models.weight_formats", "models.inference"),
     *("generation.sampling", "generation.prompts", "generation.stops", "generation.stepping"),
+    "generation.speculation",
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *(
         "training.clock",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
     from anymamba.generation.generate import TokenStream
     from anymamba.generation.sampling import SamplingConfig
+    from anymamba.generation.speculation import Speculation
     from anymamba.models.language_model import LanguageModel
 
 
@@ -56,6 +57,11 @@ class GenerateOptions:
     sampling: tyro.conf.OmitArgPrefixes[SamplingFlags] = field(default_factory=SamplingFlags)
     num_beams: int = 1
     """More than 1 searches for the likeliest text with that many beams, without sampling."""
+    speculate: int | None = None
+    """Guess up to so many tokens and read them at once; the text does not change. Guesses are what followed the same
+    tokens earlier in the text. It serves one continuation at a time."""
+    draft: Path | None = None
+    """A smaller model with the same tokenizer that guesses instead, named as in --model; 4 tokens by default."""
     tokenizer: Path | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the model's own."""
     profile: Path | None = None
@@ -89,6 +95,7 @@ class Job(NamedTuple):
     tokenizer: Tokenizer
     model: LanguageModel
     speed: Speed
+    speculation: Speculation | None
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -103,10 +110,13 @@ def command(arguments: Sequence[str]) -> None:
     checkpoint, tokenizer = open_model(options.model, options.tokenizer, options.runtime)
     ids = encode_prompts(prompts, tokenizer, checkpoint.config.vocab_size)
     model = load_model(checkpoint, options.runtime)
+    speculation = open_speculation(options, model, tokenizer)
+    if speculation is not None and min(options.batch_size, len(prompts) * options.num_samples) > 1:
+        say("speculation serves one continuation at a time, so batches run without it; --batch-size 1 runs one by one")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is not an error
     speed = Speed(profile)
-    job = Job(options, sampling, prompts, ids, tokenizer, model, speed)
+    job = Job(options, sampling, prompts, ids, tokenizer, model, speed, speculation)
     if len(prompts) == options.num_samples == options.num_beams == 1 and not options.json:
         print_stream(job)
     elif options.json:
@@ -124,6 +134,10 @@ def checked_options(options: GenerateOptions) -> SamplingConfig:
     require_at_least("--num-beams", options.num_beams, 1)
     require_at_least("--num-samples", options.num_samples, 1)
     require_at_least("--batch-size", options.batch_size, 1)
+    if options.speculate is not None:
+        require_at_least("--speculate", options.speculate, 1)
+    if options.num_beams > 1 and (options.speculate or options.draft):
+        raise ValueError(f"--num-beams {options.num_beams} searches without guesses; leave out --speculate and --draft")
     default, flags = SamplingFlags(), (*FILTERS, "seed")
     changed = any(getattr(options.sampling, name) != getattr(default, name) for name in flags)
     if options.num_beams > 1 and (changed or options.num_samples > 1):
@@ -135,6 +149,23 @@ def checked_options(options: GenerateOptions) -> SamplingConfig:
             "temperature above 0"
         )
     return config
+
+
+def open_speculation(options: GenerateOptions, model: LanguageModel, tokenizer: Tokenizer) -> Speculation | None:
+    """How tokens are guessed; None if they are not. Raises ValueError for a draft model with another tokenizer."""
+    from anymamba.generation.speculation import Speculation
+
+    if options.draft is None:
+        return None if options.speculate is None else Speculation(options.speculate)
+    checkpoint, theirs = open_model(options.draft, None, replace(options.runtime, adapter=None))
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"the draft model must have the tokenizer of the model; those of {options.draft} and {options.model} are "
+            "different; take another --draft, or --speculate without it"
+        )
+    speculation = Speculation(options.speculate or 4, load_model(checkpoint, replace(options.runtime, adapter=None)))
+    speculation.check(model)
+    return speculation
 
 
 def encode_prompts(
@@ -214,6 +245,7 @@ def open_stream(job: Job, rows: Sequence[tuple[int, int]]) -> TokenStream:
         stop=flags.stop,
         seed=[(flags.seed, sample * len(job.prompts) + number) for number, sample in rows],
         state=state,
+        speculation=job.speculation,
     )
 
 

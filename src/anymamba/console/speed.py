@@ -32,13 +32,20 @@ class Speed:
         self._first: float | None = None  # seconds to the first token of the first batch
         self._later, self._later_seconds = 0, 0.0  # tokens after the first one of each row
         self._recorded = 0
+        self._guessed, self._right = 0, 0  # tokens of speculation
 
     def steps(self, open_stream: Callable[[], TokenStream]) -> Iterator[Step]:
         """The steps of a stream. The time to open it, in which the prompts are read, counts too."""
         started = now = time.perf_counter()
         self._start_profile()
-        first = None
-        for step in self._traced(open_stream) if self._is_recording else open_stream():
+        first = stream = None
+
+        def opened() -> TokenStream:
+            nonlocal stream
+            stream = open_stream()
+            return stream
+
+        for step in self._traced(opened) if self._is_recording else opened():
             now = time.perf_counter()
             self.tokens += len(step.ids)
             if first is None:
@@ -49,6 +56,9 @@ class Speed:
             yield step
         self.seconds += now - started
         self._later_seconds += now - (first or now)
+        if stream is not None and stream.speculation is not None:
+            self._guessed += stream.speculation.n_guessed
+            self._right += stream.speculation.n_right
 
     @contextmanager
     def search(self) -> Iterator[None]:
@@ -71,7 +81,8 @@ class Speed:
         rate = self._later / self._later_seconds if self._later_seconds else self.tokens / max(self.seconds, 1e-9)
         first = "" if self._first is None else f", the first after {self._first:.2f} s"
         tokens = f"{self.tokens:,} token{'' if self.tokens == 1 else 's'}"
-        return f"generated {tokens} in {self.seconds:.2f} s{first}: {rate:,.1f} tokens/s"
+        guesses = f"; {self._right:,} of {self._guessed:,} guesses were right" if self._guessed else ""
+        return f"generated {tokens} in {self.seconds:.2f} s{first}: {rate:,.1f} tokens/s{guesses}"
 
     @property
     def _is_recording(self) -> bool:

@@ -52,6 +52,8 @@ _GENERATE = _MODEL | {
     "--prompt": "--text --input -p",
     "--prompt-file": "--file --input-file -f",
     "--num-beams": "--beams --beam-size",
+    "--speculate": "--num-speculative-tokens --prompt-lookup-num-tokens --draft-max --speculative",
+    "--draft": "--draft-model --model-draft --assistant-model --speculative-model",
     "--repetition-penalty": "--repeat-penalty",
     "--stop": "--stop-string --stop-sequence",
 }

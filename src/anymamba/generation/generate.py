@@ -20,6 +20,7 @@ from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
 from anymamba.generation.sampling import RowDraws, SamplingConfig, Seed, sample
+from anymamba.generation.speculation import Speculation, SpeculationReport, Speculator
 from anymamba.generation.stepping import Stepper
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel, LanguageModelState
@@ -47,6 +48,8 @@ class GenerationOptions(TypedDict, total=False):
     """The state to continue from, one row per prompt; prompts may then be empty. Defaults to the beginning."""
     prefill_chunk: int
     """Tokens of each prompt to read at once; memory grows with it, the result does not change."""
+    speculation: Speculation | None
+    """Guess tokens and read several at once; the result does not change. It serves one prompt. Defaults to none."""
 
 
 class Step(NamedTuple):
@@ -93,12 +96,14 @@ class TokenStream(Iterator[Step]):
         seed: Seed = 0,
         state: GenerationState | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        speculation: Speculation | None = None,
     ) -> None:
         require_at_least("max_new_tokens", max_new_tokens, 0)
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer to turn tokens into text; got tokenizer=None")
         self._model, self._max_new_tokens = model, max_new_tokens
         self._step = Stepper(model)
+        self._speculator: Speculator | None = None
         self._sampling = sampling or SamplingConfig()
         self._eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         rows = prompt_rows(prompts)
@@ -114,6 +119,10 @@ class TokenStream(Iterator[Step]):
         """Number of prompts."""
         self.n_prompt_tokens = sum(map(len, rows))
         """Number of tokens in all prompts."""
+        if speculation is not None:
+            speculation.check(model)
+            if len(rows) == 1:
+                self._speculator = Speculator(self._step, model, speculation, rows[0], self._guess)
         with torch.inference_mode():
             read = prefill(model, rows, self._eos_id, state, prefill_chunk)
             nothing = torch.zeros(len(rows), dtype=torch.int64, device=read.logits.device)
@@ -134,12 +143,18 @@ class TokenStream(Iterator[Step]):
         return step
 
     @property
+    def speculation(self) -> SpeculationReport | None:
+        """What speculation has done so far; None if there is none, as for several prompts."""
+        return None if self._speculator is None else self._speculator.report
+
+    @property
     def state(self) -> GenerationState:
         """The state after the prompts and all tokens generated so far, with rows in the order of the prompts.
 
         The state of a row that has ended is that at its end, including the end-of-sequence token or the stop string.
         """
         with torch.inference_mode():
+            self._settle()
             parts = [part for part in (*self._ended, (self._rows, self._running)) if part[0]]
             rows = torch.tensor([row for part, _ in parts for row in part])
             together = concatenate_rows([running for _, running in parts])
@@ -156,7 +171,8 @@ class TokenStream(Iterator[Step]):
         if self._logits is not None:
             logits, self._logits = self._logits, None
         else:
-            logits, model_state = self._step(self._running.last, self._running.model, reuse_state=True)
+            step = self._speculator or self._step
+            logits, model_state = step(self._running.last, self._running.model, reuse_state=True)
             self._running = self._running._replace(model=model_state)
         return logits[:, : self._n_ids].float()
 
@@ -165,6 +181,17 @@ class TokenStream(Iterator[Step]):
         draws = None if self._sampling.is_greedy else self._draws.next(self._rows)
         ids = sample(logits, self._sampling, draws, self._running.seen[:, : self._n_ids])
         return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    def _guess(self, logits: Float[Tensor, "one padded_vocab"], ahead: int) -> int:
+        """The id that a draft model's logits give for a later token of the only row, with its own random number."""
+        draws = None if self._sampling.is_greedy else self._draws.peek(0, ahead)
+        seen = self._running.seen[:, : self._n_ids].to(logits.device)
+        return int(sample(logits[:, : self._n_ids].float(), self._sampling, draws, seen))
+
+    def _settle(self) -> None:
+        """Bring the state to the last token that was read, where speculation has read ahead of it."""
+        if self._speculator is not None:
+            self._running = self._running._replace(model=self._speculator.settle(self._running.model))
 
     def _report(self, ids: list[int], log_probabilities: list[float]) -> Step:
         if not all(map(math.isfinite, log_probabilities)):
@@ -196,6 +223,7 @@ class TokenStream(Iterator[Step]):
         """Remove rows from the computation, by their indices among the running ones."""
         if not places:
             return
+        self._settle()
         gone = set(places)
         kept = [i for i in range(len(self._rows)) if i not in gone]
         self._ended.append(([self._rows[i] for i in places], self._select(places)))

@@ -11,6 +11,7 @@ probability as the last one it keeps, so that the result does not depend on how 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,10 +94,21 @@ class RowDraws:
             if not 0 <= number < 1 << 64:
                 raise ValueError(f"a seed must lie between 0 and 2**64 - 1, got {number}")
         self._streams = [np.random.Generator(np.random.Philox(key=np.array(key, np.uint64))) for key in keys]
+        self._ahead: list[deque[float]] = [deque() for _ in keys]  # numbers that were looked at
 
     def next(self, rows: Sequence[int]) -> Float[Tensor, " rows"]:
         """The next random number in [0, 1) for each of these rows."""
-        return torch.tensor([self._streams[row].random() for row in rows], dtype=torch.float64)
+        return torch.tensor([self._next(row) for row in rows], dtype=torch.float64)
+
+    def peek(self, row: int, ahead: int) -> Float[Tensor, " one"]:
+        """The number that the row will get after `ahead` others."""
+        numbers = self._ahead[row]
+        while len(numbers) <= ahead:
+            numbers.append(self._streams[row].random())
+        return torch.tensor([numbers[ahead]], dtype=torch.float64)
+
+    def _next(self, row: int) -> float:
+        return self._ahead[row].popleft() if self._ahead[row] else self._streams[row].random()
 
 
 def sample(

@@ -24,6 +24,11 @@ class Stepper:
         native = NativeStep.of(model) if type(model) is LanguageModel else None
         self._native = native if isinstance(native, NativeStep) else None
 
+    @property
+    def native(self) -> NativeStep | None:
+        """The compiled step of the whole model, if calls go through it."""
+        return self._model.native_step if isinstance(self._model, InferenceModel) else self._native
+
     def __call__(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
     ) -> LanguageModelOutput:

@@ -106,7 +106,7 @@ class InferenceModel(LanguageModel):
             state: one row per sequence.
             reuse_state: the caller does not use the given state again, so its memory may hold the new one.
         """
-        native = None if self.invariant else self._native_step()
+        native = self.native_step
         if native is None or not native.serves(token_ids, state):
             return super().step(token_ids, state)
         return native.step(token_ids, state, reuse=reuse_state)
@@ -128,6 +128,11 @@ class InferenceModel(LanguageModel):
         default = "" if native is not None else reasons.get(WHOLE, "another block is not")
         names = enumerate(self.config.layer_mixers)
         return [BlockReport(name, native is not None, reasons.get(index, default)) for index, name in names]
+
+    @property
+    def native_step(self) -> NativeStep | None:
+        """The compiled call that steps go through; None if they run block by block."""
+        return None if self.invariant else self._native_step()
 
     def _native_step(self) -> NativeStep | None:
         if self._native is None:

@@ -1,0 +1,185 @@
+"""Speculation: the next tokens are guessed, and the model reads several guesses in one pass.
+
+Tokens are chosen one by one from the model's own logits, with the same random numbers as without speculation. A guess
+only decides whether the logits of the next token have been computed already. So the text is the same as without it: bit
+for bit where a pass computes the bits of single steps, as the compiled step of whole models does, and up to rounding
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anymamba.base.sizes import require_at_least
+from anymamba.generation.speculation.drafts import Choose, Drafter, LookupDrafter, ModelDrafter
+from anymamba.generation.speculation.pacing import Pacing
+from anymamba.generation.stepping import Stepper
+from anymamba.models.inference.native_reading import Verifier
+from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How to guess tokens. Guessing stops by itself while it does not pay."""
+
+    n_tokens: int = 8
+    """Most tokens to guess at once."""
+    draft: LanguageModel | None = None
+    """A smaller model with the same vocabulary that guesses; defaults to looking up what followed the same tokens
+    earlier in the text."""
+
+    def __post_init__(self) -> None:
+        require_at_least("n_tokens", self.n_tokens, 1)
+
+    def check(self, model: LanguageModel) -> None:
+        """Raise ValueError if the draft model has another vocabulary than the model."""
+        if self.draft is None:
+            return
+        ours, theirs = model.config.vocab_size, self.draft.config.vocab_size
+        if ours != theirs:
+            raise ValueError(
+                f"the draft model must have the model's vocabulary of {ours} ids, got {theirs}; take a model with the "
+                "same tokenizer, or leave out draft"
+            )
+
+
+class SpeculationReport(NamedTuple):
+    """What speculation did."""
+
+    n_passes: int
+    """Passes that read guesses."""
+    n_guessed: int
+    """Tokens guessed in them."""
+    n_right: int
+    """How many of those were right: each of them saved a step."""
+
+
+class Verification(Protocol):
+    """Reads several tokens in one pass, and gives the state after some of them."""
+
+    def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
+        """Logits after each token of one row."""
+
+    def accept(self, n_tokens: int) -> LanguageModelState:
+        """The state after the first n_tokens of them."""
+
+
+class ForwardVerification:
+    """Verification by the model's forward pass, for models without a compiled step."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model, self._device = model, next(model.parameters()).device
+
+    def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
+        """Logits after each token."""
+        self._ids, self._before = torch.tensor([token_ids], device=self._device), state
+        logits, self._after = self._model(self._ids, state)
+        return logits[0]
+
+    def accept(self, n_tokens: int) -> LanguageModelState:
+        """The state after the first n_tokens, which are read again unless all are accepted."""
+        if n_tokens == self._ids.shape[1]:
+            return self._after
+        return self._model(self._ids[:, :n_tokens], self._before, num_last_logits=0).state
+
+
+class Speculator:
+    """Steps one row as `Stepper` does, and reads guesses ahead. A step whose token was guessed costs nothing.
+
+    While guesses are ahead, the state that a call returns is that before them; `settle` gives the one after the tokens
+    that were stepped over.
+
+    Args:
+        stepper: of the model.
+        model: a language model.
+        speculation: the options, which fit the model.
+        ids: the text so far.
+        choose: how a draft model chooses tokens.
+    """
+
+    def __init__(
+        self, stepper: Stepper, model: LanguageModel, speculation: Speculation, ids: Sequence[int], choose: Choose
+    ) -> None:
+        self._step, self._most = stepper, speculation.n_tokens
+        self._drafter: Drafter
+        if speculation.draft is None:
+            self._drafter = LookupDrafter(ids)
+        else:
+            self._drafter = ModelDrafter(speculation.draft, ids, choose)
+        self.pacing = Pacing(self._most)
+        self._forward = ForwardVerification(model)
+        self._native: Verifier | None = None
+        self._reading: Verification | None = None  # with guesses ahead
+        self._ahead: deque[tuple[int, Tensor]] = deque()  # guesses, and the logits after each
+        self._n_read = self._n_guessed = (
+            0  # of this pass: tokens that turned out right, the first included; and guesses
+        )
+        self._seconds = 0.0
+        self._counts = [0, 0, 0]
+
+    @property
+    def report(self) -> SpeculationReport:
+        """What was done so far."""
+        return SpeculationReport(*self._counts)
+
+    def __call__(
+        self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
+    ) -> LanguageModelOutput:
+        """`Stepper.__call__` of one row, whose state is used again: reuse_state is true."""
+        assert reuse_state
+        token = int(token_ids)
+        self._drafter.push(token)
+        if self._ahead and self._ahead[0][0] == token:
+            self._n_read += 1
+            self._counts[2] += 1
+            return LanguageModelOutput(self._ahead.popleft()[1], state)
+        state = self.settle(state)
+        start = time.perf_counter()
+        n_guesses = self.pacing.best(self._drafter.chances(self._most))
+        if n_guesses:
+            logits = self._read_ahead(token, self._drafter.draft(n_guesses), token_ids, state)
+            self._seconds = time.perf_counter() - start
+            return LanguageModelOutput(logits, state)
+        output = self._step(token_ids, state, reuse_state=True)
+        self.pacing.add_step(time.perf_counter() - start)
+        return output
+
+    def settle(self, state: LanguageModelState) -> LanguageModelState:
+        """The state after the tokens stepped over, in place of the one returned last. Drops guesses that are left."""
+        if self._reading is None:
+            return state
+        start = time.perf_counter()
+        state = self._reading.accept(self._n_read)
+        self._seconds += time.perf_counter() - start
+        self.pacing.add_pass(self._n_guessed, self._seconds)
+        self._drafter.judge(self._n_guessed, self._n_read - 1)
+        self._reading = None
+        self._ahead.clear()
+        return state
+
+    def _read_ahead(
+        self, token: int, guesses: list[int], token_ids: Int[Tensor, " batch"], state: LanguageModelState
+    ) -> Float[Tensor, "one padded_vocab"]:
+        self._reading = self._verification(token_ids, state)
+        logits = self._reading.read([token, *guesses], state)
+        self._ahead.extend((guess, logits[i : i + 1]) for i, guess in enumerate(guesses, 1))
+        self._n_read, self._n_guessed = 1, len(guesses)
+        self._counts[0] += 1
+        self._counts[1] += len(guesses)
+        return logits[:1]
+
+    def _verification(self, token_ids: Int[Tensor, " batch"], state: LanguageModelState) -> Verification:
+        native = self._step.native
+        if native is None or not native.serves(token_ids, state):
+            return self._forward
+        if self._native is None:
+            self._native = Verifier(native, self._most + 1)
+        return self._native
