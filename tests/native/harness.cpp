@@ -107,6 +107,7 @@ struct Kernels {
     void (*unpack_row)(const Packed&, int64_t, float*);
     void (*pack_weights)(const Packed&, const float*, int);
     void (*stack_step)(anymamba::Stack&, const anymamba::StackStep&);
+    void (*stack_replay)(const anymamba::Stack&, const anymamba::StackReplay&);
 };
 
 const DType DTYPES[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
@@ -341,7 +342,7 @@ void steps(const Kernels& kernels) {
             states.push_back({static_cast<float*>(from[i].data()), static_cast<float*>(from[i + 1].data()),
                               static_cast<float*>(to[i].data()), static_cast<float*>(to[i + 1].data())});
         kernels.stack_step(model.stack,
-                           {ids.data(), rows, threads, states.data(), static_cast<float*>(logits.data())});
+                           {ids.data(), rows, 1, threads, states.data(), static_cast<float*>(logits.data())});
     };
     Tensor one(DType::float32, rows * n_logits), three = one;
     run(before, after, 1, one);
@@ -350,10 +351,49 @@ void steps(const Kernels& kernels) {
     for (size_t i = 0; i < before.size(); i++) failures += before[i].bytes != after[i].bytes;
 }
 
+// A text read at once gives the bits of single steps, and so does the state that a replay brings back.
+void reads(const Kernels& kernels) {
+    Model model;
+    const int64_t length = pick(1, 9) < 9 ? pick(1, 5) : pick(60, 70), n_logits = model.stack.head.n_out;
+    const int64_t count = pick(0, int(length));
+    std::vector<int64_t> ids(length);
+    for (int64_t& id : ids) id = pick(0, int(n_logits) - 1);
+    std::vector<Tensor> before, stepped, read, replayed, kept;
+    for (const anymamba::Layer& layer : model.stack.layers) {
+        before.push_back(filled(DType::float32, (layer.d_conv - 1) * layer.d_inner));
+        before.push_back(filled(DType::float32, layer.d_inner * layer.d_state));
+        kept.push_back(filled(DType::float32, length * anymamba::KeptInputs::size(layer)));
+    }
+    stepped = read = replayed = before;
+    const auto floats = [](Tensor& tensor) { return static_cast<float*>(tensor.data()); };
+    const auto states = [&](std::vector<Tensor>& from, std::vector<Tensor>& to, bool keep) {
+        std::vector<anymamba::LayerState> found;
+        for (size_t i = 0; i < from.size(); i += 2)
+            found.push_back({floats(from[i]), floats(from[i + 1]), floats(to[i]), floats(to[i + 1]),
+                             keep ? floats(kept[i / 2]) : nullptr});
+        return found;
+    };
+    Tensor whole(DType::float32, length * n_logits), single = whole, one(DType::float32, n_logits);
+    const auto reading = states(before, read, true);
+    kernels.stack_step(model.stack, {ids.data(), length, length, 3, reading.data(), floats(whole), length});
+    const auto replaying = states(before, replayed, true);
+    kernels.stack_replay(model.stack, {&count, 1, length, 3, replaying.data()});
+    std::vector<Tensor> wanted = before;
+    const auto stepping = states(stepped, stepped, false);
+    for (int64_t t = 0; t < length; t++) {
+        kernels.stack_step(model.stack, {&ids[t], 1, 1, 1, stepping.data(), floats(one)});
+        std::copy_n(floats(one), n_logits, floats(single) + t * n_logits);
+        if (t + 1 == count) wanted = stepped;
+    }
+    failures += whole.bytes != single.bytes;
+    for (size_t i = 0; i < before.size(); i++)
+        failures += (read[i].bytes != stepped[i].bytes) + (replayed[i].bytes != wanted[i].bytes);
+}
+
 #define KERNELS(ISA)                                                                               \
     {#ISA, anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward, \
      anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, anymamba::ISA::unpack_row,        \
-     anymamba::ISA::pack_weights, anymamba::ISA::stack_step}
+     anymamba::ISA::pack_weights, anymamba::ISA::stack_step, anymamba::ISA::stack_replay}
 
 }  // namespace
 
@@ -366,7 +406,7 @@ int main(int argc, char** argv) {
 #endif
     for (const Kernels& kernels : all)
         for (int i = 0; i < rounds; i++) {
-            scan(kernels), conv(kernels), products(kernels), steps(kernels);
+            scan(kernels), conv(kernels), products(kernels), steps(kernels), reads(kernels);
             anymamba::use_dot_products = i % 2 && anymamba::has_dot_products();
         }
     std::printf("%zu instruction sets, %d rounds each, %d wrong values\n", all.size(), rounds, failures);
