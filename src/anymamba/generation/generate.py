@@ -122,7 +122,7 @@ class TokenStream(Iterator[Step]):
         if speculation is not None:
             speculation.check(model)
             if len(rows) == 1:
-                self._speculator = Speculator(self._step, model, speculation, rows[0], self._guess)
+                self._speculator = Speculator(self._step, model, speculation, rows[0].tolist(), self._guess)
         with torch.inference_mode():
             read = prefill(model, rows, self._eos_id, state, prefill_chunk)
             nothing = torch.zeros(len(rows), dtype=torch.int64, device=read.logits.device)
