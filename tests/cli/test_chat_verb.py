@@ -349,7 +349,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_conversation(folder, interruptible):
     command = [sys.executable, "-m", "anymamba", "chat", "--model", str(folder), "--threads", "1"]
     with interruptible():
         process = subprocess.Popen(
-            [*command, "--max-new-tokens", "1000000000"],
+            [*command, "--max-new-tokens", "1000000000", "--temperature", "0"],  # a draw may soon end the reply
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anymamba.models.checkpoints import Checkpoint, open_checkpoint, save_weights
 from anymamba.models.config import ModelConfig
 from anymamba.models.inference.invariance import obstacle
 from anymamba.models.inference.native_step import WHOLE, NativeStep
@@ -29,6 +28,7 @@ from anymamba.parts.packed import PackedEmbedding, PackedLinear, pack_modules
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
+    from anymamba.models.checkpoints import Checkpoint
 
 
 class BlockReport(NamedTuple):
@@ -202,6 +202,8 @@ class InferenceModel(LanguageModel):
             invariant: as in `InferenceModel`.
         Raises as `LanguageModel.from_pretrained` does.
         """
+        from anymamba.models.checkpoints import Checkpoint, open_checkpoint
+
         if not isinstance(path, Checkpoint):
             path = open_checkpoint(path, revision, verify=verify, adapter=adapter)
         return cls(*packed_checkpoint(path, weights, device), invariant=invariant)
@@ -222,6 +224,8 @@ class InferenceModel(LanguageModel):
                 do not know weights in blocks: a folder with them has our own model type.
         Raises CheckpointError if the format cannot hold the model.
         """
+        from anymamba.models.checkpoints import save_weights
+
         others: dict[str, Tensor] = dict(self.named_parameters())
         weights = PackedModelWeights(PackedParts(self.config, self.packed_weights(), others))
         save_weights(weights, path, tokenizer, format=format, formats=weights.formats)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anymamba.models.checkpoints import Checkpoint, StoredTensor, stored_formats
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.weight_formats import format_table
 from anymamba.ops.packed_linear import PackedWeight, pack, unpack
+
+if TYPE_CHECKING:
+    from anymamba.models.checkpoints import Checkpoint
 
 
 class PackedParts(NamedTuple):
@@ -51,6 +53,8 @@ def packed_checkpoint(
         weights: as in `format_table`; defaults to the formats in the file.
         device: where the weights go; defaults to the CPU.
     """
+    from anymamba.models.checkpoints import stored_formats  # the readers of files take a while to import
+
     formats = stored_formats(checkpoint) if weights is None else format_table(checkpoint.config, weights)
     matrices = {}
     for name, format in formats.items():
@@ -95,6 +99,8 @@ class PackedModelWeights:
     """The weights of a model for inference, to be written; see `checkpoints.weights.Weights`."""
 
     def __init__(self, parts: PackedParts) -> None:
+        from anymamba.models.checkpoints import StoredTensor
+
         self.config, self._packed, self._others = parts
         self.formats = {name: weight.format for name, weight in self._packed.items()}
         shapes = LanguageModel(self.config, device="meta").named_parameters()
