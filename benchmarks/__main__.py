@@ -13,6 +13,7 @@ from pathlib import Path
 
 BENCHMARKS = {
     "cpu_kernels": "The compiled kernels against the machine",
+    "products": "Products of packed weights",
     "scan_length": "Time and memory of the scan against the length",
     "backbone_vs_products": "The 130m backbone against its own matrix products",
     "backbone_vs_transformers": "The 130m backbone against transformers",

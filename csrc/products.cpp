@@ -11,26 +11,62 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
+ANYMAMBA_INLINE int32_t sum_lanes(vint v) {
+    int32_t lanes[LANES<float>];
+    std::memcpy(lanes, &v, sizeof v);
+    return sum_of_lanes<int32_t, LANES<float>>(lanes);
+}
+
+ANYMAMBA_INLINE int32_t largest_lane(vint v) {
+#if defined(__AVX512F__)
+    const __m512i all = (__m512i)v;
+    const __m256i eight = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_maskz_extracti64x4_epi64(0xf, all, 1));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+#else
+    int32_t lanes[LANES<float>], largest = 0;
+    std::memcpy(lanes, &v, sizeof v);
+    for (int32_t lane : lanes) largest = std::max(largest, lane);
+    return largest;
+#endif
+}
+
+ANYMAMBA_INLINE void store_bytes(int8_t* to, vint v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
+#else
+    for (int i = 0; i < LANES<float>; i++) to[i] = int8_t(v[i]);
+#endif
+}
+
 // 32 activations as whole numbers from -127 to 127, rounded to nearest. Blocks below 2^-100 count as zeros.
-void pack_block(const float* x, ActivationBlock& block) {
-    int32_t bits[32], largest = 0;
-    std::memcpy(bits, x, sizeof bits);
-    for (int i = 0; i < 32; i++) largest = std::max(largest, bits[i] & INT32_MAX);
-    float size;
-    std::memcpy(&size, &largest, 4);
-    block = {};
-    if (largest >= 0x7f800000) block.scale = block.scaled_sum = std::nanf("");
-    if (largest >= 0x7f800000 || size < 7.8886090522101181e-31f) return;
-    const float inverse = 127 / size, magic = 12582912.0f;  // adding 1.5 2^23 rounds to a whole number
-    int32_t q[32], magic_bits;
-    std::memcpy(&magic_bits, &magic, 4);
-    for (int i = 0; i < 32; i++) {
-        const float rounded = x[i] * inverse + magic;
-        std::memcpy(&q[i], &rounded, 4);
+void pack_block(const float* from, ActivationBlock& block) {
+    constexpr int L = LANES<float>, V = 32 / L;
+    vfloat x[V];
+    vint largest{};
+    for (int i = 0; i < V; i++) {
+        x[i] = load<float>(from + L * i);
+        const vint size = (vint)x[i] & INT32_MAX;
+        largest = size > largest ? size : largest;
     }
-    int32_t first = 0, last = 0;
-    for (int i = 0; i < 32; i++) q[i] -= magic_bits, block.q[i] = int8_t(q[i]);
-    for (int i = 0; i < 16; i++) first += q[i], last += q[16 + i];
+    const int32_t bits = largest_lane(largest);
+    float size;
+    std::memcpy(&size, &bits, 4);
+    if (bits >= 0x7f800000 || size < 7.8886090522101181e-31f) {
+        block = {};
+        if (bits >= 0x7f800000) block.scale = block.scaled_sum = std::nanf("");
+        return;
+    }
+    const vfloat magic = broadcast(12582912.0f);  // adding 1.5 2^23 rounds to a whole number
+    const float inverse = 127 / size;
+    vint halves[2] = {};
+    for (int i = 0; i < V; i++) {
+        const vint q = (vint)(x[i] * inverse + magic) - (vint)magic;
+        store_bytes(block.q + L * i, q);
+        halves[2 * i / V] += q;
+    }
+    const int32_t first = sum_lanes(halves[0]), last = sum_lanes(halves[1]);
     block.scale = size / 127;
     block.scaled_sum = block.scale * float(first + last);
     block.minus_8 = -8 * (first + last), block.minus_128 = -128 * (first + last);

@@ -77,7 +77,7 @@ ANYMAMBA_INLINE vint broadcast_word(vint words, const ActivationBlock& block, in
 
 // Adds n stored blocks of one row, without keeping them. The order of the sum is that of `add_blocks`.
 template <Format F>
-ANYMAMBA_INLINE vfloat add_to_one_row(vfloat y, PanelRows& rows, int n, const ActivationBlock* x, const uint8_t* next) {
+ANYMAMBA_INLINE vfloat add_to_one_row(vfloat y, const PanelRows& rows, int n, const ActivationBlock* x, const uint8_t* next) {
     using L = Layout<F>;
     constexpr int SCALE = 8, MINUS_8 = 10, MINUS_128 = 11, MINUS_32 = 12;  // words of a block
     static_assert(offsetof(ActivationBlock, scale) == 4 * SCALE && offsetof(ActivationBlock, minus_32) == 4 * MINUS_32);
@@ -111,105 +111,156 @@ ANYMAMBA_INLINE vfloat add_to_one_row(vfloat y, PanelRows& rows, int n, const Ac
     return y;
 }
 
-// Adds n_blocks of a panel to the sums of R rows. `x` are the rows' blocks, x_stride blocks apart.
-template <Format F, int R>
-ANYMAMBA_INLINE void add_blocks(const Panel& panel, int n_blocks, const ActivationBlock* x, int64_t x_stride,
-                                vfloat* sums) {
+constexpr int64_t MOST_ROWS = 256;            // whose sums are kept at once
+constexpr bool WIDE = LANES<float> == 16;     // and twice as many registers
+constexpr int MOST_PANELS = WIDE ? 2 : 1;     // multiplied at once
+constexpr int ROWS_AT_ONCE = WIDE ? 8 : 4;    // with one panel
+constexpr int ROWS_WITH_TWO = 6;
+
+// Adds n_blocks of P panels to their sums of R rows. `x` are the rows' blocks, x_stride blocks apart. A word of the
+// activations is read once for all panels.
+template <Format F, int P, int R>
+ANYMAMBA_INLINE void add_blocks(const Panel* panels, int n_blocks, const ActivationBlock* x, int64_t x_stride,
+                                vfloat (*sums)[MOST_ROWS]) {
     using L = Layout<F>;
-    vfloat y[R];
+    constexpr int PARTS = L::HALVES ? 2 : 1, VECTORS = 8 / PARTS;
+    vfloat y[P][R];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) y[r] = sums[r];
+        for (int r = 0; r < R; r++) y[p][r] = sums[p][r];
     for (int b = 0; b < n_blocks; b++) {
-        constexpr int PARTS = L::HALVES ? 2 : 1, VECTORS = 8 / PARTS;
 #pragma GCC unroll 2
         for (int part = 0; part < PARTS; part++) {
-            vint sum[R];
+            vint sum[P][R];
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 const ActivationBlock& a = x[r * x_stride + b];
-                if (L::ZERO == 8) sum[r] = broadcast_int(&a.minus_8);
-                if (L::ZERO == 32) sum[r] = broadcast_int(&a.minus_32[part]);
-                if (L::ZERO == 128) sum[r] = broadcast_int(&a.minus_128);
-                if (L::ZERO == 0) sum[r] = vint{};
+                vint first{};
+                if (L::ZERO == 8) first = broadcast_int(&a.minus_8);
+                if (L::ZERO == 32) first = broadcast_int(&a.minus_32[part]);
+                if (L::ZERO == 128) first = broadcast_int(&a.minus_128);
+#pragma GCC unroll 2
+                for (int p = 0; p < P; p++) sum[p][r] = first;
             }
 #pragma GCC unroll 8
             for (int j = part * VECTORS; j < (part + 1) * VECTORS; j++) {
-                const vint w = panel.q[b][j];
+                vint w[P];
+#pragma GCC unroll 2
+                for (int p = 0; p < P; p++) w[p] = panels[p].q[b][j];
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++)
-                    sum[r] = dot4<L::SIGNED>(sum[r], w, broadcast_int(x[r * x_stride + b].q + 4 * j));
+                for (int r = 0; r < R; r++) {
+                    const vint word = broadcast_int(x[r * x_stride + b].q + 4 * j);
+#pragma GCC unroll 2
+                    for (int p = 0; p < P; p++) sum[p][r] = dot4<L::SIGNED>(sum[p][r], w[p], word);
+                }
             }
-            const vfloat scale = panel.scale[b][part];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                const vfloat scales = scale * x[r * x_stride + b].scale;
-                y[r] = multiply_add(to_float(sum[r]), scales, y[r]);
-            }
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+                for (int p = 0; p < P; p++) {
+                    const vfloat scale = panels[p].scale[b][part] * x[r * x_stride + b].scale;
+                    y[p][r] = multiply_add(to_float(sum[p][r]), scale, y[p][r]);
+                }
         }
         if (L::MINIMA)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
-                y[r] = multiply_add(-panel.minimum[b], broadcast(x[r * x_stride + b].scaled_sum), y[r]);
+#pragma GCC unroll 2
+                for (int p = 0; p < P; p++)
+                    y[p][r] = multiply_add(-panels[p].minimum[b], broadcast(x[r * x_stride + b].scaled_sum), y[p][r]);
     }
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) sums[r] = y[r];
+        for (int r = 0; r < R; r++) sums[p][r] = y[p][r];
 }
 
-constexpr int ROWS_AT_ONCE = LANES<float> == 16 ? 8 : 4;
-
-template <Format F>
-void add_blocks(const Panel& panel, int n_blocks, const ActivationBlock* x, int64_t x_stride, int64_t rows,
-                vfloat* sums) {
+template <Format F, int P>
+void add_blocks(const Panel* panels, int n_blocks, const ActivationBlock* x, int64_t x_stride, int64_t rows,
+                vfloat (*sums)[MOST_ROWS]) {
+    constexpr int MOST = P == 1 ? ROWS_AT_ONCE : ROWS_WITH_TWO;
+    const auto at = [&](int64_t r) { return reinterpret_cast<vfloat(*)[MOST_ROWS]>(&sums[0][r]); };
     int64_t r = 0;
-    for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE)
-        add_blocks<F, ROWS_AT_ONCE>(panel, n_blocks, x + r * x_stride, x_stride, sums + r);
-    if (ROWS_AT_ONCE > 4 && r + 4 <= rows) add_blocks<F, 4>(panel, n_blocks, x + r * x_stride, x_stride, sums + r), r += 4;
-    if (r + 2 <= rows) add_blocks<F, 2>(panel, n_blocks, x + r * x_stride, x_stride, sums + r), r += 2;
-    if (r < rows) add_blocks<F, 1>(panel, n_blocks, x + r * x_stride, x_stride, sums + r);
+    for (; r + MOST <= rows; r += MOST) add_blocks<F, P, MOST>(panels, n_blocks, x + r * x_stride, x_stride, at(r));
+    if (MOST > 4 && r + 4 <= rows) add_blocks<F, P, 4>(panels, n_blocks, x + r * x_stride, x_stride, at(r)), r += 4;
+    if (r + 2 <= rows) add_blocks<F, P, 2>(panels, n_blocks, x + r * x_stride, x_stride, at(r)), r += 2;
+    if (r < rows) add_blocks<F, P, 1>(panels, n_blocks, x + r * x_stride, x_stride, at(r));
 }
 
-constexpr int64_t MOST_ROWS = 256;  // whose sums are kept at once
-
-// y of at most MOST_ROWS rows. Panels at the end overlap: a lane is stored once. The matrix has at least OUTPUTS rows.
-// Prefetches go beyond `end`: some thread takes the outputs after it next.
+// Products of at most MOST_ROWS rows. The matrix has at least OUTPUTS rows.
 template <Format F>
-void some_rows(const Packed& w, const ActivationBlock* x, int64_t rows, float* y, int64_t y_stride, int64_t begin,
-               int64_t end) {
+class BlockProduct {
+  public:
+    BlockProduct(const Packed& w, const ActivationBlock* x, int64_t rows, float* y, int64_t y_stride)
+        : w(w), x(x), rows(rows), y(y), y_stride(y_stride), n_stored(w.n_in / 32 / L::BLOCKS),
+          x_stride(w.n_in / 32), panels_ahead(1 + PREFETCH_DISTANCE / (OUTPUTS * w.row_bytes)) {}
+
+    void outputs(int64_t o, int64_t end) {
+        if constexpr (MOST_PANELS == 2)
+            for (; rows > ROWS_AT_ONCE && o + 2 * OUTPUTS <= end; o += 2 * OUTPUTS) some_outputs<2>(o, end);
+        for (; o < end; o += OUTPUTS) some_outputs<1>(o, end);
+    }
+
+  private:
     using L = Layout<F>;
-    const auto* data = static_cast<const uint8_t*>(w.data);
-    const int64_t n_stored = w.n_in / 32 / L::BLOCKS, x_stride = n_stored * L::BLOCKS;
-    constexpr int STORED = PANEL_BLOCKS / L::BLOCKS;
-    const int64_t panels_ahead = 1 + PREFETCH_DISTANCE / (OUTPUTS * w.row_bytes);
-    Panel panel;
-    vfloat sums[MOST_ROWS];
-    for (int64_t o = begin; o < end; o += OUTPUTS) {
-        const int64_t first = std::min(o, w.n_out - OUTPUTS);
-        PanelRows from(data + first * w.row_bytes, w.row_bytes);
-        const int64_t later = first + OUTPUTS * panels_ahead;
-        const uint8_t* next = later + OUTPUTS <= w.n_out ? data + later * w.row_bytes : nullptr;
-        std::fill_n(sums, rows, vfloat{});
+    static constexpr int STORED = PANEL_BLOCKS / L::BLOCKS;
+    const Packed& w;
+    const ActivationBlock* const x;
+    const int64_t rows;
+    float* const y;
+    const int64_t y_stride, n_stored, x_stride, panels_ahead;
+    Panel panels[MOST_PANELS];
+    vfloat sums[MOST_PANELS][MOST_ROWS];
+
+    // Panels at the end overlap: a lane is stored once.
+    int64_t first_output(int64_t o) const { return std::min(o, w.n_out - OUTPUTS); }
+
+    const uint8_t* data(int64_t o, int64_t stored) const {
+        return static_cast<const uint8_t*>(w.data) + o * w.row_bytes + stored * L::BYTES;
+    }
+
+    // Where memory is prefetched while a block is read. It may be beyond the caller's outputs: some thread takes those
+    // after them next.
+    const uint8_t* ahead(int64_t o, int64_t stored) const {
+        const int64_t later = first_output(o) + OUTPUTS * panels_ahead;
+        return later + OUTPUTS <= w.n_out ? data(later, 0) + stored * L::BYTES * OUTPUTS : nullptr;
+    }
+
+    template <int P>
+    void some_outputs(int64_t o, int64_t end) {
+        for (int p = 0; p < P; p++) std::fill_n(sums[p], rows, vfloat{});
         for (int64_t s = 0; s < n_stored; s += STORED) {
             const int n = int(std::min<int64_t>(STORED, n_stored - s));
-            const uint8_t* ahead = next ? next + s * L::BYTES * OUTPUTS : nullptr;
-            if (rows == 1) {
-                sums[0] = add_to_one_row<F>(sums[0], from, n, x + s * L::BLOCKS, ahead);
+            const ActivationBlock* const blocks = x + s * L::BLOCKS;
+            if (P == 1 && rows == 1) {
+                const PanelRows from(data(first_output(o), s), w.row_bytes);
+                sums[0][0] = add_to_one_row<F>(sums[0][0], from, n, blocks, ahead(o, s));
                 continue;
             }
-            const auto keep = [&](int b, const vint* q, const vfloat* scale, vfloat minimum) ANYMAMBA_INLINE_LAMBDA {
-                for (int j = 0; j < 8; j++) panel.q[b][j] = q[j];
-                panel.scale[b][0] = scale[0];
-                if (L::HALVES) panel.scale[b][1] = scale[1];
-                if (L::MINIMA) panel.minimum[b] = minimum;
-            };
-            unpack<F>(from, n, ahead, keep, [](int) {});
-            add_blocks<F>(panel, n * L::BLOCKS, x + s * L::BLOCKS, x_stride, rows, sums);
+            for (int p = 0; p < P; p++) unpack_panel(o + p * OUTPUTS, s, n, panels[p]);
+            add_blocks<F, P>(panels, n * L::BLOCKS, blocks, x_stride, rows, sums);
         }
-        const int64_t count = std::min<int64_t>(OUTPUTS, end - o);
+        for (int p = 0; p < P; p++) store_sums(o + p * OUTPUTS, end, sums[p]);
+    }
+
+    void unpack_panel(int64_t o, int64_t stored, int n, Panel& panel) const {
+        const auto keep = [&](int b, const vint* q, const vfloat* scale, vfloat minimum) ANYMAMBA_INLINE_LAMBDA {
+            for (int j = 0; j < 8; j++) panel.q[b][j] = q[j];
+            panel.scale[b][0] = scale[0];
+            if (L::HALVES) panel.scale[b][1] = scale[1];
+            if (L::MINIMA) panel.minimum[b] = minimum;
+        };
+        unpack<F>(PanelRows(data(first_output(o), stored), w.row_bytes), n, ahead(o, stored), keep, [](int) {});
+    }
+
+    void store_sums(int64_t o, int64_t end, const vfloat* of_rows) const {
+        const int64_t skipped = o - first_output(o), count = std::min<int64_t>(OUTPUTS, end - o);
         for (int64_t r = 0; r < rows; r++)
-            std::memcpy(y + r * y_stride + o, reinterpret_cast<const float*>(&sums[r]) + (o - first),
+            std::memcpy(y + r * y_stride + o, reinterpret_cast<const float*>(&of_rows[r]) + skipped,
                         count * sizeof(float));
     }
-}
+};
 
 template <Format F>
 void block_product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride, int64_t begin,
@@ -218,13 +269,15 @@ void block_product(const Packed& w, const void* activations, int64_t rows, float
     std::vector<uint8_t> copy;
     if (w.n_out < OUTPUTS) {  // too few rows for a panel: more rows, of which nothing is stored
         copy.resize(OUTPUTS * w.row_bytes);
-        std::memcpy(copy.data(), w.data, w.n_out * w.row_bytes);
+        const int64_t last_row = w.n_in / 32 / Layout<F>::BLOCKS * Layout<F>::BYTES;
+        std::memcpy(copy.data(), w.data, (w.n_out - 1) * w.row_bytes + last_row);
         whole.data = copy.data(), whole.n_out = OUTPUTS;
     }
     const int64_t x_stride = w.n_in / 32;
     const auto* x = static_cast<const ActivationBlock*>(activations);
     for (int64_t r = 0; r < rows; r += MOST_ROWS)
-        some_rows<F>(whole, x + r * x_stride, std::min(MOST_ROWS, rows - r), y + r * y_stride, y_stride, begin, end);
+        BlockProduct<F>(whole, x + r * x_stride, std::min(MOST_ROWS, rows - r), y + r * y_stride, y_stride)
+            .outputs(begin, end);
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

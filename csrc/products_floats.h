@@ -120,8 +120,10 @@ struct FloatProduct {
             }
         }
         if (i < n_in)
+#pragma GCC unroll 8
             for (int a = 0; a < O; a++) {
                 const auto last = F::weights(from + a * w_stride + i, int(n_in - i));
+#pragma GCC unroll 8
                 for (int b = 0; b < R; b++)
                     sums[b][a] = F::multiply_add(sums[b][a], last, F::activations(rows + b * x_stride + i));
             }

@@ -89,8 +89,8 @@ def test_simple_blocks_have_the_bits_of_gguf(format, instruction_set):
     assert np.array_equal(writing.pack(matrix, format).numpy(), want)
 
 
-ERRORS = {"q8_0": 0.0054, "q6_k": 0.019, "q4_0": 0.0865, "q4_k": 0.0735}
-"""Root mean square errors on normal weights of standard deviation 1."""
+ERRORS = {"q8_0": 0.005349, "q6_k": 0.01773, "q4_0": 0.08611, "q4_k": 0.0716}
+"""Root mean square errors of llama.cpp's quantisers on the same normal weights."""
 
 
 @pytest.mark.parametrize("format", WRITTEN)
@@ -99,7 +99,7 @@ def test_the_error_of_a_format(format, instruction_set):
     errors = []
     for data in (cpu.pack(matrix, format).data, writing.pack(matrix, format)):
         errors.append((formats.unpack(data, format) - matrix).square().mean().sqrt().item())
-    assert max(errors) <= 1.02 * ERRORS[format] and errors[0] <= 1.001 * errors[1], errors
+    assert max(errors) <= 1.001 * ERRORS[format], errors
 
 
 @pytest.mark.parametrize("format", WRITTEN)
