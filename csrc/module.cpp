@@ -161,7 +161,8 @@ void bind_products(nb::module_& m) {
         });
     m.def(
         "packed_linear",
-        [](const Packed& weight, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t bias, uintptr_t y, int threads) {
+        [](const Packed& weight, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t bias, uintptr_t y,
+           int threads) {
             const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
             chosen->packed_linear({weight, floats(x), x_stride, rows, floats(bias), floats(y), threads});
         },

@@ -77,7 +77,8 @@ ANYMAMBA_INLINE vint broadcast_word(vint words, const ActivationBlock& block, in
 
 // Adds n stored blocks of one row, without keeping them. The order of the sum is that of `add_blocks`.
 template <Format F>
-ANYMAMBA_INLINE vfloat add_to_one_row(vfloat y, const PanelRows& rows, int n, const ActivationBlock* x, const uint8_t* next) {
+ANYMAMBA_INLINE vfloat add_to_one_row(vfloat y, const PanelRows& rows, int n, const ActivationBlock* x,
+                                      const uint8_t* next) {
     using L = Layout<F>;
     constexpr int SCALE = 8, MINUS_8 = 10, MINUS_128 = 11, MINUS_32 = 12;  // words of a block
     static_assert(offsetof(ActivationBlock, scale) == 4 * SCALE && offsetof(ActivationBlock, minus_32) == 4 * MINUS_32);

@@ -1,8 +1,8 @@
 // Weights from floats to a format and back, for one instruction set.
 //
-// Q8_0 and Q4_0 give the bits of GGUF's own quantisers, so this file is compiled without contraction to multiply-adds. The
-// K-quants choose, for every group of columns with a scale of its own, the scale (and minimum) with the least squared error
-// among those of about twenty roundings, each by least squares.
+// Q8_0 and Q4_0 give the bits of GGUF's own quantisers, so this file is compiled without contraction to multiply-adds.
+// The K-quants try about twenty roundings for each group of columns that has its own scale. For each rounding, the scale
+// (and the minimum) are fitted by least squares; those with the least error are taken.
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +21,9 @@ constexpr int L = LANES<float>;
 ANYMAMBA_INLINE vfloat rounded(vfloat v, float low, float high) {
     return at_least(low, at_most(high, (v + MAGIC) - MAGIC));
 }
-ANYMAMBA_INLINE int rounded(float v, int low, int high) { return int(std::nearbyint(std::clamp(v, float(low), float(high)))); }
+ANYMAMBA_INLINE int rounded(float v, int low, int high) {
+    return int(std::nearbyint(std::clamp(v, float(low), float(high))));
+}
 
 ANYMAMBA_INLINE double total(vfloat v) {
     float lanes[L];
@@ -191,7 +193,8 @@ void unpack_row(const Packed& w, int64_t row, float* out) {
 void unpack_weights(const Packed& from, float* to, int n_threads) {
     constexpr int64_t SOME = 16;
     parallel_for((from.n_out + SOME - 1) / SOME, n_threads, [&](int64_t i) {
-        for (int64_t o = i * SOME; o < std::min(from.n_out, (i + 1) * SOME); o++) unpack_row(from, o, to + o * from.n_in);
+        const int64_t end = std::min(from.n_out, (i + 1) * SOME);
+        for (int64_t o = i * SOME; o < end; o++) unpack_row(from, o, to + o * from.n_in);
     });
 }
 

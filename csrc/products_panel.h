@@ -115,10 +115,10 @@ ANYMAMBA_INLINE void transpose16(const PanelRows& rows, int64_t offset, vint* to
     to[2] = (vint)_mm256_unpacklo_epi64(ab_high, cd_high);
     to[3] = (vint)_mm256_unpackhi_epi64(ab_high, cd_high);
 #else
-    for (int lane = 0; lane < OUTPUTS; lane++) {
-        int32_t words[4];
-        std::memcpy(words, rows.row(lane) + offset, sizeof words);
-        for (int j = 0; j < 4; j++) to[j][lane] = words[j];
+    for (int j = 0; j < 4; j++) {
+        int32_t words[OUTPUTS];
+        for (int lane = 0; lane < OUTPUTS; lane++) std::memcpy(&words[lane], rows.row(lane) + offset + 4 * j, 4);
+        std::memcpy(&to[j], words, sizeof words);
     }
 #endif
 }
@@ -217,12 +217,12 @@ struct Ahead {
     }
 };
 
-// The three functions below call emit(b, q, scale, minimum) for every 32 columns b of the stored block that the rows are
-// at: eight vectors of whole numbers, one scale or two, and the minimum if the format has one.
+// The three functions below read the stored block that the rows are at. They call emit(b, q, scale, minimum) for each
+// group b of 32 columns: eight vectors of whole numbers, one scale or two, and the minimum if the format has one.
 template <Format F, typename Emit>
 ANYMAMBA_INLINE void unpack_small(const PanelRows& rows, Ahead& ahead, const vfloat* known, Emit emit) {
     using L = Layout<F>;
-    vint q[8]{};
+    vint q[8];
     ahead.prefetch(L::BYTES * OUTPUTS);
     if constexpr (F == Format::q8_0) {
         transpose32(rows, 2, q);
@@ -251,7 +251,7 @@ ANYMAMBA_INLINE void gather_scales(PanelRows rows, int n, vfloat* to) {
 struct ScalesAndMinima {
     vfloat scale[8], minimum[8];
     explicit ScalesAndMinima(const PanelRows& rows) {
-        vint words[4]{};  // the two float16; then 12 bytes
+        vint words[4];  // the two float16; then 12 bytes
         transpose16(rows, 0, words);
         const vfloat all = from_float16(narrow((vbits)words[0] & 0xffff));
         const vfloat all_minima = from_float16(narrow((vbits)words[0] >> 16));
@@ -270,10 +270,10 @@ template <Format F, typename Emit>
 ANYMAMBA_INLINE void unpack_q4_k(const PanelRows& rows, Ahead& ahead, Emit emit) {
     constexpr bool FIFTH = F == Format::q5_k;  // a bit of each of the eight blocks
     const ScalesAndMinima s(rows);
-    vint fifth[8]{};
+    vint fifth[8];
     if (FIFTH) transpose32(rows, 16, fifth);
     for (int i = 0; i < 4; i++) {
-        vint low[8]{}, high[8]{};
+        vint low[8], high[8];
         ahead.prefetch(Layout<F>::BYTES * OUTPUTS / 4);
         transpose32(rows, (FIFTH ? 48 : 16) + 32 * i, low);
         for (int j = 0; j < 8; j++) {
@@ -291,12 +291,12 @@ ANYMAMBA_INLINE void unpack_q4_k(const PanelRows& rows, Ahead& ahead, Emit emit)
 template <typename Emit>
 ANYMAMBA_INLINE void unpack_q6_k(const PanelRows& rows, Ahead& ahead, Emit emit) {
     const vfloat all = gather_float16(rows, 208);
-    vint scales[4]{};  // an int8 for each 16 columns
+    vint scales[4];  // an int8 for each 16 columns
     vfloat scale[16];
     transpose16(rows, 192, scales);
     for (int i = 0; i < 16; i++) scale[i] = all * to_float((scales[i / 4] << (24 - 8 * (i % 4))) >> 24);
     for (int half = 0; half < 2; half++) {
-        vint bits[8]{}, low[8]{}, high[8]{};
+        vint bits[8], low[8], high[8];
         transpose32(rows, 128 + 32 * half, bits);
         for (int side = 0; side < 2; side++) {  // blocks `side` and `side + 2` of the half
             const int b = 4 * half + side;
@@ -313,8 +313,8 @@ ANYMAMBA_INLINE void unpack_q6_k(const PanelRows& rows, Ahead& ahead, Emit emit)
     }
 }
 
-// Unpacks n stored blocks from those that the rows are at. `emit` is called as above, with b counted over all, and `done(i)` after
-// stored block i.
+// Unpacks n stored blocks, from the one that the rows are at. `emit` is called as above, with b counted over all blocks,
+// and `done(i)` after stored block i.
 template <Format F, typename Emit, typename Done>
 ANYMAMBA_INLINE void unpack(PanelRows rows, int n, const uint8_t* next, Emit emit, Done done) {
     using L = Layout<F>;
