@@ -264,4 +264,4 @@ def test_llama_cpp_reads_our_blocks(tmp_path, moved, dtype):
     there = torch.from_numpy(theirs.scores[: len(ids)].copy())[:, :257]
     with torch.no_grad():
         here = load_pretrained(tmp_path / "x.gguf")(IDS).logits[0, :, :257]
-    assert (there - here).pow(2).mean().sqrt() < 0.03 * here.std()
+    assert (there - here).pow(2).mean().sqrt() < 0.08 * here.std()
