@@ -2,7 +2,8 @@
 //
 // Slow and faithful where it matters: a warp's threads meet at its synchronisations only (forwards or backwards in
 // order between them, so that what lacks one shows), asynchronous copies arrive when they are waited for and not
-// before, shared memory ends at a page that must not be touched, and a block in which nobody can go on is reported.
+// before, shared memory ends at a page that must not be touched, and a block in which nobody can go on is reported, as
+// are threads of a block that wait at different barriers: functions are inlined so that each place in the code is one.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,7 +20,7 @@
 #include <vector>
 #include <algorithm>
 
-#define DEVICE inline
+#define DEVICE inline __attribute__((always_inline))
 #define CALLED inline
 #define KERNEL(threads, blocks) static void
 #define PARAMETER const
@@ -66,6 +67,7 @@ struct Fiber {
 struct Meeting {
     int arrived = 0;
     u64 generation = 0;
+    const void* place = nullptr;  // where the first thread waits
 };
 struct Warp {
     Meeting meeting;
@@ -191,7 +193,13 @@ inline void write_16_bytes(float* to, float4 v) {
     need(reinterpret_cast<u64>(to) % 16 == 0, "a store not aligned");
     std::memcpy(to, &v, 16);
 }
-inline void sync_block() { emulated::meet(emulated::all, emulated::alive); }
+// All threads of a block must wait at the same place in the code, as CUDA wants.
+__attribute__((noinline)) inline void sync_block() {
+    const void* place = __builtin_return_address(0);
+    need(emulated::all.arrived == 0 || emulated::all.place == place, "threads of a block wait at different barriers");
+    emulated::all.place = place;
+    emulated::meet(emulated::all, emulated::alive);
+}
 inline void sync_warp() {
     auto& warp = emulated::warps[emulated::self->warp];
     emulated::meet(warp.meeting, warp.alive);
