@@ -90,6 +90,7 @@ class _Forward(_Quick):
             tensors[0].new_zeros(shape, dtype=dtype) if given is None else given
             for given, shape, dtype in zip(cotangents, ctx.shapes, ctx.dtypes, strict=False)
         )
+        grads: Sequence[Tensor]
         if observers.way(dy, dlast_state, saved, *tensors) == "kernel":  # nothing differentiates this pass
             record = ctx.op.record(*tensors, *ctx.options)
             found = ctx.op.backward(dy, dlast_state, record, saved, ctx.backend)
