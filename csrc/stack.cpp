@@ -91,9 +91,8 @@ void multiply(const Packed& matrix, const float* bias, const void* x, int64_t ro
 }
 
 // Bounds of chunks, large ones first and small ones at the end: few to claim, and threads that finish close together.
-std::vector<int64_t> cut(int64_t size, int64_t bytes_each, int n_threads) {
+std::vector<int64_t> cut(int64_t size, int64_t bytes_each, int64_t unit, int n_threads) {
     bytes_each = std::max<int64_t>(1, bytes_each);
-    const int64_t unit = size < 256 ? 8 : 32;
     std::vector<int64_t> bounds{0};
     while (bounds.back() < size) {
         const int64_t share = (size - bounds.back()) * bytes_each / (2 * n_threads);
@@ -103,7 +102,9 @@ std::vector<int64_t> cut(int64_t size, int64_t bytes_each, int n_threads) {
     if (size == 0) bounds.push_back(0);
     return bounds;
 }
-std::vector<int64_t> cut(const Packed& matrix, int n_threads) { return cut(matrix.n_out, matrix.row_bytes, n_threads); }
+std::vector<int64_t> cut(const Packed& matrix, int n_threads) {
+    return cut(matrix.n_out, matrix.row_bytes, matrix.n_out < 256 ? 8 : 32, n_threads);
+}
 
 // ---------------------------------------------------------------------------------------------- the recurrence
 
@@ -158,10 +159,10 @@ void cut_into_chunks(Stack& stack, int n_threads) {
     auto& bounds = stack.chunks.bounds;
     bounds.clear();
     for (const Layer& layer : stack.layers) {
-        const int64_t per_channel = layer.dt_proj.row_bytes + 4 * int64_t(sizeof(float)) * layer.d_state;
+        const int64_t per_channel = 2 * layer.dt_rows + 4 * int64_t(sizeof(float)) * layer.d_state;
         bounds.push_back(cut(layer.in_proj, n_threads));
         bounds.push_back(cut(layer.x_proj, n_threads));
-        bounds.push_back(cut(layer.d_inner, per_channel, n_threads));
+        bounds.push_back(cut(layer.d_inner, per_channel, CHANNEL_BLOCK, n_threads));
         bounds.push_back(cut(layer.out_proj, n_threads));
     }
     bounds.push_back(cut(stack.head, n_threads));
@@ -349,13 +350,37 @@ class Step {
         return projected_ + r * layer.x_proj.n_out + layer.dt_rows;
     }
 
+    // delta before its bias.
+    vfloat raw_step(const Layer& layer, int64_t r, int64_t c, int count) const {
+        if (is_present(layer.dt_proj)) return read(delta, r * layer.d_inner + c, count);
+        if (!layer.dt_blocks) return vfloat{};
+        const float* const dt = projected_ + r * layer.x_proj.n_out;
+        const int64_t place = c / CHANNEL_BLOCK * CHANNEL_BLOCK * layer.dt_rows + c % CHANNEL_BLOCK;
+        switch (static_cast<DType>(layer.dt_dtype)) {
+            case DType::bfloat16: return sum_of_columns<DType::bfloat16>(layer.dt_blocks, place, dt, layer.dt_rows);
+            case DType::float16: return sum_of_columns<DType::float16>(layer.dt_blocks, place, dt, layer.dt_rows);
+            default: return sum_of_columns<F32>(layer.dt_blocks, place, dt, layer.dt_rows);
+        }
+    }
+
+    template <DType TYPE>
+    static vfloat sum_of_columns(const void* blocks, int64_t place, const float* x, int64_t n) {
+        vfloat sums[4] = {};
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4)
+            for (int k = 0; k < 4; k++)
+                sums[k] += x[i + k] * read_floats(blocks, TYPE, place + (i + k) * CHANNEL_BLOCK, W);
+        for (; i < n; i++) sums[0] += x[i] * read_floats(blocks, TYPE, place + i * CHANNEL_BLOCK, W);
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+
     // Channels [c, c + count) of one row, from delta before its bias to the gated y.
     ANYMAMBA_ONE_COPY void recur_vector(const Layer& layer, const LayerState& state, int64_t r, int64_t c,
                                         int count) const {
         const int64_t D = layer.d_inner, place = sequence(r) * D * layer.d_state;
         const float* const row = xz + r * 2 * D;
         const vfloat u = read(row, c, count);
-        const vfloat raw = is_present(layer.dt_proj) ? read(delta, r * D + c, count) : vfloat{};
+        const vfloat raw = raw_step(layer, r, c, count);
         const vfloat step = softplus(raw + read(layer.delta_bias, c, count));
         if (state.kept) write(KeptInputs(layer, state.kept, first_row + r).delta, c, count, step);
         const float *const B = selected_B(layer, r), *const C = B + layer.B_rows;

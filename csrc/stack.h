@@ -11,6 +11,8 @@
 
 namespace anymamba {
 
+constexpr int64_t CHANNEL_BLOCK = 32;
+
 struct Norm {
     bool present = false, subtract_mean = false;
     float eps = 0;
@@ -18,7 +20,8 @@ struct Norm {
 };
 
 // A matrix without data is absent. Step, B and C are selective where x_proj has rows for them; those rows are in this
-// order. A constant B or C is (d_inner, d_state).
+// order. A constant B or C is (d_inner, d_state). A dt_proj of floats is given in blocks of channels instead: it has
+// few columns, and sums over them in lanes of channels take less time than those of a product.
 struct Layer {
     int64_t d_inner = 0, d_state = 0, d_conv = 0, dt_rows = 0, B_rows = 0, C_rows = 0;
     bool zoh = false;
@@ -28,6 +31,8 @@ struct Layer {
     float *in_bias = nullptr, *out_bias = nullptr;
     float *conv_weight = nullptr, *conv_bias = nullptr;  // (d_conv, d_inner), (d_inner,)
     float *A = nullptr, *D = nullptr, *delta_bias = nullptr, *B = nullptr, *C = nullptr;
+    void* dt_blocks = nullptr;  // (blocks, dt_rows, CHANNEL_BLOCK), the last block filled up
+    int dt_dtype = 0;           // DType, not float64
 };
 
 // The state of one layer: conv (batch, d_conv - 1, d_inner) and ssm (batch, d_inner, d_state). The new state may be

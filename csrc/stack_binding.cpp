@@ -85,6 +85,8 @@ void bind_layer(nb::module_& m) {
     type.def_rw("dt_norm", &Layer::dt_norm).def_rw("B_norm", &Layer::B_norm).def_rw("C_norm", &Layer::C_norm);
     type.def_rw("in_proj", &Layer::in_proj).def_rw("x_proj", &Layer::x_proj);
     type.def_rw("dt_proj", &Layer::dt_proj).def_rw("out_proj", &Layer::out_proj);
+    type.def_rw("dt_dtype", &Layer::dt_dtype);
+    bind_pointer(type, "dt_blocks", &Layer::dt_blocks);
     for (const auto& [name, member] : {std::pair("in_bias", &Layer::in_bias), {"out_bias", &Layer::out_bias},
                                        {"conv_weight", &Layer::conv_weight}, {"conv_bias", &Layer::conv_bias},
                                        {"A", &Layer::A}, {"D", &Layer::D}, {"delta_bias", &Layer::delta_bias},
@@ -99,6 +101,7 @@ void bind_stack(nb::module_& m, RunStep step_kernel, RunReplay replay_kernel) {
     run_replay = replay_kernel;
     bind_norm(m);
     bind_layer(m);
+    m.attr("CHANNEL_BLOCK") = CHANNEL_BLOCK;
     auto type = nb::class_<Stack>(m, "Stack").def(nb::init<>());
     type.def_rw("d_model", &Stack::d_model).def_rw("norm", &Stack::norm);
     type.def_rw("embedding", &Stack::embedding).def_rw("head", &Stack::head);

@@ -311,7 +311,8 @@ struct Model {
         layer.in_proj = matrix(2 * D, d), layer.out_proj = matrix(d, D);
         const int64_t projected = layer.dt_rows + layer.B_rows + layer.C_rows;
         if (projected) layer.x_proj = matrix(projected, D);
-        if (layer.dt_rows) layer.dt_proj = matrix(D, layer.dt_rows);
+        if (layer.dt_rows && pick(0, 1)) layer.dt_proj = matrix(D, layer.dt_rows);
+        if (!layer.dt_proj.data && layer.dt_rows) layer.dt_blocks = vector((D + 31) / 32 * 32 * layer.dt_rows, 0.3);
         if (pick(0, 1)) layer.in_bias = vector(2 * D), layer.out_bias = vector(d), layer.conv_bias = vector(D);
         layer.conv_weight = vector(layer.d_conv * D), layer.D = vector(D), layer.delta_bias = vector(D);
         layer.A = vector(D * N);

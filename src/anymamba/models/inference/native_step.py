@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from anymamba.kernels.packed_linear.formats import DTYPES
 from anymamba.layers.mamba import Mamba
 from anymamba.layers.s6 import SSMParameters
 from anymamba.models.language_model import Block, LanguageModel, LanguageModelOutput, LanguageModelState
@@ -33,8 +35,9 @@ SMALL = 1 << 23  # bytes of weights that one thread reads sooner than it can wak
 class NativeStep:
     """The step of a whole model as one compiled call. Make it with `NativeStep.of`.
 
-    It reads weights where they are. It keeps what is derived from them (A, the convolution's weight) and makes it again
-    when their versions or addresses change; writing through `weight.data` changes neither.
+    It reads weights where they are. It keeps what is derived from them (A, the convolution's weight, dt_proj) and makes
+    it again when their versions or addresses change; writing through `weight.data` changes neither. The weights of a
+    packed model must not change.
     """
 
     @classmethod
@@ -49,6 +52,7 @@ class NativeStep:
         self._weights = [group for group in groups if group]  # those of each module, which may be replaced
         self._shapes = [(b.mixer.d_conv - 1, b.mixer.d_inner, b.mixer.d_state) for b in model.blocks]
         self.n_logits = model.config.padded_vocab_size
+        self._is_packed = isinstance(model.embedding, PackedEmbedding)
         self._trains = any(p.requires_grad for p in model.parameters())
         self._build()
 
@@ -61,7 +65,7 @@ class NativeStep:
     @property
     def stack(self) -> Any:
         """The compiled record of the model with its weights as they are now."""
-        if self._read_versions() != self._versions:
+        if not self._is_packed and self._read_versions() != self._versions:
             self._build()
         return self._stack
 
@@ -163,9 +167,11 @@ class _Builder:
         layer.norm = self._norm(block.norm)
         for name in ("dt_norm", "B_norm", "C_norm", "output_norm"):
             setattr(layer, name, self._norm(getattr(mixer, name)))
-        for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        for name in ("in_proj", "x_proj", "out_proj"):
             if getattr(mixer, name) is not None:
                 setattr(layer, name, self._matrix(getattr(mixer, name)))
+        if mixer.dt_proj is not None:
+            self._set_dt_proj(layer, mixer.dt_proj)
         A = mixer.ssm.A().detach()
         layer.largest_A = float(A.abs().max())
         vectors = {
@@ -182,6 +188,17 @@ class _Builder:
         for name, vector in vectors.items():
             setattr(layer, name, self._address(name, vector))
         return layer
+
+    def _set_dt_proj(self, layer: Any, module: Any) -> None:
+        """The step projection: floats are copied in blocks of channels (csrc/stack.h), others stay where they are."""
+        weight, size = module.weight.detach(), self.native.CHANNEL_BLOCK
+        if isinstance(module, PackedLinear):
+            if module.format not in DTYPES:
+                layer.dt_proj = self._matrix(module)
+                return
+            weight = weight.contiguous().view(DTYPES[module.format])
+        blocks = F.pad(weight, (0, 0, 0, -len(weight) % size)).unflatten(0, (-1, size)).mT
+        layer.dt_dtype, layer.dt_blocks = native.DTYPES[weight.dtype], self._address("dt_proj", blocks)
 
     def _norm(self, module: Any) -> Any:
         norm = self.native.Norm()
