@@ -95,7 +95,7 @@ struct FloatProduct {
     const typename F::Activation* x;
     int64_t x_stride, n_in, n_out;
     float* y;
-    int64_t y_stride;
+    int64_t y_stride, distance;  // of prefetches, in bytes, at least
 
     // y of rows [r, r + R) and outputs [o, o + O). The weights `ahead` bytes further are prefetched.
     template <int O, int R>
@@ -160,7 +160,7 @@ struct FloatProduct {
     // Outputs [o, end), O at once while so many are left. Returns the first that is left.
     template <int O, int R>
     int64_t some_outputs(int64_t o, int64_t end, int64_t first_row, int64_t last_row) const {
-        const int64_t bytes = w_stride * int64_t(sizeof *w), later = (1 + PREFETCH_DISTANCE / (O * bytes)) * O;
+        const int64_t bytes = w_stride * int64_t(sizeof *w), later = (1 + distance / (O * bytes)) * O;
         for (; o + O <= end; o += O) {
             const int64_t ahead = o + later + O <= n_out ? later * bytes : 0;
             if constexpr (R != 0)
@@ -187,9 +187,10 @@ void float_product(const Packed& w, const void* activations, int64_t rows, float
     using Weight = typename F::Weight;
     using Activation = typename F::Activation;
     const int64_t x_stride = activation_row_bytes(w.type(), w.n_in) / int64_t(sizeof(Activation));
-    const FloatProduct<F> p{static_cast<const Weight*>(w.data), w.row_bytes / int64_t(sizeof(Weight)),
-                            static_cast<const Activation*>(activations), x_stride, w.n_in, w.n_out, y, y_stride};
     constexpr int64_t L2 = 1 << 18, L1 = 3 << 13, M = FloatProduct<F>::MOST_ROWS, O = FloatProduct<F>::OUTPUTS;
+    const FloatProduct<F> p{static_cast<const Weight*>(w.data), w.row_bytes / int64_t(sizeof(Weight)),
+                            static_cast<const Activation*>(activations), x_stride, w.n_in, w.n_out, y, y_stride,
+                            rows <= 2 * M ? PREFETCH_DISTANCE : 0};
     if (rows <= 2 * M) return p.outputs(begin, end, 0, rows);
     const int64_t some_rows = std::max<int64_t>(1, L1 / (x_stride * int64_t(sizeof(Activation)) * M)) * M;
     const int64_t some_outputs = std::max<int64_t>(1, L2 / (w.row_bytes * O)) * O;
