@@ -67,8 +67,8 @@ struct PackedLinearArgs {
 };
 
 // The functions of each instruction set (kernels.h). The sum of an output has one order for any number of rows and any
-// range of outputs: a row gives the same bits alone, in a batch and in a prompt. `pack_activations` and `product` run on
-// the calling thread.
+// range of outputs: a row gives the same bits alone, in a batch and in a prompt. `pack_activations` and `product` run
+// on the calling thread.
 #define ANYMAMBA_DECLARE_PRODUCTS                                                                                 \
     /* Activations x[r * stride + i] in the form of a format, in activation_bytes aligned to 64. */               \
     void pack_activations(Format format, const float* x, int64_t stride, int64_t rows, int64_t n_in, void* out);  \

@@ -1,8 +1,8 @@
 // Weights from floats to a format and back, for one instruction set.
 //
 // Q8_0 and Q4_0 give the bits of GGUF's own quantisers, so this file is compiled without contraction to multiply-adds.
-// The K-quants try about twenty roundings for each group of columns that has its own scale. For each rounding, the scale
-// (and the minimum) are fitted by least squares; those with the least error are taken.
+// The K-quants try about twenty roundings for each group of columns that has its own scale. For each rounding, the
+// scale (and the minimum) are fitted by least squares; those with the least error are taken.
 
 #include <algorithm>
 #include <cmath>

@@ -313,8 +313,8 @@ ANYMAMBA_INLINE void unpack_q6_k(const PanelRows& rows, Ahead& ahead, Emit emit)
     }
 }
 
-// Unpacks n stored blocks, from the one that the rows are at. `emit` is called as above, with b counted over all blocks,
-// and `done(i)` after stored block i.
+// Unpacks n stored blocks, from the one that the rows are at. `emit` is called as above, with b counted over all of
+// them, and `done(i)` after stored block i.
 template <Format F, typename Emit, typename Done>
 ANYMAMBA_INLINE void unpack(PanelRows rows, int n, const uint8_t* next, Emit emit, Done done) {
     using L = Layout<F>;
