@@ -70,7 +70,7 @@ def run(weights: list[str], n_tokens: int, repeats: int) -> str:
         model = InferenceModel.random(preset("mamba-130m"), name)
         known: dict[str, int] = {}
         for title, (before, after) in texts().items():
-            prompt, told = ids_of(before, known)[:700], ids_of(after, known)
+            prompt, told = ids_of(before, known)[:300], ids_of(after, known)
             rows.append([name, title, *compare(model, prompt, told[:n_tokens], repeats, WANTED[title])])
     header = ["weights", "text", "tokens/s without", "tokens/s with", "ratio (wanted)", "right of guessed", "passes"]
     return table(header, rows) + f"\n\nAt most {N_GUESSES} tokens are guessed at once, and {n_tokens} generated.\n"
@@ -103,7 +103,7 @@ CANDIDATES = {"without": None, "with": Speculation(N_GUESSES)}
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", nargs="+", default=["float32", "bfloat16", "int8", "int4"])
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=4)
     arguments = parser.parse_args()
     print(machine(), "\n")
