@@ -147,7 +147,7 @@ def test_the_report_says_how_blocks_run(moved):
     report = moved(CONFIGS["hybrid"]).for_inference("int8").report()
     assert [block.mixer for block in report] == ["mamba", "mlp", "attention", "mlp"]
     assert not any(block.native for block in report) and all(block.reason for block in report)
-    assert "invariant" in moved(PLAIN).for_inference(invariant=True).report()[0].reason
+    assert all(block.native for block in moved(PLAIN).for_inference(invariant=True).report())
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -172,6 +172,35 @@ def test_invariance(moved, weights):
     assert torch.equal(padded.logits[0, 20:], wanted[0, :47])
     offsets = torch.tensor([0, 67, 134], dtype=torch.int32)
     assert torch.equal(packed(ids[:2].reshape(1, -1), cu_seqlens=offsets).logits, wanted[:2].reshape(1, 134, -1))
+    last = packed(ids[:2].reshape(1, -1), cu_seqlens=offsets, num_last_logits=70)
+    assert torch.equal(last.logits, wanted[:2].reshape(1, 134, -1)[:, -70:])
+    assert torch.equal(last.state.layers[1].ssm, packed(ids[:2]).state.layers[1].ssm)
+    mask[0, 30:] = False
+    padded = packed(ids[:2], attention_mask=mask, num_last_logits=40)
+    assert torch.equal(padded.logits[0, :3], packed(ids[:1, 20:30]).logits[0, -3:])
+    assert torch.equal(padded.state.layers[1].conv[0], packed(ids[:1, 20:30]).state.layers[1].conv[0])
+    assert torch.equal(padded.logits[1], wanted[1, -40:])
+
+
+@torch.no_grad()
+def test_invariance_block_by_block(moved):
+    """The same where the compiled step cannot be used."""
+    packed, ids = moved(PLAIN).for_inference("int8", invariant=True), torch.randint(61, (2, 20))
+    packed._native = {-1: "for this test"}
+    wanted, state = packed(ids).logits, packed.init_state(1)
+    for t in range(20):
+        logits, state = packed.step(ids[:1, t], state)
+        assert torch.equal(logits, wanted[:1, t])
+
+
+@torch.no_grad()
+def test_invariance_keeps_the_errors(moved):
+    packed, ids = moved(PLAIN).for_inference(invariant=True), torch.randint(61, (2, 20))
+    with pytest.raises(ValueError, match="num_last_logits must be at least 0"):
+        packed(ids, num_last_logits=-1)
+    with pytest.raises(ValueError, match="attention_mask"):
+        packed(ids, attention_mask=torch.ones(2, 19))
+    assert packed(ids[:, :0]).logits.shape == (2, 0, 64)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What makes a row's logits the same bits alone and in any batch, read whole, in pieces, or token by token.
 
-A product of packed weights sums in one order for any number of rows, and so do norms. The compiled convolution and scan
-go through time in order for each channel, and compute one token as a sequence of length one. The compiled step of the
-whole model has other roundings, so `InferenceModel.step` does not use it then.
+A product of packed weights sums in one order for any number of rows, and so do norms. The compiled step of the whole
+model computes every token of a text in the same way, and `InferenceModel.forward` reads with it. Where it cannot be
+used, the compiled convolution and scan go through time in order for each channel, and compute one token as a sequence
+of length one.
 """
 
 from __future__ import annotations

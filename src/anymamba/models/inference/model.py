@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anymamba.models.config import ModelConfig
 from anymamba.models.inference.invariance import obstacle
+from anymamba.models.inference.native_reading import read_sequences
 from anymamba.models.inference.native_step import WHOLE, NativeStep
 from anymamba.models.inference.packing import (
     PackedModelWeights,
@@ -96,6 +97,25 @@ class InferenceModel(LanguageModel):
 
     # --------------------------------------------------------------------------------------------- running
 
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        state: LanguageModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_last_logits: int | None = None,
+    ) -> LanguageModelOutput:
+        """`LanguageModel.forward`. With invariance it computes every token as `step` does."""
+        options: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "cu_seqlens": cu_seqlens,
+            "num_last_logits": num_last_logits,
+        }
+        native = self.native_step if self.invariant else None
+        found = None if native is None else read_sequences(native, input_ids, state, **options)
+        return super().forward(input_ids, state, **options) if found is None else found
+
     def step(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
     ) -> LanguageModelOutput:
@@ -121,10 +141,8 @@ class InferenceModel(LanguageModel):
 
     def report(self) -> list[BlockReport]:
         """How each block runs in `step`, in order."""
-        native = self._native_step()
+        native = self.native_step
         reasons = self._native if isinstance(self._native, dict) else {}
-        if self.invariant:
-            native, reasons = None, {WHOLE: "invariant=True computes a token as a sequence of length one"}
         default = "" if native is not None else reasons.get(WHOLE, "another block is not")
         names = enumerate(self.config.layer_mixers)
         return [BlockReport(name, native is not None, reasons.get(index, default)) for index, name in names]
@@ -132,9 +150,6 @@ class InferenceModel(LanguageModel):
     @property
     def native_step(self) -> NativeStep | None:
         """The compiled call that steps go through; None if they run block by block."""
-        return None if self.invariant else self._native_step()
-
-    def _native_step(self) -> NativeStep | None:
         if self._native is None:
             self._native = NativeStep.of(self)
         return self._native if isinstance(self._native, NativeStep) else None

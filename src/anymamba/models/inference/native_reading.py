@@ -7,6 +7,7 @@ token, alone or in a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from anymamba.models.inference.native_step import NativeStep
 from anymamba.models.language_model import LanguageModelOutput, LanguageModelState
-from anymamba.parts.state import map_state
+from anymamba.parts.state import concatenate_rows, map_state
 
 
 @torch.no_grad()
@@ -39,6 +40,62 @@ def read(
     n_logits = token_ids.shape[1] if num_last_logits is None else min(num_last_logits, token_ids.shape[1])
     logits = _read(native, token_ids, _addresses(old, new), [], n_logits)
     return LanguageModelOutput(logits, new)
+
+
+@torch.no_grad()
+def read_sequences(
+    native: NativeStep,
+    input_ids: Int[Tensor, "batch length"],
+    state: LanguageModelState | None,
+    *,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_last_logits: int | None,
+) -> LanguageModelOutput | None:
+    """`LanguageModel.forward`, with padded and packed sequences read one by one.
+
+    Returns None for arguments that the compiled step does not serve, among them all that `LanguageModel.forward`
+    refuses.
+    """
+    if type(input_ids) is not Tensor or input_ids.ndim != 2 or not input_ids.numel() or (num_last_logits or 0) < 0:
+        return None
+    places = _places(input_ids, attention_mask, cu_seqlens)
+    if places is None:
+        return None
+    state = native.model.init_state(len(places)) if state is None else state
+    if not native.serves(input_ids.new_zeros(len(places)), state):
+        return None
+    if attention_mask is None and cu_seqlens is None:
+        return read(native, input_ids, state, num_last_logits=num_last_logits)
+    total = input_ids.shape[1]
+    n_logits = total if num_last_logits is None else min(num_last_logits, total)
+    logits, states = torch.zeros(input_ids.shape[0], n_logits, native.n_logits), []
+    for i, (row, columns) in enumerate(places):
+        before = map_state(lambda tensor, i=i: tensor[i : i + 1], state)
+        if columns.numel():
+            wanted = columns[columns >= total - n_logits] - (total - n_logits)
+            output = read(native, input_ids[row, columns][None], before, num_last_logits=len(wanted))
+            logits[row, wanted], before = output.logits[0], output.state
+        states.append(before)
+    return LanguageModelOutput(logits, concatenate_rows(states))
+
+
+def _places(
+    input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> list[tuple[int, Tensor]] | None:
+    """The row and the columns of each sequence; None if the arguments do not fit together."""
+    batch, length = input_ids.shape
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        fits = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == length and offsets == sorted(offsets)
+        if attention_mask is not None or batch != 1 or not fits:
+            return None
+        return [(0, torch.arange(a, b)) for a, b in pairwise(offsets)]
+    if attention_mask is None:
+        return [(row, torch.arange(length)) for row in range(batch)]
+    if attention_mask.shape != input_ids.shape or not attention_mask.is_cpu:
+        return None
+    return [(row, mask.nonzero()[:, 0]) for row, mask in enumerate(attention_mask)]
 
 
 class Verifier:
