@@ -186,8 +186,19 @@ def test_a_model_and_a_tokenizer_from_python():
         want = model(torch.tensor([[97, 98]])).logits[0, -1].log_softmax(-1)[99].item()
     assert log_probability == pytest.approx(want, abs=1e-4)
     assert harness.eot_token_id == 256 and harness.tokenizer_name.startswith("bytes-")
-    with pytest.raises(ValueError, match="dtype, device and revision apply only when a model is loaded"):
+    with pytest.raises(ValueError, match="dtype, device, revision and weights apply only when a model is loaded"):
         AnymambaLM(model, ByteTokenizer(), dtype="float32")
+
+
+def test_packed_weights(tmp_path):
+    LanguageModel(ModelConfig(d_model=32, n_layers=1, vocab_size=257)).save_pretrained(tmp_path, ByteTokenizer())
+    pairs = requests("loglikelihood", ("ab", "c"), ("abcd", "efg"))
+    plain, packed = AnymambaLM(tmp_path), AnymambaLM(tmp_path, weights="int8")
+    scores = ([score for score, _ in harness.loglikelihood(pairs)] for harness in (plain, packed))
+    assert next(scores) == pytest.approx(next(scores), rel=0.01)
+    assert packed.get_model_info() == {**plain.get_model_info(), "model_dtype": "bfloat16, q8_0"}
+    with pytest.raises(ValueError, match="dtype=bfloat16 and weights=int8 both choose the format of the weights; give"):
+        AnymambaLM(tmp_path, weights="int8", dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,38 @@ def test_weights_stay_in_the_mapped_file(tmp_path, folder, kind):
     packed.step(torch.tensor([1]), packed(IDS).state)
     files = mapped_files(packed)
     assert set(files.values()) == {str(path if kind == "gguf" else path / "model.safetensors")}, files
+
+
+ANONYMOUS = """
+import sys, torch
+from anymamba.models.inference import InferenceModel
+
+def anonymous():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["RssAnon"].split()[0]) << 10
+
+def use(path):
+    packed = InferenceModel.from_pretrained(path)
+    with torch.inference_mode():
+        packed.step(torch.tensor([1]), packed(torch.tensor([[1, 2, 3]])).state)
+    return packed
+
+torch.set_num_threads(1)
+small, before = use(sys.argv[1]), anonymous()
+large = use(sys.argv[2])
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_a_run_takes_less_memory_than_its_weights(tmp_path):
+    """Memory that is not of the file grows by the small tensors and the activations."""
+    for name, config in (("small", WIDE), ("large", ModelConfig(d_model=512, n_layers=2, vocab_size=20000))):
+        InferenceModel.random(config, "int8").save_pretrained(tmp_path / f"{name}.gguf", format="gguf")
+    size = (tmp_path / "large.gguf").stat().st_size
+    command = [sys.executable, "-c", ANONYMOUS, str(tmp_path / "small.gguf"), str(tmp_path / "large.gguf")]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert grown < size / 3, f"{grown:,} bytes for a file of {size:,}"
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
