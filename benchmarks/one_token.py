@@ -26,6 +26,7 @@ import torch
 
 from anymamba.console.openmp import SETTINGS, watch
 from anymamba.data.tokenizer import ByteTokenizer
+from anymamba.evaluation.inference_speed import weight_bytes
 from anymamba.generation.generate import stream
 from anymamba.generation.sampling import SamplingConfig
 from anymamba.models.config import ModelConfig
@@ -59,10 +60,8 @@ def token_of(model: InferenceModel) -> Callable[[], object]:
 
 
 def bytes_of(model: InferenceModel) -> int:
-    """Bytes of weights and state that a token reads; of an embedding that is not the head, one row."""
-    embedding: Any = model.embedding
-    unused = 0 if model.config.tie_embeddings else embedding.weight.nbytes
-    return model.weight_bytes() - unused + state_bytes(model.init_state(1))
+    """Bytes of weights and state that a token reads."""
+    return weight_bytes(model) + state_bytes(model.init_state(1))
 
 
 # ------------------------------------------------------------------------------------------------- llama.cpp
