@@ -30,7 +30,7 @@ namespace {
 constexpr int W = LANES<float>;
 constexpr DType F32 = DType::float32;
 constexpr int64_t MOST_ROWS = 64;
-constexpr int64_t LARGEST_CHUNK = 1 << 17, SMALLEST_CHUNK = 1 << 14;  // in bytes of weights
+constexpr int64_t LARGEST_CHUNK = 1 << 15, SMALLEST_CHUNK = 1 << 13;  // in bytes of weights
 
 ANYMAMBA_INLINE vfloat read(const float* data, int64_t index, int count) {
     return data ? read_floats(data, F32, index, count) : vfloat{};
@@ -90,16 +90,14 @@ void multiply(const Packed& matrix, const float* bias, const void* x, int64_t ro
         });
 }
 
-// Bounds of chunks, large ones first and small ones at the end: few to claim, and threads that finish close together.
+// Bounds of chunks: small enough for threads to finish close together.
 std::vector<int64_t> cut(int64_t size, int64_t bytes_each, int64_t unit, int n_threads) {
     bytes_each = std::max<int64_t>(1, bytes_each);
+    const int64_t bytes = std::clamp(size * bytes_each / (8 * n_threads), SMALLEST_CHUNK, LARGEST_CHUNK);
+    const int64_t step = std::max(unit, bytes / bytes_each / unit * unit);
     std::vector<int64_t> bounds{0};
-    while (bounds.back() < size) {
-        const int64_t share = (size - bounds.back()) * bytes_each / (2 * n_threads);
-        const int64_t outputs = std::clamp(share, SMALLEST_CHUNK, LARGEST_CHUNK) / bytes_each / unit * unit;
-        bounds.push_back(std::min(size, bounds.back() + std::max(unit, outputs)));
-    }
-    if (size == 0) bounds.push_back(0);
+    do bounds.push_back(std::min(size, bounds.back() + step));
+    while (bounds.back() < size);
     return bounds;
 }
 std::vector<int64_t> cut(const Packed& matrix, int n_threads) {

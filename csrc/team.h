@@ -1,11 +1,15 @@
 // A team of threads that works through numbered phases, each cut into chunks. All phases of one call run inside one
 // parallel region.
 //
-// Threads claim chunks, and a phase ends when its chunks are done, not when all threads have arrived. So a thread that
-// the system has paused delays the others only if it holds a chunk, and it rejoins at the current phase. A thread that
-// waits spins briefly and then sleeps: its core is then free for a thread that has a chunk.
+// Each thread has a share of a phase's chunks. It claims them one after the other, because memory is read fastest in
+// order, and then takes chunks from the shares of others. A phase ends when its chunks are done, not when all threads
+// have arrived. So a thread that the system has paused delays the others only if it is in the middle of its work, and it
+// rejoins at the current phase. A thread that waits spins briefly and then sleeps: its core is then free for a thread
+// that has work.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -33,7 +37,8 @@ class Team {
 
     void run(int n_threads) {
         if (n_threads > 1) {
-            parallel_for(n_threads, n_threads, [&](int64_t) { join(); });
+            n_shares_ = std::min(n_threads, MOST_SHARES);
+            parallel_for(n_threads, n_threads, [&](int64_t i) { join(int(i) % n_shares_); });
             return;
         }
         for (int64_t phase = 0; phase < work_.n_phases(); phase++) {
@@ -43,54 +48,90 @@ class Team {
     }
 
   private:
-    static constexpr int SHIFT = 32;
+    static constexpr int SHIFT = 32, MOST_SHARES = 64;
     static constexpr std::chrono::microseconds SPIN{20};  // about as long as the last chunks of a phase take
 
+    struct alignas(64) Share {
+        std::atomic<uint64_t> next{0};  // the phase, and how many of the share's chunks are claimed
+    };
+
     const Work& work_;
-    alignas(64) std::atomic<uint64_t> next_{0};  // the phase and its next chunk
+    int n_shares_ = 1;
+    std::array<Share, MOST_SHARES> shares_;
+    alignas(64) std::atomic<uint64_t> phase_{0};
     alignas(64) std::atomic<int64_t> n_done_{0};
     alignas(64) std::atomic<int> n_asleep_{0};
     std::mutex mutex_;
     std::condition_variable changed_;
 
-    uint64_t phase() const { return next_.load() >> SHIFT; }
+    // The first chunk of a share.
+    int64_t first_of(int share, uint64_t phase) const { return share * work_.n_chunks(phase) / n_shares_; }
 
-    void join() {
+    void join(int own) {
         const auto n_phases = static_cast<uint64_t>(work_.n_phases());
         for (;;) {
-            uint64_t next = next_.load(std::memory_order_acquire);
-            const uint64_t current = next >> SHIFT;
+            const uint64_t current = phase_.load(std::memory_order_acquire);
             if (current >= n_phases) return;
-            const auto i = static_cast<int64_t>(next & ((uint64_t(1) << SHIFT) - 1));
-            if (i >= work_.n_chunks(current)) {
+            int64_t n_done = 0;
+            for (int64_t i; (i = claim(own, current)) >= 0; n_done++) work_.chunk(current, i);
+            if (n_done > 0 && finished(current, n_done)) continue;
+            const int64_t other = claim_from_others(own, current);
+            if (other < 0) {
                 wait(current);
-            } else if (next_.compare_exchange_weak(next, next + 1, std::memory_order_acquire)) {
-                work_.chunk(current, i);
-                if (n_done_.fetch_add(1, std::memory_order_acq_rel) + 1 == work_.n_chunks(current)) end(current);
+            } else {
+                work_.chunk(current, other);
+                finished(current, 1);
             }
         }
     }
 
-    void end(uint64_t current) {
+    // Claims a chunk of a share; -1 if there is none or the phase is over.
+    int64_t claim(int share, uint64_t current) {
+        std::atomic<uint64_t>& place = shares_[share].next;
+        const int64_t first = first_of(share, current), size = first_of(share + 1, current) - first;
+        uint64_t next = place.load(std::memory_order_acquire);
+        while (next >> SHIFT == current) {
+            const auto i = static_cast<int64_t>(next & ((uint64_t(1) << SHIFT) - 1));
+            if (i >= size) return -1;
+            if (place.compare_exchange_weak(next, next + 1, std::memory_order_acquire)) return first + i;
+        }
+        return -1;
+    }
+
+    int64_t claim_from_others(int own, uint64_t current) {
+        for (int k = 1; k < n_shares_; k++) {
+            const int64_t i = claim((own + k) % n_shares_, current);
+            if (i >= 0) return i;
+        }
+        return -1;
+    }
+
+    // Reports chunks as done; the thread that reports the last ones ends the phase.
+    bool finished(uint64_t current, int64_t n_done) {
+        if (n_done_.fetch_add(n_done, std::memory_order_acq_rel) + n_done != work_.n_chunks(current)) return false;
         work_.finish(current);
         n_done_.store(0, std::memory_order_relaxed);
-        next_.store((current + 1) << SHIFT);
-        if (n_asleep_.load() == 0) return;
-        { const std::lock_guard<std::mutex> lock(mutex_); }  // a thread that saw the old phase is asleep after this
-        changed_.notify_all();
+        for (int i = 0; i < n_shares_; i++)
+            shares_[i].next.store((current + 1) << SHIFT, std::memory_order_release);
+        phase_.store(current + 1);
+        if (n_asleep_.load() > 0) {
+            { const std::lock_guard<std::mutex> lock(mutex_); }  // a thread that saw the old phase is asleep after this
+            changed_.notify_all();
+        }
+        return true;
     }
 
     void wait(uint64_t current) {
         const auto end = std::chrono::steady_clock::now() + SPIN;
         do {
             for (int i = 0; i < 16; i++) {
-                if (phase() != current) return;
+                if (phase_.load() != current) return;
                 pause_briefly();
             }
         } while (std::chrono::steady_clock::now() < end);
         std::unique_lock<std::mutex> lock(mutex_);
         n_asleep_.fetch_add(1);
-        changed_.wait(lock, [&] { return phase() != current; });
+        changed_.wait(lock, [&] { return phase_.load() != current; });
         n_asleep_.fetch_sub(1);
     }
 };
