@@ -103,8 +103,8 @@ def rate(part: str) -> float:
 def measured(part: str, spin: str | None, *, busy: bool) -> float:
     """The rate of a part in a fresh process, beside a busy one or not."""
     environment = {k: v for k, v in os.environ.items() if k not in (SPIN, "OMP_WAIT_POLICY")}
-    if spin is not None:
-        environment |= openmp.SETTINGS if spin == OURS else {SPIN: spin}
+    if spin not in (None, OURS):
+        environment[SPIN] = str(spin)
     other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
     try:
         command = [sys.executable, "-m", "benchmarks.busy", "--part", part, *(["--watch"] if spin == OURS else [])]

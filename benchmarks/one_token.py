@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import resource
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from anymamba.console.openmp import SETTINGS, watch
+from anymamba.console.openmp import watch
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.evaluation.inference_speed import weight_bytes
 from anymamba.generation.generate import stream
@@ -193,8 +192,7 @@ def part(name: str, seconds: float, busy: bool = False) -> str:
     other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
     try:
         command = [sys.executable, "-m", "benchmarks.one_token", "--part", name, "--seconds", str(seconds)]
-        environment = os.environ | SETTINGS
-        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     finally:
         if other is not None:
             other.kill()

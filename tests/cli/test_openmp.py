@@ -5,36 +5,39 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from types import ModuleType
 
 import pytest
 
 from anymamba.console import openmp
-from anymamba.console.openmp import CHOICES, SETTINGS, Ticks, cores_of_others, set_waiting
+from anymamba.console.openmp import CHOICES, Ticks, cores_of_others, watch_load
 
 needs_linux = pytest.mark.skipif(not openmp.STAT.exists(), reason="the load is read from /proc/stat")
 
 
 @pytest.fixture
-def environment(monkeypatch):
-    monkeypatch.setattr(openmp, "watch", lambda: None)
-    for name in {*CHOICES, *SETTINGS}:
-        monkeypatch.setenv(name, "")  # so that it is restored after the test
-        monkeypatch.delenv(name)
-    return monkeypatch
+def started(monkeypatch):
+    """Whether the watch was started."""
+    begun = threading.Event()
+    monkeypatch.setattr(openmp, "watch", begun.set)
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    return begun
 
 
-def test_threads_sleep_soon(environment):
-    set_waiting()
-    assert {name: os.environ[name] for name in SETTINGS} == SETTINGS
+@needs_linux
+def test_the_load_is_watched(started):
+    watch_load()
+    assert started.wait(10)
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "infinity")])
-def test_the_users_choice_stays(environment, name, value):
-    environment.setenv(name, value)
-    set_waiting()
-    assert {n: os.environ[n] for n in {*CHOICES, *SETTINGS} if n in os.environ} == {name: value}
+def test_the_users_choice_stays(started, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    watch_load()
+    assert not started.wait(0.2)
 
 
 @needs_linux

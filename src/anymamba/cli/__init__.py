@@ -18,9 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         signals = SignalHandler()
         signals.install()
-        from anymamba.console.openmp import set_waiting
+        from anymamba.console.openmp import watch_load
 
-        set_waiting()
+        watch_load()
     from anymamba.cli.app import main as run_command
 
     return run_command(sys.argv[1:] if argv is None else argv, signals)

@@ -1,5 +1,7 @@
-"""How OpenMP's threads wait for each other, on a quiet machine and beside other busy processes.
+"""How OpenMP's threads wait for each other beside other busy processes.
 
+GNU's OpenMP lets a thread that waits spin for milliseconds before it sleeps, which is fastest on a quiet machine.
+Beside another busy process, the threads that wait use up the time of the one that has work.
 `python -m benchmarks.busy` measures it.
 """
 
@@ -13,28 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SETTINGS = {"GOMP_SPINCOUNT": "20000"}
-"""Rounds that a thread of GNU's OpenMP spins before it sleeps; read once, when torch is loaded.
-
-By default it spins for milliseconds. On a quiet machine that costs nothing. Beside another busy process, the threads
-that wait use up the time of the one that has work.
-"""
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables by which a user has already chosen."""
 
-PERIOD = 0.5
+PERIOD = 0.25
 """Seconds between two looks at the load."""
 BUSY, QUIET = 0.4, 0.2
 """Cores that other processes use, above and below which the machine counts as busy and as quiet."""
 
 
-def set_waiting() -> None:
-    """Have threads that wait give up the processor soon, and at once while other processes need it, unless the
-    environment says otherwise."""
-    if any(name in os.environ for name in CHOICES):
-        return
-    os.environ.update(SETTINGS)
-    if STAT.exists():
+def watch_load() -> None:
+    """From now on, have threads that wait sleep at once while other processes need the cores, unless the environment
+    says how they wait."""
+    if STAT.exists() and not any(name in os.environ for name in CHOICES):
         threading.Thread(target=watch, name="load", daemon=True).start()
 
 
