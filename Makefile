@@ -55,6 +55,7 @@ docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir site
 	@echo "the site is in site/; open site/index.html"
 
+# Compiles llama.cpp, too: it is the peer of a token in each weight format.
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks

@@ -298,13 +298,14 @@ def file_map() -> list[tuple[str, str]]:
     return found
 
 
-def test_the_map_has_every_folder_of_the_package_and_at_most_seventy_lines():
+def test_the_map_has_every_folder_of_the_package_and_at_most_sixty_lines():
     lines = file_map()
     named = {path.rstrip("/") for path, _ in lines}
+    named |= {parent.as_posix() for path in named for parent in Path(path).parents}
     folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "src").rglob("*.py")}
     folders |= {p.parent.name for p in ROOT.glob("[!.]*/*") if p.suffix in (".py", ".cpp")}
     assert sorted(folders - named) == []
-    assert len(lines) <= 70
+    assert len(lines) <= 60
 
 
 def test_the_map_names_what_exists_and_describes_it():
