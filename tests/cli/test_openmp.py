@@ -99,6 +99,16 @@ def test_nothing_happens_while_torch_is_being_imported(monkeypatch):
     assert watched(monkeypatch, [1.0, 1.0, 1.0]) == []
 
 
+@needs_linux
+@pytest.mark.parametrize("text", [None, "cpu0 1 2 3\n"])
+def test_a_load_that_cannot_be_read_is_not_watched(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(openmp, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    if text is not None:
+        openmp.STAT.write_text(text)
+    openmp.watch(sleep=lambda seconds: pytest.fail("it watches"))
+
+
 CROWD = """
 import os, time, torch
 from anymamba.console.openmp import Crowd

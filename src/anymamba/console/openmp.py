@@ -68,9 +68,15 @@ def cores_of_others(before: Ticks, after: Ticks) -> float:
 
 
 def watch(sleep: Callable[[float], Any] = time.sleep) -> None:
-    """Crowd OpenMP whenever its threads and the other processes need more cores than there are. Never returns."""
+    """Crowd OpenMP whenever its threads and the other processes need more cores than there are.
+
+    Returns only where the load cannot be read, as in some sandboxes.
+    """
     crowd: Crowd | None = None
-    before = ticks()
+    try:
+        before = ticks()
+    except (OSError, ValueError):
+        return
     while True:
         sleep(PERIOD)
         after = ticks()
