@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,7 @@ def save_state(path: str | Path, state: GenerationState, model: LanguageModel) -
 
     Raises ValueError if the state is not one of this model.
     """
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _named(state)}
-    problem = _mismatch(tensors, model)
-    if problem is not None:
-        raise ValueError(f"the state is not one of this model: {problem}")
-    metadata = {"kind": KIND, FORMAT_VERSION: str(VERSION), "config": json.dumps(config_to_dict(model.config))}
-    metadata[DIGEST] = _digest(tensors, metadata)
+    tensors, metadata = pack_state(state, model)
     with atomic_file(Path(path)) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -65,26 +60,73 @@ def load_state(path: str | Path, model: LanguageModel) -> GenerationState:
         ) from error
     if metadata.get("kind") != KIND:
         raise CheckpointError(f"{path} is not a state; give a file that save_state has written")
-    version = metadata.get(FORMAT_VERSION, "1")
-    require_format_version({FORMAT_VERSION: int(version) if version.isdecimal() else version}, VERSION, path)
-    _require_known(metadata, path)
-    if metadata.get(DIGEST, "") not in ("", _digest(tensors, metadata)):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not that in its metadata; save the state again")
-    _require_config(metadata.get("config", ""), model.config, path)
+    return unpack_state(tensors, metadata, model, path)
+
+
+def pack_state(
+    state: GenerationState,
+    model: LanguageModel,
+    *,
+    kind: str = KIND,
+    extra: Mapping[str, Tensor] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file that holds a state.
+
+    Args:
+        kind: what the file is, for formats that hold more than a state.
+        extra: other tensors for the file, by names that no state has.
+        notes: other entries of the metadata.
+    Raises ValueError if the state is not one of this model.
+    """
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _named(state)}
     problem = _mismatch(tensors, model)
     if problem is not None:
-        raise CheckpointError(f"{path} is not a state of this model: {problem}")
+        raise ValueError(f"the state is not one of this model: {problem}")
+    tensors |= extra or {}
+    metadata = {"kind": kind, FORMAT_VERSION: str(VERSION), "config": json.dumps(config_to_dict(model.config))}
+    metadata |= notes or {}
+    metadata[DIGEST] = _digest(tensors, metadata)
+    return tensors, metadata
+
+
+def unpack_state(
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    model: LanguageModel,
+    where: Path | str,
+    *,
+    extra: Iterable[str] = (),
+    notes: Iterable[str] = (),
+) -> GenerationState:
+    """The state in a file's tensors and metadata, on the model's device.
+
+    Args:
+        where: the file, for messages.
+        extra, notes: the names of what else the file holds.
+    Raises CheckpointError if it is damaged, of a newer format version, or of a model with another config.
+    """
+    version = metadata.get(FORMAT_VERSION, "1")
+    require_format_version({FORMAT_VERSION: int(version) if version.isdecimal() else version}, VERSION, where)
+    _require_known(metadata, where, notes)
+    if metadata.get(DIGEST, "") not in ("", _digest(tensors, metadata)):
+        raise CheckpointError(f"{where} is damaged: its SHA-256 is not that in its metadata; save the state again")
+    _require_config(metadata.get("config", ""), model.config, where)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in set(extra)}
+    problem = _mismatch(tensors, model)
+    if problem is not None:
+        raise CheckpointError(f"{where} is not a state of this model: {problem}")
     template = _template(model)
     names = iter(dict(_named(template)))
     return map_state(lambda like: tensors[next(names)].to(like.device, like.dtype), template)
 
 
-def _require_known(metadata: dict[str, str], path: Path) -> None:
+def _require_known(metadata: dict[str, str], where: Path | str, notes: Iterable[str]) -> None:
     """Raise CheckpointError for a key that is not written here; a digest under a damaged key would not be compared."""
-    unknown = sorted(set(metadata) - {"kind", "config", FORMAT_VERSION, DIGEST})
+    unknown = sorted(set(metadata) - {"kind", "config", FORMAT_VERSION, DIGEST, *notes})
     if unknown:
         raise CheckpointError(
-            f"{path} is damaged: it has the unknown metadata key {unknown[0]!r}; save the state again"
+            f"{where} is damaged: it has the unknown metadata key {unknown[0]!r}; save the state again"
         )
 
 
@@ -135,15 +177,15 @@ def _kind(tensor: Tensor) -> str:
     return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else str(tensor.dtype)
 
 
-def _require_config(text: str, config: ModelConfig, path: Path) -> None:
+def _require_config(text: str, config: ModelConfig, where: Path | str) -> None:
     """Raise CheckpointError if a file's config is not the model's; options missing in the file have their defaults."""
     try:
         stored, own = config_to_dict(config_from_dict(ModelConfig, json.loads(text))), config_to_dict(config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is a state of another model: {error}") from error
+        raise CheckpointError(f"{where} is a state of another model: {error}") from error
     different = sorted(key for key in {*stored, *own} if stored.get(key) != own.get(key))
     if different:
         key = different[0]
         raise CheckpointError(
-            f"{path} is a state of another model: {key} is {stored.get(key)!r} there, {own.get(key)!r} in this model"
+            f"{where} is a state of another model: {key} is {stored.get(key)!r} there, {own.get(key)!r} in this model"
         )
