@@ -100,9 +100,12 @@ class Call:
         self.dense(**{name: tensor})
         return tensor
 
-    def launch(self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0) -> None:
-        """Queue a kernel."""
-        nvrtc.kernel(variant, self._index).launch(n_blocks, threads, shared, self._layout.pack(*self._values))
+    def launch(
+        self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0, *, early: bool = False
+    ) -> None:
+        """Queue a kernel; `early` as in `nvrtc.Kernel.launch`."""
+        content = self._layout.pack(*self._values)
+        nvrtc.kernel(variant, self._index).launch(n_blocks, threads, shared, content, early)
 
 
 def aligned(tensor: Tensor | None, elements: int) -> bool:

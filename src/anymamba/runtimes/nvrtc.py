@@ -332,6 +332,7 @@ class Kernel:
         self._driver = driver = _require(_driver())
         self._index = index
         self._name = variant.kernel
+        self._can_start_early = device(index).capability >= 90
         target = architecture(device(index).capability)
         cubin = cubin or compile_for(variant, target)
         with torch.cuda.device(index):
@@ -344,13 +345,18 @@ class Kernel:
             self._check(driver.cuThreadExchangeStreamCaptureMode(before))
         self._shared = 48 << 10  # what a block gets without asking
 
-    def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes) -> None:
-        """Queue the kernel on the device's current stream; its one argument is the struct in `parameters`."""
+    def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes, early: bool = False) -> None:
+        """Queue the kernel on the device's current stream; its one argument is the struct in `parameters`.
+
+        Args:
+            early: start it before the previous kernel ends, on GPUs that can (programmatic dependent launch). It must
+                call `wait_for_previous` before it touches what earlier kernels read or write.
+        """
         if n_blocks == 0:
             return
         if torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._index):
-                return self.launch(n_blocks, threads, shared, parameters)
+                return self.launch(n_blocks, threads, shared, parameters, early)
         driver = self._driver
         if not getattr(_thread, "has_context", False):
             self._enter()
@@ -361,6 +367,10 @@ class Kernel:
         content = ctypes.create_string_buffer(parameters, len(parameters))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(content))
         stream = _raw_stream(self._index)
+        if early and self._can_start_early:
+            config = _early(driver, n_blocks, threads, shared, stream)
+            self._check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+            return None
         self._check(
             driver.cuLaunchKernel(
                 self._function, n_blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
@@ -392,6 +402,18 @@ class Kernel:
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"the NVIDIA driver refuses to run {self._name}: {status.name}")
         return values[0] if values else None
+
+
+def _early(driver: Any, n_blocks: int, threads: int, shared: int, stream: int) -> Any:
+    """The configuration of a launch that may start before the previous kernel of its stream ends."""
+    attribute, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = n_blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared, driver.CUstream(stream)
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 _kernels: dict[tuple[Variant, int], Kernel] = {}

@@ -65,7 +65,7 @@ class Kernel:
     def __init__(self, variant: nvrtc.Variant) -> None:
         self._variant = variant
 
-    def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes) -> None:
+    def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes, early: bool = False) -> None:
         compiled = library(self._variant)
         compiled.size_of_parameters.restype = ctypes.c_uint64
         assert compiled.size_of_parameters() == len(parameters), "call.py and the header disagree about Parameters"

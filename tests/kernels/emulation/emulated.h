@@ -29,6 +29,9 @@
 struct uint2 {
     unsigned x, y;
 };
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 struct float2 {
     float x, y;
 };
@@ -262,6 +265,18 @@ void wait_for_copies() {
     copies.resize(kept);
 }
 inline void prefetch(const void*) {}
+
+inline void wait_for_previous() {}
+inline void let_next_start() {}
+inline float4 read_fresh(const float* from) {
+    need(reinterpret_cast<u64>(from) % 16 == 0, "a load not aligned");
+    return *reinterpret_cast<const float4*>(from);
+}
+inline float read_one_fresh(const float* from) { return *from; }
+inline uint4 read_once(const void* from) {
+    need(reinterpret_cast<u64>(from) % 16 == 0, "a load not aligned");
+    return *reinterpret_cast<const uint4*>(from);
+}
 
 inline float bits_as_float(u32 bits) {
     float r;

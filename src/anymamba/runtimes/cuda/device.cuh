@@ -103,6 +103,44 @@ DEVICE void wait(const Barrier* b, u32 parity) {
 #undef ANYMAMBA_TRY
 }
 
+// ------------------------------------------------------------------------------------------------ kernels that overlap
+// A kernel that is launched early starts while the previous one runs. Until it has waited it may only touch what no
+// kernel before it writes, such as weights.
+
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may start now, if it is launched early.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Four floats that an earlier kernel wrote, past the cache of the multiprocessor, which may hold older ones.
+DEVICE float4 read_fresh(const float* global) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(global)
+                 : "memory");
+    return v;
+}
+DEVICE float read_one_fresh(const float* global) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(global) : "memory");
+    return v;
+}
+// 16 bytes of weights, which are read once: they do not stay in the multiprocessor's cache.
+DEVICE uint4 read_once(const void* global) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(global));
+    return v;
+}
+
 // ------------------------------------------------------------------------------------------------ copies
 // From global to shared memory; zeros where `ok` is false, and nothing is read then.
 
