@@ -318,3 +318,29 @@ inline u32 floats_as_bfloats(float first, float second) {
 inline u32 floats_as_halves(float first, float second) {
     return u32(float_as_half(first)) | u32(float_as_half(second)) << 16;
 }
+inline u32 add_bfloats(u32 a, u32 b) {
+    return floats_as_bfloats(bits_as_float(a << 16) + bits_as_float(b << 16),
+                             bits_as_float(a & 0xffff0000u) + bits_as_float(b & 0xffff0000u));
+}
+inline u32 permute_bytes(u32 a, u32 b, u32 select) {
+    const u64 both = u64(b) << 32 | a;
+    u32 r = 0;
+    for (int i = 0; i < 4; i++) r |= u32(both >> (select >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return r;
+}
+inline float dot_bfloats(u32 a, u32 b) {
+    return bits_as_float(a << 16) * bits_as_float(b << 16) +
+           bits_as_float(a & 0xffff0000u) * bits_as_float(b & 0xffff0000u);
+}
+inline void multiply_tiles(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    const int lane = emulated::self->lane, row = lane & ~3, column = lane % 4 * 2;
+    for (int half = 0; half < 2; half++)
+        for (int t = 0; t < 4; t++) {
+            const u32 upper = shuffle(a[2 * half], row + t), lower = shuffle(a[2 * half + 1], row + t);
+            for (int i = 0; i < 2; i++) {
+                const u32 other = shuffle(b[half], (column + i) * 4 + t);
+                sums[i] += dot_bfloats(upper, other);
+                sums[2 + i] += dot_bfloats(lower, other);
+            }
+        }
+}

@@ -188,6 +188,26 @@ DEVICE u32 floats_as_halves(float first, float second) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
     return r;
 }
+// a + b, of two bfloat16 each.
+DEVICE u32 add_bfloats(u32 a, u32 b) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b));
+    return r;
+}
+// Four bytes of the eight in a and b (0 to 3 and 4 to 7), one for each hexadecimal digit of `select`, lowest first.
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 select) { return __byte_perm(a, b, select); }
+
+// ------------------------------------------------------------------------------------------------ matrices
+
+// sums += a b of bfloat16 matrices, 16 x 16 by 16 x 8, by the 32 lanes of a warp. With g = lane / 4 and t = lane % 4:
+// sums are (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); each word of a and b is two neighbours along their common
+// dimension: a has (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), and b has (2t, g), (2t + 8, g).
+DEVICE void multiply_tiles(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 
 #endif  // ANYMAMBA_EMULATED
 
