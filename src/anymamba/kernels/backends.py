@@ -22,6 +22,7 @@ from anymamba.kernels.linear_cross_entropy import cuda as loss_cuda
 from anymamba.kernels.linear_cross_entropy import portable as loss_portable
 from anymamba.kernels.linear_cross_entropy import reference as loss_reference
 from anymamba.kernels.packed_linear import cpu as packed_cpu
+from anymamba.kernels.packed_linear import cuda as packed_cuda
 from anymamba.kernels.packed_linear import reference as packed_reference
 from anymamba.kernels.selective_scan import cpu as scan_cpu
 from anymamba.kernels.selective_scan import cuda as scan_cuda
@@ -65,5 +66,5 @@ BACKENDS: dict[str, tuple[Any, ...]] = {
     "causal_conv1d": (conv_cpu, conv_cuda, conv_triton, conv_portable, conv_reference),
     "add_norm": (norm_cuda, norm_portable, norm_reference),
     "linear_cross_entropy": (loss_cuda, loss_portable, loss_reference),
-    "packed_linear": (packed_cpu, packed_reference),
+    "packed_linear": (packed_cpu, packed_cuda, packed_reference),
 }

@@ -328,6 +328,11 @@ inline u32 permute_bytes(u32 a, u32 b, u32 select) {
     for (int i = 0; i < 4; i++) r |= u32(both >> (select >> 4 * i & 7) * 8 & 255) << 8 * i;
     return r;
 }
+template <typename T>
+T read_ahead(const T* global) {
+    need(reinterpret_cast<u64>(global) % sizeof(T) == 0, "a load not aligned");
+    return *global;
+}
 inline float dot_bfloats(u32 a, u32 b) {
     return bits_as_float(a << 16) * bits_as_float(b << 16) +
            bits_as_float(a & 0xffff0000u) * bits_as_float(b & 0xffff0000u);

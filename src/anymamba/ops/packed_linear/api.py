@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from anymamba.kernels.packed_linear import cpu, formats, writing
+from anymamba.kernels.packed_linear import cpu, cuda, formats, writing
 from anymamba.kernels.packed_linear.formats import PackedWeight
 from anymamba.ops import dispatch, observers
 from anymamba.ops.packed_linear.checks import checked, checked_matrix, checked_weight
@@ -23,9 +23,9 @@ def packed_linear(
     """Multiply by a packed weight: y = x W^T + bias.
 
     The compiled kernels read the weights as they lie in memory. They round x to bfloat16 for bfloat16 weights, and for
-    block formats to int8 with a scale for each 32 columns of a row; sums are float32. A row gives the same bits alone,
-    in any batch and for any number of threads. Gradients and tracers use torch operations on the unpacked weight, which
-    do not round x; the weight has no gradient.
+    block formats on a CPU to int8 with a scale for each 32 columns of a row, on a GPU to bfloat16; sums are float32. On
+    a CPU a row gives the same bits alone, in any batch and for any number of threads. Gradients and tracers use torch
+    operations on the unpacked weight, which do not round x; the weight has no gradient.
 
     Args:
         x: (..., n_in), floating point. Where it is infinite or NaN, block formats give NaN for the whole row.
@@ -69,8 +69,13 @@ def unpack(weight: PackedWeight) -> Float[Tensor, "n_out n_in"]:
     Raises ValueError or TypeError if the data does not have the size that the format needs.
     """
     checked_weight(weight)
-    if cpu.unavailable(weight.data.device.type) is None and observers.plain(weight.data):
+    kind = weight.data.device.type
+    if not observers.plain(weight.data):
+        return formats.unpack(weight.data, weight.format)
+    if cpu.unavailable(kind) is None:
         return cpu.unpack(weight)
+    if weight.format in cuda.BLOCKS and cuda.unavailable(kind) is None and cuda.refuses_gpu(weight.data) is None:
+        return cuda.unpack(weight)
     return formats.unpack(weight.data, weight.format)
 
 

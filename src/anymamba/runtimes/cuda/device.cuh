@@ -132,6 +132,11 @@ DEVICE float read_one_fresh(const float* global) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(global) : "memory");
     return v;
 }
+// What an earlier kernel wrote, past the cache of the multiprocessor as well; the compiler may move it up to the wait.
+template <typename T>
+DEVICE T read_ahead(const T* global) {
+    return __ldcg(global);
+}
 // 16 bytes of weights, which are read once: they do not stay in the multiprocessor's cache.
 DEVICE uint4 read_once(const void* global) {
     uint4 v;
