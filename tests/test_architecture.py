@@ -57,7 +57,7 @@ SHARED = {
         "training.steps",
         "training.tables",
     ),
-    *("lab.experiment", "lab.results", "lab.report", "lab.charts"),
+    *("lab.experiment", "lab.results", "lab.report", "lab.charts", "lab.optimization", "lab.saving"),
     *("cli.app", "cli.train_help"),
     *("console.flags", "console.output", "console.mistakes", "console.synonyms", "console.profiling"),
 }

@@ -11,16 +11,9 @@ import torch
 from torch import nn
 
 from anymamba.lab.experiment import Context
-from anymamba.lab.learning import (
-    Optimization,
-    build_model,
-    build_optimizer,
-    evaluate,
-    finite,
-    fixed_set,
-    learn,
-    set_rates,
-)
+from anymamba.lab.learning import build_model, evaluate, finite, fixed_set, learn
+from anymamba.lab.optimization import Optimization, build_optimizer, set_rates
+from anymamba.lab.saving import OutOfTime, Saving
 from anymamba.models.config import ModelConfig
 
 SYMBOLS = 6
@@ -178,6 +171,8 @@ def test_rates_of_warm_up_constant_and_cosine():
     cosine = Optimization(12, 1, 1e-3, warmup_steps=4, cosine=True)
     assert rates(cosine, [2, 4, 8, 12]) == pytest.approx([1.0, 2.0, 1.0, 0.0])
     assert rates(Optimization(10, 1, 1e-3), [1, 10]) == [2.0, 2.0]
+    to_a_rate = Optimization(12, 1, 1e-3, warmup_steps=4, cosine=True, final_rate=0.5)
+    assert rates(to_a_rate, [2, 4, 8, 12]) == pytest.approx([1.0, 2.0, 1.25, 0.5])
 
 
 @pytest.mark.parametrize(("kernel_rate", "peak"), [(1e-3, 1e-3), (5e-3, 3e-3)])
@@ -208,3 +203,84 @@ def test_training_repeats_and_clips():
     assert all(map(torch.equal, run().parameters(), run().parameters()))
     norms = [torch.cat([p.grad.flatten() for p in run(clip_norm=c).parameters()]).norm() for c in (1e-3, None)]
     assert norms[0] == pytest.approx(1e-3, rel=1e-3) and norms[1] > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------ resuming
+
+
+class Stopping(Saving):
+    """A saving that is due after some steps, and late at the last of them."""
+
+    def due_after(self, steps: int) -> Saving:
+        self.left = steps
+        return self
+
+    def is_due(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+    def is_late(self) -> bool:
+        return self.left <= 0
+
+
+def trained(path, stops=()) -> tuple[dict, list[torch.Tensor]]:
+    """Seven steps of a model with a kernel, interrupted after these numbers of steps."""
+    how = Optimization(7, 2, 1e-2, warmup_steps=3, cosine=True)
+    for steps in (*stops, None):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(d_model=8, n_layers=2, vocab_size=SYMBOLS, mixers=("mamba", "s4d")), context())
+        saving = Saving(path, {"a": [1]}) if steps is None else Stopping(path, {"a": [1]}).due_after(steps)
+        on = replace(context(), saving=saving)
+        try:
+            values = learn(model, how, make, fixed_set(make, 4, CPU), on, every=3, resumable=True)
+        except OutOfTime:
+            continue
+        return values, list(model.parameters())
+    raise AssertionError("the last run has no deadline")
+
+
+@pytest.mark.parametrize("stops", [(2,), (3, 1), (1, 1, 1, 1, 1, 1)])
+def test_a_training_that_goes_on_equals_one_without_a_stop(tmp_path, stops):
+    straight, weights = trained(tmp_path / "straight")
+    resumed, same = trained(tmp_path / "resumed", stops)
+    differs = {"training_seconds", "tokens_per_second"}
+    assert {k: v for k, v in straight.items() if k not in differs} == {
+        k: v for k, v in resumed.items() if k not in differs
+    }
+    assert all(map(torch.equal, weights, same))
+
+
+def test_a_saved_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
+    path = tmp_path / "arm"
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    optimizer, source = build_optimizer(model, Optimization(1, 1, 1e-3)), torch.Generator()
+    Saving(path, {"a": 1}).write(model, optimizer, source, {"step": 1})
+    assert Saving(path, {"a": 1}).read(model, optimizer, source) == {"step": 1}
+    with pytest.raises(ValueError, match="other settings; delete"):
+        Saving(path, {"a": 2}).read(model, optimizer, source)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="cannot be read"):
+        Saving(path, {"a": 1}).read(model, optimizer, source)
+    Saving(path, {}).delete()
+    assert Saving(path, {}).read(model, optimizer, source) is None
+
+
+def test_a_saving_is_due_after_its_interval_and_late_after_its_deadline(tmp_path):
+    assert not Saving(tmp_path / "arm", {}).is_due() and Saving(tmp_path / "arm", {}, every=0).is_due()
+    late = Saving(tmp_path / "arm", {}, deadline=0.0)
+    assert late.is_late() and late.is_due() and not Saving(tmp_path / "arm", {}).is_late()
+
+
+def test_bfloat16_runs_products_under_autocast():
+    seen = []
+
+    class Spied(type(build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context()))):
+        def loss(self, ids, labels):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().loss(ids, labels)
+
+    for precision, autocast in (("float32", False), ("bfloat16", True)):
+        model = Spied(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS))
+        how = Optimization(1, 2, 1e-3, precision=precision)
+        learn(model, how, make, fixed_set(make, 4, CPU), context(), every=1)
+        assert seen.pop() is autocast and all(p.dtype == torch.float32 for p in model.parameters())

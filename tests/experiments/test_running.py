@@ -19,6 +19,7 @@ from anymamba.experiments import EXPERIMENTS, load_experiment
 from anymamba.lab.experiment import SCALES, Arm, Experiment, Results, Threshold
 from anymamba.lab.results import read_results, write_results
 from anymamba.lab.running import run_experiment
+from anymamba.lab.saving import OutOfTime
 
 NAME = "dice"
 
@@ -371,3 +372,32 @@ def test_loading_an_experiment_needs_no_matplotlib():
     code = "import sys; from anymamba.experiments import load_experiment as load; load('selective-copying'); "
     code += "sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_arm_begins_after_the_time_of_a_run(tmp_path):
+    dice = Dice()
+    results = run_experiment(dice.experiment, "cpu", tmp_path, max_seconds=0)
+    assert not dice.measured and not results.records and "Not measured yet: one-seed0" in report(tmp_path)
+    assert len(run_experiment(dice.experiment, "cpu", tmp_path, max_seconds=60).records) == 5
+
+
+def test_an_arm_that_runs_out_of_time_keeps_its_state_until_it_is_finished(tmp_path):
+    dice = Dice()
+
+    def measure(settings, context):
+        if context.saving.path.exists():
+            return {"roll": 1.0, "seen": len(context.finished().records), "data": str(context.data)}
+        context.saving.path.write_text("state")
+        raise OutOfTime
+
+    experiment = replace(dice.experiment, measure=measure)
+    for done in range(5):
+        results = run_experiment(experiment, "cpu", tmp_path, data=tmp_path)
+        assert len(results.records) == done and len(list(tmp_path.glob("*.unfinished.safetensors"))) == 1
+    results = run_experiment(experiment, "cpu", tmp_path, data=tmp_path)
+    assert [record.values["seen"] for record in results.records] == [0, 1, 2, 3, 4]
+    assert not list(tmp_path.glob("*.unfinished.safetensors"))
+
+
+def report(folder) -> str:
+    return (folder / "report.md").read_text()

@@ -11,7 +11,7 @@ import torch
 
 from anymamba.cli import main
 from anymamba.experiments import EXPERIMENTS, load_experiment
-from anymamba.lab.experiment import SCALES
+from anymamba.lab.experiment import SCALES, Context
 from anymamba.lab.results import as_json
 from anymamba.lab.running import measure
 
@@ -75,8 +75,8 @@ def test_the_same_settings_and_seed_give_the_same_numbers(name):
     arm = experiment.arms("toy")[1]
 
     def numbers(seed: int) -> dict:
-        values = measure(experiment, arm, seed, torch.device("cpu"), lambda *told: None).values
+        values = measure(experiment, arm, Context(torch.device("cpu"), seed, lambda *told: None)).values
         tests = [{key: v for key, v in test.items() if key != "seconds"} for test in values.get("tests", [])]
-        return {**values, "training_seconds": 0, "tests": tests}
+        return {**values, "training_seconds": 0, "tokens_per_second": 0, "tests": tests}
 
     assert numbers(0) == numbers(0) != numbers(1)

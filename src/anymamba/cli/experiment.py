@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from anymamba.console.output import print_json, progress_bar, say
 
 @dataclass(frozen=True)
 class ExperimentOptions:
-    """Run an experiment: selective-copying, induction-heads, associative-recall, selection-ablation, speed.
+    """Run an experiment: selective-copying, induction-heads, associative-recall, scaling, language-ablations,
+    selection-ablation, speed.
 
     results.json is written after every arm. After an interruption, the same command measures only what is missing.
     """
@@ -32,6 +34,10 @@ class ExperimentOptions:
     """Names of the arms to run; defaults to all."""
     out: Path | None = None
     """Folder of the results; defaults to runs/experiments/NAME-SCALE."""
+    data: Path | None = None
+    """Folder with data that the package does not have: books for scaling and language-ablations."""
+    max_minutes: float | None = None
+    """Stop after this time; the same command goes on. Long arms are saved and continue where they were."""
     device: str = "auto"
     """cpu, cuda, cuda:1, xpu, mps; auto takes the first of cuda, xpu, mps and cpu that can be used here."""
     threads: int | None = None
@@ -67,6 +73,8 @@ def command(arguments: Sequence[str]) -> None:
                 only=options.arms,
                 device=usable_device(options.device),
                 progress=lambda arm, done, total, text: show(done, total, f"{arm}: {text}"),
+                data=options.data,
+                max_seconds=math.inf if options.max_minutes is None else 60 * options.max_minutes,
             )
         except KeyboardInterrupt as end:
             raise type(end)(f"go on with: anymamba experiment {shlex.join(arguments)}") from None

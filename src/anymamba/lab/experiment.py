@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
+
+    from anymamba.lab.saving import Saving
 
 Scale = Literal["toy", "cpu", "gpu", "paper"]
 """toy: seconds, for tests. cpu: an hour a seed on two cores. gpu: one accelerator. paper: as published."""
@@ -36,6 +39,12 @@ class Context:
     seed: int
     progress: Callable[[float, float, str], None]
     """Called now and then with the work done, the total work, and a text."""
+    saving: Saving | None = None
+    """Where the state of an arm that takes long is saved; None: it is not."""
+    data: Path | None = None
+    """A folder with data that do not belong to the package."""
+    finished: Callable[[], Results] | None = None
+    """The results so far, for an arm whose settings depend on those of others."""
 
 
 @dataclass(frozen=True)

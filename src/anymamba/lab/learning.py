@@ -5,45 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from anymamba.lab.experiment import Context
+from anymamba.lab.optimization import Batch, Optimization, TrainingStep, autocast
+from anymamba.lab.saving import OutOfTime
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
-from anymamba.training import optimizer as adamw
-from anymamba.training.config import OptimizerConfig
+from anymamba.parts.state import without_last_states
 
-Batch = tuple[Tensor, Tensor]
-"""Token ids (rows, length) and labels (rows, length); labels of -100 are not counted."""
 MakeBatch = Callable[[torch.Generator, int], Batch]
-"""Makes a batch with the given number of rows."""
+"""Makes a batch with the given number of rows, on the device of the generator or of the data."""
 
 VALIDATION_SEED = (1 << 32) - 1
 """Far from every training seed (torch uses 32 bits of it). All arms and seeds have the same validation set."""
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """AdamW with warm-up, then a constant rate or half a cosine down to 0."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    cosine: bool = False
-    clip_norm: float | None = 1.0
-    kernel_learning_rate: float = 1e-3
-    """Largest rate of the parameters of time-invariant kernels (S4, S4D, Hyena's filter)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    """Added to the root of the second moment. Gradients far below it have almost no effect. If the solution should keep
-    improving after the loss is near 0, a smaller epsilon is needed."""
+READ_EVERY = 20
+"""Steps after which a GPU is asked for the loss; asking at each step would make it wait."""
+UNTIMED = 10
+"""Steps at the beginning that the speed is not measured on: the first ones compile, and one is recorded."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +45,21 @@ class Score:
     n_sequences: int
 
 
+@dataclass
+class Course:
+    """What changes during a training, besides the model, the optimiser and the generator; JSON can hold it."""
+
+    step: int = 0
+    curve: list[list[float | None]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Losses since the last evaluation."""
+    seconds: float = 0.0
+    """Evaluations included."""
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
+    """Steps and seconds that the speed is computed from, without evaluations."""
+
+
 def build_model(config: ModelConfig, context: Context) -> LanguageModel:
     """A model whose weights are drawn on the CPU, so that every device starts from the same weights."""
     return LanguageModel(config).to(context.device)
@@ -69,6 +69,12 @@ def fixed_set(make: MakeBatch, rows: int, device: torch.device, seed: int = VALI
     """A set with the same rows on every call; by default the validation set."""
     ids, labels = make(torch.Generator().manual_seed(seed), rows)
     return ids.to(device), labels.to(device)
+
+
+def batch_generator(context: Context) -> torch.Generator:
+    """The source of an arm's batches. On an NVIDIA GPU it draws there, so that batches are made there."""
+    device = context.device if context.device.type == "cuda" else "cpu"
+    return torch.Generator(device).manual_seed(context.seed)
 
 
 def learn(
@@ -81,6 +87,7 @@ def learn(
     every: int,
     enough: Callable[[Score], bool] = lambda score: False,
     generator: torch.Generator | None = None,
+    resumable: bool = False,
 ) -> dict[str, Any]:
     """Train a model on a task and evaluate it at intervals.
 
@@ -91,80 +98,112 @@ def learn(
         enough: called with the score of each evaluation; True stops the training.
         generator: source of the batches. Pass one if this training continues another and needs fresh rows. By default
             it is made from the context's seed, so that all arms get the same batches.
+        resumable: save the state where the context says, and go on from a saved one. Only for an arm's only training,
+            whose `enough` does not depend on earlier evaluations.
     Returns a dictionary that JSON can hold: `accuracy` (tokens), `sequence_accuracy` and `validation_loss` at the end,
-    `steps` and `training_seconds` (evaluations included), `parameters`, and `curve`, a list of [step, mean training
-    loss since the previous evaluation, token accuracy]. A loss that is not finite is None.
+    `steps` and `training_seconds` (evaluations included), `parameters`, `curve`, a list of [step, mean training
+    loss since the previous evaluation, token accuracy], `tokens_per_second` without evaluations (None if there were too
+    few steps), `recorded`, whether the steps ran as a CUDA graph, and `peak_gib`, the most memory on a GPU. A loss that
+    is not finite is None.
+    Raises OutOfTime when a saved training reaches the context's deadline.
     """
-    generator = generator or torch.Generator().manual_seed(context.seed)
-    optimizer, start = build_optimizer(model, how), time.perf_counter()
-    curve: list[list[float | None]] = []
-    losses: list[float] = []
-    score = None
+    generator = generator or batch_generator(context)
+    take_step, saving = TrainingStep(model, how), context.saving if resumable else None
+    found = saving.read(model, take_step.optimizer, generator) if saving else None
+    course = Course(**found) if found else Course()
+    watch, losses, score = Stopwatch(context.device, course), list[Tensor](), None
     model.train()
-    for step in range(1, how.steps + 1):
-        set_rates(optimizer, how, step)
+    while course.step < how.steps:
         ids, labels = make(generator, how.batch_size)
-        losses.append(train_step(model, optimizer, (ids.to(context.device), labels.to(context.device)), how.clip_norm))
-        judged = f", accuracy {100 * score.tokens:.1f} %" if score else ""
-        context.progress(step, how.steps, f"loss {losses[-1]:.3f}{judged}")
-        if step % every and step != how.steps:
-            continue
-        score = evaluate(model, validation)
-        curve.append([step, finite(sum(losses) / len(losses)), score.tokens])
-        losses.clear()
-        if enough(score):
-            break
+        course.step += 1
+        losses.append(take_step((ids.to(context.device), labels.to(context.device)), course.step))
+        watch.step()
+        reads = context.device.type == "cpu" or course.step % READ_EVERY == 0
+        if reads:
+            judged = f", accuracy {100 * score.tokens:.1f} %" if score else ""
+            context.progress(course.step, how.steps, f"loss {losses[-1].item():.3f}{judged}")
+        if course.step % every == 0 or course.step == how.steps:
+            course.losses += read(losses)
+            watch.pause()
+            score = evaluate(model, validation, how=how)
+            course.curve.append([course.step, finite(sum(course.losses) / len(course.losses)), score.tokens])
+            course.losses.clear()
+            if enough(score):
+                break
+            watch.go_on()
+        if saving and reads and saving.is_due() and course.step < how.steps:
+            course.losses += read(losses)
+            watch.pause()
+            saving.write(model, take_step.optimizer, generator, vars(course))
+            if saving.is_late():
+                raise OutOfTime
+            watch.go_on()
     assert score is not None, "an optimization has at least one step"
+    tokens = ids.numel()
     return {
         "accuracy": score.tokens,
         "sequence_accuracy": score.sequences,
         "validation_loss": finite(score.loss),
-        "steps": step,
-        "training_seconds": round(time.perf_counter() - start, 1),
+        "steps": course.step,
+        "training_seconds": round(course.seconds, 1),
         "parameters": model.n_parameters(),
-        "curve": curve,
+        "curve": course.curve,
+        "tokens_per_second": tokens * course.timed_steps / course.timed_seconds if course.timed_steps else None,
+        "recorded": take_step.not_recorded is None,
+        "peak_gib": torch.cuda.max_memory_allocated(context.device) / 2**30 if context.device.type == "cuda" else None,
     }
 
 
-def train_step(model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None) -> float:
-    """Take one step on a batch. Returns the loss before the step, in nats per label."""
-    out = model.loss(*batch)
-    loss = out.loss / out.n_tokens
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
-    return loss.item()
+class Stopwatch:
+    """Adds the time of a training to its course, and that of its steps alone."""
+
+    def __init__(self, device: torch.device, course: Course) -> None:
+        self.device, self.course = device, course
+        self.start = time.perf_counter()
+        self.mark: float | None = None
+        """When the steps that are timed began."""
+        self.steps = 0
+
+    def step(self) -> None:
+        """Count a step."""
+        self.steps += 1
+        if self.mark is None and self.steps == UNTIMED:
+            self._mark()
+        elif self.mark is not None:
+            self.course.timed_steps += 1
+
+    def pause(self) -> None:
+        """Add the time so far."""
+        now = self._now()
+        if self.mark is not None:
+            self.course.timed_seconds += now - self.mark
+        self.course.seconds += now - self.start
+        self.start = now
+
+    def go_on(self) -> None:
+        """Begin to measure again."""
+        if self.mark is not None:
+            self._mark()
+
+    def _mark(self) -> None:
+        self.mark = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
-def build_optimizer(model: LanguageModel, how: Optimization) -> torch.optim.AdamW:
-    """AdamW with the same parameter groups as in training."""
-    config = OptimizerConfig(
-        learning_rate=how.learning_rate,
-        kernel_learning_rate=how.kernel_learning_rate,
-        min_learning_rate=0.0,
-        betas=how.betas,
-        eps=how.eps,
-        weight_decay=how.weight_decay,
-    )
-    return adamw.build_optimizer(model, config)
-
-
-def set_rates(optimizer: torch.optim.Optimizer, how: Optimization, step: int) -> None:
-    """Set the learning rates of a step; steps count from 1."""
-    share = min(1.0, step / how.warmup_steps) if how.warmup_steps else 1.0
-    if how.cosine and step > how.warmup_steps:
-        done = (step - how.warmup_steps) / max(1, how.steps - how.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        peak = how.learning_rate if group["rate"] == 1.0 else how.kernel_learning_rate
-        group["lr"] = peak * share
+def read(losses: list[Tensor]) -> list[float]:
+    """The values of losses on the device, which are then forgotten."""
+    values = torch.stack(losses).tolist() if losses else []
+    losses.clear()
+    return values
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, batch: Batch, rows: int = 64) -> Score:
-    """Evaluate a model on a set, `rows` sequences at a time.
+def evaluate(model: LanguageModel, batch: Batch, rows: int = 64, how: Optimization | None = None) -> Score:
+    """Evaluate a model on a set, `rows` sequences at a time, in the precision that it is trained in.
 
     Raises ValueError if the set has no label.
     """
@@ -172,12 +211,14 @@ def evaluate(model: LanguageModel, batch: Batch, rows: int = 64) -> Score:
     counted = labels != -100
     if not counted.any():
         raise ValueError("at least one position must have a label, but all labels are -100; label the answers")
+    precision = autocast(how, ids.device) if how else nullcontext()
     was_training = model.training
     model.eval()
     right, loss = torch.zeros_like(counted), 0.0
     for part in torch.arange(len(ids), device=ids.device).split(rows):
         where = counted[part]
-        logits = model.logits(model.hidden(ids[part])[0][where])[:, : model.config.vocab_size].float()
+        with precision, without_last_states():
+            logits = model.logits(model.hidden(ids[part])[0][where])[:, : model.config.vocab_size].float()
         wanted = labels[part][where]
         loss += F.cross_entropy(logits, wanted, reduction="sum").item()
         right[part] = right[part].masked_scatter(where, logits.argmax(-1) == wanted)

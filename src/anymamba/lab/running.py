@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from anymamba.lab.charts import new_figure
 from anymamba.lab.experiment import Arm, Context, Experiment, Record, Results, Scale, record_key
 from anymamba.lab.report import write_report
 from anymamba.lab.results import as_json, machine, read_checked, today, write_results
+from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
 
 Progress = Callable[[str, float, float, str], None]
 """Called now and then with the arm, the work done, the total work, and a text."""
@@ -30,6 +33,8 @@ def run_experiment(
     only: Sequence[str] = (),
     device: torch.device | str = "cpu",
     progress: Progress = lambda arm, done, total, text: None,
+    data: Path | None = None,
+    max_seconds: float = math.inf,
 ) -> Results:
     """Measure what is missing in the folder and write results.json, the charts and report.md there.
 
@@ -41,6 +46,9 @@ def run_experiment(
     Args:
         seeds: number of seeds for every arm; defaults to the number in the arm.
         only: names of arms; defaults to all.
+        data: a folder with data that an experiment needs and that do not belong to the package.
+        max_seconds: stop after this time. An arm that saves its state goes on from there with the next call; of others
+            what is not finished is lost.
     Before anything is measured, raises ValueError for an unknown arm or if the folder holds results of other settings,
     ImportError if matplotlib is missing, and OSError if the folder cannot be written.
     """
@@ -59,13 +67,21 @@ def run_experiment(
     todo = missing((arm, seed) for arm in chosen(arms, only) for seed in range(counts[arm.name]))
     if todo:
         new_figure()
-    with closing(one_by_one(folder, todo)) as turns:
+    deadline = time.monotonic() + max_seconds
+    with closing(one_by_one(folder, todo)) as turns, suppress(OutOfTime):
         for i, (arm, seed) in turns:
             if missing([(arm, seed)]):  # else another process has measured it meanwhile
+                if time.monotonic() >= deadline:
+                    break
                 label = f"{arm.name}, seed {seed} ({i + 1} of {len(todo)})"
-                record = measure(experiment, arm, seed, device, lambda *told, label=label: progress(label, *told))
+                saving = Saving(folder / f"{record_key(arm.name, seed)}{SUFFIX}", as_json(arm.settings))
+                saving.deadline = deadline
+                told = partial(progress, label)
+                context = Context(device, seed, told, saving, data, with_file)
+                record = measure(experiment, arm, context)
                 with own_folder(folder, wait=None):
                     write_results(folder, with_file(record))
+                saving.delete()
     with own_folder(folder, wait=None):
         results = with_file()
         write_results(folder, results)
@@ -109,12 +125,11 @@ def chosen(arms: Sequence[Arm], only: Sequence[str]) -> list[Arm]:
     return [arm for arm in arms if not only or arm.name in only]
 
 
-def measure(
-    experiment: Experiment, arm: Arm, seed: int, device: torch.device, progress: Callable[[float, float, str], None]
-) -> Record:
+def measure(experiment: Experiment, arm: Arm, context: Context) -> Record:
     """Measure an arm once, from a fresh random state."""
-    torch.manual_seed(seed)
+    torch.manual_seed(context.seed)
     start = time.perf_counter()
-    values = experiment.measure(arm.settings, Context(device, seed, progress))
+    values = experiment.measure(arm.settings, context)
     seconds = time.perf_counter() - start
-    return Record(arm.name, seed, as_json(arm.settings), as_json(values), round(seconds, 1), machine(device), today())
+    settings, where = as_json(arm.settings), machine(context.device)
+    return Record(arm.name, context.seed, settings, as_json(values), round(seconds, 1), where, today())

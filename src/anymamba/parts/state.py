@@ -9,6 +9,7 @@ filled, so that rows of any length can be joined.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -112,3 +113,26 @@ def detach_state(state: StateT) -> StateT:
 def state_bytes(state: Any) -> int:
     """The size of a state's tensors in bytes."""
     return sum(t.numel() * t.element_size() for t in state_tensors(state))
+
+
+_unwanted = 0
+"""Depth of the blocks of `without_last_states` that are active."""
+
+
+@contextmanager
+def without_last_states() -> Iterator[None]:
+    """Tell layers that nobody reads the states that they return, as in training on separate rows.
+
+    A layer may then return NaN for what costs a pass over the sequence. Outputs and their gradients are the same.
+    """
+    global _unwanted
+    _unwanted += 1
+    try:
+        yield
+    finally:
+        _unwanted -= 1
+
+
+def last_states_are_wanted() -> bool:
+    """Whether the states after a sequence will be read."""
+    return not _unwanted

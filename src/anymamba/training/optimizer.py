@@ -64,9 +64,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for name, parameter in model.named_parameters():
         state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if _is_state_of(key, name)}
         if state:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
 
 def _is_state_of(key: str, name: str) -> bool:

@@ -60,13 +60,15 @@ class Copying:
 
 
 def copying_batch(task: Copying, generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both (rows, length); the labels are -100 except at the markers."""
+    """Token ids and labels, both (rows, length), on the generator's device; the labels are -100 except at the
+    markers."""
     before = task.n_noise + task.n_tokens
-    tokens = torch.randint(1, task.alphabet - 1, (rows, task.n_tokens), generator=generator)
-    ids = torch.full((rows, task.length), NOISE)
+    device = generator.device
+    tokens = torch.randint(1, task.alphabet - 1, (rows, task.n_tokens), generator=generator, device=device)
+    ids = torch.full((rows, task.length), NOISE, device=device)
     ids.scatter_(1, places(task, generator, rows), tokens)
     ids[:, before:] = task.marker
-    labels = torch.full((rows, task.length), NO_LABEL)
+    labels = torch.full((rows, task.length), NO_LABEL, device=device)
     labels[:, before:] = tokens
     return ids, labels
 
@@ -74,8 +76,8 @@ def copying_batch(task: Copying, generator: torch.Generator, rows: int) -> tuple
 def places(task: Copying, generator: torch.Generator, rows: int) -> Tensor:
     """Positions of the tokens in order, (rows, M): a random choice of those before the markers, or the first M."""
     if not task.selective:
-        return torch.arange(task.n_tokens).expand(rows, -1)
-    draws = torch.rand((rows, task.n_noise + task.n_tokens), generator=generator)
+        return torch.arange(task.n_tokens, device=generator.device).expand(rows, -1)
+    draws = torch.rand((rows, task.n_noise + task.n_tokens), generator=generator, device=generator.device)
     return draws.topk(task.n_tokens, dim=1).indices.sort(dim=1).values
 
 

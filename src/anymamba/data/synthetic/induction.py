@@ -45,14 +45,18 @@ class InductionSequences:
         """Yield the sequences in order, (rows, at most size) ids at a time. The size does not change the ids. Call it
         only once."""
         require_sizes(size=size)
-        rows = torch.arange(len(self.first))
+        device = self.generator.device
         for start in range(0, self.length, size):
             end = min(start + size, self.length)
             # drawn one position after the other, so that the random numbers do not depend on the size
-            ids = torch.randint(self.n_tokens, (end - start, len(rows)), generator=self.generator).T.contiguous()
-            for where, what in ((self.first, self.n_tokens), (self.first + 1, self.answers)):
-                here = (where >= start) & (where < end)
-                ids[rows[here], where[here] - start] = what if isinstance(what, int) else what[here]
+            drawn = torch.randint(
+                self.n_tokens, (end - start, len(self.first)), generator=self.generator, device=device
+            )
+            ids = drawn.T.contiguous()
+            trigger = torch.full_like(self.answers, self.n_tokens)
+            for where, what in ((self.first, trigger), (self.first + 1, self.answers)):
+                here, place = (where >= start) & (where < end), (where - start).clamp(0, end - start - 1)[:, None]
+                ids.scatter_(1, place, torch.where(here[:, None], what[:, None], ids.gather(1, place)))
             if end == self.length:
                 ids[:, -1] = self.n_tokens
             yield ids
@@ -76,8 +80,8 @@ def induction_sequences(
     if placement not in ("uniform", "first-ten"):
         raise ValueError(f"placement must be uniform or first-ten, got {placement!r}")
     places = length - 2 if placement == "uniform" else min(EARLY, length - 2)
-    first = torch.randint(places, (rows,), generator=generator)
-    answers = torch.randint(n_tokens, (rows,), generator=generator)
+    first = torch.randint(places, (rows,), generator=generator, device=generator.device)
+    answers = torch.randint(n_tokens, (rows,), generator=generator, device=generator.device)
     return InductionSequences(length, n_tokens, first, answers, generator)
 
 

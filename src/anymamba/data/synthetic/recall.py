@@ -68,27 +68,33 @@ class Recall:
 
 
 def recall_batch(task: Recall, generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both (rows, length); the labels are -100 except at the queries."""
+    """Token ids and labels, both (rows, length), on the generator's device; the labels are -100 except at the
+    queries."""
+    device = generator.device
     keys = different(task.keys, task.n_pairs, generator, rows)
     values = different(task.values, task.n_pairs, generator, rows)
     where = 2 * task.n_pairs + 2 * places(task, generator, rows)
-    ids = torch.full((rows, task.length), FILLER)
+    ids = torch.full((rows, task.length), FILLER, device=device)
     if task.random_filler:
-        ids = torch.randint(task.vocab_size, (rows, task.length), generator=generator)
+        ids = torch.randint(task.vocab_size, (rows, task.length), generator=generator, device=device)
     ids[:, : 2 * task.n_pairs] = torch.stack([keys, values], dim=2).flatten(1)
     ids.scatter_(1, where, keys)
-    return ids, torch.full((rows, task.length), NO_LABEL).scatter_(1, where, values)
+    return ids, torch.full((rows, task.length), NO_LABEL, device=device).scatter_(1, where, values)
 
 
 def different(tokens: range, count: int, generator: torch.Generator, rows: int) -> Tensor:
     """`count` distinct tokens for each row, in random order: (rows, count)."""
-    return tokens.start + torch.rand((rows, len(tokens)), generator=generator).topk(count, dim=1).indices
+    draws = torch.rand((rows, len(tokens)), generator=generator, device=generator.device)
+    return tokens.start + draws.topk(count, dim=1).indices
 
 
 def places(task: Recall, generator: torch.Generator, rows: int) -> Tensor:
     """The place of each key's query, counted from 0: (rows, n_pairs), distinct within a row."""
-    weights = torch.arange(1, task.n_places + 1, dtype=torch.float64) ** (task.power - 1)
-    return torch.multinomial(weights.expand(rows, -1), task.n_pairs, replacement=False, generator=generator)
+    distances = torch.arange(1, task.n_places + 1, dtype=torch.float64, device=generator.device)
+    # a multinomial draw without replacement, which does not wait for a GPU
+    waits = torch.empty((rows, task.n_places), dtype=torch.float64, device=generator.device)
+    waits.exponential_(generator=generator)
+    return (distances ** (task.power - 1) / waits).topk(task.n_pairs, dim=1).indices
 
 
 def guess_accuracy(task: Recall) -> float:

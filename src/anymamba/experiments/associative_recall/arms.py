@@ -7,7 +7,7 @@ from typing import Any
 
 from anymamba.data.synthetic.recall import Recall
 from anymamba.lab.experiment import Arm, Scale
-from anymamba.lab.learning import Optimization
+from anymamba.lab.optimization import Optimization
 from anymamba.models.config import ModelConfig
 from anymamba.parts.options import AttentionOptions, HyenaOptions, MambaOptions
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from anymamba.data.synthetic.induction import Placement
 from anymamba.lab.experiment import Arm, Scale
-from anymamba.lab.learning import Optimization
+from anymamba.lab.optimization import Optimization
 from anymamba.models.config import ModelConfig
 from anymamba.parts.options import AttentionOptions, H3Options, HyenaOptions, MambaOptions, S4DOptions
 

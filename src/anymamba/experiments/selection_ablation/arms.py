@@ -7,7 +7,7 @@ from math import log
 
 from anymamba.data.synthetic.copying import Copying
 from anymamba.lab.experiment import Arm, Scale
-from anymamba.lab.learning import Optimization
+from anymamba.lab.optimization import Optimization
 from anymamba.models.config import ModelConfig
 from anymamba.models.presets import transformer_plus_plus
 from anymamba.parts.options import MambaOptions

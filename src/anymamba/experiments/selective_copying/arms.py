@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from anymamba.data.synthetic.copying import Copying
 from anymamba.lab.experiment import Arm, Scale
-from anymamba.lab.learning import Optimization
+from anymamba.lab.optimization import Optimization
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""The state of an arm that is not finished: one file, from which the same command goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from anymamba.base.files import atomic_file
+from anymamba.models.language_model import LanguageModel
+from anymamba.training.optimizer import optimizer_tensors, restore_optimizer
+
+SUFFIX = ".unfinished.safetensors"
+VALUES = "anymamba"
+"""The key of the values in the file's metadata."""
+
+
+class OutOfTime(Exception):
+    """The time of a run is up; the arm that was being measured is saved, if it can be."""
+
+
+@dataclass
+class Saving:
+    """Where and when the state of an arm is saved."""
+
+    path: Path
+    settings: dict[str, Any]
+    """The settings of the arm, as JSON; the state of other settings is not used."""
+    every: float = 60.0
+    """Seconds between two writes."""
+    deadline: float = math.inf
+    """Of `time.monotonic`: a training that reaches it is saved and ends with `OutOfTime`."""
+    _written: float = field(default_factory=time.monotonic)
+
+    def is_due(self) -> bool:
+        """Whether it is time to write the state."""
+        return self.is_late() or time.monotonic() - self._written >= self.every
+
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() >= self.deadline
+
+    def write(
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        values: dict[str, Any],
+    ) -> None:
+        """Replace the file. `values` is what else the next step needs, as JSON."""
+        tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+        tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
+        tensors["generator"] = generator.get_state()
+        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path) as temporary:
+            save_file(tensors, temporary, {VALUES: json.dumps({"settings": self.settings, "values": values})})
+        self._written = time.monotonic()
+
+    def read(
+        self, model: LanguageModel, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    ) -> dict[str, Any] | None:
+        """Restore the model, the optimiser and the generator; returns the values, or None if there is no such file.
+
+        Raises ValueError if the file is damaged or belongs to other settings.
+        """
+        if not self.path.exists():
+            return None
+        way_out = f"delete {self.path} to measure the arm from its beginning"
+        try:
+            with safe_open(self.path, "pt") as file:
+                stored = json.loads((file.metadata() or {})[VALUES])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.path} cannot be read ({error}); {way_out}") from error
+        if stored["settings"] != self.settings:
+            raise ValueError(f"{self.path} was written with other settings; {way_out}")
+        generator.set_state(tensors.pop("generator"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors.pop(f"model.{name}"))
+        restore_optimizer(model, optimizer, {name.removeprefix("optimizer."): t for name, t in tensors.items()})
+        return stored["values"]
+
+    def delete(self) -> None:
+        """Delete the file, if there is one."""
+        self.path.unlink(missing_ok=True)
