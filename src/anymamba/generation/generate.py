@@ -6,27 +6,25 @@ dropped from the computation. With recurrent layers a token costs the same for a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
+from anymamba.generation.rows import Chosen, FinishReason, Row, RunningRows
 from anymamba.generation.sampling import RowDraws, SamplingConfig, Seed, sample
 from anymamba.generation.speculation import Speculation, SpeculationReport, Speculator
 from anymamba.generation.stepping import Stepper
 from anymamba.generation.stops import StoppingDecoder
-from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import concatenate_rows, map_state, select_rows
-
-FinishReason = Literal["eos", "stop", "length"]
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -67,16 +65,6 @@ class Step(NamedTuple):
     """Why a row has ended with this token; None if it continues."""
 
 
-class _Running(NamedTuple):
-    """What the running rows need for the next step."""
-
-    model: LanguageModelState
-    """The state before `last`."""
-    last: Int[Tensor, " rows"]
-    """The newest token of each row, not yet read by the model."""
-    seen: Bool[Tensor, "rows vocab_size"]
-
-
 class TokenStream(Iterator[Step]):
     """Generates a batch step by step; iterating gives a `Step` for each token.
 
@@ -107,14 +95,9 @@ class TokenStream(Iterator[Step]):
         self._sampling = sampling or SamplingConfig()
         self._eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         rows = prompt_rows(prompts)
-        self._decoders = None if tokenizer is None else [StoppingDecoder(tokenizer, stop) for _ in rows]
-        # ids that may be generated: a published model's vocabulary may be padded beyond its tokenizer's
-        vocab_size = model.config.vocab_size
-        self._n_ids = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
         self._draws = RowDraws(seed, len(rows))
-        self._rows = list(range(len(rows)))
-        self._ended: list[tuple[list[int], _Running]] = []
         self._n_steps = 0
+        self._ended: list[tuple[list[int], Any]] = []  # what `RunningRows.select` gives, by the rows' numbers
         self.n_prompts = len(rows)
         """Number of prompts."""
         self.n_prompt_tokens = sum(map(len, rows))
@@ -123,24 +106,27 @@ class TokenStream(Iterator[Step]):
             speculation.check(model)
             if len(rows) == 1:
                 self._speculator = Speculator(self._step, model, speculation, rows[0].tolist(), self._guess)
+        self._n_ids = n_ids(model, tokenizer)
+        self._running = RunningRows[Row](self._speculator or self._step, model.config.vocab_size, self._n_ids)
         with torch.inference_mode():
             read = prefill(model, rows, self._eos_id, state, prefill_chunk)
-            nothing = torch.zeros(len(rows), dtype=torch.int64, device=read.logits.device)
-            self._running = _Running(read.model, nothing, read.seen.clone())
-            self._logits: Tensor | None = read.logits  # of the first token; those of later ones come from the step
+            self._read: GenerationState | None = read  # until the first step
+            decoders = [None if tokenizer is None else StoppingDecoder(tokenizer, stop) for _ in rows]
+            self._running.add([self._row(number, decoder) for number, decoder in enumerate(decoders)], read)
+
+    def _row(self, number: int, decoder: StoppingDecoder | None) -> Row:
+        return Row(self._sampling, (self._draws, number), decoder, self._eos_id, self._max_new_tokens)
 
     @torch.inference_mode()
     def __next__(self) -> Step:
-        if not self._rows or self._n_steps == self._max_new_tokens:
+        if not self._running.rows or self._n_steps == self._max_new_tokens:
             raise StopIteration
-        logits = self._next_logits()
-        ids, log_probabilities = self._choose(logits)
-        self._running.last.copy_(ids)
-        self._running.seen.scatter_(1, ids[:, None], True)
+        self._read = None
+        chosen = self._running.advance()
         self._n_steps += 1
-        step = self._report(ids.tolist(), log_probabilities.tolist())
-        self._drop([i for i, reason in enumerate(step.finish_reasons) if reason is not None])
-        return step
+        numbers = [row.number for row in self._running.rows]
+        self._drop([i for i, one in enumerate(chosen) if one.reason is not None])
+        return self._report(numbers, chosen)
 
     @property
     def speculation(self) -> SpeculationReport | None:
@@ -154,33 +140,24 @@ class TokenStream(Iterator[Step]):
         The state of a row that has ended is that at its end, including the end-of-sequence token or the stop string.
         """
         with torch.inference_mode():
-            self._settle()
-            parts = [part for part in (*self._ended, (self._rows, self._running)) if part[0]]
-            rows = torch.tensor([row for part, _ in parts for row in part])
-            together = concatenate_rows([running for _, running in parts])
-            together = select_rows(together, rows.argsort().to(together.last.device))
-            result = GenerationState(together.model, self._logits, together.seen) if self._logits is not None else None
-            if result is None:
-                output = self._step(together.last, together.model)
-                logits = output.logits[:, : self._model.config.vocab_size].float()
-                result = GenerationState(output.state, logits, together.seen)
+            result = self._read or self._state_after_last()
         return map_state(Tensor.clone, result)  # a snapshot, made outside inference mode: usable by autograd, too
 
-    def _next_logits(self) -> Float[Tensor, "rows n_ids"]:
-        """Logits of the ids that may be generated, after reading the last token if there is one."""
-        if self._logits is not None:
-            logits, self._logits = self._logits, None
-        else:
-            step = self._speculator or self._step
-            logits, model_state = step(self._running.last, self._running.model, reuse_state=True)
-            self._running = self._running._replace(model=model_state)
-        return logits[:, : self._n_ids].float()
+    def _state_after_last(self) -> GenerationState:
+        parts = list(self._ended)
+        if self._running.rows:
+            parts.append(self._taken(range(len(self._running.rows))))
+        order = torch.tensor([number for numbers, _ in parts for number in numbers]).argsort()
+        last, held = concatenate_rows([part for _, part in parts])
+        last, held = select_rows((last, held), order.to(last.device))
+        output = self._step(last, held.model)
+        return GenerationState(output.state, output.logits[:, : self._model.config.vocab_size].float(), held.seen)
 
-    def _choose(self, logits: Float[Tensor, "rows n_ids"]) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """One token per row, and its log-probability under the model."""
-        draws = None if self._sampling.is_greedy else self._draws.next(self._rows)
-        ids = sample(logits, self._sampling, draws, self._running.seen[:, : self._n_ids])
-        return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    def _taken(self, places: Sequence[int]) -> tuple[list[int], Any]:
+        """The numbers of rows, their newest tokens and the states before these."""
+        if self._speculator is not None:
+            self._running.settle(self._speculator.settle)
+        return [self._running.rows[place].number for place in places], self._running.select(places)
 
     def _guess(self, logits: Float[Tensor, "one padded_vocab"], ahead: int) -> int:
         """The id that a draft model's logits give for a later token of the only row, with its own random number."""
@@ -188,49 +165,26 @@ class TokenStream(Iterator[Step]):
         seen = self._running.seen[:, : self._n_ids].to(logits.device)
         return int(sample(logits[:, : self._n_ids].float(), self._sampling, draws, seen))
 
-    def _settle(self) -> None:
-        """Bring the state to the last token that was read, where speculation has read ahead of it."""
-        if self._speculator is not None:
-            self._running = self._running._replace(model=self._speculator.settle(self._running.model))
-
-    def _report(self, ids: list[int], log_probabilities: list[float]) -> Step:
-        if not all(map(math.isfinite, log_probabilities)):
-            raise RuntimeError(
-                f"the model's logits are not finite at new token {self._n_steps}; its weights are broken, or their "
-                f"dtype overflows (float32 does not)"
-            )
-        texts, reasons = [], []
-        for row, token in zip(self._rows, ids, strict=True):
-            text, reason = self._end_of(row, token)
-            texts.append(text)
-            reasons.append(reason)
-        return Step(self._rows, ids, log_probabilities, texts, reasons)
-
-    def _end_of(self, row: int, token: int) -> tuple[str, FinishReason | None]:
-        """The text that is final after a row's new token, and why the row ends with it (None if it does not)."""
-        reason: FinishReason | None = "length" if self._n_steps == self._max_new_tokens else None
-        if token == self._eos_id:
-            reason = "eos"
-        if self._decoders is None:
-            return "", reason
-        decoder = self._decoders[row]
-        text = "" if reason == "eos" else decoder.push(token)
-        if reason is not None:
-            text += decoder.flush()
-        return text, "stop" if decoder.stopped else reason
+    def _report(self, numbers: list[int], chosen: list[Chosen]) -> Step:
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        numbers, chosen = [numbers[i] for i in order], [chosen[i] for i in order]
+        for one in chosen:
+            if one.error is not None:
+                raise one.error
+        ids, log_probabilities, _, texts, reasons, _ = map(list, zip(*chosen, strict=True))
+        return Step(numbers, ids, log_probabilities, texts, reasons)
 
     def _drop(self, places: list[int]) -> None:
-        """Remove rows from the computation, by their indices among the running ones."""
-        if not places:
-            return
-        self._settle()
-        gone = set(places)
-        kept = [i for i in range(len(self._rows)) if i not in gone]
-        self._ended.append(([self._rows[i] for i in places], self._select(places)))
-        self._rows, self._running = [self._rows[i] for i in kept], self._select(kept)
+        """Remove rows from the computation, by their places among the running ones."""
+        if places:
+            self._ended.append(self._taken(places))
+            self._running.remove(places)
 
-    def _select(self, places: list[int]) -> _Running:
-        return select_rows(self._running, torch.tensor(places, dtype=torch.int64, device=self._running.last.device))
+
+def n_ids(model: LanguageModel, tokenizer: Tokenizer | None) -> int:
+    """Ids that may be generated: a published model's vocabulary may be padded beyond its tokenizer's."""
+    vocab_size = model.config.vocab_size
+    return vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
 
 
 def stream(

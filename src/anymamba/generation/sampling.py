@@ -98,7 +98,7 @@ class RowDraws:
 
     def next(self, rows: Sequence[int]) -> Float[Tensor, " rows"]:
         """The next random number in [0, 1) for each of these rows."""
-        return torch.tensor([self._next(row) for row in rows], dtype=torch.float64)
+        return torch.tensor([self.draw(row) for row in rows], dtype=torch.float64)
 
     def peek(self, row: int, ahead: int) -> Float[Tensor, " one"]:
         """The number that the row will get after `ahead` others."""
@@ -107,7 +107,8 @@ class RowDraws:
             numbers.append(self._streams[row].random())
         return torch.tensor([numbers[ahead]], dtype=torch.float64)
 
-    def _next(self, row: int) -> float:
+    def draw(self, row: int) -> float:
+        """The next random number in [0, 1) of one row."""
         return self._ahead[row].popleft() if self._ahead[row] else self._streams[row].random()
 
 

@@ -1,0 +1,375 @@
+"""The engine: many requests at once on one model, each admitted and ended between any two tokens of the others.
+
+A step reads pieces of prompts and generates one token of every running row. It is model code only: a server calls
+`step` in a thread of its own, and gives requests and takes events from other threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anymamba.base.sizes import require_at_least, require_sizes
+from anymamba.data.tokenizer import Tokenizer
+from anymamba.generation.jobs import AnswerRow, Job, Turns
+from anymamba.generation.prefix_tree import PrefixTree
+from anymamba.generation.prompts import GenerationState, check_prompts
+from anymamba.generation.reading import LEAST_TOKENS, Piece, PieceRead, PieceReader
+from anymamba.generation.requests import (
+    EndReason,
+    Event,
+    Failed,
+    Finished,
+    KeptState,
+    NewToken,
+    PromptRead,
+    Request,
+    TokenScore,
+)
+from anymamba.generation.rows import RunningRows
+from anymamba.generation.stepping import Stepper
+from anymamba.models.language_model import LanguageModel
+from anymamba.parts.state import select_rows, state_bytes
+
+ALONE = 0.25
+"""Seconds of one pass over prompts while no row is running: how late a new request may be noticed."""
+
+
+SCORED_TOKENS = 256
+"""Tokens of one pass that needs the logits after each of them."""
+
+
+class EngineStatistics(NamedTuple):
+    """What an engine is doing and has done."""
+
+    n_rows: int
+    """Answers that are being generated."""
+    n_reading: int
+    """Requests whose prompts are being read."""
+    n_queued: int
+    """Requests that wait for room."""
+    prompt_tokens: int
+    """Tokens of all prompts that were read or found."""
+    cached_tokens: int
+    """How many of those were found in the prefix tree or a session's state."""
+    new_tokens: int
+    """Tokens generated."""
+    seconds_per_step: float
+    """A running mean over steps of the running rows, without the reading of prompts."""
+
+
+class Engine:
+    """Runs requests on one model. `submit` and `cancel` may be called from any thread, `step` from one at a time.
+
+    Args:
+        model: a language model, on any device.
+        tokenizer: for text and stop strings; None: tokens only.
+        max_rows: answers that are generated at once; more wait. Defaults to what fits into `memory`, else to 64.
+        memory: bytes for the states of running rows.
+        longest_wait: seconds that a running row may wait for its next token while prompts are read. A row waits at
+            most 2.5 times as long as without them, even if this is shorter, and 1.5 times, even if that is longer.
+        prefix_tree: keeps states after the beginnings of prompts; None: every prompt is read.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_rows: int | None = None,
+        memory: int | None = None,
+        longest_wait: float = 0.05,
+        prefix_tree: PrefixTree | None = None,
+    ) -> None:
+        if max_rows is None:
+            max_rows = 64 if memory is None else rows_within(model, memory)
+        require_sizes(max_rows=max_rows)
+        self._model, self._tokenizer, self._tree = model, tokenizer, prefix_tree
+        self.max_rows, self.longest_wait = max_rows, longest_wait
+        self._stepper = Stepper(model)
+        self._reader = PieceReader(model, self._stepper)
+        self._running = self._no_rows()
+        self._workers = ThreadPoolExecutor(1, "anymamba-masks")
+        self._lock, self._work = threading.Lock(), threading.Event()
+        self._ids = itertools.count()
+        self._submitted: deque[Job] = deque()
+        self._cancelled: set[int] = set()
+        self._queue: list[Job] = []
+        self._reading: list[Job] = []
+        self._turns = Turns()
+        self._seconds = 0.0
+        self._counts: tuple[int, int, int] = (0, 0, 0)
+
+    def _no_rows(self) -> RunningRows[AnswerRow]:
+        vocab_size = self._model.config.vocab_size
+        n_ids = vocab_size if self._tokenizer is None else min(vocab_size, self._tokenizer.vocab_size)
+        return RunningRows(self._stepper, vocab_size, n_ids)
+
+    # ------------------------------------------------------------------------------------ from any thread
+
+    def submit(self, request: Request, sink: Callable[[Event], None]) -> int:
+        """Take a request. Returns its id.
+
+        Args:
+            sink: called with each event in the thread that calls `step`; it must return at once.
+        Raises ValueError or TypeError for a request that cannot be served.
+        """
+        job = Job(next(self._ids), request, self._checked(request), sink)
+        with self._lock:
+            self._submitted.append(job)
+        self._work.set()
+        return job.id
+
+    def cancel(self, request_id: int) -> None:
+        """End a request before the next step; its answers finish as "cancelled". One that has ended stays as it is."""
+        with self._lock:
+            self._cancelled.add(request_id)
+        self._work.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until there is something to do, at most so many seconds. Returns whether there is."""
+        return self._work.wait(timeout)
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """What the engine is doing and has done."""
+        queued = len(self._queue) + len(self._submitted)
+        return EngineStatistics(len(self._running.rows), len(self._reading), queued, *self._counts, self._seconds)
+
+    def _checked(self, request: Request) -> Sequence[int]:
+        vocab_size = self._model.config.vocab_size
+        (prompt,) = check_prompts([request.prompt], vocab_size, request.eos_id)
+        require_at_least("max_new_tokens", request.max_new_tokens, 0)
+        require_at_least("n_top", request.n_top, 0)
+        require_sizes(n=request.n)
+        if request.n > self.max_rows:
+            raise ValueError(f"n must be at most the engine's {self.max_rows} rows, got {request.n}; raise max_rows")
+        if request.stop and self._tokenizer is None:
+            raise ValueError("stop strings need a tokenizer to turn tokens into text; the engine has none")
+        outside = [token for token in request.logit_bias if not 0 <= token < vocab_size]
+        if outside:
+            raise ValueError(f"logit_bias must have ids of the vocabulary, 0 to {vocab_size - 1}, got {outside[0]}")
+        if request.invariant and self._stepper.native is None:
+            raise ValueError(
+                "invariant=True needs the compiled step, which this model does not have; use a plain Mamba on a CPU, "
+                "made by for_inference, or leave it out"
+            )
+        return prompt.tolist()
+
+    # ------------------------------------------------------------------------------------ one step
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Read pieces of prompts and generate one token of every running row. Returns false if there was no work."""
+        self._take_commands()
+        self._admit()
+        if self._reading:
+            self._read()
+        if self._running.rows:
+            self._generate()
+        busy = bool(self._running.rows or self._reading or self._queue)
+        with self._lock:
+            if not busy and not self._submitted and not self._cancelled:
+                self._work.clear()
+        return busy
+
+    def _take_commands(self) -> None:
+        with self._lock:
+            new, self._submitted = self._submitted, deque()
+            cancelled, self._cancelled = self._cancelled, set()
+        for job in new:
+            self._turns.join(job, [*self._queue, *self._reading])
+            self._queue.append(job)
+        if cancelled:
+            self._end_jobs([job for job in (*self._queue, *self._reading) if job.id in cancelled])
+            rows = self._running.rows
+            self._end_rows({i: "cancelled" for i, row in enumerate(rows) if row.job.id in cancelled})
+
+    def _admit(self) -> None:
+        """Begin to read the prompts that have room."""
+        for job in self._turns.order(self._queue):
+            used = len(self._running.rows) + sum(other.request.n for other in self._reading)
+            if used + job.request.n > self.max_rows:
+                break
+            self._queue.remove(job)
+            self._reading.append(job)
+            self._start(job)
+
+    def _start(self, job: Job) -> None:
+        """Make the rows, whose masks are then worked on, and find the state to read from."""
+        try:
+            job.make_rows(self._tokenizer, self._workers)
+        except Exception as error:  # of a mask
+            self._end_jobs([job], error)
+            return
+        kept = job.request.state
+        if kept is not None and job.prompt[: len(kept.tokens)] != kept.tokens:
+            kept = None
+        if self._tree is not None:
+            found, job.stops = self._tree.find(job.request.owner, job.prompt)
+            if found is not None and (kept is None or len(found.tokens) > len(kept.tokens)):
+                kept = found
+        if kept is not None and job.request.prompt_log_probabilities is None:
+            job.start_from(kept)
+            if job.n_read == len(job.prompt):
+                self._generate_after(job, kept.logits)
+
+    # ------------------------------------------------------------------------------------ prompts
+
+    def _read(self) -> None:
+        """One pass over pieces of prompts, as many tokens as the running rows may wait for."""
+        n_tokens = self._reader.tokens_within(self._pass_seconds())
+        jobs, pieces = [], []
+        for job in self._turns.order(self._reading):
+            piece = self._piece(job, n_tokens)
+            jobs.append(job)
+            pieces.append(piece)
+            self._turns.serve(job, len(piece.ids))
+            n_tokens -= len(piece.ids)
+            if n_tokens < LEAST_TOKENS:
+                break
+        try:
+            found = self._reader.read(pieces)
+        except Exception as error:
+            self._end_jobs(jobs, error)
+            return
+        for job, piece, result in zip(jobs, pieces, found, strict=True):
+            self._take_piece(job, piece, result)
+
+    def _pass_seconds(self) -> float:
+        """How long reading may take before the next tokens of the running rows."""
+        if not self._running.rows:
+            return ALONE
+        return max(1.5 * self._seconds, min(self.longest_wait, 2.5 * self._seconds)) - self._seconds
+
+    def _piece(self, job: Job, n_tokens: int) -> Piece:
+        """The next tokens of a prompt, at most so many, and not across a place where the state is kept."""
+        scored = job.request.prompt_log_probabilities is not None
+        most = min(n_tokens, SCORED_TOKENS) if scored else n_tokens
+        stop = next((n for n in job.stops if n > job.n_read), len(job.prompt))
+        end = min(job.n_read + max(most, LEAST_TOKENS), stop)
+        state = self._model.init_state(1) if job.model is None else job.model
+        return Piece(job.prompt[job.n_read : end], state, scored)
+
+    def _take_piece(self, job: Job, piece: Piece, read: PieceRead) -> None:
+        job.n_read += len(piece.ids)
+        job.model = read.state
+        logits = read.logits[:, : self._model.config.vocab_size].float()
+        if piece.all_logits:
+            job.add_scores(logits)
+        if self._tree is not None and (job.n_read in job.stops or job.n_read == len(job.prompt)):
+            self._tree.keep(job.request.owner, job.prompt[: job.n_read], read.state, logits[-1:])
+        if job.n_read == len(job.prompt):
+            self._generate_after(job, logits[-1:])
+
+    def _generate_after(self, job: Job, logits: Tensor) -> None:
+        """Begin to generate after a prompt: its state is forked for each answer."""
+        self._reading.remove(job)
+        self._count(len(job.prompt), job.n_cached, 0)
+        assert job.model is not None
+        self._emit(job, PromptRead(job.n_cached, job.scores))
+        n = job.request.n
+        if not job.request.max_new_tokens:
+            kept = KeptState(job.prompt, job.model, logits) if job.request.keep_state else None
+            for index in range(n):
+                self._emit(job, Finished(index, "length", job.usage(0), kept))
+            return
+        seen = torch.zeros(1, self._model.config.vocab_size, dtype=torch.bool, device=logits.device)
+        if job.request.sampling.repetition_penalty != 1:
+            seen[0, list(set(job.prompt))] = True
+        forks = torch.zeros(n, dtype=torch.int64, device=logits.device)
+        state = select_rows(GenerationState(job.model, logits, seen), forks)
+        self._running.add(job.rows, state)
+
+    # ------------------------------------------------------------------------------------ answers
+
+    def _generate(self) -> None:
+        """One more token of every running row."""
+        start = time.perf_counter()
+        try:
+            chosen = self._running.advance()
+        except Exception as error:
+            rows, self._running = self._running.rows, self._no_rows()  # their states may be half written
+            for row in rows:
+                self._emit(row.job, Failed(row.number, error))
+            return
+        self._seconds += (time.perf_counter() - start - self._seconds) * (0.1 if self._seconds else 1)
+        ended: dict[int, EndReason | Exception] = {}
+        for place, (row, one) in enumerate(zip(self._running.rows, chosen, strict=True)):
+            end = one.error or one.reason
+            if end is not None:
+                ended[place] = end
+            row.n_read = len(row.ids)
+            if one.token is not None:
+                row.ids.append(one.token)
+                self._count(0, 0, 1)
+                self._turns.count(row.job, 1)
+                self._emit(row.job, NewToken(row.number, TokenScore(one.token, *one[1:3]), one.text))
+        if self._tree is not None:
+            for place, row in enumerate(self._running.rows):
+                if place not in ended and (len(row.job.prompt) + row.n_read) % self._tree.every == 0:
+                    self._kept(place)
+        self._end_rows(ended)
+
+    def _end_rows(self, ended: Mapping[int, EndReason | Exception]) -> None:
+        """Send the last events of rows and remove them, by their places among the running ones."""
+        if not ended:
+            return
+        for place, end in ended.items():
+            row = self._running.rows[place]
+            if isinstance(end, Exception):
+                self._emit(row.job, Failed(row.number, end))
+                continue
+            kept = self._kept(place) if row.job.request.keep_state or self._tree is not None else None
+            state = kept if row.job.request.keep_state else None
+            self._emit(row.job, Finished(row.number, end, row.job.usage(len(row.ids)), state))
+        self._running.remove(list(ended))
+
+    def _kept(self, place: int) -> KeptState:
+        """A copy of a row's state, which is that before its newest token. The prefix tree keeps it, too."""
+        row = self._running.rows[place]
+        model, logits, _ = self._running.before_last([place])
+        tokens = (*row.job.prompt, *row.ids[: row.n_read])
+        if self._tree is not None:
+            self._tree.keep(row.job.request.owner, tokens, model, logits)
+        return KeptState(tokens, model, logits)
+
+    # ------------------------------------------------------------------------------------ ends
+
+    def _end_jobs(self, jobs: Iterable[Job], error: Exception | None = None) -> None:
+        """End requests that have no rows yet: by an error, or cancelled."""
+        for job in jobs:
+            for waiting in (self._queue, self._reading):
+                if job in waiting:
+                    waiting.remove(job)
+            for index in range(job.request.n):
+                end = Finished(index, "cancelled", job.usage(0), None) if error is None else Failed(index, error)
+                self._emit(job, end)
+
+    def _count(self, prompt_tokens: int, cached_tokens: int, new_tokens: int) -> None:
+        a, b, c = self._counts
+        self._counts = (a + prompt_tokens, b + cached_tokens, c + new_tokens)
+
+    def _emit(self, job: Job, event: Event) -> None:
+        """Give an event to its sink. A sink that raises gets no more, and its request is cancelled."""
+        if job.broken:
+            return
+        try:
+            job.sink(event)
+        except Exception:
+            job.broken = True
+            self.cancel(job.id)
+
+
+def rows_within(model: LanguageModel, memory: int) -> int:
+    """How many rows fit into so many bytes; at least 1. The states of attention layers grow, and count as empty."""
+    vocab_size = model.config.padded_vocab_size
+    return max(1, memory // (state_bytes(model.init_state(1)) + 9 * vocab_size))  # two rows of logits, one of `seen`

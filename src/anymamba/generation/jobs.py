@@ -1,0 +1,150 @@
+"""Requests on their way through an engine: waiting, being read, generating."""
+
+from __future__ import annotations
+
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from anymamba.data.tokenizer import Tokenizer
+from anymamba.generation.adjustments import Adjustments
+from anymamba.generation.requests import Event, KeptState, Request, TokenScore, Usage
+from anymamba.generation.rows import Row
+from anymamba.generation.sampling import RowDraws
+from anymamba.generation.stops import StoppingDecoder
+from anymamba.models.language_model import LanguageModelState
+
+
+class Job:
+    """One request on its way.
+
+    Args:
+        id: of the request.
+        request: what to generate.
+        prompt: its checked tokens.
+        sink: takes its events.
+    """
+
+    def __init__(self, id: int, request: Request, prompt: Sequence[int], sink: Callable[[Event], None]) -> None:
+        self.id, self.request, self.sink = id, request, sink
+        self.prompt = tuple(prompt)
+        self.n_read = 0
+        """Tokens of the prompt that were read."""
+        self.n_cached = 0
+        """How many of those did not have to be."""
+        self.model: LanguageModelState | None = None
+        """The state after these; None before the first token."""
+        self.scores: list[TokenScore] | None = None if request.prompt_log_probabilities is None else []
+        """Of the tokens read after the first, if they are wanted."""
+        self.rows: list[AnswerRow] = []
+        """One for each answer."""
+        self.broken = False
+        """Whether its sink has raised."""
+        self.turn = 0
+        """When a piece of the prompt was read last, in passes."""
+        self.stops: list[int] = []
+        """Lengths of the prompt after which the state is kept, ascending."""
+
+    def start_from(self, kept: KeptState) -> None:
+        """Go on from a state whose tokens begin the prompt."""
+        self.n_read = self.n_cached = len(kept.tokens)
+        self.model = kept.model
+
+    def add_scores(self, logits: Float[Tensor, "length vocab_size"]) -> None:
+        """Take the logits after the tokens read last, and score the tokens that follow each."""
+        assert self.scores is not None and self.request.prompt_log_probabilities is not None
+        first = len(self.scores) + 1
+        following = torch.tensor(self.prompt[first : first + len(logits)], device=logits.device)
+        if not len(following):
+            return
+        found = logits[: len(following)].log_softmax(-1)
+        values = found.gather(1, following[:, None])[:, 0].tolist()
+        best = found.topk(min(self.request.prompt_log_probabilities, found.shape[1]))
+        tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for token, value, (ids, log_probabilities) in zip(following.tolist(), values, tops, strict=True):
+            self.scores.append(TokenScore(token, value, tuple(zip(ids, log_probabilities, strict=True))))
+
+    def usage(self, n_new: int) -> Usage:
+        """The counts of one answer."""
+        return Usage(len(self.prompt), self.n_cached, n_new)
+
+    def make_rows(self, tokenizer: Tokenizer | None, workers: Executor) -> None:
+        """Make a row for each answer. Their masks begin to work."""
+        request, draws = self.request, self._draws()
+        self.rows = [
+            AnswerRow(
+                self,
+                request.sampling,
+                (draws, index),
+                None if tokenizer is None else StoppingDecoder(tokenizer, request.stop),
+                request.eos_id,
+                request.max_new_tokens,
+                self._adjustments(workers),
+                request.n_top,
+            )
+            for index in range(request.n)
+        ]
+
+    def _draws(self) -> RowDraws:
+        seed = self.request.seed
+        number, first = (secrets.randbits(64), 0) if seed is None else seed if isinstance(seed, tuple) else (seed, 0)
+        return RowDraws([(number, first + index) for index in range(self.request.n)], self.request.n)
+
+    def _adjustments(self, workers: Executor) -> Adjustments | None:
+        r = self.request
+        if not (r.logit_bias or r.frequency_penalty or r.presence_penalty or r.mask is not None):
+            return None
+        mask = None if r.mask is None else r.mask.fork()
+        return Adjustments(r.logit_bias, r.frequency_penalty, r.presence_penalty, mask, workers)
+
+
+class AnswerRow(Row):
+    """The row of one answer; its number is the answer's index."""
+
+    def __init__(self, job: Job, *row: object) -> None:
+        super().__init__(*row)  # type: ignore[arg-type]
+        self.job = job
+        self.ids: list[int] = []
+        """Its tokens so far."""
+        self.n_read = 0
+        """How many of them the model has read: all but the newest."""
+
+
+class Turns:
+    """Equal shares for owners: whoever has had the fewest tokens read is next, then whoever waits longest."""
+
+    def __init__(self) -> None:
+        self._served: defaultdict[str, float] = defaultdict(float)
+        self._turn = 0
+
+    def order(self, jobs: Iterable[Job]) -> list[Job]:
+        """Jobs in the order in which they are served; those of one owner take turns."""
+        return sorted(jobs, key=lambda job: (self._served[job.request.owner], job.turn, job.id))
+
+    def serve(self, job: Job, n_tokens: int) -> None:
+        """Count tokens that were read for a job."""
+        self._turn += 1
+        job.turn = self._turn
+        self.count(job, n_tokens)
+
+    def count(self, job: Job, n_tokens: int) -> None:
+        """Count tokens that its owner was given."""
+        self._served[job.request.owner] += n_tokens
+
+    def join(self, job: Job, others: Iterable[Job]) -> None:
+        """A new job: an owner who comes back does not catch up on the time away."""
+        served = [self._served[other.request.owner] for other in others]
+        job.turn = self._turn
+        if served:
+            self._served[job.request.owner] = max(self._served[job.request.owner], min(served))
+
+    def leave(self, others: Iterable[Job]) -> None:
+        """Forget owners who have no job."""
+        present = {job.request.owner for job in others}
+        for owner in set(self._served) - present:
+            del self._served[owner]

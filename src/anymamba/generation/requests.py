@@ -1,0 +1,173 @@
+"""What an engine is asked to generate, and the events that tell what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from anymamba.generation.prompts import GenerationState
+from anymamba.generation.sampling import SamplingConfig
+from anymamba.models.language_model import LanguageModelState
+from anymamba.parts.state import state_bytes
+
+EndReason = Literal["eos", "stop", "length", "cancelled"]
+
+
+class TokenMask(Protocol):
+    """Says which tokens may come next in one answer, for structured output."""
+
+    def allowed(self) -> Bool[np.ndarray, " ids"]:
+        """True for each id that may come next; ids beyond the end may not. All false ends the answer.
+
+        It is called in a thread of its own while the model runs, never at the same time as `accept`.
+        """
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on after a token that was chosen."""
+        ...
+
+    def fork(self) -> TokenMask:
+        """A copy that goes on by itself."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """The state after some tokens, to go on from without reading them again. Its tensors are never written to."""
+
+    tokens: tuple[int, ...]
+    model: LanguageModelState
+    """The model's state after all tokens; one row."""
+    logits: Float[Tensor, "one vocab_size"]
+    """Logits of the next token, without the padding of the vocabulary."""
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the state and the logits in bytes."""
+        return state_bytes((self.model, self.logits)) + 8 * len(self.tokens)
+
+    def generation_state(self) -> GenerationState:
+        """The same as `generate` and `save_state` take it."""
+        seen = torch.zeros_like(self.logits, dtype=torch.bool)
+        seen[:, list(set(self.tokens))] = True
+        return GenerationState(self.model, self.logits, seen)
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Beam search in place of drawing tokens; see `beam_search`."""
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to generate after one prompt."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int = 256
+    """Most tokens of each answer. 0 only reads the prompt."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int | tuple[int, int] | None = None
+    """Answer i draws as row i of a batch with this seed; a pair (seed, row) counts from that row. None: a new seed."""
+    eos_id: int | None = None
+    """The token that ends an answer; None: none does."""
+    stop: Sequence[str] = ()
+    """Strings that end an answer; its text is cut before them."""
+    n: int = 1
+    """Answers. They share the reading of the prompt."""
+    n_top: int = 0
+    """How many of the likeliest tokens to report for each new token."""
+    prompt_log_probabilities: int | None = None
+    """Report the log-probability of each token of the prompt and so many of the likeliest ones; None: do not."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these ids before the choice."""
+    frequency_penalty: float = 0.0
+    """Subtracted from an id's logit once for each time it occurs in the answer."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each id that occurs in the answer."""
+    mask: TokenMask | None = None
+    owner: str = ""
+    """Who asks: owners get equal shares, and see only the states of their own prompts in the prefix tree."""
+    state: KeptState | None = None
+    """A state to go on from if its tokens begin the prompt; otherwise it is not used."""
+    keep_state: bool = False
+    """Whether `Finished` carries the state after the prompt and the answer."""
+    invariant: bool = False
+    """The answer must have the same bits whatever runs beside it. A model that cannot do this refuses the request."""
+
+
+class TokenScore(NamedTuple):
+    """How likely a token was under the model, before penalties, temperature and filters."""
+
+    token: int
+    log_probability: float
+    """In nats."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest ids and their log-probabilities, likeliest first."""
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """The prompt has been read; tokens follow."""
+
+    n_cached: int
+    """Tokens of the prompt that did not have to be read."""
+    scores: list[TokenScore] | None
+    """One for each token of the prompt after the first, if they were asked for."""
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One more token of an answer."""
+
+    index: int
+    """Of the answer, 0 to n - 1."""
+    score: TokenScore
+    text: str
+    """The text that is final after this token and was not before; "" without a tokenizer."""
+
+    @property
+    def id(self) -> int:
+        """The token."""
+        return self.score.token
+
+
+class Usage(NamedTuple):
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that did not have to be read."""
+    new_tokens: int
+    """Tokens of this answer."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An answer has ended. It is the last event of this answer."""
+
+    index: int
+    reason: EndReason
+    usage: Usage
+    state: KeptState | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An answer has ended by an error. It is the last event of this answer."""
+
+    index: int
+    error: Exception
+
+
+Event = PromptRead | NewToken | Finished | Failed
