@@ -9,6 +9,7 @@ import pytest
 from anymamba.console.runtime import Runtime, check_weights
 from anymamba.evaluation import inference_speed
 from anymamba.models.inference import InferenceModel
+from anymamba.runtimes import nvrtc
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,7 @@ def test_bench_of_a_file(run, model_folder):
         (("--preset", "nano", "--prompt", "0"), "--prompt must be at least 1, got 0"),
         (("--preset", "mega"), "unknown preset 'mega'"),
         (("--model", "nowhere"), "no model folder nowhere"),
+        (("--preset", "nano", "--device", "meta"), "--device meta cannot be measured: packed weights have kernels on"),
     ],
 )
 def test_misuse(refused, arguments, message):
@@ -83,9 +85,16 @@ def test_a_file_in_blocks_runs_in_its_blocks(run, tmp_path, model_folder, monkey
     assert code == 0 and len(loaded) == 2, err  # --dtype asks for plain numbers
 
 
-def test_weights_that_a_device_cannot_run(refused, model_folder):
+def test_weights_that_a_device_cannot_run(refused, model_folder, monkeypatch):
     both = refused(2, "generate", "--model", model_folder, "--weights", "int8", "--dtype", "bfloat16", "--prompt", "a")
     assert "--weights and --dtype both choose the format of the weights; give one" in both
-    with pytest.raises(ValueError, match="runs on a CPU, and the device is cuda; take --weights bfloat16"):
-        check_weights(Runtime(weights="int8"), "cuda")
-    check_weights(Runtime(weights="bfloat16"), "cuda")
+    with pytest.raises(
+        ValueError, match="int8 cannot run on mps: packed weights have kernels on cpu and cuda; take --weights bfloat16"
+    ):
+        check_weights(Runtime(weights="int8"), "mps")
+    monkeypatch.setattr(nvrtc, "reason", lambda: "torch sees no NVIDIA GPU")
+    with pytest.raises(ValueError, match="int4 cannot run on cuda: torch sees no NVIDIA GPU; take --weights bfloat16"):
+        check_weights(Runtime(weights="int4"), "cuda")
+    monkeypatch.setattr(nvrtc, "reason", lambda: None)
+    check_weights(Runtime(weights="int4"), "cuda")
+    check_weights(Runtime(weights="bfloat16"), "mps")

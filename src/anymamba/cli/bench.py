@@ -16,14 +16,16 @@ from anymamba.console.output import print_facts, print_json, say, size
 from anymamba.console.runtime import set_threads
 
 if TYPE_CHECKING:
+    import torch
+
     from anymamba.models.inference import InferenceModel
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Measure tokens per second of reading a prompt and of generating, and memory, on the CPU.
+    """Measure tokens per second of reading a prompt and of generating, and memory.
 
-    Beside each figure is the limit of this machine: bytes of weights and state over the measured read bandwidth, or the
+    Beside each figure is the limit of this machine: bytes of weights and state over the measured bandwidth, or the
     operations of the products over the measured rate of products.
     """
 
@@ -37,6 +39,8 @@ class BenchOptions:
     """Numbers of rows that generate at once, such as 1,8,64."""
     prompt: int = 512
     """Tokens of the prompt that is read."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto takes a GPU of NVIDIA if its kernels can be used here, else the CPU."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice, the number of cores."""
     invariant: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -78,15 +82,17 @@ def collect(options: BenchOptions, batches: list[int]) -> dict[str, Any]:
     from anymamba.parts.state import state_bytes
     from anymamba.training.outline import peak_bytes
 
-    model = load(options)
+    device = chosen_device(options)
+    model = load(options, device)
     say("measuring the model")
     speeds = measure_speed(model, batches, options.prompt)
-    peak = peak_bytes(torch.device("cpu"))
+    peak = peak_bytes(device)
     say("measuring the machine")
-    limits = measure_limits(list(model.weight_formats.values()))
+    limits = measure_limits(list(model.weight_formats.values()), device)
     report = model.report()
     return {
         "model": str(options.model or options.preset),
+        "device": device_name(device),
         "parameters": model.n_parameters(),
         "weights": counted(model.weight_formats.values()),
         "weight_bytes": weight_bytes(model),
@@ -100,15 +106,40 @@ def collect(options: BenchOptions, batches: list[int]) -> dict[str, Any]:
     }
 
 
-def load(options: BenchOptions) -> InferenceModel:
+def chosen_device(options: BenchOptions) -> torch.device:
+    """The device of the flags. Raises ValueError if packed weights have no kernels there."""
+    import torch
+
+    from anymamba.ops.devices import usable_device
+    from anymamba.ops.packed_linear import no_kernels
+
+    device = usable_device(options.device)
+    why = no_kernels(device.type)
+    if why is None:
+        return device
+    if options.device == "auto":
+        return torch.device("cpu")
+    raise ValueError(f"--device {options.device} cannot be measured: {why}; take --device cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of a device, and the model of a GPU."""
+    import torch
+
+    return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def load(options: BenchOptions, device: torch.device) -> InferenceModel:
     """The model of the flags; one of a preset has random weights."""
     from anymamba.models.inference import InferenceModel
     from anymamba.models.presets import preset
 
+    invariant = options.invariant
     if options.model is not None:
-        return InferenceModel.from_pretrained(options.model, options.weights, invariant=options.invariant)
+        return InferenceModel.from_pretrained(options.model, options.weights, device, invariant=invariant)
     assert options.preset is not None
-    return InferenceModel.random(preset(options.preset), options.weights or "float32", invariant=options.invariant)
+    made = InferenceModel.random(preset(options.preset), options.weights or "float32", invariant=invariant)
+    return made.to(device)
 
 
 def counted(values: Iterable[str]) -> dict[str, int]:
@@ -119,12 +150,14 @@ def counted(values: Iterable[str]) -> dict[str, int]:
 def readable(facts: dict[str, Any]) -> dict[str, str]:
     """The same facts as one line each."""
     limits, kinds = facts["limits"], ", ".join(f"{count} {name}" for name, count in facts["weights"].items())
+    moves = "reads" if facts["device"] == "cpu" else "copies"
     lines = {
         "model": f"{facts['model']}, {facts['parameters']:,} parameters",
         "weights": f"{size(facts['weight_bytes'])}; matrices: {kinds}",
         "state": f"{size(facts['state_bytes'])} a row",
         "peak memory": "not known" if facts["peak_bytes"] is None else size(facts["peak_bytes"]),
-        "machine": f"{facts['threads']} threads, reads {limits['bytes_per_second'] / 1e9:.1f} GB/s, multiplies "
+        "machine": f"{facts['device']}, {facts['threads']} threads, "
+        f"{moves} {limits['bytes_per_second'] / 1e9:,.1f} GB/s, multiplies "
         f"{limits['operations_per_second'] / 1e9:,.0f} billion operations/s ({limits['fastest_product']})",
     }
     for speed in facts["speeds"]:

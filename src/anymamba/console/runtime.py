@@ -28,8 +28,8 @@ class Runtime:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights and of the computation; defaults to the stored one."""
     weights: Literal["float32", "bfloat16", "int8", "int4"] | None = None
-    """Pack the weights for inference, which is faster and takes less memory; they compute in float32. On a CPU, files
-    with weights in blocks of integers are run in their blocks by default."""
+    """Pack the weights for inference, which is faster and takes less memory; they compute in float32. On a CPU and on
+    CUDA, files with weights in blocks of integers are run in their blocks by default."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice, the number of cores."""
     adapter: Path | None = None
@@ -68,17 +68,19 @@ def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[C
 
 
 def load_model(checkpoint: Checkpoint, runtime: Runtime) -> LanguageModel:
-    """Load the weights of an open model for inference; on a CPU packed, if --weights or the file says so."""
+    """Load the weights of an open model for inference; packed, if --weights or the file says so."""
     import torch
 
     from anymamba.models.checkpoints import load_pretrained
     from anymamba.ops.devices import usable_device
+    from anymamba.ops.packed_linear import no_kernels
 
     device = usable_device(runtime.device)
-    if device.type == "cpu" and (runtime.weights or (runtime.dtype is None and checkpoint.in_blocks)):
+    packed = runtime.weights or (runtime.dtype is None and checkpoint.in_blocks)
+    if packed and no_kernels(device.type) is None:
         from anymamba.models.inference import InferenceModel
 
-        return InferenceModel.from_pretrained(checkpoint, runtime.weights)
+        return InferenceModel.from_pretrained(checkpoint, runtime.weights, device)
     name = runtime.weights or runtime.dtype
     return load_pretrained(checkpoint, device=device, dtype=getattr(torch, name) if name else None).eval()
 
@@ -87,10 +89,13 @@ def check_weights(runtime: Runtime, device_type: str) -> None:
     """Raise ValueError for --weights beside --dtype, and for formats that a device cannot run."""
     if runtime.weights is not None and runtime.dtype is not None:
         raise ValueError("--weights and --dtype both choose the format of the weights; give one")
-    if runtime.weights in ("int8", "int4") and device_type != "cpu":
+    if runtime.weights not in ("int8", "int4"):
+        return
+    from anymamba.ops.packed_linear import no_kernels
+
+    if why := no_kernels(device_type):
         raise ValueError(
-            f"--weights {runtime.weights} runs on a CPU, and the device is {device_type}; take --weights bfloat16, or "
-            "--device cpu"
+            f"--weights {runtime.weights} cannot run on {device_type}: {why}; take --weights bfloat16, or --device cpu"
         )
 
 

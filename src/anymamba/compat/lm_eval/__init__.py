@@ -69,7 +69,8 @@ class AnymambaLM(TemplateLM):
         prefix_token_id: the id used for an empty context; defaults to the beginning-of-text id, else the end-of-text
             id.
         revision: revision of a repository on the hub.
-        weights: pack the model for inference, in "float32", "bfloat16", "int8" or "int4"; on a CPU, in place of dtype.
+        weights: pack the model for inference, in "float32", "bfloat16", "int8" or "int4", on a CPU or CUDA; in place of
+            dtype.
     Raises ValueError for options out of range, FileNotFoundError and CheckpointError as `from_pretrained` does.
     """
 

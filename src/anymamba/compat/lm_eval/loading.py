@@ -13,6 +13,7 @@ from anymamba.models.inference import InferenceModel
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.weight_formats import Weights
 from anymamba.ops.devices import usable_device
+from anymamba.ops.packed_linear import no_kernels
 
 DTYPES = {"auto": None, **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}}
 """Names of dtypes; "auto" is the dtype of the file."""
@@ -56,11 +57,14 @@ def _packed(
 ) -> LanguageModel:
     if dtype is not None:
         raise ValueError(f"dtype={dtype} and weights={weights} both choose the format of the weights; give one")
-    if device is not None and usable_device(device).type != "cpu":
-        raise ValueError(
-            f"weights={weights} runs on a CPU, got device={device}; give device=cpu, or dtype in place of weights"
-        )
-    return InferenceModel.from_pretrained(pretrained, weights, revision=revision)
+    place = usable_device(device)
+    if why := no_kernels(place.type):
+        if device is not None:
+            raise ValueError(
+                f"weights={weights} cannot run on device={device}: {why}; give device=cpu, or dtype in place of weights"
+            )
+        place = torch.device("cpu")
+    return InferenceModel.from_pretrained(pretrained, weights, place, revision)
 
 
 def special_id(tokenizer: Tokenizer, key: str, default: int | None) -> int | None:

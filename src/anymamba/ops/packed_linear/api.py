@@ -46,6 +46,16 @@ def packed_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.n_out)
 
 
+def no_kernels(device_type: str) -> str | None:
+    """Why packed weights have no kernels on a kind of device, where they would only be unpacked; None if they have.
+
+    A CPU always serves: without the compiled kernels the matrices are unpacked one by one.
+    """
+    if device_type == "cpu":
+        return None
+    return "packed weights have kernels on cpu and cuda" if device_type != "cuda" else cuda.unavailable(device_type)
+
+
 def pack(matrix: Float[Tensor, "n_out n_in"], format: str) -> PackedWeight:
     """Convert a matrix to a format.
 
