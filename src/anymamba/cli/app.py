@@ -17,6 +17,7 @@ VERBS = {
     "train": "train a language model on your files, fine-tune one, or resume a run",
     "generate": "continue prompts with a model",
     "chat": "hold a conversation with a model in the terminal; edit, undo, branch and save it",
+    "serve": "serve a model to clients of OpenAI's API, with sessions and a page",
     "eval": "measure a model on files: bits per byte, nats per token, perplexity",
     "lm-eval": "run tasks of lm-eval (EleutherAI's evaluation harness) on a model",
     "convert": "write a checkpoint in another format: hf, state-spaces, gguf",

@@ -1,0 +1,149 @@
+"""Runs a task and sends its answer, whole or as a stream, until its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.types import Receive, Send
+
+from anymamba.generation.requests import Event, Failed, Finished, NewToken, PromptRead
+from anymamba.serving.metrics import Metrics
+from anymamba.serving.model import ServedModel, Task
+from anymamba.serving.protocol.answers import Answer
+from anymamba.serving.protocol.errors import ApiError
+from anymamba.serving.worker import EventStream, Numbered
+
+DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+class ClientLeft(Exception):
+    """The client has closed its connection, or does not read its answer."""
+
+
+class Answering:
+    """One answer on its way.
+
+    Args:
+        served: the model.
+        task: what to do.
+        metrics: takes note of times.
+        receive, send: of the ASGI request, whose body has been read.
+    """
+
+    def __init__(self, served: ServedModel, task: Task, metrics: Metrics, receive: Receive, send: Send) -> None:
+        self._served, self._task, self._metrics = served, task, metrics
+        self._receive, self._send = receive, send
+        self._begun, self._is_open, self._has_token = time.perf_counter(), False, False
+
+    async def run(self) -> None:
+        """Generate and send the answer. Raises ApiError as long as nothing has been sent."""
+        try:
+            async with self._served.worker.stream(self._task.requests) as events:
+                watch = asyncio.create_task(self._watch(events))
+                try:
+                    await (self._stream(events) if self._task.options.stream else self._whole(events))
+                finally:
+                    watch.cancel()
+        except ClientLeft:
+            self._metrics.cancelled.inc()
+        except ApiError as error:
+            if not self._is_open:
+                raise
+            await self._put(_event(error.body()), more=False)
+        else:
+            self._metrics.answer.observe(time.perf_counter() - self._begun)
+
+    async def _watch(self, events: EventStream) -> None:
+        """Wait until the client leaves."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        events.fail(ClientLeft())
+
+    # ------------------------------------------------------------------------------------ two ways to answer
+
+    async def _whole(self, events: EventStream) -> None:
+        while numbered := await events.next():
+            await self._take(numbered)
+        body = await asyncio.to_thread(_whole_json, self._task.answer)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._put(body, more=False)
+
+    async def _stream(self, events: EventStream) -> None:
+        answer = self._task.answer
+        pieces = answer.first_pieces()
+        while numbered := await events.next():
+            pieces += await self._take(numbered)
+            if pieces:
+                await self._open()
+                await self._put(b"".join(map(_event, pieces)))
+            pieces = []
+        if answer.heading.include_usage:
+            await self._put(_event(answer.usage_chunk()))
+        await self._put(DONE, more=False)
+
+    async def _take(self, numbered: Iterable[Numbered]) -> list[dict[str, Any]]:
+        """Give events to the answer. Returns the pieces of a stream."""
+        return [piece for number, event in numbered for piece in await self._take_one(number, event)]
+
+    async def _take_one(self, number: int, event: Event) -> list[dict[str, Any]]:
+        answer = self._task.answer
+        if isinstance(event, NewToken):
+            if not self._has_token:
+                self._has_token = True
+                self._metrics.first_token.observe(time.perf_counter() - self._begun)
+            return answer.token(number, event)
+        if isinstance(event, PromptRead):
+            return answer.prompt_read(number, event)
+        if isinstance(event, Failed):
+            raise _api_error(event.error)
+        await self._save(event)
+        return answer.finished(number, event)
+
+    async def _save(self, event: Finished) -> None:
+        """Store a session's state before its answer ends."""
+        name = self._task.options.session
+        if name is not None and event.state is not None:
+            await self._served.save_session(self._task.owner, name, event.state)
+            self._metrics.sessions_saved.inc()
+
+    # ------------------------------------------------------------------------------------ sending
+
+    async def _open(self) -> None:
+        if not self._is_open:
+            self._is_open = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+
+    async def _put(self, data: bytes, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self._served.limits.send_seconds):
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise ClientLeft from None
+
+
+def _event(piece: dict[str, Any]) -> bytes:
+    return f"data: {_encode_json(piece)}\n\n".encode("utf-8", "replace")
+
+
+def _whole_json(task_answer: Answer) -> bytes:
+    """The JSON of an answer. Its choices are encoded one by one, so that other threads get their turn."""
+    answer = task_answer.whole()
+    choices = ",".join(map(_encode_json, answer["choices"]))
+    rest = _encode_json({key: value for key, value in answer.items() if key != "choices"})
+    return f'{rest[:-1]},"choices":[{choices}]}}'.encode("utf-8", "replace")
+
+
+def _api_error(error: Exception) -> Exception:
+    """What a client is told of an error in the engine."""
+    if isinstance(error, ApiError | ClientLeft):
+        return error
+    logging.getLogger(__name__).error("a request failed: %r", error, exc_info=error)
+    return ApiError(500, f"the answer could not be generated: {str(error)[:300]}", code="generation_failed")

@@ -1,0 +1,101 @@
+"""Structured output: grammars of llguidance that say which tokens may come next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from anymamba.data.tokenizer import Tokenizer
+from anymamba.serving.protocol.errors import ApiError
+
+try:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+except ImportError as error:
+    raise ImportError(f'llguidance is needed here ({error}); pip install "anymamba[serve]"') from error
+
+LONGEST_REASON = 300
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"  # with a limit: a weak model would go on with spaces until the last token
+
+
+class GrammarMask:
+    """A `TokenMask` of one answer.
+
+    Args:
+        matcher: the state of the grammar.
+        vocab_size: the model's.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def allowed(self) -> Bool[np.ndarray, " ids"]:
+        """True for each id that may come next. All are false at the end, and if the grammar is too complex to go on."""
+        if self._matcher.is_error():
+            return np.zeros(self._vocab_size, bool)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+
+    def accept(self, token: int) -> None:
+        """Go on after a token. Raises ValueError for one that the grammar does not allow."""
+        if not self._matcher.consume_token(token):
+            raise ValueError(f"the grammar cannot go on after token {token}: {self._matcher.get_error()}")
+
+    def fork(self) -> GrammarMask:
+        """A copy that goes on by itself."""
+        return GrammarMask(self._matcher.deep_copy(), self._vocab_size)
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: the model's; ids that the tokenizer does not have are never allowed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        eos_id = vocab_size if tokenizer.eos_id is None else tokenizer.eos_id  # one more id, which is never generated
+        n_ids = max(vocab_size, eos_id + 1)
+        self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=n_ids, eos_token=eos_id)
+        self._limits = LLParserLimits(initial_lexer_fuel=500_000, max_grammar_size=200_000, verbose_errors=False)
+
+    def json_schema(self, schema: Mapping[str, Any] | bool, param: str) -> GrammarMask:
+        """A JSON value that fits a schema.
+
+        Args:
+            schema: the JSON schema.
+            param: the field of the request that holds it, for messages.
+        Raises ApiError with the reason if it cannot be compiled.
+        """
+        try:
+            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
+        except ValueError as error:
+            raise _bad_grammar(str(error), param) from None
+        return self._compiled(text, param)
+
+    def regex(self, pattern: str, param: str) -> GrammarMask:
+        """A text that matches a regular expression as a whole. Raises ApiError if it cannot be compiled."""
+        return self._compiled(LLMatcher.grammar_from_regex(pattern), param)
+
+    def choice(self, texts: Sequence[str], param: str) -> GrammarMask:
+        """One of some texts. Raises ApiError if it cannot be compiled."""
+        lark = "start: " + " | ".join(json.dumps(text) for text in texts)
+        return self._compiled(LLMatcher.grammar_from_lark(lark), param)
+
+    def _compiled(self, grammar: str, param: str) -> GrammarMask:
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some grammars turn out to be too complex only at the first token
+        if matcher.is_error():
+            raise _bad_grammar(matcher.get_error(), param)
+        return GrammarMask(matcher, self._vocab_size)
+
+
+def _bad_grammar(reason: str, param: str) -> ApiError:
+    reason = " ".join(reason.split())[:LONGEST_REASON]
+    return ApiError(400, f"{param} cannot be compiled: {reason}", param=param, code="invalid_grammar")
