@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -404,8 +404,10 @@ class Kernel:
         return values[0] if values else None
 
 
+@lru_cache(maxsize=1024)
 def _early(driver: Any, n_blocks: int, threads: int, shared: int, stream: int) -> Any:
-    """The configuration of a launch that may start before the previous kernel of its stream ends."""
+    """The configuration of a launch that may start before the previous kernel of its stream ends. Making one takes 2 µs
+    of the processor."""
     attribute, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
