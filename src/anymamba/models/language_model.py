@@ -332,7 +332,13 @@ class LanguageModel(nn.Module):
 
     # --------------------------------------------------------------------------------------------- inference
 
-    def for_inference(self, weights: Weights = "float32", *, invariant: bool = False) -> InferenceModel:
+    def for_inference(
+        self,
+        weights: Weights = "float32",
+        *,
+        device: torch.device | str | None = None,
+        invariant: bool = False,
+    ) -> InferenceModel:
         """A copy of the model with packed weights, which reads and generates faster and in less memory.
 
         To run a saved model, `InferenceModel.from_pretrained` is better: it uses weights as they lie in the file.
@@ -340,13 +346,15 @@ class LanguageModel(nn.Module):
         Args:
             weights: "float32", "bfloat16", "int8" or "int4"; `models/weight_formats.py` says which tensors take which
                 format.
+            device: where the copy goes; defaults to where the model is.
             invariant: make a row's logits the same bits alone and in any batch, read whole, in pieces, or token by
                 token. Only on a CPU, for models whose blocks are all Mamba.
-        Raises ValueError for another name, and for invariance of a model that does not have it.
+        Raises ValueError for another name, for a device that cannot run the format, and for invariance of a model that
+        does not have it.
         """
         from anymamba.models.inference import InferenceModel
 
-        return InferenceModel.of(self, weights, invariant=invariant)
+        return InferenceModel.of(self, weights, device=device, invariant=invariant)
 
     # --------------------------------------------------------------------------------------------- files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anymamba.models.config import ModelConfig
+from anymamba.models.inference.gpu_step import GpuStep
+from anymamba.models.inference.gpu_weights import activation_dtype, require_bfloat16
 from anymamba.models.inference.invariance import obstacle
 from anymamba.models.inference.native_reading import read_sequences
 from anymamba.models.inference.native_step import WHOLE, NativeStep
@@ -45,9 +48,10 @@ class BlockReport(NamedTuple):
 class InferenceModel(LanguageModel):
     """A language model with packed matrices. It reads, steps and scores as `LanguageModel` does, without gradients.
 
-    `LanguageModel.for_inference` and `InferenceModel.from_pretrained` make it. Activations, norms, convolutions, A, D
-    and the state are float32. If all blocks are Mamba with real A, on a CPU with the compiled kernels, a step is one
-    compiled call; otherwise it runs block by block, around compiled products.
+    `LanguageModel.for_inference` and `InferenceModel.from_pretrained` make it. Norms, convolutions, A, D and the state
+    are float32; activations are float32 on a CPU, and bfloat16 on a GPU unless all projections are float32. If all
+    blocks are Mamba with real A, a step is one compiled call on a CPU with the compiled kernels, and a CUDA graph on an
+    NVIDIA GPU; otherwise it runs block by block, around compiled products.
 
     Args:
         config: of the model.
@@ -71,16 +75,26 @@ class InferenceModel(LanguageModel):
         assert set(missing) == set(matrices) and not unexpected, (missing, unexpected)
         self.requires_grad_(False)
         self.eval()
+        self._activations = activation_dtype(self)
         self.invariant = invariant
         """Whether a row's logits are the same bits in any batch and any cut of its text."""
         self._native: NativeStep | dict[int, str] | None = None
-        why = obstacle(config, next(self.parameters()).device) if invariant else None
+        self._gpu: GpuStep | dict[int, str] | None = None
+        device = next(self.parameters()).device
+        why = obstacle(config, device) if invariant else None
         if why is not None:
             raise ValueError(f"invariant=True is not possible for this model: {why}; leave it out")
+        if device.type == "cuda":
+            require_bfloat16(self, device)
 
     @classmethod
     def of(
-        cls, model: LanguageModel, weights: Weights | Mapping[str, str] = "float32", *, invariant: bool = False
+        cls,
+        model: LanguageModel,
+        weights: Weights | Mapping[str, str] = "float32",
+        *,
+        device: torch.device | str | None = None,
+        invariant: bool = False,
     ) -> InferenceModel:
         """A copy of a model, as `LanguageModel.for_inference` makes it.
 
@@ -88,12 +102,19 @@ class InferenceModel(LanguageModel):
             weights: may also be the format of each matrix, by the parameter's name.
         """
         formats = format_table(model.config, weights) if isinstance(weights, str) else weights
-        return cls(*packed_copy(model, formats), invariant=invariant)
+        return cls(*packed_copy(model, formats, device), invariant=invariant)
 
     @classmethod
-    def random(cls, config: ModelConfig, weights: Weights = "float32", *, invariant: bool = False) -> InferenceModel:
+    def random(
+        cls,
+        config: ModelConfig,
+        weights: Weights = "float32",
+        *,
+        device: torch.device | str = "cpu",
+        invariant: bool = False,
+    ) -> InferenceModel:
         """A model with random weights, to measure speed and memory; it is never in memory in float32 as a whole."""
-        return cls(*packed_random(config, weights), invariant=invariant)
+        return cls(*packed_random(config, weights, device), invariant=invariant)
 
     # --------------------------------------------------------------------------------------------- running
 
@@ -116,6 +137,15 @@ class InferenceModel(LanguageModel):
         found = None if native is None else read_sequences(native, input_ids, state, **options)
         return super().forward(input_ids, state, **options) if found is None else found
 
+    def _normed(self, *arguments: Any, **options: Any) -> tuple[Tensor, LanguageModelState]:
+        """On a GPU in bfloat16, unless all projections are float32; the residual stream and the result are float32."""
+        with self._precision():
+            return super()._normed(*arguments, **options)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        is_short = self._is_on_gpu and self._activations == torch.bfloat16
+        return torch.autocast("cuda", torch.bfloat16) if is_short else nullcontext()
+
     def step(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
     ) -> LanguageModelOutput:
@@ -126,10 +156,10 @@ class InferenceModel(LanguageModel):
             state: one row per sequence.
             reuse_state: the caller does not use the given state again, so its memory may hold the new one.
         """
-        native = self.native_step
-        if native is None or not native.serves(token_ids, state):
+        compiled = self.gpu_step or self.native_step
+        if compiled is None or not compiled.serves(token_ids, state):
             return super().step(token_ids, state)
-        return native.step(token_ids, state, reuse=reuse_state)
+        return compiled.step(token_ids, state, reuse=reuse_state)
 
     def logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
         """Apply the head to the output of `hidden`."""
@@ -141,11 +171,12 @@ class InferenceModel(LanguageModel):
 
     def report(self) -> list[BlockReport]:
         """How each block runs in `step`, in order."""
-        native = self.native_step
-        reasons = self._native if isinstance(self._native, dict) else {}
-        default = "" if native is not None else reasons.get(WHOLE, "another block is not")
+        compiled = self.gpu_step or self.native_step
+        found = self._gpu if self._is_on_gpu else self._native
+        reasons = found if isinstance(found, dict) else {}
+        default = "" if compiled is not None else reasons.get(WHOLE, "another block is not")
         names = enumerate(self.config.layer_mixers)
-        return [BlockReport(name, native is not None, reasons.get(index, default)) for index, name in names]
+        return [BlockReport(name, compiled is not None, reasons.get(index, default)) for index, name in names]
 
     @property
     def native_step(self) -> NativeStep | None:
@@ -153,6 +184,17 @@ class InferenceModel(LanguageModel):
         if self._native is None:
             self._native = NativeStep.of(self)
         return self._native if isinstance(self._native, NativeStep) else None
+
+    @property
+    def gpu_step(self) -> GpuStep | None:
+        """The graphs that steps on an NVIDIA GPU go through; None if they run block by block."""
+        if self._gpu is None:
+            self._gpu = GpuStep.of(self) if self._is_on_gpu else {}
+        return self._gpu if isinstance(self._gpu, GpuStep) else None
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return next(self.parameters()).device.type == "cuda"
 
     # --------------------------------------------------------------------------------------------- weights
 
@@ -188,11 +230,11 @@ class InferenceModel(LanguageModel):
                 "a model for inference computes in float32 and keeps its dtype; choose the format of its weights with "
                 f"for_inference(weights=...), got a conversion to {fn(torch.zeros(0)).dtype}"
             )
-        self._native = None  # it holds the addresses of the weights
+        self._native = self._gpu = None  # they hold the addresses of the weights
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None}
+        return {**self.__dict__, "_native": None, "_gpu": None}
 
     # --------------------------------------------------------------------------------------------- files
 

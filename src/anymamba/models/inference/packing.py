@@ -27,20 +27,23 @@ class PackedParts(NamedTuple):
     """All other parameters by name, in float32."""
 
 
-def packed_copy(model: LanguageModel, formats: Mapping[str, str]) -> PackedParts:
+def packed_copy(
+    model: LanguageModel, formats: Mapping[str, str], device: torch.device | str | None = None
+) -> PackedParts:
     """A copy of a model's weights.
 
     Args:
         formats: the format of each matrix, by the parameter's name.
+        device: where the weights go; defaults to where they are.
     """
     matrices, others = {}, {}
     for name, parameter in model.named_parameters():
         if name in formats:
             found = pack(parameter.detach(), formats[name])
             shared = found.data.data_ptr() == parameter.data_ptr()
-            matrices[name] = found._replace(data=found.data.clone()) if shared else found
+            matrices[name] = _on(device, found._replace(data=found.data.clone()) if shared else found)
         else:
-            others[name] = parameter.detach().to(torch.float32, copy=True)
+            others[name] = parameter.detach().to(device, torch.float32, copy=True)
     return PackedParts(model.config, matrices, others)
 
 
@@ -70,7 +73,7 @@ def packed_checkpoint(
     return PackedParts(checkpoint.config, matrices, others)
 
 
-def packed_random(config: ModelConfig, weights: str) -> PackedParts:
+def packed_random(config: ModelConfig, weights: str, device: torch.device | str = "cpu") -> PackedParts:
     """Random weights, to measure speed and memory. One block at a time is in memory before it is packed."""
     formats = format_table(config, weights)
     model = LanguageModel(config, device="meta")
@@ -80,7 +83,7 @@ def packed_random(config: ModelConfig, weights: str) -> PackedParts:
     for prefix, part in parts.items():
         if part is None:
             continue
-        part.to_empty(device="cpu")
+        part.to_empty(device=device)
         part.reset_parameters()
         for name, parameter in part.named_parameters(prefix):
             if name in formats:

@@ -1,0 +1,250 @@
+"""The kernels of a token through a model whose blocks are Mamba, for graphs on NVIDIA GPUs.
+
+They take what changes from step to step (the number of rows, where states and logits are) from a record in the GPU's
+memory, so that a captured graph serves any states. `embed` writes the record and is launched outside the graph.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anymamba.kernels.model_step.cuda import call as calls
+from anymamba.kernels.model_step.cuda.call import ADD, LOGITS, MOST_ROWS, STORE
+from anymamba.runtimes import nvrtc
+from anymamba.runtimes.launching import Call
+
+__all__ = ["ADD", "LOGITS", "MOST_ROWS", "STORE", "Matrix", "Norm", "Recurrence", "Short", "Start"]
+
+
+class Matrix(NamedTuple):
+    """A matrix in float32 or bfloat16, its columns padded with zeros to a multiple of 8."""
+
+    weight: Float[Tensor, "n_out padded_n_in"]
+    bias: Float[Tensor, " n_out"] | None
+    n_in: int
+
+
+class Norm(NamedTuple):
+    """A norm with float32 vectors, padded with zeros like the rows that it norms."""
+
+    weight: Float[Tensor, " padded"] | None
+    bias: Float[Tensor, " padded"] | None
+    eps: float
+    subtract_mean: bool
+
+
+class Short(NamedTuple):
+    """The short convolution of a layer, in float32."""
+
+    weight: Float[Tensor, "taps d_inner"]
+    bias: Float[Tensor, " d_inner"] | None
+
+
+class Recurrence(NamedTuple):
+    """The recurrence of a layer, in float32 but for dt_proj."""
+
+    dt_proj: Matrix | None
+    A: Float[Tensor, "d_inner d_state"]
+    D: Float[Tensor, " d_inner"]
+    delta_bias: Float[Tensor, " d_inner"]
+    B: Float[Tensor, "d_inner d_state"] | None
+    """Constant; None where the input gives it."""
+    C: Float[Tensor, "d_inner d_state"] | None
+    zoh: bool
+    norms: tuple[Tensor | None, Tensor | None, Tensor | None] | None
+    """The weights of the inner norms of dt, B and C, in float32; None means no norms."""
+    eps: float
+
+
+def new_record(device: torch.device) -> Tensor:
+    """Memory for what changes from step to step."""
+    return torch.zeros(calls.STEP_BYTES // 8, dtype=torch.int64, device=device)
+
+
+class Start:
+    """Begins every step of a bucket: writes the record, and the rows of the table for the ids. An id outside the table
+    gives NaN.
+
+    Args:
+        record: what `new_record` gave.
+        table: the embedding; None if the rows are looked up elsewhere.
+        residual: (bucket, padded d_model), float32, where they go.
+    """
+
+    def __init__(self, record: Tensor, table: Matrix | None, residual: Tensor) -> None:
+        self._call = call = Call(calls.LAYOUT, residual)
+        self._n_blocks = residual.shape[0]
+        call.set(step=record.data_ptr())
+        call.strided(y=residual)
+        if table is not None:
+            dtype = nvrtc.DTYPES[table.weight.dtype]
+            call.set(table=table.weight.data_ptr(), table_dtype=dtype, n_ids=len(table.weight))
+            call.set(n_in=table.weight.shape[1], size=table.n_in)
+
+    def __call__(
+        self, ids: Int[Tensor, " rows"], old: tuple[int, int], new: tuple[int, int], logits: Tensor | None
+    ) -> None:
+        """Queue it.
+
+        Args:
+            ids: int64 or int32, contiguous, at most as many as the bucket.
+            old, new: addresses of conv (n_layers, rows, taps - 1, d_inner) and ssm (n_layers, rows, d_inner, d_state)
+                of all layers, before and after the step; they may be the same.
+            logits: (rows, n_out) where `product` stores logits; None if it stores none.
+        """
+        call = self._call
+        call.set(ids=ids.data_ptr(), ids_are_long=ids.dtype == torch.int64, rows=ids.shape[0])
+        call.set(conv=old[0], ssm=old[1], new_conv=new[0], new_ssm=new[1])
+        call.set(logits=0 if logits is None else logits.data_ptr())
+        call.launch(calls.rows("embed", torch.float32), self._n_blocks, calls.THREADS)
+
+
+def fits(device: int, matrix: Matrix, rows: int) -> bool:
+    """Whether the rows have a place in the shared memory of a block, for `product`."""
+    n_in, dtype = matrix.weight.shape[1], matrix.weight.dtype
+    return calls.shared_of_product(dtype, rows, n_in) <= nvrtc.device(device).shared_of_block
+
+
+def product(
+    record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None, y: Tensor | None, target: int = STORE
+) -> None:
+    """y = norm(x) W^T + bias for up to 8 rows.
+
+    Args:
+        x: (bucket, padded n_in), float32, with zeros after n_in; the bucket is 1, 2, 4 or 8.
+        y: (bucket, at least n_out), float32.
+        target: STORE, ADD to what y holds, or LOGITS: store where the record says, and y is None.
+    """
+    call = _product(record, x, matrix, norm)
+    call.set(target=target)
+    call.strided(y=y)
+    _launch_product(call, "product", x, matrix)
+
+
+def in_proj(
+    record: Tensor, layer: int, x: Tensor, matrix: Matrix, norm: Norm, short: Short, u: Tensor, z: Tensor
+) -> None:
+    """u = silu(convolution of the first half of in_proj(norm(x))), and z = silu of the second half.
+
+    Args:
+        x: as in `product`.
+        u, z: (bucket, padded d_inner), float32.
+    """
+    call = _product(record, x, matrix, norm)
+    _set_convolution(call, layer, short)
+    call.strided(u=u, z=z)
+    _launch_product(call, "in_proj", x, matrix)
+
+
+def recur(
+    record: Tensor, layer: int, weights: Recurrence, u: Tensor, z: Tensor, projected: Tensor | None, y: Tensor
+) -> None:
+    """The recurrence with dt_proj, softplus and gate, for few rows.
+
+    Args:
+        u, z: as `in_proj` writes them.
+        projected: (bucket, ...), float32, the output of x_proj; None if nothing is selective.
+        y: (bucket, padded d_inner), float32.
+    """
+    call = _recurrence(record, layer, weights)
+    dt_proj = weights.dt_proj
+    call.strided(u=u, z=z, projected=projected, y=y)
+    if weights.norms is not None:
+        dt_norm, B_norm, C_norm = weights.norms
+        call.dense(dt_norm=dt_norm, B_norm=B_norm, C_norm=C_norm)
+        call.set(inner_norms=True, eps=_bits(weights.eps))
+    padded = 0
+    if dt_proj is not None:
+        padded = dt_proj.weight.shape[1]
+        call.set(weight=dt_proj.weight.data_ptr(), n_in=padded, dt_rank=dt_proj.n_in)
+    shared = 4 * (padded + 2 * call["d_state"])
+    variant = calls.recurrence("recur", torch.float32 if dt_proj is None else dt_proj.weight.dtype)
+    call.launch(variant, u.shape[0] * _blocks_of_row(call), calls.RECURRENCE_THREADS, shared, early=True)
+
+
+def convolve_rows(record: Tensor, layer: int, x: Tensor, short: Short, u: Tensor) -> None:
+    """u = silu(convolution of x), for any number of rows, in their dtype: float32 or bfloat16."""
+    call = Call(calls.LAYOUT, x)
+    call.set(step=record.data_ptr())
+    _set_convolution(call, layer, short)
+    call.strided(x=x, u=u)
+    call.launch(calls.rows("convolve_rows", x.dtype), -(-x.shape[0] * call["d_inner"] // calls.THREADS), calls.THREADS)
+
+
+def recur_rows(
+    record: Tensor,
+    layer: int,
+    weights: Recurrence,
+    u: Tensor,
+    z: Tensor,
+    delta: Tensor | None,
+    B: Tensor | None,
+    C: Tensor | None,
+    y: Tensor,
+) -> None:
+    """The recurrence with softplus and gate, for any number of rows.
+
+    Args:
+        u, z: (bucket, d_inner), float32 or bfloat16; z is before SiLU.
+        delta: (bucket, d_inner) in the dtype of u, before its bias; None for zeros.
+        B, C: (bucket, d_state) in the dtype of u, None where they are constant.
+        y: (bucket, d_inner) in the dtype of u.
+    """
+    call = _recurrence(record, layer, weights)
+    call.strided(u=u, z=z, delta=delta, B=B, C=C, y=y)
+    n_blocks = -(-u.shape[0] // calls.RECURRENCE_ROWS) * _blocks_of_row(call)
+    call.launch(calls.recurrence("recur_rows", u.dtype), n_blocks, calls.RECURRENCE_THREADS)
+
+
+def _bits(value: float) -> int:
+    """A double as the integer with the same bits."""
+    (bits,) = struct.unpack("q", struct.pack("d", value))
+    return bits
+
+
+def _product(record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None) -> Call:
+    call = Call(calls.LAYOUT, x)
+    n_out, n_in = matrix.weight.shape
+    shared = (matrix.weight.dtype, x.shape[0], n_out, n_in)
+    call.set(step=record.data_ptr(), weight=matrix.weight.data_ptr(), n_out=n_out, n_in=n_in, size=matrix.n_in)
+    call.set(ways=calls.ways(*shared, call.n_multiprocessors), bucket=x.shape[0])
+    call.strided(x=x)
+    call.dense(bias=matrix.bias)
+    if norm is not None:
+        call.set(has_norm=True, subtract_mean=norm.subtract_mean, eps=_bits(norm.eps))
+        call.dense(norm_weight=norm.weight, norm_bias=norm.bias)
+    return call
+
+
+def _launch_product(call: Call, kernel: str, x: Tensor, matrix: Matrix) -> None:
+    rows, dtype = x.shape[0], matrix.weight.dtype
+    tasks = -(-call["n_out"] // calls.outputs(rows))
+    most = call.n_multiprocessors * calls.BLOCKS_OF_MULTIPROCESSOR[rows]
+    n_blocks = min(-(-tasks * call["ways"] // calls.WARPS), most)
+    shared = calls.shared_of_product(dtype, rows, call["n_in"])
+    call.launch(calls.product(kernel, dtype, rows), n_blocks, calls.THREADS, shared, early=True)
+
+
+def _set_convolution(call: Call, layer: int, short: Short) -> None:
+    taps, d_inner = short.weight.shape
+    call.set(layer=layer, taps=taps, d_inner=d_inner)
+    call.dense(conv_weight=short.weight, conv_bias=short.bias)
+
+
+def _recurrence(record: Tensor, layer: int, weights: Recurrence) -> Call:
+    call = Call(calls.LAYOUT, weights.A)
+    d_inner, d_state = weights.A.shape
+    lanes = 1 << (-(-d_state // calls.WIDTH) - 1).bit_length()
+    call.set(step=record.data_ptr(), layer=layer, d_inner=d_inner, d_state=d_state, lanes=lanes, zoh=weights.zoh)
+    call.dense(A=weights.A, D=weights.D, delta_bias=weights.delta_bias)
+    call.dense(constant_B=weights.B, constant_C=weights.C)
+    return call
+
+
+def _blocks_of_row(call: Call) -> int:
+    return -(-call["d_inner"] * call["lanes"] // calls.RECURRENCE_THREADS)

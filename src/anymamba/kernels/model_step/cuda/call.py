@@ -1,0 +1,87 @@
+"""Which kernels a step takes, and the layout of their struct Parameters."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from anymamba.runtimes import launching, nvrtc
+
+HERE = Path(__file__).parent
+
+TENSORS = dict.fromkeys(("x", "u", "z", "y", "projected", "B", "C", "delta"), 2)
+"""Fields that are a struct Rows, and their dimensions."""
+
+FIELDS = (
+    *("step", "layer", "bucket", "ids", "ids_are_long", "table", "table_dtype", "n_ids", "rows"),
+    *("conv", "ssm", "new_conv", "new_ssm", "logits"),
+    *("weight", "bias", "n_in", "size", "n_out", "ways", "target"),
+    *("has_norm", "subtract_mean", "norm_weight", "norm_bias", "eps"),
+    *("conv_weight", "conv_bias", "taps", "d_inner", "A", "D", "delta_bias", "constant_B", "constant_C"),
+    *("d_state", "dt_rank", "lanes", "zoh", "inner_norms", "dt_norm", "B_norm", "C_norm"),
+)
+
+LAYOUT = launching.layout(TENSORS, FIELDS)
+
+STEP_BYTES = 48
+"""Of the struct Step."""
+MOST_ROWS = 8
+"""Of the products here; more rows take those of cuBLAS."""
+MOST_TAPS = 8
+MOST_STATES = 128
+ALIGNMENT = 8
+"""Columns of matrices and of activations are padded with zeros to a multiple of this."""
+STORE, ADD, LOGITS = 0, 1, 2
+THREADS, WARPS = 256, 8
+"""Of products, `embed` and `convolve_rows`."""
+RECURRENCE_THREADS, RECURRENCE_ROWS, WIDTH = 128, 2, 4
+BLOCKS_OF_MULTIPROCESSOR = {1: 3, 2: 3, 4: 2, 8: 2}
+"""Of products, by rows."""
+
+
+@cache
+def product(kernel: str, dtype: torch.dtype, rows: int) -> nvrtc.Variant:
+    """`product` or `in_proj`, for a bucket of 1, 2, 4 or 8 rows."""
+    options = (("WEIGHT", nvrtc.DTYPES[dtype]), ("ROWS", rows))
+    return nvrtc.Variant(nvrtc.source(HERE / "product.cu"), kernel, options)
+
+
+@cache
+def rows(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
+    """`embed` or `convolve_rows`."""
+    return nvrtc.Variant(nvrtc.source(HERE / "rows.cu"), kernel, (("DTYPE", nvrtc.DTYPES[dtype]),))
+
+
+@cache
+def recurrence(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
+    """`recur` or `recur_rows`."""
+    return nvrtc.Variant(nvrtc.source(HERE / "recurrence.cu"), kernel, (("DTYPE", nvrtc.DTYPES[dtype]),))
+
+
+def outputs(rows: int) -> int:
+    """Rows of the matrix that a warp works on at once."""
+    return 2 if rows <= 2 else 4
+
+
+def shared_of_product(dtype: torch.dtype, rows: int, n_in: int) -> int:
+    """Bytes of shared memory: the rows, their scales, and partial sums."""
+    sums = rows + 2 * WARPS * rows + WARPS * outputs(rows) * rows
+    return rows * n_in * dtype.itemsize + 4 * sums
+
+
+def ways(dtype: torch.dtype, rows: int, n_out: int, n_in: int, n_multiprocessors: int) -> int:
+    """How many warps share rows of the matrix: more while that fills multiprocessors and each has a load to do."""
+    found, chunk = 1, 32 * 16 // dtype.itemsize
+    n_tasks = -(-n_out // outputs(rows))
+    while found < WARPS and n_tasks * found < WARPS * n_multiprocessors and n_in >= 2 * found * chunk:
+        found *= 2
+    return found
+
+
+def variants() -> list[nvrtc.Variant]:
+    """Every compilation that some call on some GPU needs."""
+    dtypes = (torch.float32, torch.bfloat16)
+    products = [product("product", dtype, n) for dtype in dtypes for n in BLOCKS_OF_MULTIPROCESSOR]
+    return products + [f(kernel, t) for t in dtypes for f, kernel in ((rows, "embed"), (recurrence, "recur"))]

@@ -1,0 +1,142 @@
+"""The kernels of the step of a whole model, run on the processor: every option of the model, and any number of rows."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from emulation import emulate
+
+from anymamba.models.config import ModelConfig
+from anymamba.models.inference import InferenceModel
+from anymamba.models.inference.gpu_step import GpuStep
+from anymamba.models.inference.gpu_weights import obstacles
+from anymamba.models.inference.graphs import Graphs, bucket_of
+from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.parts.options import MambaOptions
+from anymamba.parts.state import concatenate_rows, map_state, select_rows, state_tensors
+from anymamba.runtimes import nvrtc
+
+if emulate.missing():
+    pytest.skip(f"kernels cannot be emulated: {emulate.missing()}", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    emulate.patch(monkeypatch)
+
+
+SMALL: dict[str, Any] = {"vocab_size": 37, "d_model": 24, "n_layers": 2}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "odd sizes": {"d_model": 20, "mamba": MambaOptions(d_state=5, d_conv=3, dt_rank=3)},
+    "biases and an untied head": {"mamba": MambaOptions(bias=True), "tie_embeddings": False},
+    "layer norms": {"norm": "layernorm", "mamba": MambaOptions(output_norm="layernorm")},
+    "inner norms": {"mamba": MambaOptions(inner_norms=True, output_norm="rmsnorm")},
+    "zero-order hold": {"mamba": MambaOptions(b_discretization="zoh", conv_bias=False)},
+    "constant B": {"mamba": MambaOptions(selective_B=False)},
+    "nothing selective": {"mamba": MambaOptions(selective_delta=False, selective_B=False, selective_C=False, d_conv=1)},
+    "wide": {"d_model": 520, "n_layers": 1, "mamba": MambaOptions(d_state=40)},
+}
+
+
+def model_of(weights: Any = "float32", **options: Any) -> InferenceModel:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(**SMALL | options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight", ".D")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.for_inference(weights)
+
+
+def random_state(model: InferenceModel, rows: int) -> LanguageModelState:
+    return map_state(torch.randn_like, model.init_state(rows))
+
+
+def check(model: InferenceModel, rows: int, tolerance: float) -> None:
+    ids, state = torch.randint(model.config.vocab_size, (rows,)), random_state(model, rows)
+    got, want = GpuStep(model).step(ids, state), LanguageModel.step(model, ids, state)
+    pairs = [(got.logits, want.logits), *zip(state_tensors(got.state), state_tensors(want.state), strict=True)]
+    errors = [float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in pairs]
+    assert max(errors, default=0) < tolerance, errors
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_the_numbers_are_those_of_the_layers(name, rows):
+    check(model_of(**OPTIONS[name]), rows, 2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_bfloat16_weights(rows):
+    check(model_of("bfloat16"), rows, 1e-2)
+
+
+def test_a_step_leaves_the_state_that_it_was_given():
+    model = model_of()
+    step, ids, state = GpuStep(model), torch.tensor([3, 4, 5]), random_state(model, 3)
+    old = map_state(torch.clone, state)
+    first = step.step(ids, state)
+    second = step.step(ids, first.state)
+    again = step.step(ids, first.state, reuse=True)
+    assert all(torch.equal(a, b) for a, b in zip(state_tensors(state), state_tensors(old), strict=True))
+    assert torch.equal(second.logits, again.logits)
+    for a, b, c in zip(*(state_tensors(s) for s in (second.state, again.state, first.state)), strict=True):
+        assert torch.equal(a, b)
+        assert b.data_ptr() == c.data_ptr() and a.data_ptr() != b.data_ptr()
+
+
+def test_rows_come_and_go():
+    """A row has the same logits whatever the number of rows, also after rows were selected and joined."""
+    model = model_of()
+    step, ids = GpuStep(model), torch.tensor([1, 2, 3])
+    state = step.step(ids, random_state(model, 3)).state
+    whole = step.step(ids, state).logits
+    rows = torch.tensor([2, 0])
+    fewer = step.step(ids[rows], select_rows(state, rows)).logits
+    more = step.step(ids.repeat(2), concatenate_rows([state, state])).logits
+    torch.testing.assert_close(fewer, whole[rows], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(more, whole.repeat(2, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_id_gives_no_number():
+    model = model_of()
+    logits = GpuStep(model).step(torch.tensor([1, 37 + 11]), random_state(model, 2)).logits
+    assert model.config.padded_vocab_size <= 48
+    assert logits[0].isfinite().all() and logits[1].isnan().all()
+
+
+def test_states_are_copied_as_plain_tuples():
+    model = model_of()
+    state = GpuStep(model).step(torch.tensor([1]), random_state(model, 1)).state
+    for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state)), map_state(torch.clone, state)):
+        assert GpuStep(model).step(torch.tensor([2]), other).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (9, 16), (64, 64), (65, 128), (130, 192)])
+def test_buckets(rows, bucket):
+    assert bucket_of(rows) == bucket
+
+
+def test_too_little_memory_names_the_way_out(monkeypatch):
+    def capture(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", capture)
+    with pytest.raises(torch.OutOfMemoryError, match=r"to record a step of 64 rows: .*; step fewer rows at once"):
+        Graphs(torch.device("cuda")).capture(lambda: None, 64)
+
+
+def test_what_the_kernels_do_not_serve_is_reported(monkeypatch):
+    monkeypatch.setattr(nvrtc, "reason", lambda: None)
+    monkeypatch.setattr(nvrtc, "refuses_gpu", lambda index: None)
+    hybrid = model_of(d_model=32, n_layers=3, attention_layers=(1,))
+    assert obstacles(hybrid) == {1: "its mixer is Attention, and the kernels of a step are for a plain Mamba"}
+    assert "taps" in obstacles(model_of(mamba=MambaOptions(d_conv=9)))[0]
+    assert obstacles(model_of()) == {}
