@@ -1,0 +1,88 @@
+// Text with a span for each piece, and the card that tells how likely a token was.
+
+import { byId, h } from "./dom.js";
+
+const LEVELS = [0.9, 0.6, 0.3, 0.1]; // probabilities above which a token is "sure", ... and below the last "odd"
+let current = null; // the span that the card is about
+let choose = null; // what a click on another token does
+
+/** A span for one piece. */
+export function span(piece) {
+  if (!piece.scores?.length) return h("span", {}, piece.text);
+  const p = Math.min(...piece.scores.map((score) => score.p));
+  const level = LEVELS.findIndex((limit) => p >= limit);
+  const element = h("span", { class: `token level-${level < 0 ? LEVELS.length : level}` }, piece.text);
+  element.scores = piece.scores;
+  return element;
+}
+
+/** Show pieces in an element. */
+export function show(element, pieces) {
+  element.replaceChildren(...pieces.map(span));
+}
+
+/**
+ * Tell probabilities on hover, tap, and with the arrow keys where the element has the focus.
+ * `branch(span, token)`, if given, goes on from another token that was likely in that place.
+ */
+export function explain(element, branch = null) {
+  element.addEventListener("pointerover", (event) => event.target.scores && open(event.target, branch));
+  element.addEventListener("pointerleave", (event) => event.relatedTarget?.closest?.("#token-card") || close());
+  element.addEventListener("click", (event) => event.target.scores && open(event.target, branch));
+  element.addEventListener("keydown", (event) => {
+    if (element.isContentEditable || !["ArrowLeft", "ArrowRight"].includes(event.key) || event.altKey) return;
+    const tokens = [...element.querySelectorAll(".token")];
+    const place = tokens.indexOf(current) + (event.key === "ArrowRight" ? 1 : -1);
+    if (tokens[place]) open(tokens[place], branch);
+    event.preventDefault();
+  });
+  element.addEventListener("blur", close);
+}
+
+/** Hide the card. */
+export function close() {
+  current?.classList.remove("current");
+  current = null;
+  byId("token-card").hidden = true;
+}
+
+function open(element, branch) {
+  if (current === element) return;
+  close();
+  current = element;
+  choose = branch;
+  element.classList.add("current");
+  const card = byId("token-card");
+  const score = element.scores.at(-1);
+  const others = score.top.some(([token]) => token === score.token) ? score.top : [[score.token, score.p], ...score.top];
+  card.replaceChildren(...element.scores.slice(0, -1).map((part) => line(part.token, part.p, true)), ...others.map(([token, p]) => line(token, p, token === score.token)));
+  if (branch && others.length > 1) card.append(h("small", {}, "Click another token to go on from it."));
+  card.hidden = false;
+  place(card, element.getClientRects()[0] ?? element.getBoundingClientRect());
+}
+
+function line(token, p, chosen) {
+  const bar = h("span", { class: "bar" });
+  bar.style.width = `${Math.max(1, 100 * p)}%`;
+  const parts = [h("code", {}, shown(token)), h("span", { class: "percent" }, percent(p)), bar];
+  if (chosen || !choose) return h("div", { class: chosen ? "line chosen" : "line" }, ...parts);
+  const go = choose;
+  const from = current;
+  return h("button", { type: "button", class: "line", onclick: () => { close(); go(from, token); } }, ...parts);
+}
+
+const percent = (p) => (p >= 0.001 || p === 0 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %");
+const shown = (token) => token.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
+
+function place(card, box) {
+  const left = Math.max(8, Math.min(box.left, innerWidth - card.offsetWidth - 8));
+  const below = box.bottom + 6 + card.offsetHeight < innerHeight;
+  card.style.left = `${left}px`;
+  card.style.top = `${below ? box.bottom + 4 : Math.max(8, box.top - card.offsetHeight - 4)}px`;
+}
+
+/** Close the card when the pointer leaves it. */
+export function start() {
+  byId("token-card").addEventListener("pointerleave", close);
+  document.addEventListener("scroll", close, true);
+}
