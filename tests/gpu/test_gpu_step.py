@@ -116,12 +116,24 @@ def test_generation_takes_graphs():
     assert model.gpu_step is not None and model.gpu_step.recorded == [2]
 
 
-def test_a_hybrid_runs_block_by_block():
+def test_a_hybrid_with_a_cache_runs_block_by_block():
     model = model_of("bfloat16", **WIDE | {"attention_layers": (1,), "n_layers": 3})
     assert model.gpu_step is None
     assert "Attention" in model.report()[1].reason
     logits, _ = model.step(ids_of(model, 2), model.init_state(2))
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("mixer", ["s4d", "h3-s4d", "retention", "linear-attention", "gau", "rwkv", "mlp", "mamba-s4d"])
+def test_other_mixers_are_recorded_block_by_block(mixer):
+    model = model_of("bfloat16", **WIDE | {"mixers": ("mamba", mixer)})
+    if model.grows:
+        pytest.skip(f"the state of {mixer} grows")
+    ids, state = ids_of(model, 3), random_state(model, 3)
+    want = LanguageModel.step(model, ids, state)
+    for _ in range(3):
+        assert error(model.step(ids, state), want) < 1e-4
+    assert model.report()[0].reason.endswith("the step is recorded as a graph, block by block"), model.report()
 
 
 def test_falcon_mamba_and_large_shapes_fit():

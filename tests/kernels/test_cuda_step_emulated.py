@@ -12,6 +12,7 @@ from emulation import emulate
 
 from anymamba.models.config import ModelConfig
 from anymamba.models.inference import InferenceModel
+from anymamba.models.inference.captured_step import CapturedStep
 from anymamba.models.inference.gpu_step import GpuStep
 from anymamba.models.inference.gpu_weights import obstacles
 from anymamba.models.inference.graphs import Graphs, bucket_of
@@ -55,7 +56,7 @@ def model_of(weights: Any = "float32", **options: Any) -> InferenceModel:
 
 
 def random_state(model: InferenceModel, rows: int) -> LanguageModelState:
-    return map_state(torch.randn_like, model.init_state(rows))
+    return map_state(lambda t: torch.randn_like(t) if t.is_floating_point() else t, model.init_state(rows))
 
 
 def check(model: InferenceModel, rows: int, tolerance: float) -> None:
@@ -128,7 +129,9 @@ def test_too_little_memory_names_the_way_out(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "Stream", capture)
     with pytest.raises(torch.OutOfMemoryError, match=r"to record a step of 64 rows: .*; step fewer rows at once"):
         Graphs(torch.device("cuda")).capture(lambda: None, 64)
 
@@ -140,3 +143,28 @@ def test_what_the_kernels_do_not_serve_is_reported(monkeypatch):
     assert obstacles(hybrid) == {1: "its mixer is Attention, and the kernels of a step are for a plain Mamba"}
     assert "taps" in obstacles(model_of(mamba=MambaOptions(d_conv=9)))[0]
     assert obstacles(model_of()) == {}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_any_model_steps_block_by_block_in_a_graph(rows):
+    model = model_of(d_model=32, mixers=("mamba", "s4d", "retention"), n_layers=3)
+    step, ids, state = CapturedStep(model), torch.randint(37, (rows,)), random_state(model, rows)
+    assert step.serves(ids, state) and not step.serves(ids, model.init_state(rows + 1))
+    want, old = LanguageModel.step(model, ids, state), map_state(torch.clone, state)
+    for reuse in (False, True):
+        got = step.step(ids, state, reuse=reuse)
+        torch.testing.assert_close(got.logits, want.logits)
+        for a, b, c, d in zip(*map(state_tensors, (got.state, want.state, state, old)), strict=True):
+            torch.testing.assert_close(a, b)
+            assert torch.equal(c, b if reuse else d)
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "capture", refuse)
+    model = model_of()
+    step, ids, state = CapturedStep(model), torch.tensor([1, 2]), random_state(model, 2)
+    assert torch.equal(step.step(ids, state).logits, LanguageModel.step(model, ids, state).logits)
+    assert "operation not permitted" in str(step.failure) and not step.serves(ids, state)

@@ -56,9 +56,11 @@ class Graphs:
         Raises torch.OutOfMemoryError if the GPU has too little memory.
         """
         if self._device.type != "cuda":
+            run()
             return run
+        current = torch.cuda.current_stream()
         try:
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side = torch.cuda.Stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 run()
@@ -71,4 +73,6 @@ class Graphs:
                 f"the GPU has too little memory to record a step of {rows} rows: {error}; step fewer rows at once, or "
                 'take weights="int8" or "int4"'
             ) from error
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream
         return graph.replay

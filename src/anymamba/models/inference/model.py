@@ -12,11 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anymamba.models.config import ModelConfig
+from anymamba.models.inference.captured_step import CapturedStep
 from anymamba.models.inference.gpu_step import GpuStep
 from anymamba.models.inference.gpu_weights import activation_dtype, require_bfloat16
+from anymamba.models.inference.gpu_weights import obstacles as gpu_obstacles
 from anymamba.models.inference.invariance import obstacle
 from anymamba.models.inference.native_reading import read_sequences
-from anymamba.models.inference.native_step import WHOLE, NativeStep
+from anymamba.models.inference.native_step import WHOLE, NativeStep, obstacles
 from anymamba.models.inference.packing import (
     PackedModelWeights,
     PackedParts,
@@ -79,7 +81,8 @@ class InferenceModel(LanguageModel):
         self.invariant = invariant
         """Whether a row's logits are the same bits in any batch and any cut of its text."""
         self._native: NativeStep | dict[int, str] | None = None
-        self._gpu: GpuStep | dict[int, str] | None = None
+        self._gpu: GpuStep | CapturedStep | None = None
+        self._reasons: dict[int, str] | None = None
         device = next(self.parameters()).device
         why = obstacle(config, device) if invariant else None
         if why is not None:
@@ -171,12 +174,16 @@ class InferenceModel(LanguageModel):
 
     def report(self) -> list[BlockReport]:
         """How each block runs in `step`, in order."""
-        compiled = self.gpu_step or self.native_step
-        found = self._gpu if self._is_on_gpu else self._native
-        reasons = found if isinstance(found, dict) else {}
-        default = "" if compiled is not None else reasons.get(WHOLE, "another block is not")
+        reasons = self._gpu_reasons if self._is_on_gpu else obstacles(self)
+        how = "" if self.gpu_step is None else "; the step is recorded as a graph, block by block"
+        if isinstance(self.gpu_step, CapturedStep) and self.gpu_step.failure is not None:
+            how = f"; {self.gpu_step.failure}"
+        default = reasons.get(WHOLE, "another block is not") if reasons else ""
         names = enumerate(self.config.layer_mixers)
-        return [BlockReport(name, compiled is not None, reasons.get(index, default)) for index, name in names]
+        return [
+            BlockReport(name, not reasons, reasons.get(index, default) + (how if reasons else ""))
+            for index, name in names
+        ]
 
     @property
     def native_step(self) -> NativeStep | None:
@@ -186,11 +193,20 @@ class InferenceModel(LanguageModel):
         return self._native if isinstance(self._native, NativeStep) else None
 
     @property
-    def gpu_step(self) -> GpuStep | None:
-        """The graphs that steps on an NVIDIA GPU go through; None if they run block by block."""
-        if self._gpu is None:
-            self._gpu = GpuStep.of(self) if self._is_on_gpu else {}
-        return self._gpu if isinstance(self._gpu, GpuStep) else None
+    def gpu_step(self) -> GpuStep | CapturedStep | None:
+        """The graphs that steps on an NVIDIA GPU go through; None if they run block by block without."""
+        if self._gpu is None and self._is_on_gpu:
+            if not self._gpu_reasons:
+                self._gpu = GpuStep(self)
+            elif not self.grows:
+                self._gpu = CapturedStep(self)
+        return self._gpu
+
+    @property
+    def _gpu_reasons(self) -> dict[int, str]:
+        if self._reasons is None:
+            self._reasons = gpu_obstacles(self)
+        return self._reasons
 
     @property
     def _is_on_gpu(self) -> bool:
@@ -230,11 +246,11 @@ class InferenceModel(LanguageModel):
                 "a model for inference computes in float32 and keeps its dtype; choose the format of its weights with "
                 f"for_inference(weights=...), got a conversion to {fn(torch.zeros(0)).dtype}"
             )
-        self._native = self._gpu = None  # they hold the addresses of the weights
+        self._native = self._gpu = self._reasons = None  # they hold the addresses of the weights
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None, "_gpu": None}
+        return {**self.__dict__, "_native": None, "_gpu": None, "_reasons": None}
 
     # --------------------------------------------------------------------------------------------- files
 
