@@ -8,6 +8,7 @@ from contract import close
 from torch import Tensor
 
 from anymamba.parts import fft_conv as module
+from anymamba.parts import toeplitz
 from anymamba.parts.fft_conv import fast_fft_size, fft_conv
 
 SHAPES = [(2, 1, 3, 1), (2, 2, 3, 2), (1, 7, 1, 3), (3, 33, 2, 33), (2, 8, 3, 20), (1, 101, 2, 64)]
@@ -116,3 +117,42 @@ def test_errors():
         fft_conv(torch.zeros(2, 5, 3), torch.zeros(3, 0))
     with pytest.raises(ValueError, match="convolve the real and imaginary parts"):
         fft_conv(torch.zeros(2, 5, 3), torch.zeros(3, 5, dtype=torch.complex64))
+
+
+# ---------------------------------------------------------------------------------------------- matrix products
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "width", "kernel_length"), [(3, 1, 2, 1), (5, 37, 3, 37), (2, 64, 3, 20), (4, 16, 2, 16)]
+)
+def test_products_with_toeplitz_matrices_are_the_convolution(monkeypatch, rows, length, width, kernel_length):
+    monkeypatch.setattr(toeplitz, "BLOCK", 16)
+    torch.manual_seed(0)
+    u = torch.randn(rows, length, width, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(width, kernel_length, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(rows, length, width, dtype=torch.float64)
+    found = []
+    for convolve in (fft_conv, toeplitz.convolve):
+        y = convolve(u, kernel)
+        found.append((y, *torch.autograd.grad(y, (u, kernel), dy)))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    ordered = u.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert toeplitz.convolve(ordered, kernel).permute(2, 1, 0).is_contiguous()
+    assert torch.equal(toeplitz.convolve(ordered, kernel), found[1][0])
+
+
+def test_products_of_short_numbers_are_as_exact_as_their_rounding(monkeypatch):
+    monkeypatch.setattr(toeplitz, "BLOCK", 32)
+    torch.manual_seed(0)
+    u, kernel = torch.randn(8, 100, 3), torch.randn(3, 100) * 0.9 ** torch.arange(100)
+    exact = fft_conv(u.double(), kernel.double())
+    error = toeplitz.convolve(u.bfloat16(), kernel).double() - exact
+    assert error.norm() <= 2**-7 * exact.norm()
+
+
+def test_products_serve_many_short_rows_on_a_gpu_only():
+    assert toeplitz.is_faster("cuda", torch.bfloat16, 128, 2048)
+    assert not toeplitz.is_faster("cuda", torch.bfloat16, 127, 2048)
+    assert not toeplitz.is_faster("cuda", torch.float32, 128, 2048)
+    assert not toeplitz.is_faster("cpu", torch.bfloat16, 128, 2048)
+    assert not toeplitz.is_faster("cuda", torch.float16, 4096, 16384)

@@ -151,16 +151,28 @@ class H3(SequenceLayer):
         self, k: Float[Tensor, "batch length d_model"], v: Float[Tensor, "batch length d_model"]
     ) -> Float[Tensor, "products length n_heads"]:
         """The products of key and value channels of each head; row (batch, i, j) has k_i v_j of all heads."""
-        k, v = (t.unflatten(-1, (self.n_heads, self.d_head)).permute(0, 3, 1, 2) for t in (k, v))
+        k, v = self._heads(k), self._heads(v)
         return (k[:, :, None] * v[:, None]).flatten(0, 2)
 
     def _contract(
         self, q: Float[Tensor, "batch length d_model"], products: Float[Tensor, "products length n_heads"]
     ) -> Float[Tensor, "batch length d_model"]:
         """Sum over i of q_i times row (batch, i, j) of the products, in the original order of channels."""
-        q = q.unflatten(-1, (self.n_heads, self.d_head)).permute(0, 3, 1, 2)
-        y = (q[:, :, None] * products.unflatten(0, (q.shape[0], self.d_head, self.d_head))).sum(1)
+        q, sizes = self._heads(q), (q.shape[0], self.d_head, self.d_head)
+        if products.is_cuda:  # the same view, whose gradient keeps the order of memory
+            products = products.permute(2, 1, 0).unflatten(2, sizes).permute(2, 3, 4, 1, 0)
+        else:
+            products = products.unflatten(0, sizes)
+        y = (q[:, :, None] * products).sum(1)
         return y.permute(0, 2, 3, 1).flatten(2)
+
+    def _heads(self, t: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch d_head length n_heads"]:
+        """The channels of each head. On a GPU their memory, and so that of all products, is ordered as (head, token,
+        batch, channel): the convolution multiplies a matrix for each head by all rows."""
+        t = t.unflatten(-1, (self.n_heads, self.d_head))
+        if t.is_cuda and self.d_head > 1:
+            t = t.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+        return t.permute(0, 3, 1, 2)
 
     def _unfold(self, inner: Any, batch: int) -> Any:
         """The inner layer's state as (batch, d_head^2, ...)."""

@@ -38,9 +38,10 @@ from anymamba.parts.options import S4Options
 from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import KernelParameters, complex_dtype
 from anymamba.parts.sequence import SequenceLayer
+from anymamba.parts.state import last_states_are_wanted, unread
 
-KERNEL_BLOCK = 2**18
-"""Kernel terms, counted over all channels, that are computed at a time."""
+KERNEL_BLOCK, GPU_KERNEL_BLOCK = 2**18, 2**23
+"""Kernel terms, counted over all channels, that are computed at a time. A GPU needs many to be busy."""
 
 
 class S4State(NamedTuple):
@@ -76,7 +77,7 @@ class LowRankSystem(NamedTuple):
 
     def kernels(self, length: int, dtype: torch.dtype) -> Kernels:
         """All four kernels, computed in float64 and returned in dtype. Groups of channels bound the memory."""
-        channels = max(1, KERNEL_BLOCK // length)
+        channels = max(1, (KERNEL_BLOCK if self.D.device.type == "cpu" else GPU_KERNEL_BLOCK) // length)
         parts = []
         for start in range(0, self.D.shape[0], channels):
             part = LowRankSystem(*(field[start : start + channels] for field in self))
@@ -148,9 +149,13 @@ class S4(SequenceLayer):
             return x, self.init_state(x.shape[0]) if state is None else state
         with without_autocast(x.device.type):
             u = x if rows is None else rows.zero_padding(x)
-            u = u.to(torch.promote_types(x.dtype, self.kernel.D.dtype))
+            wide = torch.promote_types(x.dtype, self.kernel.D.dtype)
             system = self.kernel.discretise()
-            kernels = system.kernels(length, u.dtype)
+            kernels = system.kernels(length, wide)
+            if state is None and not last_states_are_wanted():
+                shape = (len(x), *system.Gamma.shape)
+                return fft_conv(u, kernels.K), S4State(unread(shape, self.kernel.state_dtype, x.device))
+            u = u.to(wide)
             y, s = fft_conv(u, kernels.K), fft_conv(u, kernels.S)
             if state is not None:
                 s0, y0 = recomputed(LowRankSystem.undisturbed, system, state.h, length)

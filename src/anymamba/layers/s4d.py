@@ -11,7 +11,7 @@ Source: S4D (arXiv:2206.11893), sections 3 and 4.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Num
@@ -26,6 +26,7 @@ from anymamba.parts.options import S4DOptions
 from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import KernelParameters, complex_dtype
 from anymamba.parts.sequence import SequenceLayer
+from anymamba.parts.state import last_states_are_wanted, unread
 
 INITS = ("s4d-lin", "s4d-inv", "s4d-real")
 DISCRETIZATIONS = ("zoh", "bilinear")
@@ -108,15 +109,25 @@ class S4D(SequenceLayer):
             return x, self.init_state(x.shape[0]) if state is None else state
         with without_autocast(x.device.type):
             u = x if rows is None else rows.zero_padding(x)
-            u = u.to(torch.promote_types(x.dtype, self.kernel.D.dtype))
+            wide = torch.promote_types(x.dtype, self.kernel.D.dtype)
             system = self.kernel.discretise()
-            y = fft_conv(u, recomputed(DiagonalSystem.kernel, system, length, u.dtype))
-            u = diagonal.right_aligned(u, lengths)
-            h = system.Bbar * recomputed(diagonal.accumulate, u, system.Abar)
+            y = fft_conv(u if state is None else u.to(wide), recomputed(DiagonalSystem.kernel, system, length, wide))
             if state is not None:
                 y = y + recomputed(DiagonalSystem.free_response, system, state.h, length)
-                h = h + diagonal.elapsed(system.Abar, length, lengths) * state.h
-            return y.to(x.dtype), S4DState(h.to(self.kernel.state_dtype))
+            return y.to(x.dtype), S4DState(self._last_state(u.to(wide), system, state, lengths))
+
+    def _last_state(
+        self, u: Float[Tensor, "rows length width"], system: DiagonalSystem, state: S4DState | None, lengths: Any
+    ) -> Num[Tensor, "rows width n_states"]:
+        """h after the last real token of each row."""
+        dtype = self.kernel.state_dtype
+        if not last_states_are_wanted():
+            return unread((len(u), *system.Abar.shape), dtype, u.device)
+        length, u = int(u.shape[1]), diagonal.right_aligned(u, lengths)
+        h = system.Bbar * recomputed(diagonal.accumulate, u, system.Abar)
+        if state is not None:
+            h = h + diagonal.elapsed(system.Abar, length, lengths) * state.h
+        return h.to(dtype)
 
     def run_step(
         self, x: Float[Tensor, "batch width"], state: S4DState

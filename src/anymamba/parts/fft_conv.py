@@ -3,7 +3,7 @@
     y[t] = sum over j <= t of kernel[j] u[t - j]
 
 O(length log length) per channel. Sequence and kernel are padded with zeros so that the circular convolution of the
-FFT is the causal one.
+FFT is the causal one. Many rows of short numbers on a GPU are convolved by matrix products instead (`toeplitz.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anymamba.parts import toeplitz
 from anymamba.parts.derivatives import as_operations, in_operations
 
 CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
@@ -43,7 +44,11 @@ def fft_conv(
             "imaginary parts separately"
         )
     kernel = kernel[:, : max(1, u.shape[1])]
-    return _operations(u, kernel) if as_operations(u, kernel) else _FFTConv.apply(u, kernel)
+    if as_operations(u, kernel):
+        return _operations(u, kernel)
+    if toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1])):
+        return toeplitz.convolve(u, kernel)
+    return _FFTConv.apply(u, kernel)
 
 
 def fast_fft_size(at_least: int) -> int:
@@ -76,11 +81,11 @@ class _FFTConv(torch.autograd.Function):
     def forward(ctx, u: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(u, kernel)
         length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
-        kernel_spectrum = torch.fft.rfft(kernel.to(wide), size)
+        kernel_spectrum = torch.fft.rfft(kernel.to(wide), size, norm="forward")  # with the inverse's 1 / size
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
         for rows, channels in _blocks(u, size):
-            product = _spectrum(u[rows, :, channels], size, wide) * kernel_spectrum[channels]
-            y[rows, :, channels] = torch.fft.irfft(product, size)[..., :length].transpose(1, 2)
+            product = _spectrum(u[rows, :, channels], size, wide).mul_(kernel_spectrum[channels])
+            y[rows, :, channels] = torch.fft.irfft(product, size, norm="forward")[..., :length].transpose(1, 2)
         return y
 
     @staticmethod
@@ -90,17 +95,17 @@ class _FFTConv(torch.autograd.Function):
         if in_operations(dy, u, kernel):
             return _gradients(dy, u, kernel)
         length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
-        kernel_spectrum = torch.fft.rfft(kernel.to(wide), size).conj()
+        kernel_spectrum = torch.fft.rfft(kernel.to(wide), size, norm="forward").conj_physical()
         du = torch.empty_like(u, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         correlation = torch.zeros_like(kernel_spectrum)
         for rows, channels in _blocks(u, size):
             dy_spectrum = _spectrum(dy[rows, :, channels], size, wide)
             if ctx.needs_input_grad[1]:
                 u_spectrum = _spectrum(u[rows, :, channels], size, wide)
-                correlation[channels] += (dy_spectrum * u_spectrum.conj()).sum(0)
+                correlation[channels] += u_spectrum.conj_physical_().mul_(dy_spectrum).sum(0)
             if du is not None:
-                product = dy_spectrum * kernel_spectrum[channels]
-                du[rows, :, channels] = torch.fft.irfft(product, size)[..., :length].transpose(1, 2)
+                product = dy_spectrum.mul_(kernel_spectrum[channels])
+                du[rows, :, channels] = torch.fft.irfft(product, size, norm="forward")[..., :length].transpose(1, 2)
         if not ctx.needs_input_grad[1]:
             return du, None
         return du, torch.fft.irfft(correlation, size)[:, : kernel.shape[1]].to(kernel.dtype)
@@ -120,8 +125,10 @@ def _gradients(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spectrum(x: Float[Tensor, "rows length width"], size: int, wide: torch.dtype) -> Tensor:
-    """(rows, width, frequencies). Time is moved to the last dimension first, so that the FFT reads in memory order."""
-    return torch.fft.rfft(x.transpose(1, 2).to(wide, memory_format=torch.contiguous_format), size)
+    """(rows, width, frequencies). One pass moves time to the last dimension, converts and pads."""
+    padded = x.new_zeros(x.shape[0], x.shape[2], size, dtype=wide)
+    padded[..., : x.shape[1]] = x.transpose(1, 2)
+    return torch.fft.rfft(padded)
 
 
 def _fft_size(u: Tensor, kernel: Tensor) -> int:

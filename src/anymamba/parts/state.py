@@ -8,6 +8,7 @@ filled, so that rows of any length can be joined.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -136,3 +137,8 @@ def without_last_states() -> Iterator[None]:
 def last_states_are_wanted() -> bool:
     """Whether the states after a sequence will be read."""
     return not _unwanted
+
+
+def unread(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN in place of a state that is not wanted; it takes no memory."""
+    return torch.full((), math.nan, dtype=dtype, device=device).expand(*shape)
