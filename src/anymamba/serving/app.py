@@ -59,14 +59,14 @@ class Application:
                 Route("/openapi.json", self.openapi),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.one_model),
-                Route("/v1/completions", _Posted(self, self._completion)),
-                Route("/v1/chat/completions", _Posted(self, self._chat)),
+                Route("/v1/completions", _Posted(self, self._completion), methods=["POST"]),
+                Route("/v1/chat/completions", _Posted(self, self._chat), methods=["POST"]),
                 Route("/v1/sessions", self.sessions),
                 Route("/v1/sessions/{name:path}", self.one_session, methods=["GET", "DELETE"]),
                 Route("/tokenize", self.tokenize, methods=["POST"]),
                 Route("/detokenize", self.detokenize, methods=["POST"]),
                 Route("/tokenizer_info", self.tokenizer_info),
-                Route("/v1/{rest:path}", _Nowhere()),
+                *(Route(path, _Nowhere()) for path in (*ENDPOINTS, "/v1/{rest:path}")),
                 Mount("/", StaticFiles(directory=FOLDER, html=True, check_dir=False)),
             ],
             redirect_slashes=False,
@@ -220,7 +220,10 @@ class _Nowhere:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application."""
-        raise HTTPException(405 if scope["path"] in ENDPOINTS else 404)
+        method = ENDPOINTS.get(scope["path"])
+        if method is None:
+            raise HTTPException(404)
+        raise HTTPException(405, f"{scope['path']} takes {method}, got {scope['method']}", {"Allow": method})
 
 
 class _Posted:
@@ -231,8 +234,6 @@ class _Posted:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application."""
-        if scope["method"] != "POST":
-            raise ApiError(405, f"{scope['path']} takes POST, got {scope['method']}")
         application = self._application
         served = application.ready()
         body = await read_json(Request(scope, receive), application.limits)

@@ -13,19 +13,19 @@ from anymamba.serving.metrics import Metrics
 from anymamba.serving.protocol.errors import ApiError
 from anymamba.serving.security import HEADERS, PAGE_POLICY, Guard
 
-ENDPOINTS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/models",
-    "/v1/sessions",
-    "/tokenize",
-    "/detokenize",
-    "/tokenizer_info",
-    "/health",
-    "/metrics",
-    "/openapi.json",
-)
-"""Paths that metrics tell apart; all others count as one."""
+ENDPOINTS = {
+    "/v1/completions": "POST",
+    "/v1/chat/completions": "POST",
+    "/v1/models": "GET",
+    "/v1/sessions": "GET",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/tokenizer_info": "GET",
+    "/health": "GET",
+    "/metrics": "GET",
+    "/openapi.json": "GET",
+}
+"""The paths and their methods. Metrics count all other paths as one."""
 OTHER = "other"
 _METHODS = "GET, POST, DELETE, OPTIONS"
 _CORS_HEADERS = "Authorization, Content-Type"
@@ -108,9 +108,8 @@ def error_response(error: ApiError, headers: object = None) -> Response:
 
 def _http_message(error: HTTPException, path: str) -> str:
     if error.status_code == 404:
-        return (
-            f"there is no {path[:100]!r} here; the endpoints are {', '.join(ENDPOINTS[:4])} and those of /openapi.json"
-        )
+        known = ", ".join(list(ENDPOINTS)[:4])
+        return f"there is no {path[:100]!r} here; the endpoints are {known} and those of /openapi.json"
     return str(error.detail)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import socket
 import threading
@@ -17,6 +18,7 @@ from anymamba.serving.model import ServedModel
 from anymamba.serving.protocol.errors import ApiError
 
 try:
+    import h11
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
@@ -67,6 +69,18 @@ class PatientProtocol(H11Protocol):
         super().data_received(data)
         if self.cycle is not before:
             self._end_headers()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, in OpenAI's form."""
+        body = json.dumps(ApiError(400, "the request is not valid HTTP/1.1").body()).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""

@@ -27,10 +27,11 @@ class GrammarMask:
     Args:
         matcher: the state of the grammar.
         vocab_size: the model's.
+        param: the field of the request that holds the grammar, for messages.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: LLMatcher, vocab_size: int, param: str) -> None:
+        self._matcher, self._vocab_size, self._param = matcher, vocab_size, param
 
     def allowed(self) -> Bool[np.ndarray, " ids"]:
         """True for each id that may come next. All are false at the end, and if the grammar is too complex to go on."""
@@ -40,13 +41,13 @@ class GrammarMask:
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
 
     def accept(self, token: int) -> None:
-        """Go on after a token. Raises ValueError for one that the grammar does not allow."""
+        """Go on after a token. Raises ApiError if the grammar turns out to be too complex."""
         if not self._matcher.consume_token(token):
-            raise ValueError(f"the grammar cannot go on after token {token}: {self._matcher.get_error()}")
+            raise _bad_grammar(self._matcher.get_error(), self._param)
 
     def fork(self) -> GrammarMask:
         """A copy that goes on by itself."""
-        return GrammarMask(self._matcher.deep_copy(), self._vocab_size)
+        return GrammarMask(self._matcher.deep_copy(), self._vocab_size, self._param)
 
 
 class Grammars:
@@ -93,9 +94,9 @@ class Grammars:
             matcher.compute_bitmask()  # some grammars turn out to be too complex only at the first token
         if matcher.is_error():
             raise _bad_grammar(matcher.get_error(), param)
-        return GrammarMask(matcher, self._vocab_size)
+        return GrammarMask(matcher, self._vocab_size, param)
 
 
 def _bad_grammar(reason: str, param: str) -> ApiError:
     reason = " ".join(reason.split())[:LONGEST_REASON]
-    return ApiError(400, f"{param} cannot be compiled: {reason}", param=param, code="invalid_grammar")
+    return ApiError(400, f"{param} cannot be used: {reason}", param=param, code="invalid_grammar")
