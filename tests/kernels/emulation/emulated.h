@@ -328,6 +328,7 @@ inline u32 permute_bytes(u32 a, u32 b, u32 select) {
     for (int i = 0; i < 4; i++) r |= u32(both >> (select >> 4 * i & 7) * 8 & 255) << 8 * i;
     return r;
 }
+inline u32 shift_words(u32 low, u32 high, u32 bits) { return u32((u64(high) << 32 | low) >> bits); }
 template <typename T>
 T read_ahead(const T* global) {
     need(reinterpret_cast<u64>(global) % sizeof(T) == 0, "a load not aligned");

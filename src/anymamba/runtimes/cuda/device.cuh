@@ -201,6 +201,8 @@ DEVICE u32 add_bfloats(u32 a, u32 b) {
 }
 // Four bytes of the eight in a and b (0 to 3 and 4 to 7), one for each hexadecimal digit of `select`, lowest first.
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 select) { return __byte_perm(a, b, select); }
+// The low word of high:low, shifted right by 0 to 31 bits.
+DEVICE u32 shift_words(u32 low, u32 high, u32 bits) { return __funnelshift_r(low, high, bits); }
 
 // ------------------------------------------------------------------------------------------------ matrices
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,13 +26,15 @@ BLOCKS = tuple(name for name, format in FORMATS.items() if format.columns > 1)
 """Formats with blocks, which the kernels read."""
 TENSORS = {"x": 2, "y": 2}
 """Fields that are a struct Matrix, and their dimensions."""
-FIELDS = ("weight", "bias", "rows", "n_in", "n_out", "row_bytes")
+FIELDS = ("weight", "bias", "rows", "n_in", "n_out", "row_bytes", "x_stride")
 LAYOUT = launching.layout(TENSORS, FIELDS)
 
-MOST_ROWS = 32
-"""Of the kernels; with more, unpacking the weight costs less than reading x for every 16 outputs."""
-OUTPUTS, STAGES, GROUP, MOST_WARPS, UNPACKING_THREADS = 16, 3, 32, 16, 256
+MOST_ROWS = 16
+"""Of the kernels; for more, unpacking the weight takes less time than what it saves."""
+OUTPUTS, STAGES, GROUP, MOST_WARPS, UNPACKING_THREADS = 16, 3, 32, 8, 256
 """See products.cu."""
+MOST_BLOCKS = 4
+"""Of a multiprocessor."""
 
 
 def unavailable(device_type: str) -> str | None:
@@ -66,10 +69,12 @@ def _variant(format: str, kernel: str) -> nvrtc.Variant:
 
 
 def forward(a: PackedLinearArguments) -> Tensor:
-    """y (rows, n_out): bfloat16 if x is, else float32. A row has the same bits in any batch of up to MOST_ROWS."""
+    """y (rows, n_out): bfloat16 if x is, else float32. A row has the same bits in any batch that the kernels serve."""
     dtype = torch.bfloat16 if a.x.dtype == torch.bfloat16 else torch.float32
     if a.format in BLOCKS and a.x.shape[0] <= MOST_ROWS:
-        return _few_rows(a, dtype)
+        launch = _launch(a.format, *a.x.shape)
+        if launch.shared <= nvrtc.device(a.x.device.index or 0).shared_of_block:
+            return _few_rows(a, dtype, launch)
     data = a.data.contiguous()
     weight = data.view(torch.bfloat16) if a.format not in BLOCKS else _unpack(data, a.format, torch.bfloat16)
     return _product(a.x.bfloat16(), weight, a.bias, dtype)
@@ -80,31 +85,47 @@ def unpack(weight: PackedWeight) -> Float[Tensor, "n_out n_in"]:
     return _unpack(weight.data, weight.format, torch.float32)
 
 
-def _few_rows(a: PackedLinearArguments, dtype: torch.dtype) -> Tensor:
+class _Launch(NamedTuple):
+    """How a product is launched. The warps follow from the shape of the weight alone: they decide on the order of
+    sums."""
+
+    n_warps: int
+    tiles: int
+    """Rows that a kernel is made for."""
+    x_stride: int
+    """Bytes of a row of x in shared memory."""
+    shared: int
+    """Bytes of shared memory."""
+
+
+@cache
+def _launch(format: str, rows: int, n_in: int) -> _Launch:
+    _, columns, n_bytes, _ = FORMATS[format]
+    groups = 4 if columns == GROUP and n_bytes > GROUP else 8
+    n_chunks = -(-n_in // (groups * GROUP))
+    n_warps = max(1, -(-n_chunks // -(-n_chunks // MOST_WARPS)))
+    pieces = (groups * GROUP // columns * n_bytes + 14 + 15) // 16
+    tiles, x_stride = 8 if rows <= 8 else 16, 2 * n_in + (0 if n_in // GROUP % 2 else 64)  # neighbours: other banks
+    of_warp = STAGES * OUTPUTS * (pieces | 1) * 16 + 4 * tiles * OUTPUTS
+    return _Launch(n_warps, tiles, x_stride, rows * x_stride + n_warps * of_warp + 16)
+
+
+def _few_rows(a: PackedLinearArguments, dtype: torch.dtype, launch: _Launch) -> Tensor:
     (rows, n_in), n_out = a.x.shape, a.data.shape[0]
     y = a.x.new_empty(rows, n_out, dtype=dtype)
+    if y.numel() == 0:
+        return y
     x = a.x.to(dtype)
     call = _start(a.data, n_in)
     call.strided(x=x if launching.aligned(x, 4) else x.contiguous().clone(), y=y)
     call.dense(bias=None if a.bias is None else a.bias.float())
-    call.set(rows=rows)
-    tiles = 8 if rows <= 8 else 16 if rows <= 16 else 32
-    n_warps, shared = _warps(a.format, n_in, tiles)
-    name = f"multiply_{tiles}{'_short' if dtype == torch.bfloat16 else ''}"
-    n_blocks = -(-n_out // OUTPUTS) if rows else 0
-    call.launch(_variant(a.format, name), n_blocks, 32 * n_warps, shared, early=True)
+    call.set(rows=rows, x_stride=launch.x_stride)
+    name = f"multiply_{launch.tiles}{'_short' if dtype == torch.bfloat16 else ''}"
+    device = nvrtc.device(a.x.device.index or 0)
+    places = device.n_multiprocessors * min(MOST_BLOCKS, device.shared_of_multiprocessor // (launch.shared + 1024))
+    n_blocks = min(-(-n_out // OUTPUTS), max(1, places))
+    call.launch(_variant(a.format, name), n_blocks, 32 * launch.n_warps, launch.shared, early=True)
     return y
-
-
-@cache
-def _warps(format: str, n_in: int, rows: int) -> tuple[int, int]:
-    """The warps of a block, by the shape alone as they decide on the order of sums, and its shared memory."""
-    _, columns, n_bytes, _ = FORMATS[format]
-    groups = 4 if columns == GROUP and n_bytes > GROUP else 8
-    n_warps = max(1, min(MOST_WARPS if n_in >= 4096 else 8, -(-n_in // (groups * GROUP))))
-    pieces = (groups * GROUP // columns * n_bytes + 14 + 15) // 16
-    stages = STAGES * OUTPUTS * (pieces | 1) * 16
-    return n_warps, n_warps * max(stages, 4 * rows * OUTPUTS)
 
 
 def _unpack(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:

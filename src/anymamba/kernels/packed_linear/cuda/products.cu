@@ -2,22 +2,22 @@
 //
 //     y[row, output] = sum_c x[row, c] weight[output, c] + bias[output]
 //
-// The bytes of the weight are read once: one row and 32 rows take about the same time. A block of threads has 16 outputs;
-// its warps share the columns, a chunk at a time, which they copy into shared memory of their own as it lies, STAGES
-// ahead. x is rounded to bfloat16. Tensor cores multiply 16 outputs by 8 rows in the integers of 16 or 32 columns; scales
-// are applied to these sums in float32. At the end the warps' sums are added in their order: a row has the same bits
-// alone and in any batch that this kernel serves.
+// The bytes of the weight are read once: one row and 8 rows take about the same time. A block of threads has x in
+// shared memory, in bfloat16, and goes through tiles of 16 outputs. Its warps share the columns of a tile, a chunk at a
+// time, which they copy into shared memory of their own as it lies, STAGES - 1 ahead. Tensor cores multiply 16 outputs
+// by 8 rows in the integers of 16 or 32 columns; scales are applied to these sums in float32. At the end the warps' sums
+// are added in their order: a row has the same bits alone and in any batch that this kernel serves.
 //
-// Launch: (n_out + 15) / 16 blocks of up to 16 warps, early.
+// Launch: any number of blocks of up to 8 warps, early.
 //
 // Needs FORMAT.
 #include "blocks.cuh"
 
 typedef Blocks<FORMAT> B;
 
-constexpr int OUTPUTS = 16, MOST_WARPS = 16, STAGES = 3, GROUP = 32;
+constexpr int OUTPUTS = 16, MOST_THREADS = 256, STAGES = 3, GROUP = 32, OF_BLOCK = B::COLUMNS / GROUP;
 constexpr int GROUPS = B::COLUMNS == 32 && B::BYTES > 32 ? 4 : 8;  // of a chunk
-constexpr int CHUNK = GROUPS * GROUP / B::COLUMNS * B::BYTES;      // its bytes in a row
+constexpr int CHUNK = GROUPS / OF_BLOCK * B::BYTES;                // its bytes in a row
 constexpr int PIECES = (CHUNK + 14 + 15) / 16;                     // of 16 bytes; a chunk begins at any even address
 constexpr int STRIDE = (PIECES | 1) * 16;                          // of rows in shared memory; odd: no bank conflicts
 constexpr int STAGE = OUTPUTS * STRIDE;
@@ -32,49 +32,83 @@ struct Parameters {
     const u8* weight;
     const float* bias;
     i64 rows, n_in, n_out, row_bytes;
+    i64 x_stride;  // bytes of a row of x in shared memory
 };
+
+// What a thread works on: its place in a warp, as tensor cores have it, and the sizes of the matrix.
+struct Place {
+    int lane, warp, n_warps, row, t;
+    int n_tiles, n_chunks, rounds;  // all warps go through a tile in so many rounds
+};
+DEVICE Place place_of_thread(const Parameters& p) {
+    const int lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
+    const int n_chunks = (int(p.n_in) / GROUP + GROUPS - 1) / GROUPS;
+    return {lane, int(threadIdx.x) / 32, n_warps, lane / 4, lane % 4, int((p.n_out + OUTPUTS - 1) / OUTPUTS), n_chunks,
+            (n_chunks + n_warps - 1) / n_warps};
+}
 
 // ------------------------------------------------------------------------------------------------ copies
 
-// One chunk of 16 rows into shared memory. A piece at the end of the weight may have fewer than 16 bytes.
-DEVICE void copy_chunk(u8* stage, const Parameters& p, i64 first, int chunk, int lane) {
-    const i64 start = i64(chunk) * CHUNK, size = min(i64(CHUNK), p.row_bytes - start);
-    const u8* end = p.weight + p.n_out * p.row_bytes;
-    for (int i = lane; i < OUTPUTS * PIECES; i += 32) {
-        const int row = i / PIECES, piece = i % PIECES;
-        const u8* from = p.weight + min(first + row, p.n_out - 1) * p.row_bytes + start;
-        const int offset = int(reinterpret_cast<u64>(from) & 15);
-        if (16 * piece >= offset + size) continue;
-        from += 16 * piece - offset;
-        u8* to = stage + row * STRIDE + 16 * piece;
-        if (from + 16 <= end) {
-            copy_16_bytes(to, from);
+// Where a chunk of an output's weights begins. Rows after the last are the last one again.
+DEVICE const u8* chunk_of_row(const Parameters& p, int tile, int row, int chunk) {
+    return p.weight + min(i64(tile) * OUTPUTS + row, p.n_out - 1) * p.row_bytes + chunk * CHUNK;
+}
+DEVICE int offset_of(const u8* chunk) { return int(reinterpret_cast<u64>(chunk) & 15); }
+
+// One row of a chunk into shared memory, by four threads. At the end of the weight a piece may have fewer bytes.
+DEVICE void copy_row(u8* to, const u8* chunk, int size, const u8* end, int t) {
+    const int offset = offset_of(chunk);
+    const u8* from = chunk - offset;
+    const bool whole = from + 16 * PIECES <= end;
+#pragma unroll
+    for (int i = 0; i < (PIECES + 3) / 4; i++) {
+        const int at = 16 * (t + 4 * i);
+        if (at >= offset + size) break;
+        if (whole || from + at + 16 <= end) {
+            copy_16_bytes(to + at, from + at);
         } else {
-            for (int k = 0; from + k < end; k += 2)
+            for (int k = at; from + k < end; k += 2)
                 *reinterpret_cast<u16*>(to + k) = *reinterpret_cast<const u16*>(from + k);
         }
     }
 }
 
-// Where a row of a chunk begins in shared memory.
-DEVICE const u8* row_of_stage(const u8* stage, const Parameters& p, i64 first, int row, int chunk) {
-    const u8* from = p.weight + min(first + row, p.n_out - 1) * p.row_bytes + i64(chunk) * CHUNK;
-    return stage + row * STRIDE + (reinterpret_cast<u64>(from) & 15);
+// The chunk to copy next, of a warp.
+struct Ahead {
+    int tile, round;
+};
+DEVICE void copy_next(Ahead& next, u8* stage, const Parameters& p, const Place& at) {
+    const int chunk = next.round * at.n_warps + at.warp;
+    if (next.tile < at.n_tiles && chunk < at.n_chunks) {
+        const u8* end = p.weight + p.n_out * p.row_bytes;
+        const int size = min(CHUNK, int(p.row_bytes) - chunk * CHUNK);
+#pragma unroll
+        for (int row = at.row; row < OUTPUTS; row += 8)
+            copy_row(stage + row * STRIDE, chunk_of_row(p, next.tile, row, chunk), size, end, at.t);
+    }
+    end_of_copies();
+    if (++next.round == at.rounds) next = {next.tile + int(gridDim.x), 0};
 }
 
 // ------------------------------------------------------------------------------------------------ products
 
-// Four neighbouring columns of a row of x, in bfloat16.
+// x in bfloat16 to shared memory, in the order in which threads take columns.
 template <int TYPE>
-DEVICE void get_columns(u32 (&out)[2], const Parameters& p, i64 row, i64 column) {
-    out[0] = out[1] = 0;
-    if (row >= p.rows) return;
-    if constexpr (TYPE == BFLOAT16) {
-        const uint2 v = read_ahead(reinterpret_cast<const uint2*>(p.x.data + 2 * (row * p.x.stride + column)));
-        out[0] = v.x, out[1] = v.y;
-    } else {
-        const float4 v = read_ahead(reinterpret_cast<const float4*>(p.x.data + 4 * (row * p.x.stride + column)));
-        out[0] = floats_as_bfloats(v.x, v.y), out[1] = floats_as_bfloats(v.z, v.w);
+DEVICE void get_rows(u8* shared, const Parameters& p) {
+    for (int row = 0; row < p.rows; row++) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < int(p.n_in) / 4; i += blockDim.x) {
+            const u8* from = p.x.data + (row * p.x.stride + 4 * i) * (TYPE == FLOAT32 ? 4 : 2);
+            uint2 four;
+            if constexpr (TYPE == FLOAT32) {
+                const float4 v = read_ahead(reinterpret_cast<const float4*>(from));
+                four = make_uint2(floats_as_bfloats(v.x, v.y), floats_as_bfloats(v.z, v.w));
+            } else {
+                four = read_ahead(reinterpret_cast<const uint2*>(from));
+            }
+            const int place = B::TOGETHER == 8 ? i % 8 : i % 4 * 2 + i / 4 % 2;
+            *reinterpret_cast<uint2*>(shared + row * p.x_stride + i / 8 * 64 + place * 8) = four;
+        }
     }
 }
 
@@ -102,24 +136,27 @@ DEVICE void add_products(float (&sums)[4], const Group& upper, const Group& lowe
     }
 }
 
-template <int TILES, int TYPE>
-DEVICE void add_chunk(float (&sums)[TILES][4], const u8* stage, const Parameters& p, i64 first, int chunk, int lane) {
-    const int t = lane % 4, row = lane / 4, groups = int(min(i64(GROUPS), p.n_in / GROUP - i64(chunk) * GROUPS));
-    const u8* upper_row = row_of_stage(stage, p, first, row, chunk);
-    const u8* lower_row = row_of_stage(stage, p, first, row + 8, chunk);
+template <int TILES>
+DEVICE void add_chunk(float (&sums)[TILES][4], const u8* stage, const u8* rows, const Parameters& p, const Place& at,
+                      int tile, int chunk) {
+    const int groups = min(GROUPS, int(p.n_in) / GROUP - chunk * GROUPS), own = at.t * B::TOGETHER;
+    const u8* from = stage + at.row * STRIDE;
+    const InShared upper(from + offset_of(chunk_of_row(p, tile, at.row, chunk)), own);
+    const InShared lower(from + 8 * STRIDE + offset_of(chunk_of_row(p, tile, at.row + 8, chunk)), own);
+    const u8* x[TILES];  // rows after the last are any row: what they give is not used
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+        x[i] = rows + min(8 * i + at.row, int(p.rows) - 1) * p.x_stride + chunk * GROUPS * 64 + at.t * 16;
 #pragma unroll
     for (int k = 0; k < GROUPS; k++) {
         if (k >= groups) break;
-        const i64 column = (i64(chunk) * GROUPS + k) * GROUP + 4 * t;
-        constexpr int OF_BLOCK = B::COLUMNS / GROUP;
-        const int at = k / OF_BLOCK * B::BYTES;
-        const Group upper = B::get(upper_row + at, k % OF_BLOCK, t), lower = B::get(lower_row + at, k % OF_BLOCK, t);
+        const Group above = B::get(upper, k / OF_BLOCK * B::BYTES, k % OF_BLOCK);
+        const Group below = B::get(lower, k / OF_BLOCK * B::BYTES, k % OF_BLOCK);
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            u32 x[2][2];
-            get_columns<TYPE>(x[0], p, 8 * tile + row, column);
-            get_columns<TYPE>(x[1], p, 8 * tile + row, column + 16);
-            add_products(sums[tile], upper, lower, x);
+        for (int i = 0; i < TILES; i++) {
+            const float4 v = *reinterpret_cast<const float4*>(x[i] + 64 * k);
+            const u32 columns[2][2] = {{float_as_bits(v.x), float_as_bits(v.y)}, {float_as_bits(v.z), float_as_bits(v.w)}};
+            add_products(sums[i], above, below, columns);
         }
     }
 }
@@ -135,61 +172,57 @@ DEVICE void put(u8* data, i64 index, float value) {
 
 // The sums of all warps, in their order, to y.
 template <int TILES, int TYPE>
-DEVICE void write_sums(const float (&sums)[TILES][4], const Parameters& p, i64 first, int lane) {
-    float* shared = reinterpret_cast<float*>(shared_memory());
-    const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, size = 8 * TILES * OUTPUTS;
-    sync_block();  // all chunks have been used
+DEVICE void write_sums(const float (&sums)[TILES][4], float* shared, const Parameters& p, const Place& at, int tile) {
+    constexpr int size = 8 * TILES * OUTPUTS;
+    sync_block();  // those of the last tile have been read
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+    for (int i = 0; i < TILES; i++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int row = 8 * tile + 2 * (lane % 4) + i % 2, output = lane / 4 + i / 2 * 8;
-            shared[warp * size + row * OUTPUTS + output] = sums[tile][i];
-        }
+        for (int j = 0; j < 4; j++)
+            shared[at.warp * size + (8 * i + 2 * at.t + j % 2) * OUTPUTS + at.row + j / 2 * 8] = sums[i][j];
     sync_block();
     for (int i = threadIdx.x; i < size; i += blockDim.x) {
-        const i64 row = i / OUTPUTS, output = first + i % OUTPUTS;
+        const i64 row = i / OUTPUTS, output = i64(tile) * OUTPUTS + i % OUTPUTS;
         if (row >= p.rows || output >= p.n_out) continue;
         float sum = p.bias ? p.bias[output] : 0.f;
-        for (int w = 0; w < n_warps; w++) sum += shared[w * size + i];
+        for (int w = 0; w < at.n_warps; w++) sum += shared[w * size + i];
         put<TYPE>(p.y.data, row * p.y.stride + output, sum);
     }
 }
 
 template <int TILES, int TYPE>
 DEVICE void multiply(const Parameters& p) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-    const i64 first = i64(blockIdx.x) * OUTPUTS;
-    const int n_chunks = int((p.n_in / GROUP + GROUPS - 1) / GROUPS);
-    u8* stages = shared_memory() + warp * STAGES * STAGE;
-    float sums[TILES][4] = {};
+    const Place at = place_of_thread(p);
+    u8* rows = shared_memory();
+    float* shared_sums = reinterpret_cast<float*>(rows + p.rows * p.x_stride);
+    u8* stages = reinterpret_cast<u8*>(shared_sums + at.n_warps * 8 * TILES * OUTPUTS) + at.warp * STAGES * STAGE;
+    Ahead next = {int(blockIdx.x), 0};
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (warp + s * n_warps < n_chunks) copy_chunk(stages + s * STAGE, p, first, warp + s * n_warps, lane);
-        end_of_copies();
-    }
+    for (int s = 0; s < STAGES - 1; s++) copy_next(next, stages + s * STAGE, p, at);
     wait_for_previous();  // it writes x; the weight is there
     let_next_start();
+    get_rows<TYPE>(rows, p);
+    sync_block();
     int stage = 0;
-    for (int chunk = warp; chunk < n_chunks; chunk += n_warps) {
-        const int next = chunk + (STAGES - 1) * n_warps, place = stage == 0 ? STAGES - 1 : stage - 1;
-        if (next < n_chunks) copy_chunk(stages + place * STAGE, p, first, next, lane);
-        end_of_copies();
-        wait_for_copies<STAGES - 1>();
-        sync_warp();
-        add_chunk<TILES, TYPE>(sums, stages + stage * STAGE, p, first, chunk, lane);
-        sync_warp();  // the next round writes here
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    for (int tile = blockIdx.x; tile < at.n_tiles; tile += gridDim.x) {
+        float sums[TILES][4] = {};
+        for (int round = 0; round < at.rounds; round++) {
+            copy_next(next, stages + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE, p, at);
+            wait_for_copies<STAGES - 1>();
+            sync_warp();
+            const int chunk = round * at.n_warps + at.warp;
+            if (chunk < at.n_chunks) add_chunk<TILES>(sums, stages + stage * STAGE, rows, p, at, tile, chunk);
+            sync_warp();  // the next round copies to here
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+        }
+        write_sums<TILES, TYPE>(sums, shared_sums, p, at, tile);
     }
-    write_sums<TILES, TYPE>(sums, p, first, lane);
 }
 
-KERNEL(32 * MOST_WARPS, 1) multiply_8(PARAMETER Parameters p) { multiply<1, FLOAT32>(p); }
-KERNEL(32 * MOST_WARPS, 1) multiply_16(PARAMETER Parameters p) { multiply<2, FLOAT32>(p); }
-KERNEL(32 * MOST_WARPS, 1) multiply_32(PARAMETER Parameters p) { multiply<4, FLOAT32>(p); }
-KERNEL(32 * MOST_WARPS, 1) multiply_8_short(PARAMETER Parameters p) { multiply<1, BFLOAT16>(p); }
-KERNEL(32 * MOST_WARPS, 1) multiply_16_short(PARAMETER Parameters p) { multiply<2, BFLOAT16>(p); }
-KERNEL(32 * MOST_WARPS, 1) multiply_32_short(PARAMETER Parameters p) { multiply<4, BFLOAT16>(p); }
+KERNEL(MOST_THREADS, 2) multiply_8(PARAMETER Parameters p) { multiply<1, FLOAT32>(p); }
+KERNEL(MOST_THREADS, 2) multiply_16(PARAMETER Parameters p) { multiply<2, FLOAT32>(p); }
+KERNEL(MOST_THREADS, 2) multiply_8_short(PARAMETER Parameters p) { multiply<1, BFLOAT16>(p); }
+KERNEL(MOST_THREADS, 2) multiply_16_short(PARAMETER Parameters p) { multiply<2, BFLOAT16>(p); }
 
 // ------------------------------------------------------------------------------------------------ weights
 
@@ -199,9 +232,8 @@ KERNEL(256, 1) unpack(PARAMETER Parameters p) {
     const int t = int(index % 4);
     const i64 group = index / 4 % groups, row = index / 4 / groups;
     if (row >= p.n_out) return;
-    constexpr int OF_BLOCK = B::COLUMNS / GROUP;
-    const u8* block = p.weight + row * p.row_bytes + group / OF_BLOCK * B::BYTES;
-    const Group found = B::get(block, int(group % OF_BLOCK), t);
+    const InGlobal in = {p.weight + row * p.row_bytes + group / OF_BLOCK * B::BYTES, t * B::TOGETHER};
+    const Group found = B::get(in, 0, int(group % OF_BLOCK));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float values[4];
@@ -210,7 +242,8 @@ KERNEL(256, 1) unpack(PARAMETER Parameters p) {
             const u32 pair = found.integers[half][i / 2];
             values[i] = found.scale[half] * bits_as_float(i % 2 ? pair & 0xffff0000u : pair << 16) - found.minimum;
         }
-        const i64 at = row * p.y.stride + group * GROUP + 16 * half + 4 * t;
+        const int column = B::TOGETHER == 8 ? 8 * t + 4 * half : 4 * t + 16 * half;
+        const i64 at = row * p.y.stride + group * GROUP + column;
         if (p.y.dtype == FLOAT32) {
             write<FLOAT32>(reinterpret_cast<float*>(p.y.data) + at, values);
         } else {
