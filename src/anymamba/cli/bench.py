@@ -138,8 +138,8 @@ def load(options: BenchOptions, device: torch.device) -> InferenceModel:
     if options.model is not None:
         return InferenceModel.from_pretrained(options.model, options.weights, device, invariant=invariant)
     assert options.preset is not None
-    made = InferenceModel.random(preset(options.preset), options.weights or "float32", invariant=invariant)
-    return made.to(device)
+    weights = options.weights or "float32"
+    return InferenceModel.random(preset(options.preset), weights, device=device, invariant=invariant)
 
 
 def counted(values: Iterable[str]) -> dict[str, int]:
@@ -166,7 +166,8 @@ def readable(facts: dict[str, Any]) -> dict[str, str]:
         lines[f"{speed['what']}, {what}"] = (
             f"{rate:,.1f} tokens/s; the limit is {limit:,.1f}, {limit / rate:.2f} times as many"
         )
-    lines["blocks"] = f"{facts['native_blocks']} in one compiled call"
+    together = "one compiled call" if facts["device"] == "cpu" else "one CUDA graph"
+    lines["blocks"] = f"{facts['native_blocks']} in {together}"
     for reason, count in facts["other_blocks"].items():
         lines["blocks"] += f"; {count} one by one ({reason})"
     return lines
