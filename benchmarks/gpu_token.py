@@ -3,8 +3,8 @@
 python -m benchmarks.gpu_token [--rows NAME ...]
 
 Random weights. A token is a step whose ids are the likeliest of the last step's logits, chosen on the GPU; the state is
-reused. "limit" is the time in which a copy in the same run moves the bytes that a step needs: weights and states that
-are read, and states that are written. "served" waits for each token's id on the CPU, as generation does.
+reused. "limit" is the time that the bytes of a step take at the rates measured in the same run: weights are read, and
+states are read and written. "served" waits for each token's id on the CPU, as generation does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from anymamba.models.inference import InferenceModel
 from anymamba.models.presets import preset
 from anymamba.models.weight_formats import Weights
 from anymamba.parts.state import state_bytes
-from benchmarks.gpu import limits, machine
+from benchmarks.gpu import machine, time_of
 from benchmarks.timing import table
 
 REPEATS, STEPS = 9, 20
@@ -48,11 +48,27 @@ ROWS = {
 }
 
 
-def needed_bytes(model: InferenceModel, batch: int) -> int:
-    """Bytes of a step: weights and states read, states written. The table of an untied embedding is not counted."""
+class Rates(NamedTuple):
+    """Bytes per millisecond."""
+
+    read: float
+    """Of a sum over more than the caches hold."""
+    moved: float
+    """Read and written, of numbers that are incremented in place."""
+
+
+def measured_rates() -> Rates:
+    """The memory's rates; a graph's copy would run in the copy engines, which are slower than kernels."""
+    numbers = torch.ones(1 << 29, device="cuda")
+    return Rates(numbers.nbytes / time_of(numbers.sum), 2 * numbers.nbytes / time_of(lambda: numbers.add_(1)))
+
+
+def limit_of(model: InferenceModel, batch: int, rates: Rates) -> float:
+    """Milliseconds in which weights are read, and states are read and written. The table of an untied embedding is not
+    counted."""
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     table = 0 if model.head is None else sum(t.nbytes for t in model.embedding.buffers())
-    return weights - table + 2 * state_bytes(model.init_state(batch))
+    return (weights - table) / rates.read + 2 * state_bytes(model.init_state(batch)) / rates.moved
 
 
 def milliseconds_of_token(model: InferenceModel, batch: int) -> tuple[float, float, float]:
@@ -88,11 +104,11 @@ def timed(run: Callable[[], None], repeats: int) -> float:
     return 1e3 * (time.perf_counter() - start) / repeats
 
 
-def measured(row: Row, copied: float) -> list[str]:
-    """A line of the table; `copied` is what a copy moves in bytes per millisecond."""
+def measured(row: Row, rates: Rates) -> list[str]:
+    """A line of the table."""
     model = InferenceModel.random(preset(row.preset), row.weights, device="cuda")
     token, served, first = milliseconds_of_token(model, row.batch)
-    limit = needed_bytes(model, row.batch) / copied
+    limit = limit_of(model, row.batch, rates)
     name = f"{row.preset}, {row.weights}, {row.batch} rows"
     figures = [f"{token:.3f}", f"{limit:.3f}", f"{limit / token:.2f}", f"{served:.3f}", f"{first:.0f}", row.wanted]
     return [name, *figures]
@@ -103,12 +119,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     chosen = parser.parse_args().rows
-    copied, _ = limits()
-    print(f"{machine()}; copy {copied / 1e9:.2f} TB/s", flush=True)
+    rates = measured_rates()
+    print(f"{machine()}; read {rates.read / 1e9:.2f}, read and written {rates.moved / 1e9:.2f} TB/s", flush=True)
     lines = []
     for name in chosen:
         try:
-            lines.append(measured(ROWS[name], copied))
+            lines.append(measured(ROWS[name], rates))
         except Exception as error:
             lines.append([name, f"failed: {type(error).__name__}: {error}"[:300], *[""] * 5])
         print(lines[-1], flush=True)

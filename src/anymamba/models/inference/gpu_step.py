@@ -126,6 +126,8 @@ class GpuStep:
         start, ids = kernels.Start(self._record, table, residual), None
         self._start_of_no_rows(start)
         if self._is_fused(rows):
+            dtypes = {matrix.weight.dtype for matrix in self._weights.matrices()}
+            kernels.prepare(self._device.index or 0, dtypes, rows)
             run = _FusedStep(self._weights, self._record, residual, self._shapes.d_inner)
             return Bucket(start, self._graphs.capture(run, rows), run, None, None)
         if table is None:

@@ -110,6 +110,16 @@ def fits(device: int, matrix: Matrix, rows: int) -> bool:
     return calls.shared_of_product(dtype, rows, n_in) <= nvrtc.device(device).shared_of_block
 
 
+def prepare(device: int, dtypes: set[torch.dtype], rows: int) -> None:
+    """Compile what a step of few rows needs, on several cores at once.
+
+    Args:
+        dtypes: of the matrices.
+        rows: the bucket, 1, 2, 4 or 8.
+    """
+    nvrtc.prepare(calls.fused(dtypes, rows), device)
+
+
 def product(
     record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None, y: Tensor | None, target: int = STORE
 ) -> None:
@@ -162,7 +172,7 @@ def recur(
     if dt_proj is not None:
         padded = dt_proj.weight.shape[1]
         call.set(weight=dt_proj.weight.data_ptr(), n_in=padded, dt_rank=dt_proj.n_in)
-    shared = 4 * (padded + 2 * call["d_state"])
+    shared = calls.STEP_BYTES + 4 * (padded + 2 * call["d_state"])
     variant = calls.recurrence("recur", torch.float32 if dt_proj is None else dt_proj.weight.dtype)
     call.launch(variant, u.shape[0] * _blocks_of_row(call), calls.RECURRENCE_THREADS, shared, early=True)
 

@@ -66,9 +66,9 @@ def outputs(rows: int) -> int:
 
 
 def shared_of_product(dtype: torch.dtype, rows: int, n_in: int) -> int:
-    """Bytes of shared memory: the rows, their scales, and partial sums."""
+    """Bytes of shared memory: the record, the rows, their scales, and partial sums."""
     sums = rows + 2 * WARPS * rows + WARPS * outputs(rows) * rows
-    return rows * n_in * dtype.itemsize + 4 * sums
+    return STEP_BYTES + rows * n_in * dtype.itemsize + 4 * sums
 
 
 def ways(dtype: torch.dtype, rows: int, n_out: int, n_in: int, n_multiprocessors: int) -> int:
@@ -85,3 +85,9 @@ def variants() -> list[nvrtc.Variant]:
     dtypes = (torch.float32, torch.bfloat16)
     products = [product("product", dtype, n) for dtype in dtypes for n in BLOCKS_OF_MULTIPROCESSOR]
     return products + [f(kernel, t) for t in dtypes for f, kernel in ((rows, "embed"), (recurrence, "recur"))]
+
+
+def fused(dtypes: set[torch.dtype], rows: int) -> list[nvrtc.Variant]:
+    """What a step of a bucket of few rows needs, for matrices of these dtypes."""
+    found = [product(kernel, dtype, rows) for dtype in dtypes for kernel in ("product", "in_proj")]
+    return found + [recurrence("recur", dtype) for dtype in dtypes]

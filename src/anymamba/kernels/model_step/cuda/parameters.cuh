@@ -61,14 +61,17 @@ struct Parameters {
 
 constexpr int MOST_TAPS = 8;
 
-DEVICE Step step_of(const Parameters& p) {
-    float4 parts[3];
-#pragma unroll
-    for (int i = 0; i < 3; i++) parts[i] = read_fresh(reinterpret_cast<const float*>(p.step) + 4 * i);
-    Step step;
-    static_assert(sizeof(step) == sizeof(parts), "");
-    memcpy(&step, parts, sizeof(step));
-    return step;
+DEVICE Step step_of(const Parameters& p) { return *reinterpret_cast<const Step*>(p.step); }
+
+// The record in a kernel that starts early, past the multiprocessor's cache. One thread of a block reads it: thousands
+// of warps would queue for one line. All threads of the block call it.
+DEVICE Step shared_step(const Parameters& p, u8* shared) {
+    if (threadIdx.x < sizeof(Step) / 16) {
+        const float4 part = read_fresh(reinterpret_cast<const float*>(p.step) + 4 * threadIdx.x);
+        reinterpret_cast<float4*>(shared)[threadIdx.x] = part;
+    }
+    sync_block();
+    return *reinterpret_cast<const Step*>(shared);
 }
 
 DEVICE float* floats(u8* data) { return reinterpret_cast<float*>(data); }

@@ -28,15 +28,16 @@ constexpr int BLOCKS = ROWS <= 2 ? 3 : 2;  // of a multiprocessor
 
 typedef uint4 Weights[AHEAD][OUTPUTS];
 
-// Shared memory: x', scales of the rows, partial sums of the warps for statistics (twice), and of products.
+// Shared memory: the record, x', scales of the rows, partial sums of the warps for statistics (twice), and of products.
 struct Shared {
+    u8* step;
     Element* x;
     float *scales, *statistics, *sums;
 };
 DEVICE Shared shared_of(const Parameters& p) {
-    u8* memory = shared_memory();
-    float* after = reinterpret_cast<float*>(memory + ROWS * p.n_in * sizeof(Element));
-    return {reinterpret_cast<Element*>(memory), after, after + ROWS, after + ROWS + 2 * WARPS * ROWS};
+    u8 *step = shared_memory(), *x = step + sizeof(Step);
+    float* after = reinterpret_cast<float*>(x + ROWS * p.n_in * sizeof(Element));
+    return {step, reinterpret_cast<Element*>(x), after, after + ROWS, after + ROWS + 2 * WARPS * ROWS};
 }
 
 DEVICE void unpack(float (&out)[VECTOR], const uint4& v) {
@@ -247,16 +248,16 @@ DEVICE void run(const Parameters& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ways = int(p.ways), tasks = WARPS / ways;
     const int n_tasks = (int(p.n_out) + OUTPUTS - 1) / OUTPUTS, way = warp % ways;
     const int row = lane % SUMS / OUTPUTS, stride = int(gridDim.x) * tasks;
-    const Step step = step_of(p);
     const Shared shared = shared_of(p);
     int first = int(blockIdx.x) * tasks;  // of the block's tasks
     Weights w;
     Inputs old = {};
-    bool writes = false;
+    Step step = {};
     for (bool ready = false; first < n_tasks || !ready; first += stride) {
         const int output = (first + warp / ways) * OUTPUTS, mine = output + lane % OUTPUTS;
         load(w, p, output, way * CHUNK);
-        writes = way == 0 && lane < SUMS && mine < p.n_out;
+        if (!ready && (CONVOLVES || p.target == LOGITS)) step = shared_step(p, shared.step);
+        const bool writes = way == 0 && lane < SUMS && mine < p.n_out;
         if (CONVOLVES && writes && row < step.rows && mine < p.d_inner) read_inputs(old, p, step, row, mine);
         if (!ready) {
             let_next_start();

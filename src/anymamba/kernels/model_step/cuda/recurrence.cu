@@ -160,13 +160,13 @@ KERNEL(THREADS, 4) recur(PARAMETER Parameters p) {
     const u32 blocks = u32((p.d_inner * p.lanes + THREADS - 1) / THREADS);
     const i64 row = blockIdx.x / blocks;
     const Place at = place_of(p, blockIdx.x % blocks);
-    const Step step = step_of(p);
-    const Channel c = channel_of(p, at);
-    const i64 place = offset_of(p, step, row, at);
-    float* shared = reinterpret_cast<float*>(shared_memory());
+    float* shared = reinterpret_cast<float*>(shared_memory() + sizeof(Step));
     uint4 w[AHEAD];
     States h = {}, B, C;
     load_weights(w, p, at, 0);
+    const Channel c = channel_of(p, at);
+    const Step step = shared_step(p, shared_memory());
+    const i64 place = offset_of(p, step, row, at);
     if (at.inside && row < step.rows) read_states(h, step.ssm + place, p, at);
     let_next_start();
     wait_for_previous();
@@ -196,6 +196,11 @@ DEVICE float element(const Rows& rows, i64 row, int channel) {
 DEVICE void read_matrix(States& out, const u8* constant, const Rows& rows, i64 row, const Parameters& p,
                         const Place& at) {
     if (constant) return read_states(out, floats(constant) + i64(at.channel) * p.d_state + at.n, p, at);
+    const u64 place = reinterpret_cast<u64>(rows.data) / sizeof(Element);
+    if (p.d_state % WIDTH == 0 && rows.stride % WIDTH == 0 && place % WIDTH == 0) {
+        read<DTYPE>(out, reinterpret_cast<const Element*>(rows.data) + row * rows.stride + at.n);
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? element(rows, row, at.n + i) : 0.f;
 }
