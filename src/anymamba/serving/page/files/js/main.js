@@ -223,7 +223,7 @@ function keys(event) {
   if (document.querySelector("dialog[open]")) return;
   if (event.altKey && !event.ctrlKey && ALT_KEYS[event.code]) ALT_KEYS[event.code]();
   else if (event.key === "Escape" && runs.isRunning()) runs.stop();
-  else if (event.key === "Escape") { tokens.close(); drawers(null); }
+  else if (event.key === "Escape") { tokens.close(); if (isNarrow()) drawers(null); }
   else if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !runs.isRunning()) shown.go();
   else if (event.key === "?" && !typing) byId("help").showModal();
   else return;

@@ -81,8 +81,9 @@ function place(card, box) {
   card.style.top = `${below ? box.bottom + 4 : Math.max(8, box.top - card.offsetHeight - 4)}px`;
 }
 
-/** Close the card when the pointer leaves it. */
+/** Close the card when the pointer leaves it. A click in it leaves the focus in the text. */
 export function start() {
   byId("token-card").addEventListener("pointerleave", close);
+  byId("token-card").addEventListener("mousedown", (event) => event.preventDefault());
   document.addEventListener("scroll", close, true);
 }
