@@ -12,10 +12,11 @@ from hash_model import HashModel
 from test_prompts import prompts_of
 
 from anymamba.data.tokenizer import ByteTokenizer
+from anymamba.generation.beam import beam_search
 from anymamba.generation.engine import Engine
 from anymamba.generation.generate import generate
 from anymamba.generation.prefix_tree import PrefixTree
-from anymamba.generation.requests import Failed, Finished, NewToken, PromptRead, Request
+from anymamba.generation.requests import Beams, Failed, Finished, NewToken, PromptRead, Request
 from anymamba.generation.sampling import SamplingConfig
 from anymamba.parts.state import state_tensors
 
@@ -259,12 +260,43 @@ def test_a_kept_state_is_never_written_to(mamba):
     assert all(torch.equal(a, b) for a, b in zip(before, state_tensors((kept.model, kept.logits)), strict=True))
 
 
+def test_a_beam_search_beside_other_requests(hash_model):
+    engine = Engine(hash_model, max_rows=5)
+    plain = Client(engine, prompt=[1], seed=1, max_new_tokens=20)
+    search = Client(engine, prompt=[1, 2], n=2, beams=Beams(4, 0.5), eos_id=5, max_new_tokens=9)
+    waiting = Client(engine, prompt=[4, 2], beams=Beams(4), max_new_tokens=9)
+    engine.step()
+    assert engine.statistics.n_queued == 1
+    finish(engine)
+    best = beam_search(hash_model, [[1, 2]], num_beams=4, n_best=2, length_penalty=0.5, eos_id=5, max_new_tokens=9)[0]
+    assert [search.ids[i] for i in range(2)] == [hypothesis.ids for hypothesis in best]
+    assert [search.ends[i].reason for i in range(2)] == [hypothesis.finish_reason for hypothesis in best]
+    total = sum(event.score.log_probability for event in search.tokens if event.index == 0)
+    assert total == pytest.approx(best[0].log_probability, abs=1e-4)
+    assert waiting.reason == "length"
+    assert plain.ids[0] == alone(hash_model, [1], seed=1, max_new_tokens=20)
+    assert not engine.statistics.n_rows
+
+
+def test_the_text_of_a_beam_search_is_that_of_the_function():
+    model, tokenizer = HashModel(257, 264), ByteTokenizer()
+    with torch.no_grad():
+        model.table[:, list(b"abc")] += 7.0
+    engine = Engine(model, tokenizer)
+    found = [Client(engine, prompt=[n], beams=Beams(3), max_new_tokens=9, stop=["ab"], eos_id=256) for n in range(4)]
+    finish(engine)
+    best = beam_search(model, [[n] for n in range(4)], tokenizer, num_beams=3, max_new_tokens=9, stop=["ab"])
+    assert [client.texts[0] for client in found] == [answers[0].text for answers in best]
+
+
 def test_misuse(hash_model):
     engine = Engine(hash_model, max_rows=2)
     for wrong, words in (
         ({"prompt": [99]}, "has the id 99"),
         ({"prompt": []}, "is empty"),
         ({"prompt": [1], "n": 3}, "n must be at most the engine's 2 rows, got 3"),
+        ({"prompt": [1], "beams": Beams(3)}, "num_beams must be at most the engine's 2 rows, got 3"),
+        ({"prompt": [1], "beams": Beams(2), "n_top": 1}, "a beam search takes no"),
         ({"prompt": [1], "stop": ["x"]}, "stop strings need a tokenizer"),
         ({"prompt": [1], "logit_bias": {13: 1.0}}, "logit_bias must have ids of the vocabulary, 0 to 12, got 13"),
         ({"prompt": [1], "invariant": True}, "invariant=True needs the compiled step"),

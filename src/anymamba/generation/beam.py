@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,12 +17,11 @@ from torch import Tensor
 from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
+from anymamba.generation.rows import FinishReason, n_ids
 from anymamba.generation.stepping import Stepper
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import select_rows
-
-FinishReason = Literal["eos", "stop", "length"]
 
 
 class Hypothesis(NamedTuple):
@@ -38,6 +37,8 @@ class Hypothesis(NamedTuple):
     """Why it ended: "eos", "stop" (a stop string) or "length" (max_new_tokens)."""
     text: str | None
     """Its text, cut before the end-of-sequence token or the stop string; None without a tokenizer."""
+    log_probabilities: tuple[float, ...] = ()
+    """Log-probability of each token."""
 
 
 def beam_search(
@@ -76,16 +77,18 @@ def beam_search(
     """
     _check_options(num_beams, max_new_tokens, n_best, length_penalty, stop, tokenizer)
     eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
-    rules = _Rules(num_beams, max_new_tokens, length_penalty, early_stopping, _end_test(eos_id, tokenizer, stop))
+    rules = Rules(num_beams, max_new_tokens, length_penalty, early_stopping, end_test(eos_id, tokenizer, stop))
     rows = prompt_rows(prompts)
-    searches = [_Search(rules) for _ in rows]
+    searches = [Search(rules) for _ in rows]
     with torch.inference_mode():
         read = prefill(model, rows, eos_id, state, prefill_chunk)
-        _run(model, read, searches, tokenizer)
+        beams = BeamRows(Stepper(model), read, searches, n_ids(model, tokenizer))
+        while beams.active:
+            beams.advance()
     return [[_with_text(h, tokenizer, stop) for h in search.best(n_best)] for search in searches]
 
 
-class _Rules(NamedTuple):
+class Rules(NamedTuple):
     """The options that are the same for all prompts."""
 
     num_beams: int
@@ -104,12 +107,13 @@ class _Beam(NamedTuple):
 
     ids: list[int]
     log_probability: float
+    log_probabilities: tuple[float, ...] = ()
 
 
-class _Search:
+class Search:
     """The search for one prompt: running beams, likeliest first, and continuations that have ended."""
 
-    def __init__(self, rules: _Rules) -> None:
+    def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.running = [_Beam([], 0.0)]
         self.ended: list[Hypothesis] = []
@@ -139,19 +143,22 @@ class _Search:
         parents: list[int] = []
         running: list[_Beam] = []
         for rank, (beam, token, log_probability) in enumerate(candidates):
-            ids = [*self.running[beam].ids, token]
+            before = self.running[beam]
+            ids = [*before.ids, token]
+            each = (*before.log_probabilities, log_probability - before.log_probability)
             reason = self.rules.end_of(ids)
             if reason is None and len(running) < self.rules.num_beams:
                 parents.append(beam)
-                running.append(_Beam(ids, log_probability))
+                running.append(_Beam(ids, log_probability, each))
             elif reason is not None and rank < self.rules.num_beams:
-                self._end(ids, log_probability, reason)
+                self._end(_Beam(ids, log_probability, each), reason)
         self.running = running
         return parents
 
-    def _end(self, ids: list[int], log_probability: float, reason: FinishReason) -> None:
+    def _end(self, beam: _Beam, reason: FinishReason) -> None:
+        ids, log_probability, each = beam
         score = self.rules.score(log_probability, len(ids))
-        self.ended.append(Hypothesis(ids, log_probability, score, reason, None))
+        self.ended.append(Hypothesis(ids, log_probability, score, reason, None, each))
         self.ended.sort(key=lambda h: -h.score)
         del self.ended[self.rules.num_beams :]
 
@@ -159,34 +166,47 @@ class _Search:
         """The best continuations; beams that are still running at max_new_tokens end there."""
         for beam in self.running:
             if len(beam.ids) == self.rules.max_new_tokens:
-                self._end(beam.ids, beam.log_probability, "length")
+                self._end(beam, "length")
         return self.ended[:n]
 
 
-def _run(model: LanguageModel, read: GenerationState, searches: list[_Search], tokenizer: Tokenizer | None) -> None:
-    """Advance all searches together until each is done. The rows of the batch are their running beams."""
-    vocab_size = model.config.vocab_size
-    n_ids = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
-    logits, state, step = read.logits, read.model, Stepper(model)
-    active = [search for search in searches if not search.is_done]
-    rows = [row for row, search in enumerate(searches) if not search.is_done]
-    logits, state = logits[rows], select_rows(state, torch.tensor(rows, dtype=torch.int64, device=logits.device))
-    while active:
-        sizes = [len(search.running) for search in active]
+class BeamRows:
+    """The running beams of some searches. They are the rows of one batch and step together.
+
+    Args:
+        step: steps the model.
+        read: the state after each search's prompt.
+        searches: one for each row of `read`.
+        n_ids: ids that may be generated.
+    """
+
+    def __init__(self, step: Stepper, read: GenerationState, searches: Sequence[Search], n_ids: int) -> None:
+        self._step, self._n_ids = step, n_ids
+        rows = [row for row, search in enumerate(searches) if not search.is_done]
+        self.active = [searches[row] for row in rows]
+        """The searches that are not done."""
+        index = torch.tensor(rows, dtype=torch.int64, device=read.logits.device)
+        self._logits, self._state = select_rows((read.logits, read.model), index)
+
+    def advance(self) -> None:
+        """One more token of every search: choose the beams, and read their newest tokens."""
+        sizes = [len(search.running) for search in self.active]
         parents: list[int] = []
         first = 0
-        for search, size, candidates in zip(active, sizes, _candidates(active, logits[:, :n_ids]), strict=True):
-            going_on = search.advance(candidates)
+        candidates = _candidates(self.active, self._logits[:, : self._n_ids])
+        for search, size, best in zip(self.active, sizes, candidates, strict=True):
+            going_on = search.advance(best)
             parents += [] if search.is_done else [first + beam for beam in going_on]
             first += size
-        active = [search for search in active if not search.is_done]
-        if active:
-            last = [beam.ids[-1] for search in active for beam in search.running]
-            state = select_rows(state, torch.tensor(parents, device=logits.device))
-            logits, state = step(torch.tensor(last, device=logits.device), state, reuse_state=True)
+        self.active = [search for search in self.active if not search.is_done]
+        if self.active:
+            device = self._logits.device
+            last = torch.tensor([beam.ids[-1] for search in self.active for beam in search.running], device=device)
+            state = select_rows(self._state, torch.tensor(parents, device=device))
+            self._logits, self._state = self._step(last, state, reuse_state=True)
 
 
-def _candidates(active: list[_Search], logits: Float[Tensor, "rows n_ids"]) -> list[list[tuple[int, int, float]]]:
+def _candidates(active: list[Search], logits: Float[Tensor, "rows n_ids"]) -> list[list[tuple[int, int, float]]]:
     """The likeliest (beam, token, log-probability) of each search; at least num_beams of them do not end in eos."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     token_log_probabilities = logits.to(wide).log_softmax(-1)
@@ -203,7 +223,7 @@ def _candidates(active: list[_Search], logits: Float[Tensor, "rows n_ids"]) -> l
     return found
 
 
-def _end_test(
+def end_test(
     eos_id: int | None, tokenizer: Tokenizer | None, stop: Sequence[str]
 ) -> Callable[[list[int]], FinishReason | None]:
     """Make the function that returns the reason why tokens end a continuation, or None."""

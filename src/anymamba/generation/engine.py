@@ -10,18 +10,18 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anymamba.base.sizes import require_at_least, require_sizes
+from anymamba.base.sizes import require_sizes
 from anymamba.data.tokenizer import Tokenizer
-from anymamba.generation.jobs import AnswerRow, Job, Turns
+from anymamba.generation.jobs import AnswerRow, Job, Turns, check_request
 from anymamba.generation.prefix_tree import PrefixTree
-from anymamba.generation.prompts import GenerationState, check_prompts
+from anymamba.generation.prompts import GenerationState
 from anymamba.generation.reading import LEAST_TOKENS, Piece, PieceRead, PieceReader
 from anymamba.generation.requests import (
     EndReason,
@@ -34,7 +34,8 @@ from anymamba.generation.requests import (
     Request,
     TokenScore,
 )
-from anymamba.generation.rows import RunningRows
+from anymamba.generation.rows import RunningRows, n_ids
+from anymamba.generation.searches import RunningSearch
 from anymamba.generation.stepping import Stepper
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import select_rows, state_bytes
@@ -94,9 +95,11 @@ class Engine:
         require_sizes(max_rows=max_rows)
         self._model, self._tokenizer, self._tree = model, tokenizer, prefix_tree
         self.max_rows, self.longest_wait = max_rows, longest_wait
+        self._n_ids = n_ids(model, tokenizer)
         self._stepper = Stepper(model)
         self._reader = PieceReader(model, self._stepper)
         self._running = self._no_rows()
+        self._searches: list[RunningSearch] = []
         self._workers = ThreadPoolExecutor(1, "anymamba-masks")
         self._lock, self._work = threading.Lock(), threading.Event()
         self._ids = itertools.count()
@@ -109,9 +112,7 @@ class Engine:
         self._counts: tuple[int, int, int] = (0, 0, 0)
 
     def _no_rows(self) -> RunningRows[AnswerRow]:
-        vocab_size = self._model.config.vocab_size
-        n_ids = vocab_size if self._tokenizer is None else min(vocab_size, self._tokenizer.vocab_size)
-        return RunningRows(self._stepper, vocab_size, n_ids)
+        return RunningRows(self._stepper, self._model.config.vocab_size, self._n_ids)
 
     # ------------------------------------------------------------------------------------ from any thread
 
@@ -122,7 +123,9 @@ class Engine:
             sink: called with each event in the thread that calls `step`; it must return at once.
         Raises ValueError or TypeError for a request that cannot be served.
         """
-        job = Job(next(self._ids), request, self._checked(request), sink)
+        native = self._stepper.native is not None
+        prompt = check_request(request, self._model.config.vocab_size, self.max_rows, self._tokenizer, native)
+        job = Job(next(self._ids), request, prompt, sink)
         with self._lock:
             self._submitted.append(job)
         self._work.set()
@@ -142,27 +145,8 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """What the engine is doing and has done."""
         queued = len(self._queue) + len(self._submitted)
-        return EngineStatistics(len(self._running.rows), len(self._reading), queued, *self._counts, self._seconds)
-
-    def _checked(self, request: Request) -> Sequence[int]:
-        vocab_size = self._model.config.vocab_size
-        (prompt,) = check_prompts([request.prompt], vocab_size, request.eos_id)
-        require_at_least("max_new_tokens", request.max_new_tokens, 0)
-        require_at_least("n_top", request.n_top, 0)
-        require_sizes(n=request.n)
-        if request.n > self.max_rows:
-            raise ValueError(f"n must be at most the engine's {self.max_rows} rows, got {request.n}; raise max_rows")
-        if request.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer to turn tokens into text; the engine has none")
-        outside = [token for token in request.logit_bias if not 0 <= token < vocab_size]
-        if outside:
-            raise ValueError(f"logit_bias must have ids of the vocabulary, 0 to {vocab_size - 1}, got {outside[0]}")
-        if request.invariant and self._stepper.native is None:
-            raise ValueError(
-                "invariant=True needs the compiled step, which this model does not have; use a plain Mamba on a CPU, "
-                "made by for_inference, or leave it out"
-            )
-        return prompt.tolist()
+        n_rows = len(self._running.rows) + sum(search.job.request.n_rows for search in self._searches)
+        return EngineStatistics(n_rows, len(self._reading), queued, *self._counts, self._seconds)
 
     # ------------------------------------------------------------------------------------ one step
 
@@ -175,7 +159,9 @@ class Engine:
             self._read()
         if self._running.rows:
             self._generate()
-        busy = bool(self._running.rows or self._reading or self._queue)
+        for search in list(self._searches):
+            self._search(search)
+        busy = bool(self._running.rows or self._searches or self._reading or self._queue)
         with self._lock:
             if not busy and not self._submitted and not self._cancelled:
                 self._work.clear()
@@ -189,19 +175,25 @@ class Engine:
             self._turns.join(job, [*self._queue, *self._reading])
             self._queue.append(job)
         if cancelled:
-            self._end_jobs([job for job in (*self._queue, *self._reading) if job.id in cancelled])
+            jobs = (*self._queue, *self._reading, *(search.job for search in self._searches))
+            self._end_jobs([job for job in jobs if job.id in cancelled])
             rows = self._running.rows
             self._end_rows({i: "cancelled" for i, row in enumerate(rows) if row.job.id in cancelled})
 
     def _admit(self) -> None:
         """Begin to read the prompts that have room."""
         for job in self._turns.order(self._queue):
-            used = len(self._running.rows) + sum(other.request.n for other in self._reading)
-            if used + job.request.n > self.max_rows:
+            if self._n_rows + job.request.n_rows > self.max_rows:
                 break
             self._queue.remove(job)
             self._reading.append(job)
             self._start(job)
+
+    @property
+    def _n_rows(self) -> int:
+        """Rows that run, and those of the prompts that are being read."""
+        jobs = (*self._reading, *(search.job for search in self._searches))
+        return len(self._running.rows) + sum(job.request.n_rows for job in jobs)
 
     def _start(self, job: Job) -> None:
         """Make the rows, whose masks are then worked on, and find the state to read from."""
@@ -285,6 +277,10 @@ class Engine:
         seen = torch.zeros(1, self._model.config.vocab_size, dtype=torch.bool, device=logits.device)
         if job.request.sampling.repetition_penalty != 1:
             seen[0, list(set(job.prompt))] = True
+        if job.request.beams is not None:
+            state = GenerationState(job.model, logits, seen)
+            self._searches.append(RunningSearch(job, self._stepper, state, self._n_ids, self._tokenizer))
+            return
         forks = torch.zeros(n, dtype=torch.int64, device=logits.device)
         state = select_rows(GenerationState(job.model, logits, seen), forks)
         self._running.add(job.rows, state)
@@ -319,6 +315,19 @@ class Engine:
                     self._kept(place)
         self._end_rows(ended)
 
+    def _search(self, search: RunningSearch) -> None:
+        """One more token of every beam of a search."""
+        try:
+            if not search.advance():
+                return
+        except Exception as error:
+            self._end_jobs([search.job], error)
+            return
+        self._searches.remove(search)
+        for event in search.events():
+            self._count(0, 0, isinstance(event, NewToken))
+            self._emit(search.job, event)
+
     def _end_rows(self, ended: Mapping[int, EndReason | Exception]) -> None:
         """Send the last events of rows and remove them, by their places among the running ones."""
         if not ended:
@@ -347,9 +356,8 @@ class Engine:
     def _end_jobs(self, jobs: Iterable[Job], error: Exception | None = None) -> None:
         """End requests that have no rows yet: by an error, or cancelled."""
         for job in jobs:
-            for waiting in (self._queue, self._reading):
-                if job in waiting:
-                    waiting.remove(job)
+            self._queue, self._reading = ([j for j in jobs if j is not job] for jobs in (self._queue, self._reading))
+            self._searches = [search for search in self._searches if search.job is not job]
             for index in range(job.request.n):
                 end = Finished(index, "cancelled", job.usage(0), None) if error is None else Failed(index, error)
                 self._emit(job, end)

@@ -18,7 +18,7 @@ from torch import Tensor
 from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
-from anymamba.generation.rows import Chosen, FinishReason, Row, RunningRows
+from anymamba.generation.rows import Chosen, FinishReason, Row, RunningRows, n_ids
 from anymamba.generation.sampling import RowDraws, SamplingConfig, Seed, sample
 from anymamba.generation.speculation import Speculation, SpeculationReport, Speculator
 from anymamba.generation.stepping import Stepper
@@ -179,12 +179,6 @@ class TokenStream(Iterator[Step]):
         if places:
             self._ended.append(self._taken(places))
             self._running.remove(places)
-
-
-def n_ids(model: LanguageModel, tokenizer: Tokenizer | None) -> int:
-    """Ids that may be generated: a published model's vocabulary may be padded beyond its tokenizer's."""
-    vocab_size = model.config.vocab_size
-    return vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
 
 
 def stream(

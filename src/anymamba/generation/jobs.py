@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anymamba.base.sizes import require_at_least, require_sizes
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.adjustments import Adjustments
+from anymamba.generation.prompts import check_prompts
 from anymamba.generation.requests import Event, KeptState, Request, TokenScore, Usage
 from anymamba.generation.rows import Row
 from anymamba.generation.sampling import RowDraws
-from anymamba.generation.stops import StoppingDecoder
+from anymamba.generation.stops import StopMatcher, StoppingDecoder
 from anymamba.models.language_model import LanguageModelState
 
 
@@ -97,7 +99,7 @@ class Job:
 
     def _adjustments(self, workers: Executor) -> Adjustments | None:
         r = self.request
-        if not (r.logit_bias or r.frequency_penalty or r.presence_penalty or r.mask is not None):
+        if not r.is_adjusted:
             return None
         mask = None if r.mask is None else r.mask.fork()
         return Adjustments(r.logit_bias, r.frequency_penalty, r.presence_penalty, mask, workers)
@@ -148,3 +150,47 @@ class Turns:
         present = {job.request.owner for job in others}
         for owner in set(self._served) - present:
             del self._served[owner]
+
+
+def check_request(
+    request: Request, vocab_size: int, max_rows: int, tokenizer: Tokenizer | None, is_invariant: bool
+) -> list[int]:
+    """The prompt's tokens. Raises ValueError or TypeError for a request that an engine cannot serve.
+
+    Args:
+        vocab_size: of the model.
+        max_rows: of the engine.
+        tokenizer: the engine's.
+        is_invariant: whether the model's logits have the same bits in any batch.
+    """
+    (prompt,) = check_prompts([request.prompt], vocab_size, request.eos_id)
+    require_at_least("max_new_tokens", request.max_new_tokens, 0)
+    require_at_least("n_top", request.n_top, 0)
+    require_sizes(n=request.n)
+    StopMatcher(request.stop)
+    if request.n_rows > max_rows:
+        name = "n" if request.beams is None else "num_beams"
+        raise ValueError(f"{name} must be at most the engine's {max_rows} rows, got {request.n_rows}; raise max_rows")
+    if request.stop and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer to turn tokens into text; the engine has none")
+    outside = [token for token in request.logit_bias if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"logit_bias must have ids of the vocabulary, 0 to {vocab_size - 1}, got {outside[0]}")
+    if request.beams is not None:
+        _check_beams(request)
+    if request.invariant and not is_invariant:
+        raise ValueError(
+            "invariant=True needs the compiled step, which this model does not have; use a plain Mamba on a CPU, made "
+            "by for_inference, or leave it out"
+        )
+    return prompt.tolist()
+
+
+def _check_beams(request: Request) -> None:
+    assert request.beams is not None
+    if request.n > request.beams.num_beams:
+        raise ValueError(f"n must be at most num_beams, got {request.n} and {request.beams.num_beams}")
+    if request.is_adjusted or request.keep_state or request.n_top:
+        raise ValueError(
+            "a beam search takes no logit_bias, penalties, mask, n_top or keep_state; leave them or beams out"
+        )

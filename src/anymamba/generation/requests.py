@@ -62,7 +62,10 @@ class KeptState:
 
 @dataclass(frozen=True)
 class Beams:
-    """Beam search in place of drawing tokens; see `beam_search`."""
+    """Beam search in place of drawing tokens, with the arguments of `beam_search`.
+
+    The n best answers are sent when the search is done.
+    """
 
     num_beams: int
     length_penalty: float = 1.0
@@ -96,6 +99,9 @@ class Request:
     presence_penalty: float = 0.0
     """Subtracted from the logit of each id that occurs in the answer."""
     mask: TokenMask | None = None
+    """Which tokens may come; None: all."""
+    beams: Beams | None = None
+    """Search for the likeliest answers; then nothing may change the logits."""
     owner: str = ""
     """Who asks: owners get equal shares, and see only the states of their own prompts in the prefix tree."""
     state: KeptState | None = None
@@ -104,6 +110,16 @@ class Request:
     """Whether `Finished` carries the state after the prompt and the answer."""
     invariant: bool = False
     """The answer must have the same bits whatever runs beside it. A model that cannot do this refuses the request."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that it takes while it runs."""
+        return self.n if self.beams is None else self.beams.num_beams
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether anything changes logits before a token is chosen, apart from `sampling`."""
+        return bool(self.logit_bias or self.frequency_penalty or self.presence_penalty or self.mask is not None)
 
 
 class TokenScore(NamedTuple):

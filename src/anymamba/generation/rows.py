@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.adjustments import Adjustments
 from anymamba.generation.prompts import GenerationState
 from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
 from anymamba.generation.slots import Slots, moves
 from anymamba.generation.stops import StoppingDecoder
-from anymamba.models.language_model import LanguageModelState
+from anymamba.models.language_model import LanguageModel, LanguageModelState
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -257,3 +258,9 @@ def _not_finite(n: int) -> RuntimeError:
         f"the model's logits are not finite at new token {n}; its weights are broken, or their dtype overflows "
         f"(float32 does not)"
     )
+
+
+def n_ids(model: LanguageModel, tokenizer: Tokenizer | None) -> int:
+    """Ids that may be generated: a published model's vocabulary may be padded beyond its tokenizer's."""
+    vocab_size = model.config.vocab_size
+    return vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
