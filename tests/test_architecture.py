@@ -74,7 +74,7 @@ SHARED = {
         "serving.protocol.token_texts",
         "serving.protocol.tools",
     ),
-    *("lab.experiment", "lab.results", "lab.report", "lab.charts", "lab.optimization", "lab.saving"),
+    *("lab.experiment", "lab.results", "lab.report", "lab.charts", "lab.optimization", "lab.saving", "lab.learning", "lab.byte_windows"),
     *("cli.app", "cli.train_help"),
     *("console.flags", "console.output", "console.mistakes", "console.synonyms", "console.profiling"),
 }

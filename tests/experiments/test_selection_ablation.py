@@ -10,8 +10,8 @@ import torch
 
 from anymamba.experiments import load_experiment
 from anymamba.experiments.selection_ablation.arms import KINDS, PAPER_7, PAPER_10, SELECTIVE, STATES, paper_gap
-from anymamba.experiments.selection_ablation.corpus import corpus_bytes, fixed_windows, random_windows
 from anymamba.experiments.selection_ablation.measure import measure
+from anymamba.lab.byte_windows import fixed_windows, random_windows, standard_library_bytes
 from anymamba.lab.charts import save_figure
 from anymamba.lab.experiment import SCALES, Context, Results
 from anymamba.lab.learning import evaluate
@@ -92,7 +92,7 @@ def test_windows_are_bytes_and_those_that_follow():
 
 
 def test_both_sides_of_the_corpus_are_files_of_their_own():
-    training, held_out = corpus_bytes(False), corpus_bytes(True)
+    training, held_out = standard_library_bytes(False), standard_library_bytes(True)
     assert len(training) > 5_000_000 and len(held_out) > 100_000 and training.dtype == torch.uint8
     piece = bytes(held_out[1000:1200].tolist())
     assert piece not in training.numpy().tobytes()
@@ -127,7 +127,7 @@ def test_the_loss_is_nats_a_byte():
 
 def test_the_language_model_says_how_large_its_corpus_is():
     values = measure(EXPERIMENT.arms("toy")[5].settings, Context(CPU, 0, lambda *told: None))
-    assert 2 < values["validation_loss"] < 8 and values["held_out_bytes"] == len(corpus_bytes(True))
+    assert 2 < values["validation_loss"] < 8 and values["held_out_bytes"] == len(standard_library_bytes(True))
 
 
 # -------------------------------------------------------------------------------------------------- results

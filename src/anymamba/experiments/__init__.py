@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "selective-copying": "which block and which inner layer can remember tokens and skip noise",
     "induction-heads": "recall the token after a trigger, at lengths far beyond training",
     "associative-recall": "many keys and values: where states of fixed size fail and attention helps",
+    "scaling": "loss against parameters and operations, of Mamba, Transformer++, H3++ and Hyena",
     "selection-ablation": "which of the step, B and C must be selective, and what a larger state then gains",
     "speed": "time of scan, convolution and attention by length; prefill, training and decoding of whole models",
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from anymamba.data.synthetic.copying import copying_batch
 from anymamba.experiments.selection_ablation.arms import Settings
-from anymamba.experiments.selection_ablation.corpus import corpus_bytes, fixed_windows, random_windows
+from anymamba.lab.byte_windows import fixed_windows, random_windows, standard_library_bytes
 from anymamba.lab.experiment import Context
 from anymamba.lab.learning import MakeBatch, build_model, fixed_set, learn
 
@@ -21,7 +21,7 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
         make = partial(copying_batch, settings.copying)
         validation = fixed_set(make, rows, device)
     else:
-        training, held_out = corpus_bytes(False), corpus_bytes(True)
+        training, held_out = standard_library_bytes(False), standard_library_bytes(True)
         make = random_windows(training, settings.window)
         ids, labels = fixed_windows(held_out, settings.window, rows)
         validation = ids.to(device), labels.to(device)
