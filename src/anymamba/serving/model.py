@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from anymamba.base import __version__
@@ -230,6 +231,7 @@ class ServedModel:
             return None
         compilers: dict[str, Callable[[Any, str], GrammarMask]] = {
             "json": self.grammars.json_schema,
+            "call": partial(self.grammars.json_schema, compact=True),
             "regex": self.grammars.regex,
             "choice": self.grammars.choice,
         }

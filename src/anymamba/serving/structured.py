@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -17,8 +17,12 @@ try:
 except ImportError as error:
     raise ImportError(f'llguidance is needed here ({error}); pip install "anymamba[serve]"') from error
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 LONGEST_REASON = 300
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"  # with a limit: a weak model would go on with spaces until the last token
+_SPACED: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}  # a weak model would not end them
+_COMPACT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarMask:
@@ -65,16 +69,18 @@ class Grammars:
         self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=n_ids, eos_token=eos_id)
         self._limits = LLParserLimits(initial_lexer_fuel=500_000, max_grammar_size=200_000, verbose_errors=False)
 
-    def json_schema(self, schema: Mapping[str, Any] | bool, param: str) -> GrammarMask:
+    def json_schema(self, schema: Mapping[str, Any] | bool, param: str, *, compact: bool = False) -> GrammarMask:
         """A JSON value that fits a schema.
 
         Args:
             schema: the JSON schema.
             param: the field of the request that holds it, for messages.
+            compact: allow no white space but one space after a comma or a colon.
         Raises ApiError with the reason if it cannot be compiled.
         """
+        form = _COMPACT if compact else _SPACED
         try:
-            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
+            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=form)
         except ValueError as error:
             raise _bad_grammar(str(error), param) from None
         return self._compiled(text, param)

@@ -22,7 +22,8 @@ _FORMATS = ("text", "json_object", "json_schema", "regex")
 class Form:
     """What an answer must look like."""
 
-    kind: Literal["json", "regex", "choice"]
+    kind: Literal["json", "call", "regex", "choice"]
+    """A call is JSON without white space."""
     value: Any
     """The schema, the pattern or the choices."""
     param: str

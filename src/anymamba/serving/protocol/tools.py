@@ -34,9 +34,9 @@ class Tools:
     def form(self) -> Form | None:
         """What the answer must look like: a call that names its function if one is required, else the arguments."""
         if self.choice == "named":
-            return Form("json", _parameters(self.functions[0]), "tools")
+            return Form("call", _parameters(self.functions[0]), "tools")
         if self.choice == "required":
-            return Form("json", call_schema(self.functions), "tools")
+            return Form("call", call_schema(self.functions), "tools")
         return None
 
 

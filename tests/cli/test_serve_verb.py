@@ -1,0 +1,133 @@
+"""`anymamba serve`, as a process: it prints its address, answers, and ends on a signal after its answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from anymamba.cli.serve import ServeOptions, checked_options, open_guard
+
+BODY = {"prompt": "def ", "max_tokens": 6, "seed": 1, "session": "mine"}
+
+
+@pytest.fixture
+def start(model_folder, tmp_path, monkeypatch):
+    """Starts `anymamba serve` on a free port; gives the process and its address when it is ready."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    running = []
+
+    def call(*flags: str) -> tuple[subprocess.Popen[str], str, str]:
+        command = [sys.executable, "-m", "anymamba", "serve", "--model", str(model_folder), "--port", "0", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(process)
+        lines = []
+        assert process.stdout is not None
+        while not lines or not lines[-1].startswith("API key"):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.communicate()[1]
+        text = "".join(lines)
+        address = re.search(r"http://[\d.]+:\d+", text)
+        assert address is not None, text
+        return process, address.group(), text
+
+    yield call
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def test_it_serves_finishes_its_answers_and_keeps_sessions(start):
+    process, address, text = start("--stop-seconds", "1")
+    assert re.search(r"nano: the page is http://127\.0\.0\.1:\d+, the API http://127\.0\.0\.1:\d+/v1\n", text)
+    assert re.search(r"room: 64 answers at once; the states of [\d,]+ users, [\d.]+ MB each, fit into 1,000 MB\n", text)
+    assert "API key: none" in text and "--chat-template" in text
+    assert httpx.get(address + "/health").json() == {"status": "ok"}
+    first = httpx.post(address + "/v1/completions", json=BODY).json()
+    assert first["choices"][0]["text"] and httpx.get(address + "/").status_code == 200
+    ends = ask_and_stop(process, address)
+    assert ends["short"] == "data: [DONE]"
+    assert json.loads(ends["long"].removeprefix("data: "))["error"]["message"] == "the server is stopping"
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 143 and told.endswith("terminated\n") and "Traceback" not in told
+
+    process, address, _ = start()
+    (session,) = httpx.get(address + "/v1/sessions").json()["data"]
+    assert session["id"] == "mine" and session["n_tokens"] == 9
+    longer = {**BODY, "prompt": "def " + first["choices"][0]["text"] + "!"}
+    usage = httpx.post(address + "/v1/completions", json=longer).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 9 and usage["prompt_tokens"] == 11
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+
+
+def ask_and_stop(process: subprocess.Popen[str], address: str) -> dict[str, str]:
+    """Send SIGTERM while a short and a long answer are running. Returns the last line of each."""
+    ends = {}
+
+    def read(name: str, max_tokens: int) -> None:
+        body = {"prompt": "x", "stream": True, "max_tokens": max_tokens, "ignore_eos": True}
+        with httpx.stream("POST", address + "/v1/completions", json=body, timeout=30) as answer:
+            ends[name] = [line for line in answer.iter_lines() if line][-1]
+
+    threads = [threading.Thread(target=read, args=arguments) for arguments in (("short", 1000), ("long", 16_384))]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    assert httpx.get(address + "/health").status_code == 503
+    assert httpx.post(address + "/v1/completions", json=BODY).json()["error"]["code"] == "unavailable"
+    for thread in threads:
+        thread.join(20)
+    return ends
+
+
+def test_a_port_in_use_is_one_error(refused, model_folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = refused(1, "serve", "--model", model_folder, "--port", port)
+    assert f"port {port}" in told and "--port" in told
+
+
+def test_flags_that_cannot_be_served_are_refused(refused, model_folder, tmp_path):
+    empty = tmp_path / "keys"
+    empty.write_text("\n")
+    for flags, told in (
+        (["--host", "0.0.0.0"], "--api-key-file"),
+        (["--port", "70000"], "--port"),
+        (["--max-rows", "0"], "--max-rows"),
+        (["--session-days", "nan"], "--session-days"),
+        (["--api-key-file", empty], "no API key"),
+        (["--chat-template", "nothing"], "plain or chatml"),
+    ):
+        assert told in refused(2, "serve", "--model", model_folder, *flags)
+
+
+def test_flags_reach_their_parts(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("one\n\ntwo\n")
+    options = ServeOptions(
+        model=tmp_path,
+        api_key_file=keys,
+        api_key=("three",),
+        max_body=2,
+        memory=7,
+        sessions="redis://x",
+        max_new_tokens=9,
+    )
+    limits, engine, sessions = checked_options(options)
+    assert (limits.max_body, limits.chat_tokens, engine.memory) == (2 << 20, 9, 7_000_000)
+    assert sessions is not None and (sessions.place, sessions.quota) == ("redis://x", 2_000_000_000)
+    owners = {open_guard(options).owner({"authorization": f"Bearer {key}"}) for key in ("one", "two", "three")}
+    assert len(owners) == 3
+    assert checked_options(ServeOptions(model=tmp_path, sessions="off"))[2] is None
