@@ -202,14 +202,14 @@ class Engine:
         except Exception as error:  # of a mask
             self._end_jobs([job], error)
             return
-        kept = job.request.state
-        if kept is not None and job.prompt[: len(kept.tokens)] != kept.tokens:
+        kept, n_top = job.request.state, job.request.prompt_log_probabilities
+        if kept is not None and (n_top is not None or job.prompt[: len(kept.tokens)] != kept.tokens):
             kept = None
         if self._tree is not None:
-            found, job.stops = self._tree.find(job.request.owner, job.prompt)
+            found, job.stops = self._tree.find(job.request.owner, job.prompt, n_top)
             if found is not None and (kept is None or len(found.tokens) > len(kept.tokens)):
                 kept = found
-        if kept is not None and job.request.prompt_log_probabilities is None:
+        if kept is not None:
             job.start_from(kept)
             if job.n_read == len(job.prompt):
                 self._generate_after(job, kept.logits)
@@ -256,9 +256,9 @@ class Engine:
         job.model = read.state
         logits = read.logits[:, : self._model.config.vocab_size].float()
         if piece.all_logits:
-            job.add_scores(logits)
+            job.score(logits)
         if self._tree is not None and (job.n_read in job.stops or job.n_read == len(job.prompt)):
-            self._tree.keep(job.request.owner, job.prompt[: job.n_read], read.state, logits[-1:])
+            self._tree.keep(job.request.owner, job.prompt[: job.n_read], read.state, logits[-1:], job.known_scores)
         if job.n_read == len(job.prompt):
             self._generate_after(job, logits[-1:])
 
@@ -267,7 +267,7 @@ class Engine:
         self._reading.remove(job)
         self._count(len(job.prompt), job.n_cached, 0)
         assert job.model is not None
-        self._emit(job, PromptRead(job.n_cached, job.scores))
+        self._emit(job, PromptRead(job.n_cached, job.token_scores()))
         n = job.request.n
         if not job.request.max_new_tokens:
             kept = KeptState(job.prompt, job.model, logits) if job.request.keep_state else None

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +16,7 @@ from anymamba.base.sizes import require_at_least, require_sizes
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.adjustments import Adjustments
 from anymamba.generation.prompts import check_prompts
-from anymamba.generation.requests import Event, KeptState, Request, TokenScore, Usage
+from anymamba.generation.requests import Event, KeptState, PromptScores, Request, TokenScore, Usage
 from anymamba.generation.rows import Row
 from anymamba.generation.sampling import RowDraws
 from anymamba.generation.stops import StopMatcher, StoppingDecoder
@@ -41,8 +42,9 @@ class Job:
         """How many of those did not have to be."""
         self.model: LanguageModelState | None = None
         """The state after these; None before the first token."""
-        self.scores: list[TokenScore] | None = None if request.prompt_log_probabilities is None else []
-        """Of the tokens read after the first, if they are wanted."""
+        self.scores = self._no_scores()
+        """Of the tokens after the first, if they are wanted."""
+        self.n_scored = 0
         self.rows: list[AnswerRow] = []
         """One for each answer."""
         self.broken = False
@@ -53,23 +55,49 @@ class Job:
         """Lengths of the prompt after which the state is kept, ascending."""
 
     def start_from(self, kept: KeptState) -> None:
-        """Go on from a state whose tokens begin the prompt."""
+        """Go on from a state whose tokens begin the prompt, and which has the scores that are wanted."""
         self.n_read = self.n_cached = len(kept.tokens)
         self.model = kept.model
+        if self.scores is not None:
+            assert kept.scores is not None
+            self._add_scores(kept.scores)
+            self.score(kept.logits)
 
-    def add_scores(self, logits: Float[Tensor, "length vocab_size"]) -> None:
-        """Take the logits after the tokens read last, and score the tokens that follow each."""
-        assert self.scores is not None and self.request.prompt_log_probabilities is not None
-        first = len(self.scores) + 1
-        following = torch.tensor(self.prompt[first : first + len(logits)], device=logits.device)
-        if not len(following):
-            return
+    def _no_scores(self) -> PromptScores | None:
+        n_top, n = self.request.prompt_log_probabilities, len(self.prompt) - 1
+        if n_top is None:
+            return None
+        return PromptScores(np.empty(n, np.float32), np.empty((n, n_top), np.int32), np.empty((n, n_top), np.float32))
+
+    def _add_scores(self, found: PromptScores) -> None:
+        assert self.scores is not None
+        end = self.n_scored + len(found.chosen)
+        for own, new in zip(self.scores, found, strict=True):
+            own[self.n_scored : end] = new if own.ndim == 1 else new[:, : own.shape[1]]
+        self.n_scored = end
+
+    def score(self, logits: Float[Tensor, "length vocab_size"]) -> None:
+        """Take the logits after some tokens, and score the tokens that follow each."""
+        assert self.scores is not None
+        first = self.n_scored + 1
+        following = torch.tensor(self.prompt[first : first + len(logits)], dtype=torch.int64, device=logits.device)
         found = logits[: len(following)].log_softmax(-1)
-        values = found.gather(1, following[:, None])[:, 0].tolist()
-        best = found.topk(min(self.request.prompt_log_probabilities, found.shape[1]))
-        tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        for token, value, (ids, log_probabilities) in zip(following.tolist(), values, tops, strict=True):
-            self.scores.append(TokenScore(token, value, tuple(zip(ids, log_probabilities, strict=True))))
+        best = found.topk(self.scores.n_top)
+        arrays = (found.gather(1, following[:, None])[:, 0], best.indices, best.values)
+        self._add_scores(PromptScores(*(tensor.cpu().numpy() for tensor in arrays)))
+
+    @property
+    def known_scores(self) -> PromptScores | None:
+        """The scores of the tokens read so far, after the first."""
+        return None if self.scores is None else self.scores.first(self.n_read - 1)
+
+    def token_scores(self) -> list[TokenScore] | None:
+        """The scores as an event has them."""
+        if self.scores is None:
+            return None
+        chosen, top_ids, top = (array.tolist() for array in self.scores)
+        pairs = (tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top, strict=True))
+        return [TokenScore(*one) for one in zip(self.prompt[1:], chosen, pairs, strict=True)]
 
     def usage(self, n_new: int) -> Usage:
         """The counts of one answer."""
@@ -167,6 +195,8 @@ def check_request(
     require_at_least("max_new_tokens", request.max_new_tokens, 0)
     require_at_least("n_top", request.n_top, 0)
     require_sizes(n=request.n)
+    if request.prompt_log_probabilities is not None:
+        require_at_least("prompt_log_probabilities", request.prompt_log_probabilities, 0)
     StopMatcher(request.stop)
     if request.n_rows > max_rows:
         name = "n" if request.beams is None else "num_beams"

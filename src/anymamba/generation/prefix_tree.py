@@ -9,15 +9,35 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from anymamba.generation.requests import KeptState
+from anymamba.base.sizes import require_sizes
+from anymamba.generation.requests import KeptState, PromptScores
+from anymamba.generation.state_folder import StateFolder
 from anymamba.models.language_model import LanguageModelState
 from anymamba.parts.state import map_state, state_bytes
+
+
+class Held(NamedTuple):
+    """What is kept after some tokens."""
+
+    model: LanguageModelState
+    logits: Tensor
+    scores: PromptScores | None
+
+    def has_scores(self, n_top: int | None) -> bool:
+        """Whether it has as many scores as are wanted."""
+        return n_top is None or (self.scores is not None and self.scores.n_top >= n_top)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return state_bytes((self.model, self.logits)) + (0 if self.scores is None else self.scores.nbytes)
 
 
 class _Node:
@@ -26,66 +46,130 @@ class _Node:
     def __init__(self, parent: _Node | None, run: Int[np.ndarray, " length"], depth: int) -> None:
         self.parent, self.run, self.depth = parent, run, depth
         self.children: dict[int, _Node] = {}
-        self.held: tuple[LanguageModelState, Tensor] | None = None  # the state after `depth` tokens, and its logits
+        self.held: Held | None = None  # after `depth` tokens, in memory
+        self.key: str | None = None  # of the same in a folder
 
 
 class PrefixTree:
-    """Keeps states up to a number of bytes; those used least recently are dropped.
+    """Keeps states up to a number of bytes. Those used least recently go to a folder, if there is one, or are dropped.
 
     Args:
-        memory: bytes of states to keep.
+        memory: bytes of states to keep in memory.
         every: tokens between two states of a long text; an edit re-reads fewer than that.
         shared: whether owners find each other's states. Then the time of an answer tells what others have asked.
+        folder: takes the states that memory has no room for.
     """
 
-    def __init__(self, memory: int, *, every: int = 512, shared: bool = False) -> None:
-        self._memory, self.every, self._shared = memory, every, shared
+    def __init__(
+        self, memory: int, *, every: int = 512, shared: bool = False, folder: StateFolder | None = None
+    ) -> None:
+        require_sizes(every=every)
+        self._memory, self.every, self._shared, self._folder = memory, every, shared, folder
         self._roots: dict[str, _Node] = {}
-        self._used: OrderedDict[_Node, int] = OrderedDict()  # bytes of the nodes with a state, least recent first
+        self._used: OrderedDict[_Node, int] = OrderedDict()  # bytes of the nodes in memory, least recent first
+        self._stored: OrderedDict[_Node, int] = OrderedDict()  # the same for those in the folder
         self.nbytes = 0
-        """Bytes of the states that are kept."""
+        """Bytes of the states in memory."""
+        self.stored_nbytes = 0
+        """Bytes of the states in the folder."""
 
     def __len__(self) -> int:
         """Number of states that are kept."""
-        return len(self._used)
+        return len(self._used) + len(self._stored)
 
-    def find(self, owner: str, tokens: Sequence[int]) -> tuple[KeptState | None, list[int]]:
+    def find(self, owner: str, tokens: Sequence[int], n_top: int | None = None) -> tuple[KeptState | None, list[int]]:
         """The state after as many of the tokens as possible, and the lengths after which states should be kept.
 
         These are the place where the tokens leave the tree, each multiple of `every`, and the end.
+
+        Args:
+            n_top: find only states with the scores of their tokens and so many of the likeliest ones; None: any.
         """
         ids = np.array(tokens, np.int64)
         node, n_matched = self._walk(owner, ids)
-        while node is not None and (node.held is None or node.depth > n_matched):
-            node = node.parent
-        n_kept = 0
-        kept = None
-        if node is not None and node.held is not None:
-            self._used.move_to_end(node)
+        held = None
+        while node is not None and held is None:
+            held = self._held(node, n_top) if node.depth <= n_matched else None
+            node = node if held is not None else node.parent
+        kept, n_kept = None, 0
+        if node is not None and held is not None:
             n_kept = node.depth
-            kept = KeptState(tuple(tokens[:n_kept]), *node.held)
+            kept = KeptState(tuple(tokens[:n_kept]), *held)
         places = {*range(self.every, len(ids), self.every), n_matched, len(ids)}
         return kept, sorted(place for place in places if place > n_kept)
 
-    def keep(self, owner: str, tokens: Sequence[int], model: LanguageModelState, logits: Tensor) -> None:
+    def keep(
+        self,
+        owner: str,
+        tokens: Sequence[int],
+        model: LanguageModelState,
+        logits: Tensor,
+        scores: PromptScores | None = None,
+    ) -> None:
         """Keep a state.
 
         Args:
             tokens: all tokens that it has read.
             model: the state, one row. It is copied.
             logits: (1, vocab_size), of the next token.
+            scores: of the tokens after the first, if they are known.
         """
-        size = state_bytes((model, logits))
-        if size > self._memory or not len(tokens):
+        if not len(tokens) or state_bytes((model, logits)) > self._memory:
             return
         node = self._node(owner, np.array(tokens, np.int64))
         if node.held is None:
-            node.held = map_state(torch.clone, (model, logits))
-            self.nbytes += size
-            self._used[node] = size
+            self._forget_stored(node)
+            self._put(node, Held(*map_state(torch.clone, (model, logits)), scores))
+        elif scores is not None and not node.held.has_scores(scores.n_top):
+            self._put(node, node.held._replace(scores=scores))
         self._used.move_to_end(node)
+        self._make_room()
+
+    def _held(self, node: _Node, n_top: int | None) -> Held | None:
+        """What a node keeps, if it has the scores; it counts as used, and comes back from the folder."""
+        if node.held is not None:
+            if not node.held.has_scores(n_top):
+                return None
+            self._used.move_to_end(node)
+            return node.held
+        if node.key is None or n_top is not None:
+            return None
+        assert self._folder is not None
+        found = self._folder.load(node.key)
+        self._forget_stored(node)
+        if found is None:
+            return None
+        held = Held(*found, None)
+        self._put(node, held)
+        self._make_room()
+        return held
+
+    def _put(self, node: _Node, held: Held) -> None:
+        self.nbytes += held.nbytes - self._used.pop(node, 0)
+        node.held, self._used[node] = held, held.nbytes
+
+    def _make_room(self) -> None:
+        """Move or drop the states used least recently until the budgets are kept."""
         while self.nbytes > self._memory:
-            self._drop(next(iter(self._used)))
+            node, size = self._used.popitem(last=False)
+            self.nbytes -= size
+            held, node.held = node.held, None
+            if self._folder is not None and held is not None:
+                node.key = self._folder.save(held.model, held.logits)
+                self._stored[node] = size
+                self.stored_nbytes += size
+            self._prune(node)
+        while self._folder is not None and self.stored_nbytes > self._folder.most_bytes:
+            node = next(iter(self._stored))
+            self._forget_stored(node)
+            self._prune(node)
+
+    def _forget_stored(self, node: _Node) -> None:
+        if node.key is not None:
+            assert self._folder is not None
+            self._folder.delete(node.key)
+            self.stored_nbytes -= self._stored.pop(node)
+            node.key = None
 
     def _walk(self, owner: str, ids: Int[np.ndarray, " length"]) -> tuple[_Node | None, int]:
         """The last node whose run begins to match, and how many tokens match."""
@@ -113,11 +197,9 @@ class PrefixTree:
         node.children[int(ids[n_matched])] = child
         return child
 
-    def _drop(self, node: _Node) -> None:
-        """Drop the state of a node, and the nodes that are not needed any more."""
-        node.held = None
-        self.nbytes -= self._used.pop(node)
-        while node.held is None and not node.children and node.parent is not None:
+    def _prune(self, node: _Node) -> None:
+        """Remove nodes that keep nothing and lead to nothing, from this one up."""
+        while node.held is None and node.key is None and not node.children and node.parent is not None:
             del node.parent.children[int(node.run[0])]
             node = node.parent
         if node.parent is None and not node.children:

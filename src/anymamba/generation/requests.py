@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from anymamba.generation.prompts import GenerationState
@@ -38,6 +38,31 @@ class TokenMask(Protocol):
         ...
 
 
+class PromptScores(NamedTuple):
+    """Log-probabilities of the tokens of a prompt after the first."""
+
+    chosen: Float[np.ndarray, " n"]
+    """Of each token."""
+    top_ids: Int[np.ndarray, "n n_top"]
+    """The likeliest ids in its place, likeliest first."""
+    top: Float[np.ndarray, "n n_top"]
+    """Their log-probabilities."""
+
+    @property
+    def n_top(self) -> int:
+        """How many of the likeliest ids there are."""
+        return self.top.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return sum(array.nbytes for array in self)
+
+    def first(self, n: int) -> PromptScores:
+        """Those of the first n, as views."""
+        return PromptScores(self.chosen[:n], self.top_ids[:n], self.top[:n])
+
+
 @dataclass(frozen=True)
 class KeptState:
     """The state after some tokens, to go on from without reading them again. Its tensors are never written to."""
@@ -47,6 +72,8 @@ class KeptState:
     """The model's state after all tokens; one row."""
     logits: Float[Tensor, "one vocab_size"]
     """Logits of the next token, without the padding of the vocabulary."""
+    scores: PromptScores | None = None
+    """Of the tokens after the first, if they are known."""
 
     @property
     def nbytes(self) -> int:
