@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all experiments-smoke lint format docs bench sanitize clean
+.PHONY: demo serve test test-all experiments-smoke lint format docs bench sanitize clean
 
 $(VENV)/installed-demo: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,17 @@ $(VENV)/installed-test: pyproject.toml constraints.txt $(NATIVE)
 
 demo: $(VENV)/installed-demo
 	$(BIN)/anymamba demo
+
+$(VENV)/installed-serve: pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch, the package and its server into $(VENV): one to five minutes, once."
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,serve]"
+	touch $@
+
+# Serves the demo's model, which is trained first if it is not there: about three minutes.
+serve: $(VENV)/installed-serve
+	test -f runs/demo/model.safetensors || $(BIN)/anymamba demo
+	$(BIN)/anymamba serve --model runs/demo --chat-template plain $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not slow"

@@ -38,9 +38,9 @@ QUICK = {
     "generate": ["--max-new-tokens", "4"],
 }
 """Options that are added to a verb of the pages, so that it takes about a second."""
-ONLY_CHECKED = ("demo", "lm-eval")
-"""Verbs that take minutes, or need missing data. Experiments are also only checked; they have other tests."""
-OTHER_COMMANDS = ("git clone", "cd anymamba", "python3 -m venv", "python -m venv", "source ")
+ONLY_CHECKED = ("demo", "lm-eval", "serve")
+"""Verbs that take minutes, do not end, or need missing data. Experiments are also only checked; they have other tests."""
+OTHER_COMMANDS = ("git clone", "cd anymamba", "curl ", "python3 -m venv", "python -m venv", "source ")
 
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -298,14 +298,14 @@ def file_map() -> list[tuple[str, str]]:
     return found
 
 
-def test_the_map_has_every_folder_of_the_package_and_at_most_sixty_lines():
+def test_the_map_has_every_folder_of_the_package_and_at_most_seventy_lines():
     lines = file_map()
     named = {path.rstrip("/") for path, _ in lines}
     named |= {parent.as_posix() for path in named for parent in Path(path).parents}
     folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "src").rglob("*.py")}
     folders |= {p.parent.name for p in ROOT.glob("[!.]*/*") if p.suffix in (".py", ".cpp")}
     assert sorted(folders - named) == []
-    assert len(lines) <= 60
+    assert len(lines) <= 70
 
 
 def test_the_map_names_what_exists_and_describes_it():
