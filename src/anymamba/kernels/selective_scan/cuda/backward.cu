@@ -377,7 +377,8 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
             for (int j = 0; j < LINKS - 1; j++) wait(&block.arrived[side][slot_before][j], phase_before);
         if (!is_first) wait(&block.arrived[side][slot_before][LINKS - 1], phase_before);
         float d[TOKENS][CHANNELS], w[TOKENS][CHANNELS], g[TOKENS][CHANNELS];
-        float y[TOKENS][CHANNELS], q[TOKENS][CHANNELS], r[TOKENS][CHANNELS];  // sums of C h, B e and x rate
+        // Sums of C h, B e and x rate.
+        float y[TOKENS][CHANNELS] = {}, q[TOKENS][CHANNELS] = {}, r[TOKENS][CHANNELS] = {};
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             load(d[t], block.d + place_in_row(row, t));
@@ -437,7 +438,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                             before[t][s] = h[s];
                             h[s] = fmaf(a[t][s], h[s], w[t][s] * B[t]);
                             after[t][s] = h[s];
-                            y[t][s] = j == 0 ? C[t] * h[s] : fmaf(C[t], h[s], y[t][s]);
+                            y[t][s] = fmaf(C[t], h[s], y[t][s]);
                         }
                     }
                     wait(left_after + j, phase_after);
@@ -455,7 +456,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                             const float e = fmaf(C[t], g[t][s], dh[s]);
                             dh[s] = a[t][s] = e * a[t][s];
                             of_B[t] = s == 0 ? e * w[t][s] : fmaf(e, w[t][s], of_B[t]);
-                            q[t][s] = j == 0 ? e * B[t] : fmaf(e, B[t], q[t][s]);
+                            q[t][s] = fmaf(e, B[t], q[t][s]);
                         }
                         if (EDGES && edges.starts >> t & 1) dh[0] = dh[1] = dh[2] = dh[3] = 0.f;
                     }
@@ -484,7 +485,7 @@ KERNEL(THREADS, BLOCKS) scan_backward(PARAMETER Parameters p) {
                         for (int s = 0; s < CHANNELS; s++) {
                             of_C[t] = s == 0 ? g[t][s] * after[t][s] : fmaf(g[t][s], after[t][s], of_C[t]);
                             const float x = a[t][s] * before[t][s];
-                            r[t][s] = j == 0 ? x * rate[s] : fmaf(x, rate[s], r[t][s]);
+                            r[t][s] = fmaf(x, rate[s], r[t][s]);
                             dA[s] = fmaf(x, d[t][s], dA[s]);
                         }
                     }
