@@ -305,3 +305,31 @@ def test_misuse(hash_model):
         with pytest.raises(ValueError, match=words):
             engine.submit(Request(**wrong), print)
     assert not engine.step()
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_seeded_answer_has_the_same_bits_alone_among_32_and_after_a_cache_hit(mamba, weights):
+    model = mamba if weights is None else mamba.for_inference(weights)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 37, n).tolist() for n in rng.integers(1, 70, 31)]
+    watched = {"prompt": prompts_of((53,), 37)[0], "seed": 7, "n_top": 3, "max_new_tokens": 25, "invariant": True}
+    watched |= {"sampling": SamplingConfig(0.9, top_p=0.9), "frequency_penalty": 0.1}
+
+    def bits(client: Client) -> list:
+        return [event.score for event in client.tokens]
+
+    alone, crowded = Engine(model), Engine(model, prefix_tree=PrefixTree(1 << 24, every=16))
+    first = Client(alone, **watched)
+    finish(alone)
+    for i, prompt in enumerate(prompts):
+        Client(crowded, prompt=prompt, seed=i, sampling=SAMPLINGS[i % 3], max_new_tokens=5 + i)
+        if i == 15:
+            among = Client(crowded, **watched)
+            crowded.step()
+    finish(crowded)
+    edited = Client(crowded, **(watched | {"prompt": [*watched["prompt"][:40], 3]}))
+    finish(crowded)
+    again = Client(crowded, **watched)
+    finish(crowded)
+    assert edited.read.n_cached and again.read.n_cached == 53
+    assert bits(among) == bits(first) and bits(again) == bits(first)
