@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo serve test test-all experiments-smoke lint format docs bench sanitize clean
+.PHONY: demo serve test test-all test-ray experiments-smoke lint format docs bench sanitize clean
 
 $(VENV)/installed-demo: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,11 @@ test: $(VENV)/installed-test
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test-all]"
 	$(BIN)/python -m pytest
+
+# Two replicas under Ray Serve on this machine, one of which is killed.
+test-ray: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ray]"
+	$(BIN)/python -m pytest tests/serving/replicas
 
 # Every experiment at toy size: files, resumption, charts.
 experiments-smoke: $(VENV)/installed-test
