@@ -71,10 +71,18 @@ def split_by_author(books: Iterator[tuple[str, str, bytes]]) -> Books:
     every = list(books)
     first = {author for file, author, _ in every if file == HELD_OUT_FILE}
     held_out = first | {author for _, author, _ in every if is_held_out(author)}
-    sides = [[book for book in every if (book[1] in held_out) is side] for side in (False, True)]
-    texts = (b"".join(text + bytes([SEPARATOR]) for _, _, text in side) for side in sides)
-    authors = (tuple(sorted({author for _, author, _ in side})) for side in sides)
-    return Books(*texts, *authors)
+    training, others = ([book for book in every if (book[1] in held_out) is side] for side in (False, True))
+    return Books(joined(training), joined(others), authors_of(training), authors_of(others))
+
+
+def joined(books: list[tuple[str, str, bytes]]) -> bytes:
+    """The texts, with the separator after each."""
+    return b"".join(text + bytes([SEPARATOR]) for _, _, text in books)
+
+
+def authors_of(books: list[tuple[str, str, bytes]]) -> tuple[str, ...]:
+    """The authors, sorted, each once."""
+    return tuple(sorted({author for _, author, _ in books}))
 
 
 def is_held_out(author: str) -> bool:

@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "induction-heads": "recall the token after a trigger, at lengths far beyond training",
     "associative-recall": "many keys and values: where states of fixed size fail and attention helps",
     "scaling": "loss against parameters and operations, of Mamba, Transformer++, H3++ and Hyena",
+    "language-ablations": "language models: block and layer, what is selective, A, the rank of the step, the state",
     "selection-ablation": "which of the step, B and C must be selective, and what a larger state then gains",
     "speed": "time of scan, convolution and attention by length; prefill, training and decoding of whole models",
 }

@@ -50,7 +50,10 @@ class Base:
     """Seeds of the two smallest sizes."""
 
 
-RATES = {"mamba": (2e-3, 4e-3, 8e-3), **dict.fromkeys(ARCHITECTURES[1:], (1e-3, 2e-3, 4e-3))}
+RATES: dict[str, tuple[float, ...]] = {
+    "mamba": (2e-3, 4e-3, 8e-3),
+    **dict.fromkeys(ARCHITECTURES[1:], (1e-3, 2e-3, 4e-3)),
+}
 TOY_SIZES = tuple(Size(f"d{width}", 4, width, 64, 32) for width in (96, 112, 128, 144))
 CPU_SIZES = (
     Size("160k", 4, 72, 3_200_000, 2048),
