@@ -31,10 +31,11 @@ LAYOUT = launching.layout(TENSORS, FIELDS)
 
 MOST_ROWS = 16
 """Of the kernels; for more, unpacking the weight takes less time than what it saves."""
-OUTPUTS, STAGES, GROUP, MOST_WARPS, UNPACKING_THREADS = 16, 3, 32, 8, 256
+OUTPUTS, STAGES, GROUP, UNPACKING_THREADS = 16, 2, 32, 256
 """See products.cu."""
-MOST_BLOCKS = 4
-"""Of a multiprocessor."""
+MOST_WARPS, FEW_WARPS, MANY_OUTPUTS = 16, 8, 5000
+"""Of a block; with many outputs there are enough blocks of few warps."""
+WARPS_OF_MULTIPROCESSOR = 32
 
 
 def unavailable(device_type: str) -> str | None:
@@ -72,7 +73,7 @@ def forward(a: PackedLinearArguments) -> Tensor:
     """y (rows, n_out): bfloat16 if x is, else float32. A row has the same bits in any batch that the kernels serve."""
     dtype = torch.bfloat16 if a.x.dtype == torch.bfloat16 else torch.float32
     if a.format in BLOCKS and a.x.shape[0] <= MOST_ROWS:
-        launch = _launch(a.format, *a.x.shape)
+        launch = _launch(a.format, *a.x.shape, a.data.shape[0])
         if launch.shared <= nvrtc.device(a.x.device.index or 0).shared_of_block:
             return _few_rows(a, dtype, launch)
     data = a.data.contiguous()
@@ -99,11 +100,12 @@ class _Launch(NamedTuple):
 
 
 @cache
-def _launch(format: str, rows: int, n_in: int) -> _Launch:
+def _launch(format: str, rows: int, n_in: int, n_out: int) -> _Launch:
     _, columns, n_bytes, _ = FORMATS[format]
     groups = 4 if columns == GROUP and n_bytes > GROUP else 8
     n_chunks = -(-n_in // (groups * GROUP))
-    n_warps = max(1, -(-n_chunks // -(-n_chunks // MOST_WARPS)))
+    most = FEW_WARPS if n_out >= MANY_OUTPUTS else MOST_WARPS
+    n_warps = max(1, -(-n_chunks // -(-n_chunks // most)))
     pieces = (groups * GROUP // columns * n_bytes + 14 + 15) // 16
     tiles, x_stride = 8 if rows <= 8 else 16, 2 * n_in + (0 if n_in // GROUP % 2 else 64)  # neighbours: other banks
     of_warp = STAGES * OUTPUTS * (pieces | 1) * 16 + 4 * tiles * OUTPUTS
@@ -122,7 +124,8 @@ def _few_rows(a: PackedLinearArguments, dtype: torch.dtype, launch: _Launch) -> 
     call.set(rows=rows, x_stride=launch.x_stride)
     name = f"multiply_{launch.tiles}{'_short' if dtype == torch.bfloat16 else ''}"
     device = nvrtc.device(a.x.device.index or 0)
-    places = device.n_multiprocessors * min(MOST_BLOCKS, device.shared_of_multiprocessor // (launch.shared + 1024))
+    most = max(1, WARPS_OF_MULTIPROCESSOR // launch.n_warps)
+    places = device.n_multiprocessors * min(most, device.shared_of_multiprocessor // (launch.shared + 1024))
     n_blocks = min(-(-n_out // OUTPUTS), max(1, places))
     call.launch(_variant(a.format, name), n_blocks, 32 * launch.n_warps, launch.shared, early=True)
     return y

@@ -8,19 +8,20 @@
 // by 8 rows in the integers of 16 or 32 columns; scales are applied to these sums in float32. At the end the warps' sums
 // are added in their order: a row has the same bits alone and in any batch that this kernel serves.
 //
-// Launch: any number of blocks of up to 8 warps, early.
+// Launch: any number of blocks of up to 16 warps, early.
 //
 // Needs FORMAT.
 #include "blocks.cuh"
 
 typedef Blocks<FORMAT> B;
 
-constexpr int OUTPUTS = 16, MOST_THREADS = 256, STAGES = 3, GROUP = 32, OF_BLOCK = B::COLUMNS / GROUP;
+constexpr int OUTPUTS = 16, MOST_THREADS = 512, STAGES = 2, GROUP = 32, OF_BLOCK = B::COLUMNS / GROUP;
 constexpr int GROUPS = B::COLUMNS == 32 && B::BYTES > 32 ? 4 : 8;  // of a chunk
 constexpr int CHUNK = GROUPS / OF_BLOCK * B::BYTES;                // its bytes in a row
 constexpr int PIECES = (CHUNK + 14 + 15) / 16;                     // of 16 bytes; a chunk begins at any even address
 constexpr int STRIDE = (PIECES | 1) * 16;                          // of rows in shared memory; odd: no bank conflicts
 constexpr int STAGE = OUTPUTS * STRIDE;
+constexpr int BLOCKS = B::HAS_MINIMUM ? 1 : 2;  // of a multiprocessor, by their registers
 
 // All fields have 8 bytes; the order is that of cuda.TENSORS and cuda.FIELDS.
 struct Matrix {
@@ -49,21 +50,27 @@ DEVICE Place place_of_thread(const Parameters& p) {
 
 // ------------------------------------------------------------------------------------------------ copies
 
-// Where a chunk of an output's weights begins. Rows after the last are the last one again.
-DEVICE const u8* chunk_of_row(const Parameters& p, int tile, int row, int chunk) {
-    return p.weight + min(i64(tile) * OUTPUTS + row, p.n_out - 1) * p.row_bytes + chunk * CHUNK;
-}
-DEVICE int offset_of(const u8* chunk) { return int(reinterpret_cast<u64>(chunk) & 15); }
+// The two rows of a tile that a thread works on. Rows after the last are the last one again.
+struct Outputs {
+    const u8* rows[2];
+
+    DEVICE Outputs(const Parameters& p, const Place& at, int tile) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            rows[i] = p.weight + min(i64(tile) * OUTPUTS + at.row + 8 * i, p.n_out - 1) * p.row_bytes;
+    }
+    // Of a chunk in shared memory, where pieces lie as at multiples of 16 bytes.
+    DEVICE int offset(int i, int chunk) const { return int(reinterpret_cast<u64>(rows[i]) + chunk * CHUNK) & 15; }
+};
 
 // One row of a chunk into shared memory, by four threads. At the end of the weight a piece may have fewer bytes.
-DEVICE void copy_row(u8* to, const u8* chunk, int size, const u8* end, int t) {
-    const int offset = offset_of(chunk);
-    const u8* from = chunk - offset;
-    const bool whole = from + 16 * PIECES <= end;
+DEVICE void copy_row(u8* to, const u8* chunk, int offset, int size, const u8* end, int t) {
+    const u8* from = chunk - offset + 16 * t;
+    to += 16 * t;
+    const bool whole = chunk + 16 * PIECES <= end;
 #pragma unroll
-    for (int i = 0; i < (PIECES + 3) / 4; i++) {
-        const int at = 16 * (t + 4 * i);
-        if (at >= offset + size) break;
+    for (int at = 0; at < 16 * PIECES; at += 64) {
+        if (at + 16 * t >= offset + size) break;
         if (whole || from + at + 16 <= end) {
             copy_16_bytes(to + at, from + at);
         } else {
@@ -76,38 +83,49 @@ DEVICE void copy_row(u8* to, const u8* chunk, int size, const u8* end, int t) {
 // The chunk to copy next, of a warp.
 struct Ahead {
     int tile, round;
-};
-DEVICE void copy_next(Ahead& next, u8* stage, const Parameters& p, const Place& at) {
-    const int chunk = next.round * at.n_warps + at.warp;
-    if (next.tile < at.n_tiles && chunk < at.n_chunks) {
-        const u8* end = p.weight + p.n_out * p.row_bytes;
-        const int size = min(CHUNK, int(p.row_bytes) - chunk * CHUNK);
+    Outputs outputs;
+
+    DEVICE Ahead(const Parameters& p, const Place& at) : tile(int(blockIdx.x)), round(0), outputs(p, at, tile) {}
+    DEVICE void copy(u8* stage, const Parameters& p, const Place& at) {
+        const int chunk = round * at.n_warps + at.warp, size = min(CHUNK, int(p.row_bytes) - chunk * CHUNK);
+        if (tile < at.n_tiles && chunk < at.n_chunks) {
+            const u8* end = p.weight + p.n_out * p.row_bytes;
 #pragma unroll
-        for (int row = at.row; row < OUTPUTS; row += 8)
-            copy_row(stage + row * STRIDE, chunk_of_row(p, next.tile, row, chunk), size, end, at.t);
+            for (int i = 0; i < 2; i++)
+                copy_row(stage + (at.row + 8 * i) * STRIDE, outputs.rows[i] + chunk * CHUNK, outputs.offset(i, chunk),
+                         size, end, at.t);
+        }
+        end_of_copies();
+        if (++round < at.rounds) return;
+        round = 0, tile += int(gridDim.x);
+        outputs = Outputs(p, at, tile);
     }
-    end_of_copies();
-    if (++next.round == at.rounds) next = {next.tile + int(gridDim.x), 0};
-}
+};
 
 // ------------------------------------------------------------------------------------------------ products
 
 // x in bfloat16 to shared memory, in the order in which threads take columns.
 template <int TYPE>
 DEVICE void get_rows(u8* shared, const Parameters& p) {
-    for (int row = 0; row < p.rows; row++) {
+    const u32 eights = u32(p.n_in) / 8, n = u32(p.rows) * eights;
 #pragma unroll 4
-        for (int i = threadIdx.x; i < int(p.n_in) / 4; i += blockDim.x) {
-            const u8* from = p.x.data + (row * p.x.stride + 4 * i) * (TYPE == FLOAT32 ? 4 : 2);
-            uint2 four;
+    for (u32 i = threadIdx.x; i < n; i += blockDim.x) {
+        const u32 row = i / eights, column = i % eights * 8;
+        uint2 fours[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const i64 from = row * p.x.stride + column + 4 * k;
             if constexpr (TYPE == FLOAT32) {
-                const float4 v = read_ahead(reinterpret_cast<const float4*>(from));
-                four = make_uint2(floats_as_bfloats(v.x, v.y), floats_as_bfloats(v.z, v.w));
+                const float4 v = read_ahead(reinterpret_cast<const float4*>(p.x.data + 4 * from));
+                fours[k] = make_uint2(floats_as_bfloats(v.x, v.y), floats_as_bfloats(v.z, v.w));
             } else {
-                four = read_ahead(reinterpret_cast<const uint2*>(from));
+                fours[k] = read_ahead(reinterpret_cast<const uint2*>(p.x.data + 2 * from));
             }
-            const int place = B::TOGETHER == 8 ? i % 8 : i % 4 * 2 + i / 4 % 2;
-            *reinterpret_cast<uint2*>(shared + row * p.x_stride + i / 8 * 64 + place * 8) = four;
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const u32 four = column / 4 + k, place = B::TOGETHER == 8 ? four % 8 : four % 4 * 2 + four / 4 % 2;
+            *reinterpret_cast<uint2*>(shared + row * p.x_stride + column / GROUP * 64 + place * 8) = fours[k];
         }
     }
 }
@@ -138,11 +156,11 @@ DEVICE void add_products(float (&sums)[4], const Group& upper, const Group& lowe
 
 template <int TILES>
 DEVICE void add_chunk(float (&sums)[TILES][4], const u8* stage, const u8* rows, const Parameters& p, const Place& at,
-                      int tile, int chunk) {
+                      const Outputs& outputs, int chunk) {
     const int groups = min(GROUPS, int(p.n_in) / GROUP - chunk * GROUPS), own = at.t * B::TOGETHER;
     const u8* from = stage + at.row * STRIDE;
-    const InShared upper(from + offset_of(chunk_of_row(p, tile, at.row, chunk)), own);
-    const InShared lower(from + 8 * STRIDE + offset_of(chunk_of_row(p, tile, at.row + 8, chunk)), own);
+    const InShared upper(from + outputs.offset(0, chunk), own);
+    const InShared lower(from + 8 * STRIDE + outputs.offset(1, chunk), own);
     const u8* x[TILES];  // rows after the last are any row: what they give is not used
 #pragma unroll
     for (int i = 0; i < TILES; i++)
@@ -196,22 +214,23 @@ DEVICE void multiply(const Parameters& p) {
     u8* rows = shared_memory();
     float* shared_sums = reinterpret_cast<float*>(rows + p.rows * p.x_stride);
     u8* stages = reinterpret_cast<u8*>(shared_sums + at.n_warps * 8 * TILES * OUTPUTS) + at.warp * STAGES * STAGE;
-    Ahead next = {int(blockIdx.x), 0};
+    Ahead next(p, at);
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) copy_next(next, stages + s * STAGE, p, at);
+    for (int s = 0; s < STAGES - 1; s++) next.copy(stages + s * STAGE, p, at);
     wait_for_previous();  // it writes x; the weight is there
     let_next_start();
     get_rows<TYPE>(rows, p);
     sync_block();
     int stage = 0;
     for (int tile = blockIdx.x; tile < at.n_tiles; tile += gridDim.x) {
+        const Outputs outputs(p, at, tile);
         float sums[TILES][4] = {};
         for (int round = 0; round < at.rounds; round++) {
-            copy_next(next, stages + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE, p, at);
+            next.copy(stages + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE, p, at);
             wait_for_copies<STAGES - 1>();
             sync_warp();
             const int chunk = round * at.n_warps + at.warp;
-            if (chunk < at.n_chunks) add_chunk<TILES>(sums, stages + stage * STAGE, rows, p, at, tile, chunk);
+            if (chunk < at.n_chunks) add_chunk<TILES>(sums, stages + stage * STAGE, rows, p, at, outputs, chunk);
             sync_warp();  // the next round copies to here
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
@@ -219,10 +238,10 @@ DEVICE void multiply(const Parameters& p) {
     }
 }
 
-KERNEL(MOST_THREADS, 2) multiply_8(PARAMETER Parameters p) { multiply<1, FLOAT32>(p); }
-KERNEL(MOST_THREADS, 2) multiply_16(PARAMETER Parameters p) { multiply<2, FLOAT32>(p); }
-KERNEL(MOST_THREADS, 2) multiply_8_short(PARAMETER Parameters p) { multiply<1, BFLOAT16>(p); }
-KERNEL(MOST_THREADS, 2) multiply_16_short(PARAMETER Parameters p) { multiply<2, BFLOAT16>(p); }
+KERNEL(MOST_THREADS, BLOCKS) multiply_8(PARAMETER Parameters p) { multiply<1, FLOAT32>(p); }
+KERNEL(MOST_THREADS, 1) multiply_16(PARAMETER Parameters p) { multiply<2, FLOAT32>(p); }
+KERNEL(MOST_THREADS, BLOCKS) multiply_8_short(PARAMETER Parameters p) { multiply<1, BFLOAT16>(p); }
+KERNEL(MOST_THREADS, 1) multiply_16_short(PARAMETER Parameters p) { multiply<2, BFLOAT16>(p); }
 
 // ------------------------------------------------------------------------------------------------ weights
 
