@@ -205,8 +205,8 @@ def keep_top_p(logits: Float[Tensor, "rows vocab_size"], p: float) -> Float[Tens
     """Keep the smallest set of likeliest tokens with a total probability of at least p, and ties with the last."""
     if p == 1:
         return logits
-    if _is_one_row(logits):
-        return _keep_top_p_of_row(logits, p)
+    if logits.is_cpu and logits.dtype in (torch.float32, torch.float64):
+        return _keep_top_p_by_rows(logits, p)
     ordered = logits.sort(dim=-1, descending=True).values
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # the total probability of all likelier tokens
@@ -214,13 +214,16 @@ def keep_top_p(logits: Float[Tensor, "rows vocab_size"], p: float) -> Float[Tens
     return logits.masked_fill(logits < ordered.gather(-1, last), -math.inf)
 
 
-def _keep_top_p_of_row(logits: Float[Tensor, "1 vocab_size"], p: float) -> Float[Tensor, "1 vocab_size"]:
-    ordered = np.sort(logits.detach().numpy())[:, ::-1].copy()
-    probabilities = torch.from_numpy(ordered).softmax(-1)
-    share = probabilities.numpy()
-    before = probabilities.cumsum(-1).numpy() - share
-    n_kept = max(1, int(np.count_nonzero(before < share.dtype.type(p))))
-    return logits.masked_fill(logits < float(ordered[0, n_kept - 1]), -math.inf)
+def _keep_top_p_by_rows(logits: Float[Tensor, "rows vocab_size"], p: float) -> Float[Tensor, "rows vocab_size"]:
+    """The same by numpy. Tokens below (1 - p) / vocab_size are left out of the sort: all likelier ones make up p."""
+    probabilities = logits.detach().softmax(-1).numpy()
+    thresholds = np.zeros((len(probabilities), 1), probabilities.dtype)
+    for row, share in enumerate(probabilities):
+        ordered = np.sort(share[share >= (1 - p) / share.size])[::-1]
+        before = ordered.cumsum() - ordered
+        n_kept = max(1, int(np.count_nonzero(before < ordered.dtype.type(p))))
+        thresholds[row] = ordered[n_kept - 1] if ordered.size else 0  # NaN has nothing to order
+    return logits.masked_fill(torch.from_numpy(probabilities < thresholds), -math.inf)
 
 
 def keep_min_p(logits: Float[Tensor, "rows vocab_size"], share: float) -> Float[Tensor, "rows vocab_size"]:

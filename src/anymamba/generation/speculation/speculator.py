@@ -21,6 +21,7 @@ from torch import Tensor
 from anymamba.base.sizes import require_at_least
 from anymamba.generation.speculation.drafts import Choose, Drafter, LookupDrafter, ModelDrafter
 from anymamba.generation.speculation.pacing import Pacing
+from anymamba.generation.speculation.passes import GraphVerification, dtype_of_activations, near_ties
 from anymamba.generation.stepping import Stepper
 from anymamba.models.inference.native_reading import Verifier
 from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
@@ -60,6 +61,10 @@ class SpeculationReport(NamedTuple):
     """Tokens guessed in them."""
     n_right: int
     """How many of those were right: each of them saved a step."""
+    n_near_ties: int
+    """Tokens from passes that round differently from single steps, and whose two likeliest ids were closer than that:
+    only there a greedy text may differ from one without speculation. A sampled one may also differ where its random
+    number falls between two ids. 0 where a pass gives the bits of single steps."""
 
 
 class Verification(Protocol):
@@ -116,6 +121,7 @@ class Speculator:
             self._drafter = ModelDrafter(speculation.draft, ids, choose)
         self.pacing = Pacing(self._most)
         self._forward = ForwardVerification(model)
+        self._dtype, self._n_ids = dtype_of_activations(model), model.config.vocab_size
         self._native: Verifier | None = None
         self._reading: Verification | None = None  # with guesses ahead
         self._ahead: deque[tuple[int, Tensor]] = deque()  # guesses, and the logits after each
@@ -124,11 +130,15 @@ class Speculator:
         )
         self._seconds = 0.0
         self._counts = [0, 0, 0]
+        on_gpu = next(model.parameters()).device.type == "cuda" and not model.grows
+        self._graph = GraphVerification(model) if on_gpu else None
+        self._ties: Tensor | None = None  # of this pass, where it may round differently
+        self._n_ties: int | Tensor = 0
 
     @property
     def report(self) -> SpeculationReport:
         """What was done so far."""
-        return SpeculationReport(*self._counts)
+        return SpeculationReport(*self._counts, int(self._n_ties))
 
     def __call__(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
@@ -158,6 +168,8 @@ class Speculator:
             return state
         start = time.perf_counter()
         state = self._reading.accept(self._n_read)
+        if self._ties is not None:
+            self._n_ties = self._n_ties + self._ties[: self._n_read].sum()
         self._seconds += time.perf_counter() - start
         self.pacing.add_pass(self._n_guessed, self._seconds)
         self._drafter.judge(self._n_guessed, self._n_read - 1)
@@ -170,6 +182,8 @@ class Speculator:
     ) -> Float[Tensor, "one padded_vocab"]:
         self._reading = self._verification(token_ids, state)
         logits = self._reading.read([token, *guesses], state)
+        if self._reading is not self._native:
+            self._ties = near_ties(logits[:, : self._n_ids], self._dtype)
         self._ahead.extend((guess, logits[i : i + 1]) for i, guess in enumerate(guesses, 1))
         self._n_read, self._n_guessed = 1, len(guesses)
         self._counts[0] += 1
@@ -179,7 +193,7 @@ class Speculator:
     def _verification(self, token_ids: Int[Tensor, " batch"], state: LanguageModelState) -> Verification:
         native = self._step.native
         if native is None or not native.serves(token_ids, state):
-            return self._forward
+            return self._forward if self._graph is None else self._graph
         if self._native is None:
             self._native = Verifier(native, self._most + 1)
         return self._native
