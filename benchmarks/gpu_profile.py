@@ -16,13 +16,14 @@ from torch.profiler import profile as torch_profile
 from anymamba.kernels.add_norm.cuda import call as norm
 from anymamba.kernels.causal_conv1d.cuda import call as conv
 
-GROUPS = ("products", "scan", "convolution", "norm", "loss", "optimizer", "attention", "rest")
+GROUPS = ("products", "scan", "convolution", "norm", "loss", "optimizer", "attention", "fft", "rest")
 NAMES = {
     "attention": r"flash|fmha|attention",
     "products": r"nvjet|gemm|cutlass|splitK|cublas",
     "scan": r"^(scan|scan_backward|sum_pieces|carry|find_sequences|pass_empty|sum_blocks)$",
     "loss": r"^losses$",
     "optimizer": r"multi_tensor|[Aa]dam",
+    "fft": r"fft",
 }
 """A pattern of the names of a group's kernels. Those of convolution and norm have the same names: see `group_of`."""
 THREADS = {conv.THREADS: "convolution", norm.THREADS: "norm", 2 * norm.THREADS: "norm"}

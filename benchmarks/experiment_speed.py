@@ -1,0 +1,154 @@
+"""How fast the arms of a language experiment train on this machine, before a budget is fixed.
+
+Prints for each arm the bytes per second, the share of the card's bfloat16 peak, whether its step is recorded in a CUDA
+graph, the minutes that the whole arm takes without evaluations, and on a GPU the share of each group of kernels in a
+plain step. Arms that differ in rate and seed alone are measured once.
+
+python -m benchmarks.experiment_speed scaling --scale gpu [--arms NAME ...] [--steps 40] [--device cuda] [--no-shares]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymamba.experiments import load_experiment
+from anymamba.lab.experiment import SCALES, Arm
+from anymamba.lab.language import PEAKS, LanguageSettings, training_flops
+from anymamba.lab.optimization import WARM_UP, TrainingStep
+from anymamba.models.language_model import LanguageModel
+from anymamba.ops.devices import usable_device
+from benchmarks.gpu_profile import GROUPS, profile
+from benchmarks.timing import machine, table
+
+SHARE_LIMIT = 15
+"""Percent of a step that anything but products and scans may take."""
+
+
+def different(arms: list[Arm]) -> Iterator[tuple[Arm, int]]:
+    """Arms that differ in more than rate and seed, and how often each is run."""
+    seen: dict[str, list[Any]] = {}
+    for arm in arms:
+        settings: LanguageSettings = arm.settings
+        how = replace(settings.optimization, learning_rate=0.0)
+        key = repr((settings.model, how, settings.window))
+        seen.setdefault(key, [arm, 0])[1] += arm.seeds
+    yield from ((arm, runs) for arm, runs in seen.values())
+
+
+def measured(arm: Arm, device: torch.device, steps: int, shares: bool) -> dict[str, Any]:
+    """The speed of an arm on random bytes."""
+    settings: LanguageSettings = arm.settings
+    torch.manual_seed(0)
+    model = LanguageModel(settings.model).to(device)
+    how, window = settings.optimization, settings.window
+    rows = torch.randint(256, (how.batch_size, window + 1), device=device)
+    batch = (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+    take = TrainingStep(model, how)
+    start = time.perf_counter()
+    seconds = seconds_a_step(take, batch, steps, device)
+    rate = how.batch_size * window / seconds
+    peak = next(
+        (p for name, p in PEAKS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
+    )
+    return {
+        "bytes_per_second": rate,
+        "of_peak": rate * training_flops(settings.model, window) / peak if peak else None,
+        "recorded": take.not_recorded is None or take.not_recorded,
+        "minutes": seconds * how.steps / 60,
+        "first_seconds": time.perf_counter() - start - seconds * steps,
+        "gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        "shares": shares_of(model, how, batch) if shares and device.type == "cuda" else None,
+    }
+
+
+def seconds_a_step(take: TrainingStep, batch: tuple[Tensor, Tensor], steps: int, device: torch.device) -> float:
+    """The mean over steps that are queued one after the other, after those that compile and record."""
+    for i in range(WARM_UP + 2):
+        take(batch, i + 1)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(steps):
+        take(batch, i + 1)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def shares_of(model: LanguageModel, how: Any, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Percent of the kernels' time of a plain step in each group."""
+    take = TrainingStep(model, how)
+    take.not_recorded = "it is profiled"
+    times = profile(lambda: take(batch, 1), 0.0)
+    whole = sum(times[group] for group in GROUPS)
+    return {group: 100 * times[group] / whole for group in GROUPS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment")
+    parser.add_argument("--scale", choices=SCALES, default="gpu")
+    parser.add_argument("--arms", nargs="+", default=[], help="defaults to all")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--no-shares", action="store_true", help="do not profile")
+    parser.add_argument("--json", help="a file for all numbers")
+    options = parser.parse_args()
+    device = torch.device(usable_device(options.device))
+    arms = [
+        a for a in load_experiment(options.experiment).arms(options.scale) if not options.arms or a.name in options.arms
+    ]
+    found, rows, total = {}, [], 0.0
+    for arm, runs in different(arms):
+        try:
+            values = measured(arm, device, options.steps, not options.no_shares)
+        except Exception as error:  # the other arms go on
+            print(f"{arm.name} failed: {type(error).__name__}: {error}"[:500], file=sys.stderr, flush=True)
+            continue
+        finally:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+        found[arm.name] = values
+        total += runs * values["minutes"]
+        share = "" if values["of_peak"] is None else f"{100 * values['of_peak']:.1f}"
+        shares = [f"{values['shares'][g]:.0f}" for g in GROUPS] if values["shares"] else []
+        rows.append(
+            [
+                arm.name,
+                f"{values['bytes_per_second']:,.0f}",
+                share,
+                str(values["recorded"]),
+                f"{runs} x {values['minutes']:.2f}",
+                *shares,
+            ]
+        )
+        print(rows[-1], f"first steps {values['first_seconds']:.1f} s", file=sys.stderr, flush=True)
+        if options.json:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump(found, file, indent=1)
+    header = [
+        "arm",
+        "bytes a second",
+        "of peak, %",
+        "recorded",
+        "minutes",
+        *(GROUPS if rows and len(rows[0]) > 5 else []),
+    ]
+    print(f"{machine()}\n\n{table(header, rows)}\n\nAll arms and seeds: {total:.1f} minutes without evaluations.")
+    print(f"Anything but products and scans should take at most {SHARE_LIMIT} % of a step.")
+
+
+if __name__ == "__main__":
+    main()
