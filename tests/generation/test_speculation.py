@@ -12,10 +12,11 @@ from anymamba.generation.sampling import RowDraws, SamplingConfig
 from anymamba.generation.speculation import Speculation
 from anymamba.generation.speculation.drafts import LookupDrafter
 from anymamba.generation.speculation.pacing import Pacing
+from anymamba.generation.speculation.passes import GraphVerification, near_ties
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.options import AttentionOptions, MambaOptions
-from anymamba.parts.state import state_tensors
+from anymamba.parts.state import map_state, state_tensors
 
 SAMPLING = {
     "greedy": SamplingConfig(temperature=0),
@@ -243,3 +244,30 @@ class TestPacing:
             pacing.add_step(1.0)
             n += 1
         assert 50 < n < 2000
+
+
+def test_near_ties_are_counted():
+    logits = torch.tensor([[0.0, 1.0, 5.0], [0.0, 5.0 - 1e-3, 5.0], [0.0, 5.0, 5.0]])
+    assert near_ties(logits, torch.float32).tolist() == [False, False, True]
+    assert near_ties(logits, torch.bfloat16).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 5])
+def test_passes_in_graphs(repeating, n_tokens):
+    """On a CPU what would be a graph runs each time, on the same memory."""
+    passes = GraphVerification(repeating)
+    state = repeating(torch.tensor([PROMPT])).state
+    for ids in ([1, 2, 3, 4, 5], [3, 1, 1, 7, 0]):
+        kept, logits = map_state(torch.clone, state), passes.read(ids, state)
+        want = repeating(torch.tensor([ids]), state).logits[0]
+        after = repeating(torch.tensor([ids[:n_tokens]]), state).state
+        assert torch.equal(logits, want)
+        assert all(map(torch.equal, state_tensors(state), state_tensors(kept)))
+        state = passes.accept(n_tokens)
+        assert all(map(torch.equal, state_tensors(state), state_tensors(after)))
+
+
+def test_a_pass_that_gives_the_bits_of_steps_counts_no_ties(repeating):
+    steps = stream(repeating, [PROMPT], max_new_tokens=20, seed=3, speculation=Speculation(4))
+    list(steps)
+    assert steps.speculation.n_passes > 0 and steps.speculation.n_near_ties == 0

@@ -130,8 +130,8 @@ class Speculator:
         )
         self._seconds = 0.0
         self._counts = [0, 0, 0]
-        on_gpu = next(model.parameters()).device.type == "cuda" and not model.grows
-        self._graph = GraphVerification(model) if on_gpu else None
+        self._on_gpu = next(model.parameters()).device.type == "cuda"
+        self._graph = GraphVerification(model) if self._on_gpu and not model.grows else None
         self._ties: Tensor | None = None  # of this pass, where it may round differently
         self._n_ties: int | Tensor = 0
 
@@ -152,30 +152,36 @@ class Speculator:
             self._counts[2] += 1
             return LanguageModelOutput(self._ahead.popleft()[1], state)
         state = self.settle(state)
-        start = time.perf_counter()
+        start = self._now()
         n_guesses = self.pacing.best(self._drafter.chances(self._most))
         if n_guesses:
             logits = self._read_ahead(token, self._drafter.draft(n_guesses), token_ids, state)
-            self._seconds = time.perf_counter() - start
+            self._seconds = self._now() - start
             return LanguageModelOutput(logits, state)
         output = self._step(token_ids, state, reuse_state=True)
-        self.pacing.add_step(time.perf_counter() - start)
+        self.pacing.add_step(self._now() - start)
         return output
 
     def settle(self, state: LanguageModelState) -> LanguageModelState:
         """The state after the tokens stepped over, in place of the one returned last. Drops guesses that are left."""
         if self._reading is None:
             return state
-        start = time.perf_counter()
+        start = self._now()
         state = self._reading.accept(self._n_read)
         if self._ties is not None:
-            self._n_ties = self._n_ties + self._ties[: self._n_read].sum()
-        self._seconds += time.perf_counter() - start
+            self._n_ties, self._ties = self._n_ties + self._ties[: self._n_read].sum(), None
+        self._seconds += self._now() - start
         self.pacing.add_pass(self._n_guessed, self._seconds)
         self._drafter.judge(self._n_guessed, self._n_read - 1)
         self._reading = None
         self._ahead.clear()
         return state
+
+    def _now(self) -> float:
+        """The time, when a GPU is done with what was queued."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _read_ahead(
         self, token: int, guesses: list[int], token_ids: Int[Tensor, " batch"], state: LanguageModelState

@@ -1,0 +1,114 @@
+"""Passes over several tokens on a GPU as CUDA graphs, and how often their rounding may decide a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from anymamba.models.inference import InferenceModel
+from anymamba.models.inference.gpu_weights import activation_dtype
+from anymamba.models.inference.graphs import Graphs
+from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.parts.state import map_state, state_tensors
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""How far a pass and a step may differ in a logit, in standard deviations of a row's logits, by the activations' dtype."""
+
+
+def near_ties(logits: Float[Tensor, "length vocab"], dtype: torch.dtype) -> Bool[Tensor, " length"]:
+    """Where the two likeliest ids are so close that rounding may exchange them.
+
+    Args:
+        logits: of the ids that may be chosen.
+        dtype: of the activations.
+    """
+    logits = logits.float()
+    first, second = logits.topk(2, -1).values.unbind(-1)
+    return first - second < ROUNDING.get(dtype, 0.0) * logits.std(-1)
+
+
+def dtype_of_activations(model: LanguageModel) -> torch.dtype:
+    """In which a model computes a pass over several tokens."""
+    place = next(model.parameters())
+    if isinstance(model, InferenceModel) and place.device.type == "cuda":
+        return activation_dtype(model)
+    return place.dtype
+
+
+class _Pass:
+    """The forward pass over so many tokens of one row, on memory of its own.
+
+    Args:
+        length: tokens.
+        with_logits: whether it computes logits, after each token.
+    """
+
+    def __init__(self, model: LanguageModel, length: int, with_logits: bool) -> None:
+        self._model, self._n_logits = model, length if with_logits else 0
+        device = next(model.parameters()).device
+        self.ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+        self.before = map_state(torch.clone, model.init_state(1))
+        self.logits, self.after = torch.empty(0), self.before
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.logits, self.after = self._model(self.ids, self.before, num_last_logits=self._n_logits)
+
+
+class _Recorded(NamedTuple):
+    run: _Pass
+    replay: Callable[[], object]
+
+
+class GraphVerification:
+    """Verification by the model's forward pass on a GPU: a graph for each number of tokens, recorded when it is needed.
+
+    Args:
+        model: one whose state does not grow. Its weights must not change.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._graphs = Graphs(next(model.parameters()).device)
+        self._recorded: dict[tuple[int, bool], _Recorded] = {}
+
+    def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
+        """Logits after each token."""
+        self._ids, self._before = list(token_ids), state
+        with self._graphs.turn():
+            run = self._run(self._ids, with_logits=True)
+            self._after = _copied(run.after)
+            return run.logits[0].clone()
+
+    def accept(self, n_tokens: int) -> LanguageModelState:
+        """The state after the first n_tokens, which are read again unless all are accepted."""
+        if n_tokens == len(self._ids):
+            return self._after
+        with self._graphs.turn():
+            return _copied(self._run(self._ids[:n_tokens], with_logits=False).after)
+
+    def _run(self, ids: list[int], with_logits: bool) -> _Pass:
+        key = (len(ids), with_logits)
+        if key not in self._recorded:
+            run = _Pass(self._model, *key)
+            self._recorded[key] = _Recorded(run, self._graphs.capture(run, 1))
+        run, replay = self._recorded[key]
+        run.ids.copy_(torch.tensor([ids]))
+        _copy(self._before, run.before)
+        replay()
+        return run
+
+
+def _copied(state: LanguageModelState) -> LanguageModelState:
+    found = map_state(torch.empty_like, state)
+    _copy(state, found)
+    return found
+
+
+def _copy(state: LanguageModelState, to: LanguageModelState) -> None:
+    """Few kernels copy all tensors."""
+    torch._foreach_copy_(list(state_tensors(to)), list(state_tensors(state)))
