@@ -168,9 +168,12 @@ def test_nothing_to_do(sizes, initial):
 
 
 def test_pieces_fill_the_machine():
-    assert call.piece_of(2048, 96, 132 * 6, range(8, 65, 8)) == 64 or call.piece_of(1, 1, 792, range(8, 65, 8)) == 8
+    assert call.piece_of(1, 1, 132, 5, range(8, 65, 4)) == 8
     for length in (1, 100, 2048, 1 << 20):
-        assert call.piece_of(length, 12, 792, range(8, 65, 8)) in range(8, 65, 8)
+        assert call.piece_of(length, 12, 132, 6, range(8, 65, 8)) in range(8, 65, 8)
+    for held, pieces in ((5, range(8, 65, 4)), (3, range(8, 193, 4))):
+        assert call.piece_of(2048, 12, 132, held, pieces) == 24  # 264 blocks, two for each multiprocessor
+    assert call.piece_of(2048, 96, 132, 5, range(8, 65, 4)) == 40  # 1,248 blocks in two waves of 660
 
 
 def test_python_and_cuda_agree_about_the_parameters():

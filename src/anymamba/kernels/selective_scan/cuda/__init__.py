@@ -104,7 +104,7 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
     if fast:
         blocks_of_rows = -(-a.d_inner * lanes // threads)
         call.set(blocks_of_group=blocks_of_rows)
-        call.launch(fast, blocks_of_rows * -(-a.batch // plan.ROWS_OF_BLOCK), threads)
+        call.launch(fast, blocks_of_rows * -(-a.batch // plan.ROWS_OF_BLOCK), threads, early=True)
     else:
         call.launch(
             plan.general("general_forward", "step", a.dtype), -(-a.batch * a.d_inner * lanes // threads), threads

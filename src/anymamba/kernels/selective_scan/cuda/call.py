@@ -155,9 +155,11 @@ class Call:
         self.dense(**{name: tensor})
         return tensor
 
-    def launch(self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0) -> None:
-        """Queue a kernel."""
-        nvrtc.kernel(variant, self.index).launch(n_blocks, threads, shared, PACK(*self.values))
+    def launch(
+        self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0, *, early: bool = False
+    ) -> None:
+        """Queue a kernel; `early` as in `nvrtc.Kernel.launch`."""
+        nvrtc.kernel(variant, self.index).launch(n_blocks, threads, shared, PACK(*self.values), early)
 
 
 def readable(tensor: Tensor) -> Tensor:

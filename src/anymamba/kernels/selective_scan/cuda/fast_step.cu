@@ -41,6 +41,8 @@ struct Token {  // of a row
 };
 
 KERNEL(THREADS, 8) step(PARAMETER Parameters p) {
+    wait_for_previous();
+    let_next_start();
     const u32 blocks = u32(p.blocks_of_group), lanes = u32(p.lanes), shift = u32(first_bit(lanes));
     const u32 index = blockIdx.x % blocks * THREADS + threadIdx.x;
     const i64 first_row = i64(blockIdx.x / blocks) * ROWS;

@@ -1,0 +1,26 @@
+"""Kernels that are launched before the previous kernel of their stream ends wait for it first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from anymamba import kernels
+
+FOLDER = Path(kernels.__file__).parent
+EARLY = {"causal_conv1d/cuda/fast.cu": ["forward", "step"], "selective_scan/cuda/fast_step.cu": ["step"]}
+"""The kernels that these ops launch with `early=True`. Those of model_step read weights before they wait."""
+
+
+@pytest.mark.parametrize("path", EARLY)
+def test_a_kernel_waits_for_the_previous_one_first(path):
+    """A thread that returns, branches or reads a tensor before that would see what is not written yet."""
+    waiting = []
+    for body in (FOLDER / path).read_text("utf-8").split("\nKERNEL(")[1:]:
+        before, wait, _ = body.partition("wait_for_previous();")
+        if wait:
+            waiting += re.findall(r"\) (\w+)\(", before)[:1]
+            assert not re.search(r"\b(if|for|while|return|reinterpret_cast|read)\b", before), before
+    assert waiting == EARLY[path]
