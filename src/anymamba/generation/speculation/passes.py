@@ -16,7 +16,7 @@ from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.state import map_state, state_tensors
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""How far a pass and a step may differ in a logit, in standard deviations of a row's logits, by the activations' dtype."""
+"""How far a pass and a step may differ in a logit, in standard deviations of logits, by the dtype of activations."""
 
 
 def near_ties(logits: Float[Tensor, "length vocab"], dtype: torch.dtype) -> Bool[Tensor, " length"]:

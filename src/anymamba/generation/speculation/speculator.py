@@ -138,7 +138,8 @@ class Speculator:
     @property
     def report(self) -> SpeculationReport:
         """What was done so far."""
-        return SpeculationReport(*self._counts, int(self._n_ties))
+        n_passes, n_guessed, n_right = self._counts
+        return SpeculationReport(n_passes, n_guessed, n_right, int(self._n_ties))
 
     def __call__(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
