@@ -14,7 +14,7 @@ WRITTEN = [name for name in FORMATS if name != "q5_k"]
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     cpu = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-    return cpu.to(torch.get_default_device())
+    return cpu.to(torch.empty(0).device)  # `--device` sets the default type of tensors, not the default device
 
 
 @pytest.mark.parametrize("format", WRITTEN)
