@@ -16,12 +16,26 @@ from anymamba.generation.beam import beam_search
 from anymamba.generation.engine import Engine
 from anymamba.generation.generate import generate
 from anymamba.generation.prefix_tree import PrefixTree
+from anymamba.generation.reading import PassClock, Piece, PieceReader
 from anymamba.generation.requests import Beams, Failed, Finished, NewToken, PromptRead, Request
 from anymamba.generation.sampling import SamplingConfig
+from anymamba.generation.stepping import Stepper
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import state_tensors
 
 GREEDY = SamplingConfig(temperature=0)
 SAMPLINGS = [GREEDY, SamplingConfig(), SamplingConfig(1.3, top_k=7, top_p=0.9, repetition_penalty=1.2)]
+
+
+@pytest.fixture
+def attention() -> LanguageModel:
+    """A model whose state grows."""
+    torch.manual_seed(1)
+    model = LanguageModel(ModelConfig(d_model=32, n_layers=2, vocab_size=37, mixers=("s4d",), attention_layers=(1,)))
+    with torch.no_grad():
+        model.embedding.weight.mul_(30)
+    return model
 
 
 class Client:
@@ -79,6 +93,18 @@ def test_requests_that_come_at_any_time_give_what_each_gives_alone(request, name
         assert client.ids[0] == wanted
         assert client.reason == ("eos" if wanted[-1] == 5 else "length")
         assert client.ends[0].usage.new_tokens == len(wanted)
+
+
+def test_states_that_grow(attention):
+    engine = Engine(attention, prefix_tree=PrefixTree(1 << 22, every=8))
+    prompts = [[1, 2, 3] * 3, [1, 2, 3] * 4, [5]]
+    clients = [Client(engine, prompt=p, sampling=GREEDY, max_new_tokens=3 + i) for i, p in enumerate(prompts)]
+    finish(engine)
+    clients.append(Client(engine, prompt=prompts[0], sampling=GREEDY, max_new_tokens=5))
+    finish(engine)
+    assert clients[3].read.n_cached == 9
+    for client, prompt in zip(clients, [*prompts, prompts[0]], strict=True):
+        assert client.ids[0] == alone(attention, prompt, sampling=GREEDY, max_new_tokens=len(client.ids[0]))
 
 
 def test_texts_and_stop_strings_are_those_of_generate():
@@ -307,12 +333,41 @@ def test_misuse(hash_model):
     assert not engine.step()
 
 
+@pytest.mark.parametrize("name", ["mamba", "attention"])
+def test_pieces_of_several_prompts_are_read_in_one_pass(request, name, monkeypatch):
+    model = request.getfixturevalue(name)
+    stepper = Stepper(model)
+    monkeypatch.setattr(Stepper, "native", None)  # as on a GPU
+    passes = []
+    monkeypatch.setattr(model, "hidden", lambda *a, hidden=model.hidden, **k: passes.append(1) or hidden(*a, **k))
+    texts = prompts_of((9, 1, 5), 37)
+    with torch.inference_mode():
+        states = [model(torch.tensor([text])).state for text in texts]
+        passes.clear()
+        pieces = [Piece(text[::-1], state, False) for text, state in zip(texts, states, strict=True)]
+        for found, text in zip(PieceReader(model, stepper).read(pieces), texts, strict=True):
+            wanted = model(torch.tensor([text + text[::-1]]), num_last_logits=1).logits[0]
+            assert torch.allclose(found.logits, wanted, atol=1e-4)
+    assert len(passes) == 1 + len(texts)
+
+
+def test_a_pass_has_as_many_tokens_as_fit_into_its_time():
+    clock = PassClock()
+    for n in (16, 20, 40, 100, 300, 600, 1500):
+        clock.add(n, 0.005 + n * 1e-3)
+    assert clock.tokens_within(0) == 16
+    for seconds in (0.03, 0.1, 0.3, 0.7):
+        n = clock.tokens_within(seconds)
+        assert 0.7 * seconds < 0.005 + n * 1e-3 < 1.1 * seconds
+    assert clock.tokens_within(100) == 2048
+
+
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_a_seeded_answer_has_the_same_bits_alone_among_32_and_after_a_cache_hit(mamba, weights):
     model = mamba if weights is None else mamba.for_inference(weights)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 37, n).tolist() for n in rng.integers(1, 70, 31)]
-    watched = {"prompt": prompts_of((53,), 37)[0], "seed": 7, "n_top": 3, "max_new_tokens": 25, "invariant": True}
+    prompts = [rng.integers(0, 37, n).tolist() for n in rng.integers(1, 40, 31)]
+    watched = {"prompt": prompts_of((53,), 37)[0], "seed": 7, "n_top": 3, "max_new_tokens": 12, "invariant": True}
     watched |= {"sampling": SamplingConfig(0.9, top_p=0.9), "frequency_penalty": 0.1}
 
     def bits(client: Client) -> list:
@@ -322,7 +377,7 @@ def test_a_seeded_answer_has_the_same_bits_alone_among_32_and_after_a_cache_hit(
     first = Client(alone, **watched)
     finish(alone)
     for i, prompt in enumerate(prompts):
-        Client(crowded, prompt=prompt, seed=i, sampling=SAMPLINGS[i % 3], max_new_tokens=5 + i)
+        Client(crowded, prompt=prompt, seed=i, sampling=SAMPLINGS[i % 3], max_new_tokens=3 + i // 2)
         if i == 15:
             among = Client(crowded, **watched)
             crowded.step()

@@ -218,14 +218,14 @@ class Engine:
 
     def _read(self) -> None:
         """One pass over pieces of prompts, as many tokens as the running rows may wait for."""
-        n_tokens = self._reader.tokens_within(self._pass_seconds())
+        n_tokens = self._reader.clock.tokens_within(self._pass_seconds())
         jobs, pieces = [], []
         for job in self._turns.order(self._reading):
             piece = self._piece(job, n_tokens)
             jobs.append(job)
             pieces.append(piece)
             self._turns.serve(job, len(piece.ids))
-            n_tokens -= len(piece.ids)
+            n_tokens -= max(len(piece.ids), LEAST_TOKENS)
             if n_tokens < LEAST_TOKENS:
                 break
         try:

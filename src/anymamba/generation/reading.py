@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from anymamba.generation.stepping import Stepper
@@ -38,11 +39,43 @@ class PieceRead(NamedTuple):
     state: LanguageModelState
 
 
+class PassClock:
+    """How long passes take, by their number of tokens: a running mean for each power of two."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}  # of a pass of so many tokens
+
+    def add(self, n_tokens: int, seconds: float) -> None:
+        """Take note of a pass."""
+        size = max(LEAST_TOKENS, 1 << (n_tokens.bit_length() - 1))
+        seconds *= size / max(n_tokens, size)
+        before = self._seconds.get(size, seconds)
+        self._seconds[size] = before + 0.3 * (seconds - before)
+
+    def seconds(self, n_tokens: int) -> float:
+        """The time of a pass, as a multiple of that of the largest smaller one that was measured."""
+        known = [size for size in self._seconds if size <= n_tokens] or list(self._seconds)
+        if not known:
+            return n_tokens * 1e-3
+        nearest = max(known) if max(known) <= n_tokens else min(known)
+        return self._seconds[nearest] * n_tokens / nearest
+
+    def tokens_within(self, seconds: float) -> int:
+        """How many tokens a pass may read so that it takes about so long."""
+        n = LEAST_TOKENS
+        while n < MOST_TOKENS and self.seconds(2 * n) <= seconds:
+            n *= 2
+        low, high = self.seconds(n), self.seconds(2 * n)
+        more = (seconds - low) / (high - low) if low < seconds < high else 0.0
+        return min(MOST_TOKENS, n + int(n * more))
+
+
 class PieceReader:
-    """Reads pieces of prompts, and measures how long a token takes.
+    """Reads pieces of prompts, and measures how long it takes.
 
     Where the model has a compiled step, every token is computed as in a step, so that the result has the same bits
-    however a prompt is cut and whatever is read beside it.
+    however a prompt is cut and whatever is read beside it. Pieces of the same length are then read together. Otherwise
+    all pieces are packed into one row.
 
     Args:
         model: a language model.
@@ -52,45 +85,63 @@ class PieceReader:
     def __init__(self, model: LanguageModel, stepper: Stepper) -> None:
         self._model, self._stepper = model, stepper
         self._device = next(model.parameters()).device
-        self.seconds_per_token = 1e-3
-        """A running mean over passes; one pass is counted for each token up to a few, so it rises with short ones."""
-
-    def tokens_within(self, seconds: float) -> int:
-        """How many tokens one pass may read so that it takes about so long."""
-        return max(LEAST_TOKENS, min(MOST_TOKENS, int(seconds / self.seconds_per_token)))
+        self.clock = PassClock()
+        """How long passes have taken."""
 
     def read(self, pieces: Sequence[Piece]) -> list[PieceRead]:
-        """Read pieces, those of the same length together."""
-        start = time.perf_counter()
+        """Read pieces."""
         found: dict[int, PieceRead] = {}
-        for places in _of_one_kind(pieces):
-            found.update(zip(places, self._read([pieces[i] for i in places]), strict=True))
-        n = sum(len(piece.ids) for piece in pieces)
-        self.seconds_per_token += 0.3 * ((time.perf_counter() - start) / n - self.seconds_per_token)
+        for places in self._groups(pieces):
+            group = [pieces[i] for i in places]
+            start = time.perf_counter()
+            found.update(zip(places, self._read(group), strict=True))
+            self.clock.add(sum(len(piece.ids) for piece in group), time.perf_counter() - start)
         return [found[i] for i in range(len(pieces))]
 
+    def _groups(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """The places of pieces that can be read together."""
+        can_pack = self._stepper.native is None and isinstance(self._model, LanguageModel)
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for i, piece in enumerate(pieces):
+            kind = (0 if can_pack and not piece.all_logits else len(piece.ids), piece.all_logits)
+            groups.setdefault(kind, []).append(i)
+        return list(groups.values())
+
     def _read(self, pieces: Sequence[Piece]) -> list[PieceRead]:
-        """Read pieces of the same length, which all need the same logits."""
-        ids = torch.tensor([list(piece.ids) for piece in pieces], device=self._device)
-        together = pieces[0].state if len(pieces) == 1 else concatenate_rows([piece.state for piece in pieces])
-        logits, state = self._forward(ids, together, None if pieces[0].all_logits else 1)
+        """Read pieces together, which are of the same length or can be packed."""
+        state = pieces[0].state if len(pieces) == 1 else concatenate_rows([piece.state for piece in pieces])
+        if len({len(piece.ids) for piece in pieces}) == 1:
+            logits, state = self._read_batch(pieces, state)
+        else:
+            logits, state = self._read_packed(pieces, state)
         rows = [map_state(lambda t, i=i: t[i : i + 1], state) for i in range(len(pieces))]
         return [PieceRead(logits[i], row) for i, row in enumerate(rows)]
 
-    def _forward(
-        self, ids: Int[Tensor, "batch length"], state: LanguageModelState, n_logits: int | None
-    ) -> tuple[Float[Tensor, "batch positions padded_vocab"], LanguageModelState]:
+    def _read_batch(
+        self, pieces: Sequence[Piece], state: LanguageModelState
+    ) -> tuple[Float[Tensor, "pieces positions padded_vocab"], LanguageModelState]:
+        ids = torch.tensor([list(piece.ids) for piece in pieces], device=self._device)
+        n_logits = None if pieces[0].all_logits else 1
         native = self._stepper.native
         if native is not None and native.serves(ids[:, 0], state):
             logits, state = read(native, ids, state, num_last_logits=n_logits)
         else:
             logits, state = self._model(ids, state, num_last_logits=n_logits)
+        self._wait()
         return logits, state
 
+    def _read_packed(
+        self, pieces: Sequence[Piece], state: LanguageModelState
+    ) -> tuple[Float[Tensor, "pieces one padded_vocab"], LanguageModelState]:
+        ids = torch.tensor([[token for piece in pieces for token in piece.ids]], device=self._device)
+        offsets = [0, *accumulate(len(piece.ids) for piece in pieces)]
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=self._device)
+        x, state = self._model.hidden(ids, state, cu_seqlens=cu_seqlens)
+        logits = self._model.logits(x[0, cu_seqlens[1:].long() - 1])[:, None]
+        self._wait()
+        return logits, state
 
-def _of_one_kind(pieces: Sequence[Piece]) -> list[list[int]]:
-    """The places of pieces that can be read together."""
-    kinds: dict[tuple[int, bool], list[int]] = {}
-    for i, piece in enumerate(pieces):
-        kinds.setdefault((len(piece.ids), piece.all_logits), []).append(i)
-    return list(kinds.values())
+    def _wait(self) -> None:
+        """Wait for a GPU, so that a pass is measured and not only begun."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
