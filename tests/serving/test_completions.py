@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from anymamba.generation.beam import beam_search
 from anymamba.generation.generate import generate
 from anymamba.generation.sampling import SamplingConfig
 
@@ -113,6 +114,18 @@ def test_the_end_token_ends_a_text_unless_it_is_ignored(server):
     assert ignored["choices"][0]["finish_reason"] == "length" and ignored["usage"]["completion_tokens"] == 6
 
 
+def test_beams_find_what_beam_search_finds(server):
+    model, tokenizer = server.served.model, server.served.tokenizer
+    (wanted,) = beam_search(
+        model, [tokenizer.encode("def ")], tokenizer, num_beams=4, n_best=2, max_new_tokens=8, length_penalty=0.5
+    )
+    body = {"prompt": "def ", "max_tokens": 8, "num_beams": 4, "n": 2, "length_penalty": 0.5}
+    answer = server.good(PATH, body)
+    assert [choice["text"] for choice in answer["choices"]] == [found.text for found in wanted]
+    pieces = [c for piece in server.events(PATH, body) for c in piece["choices"]]
+    assert "".join(c["text"] for c in pieces if c["index"] == 1) == wanted[1].text
+
+
 WRONG = [
     ({"prompt": None}, "prompt"),
     ({"prompt": 3}, "prompt"),
@@ -143,6 +156,10 @@ WRONG = [
     ({"logit_bias": {"1": 101}}, "logit_bias.1"),
     ({"logit_bias": [1]}, "logit_bias"),
     ({"seed": 1 << 64}, "seed"),
+    ({"num_beams": 2, "n": 3}, "n"),
+    ({"num_beams": 2, "top_k": 3}, "top_k"),
+    ({"num_beams": 2, "logprobs": 1}, "logprobs"),
+    ({"num_beams": 2, "guided_regex": "a"}, "guided_regex"),
     ({"min_tokens": 3}, "min_tokens"),
     ({"stop_token_ids": [1]}, "stop_token_ids"),
     ({"session": ""}, "session"),

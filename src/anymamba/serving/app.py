@@ -70,6 +70,7 @@ class Application:
                 Mount("/", StaticFiles(directory=FOLDER, html=True, check_dir=False)),
             ],
             redirect_slashes=False,
+            default=_Nowhere(),
         )
 
     # ------------------------------------------------------------------------------------ the state of the server

@@ -185,7 +185,8 @@ class ServedModel:
             frequency_penalty=options.frequency_penalty,
             presence_penalty=options.presence_penalty,
             keep_state=options.session is not None,
-            invariant=options.seed is not None and self._can_be_invariant,
+            beams=options.beams,
+            invariant=options.seed is not None and options.beams is None and self._can_be_invariant,
             **{"stop": options.stop, **more},
         )
 

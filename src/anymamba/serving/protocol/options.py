@@ -77,7 +77,6 @@ def read_beams(values: Mapping[str, Any]) -> Beams | None:
     if values["num_beams"] == 1:
         return None
     changed = {
-        "stream": values["stream"],
         "session": values["session"] is not None,
         "logit_bias": bool(values["logit_bias"]),
         "top_p": values["top_p"] not in (None, 1.0),
@@ -86,11 +85,15 @@ def read_beams(values: Mapping[str, Any]) -> Beams | None:
         "repetition_penalty": values["repetition_penalty"] != 1.0,
         "frequency_penalty": values["frequency_penalty"] != 0.0,
         "presence_penalty": values["presence_penalty"] != 0.0,
-        "n": values["n"] > 1,
+        "logprobs": values["logprobs"] not in (None, False),
         "best_of": (values.get("best_of") or 1) > 1,
         "tools": bool(values.get("tools")),
         "response_format": (values["response_format"] or {}).get("type", "text") != "text",
+        **{name: values[name] is not None for name in ("structured_outputs", "guided_json", "guided_regex")},
+        "guided_choice": values["guided_choice"] is not None,
     }
+    if values["n"] > values["num_beams"]:
+        raise ApiError(400, f"n must be at most num_beams, got {values['n']} and {values['num_beams']}", param="n")
     for name, is_changed in changed.items():
         if is_changed:
             raise ApiError(400, f"{name} does not go with num_beams, which searches; leave one out", param=name)
