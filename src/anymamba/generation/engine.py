@@ -289,7 +289,7 @@ class Engine:
 
     def _generate(self) -> None:
         """One more token of every running row."""
-        start = time.perf_counter()
+        start, has_step = time.perf_counter(), any(row.ids for row in self._running.rows)
         try:
             chosen = self._running.advance()
         except Exception as error:
@@ -297,7 +297,8 @@ class Engine:
             for row in rows:
                 self._emit(row.job, Failed(row.number, error))
             return
-        self._seconds += (time.perf_counter() - start - self._seconds) * (0.1 if self._seconds else 1)
+        if has_step:
+            self._seconds += (time.perf_counter() - start - self._seconds) * (0.1 if self._seconds else 1)
         ended: dict[int, EndReason | Exception] = {}
         for place, (row, one) in enumerate(zip(self._running.rows, chosen, strict=True)):
             end = one.error or one.reason

@@ -169,7 +169,7 @@ class Turns:
     def join(self, job: Job, others: Iterable[Job]) -> None:
         """A new job: an owner who comes back does not catch up on the time away."""
         served = [self._served[other.request.owner] for other in others]
-        job.turn = self._turn
+        job.turn = self._turn - 1  # before whoever was served last
         if served:
             self._served[job.request.owner] = max(self._served[job.request.owner], min(served))
 

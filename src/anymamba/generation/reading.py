@@ -46,9 +46,11 @@ class PassClock:
         self._seconds: dict[int, float] = {}  # of a pass of so many tokens
 
     def add(self, n_tokens: int, seconds: float) -> None:
-        """Take note of a pass."""
-        size = max(LEAST_TOKENS, 1 << (n_tokens.bit_length() - 1))
-        seconds *= size / max(n_tokens, size)
+        """Take note of a pass. One with fewer tokens than the least tells nothing about others."""
+        if n_tokens < LEAST_TOKENS:
+            return
+        size = 1 << (n_tokens.bit_length() - 1)
+        seconds *= size / n_tokens
         before = self._seconds.get(size, seconds)
         self._seconds[size] = before + 0.3 * (seconds - before)
 
