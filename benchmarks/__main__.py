@@ -33,8 +33,11 @@ ON_A_GPU = {
     "gpu": "The CUDA kernels of the scan",
     "gpu_memory_bound": "The CUDA kernels of the convolution, the norm and the loss",
     "gpu_models": "Training steps of whole models on a GPU",
+    "gpu_throughput": "Throughput beside a Transformer on a GPU",
 }
-"""Run only when they are named. They take `--original FOLDER`, a folder of the compiled modules to compare with."""
+"""Run only when they are named."""
+WITH_ORIGINAL = ("gpu", "gpu_memory_bound", "gpu_models")
+"""These take `--original FOLDER`, a folder of the compiled modules to compare with."""
 TITLES = BENCHMARKS | ON_A_GPU
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
@@ -55,7 +58,7 @@ def main() -> None:
     for name in names:
         print(f"{TITLES[name]} ...", file=sys.stderr)
         command = [sys.executable, "-m", f"benchmarks.{name}"]
-        command += ["--original", options.original] if options.original and name in ON_A_GPU else []
+        command += ["--original", options.original] if options.original and name in WITH_ORIGINAL else []
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         machine, rest = printed.split("\n", 1)
         sections[TITLES[name]] = f"{machine.strip()}.\n\n{rest.strip()}"
