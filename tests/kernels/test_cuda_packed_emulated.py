@@ -1,8 +1,6 @@
-"""The CUDA kernels of the product of packed weights: run on the processor, and compiled for GPUs."""
+"""The CUDA kernels of the product of packed weights: run on the processor."""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from anymamba.kernels.packed_linear import cuda, reference
 from anymamba.kernels.packed_linear.arguments import PackedLinearArguments
 from anymamba.kernels.packed_linear.formats import FORMATS, PackedWeight, row_bytes, unpack
 from anymamba.kernels.packed_linear.writing import pack
-from anymamba.runtimes import nvrtc
 
 emulated = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
 
@@ -95,12 +92,3 @@ def test_it_says_what_it_does_not_serve():
     a = random_arguments("q8_0", 1, 2, 32)
     assert cuda.refuses(a) is None
     assert "bfloat16 and q8_0, q4_0, q4_k, q5_k, q6_k, got float32" in str(cuda.refuses(a._replace(format="float32")))
-
-
-@pytest.mark.skipif(nvrtc.cannot_compile() is not None, reason=str(nvrtc.cannot_compile()))
-@pytest.mark.parametrize(("format", "architecture"), list(zip(cuda.BLOCKS, (80, 90, 100, 120, 90), strict=True)))
-def test_every_format_compiles(format, architecture):
-    variant = next(v for v in cuda.variants() if v.options == (("FORMAT", FORMATS[format].code),))
-    cubin, said = nvrtc.compile_anew(variant, architecture, "--ptxas-options=-v")
-    assert cubin.startswith(b"\x7fELF")
-    assert max(int(n) for n in re.findall(r"(\d+) bytes spill loads", said)) <= 64, said
