@@ -147,6 +147,17 @@ def test_several_answers_at_once(chat):
     assert len(set(texts)) == 3, "each has a seed of its own"
 
 
+def test_each_version_has_a_seed_of_its_own(chat):
+    setting(chat, "seed", 7)
+    assert sent(chat, lambda: ask(chat, "Hello"))["seed"] == 7
+    assert sent(chat, chat.get_by_title("Try again").click)["seed"] == 8
+    settle(chat)
+    chat.click("#mode-complete")
+    assert sent(chat, lambda: complete(chat, "abc"))["seed"] == 7
+    assert sent(chat, chat.get_by_title("Another version").click)["seed"] == 8
+    settle(chat, "Continue")
+
+
 def test_an_answer_can_be_rewritten(chat):
     ask(chat, "Hello")
     chat.get_by_title("Edit this answer").click()

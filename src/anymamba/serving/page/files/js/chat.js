@@ -48,13 +48,14 @@ export function open(conversation, view, composer, app) {
     const messages = tree.path(chat, question).map((node) => ({ role: node.role, content: textOf(node.pieces) }));
     if (conversation.system?.trim()) messages.unshift({ role: "system", content: conversation.system });
     const { max_tokens, seed, ...rest } = fields;
+    const first = seed + tree.siblings(chat, nodes[0]).indexOf(nodes[0]);
     const body = { ...rest, ...app.requestFields(conversation), messages, max_completion_tokens: max_tokens, logprobs: true, top_logprobs: 5 };
     if (nodes.length > 1) comparing = question;
     chat.leaf = nodes[0].id;
     draw();
     const tasks = nodes.map((node, i) => ({
       path: "chat/completions",
-      body: seed == null ? body : { ...body, seed: seed + i },
+      body: seed == null ? body : { ...body, seed: first + i },
       fromChoice: fromChat,
       answer: node,
       piece: () => update(node),

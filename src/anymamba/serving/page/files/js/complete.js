@@ -25,7 +25,7 @@ export function open(conversation, view, composer, app) {
   page.addEventListener("input", () => { text.draft = edited(text.draft, read()); noteCaret(); drawBar(); later(); });
   page.addEventListener("paste", (event) => { event.preventDefault(); insert(event.clipboardData.getData("text/plain")); });
   document.onselectionchange = () => page.isConnected && noteCaret() && label();
-  composer.replaceChildren(h("div", { class: "bar" }, button, again, nav, h("span", { class: "spring" }), meta));
+  composer.replaceChildren(h("div", { class: "bar" }, button, again, nav, meta));
   tokens.explain(page, (span, token) => goFrom(offsetOf(span), token));
 
   let timer = 0;
@@ -79,6 +79,7 @@ export function open(conversation, view, composer, app) {
     keepEdits();
     const { seed, ...fields } = settings.requestFields();
     const body = { ...fields, ...app.requestFields(conversation), prompt: string, logprobs: 5 };
+    const first = seed + text.versions.filter((version) => version.stats && textOf(version.pieces).slice(0, version.start) === string).length;
     const made = Array.from({ length: settings.nAnswers() }, () => ({ pieces: [...prompt], start: string.length, reason: null, stats: null }));
     text.versions.push(...made);
     text.current = text.versions.length - made.length;
@@ -89,7 +90,7 @@ export function open(conversation, view, composer, app) {
     draw();
     const tasks = made.map((version, i) => ({
       path: "completions",
-      body: seed == null ? body : { ...body, seed: seed + i },
+      body: seed == null ? body : { ...body, seed: first + i },
       fromChoice: fromCompletion,
       answer: version,
       piece: () => update(version),

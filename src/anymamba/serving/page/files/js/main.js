@@ -27,8 +27,8 @@ const app = { save, refresh, fail, requestFields };
 async function start() {
   theme(localStorage.getItem(THEME));
   for (const place of document.querySelectorAll("[data-icon]")) place.append(icon(place.dataset.icon));
-  settings.start(coloured);
-  coloured();
+  settings.start(dress);
+  dress();
   tokens.start();
   listen();
   conversations = await store.all();
@@ -170,8 +170,11 @@ function askForKey() {
 
 // ---------------------------------------------------------------------------------------------- surroundings
 
-function coloured() {
-  document.body.classList.toggle("coloured", settings.values().colour);
+/** Let the text look as the settings say. */
+function dress() {
+  const { colour, mono } = settings.values();
+  document.body.classList.toggle("coloured", colour);
+  document.body.classList.toggle("mono", mono);
 }
 
 function theme(name) {

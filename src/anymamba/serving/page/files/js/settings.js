@@ -14,12 +14,13 @@ const FIELDS = [
   ["repetition_penalty", "Repetition penalty", "", "number", { min: 0.01, step: 0.05 }, "above 1 avoids what occurred"],
   ["frequency_penalty", "Frequency penalty", "", "number", { min: -2, max: 2, step: 0.1 }, ""],
   ["presence_penalty", "Presence penalty", "", "number", { min: -2, max: 2, step: 0.1 }, ""],
-  ["seed", "Seed", "", "number", { step: 1 }, "the same seed gives the same answer"],
+  ["seed", "Seed", "", "number", { step: 1 }, "of the first version; each further one counts up"],
   ["stop", "Stop at", "", "lines", {}, "one text a line, up to four"],
   ["answers", "Answers at once", 1, "number", { min: 1, max: 4, step: 1 }, "to compare"],
   ["colour", "Colour tokens by probability", false, "check", {}, ""],
+  ["mono", "Letters of one width, for code", false, "check", {}, ""],
 ];
-const LOCAL = new Set(["answers", "colour"]);
+const LOCAL = new Set(["answers", "colour", "mono"]);
 
 /** Make the form. `changed` is called after each change. */
 export function start(changed) {

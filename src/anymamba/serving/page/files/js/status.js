@@ -11,7 +11,7 @@ export function cost({ tokens, perSecond, firstAfter, prompt, cached }) {
   return parts.join(" · ");
 }
 
-const REASONS = { length: "stopped at the longest answer", stopped: "stopped by you", error: "broken off by an error" };
+const REASONS = { length: "limit reached", stopped: "stopped by you", error: "broken off by an error" };
 
 /** Why an answer ended, where that is worth telling. */
 export const ending = (reason) => REASONS[reason] ?? "";
