@@ -67,8 +67,10 @@ def check(model: InferenceModel, rows: int, tolerance: float) -> None:
     assert max(errors, default=0) < tolerance, errors
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("rows", [1, 3, 9])
+CASES = [(name, 3) for name in OPTIONS] + [(n, rows) for n in ("plain", "odd sizes", "inner norms") for rows in (1, 9)]
+
+
+@pytest.mark.parametrize(("name", "rows"), CASES)
 def test_the_numbers_are_those_of_the_layers(name, rows):
     check(model_of(**OPTIONS[name]), rows, 2e-6)
 

@@ -7,6 +7,7 @@ memory, so that a captured graph serves any states. `embed` writes the record an
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from anymamba.kernels.model_step.cuda import call as calls
 from anymamba.kernels.model_step.cuda.call import ADD, LOGITS, MOST_ROWS, STORE
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call
+from anymamba.runtimes.launching import Call, aligned
 
 __all__ = ["ADD", "LOGITS", "MOST_ROWS", "STORE", "Matrix", "Norm", "Recurrence", "Short", "Start"]
 
@@ -110,18 +111,25 @@ def fits(device: int, matrix: Matrix, rows: int) -> bool:
     return calls.shared_of_product(dtype, rows, n_in) <= nvrtc.device(device).shared_of_block
 
 
-def prepare(device: int, dtypes: set[torch.dtype], rows: int) -> None:
+def prepare(device: int, dtypes: set[torch.dtype], rows: int, weights: Recurrence) -> None:
     """Compile what a step of few rows needs, on several cores at once.
 
     Args:
         dtypes: of the matrices.
         rows: the bucket, 1, 2, 4 or 8.
+        weights: of any layer.
     """
-    nvrtc.prepare(calls.fused(dtypes, rows), device)
+    nvrtc.prepare(calls.fused(dtypes, rows, weights.A.shape[1], weights.zoh), device)
 
 
 def product(
-    record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None, y: Tensor | None, target: int = STORE
+    record: Tensor,
+    x: Tensor,
+    matrix: Matrix,
+    norm: Norm | None,
+    y: Tensor | None,
+    target: int = STORE,
+    later: Sequence[Matrix] = (),
 ) -> None:
     """y = norm(x) W^T + bias for up to 8 rows.
 
@@ -129,23 +137,32 @@ def product(
         x: (bucket, padded n_in), float32, with zeros after n_in; the bucket is 1, 2, 4 or 8.
         y: (bucket, at least n_out), float32.
         target: STORE, ADD to what y holds, or LOGITS: store where the record says, and y is None.
+        later: matrices of the next kernels, two at most, which are brought to the GPU's cache.
     """
-    call = _product(record, x, matrix, norm)
+    call = _product(record, x, matrix, norm, later)
     call.set(target=target)
     call.strided(y=y)
     _launch_product(call, "product", x, matrix)
 
 
 def in_proj(
-    record: Tensor, layer: int, x: Tensor, matrix: Matrix, norm: Norm, short: Short, u: Tensor, z: Tensor
+    record: Tensor,
+    layer: int,
+    x: Tensor,
+    matrix: Matrix,
+    norm: Norm,
+    short: Short,
+    u: Tensor,
+    z: Tensor,
+    later: Sequence[Matrix] = (),
 ) -> None:
     """u = silu(convolution of the first half of in_proj(norm(x))), and z = silu of the second half.
 
     Args:
-        x: as in `product`.
+        x, later: as in `product`.
         u, z: (bucket, padded d_inner), float32.
     """
-    call = _product(record, x, matrix, norm)
+    call = _product(record, x, matrix, norm, later)
     _set_convolution(call, layer, short)
     call.strided(u=u, z=z)
     _launch_product(call, "in_proj", x, matrix)
@@ -173,7 +190,8 @@ def recur(
         padded = dt_proj.weight.shape[1]
         call.set(weight=dt_proj.weight.data_ptr(), n_in=padded, dt_rank=dt_proj.n_in)
     shared = calls.STEP_BYTES + 4 * (padded + 2 * call["d_state"])
-    variant = calls.recurrence("recur", torch.float32 if dt_proj is None else dt_proj.weight.dtype)
+    dtype = torch.float32 if dt_proj is None else dt_proj.weight.dtype
+    variant = calls.recurrence("recur", dtype, call["d_state"], weights.zoh)
     call.launch(variant, u.shape[0] * _blocks_of_row(call), calls.RECURRENCE_THREADS, shared, early=True)
 
 
@@ -183,7 +201,8 @@ def convolve_rows(record: Tensor, layer: int, x: Tensor, short: Short, u: Tensor
     call.set(step=record.data_ptr())
     _set_convolution(call, layer, short)
     call.strided(x=x, u=u)
-    call.launch(calls.rows("convolve_rows", x.dtype), -(-x.shape[0] * call["d_inner"] // calls.THREADS), calls.THREADS)
+    variant = calls.rows("convolve_rows", x.dtype, call["taps"])
+    call.launch(variant, -(-x.shape[0] * call["d_inner"] // calls.THREADS), calls.THREADS)
 
 
 def recur_rows(
@@ -207,8 +226,11 @@ def recur_rows(
     """
     call = _recurrence(record, layer, weights)
     call.strided(u=u, z=z, delta=delta, B=B, C=C, y=y)
+    fine = aligned(B, calls.WIDTH) and aligned(C, calls.WIDTH)
     n_blocks = -(-u.shape[0] // calls.RECURRENCE_ROWS) * _blocks_of_row(call)
-    call.launch(calls.recurrence("recur_rows", u.dtype), n_blocks, calls.RECURRENCE_THREADS)
+    call.launch(
+        calls.recurrence("recur_rows", u.dtype, call["d_state"], weights.zoh, fine), n_blocks, calls.RECURRENCE_THREADS
+    )
 
 
 def _bits(value: float) -> int:
@@ -217,8 +239,11 @@ def _bits(value: float) -> int:
     return bits
 
 
-def _product(record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None) -> Call:
+def _product(record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None, later: Sequence[Matrix]) -> Call:
     call = Call(calls.LAYOUT, x)
+    for i, other in enumerate(later):
+        n_bytes = min(other.weight.nbytes, calls.MOST_PREFETCHED) // 16 * 16
+        call.set(**{f"next_{i}": other.weight.data_ptr(), f"next_bytes_{i}": n_bytes})
     n_out, n_in = matrix.weight.shape
     shared = (matrix.weight.dtype, x.shape[0], n_out, n_in)
     call.set(step=record.data_ptr(), weight=matrix.weight.data_ptr(), n_out=n_out, n_in=n_in, size=matrix.n_in)
@@ -249,12 +274,11 @@ def _set_convolution(call: Call, layer: int, short: Short) -> None:
 def _recurrence(record: Tensor, layer: int, weights: Recurrence) -> Call:
     call = Call(calls.LAYOUT, weights.A)
     d_inner, d_state = weights.A.shape
-    lanes = 1 << (-(-d_state // calls.WIDTH) - 1).bit_length()
-    call.set(step=record.data_ptr(), layer=layer, d_inner=d_inner, d_state=d_state, lanes=lanes, zoh=weights.zoh)
+    call.set(step=record.data_ptr(), layer=layer, d_inner=d_inner, d_state=d_state)
     call.dense(A=weights.A, D=weights.D, delta_bias=weights.delta_bias)
     call.dense(constant_B=weights.B, constant_C=weights.C)
     return call
 
 
 def _blocks_of_row(call: Call) -> int:
-    return -(-call["d_inner"] * call["lanes"] // calls.RECURRENCE_THREADS)
+    return -(-call["d_inner"] * calls.lanes(call["d_state"]) // calls.RECURRENCE_THREADS)

@@ -18,9 +18,10 @@ FIELDS = (
     *("step", "layer", "bucket", "ids", "ids_are_long", "table", "table_dtype", "n_ids", "rows"),
     *("conv", "ssm", "new_conv", "new_ssm", "logits"),
     *("weight", "bias", "n_in", "size", "n_out", "ways", "target"),
+    *("next_0", "next_1", "next_bytes_0", "next_bytes_1"),
     *("has_norm", "subtract_mean", "norm_weight", "norm_bias", "eps"),
     *("conv_weight", "conv_bias", "taps", "d_inner", "A", "D", "delta_bias", "constant_B", "constant_C"),
-    *("d_state", "dt_rank", "lanes", "zoh", "inner_norms", "dt_norm", "B_norm", "C_norm"),
+    *("d_state", "dt_rank", "inner_norms", "dt_norm", "B_norm", "C_norm"),
 )
 
 LAYOUT = launching.layout(TENSORS, FIELDS)
@@ -34,6 +35,8 @@ MOST_STATES = 128
 ALIGNMENT = 8
 """Columns of matrices and of activations are padded with zeros to a multiple of this."""
 STORE, ADD, LOGITS = 0, 1, 2
+MOST_PREFETCHED = 24 << 20
+"""Bytes of a later matrix that are brought to the GPU's cache, of which current GPUs have 40 MB and more."""
 THREADS, WARPS = 256, 8
 """Of products, `embed` and `convolve_rows`."""
 RECURRENCE_THREADS, RECURRENCE_ROWS, WIDTH = 128, 2, 4
@@ -49,15 +52,23 @@ def product(kernel: str, dtype: torch.dtype, rows: int) -> nvrtc.Variant:
 
 
 @cache
-def rows(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
-    """`embed` or `convolve_rows`."""
-    return nvrtc.Variant(nvrtc.source(HERE / "rows.cu"), kernel, (("DTYPE", nvrtc.DTYPES[dtype]),))
+def rows(kernel: str, dtype: torch.dtype, taps: int = 4) -> nvrtc.Variant:
+    """`embed`, or `convolve_rows` with the taps of the convolution."""
+    options = (("DTYPE", nvrtc.DTYPES[dtype]), ("TAPS", taps))
+    return nvrtc.Variant(nvrtc.source(HERE / "rows.cu"), kernel, options)
 
 
 @cache
-def recurrence(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
-    """`recur` or `recur_rows`."""
-    return nvrtc.Variant(nvrtc.source(HERE / "recurrence.cu"), kernel, (("DTYPE", nvrtc.DTYPES[dtype]),))
+def recurrence(kernel: str, dtype: torch.dtype, d_state: int, zoh: bool, aligned: bool = True) -> nvrtc.Variant:
+    """`recur` or `recur_rows`, with Euler's rule or zero-order hold; see recurrence.cu for `aligned`."""
+    options = {"DTYPE": nvrtc.DTYPES[dtype], "LANES": lanes(d_state), "ZOH": int(zoh)}
+    options["WHOLE"] = int(aligned and d_state % WIDTH == 0)
+    return nvrtc.Variant(nvrtc.source(HERE / "recurrence.cu"), kernel, tuple(options.items()))
+
+
+def lanes(d_state: int) -> int:
+    """How many share a channel."""
+    return 1 << (-(-d_state // WIDTH) - 1).bit_length()
 
 
 def outputs(rows: int) -> int:
@@ -84,10 +95,11 @@ def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
     dtypes = (torch.float32, torch.bfloat16)
     products = [product("product", dtype, n) for dtype in dtypes for n in BLOCKS_OF_MULTIPROCESSOR]
-    return products + [f(kernel, t) for t in dtypes for f, kernel in ((rows, "embed"), (recurrence, "recur"))]
+    others = [(rows("embed", dtype), recurrence("recur", dtype, 16, False)) for dtype in dtypes]
+    return products + [variant for pair in others for variant in pair]
 
 
-def fused(dtypes: set[torch.dtype], rows: int) -> list[nvrtc.Variant]:
+def fused(dtypes: set[torch.dtype], rows: int, d_state: int, zoh: bool) -> list[nvrtc.Variant]:
     """What a step of a bucket of few rows needs, for matrices of these dtypes."""
     found = [product(kernel, dtype, rows) for dtype in dtypes for kernel in ("product", "in_proj")]
-    return found + [recurrence("recur", dtype) for dtype in dtypes]
+    return found + [recurrence("recur", dtype, d_state, zoh) for dtype in dtypes]

@@ -39,6 +39,8 @@ struct Parameters {
     const u8* weight;
     const u8* bias;  // float32, as all vectors
     i64 n_in, size, n_out, ways, target;
+    const u8* next[2];  // weights of later kernels, which go to the GPU's cache meanwhile
+    i64 next_bytes[2];
     i64 has_norm, subtract_mean;
     const u8* norm_weight;
     const u8* norm_bias;
@@ -53,7 +55,7 @@ struct Parameters {
     const u8* delta_bias;
     const u8* constant_B;  // (d_inner, d_state), or null where the input gives B
     const u8* constant_C;
-    i64 d_state, dt_rank, lanes, zoh, inner_norms;
+    i64 d_state, dt_rank, inner_norms;
     const u8* dt_norm;
     const u8* B_norm;
     const u8* C_norm;
@@ -79,27 +81,40 @@ DEVICE const float* floats(const u8* data) { return reinterpret_cast<const float
 
 DEVICE float silu(float x) { return x * sigmoid_fast(x); }
 
-// The inputs of the convolution before this token, oldest first.
+// How many inputs of the convolution before this token are kept; TAPS is defined where it is known.
+DEVICE int inputs_before(const Parameters& p) {
+#ifdef TAPS
+    return TAPS - 1;
+#else
+    return int(p.taps) - 1;
+#endif
+}
+
+// These inputs, oldest first.
 typedef float Inputs[MOST_TAPS - 1];
 
+DEVICE i64 place_of_inputs(const Parameters& p, const Step& step, i64 row, int channel) {
+    return (p.layer * step.rows + row) * inputs_before(p) * p.d_inner + channel;
+}
+
 DEVICE void read_inputs(Inputs& old, const Parameters& p, const Step& step, i64 row, int channel) {
-    const int before = int(p.taps) - 1;
-    const float* from = step.conv + (p.layer * step.rows + row) * before * p.d_inner + channel;
+    const int before = inputs_before(p), channels = int(p.d_inner);
+    const float* from = step.conv + place_of_inputs(p, step, row, channel);
 #pragma unroll
-    for (int j = 0; j < MOST_TAPS - 1; j++) old[j] = j < before ? read_one_fresh(from + j * p.d_inner) : 0.f;
+    for (int j = 0; j < MOST_TAPS - 1; j++) old[j] = j < before ? read_one_fresh(from + j * channels) : 0.f;
 }
 
 // silu of the convolution of `old` and x; writes the inputs that the next token needs.
 DEVICE float convolve(const Inputs& old, float x, const Parameters& p, const Step& step, i64 row, int channel) {
-    const int before = int(p.taps) - 1;
+    const int before = inputs_before(p), channels = int(p.d_inner);
     const float* weight = floats(p.conv_weight) + channel;
-    float* to = step.new_conv + (p.layer * step.rows + row) * before * p.d_inner + channel;
-    float sum = fmaf(weight[before * p.d_inner], x, p.conv_bias ? floats(p.conv_bias)[channel] : 0.f);
+    float* to = step.new_conv + place_of_inputs(p, step, row, channel);
+    float sum = fmaf(weight[before * channels], x, p.conv_bias ? floats(p.conv_bias)[channel] : 0.f);
 #pragma unroll
-    for (int j = 0; j < MOST_TAPS - 1; j++) {
-        if (j >= before) continue;
-        sum = fmaf(weight[j * p.d_inner], old[j], sum);
-        to[j * p.d_inner] = j + 1 < before ? old[j + 1 < MOST_TAPS - 1 ? j + 1 : j] : x;
-    }
+    for (int j = 0; j < MOST_TAPS - 1; j++)
+        if (j < before) sum = fmaf(weight[j * channels], old[j], sum);
+#pragma unroll
+    for (int j = 0; j < MOST_TAPS - 1; j++)
+        if (j < before) to[j * channels] = j + 1 < before ? old[j + 1 < MOST_TAPS - 1 ? j + 1 : j] : x;
     return silu(sum);
 }

@@ -7,8 +7,9 @@
 //     in_proj   the first half of y goes through the convolution and SiLU to u, the second through SiLU to z
 //
 // A warp reads OUTPUTS rows of W at once, 16 bytes a lane; p.ways warps of a block share the columns of the same rows.
-// x' is in shared memory, in the type of W. The first weights are asked for before the previous kernel has ended. An
-// RMS norm multiplies the sums by the row's scale, so that x is read once.
+// x' is in shared memory, in the type of W. The first weights are asked for before the previous kernel has ended, and
+// those of the next kernels are brought to the GPU's cache, so that the memory is never idle. An RMS norm multiplies the
+// sums by the row's scale, so that x is read once.
 //
 // Launch: 256 threads, early; any number of blocks.
 //
@@ -74,7 +75,7 @@ DEVICE void sum_over_block(float (&values)[ROWS], float* parts) {
 }
 
 // The block's threads go through a row four numbers each, and BATCH times that with all loads under way.
-constexpr int BATCH = ROWS <= 4 ? 4 / ROWS : 1;
+constexpr int BATCH = ROWS == 1 ? 5 : ROWS == 2 ? 2 : 1;
 typedef float Fours[BATCH][ROWS][4];
 
 DEVICE void read_fours(Fours& out, const Parameters& p, int first) {
@@ -198,20 +199,25 @@ DEVICE void multiply(float (&sums)[SUMS], const Weights& w, const Parameters& p,
     }
 }
 
-// The sum over the lanes of values[lane % SUMS].
-DEVICE float sum_over_lanes(float (&values)[SUMS]) {
-    const int lane = threadIdx.x % 32;
+// The sum over the lanes of values[lane % SUMS]: pairs of lanes share the work, half of the values each.
+template <int count>
+DEVICE float sum_over_lanes(const float (&values)[count]) {
+    if constexpr (count == 1) {
+        float sum = values[0];
 #pragma unroll
-    for (int m = SUMS / 2; m > 0; m /= 2)
+        for (int m = 16; m >= SUMS; m /= 2) sum += shuffle_xor(sum, m);
+        return sum;
+    } else {
+        constexpr int half = count / 2;
+        const bool upper = threadIdx.x & half;
+        float sums[half];
 #pragma unroll
-        for (int i = 0; i < m; i++) {
-            const bool upper = lane & m;
-            const float sent = upper ? values[i] : values[i + m], kept = upper ? values[i + m] : values[i];
-            values[i] = kept + shuffle_xor(sent, m);
+        for (int i = 0; i < half; i++) {
+            const float sent = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];
+            sums[i] = kept + shuffle_xor(sent, half);
         }
-#pragma unroll
-    for (int m = SUMS; m < 32; m *= 2) values[0] += shuffle_xor(values[0], m);
-    return values[0];
+        return sum_over_lanes(sums);
+    }
 }
 
 // The sum over the warps that share rows of W, for all of them.
@@ -243,6 +249,14 @@ DEVICE void finish_in_proj(const Parameters& p, const Step& step, const Inputs& 
         floats(p.u.data)[row * p.u.stride + output] = convolve(old, value, p, step, row, output);
 }
 
+// The block's part of what later kernels read.
+DEVICE void prefetch_next(const Parameters& p) {
+    if (threadIdx.x >= 2 || !p.next[threadIdx.x]) return;
+    const i64 total = p.next_bytes[threadIdx.x], part = (total / i64(gridDim.x) + 128) / 128 * 128;
+    const i64 start = i64(blockIdx.x) * part, n = min(part, total - start) / 16 * 16;
+    if (n > 0) prefetch_bytes(p.next[threadIdx.x] + start, u32(n));
+}
+
 template <bool CONVOLVES>
 DEVICE void run(const Parameters& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ways = int(p.ways), tasks = WARPS / ways;
@@ -253,6 +267,7 @@ DEVICE void run(const Parameters& p) {
     Weights w;
     Inputs old = {};
     Step step = {};
+    prefetch_next(p);
     for (bool ready = false; first < n_tasks || !ready; first += stride) {
         const int output = (first + warp / ways) * OUTPUTS, mine = output + lane % OUTPUTS;
         load(w, p, output, way * CHUNK);

@@ -2,7 +2,7 @@
 //
 //     h = exp(delta A) h + f(delta, A) B u,    y = (C . h + D u) silu(z)
 //
-// with f = delta (Euler's rule) or (exp(delta A) - 1) / A (zero-order hold). p.lanes lanes (a power of two) share a
+// with f = delta (Euler's rule) or (exp(delta A) - 1) / A (zero-order hold). LANES lanes (a power of two) share a
 // channel, four neighbouring states each.
 //
 //     recur        delta = softplus(dt_proj(dt) + bias) is computed here from x_proj's output, with the inner norms;
@@ -12,7 +12,10 @@
 // Launch: 128 threads. recur: early; blocks for the channels of each row of the bucket. recur_rows: blocks for the
 // channels of each ROWS rows.
 //
-// Needs DTYPE, the type of dt_proj's weight, or of activations.
+// recur_rows executes few instructions, so that memory is what it waits for.
+//
+// Needs DTYPE, the type of dt_proj's weight, or of activations; LANES; ZOH, 0 or 1; and WHOLE, 1 if d_state is a
+// multiple of 4 and B and C of many rows lie at multiples of 4 numbers.
 #include "parameters.cuh"
 
 constexpr int THREADS = 128, WIDTH = 4, ROWS = 2;
@@ -28,37 +31,43 @@ struct Place {
     bool inside;
 };
 DEVICE Place place_of(const Parameters& p, u32 block) {
-    const u32 lanes = u32(p.lanes), index = block * THREADS + threadIdx.x;
-    const int channel = int(index >> first_bit(lanes)), part = int(index & (lanes - 1)), n = part * WIDTH;
-    const int count = channel < p.d_inner ? max(0, min(WIDTH, int(p.d_state) - n)) : 0;
+    const int index = int(block * THREADS + threadIdx.x), channel = index / LANES, part = index % LANES;
+    const int n = part * WIDTH, count = channel < p.d_inner ? max(0, min(WIDTH, int(p.d_state) - n)) : 0;
     return {channel, n, count, part, count > 0};
 }
+DEVICE u32 blocks_of_row(const Parameters& p) { return (u32(p.d_inner) * LANES + THREADS - 1) / THREADS; }
 
-DEVICE void read_states(States& out, const float* from, const Parameters& p, const Place& at) {
-    if (p.d_state % WIDTH == 0 && at.inside) {
+// The states of a thread that is inside.
+DEVICE void read_states(States& out, const float* from, const Place& at) {
+    if constexpr (WHOLE) {
         const float4 v = read_fresh(from);
         out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-        return;
+    } else {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? read_one_fresh(from + i) : 0.f;
     }
-#pragma unroll
-    for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? read_one_fresh(from + i) : 0.f;
 }
-DEVICE void write_states(float* to, const States& h, const Parameters& p, const Place& at) {
-    if (p.d_state % WIDTH == 0 && at.inside) return write_16_bytes(to, make_float4(h[0], h[1], h[2], h[3]));
+DEVICE void write_states(float* to, const States& h, const Place& at) {
+    if constexpr (WHOLE) {
+        write_16_bytes(to, make_float4(h[0], h[1], h[2], h[3]));
+    } else {
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++)
-        if (i < at.count) to[i] = h[i];
+        for (int i = 0; i < WIDTH; i++)
+            if (i < at.count) to[i] = h[i];
+    }
 }
 
 // What a channel has whatever the row.
 struct Channel {
-    States A;
+    States A, rate;  // rate is A log2(e)
     float bias, D;
 };
 DEVICE Channel channel_of(const Parameters& p, const Place& at) {
     Channel c = {};
     if (!at.inside) return c;
-    read_states(c.A, floats(p.A) + i64(at.channel) * p.d_state + at.n, p, at);
+    read_states(c.A, floats(p.A) + i64(at.channel) * p.d_state + at.n, at);
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) c.rate[i] = LOG2_E * c.A[i];
     c.bias = p.delta_bias ? floats(p.delta_bias)[at.channel] : 0.f;
     c.D = p.D ? floats(p.D)[at.channel] : 0.f;
     return c;
@@ -69,17 +78,18 @@ DEVICE i64 offset_of(const Parameters& p, const Step& step, i64 row, const Place
 }
 
 // The new state in h, and y without D and gate, the same in all lanes of a channel.
-DEVICE float advance_states(States& h, float delta, float u, const States& B, const States& C, const Channel& c,
-                            const Parameters& p) {
+DEVICE float advance_states(States& h, float delta, float u, const States& B, const States& C, const Channel& c) {
+    const float drive = delta * u;
     float y = 0.f;
 #pragma unroll
     for (int i = 0; i < WIDTH; i++) {
-        const float x = delta * c.A[i];
-        const float factor = p.zoh && c.A[i] != 0.f ? expm1f(x) / c.A[i] : delta;
-        h[i] = fmaf(exp2_fast(LOG2_E * x), h[i], factor * u * B[i]);
+        float driven = drive * B[i];
+        if (ZOH && c.A[i] != 0.f) driven = expm1f(delta * c.A[i]) / c.A[i] * u * B[i];
+        h[i] = fmaf(exp2_fast(delta * c.rate[i]), h[i], driven);
         y = fmaf(C[i], h[i], y);
     }
-    for (int m = int(p.lanes) / 2; m > 0; m /= 2) y += shuffle_xor(y, m);
+#pragma unroll
+    for (int m = LANES / 2; m > 0; m /= 2) y += shuffle_xor(y, m);
     return y;
 }
 
@@ -114,7 +124,7 @@ DEVICE void load_weights(uint4 (&w)[AHEAD], const Parameters& p, const Place& at
     const Element* from = reinterpret_cast<const Element*>(p.weight) + at.channel * p.n_in;
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
-        const int k = (chunk + a * int(p.lanes) + at.part) * VECTOR;
+        const int k = (chunk + a * LANES + at.part) * VECTOR;
         w[a] = k < p.n_in && at.channel < p.d_inner ? read_once(from + k) : uint4{0, 0, 0, 0};
     }
 }
@@ -135,29 +145,30 @@ DEVICE float multiply_chunk(const uint4& w, const float* x) {
 
 // dt_proj of one channel, the same in all its lanes.
 DEVICE float project(uint4 (&w)[AHEAD], const float* dt, const Parameters& p, const Place& at) {
-    const int lanes = int(p.lanes), n_chunks = int(p.n_in) / VECTOR;
+    const int n_chunks = int(p.n_in) / VECTOR;
     float sum = 0.f;
-    for (int chunk = 0; chunk < n_chunks; chunk += AHEAD * lanes) {
+    for (int chunk = 0; chunk < n_chunks; chunk += AHEAD * LANES) {
         if (chunk) load_weights(w, p, at, chunk);
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
-            const int own = chunk + a * lanes + at.part;
+            const int own = chunk + a * LANES + at.part;
             if (own < n_chunks) sum += multiply_chunk(w[a], dt + own * VECTOR);
         }
     }
-    for (int m = lanes / 2; m > 0; m /= 2) sum += shuffle_xor(sum, m);
+#pragma unroll
+    for (int m = LANES / 2; m > 0; m /= 2) sum += shuffle_xor(sum, m);
     return sum;
 }
 
 DEVICE void read_selected(States& out, const u8* constant, const float* selected, const Parameters& p,
                           const Place& at) {
-    if (constant) return read_states(out, floats(constant) + i64(at.channel) * p.d_state + at.n, p, at);
+    if (constant && at.inside) return read_states(out, floats(constant) + i64(at.channel) * p.d_state + at.n, at);
 #pragma unroll
     for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? selected[at.n + i] : 0.f;
 }
 
 KERNEL(THREADS, 4) recur(PARAMETER Parameters p) {
-    const u32 blocks = u32((p.d_inner * p.lanes + THREADS - 1) / THREADS);
+    const u32 blocks = blocks_of_row(p);
     const i64 row = blockIdx.x / blocks;
     const Place at = place_of(p, blockIdx.x % blocks);
     float* shared = reinterpret_cast<float*>(shared_memory() + sizeof(Step));
@@ -167,7 +178,7 @@ KERNEL(THREADS, 4) recur(PARAMETER Parameters p) {
     const Channel c = channel_of(p, at);
     const Step step = shared_step(p, shared_memory());
     const i64 place = offset_of(p, step, row, at);
-    if (at.inside && row < step.rows) read_states(h, step.ssm + place, p, at);
+    if (at.inside && row < step.rows) read_states(h, step.ssm + place, at);
     let_next_start();
     wait_for_previous();
     if (row >= step.rows) return;
@@ -181,28 +192,31 @@ KERNEL(THREADS, 4) recur(PARAMETER Parameters p) {
     read_selected(B, p.constant_B, selected, p, at);
     read_selected(C, p.constant_C, selected + (p.constant_B ? 0 : p.d_state), p, at);
     const float delta = softplus_fast<true>(project(w, shared, p, at) + c.bias);
-    const float y = advance_states(h, delta, u, B, C, c, p);
-    write_states(step.new_ssm + place, h, p, at);
-    if (at.inside && at.part == 0) floats(p.y.data)[row * p.y.stride + at.channel] = fmaf(c.D, u, y) * z;
+    const float y = advance_states(h, delta, u, B, C, c);
+    if (!at.inside) return;
+    write_states(step.new_ssm + place, h, at);
+    if (at.part == 0) floats(p.y.data)[row * p.y.stride + at.channel] = fmaf(c.D, u, y) * z;
 }
 
 // ------------------------------------------------------------------------------------------------ many rows
 
-DEVICE float element(const Rows& rows, i64 row, int channel) {
+DEVICE const Element* elements(const Rows& rows, int row, int column) {
+    return reinterpret_cast<const Element*>(rows.data) + row * int(rows.stride) + column;
+}
+DEVICE float element(const Rows& rows, int row, int column) {
     float value[1];
-    read<DTYPE>(value, reinterpret_cast<const Element*>(rows.data) + row * rows.stride + channel);
+    read<DTYPE>(value, elements(rows, row, column));
     return value[0];
 }
-DEVICE void read_matrix(States& out, const u8* constant, const Rows& rows, i64 row, const Parameters& p,
+DEVICE void read_matrix(States& out, const u8* constant, const Rows& rows, int row, const Parameters& p,
                         const Place& at) {
-    if (constant) return read_states(out, floats(constant) + i64(at.channel) * p.d_state + at.n, p, at);
-    const u64 place = reinterpret_cast<u64>(rows.data) / sizeof(Element);
-    if (p.d_state % WIDTH == 0 && rows.stride % WIDTH == 0 && place % WIDTH == 0) {
-        read<DTYPE>(out, reinterpret_cast<const Element*>(rows.data) + row * rows.stride + at.n);
-        return;
-    }
+    if (constant) return read_states(out, floats(constant) + i64(at.channel) * p.d_state + at.n, at);
+    if constexpr (WHOLE) {
+        read<DTYPE>(out, elements(rows, row, at.n));
+    } else {
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? element(rows, row, at.n + i) : 0.f;
+        for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? element(rows, row, at.n + i) : 0.f;
+    }
 }
 
 struct Token {
@@ -211,33 +225,38 @@ struct Token {
 };
 
 KERNEL(THREADS, 8) recur_rows(PARAMETER Parameters p) {
-    const u32 blocks = u32((p.d_inner * p.lanes + THREADS - 1) / THREADS);
-    const i64 first = i64(blockIdx.x / blocks) * ROWS;
+    const u32 blocks = blocks_of_row(p);
+    const int first = int(blockIdx.x / blocks) * ROWS, next = int(p.d_inner) * int(p.d_state);
     const Place at = place_of(p, blockIdx.x % blocks);
     const Step step = step_of(p);
-    const i64 place = offset_of(p, step, first, at), next = p.d_inner * p.d_state;
-    const Channel c = channel_of(p, at);
+    const i64 place = offset_of(p, step, first, at);
+    const int n_rows = min(ROWS, int(step.rows) - first);
+    const float* from = step.ssm + place;
+    float* to = step.new_ssm + place;
     Token tokens[ROWS] = {};
+    Channel c = {};
+    if (at.inside) {
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        const i64 row = first + r;
-        if (!at.inside || row >= step.rows) continue;
-        Token& x = tokens[r];
-        read_states(x.h, step.ssm + place + r * next, p, at);
-        if (p.delta.data) x.delta = element(p.delta, row, at.channel);
-        x.u = element(p.u, row, at.channel), x.z = element(p.z, row, at.channel);
-        read_matrix(x.B, p.constant_B, p.B, row, p, at);
-        read_matrix(x.C, p.constant_C, p.C, row, p, at);
+        for (int r = 0; r < ROWS; r++) {
+            if (r >= n_rows) continue;
+            Token& x = tokens[r];
+            read_states(x.h, from + r * next, at);
+            if (p.delta.data) x.delta = element(p.delta, first + r, at.channel);
+            x.u = element(p.u, first + r, at.channel), x.z = element(p.z, first + r, at.channel);
+            read_matrix(x.B, p.constant_B, p.B, first + r, p, at);
+            read_matrix(x.C, p.constant_C, p.C, first + r, p, at);
+        }
+        c = channel_of(p, at);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const i64 row = first + r;
-        if (row >= step.rows) continue;
+        if (r >= n_rows) continue;
         Token& x = tokens[r];
         const float delta = softplus_fast<DTYPE == FLOAT32>(x.delta + c.bias);
-        const float y[1] = {fmaf(c.D, x.u, advance_states(x.h, delta, x.u, x.B, x.C, c, p)) * silu(x.z)};
-        write_states(step.new_ssm + place + r * next, x.h, p, at);
-        if (at.inside && at.part == 0)
-            write<DTYPE>(reinterpret_cast<Element*>(p.y.data) + row * p.y.stride + at.channel, y);
+        const float y[1] = {fmaf(c.D, x.u, advance_states(x.h, delta, x.u, x.B, x.C, c)) * silu(x.z)};
+        if (!at.inside) continue;
+        write_states(to + r * next, x.h, at);
+        if (at.part == 0)
+            write<DTYPE>(reinterpret_cast<Element*>(p.y.data) + (first + r) * int(p.y.stride) + at.channel, y);
     }
 }

@@ -6,7 +6,7 @@
 // Launch: 256 threads; a block for each row of the bucket (embed), or as many as four channels of each row need
 // (convolve).
 //
-// Needs DTYPE, the type of activations.
+// Needs DTYPE, the type of activations, and TAPS of the convolution.
 #include "parameters.cuh"
 
 constexpr int THREADS = 256;
