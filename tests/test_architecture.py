@@ -59,7 +59,7 @@ SHARED = {
     ),
     *("serving.limits", "serving.security", "serving.metrics", "serving.structured", "serving.templates"),
     *("serving.worker", "serving.model", "serving.loading", "serving.answering", "serving.gate", "serving.app"),
-    *("serving.server", "serving.page", "serving.sessions"),
+    *("serving.server", "serving.front", "serving.page", "serving.sessions"),
     *(
         "serving.protocol.answers",
         "serving.protocol.chat",
@@ -74,7 +74,7 @@ SHARED = {
         "serving.protocol.token_texts",
         "serving.protocol.tools",
     ),
-    *("lab.experiment", "lab.results", "lab.report", "lab.charts", "lab.optimization", "lab.saving", "lab.learning", "lab.byte_windows"),
+    *("lab.experiment", "lab.results", "lab.report", "lab.charts", "lab.optimization", "lab.saving", "lab.learning", "lab.byte_windows", "lab.zero_shot"),
     *("cli.app", "cli.train_help"),
     *("console.flags", "console.output", "console.mistakes", "console.synonyms", "console.profiling"),
 }

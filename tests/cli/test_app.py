@@ -63,6 +63,7 @@ def test_unknown_flags_are_refused(name, capsys):
     needed = {
         "convert": ["a", "b", "--to", "hf"],
         "experiment": ["speed"],
+        "reproduce": ["mamba-130m", "--data", "x"],
         "download": ["a/b"],
         "completion": ["bash"],
     }.get(name, [])

@@ -24,6 +24,7 @@ VERBS = {
     "bench": "measure how fast a model reads and generates here, beside the machine's limits",
     "download": "download a model of the Hugging Face hub into its cache, and check it",
     "cache": "show the cached tables of tokens, and delete them",
+    "reproduce": "evaluate published weights on the tasks of the paper, beside its numbers",
     "experiment": "run one of the paper's experiments: results, charts and a report",
     "info": "versions, devices, threads, and which backend of each operator runs here",
     "completion": "print a script with which bash, zsh or fish completes verbs and flags",

@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "associative-recall": "many keys and values: where states of fixed size fail and attention helps",
     "scaling": "loss against parameters and operations, of Mamba, Transformer++, H3++ and Hyena",
     "language-ablations": "language models: block and layer, what is selective, A, the rank of the step, the state",
+    "zero-shot": "the form of table 3: LAMBADA, HellaSwag, PIQA, ARC and WinoGrande on the models of scaling",
     "selection-ablation": "which of the step, B and C must be selective, and what a larger state then gains",
     "speed": "time of scan, convolution and attention by length; prefill, training and decoding of whole models",
 }
