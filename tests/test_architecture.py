@@ -38,7 +38,7 @@ SHARED = {
     *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),
     *("ops.devices", "ops.dispatch", "ops.checks", "ops.observers", "ops.functions", "ops.recomputing"),
     *("parts.derived", "parts.padding", "parts.state", "parts.sequence", "parts.parameters", "parts.derivatives"),
-    *("parts.bare", "parts.recipes"),
+    *("parts.bare", "parts.recipes", "parts.toeplitz"),
     "layers.s6",
     *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
     *("models.weight_formats", "models.inference"),

@@ -55,7 +55,7 @@ def test_sizes_of_the_scales():
     cpu = EXPERIMENT.arms("cpu")
     assert [arm.name for arm in cpu] == list(SYSTEMS) and {arm.seeds for arm in cpu if arm.name not in SLOW} == {3}
     assert [task.n_pairs for task in cpu[0].settings.tasks][-3:] == [4, 8, 16]
-    for scale, widths in (("gpu", {64, 128}), ("paper", {64, 128, 256})):
+    for scale, widths in (("gpu", {64, 128, 256}), ("paper", {64, 128, 256})):
         arms = EXPERIMENT.arms(scale)
         assert len(arms) == len(SYSTEMS) * 4 * len(widths)
         assert {arm.settings.model.d_model for arm in arms} == widths

@@ -13,8 +13,8 @@ from torch import nn
 from anymamba.data.synthetic.copying import Copying, copying_batch, histogram_accuracy
 from anymamba.experiments import load_experiment
 from anymamba.experiments.selective_copying.arms import BASES, CELL, CELLS
-from anymamba.experiments.selective_copying.measure import model_config
-from anymamba.lab.experiment import SCALES, Results
+from anymamba.experiments.selective_copying.measure import measure, model_config
+from anymamba.lab.experiment import SCALES, Context, Results
 from anymamba.lab.learning import evaluate, fixed_set
 from anymamba.models.mixers import MIXERS
 from tests.experiments.conftest import made_up, measured, rows, verdicts
@@ -47,7 +47,7 @@ def test_the_cells_are_table_1():
 )
 def test_sizes_of_the_scales(scale, n_noise, n_tokens, n_cells):
     arms = EXPERIMENT.arms(scale)
-    cells = [arm for arm in arms if not arm.name.startswith("plain-")]
+    cells = [arm for arm in arms if not arm.name.startswith(("plain-", "long-"))]
     assert [arm.name for arm in arms[:n_cells]] == [arm.name for arm in cells] and len(cells) == n_cells
     assert all(arm.settings.task == Copying(n_noise, n_tokens, 16, True) for arm in cells)
     assert {arm.name: arm.seeds for arm in arms} == {
@@ -66,9 +66,10 @@ def test_the_papers_scale_is_the_papers():
 def test_arms_differ_in_the_mixer_and_the_controls_in_the_places(scale):
     arms = EXPERIMENT.arms(scale)
     for arm in arms:
-        assert arm.settings.mixer == arm.name.removeprefix("plain-")
+        assert arm.settings.mixer == arm.name.removeprefix("plain-").removeprefix("long-")
         assert arm.settings.task.selective is not arm.name.startswith("plain-")
-        same = replace(arm.settings, mixer="", task=replace(arm.settings.task, selective=True))
+        assert arm.settings.task.n_noise == (4096 if arm.name.startswith("long-") else BASES[scale].task.n_noise)
+        same = replace(arm.settings, mixer="", task=BASES[scale].task)
         assert same == BASES[scale]
         config = model_config(arm.settings)
         assert config.layer_mixers == (arm.settings.mixer,) * 2
@@ -185,3 +186,12 @@ def test_the_charts_show_every_seed():
     assert len(curves) == 21  # seven arms of three
     assert sum(line.get_linestyle() == "--" for line in curves) == 6  # plain copying
     assert all(axes.get_ylabel() and axes.get_legend() for axes in (bars, lines))
+
+
+def test_learning_ends_when_enough_is_right_and_the_papers_noise_has_a_row_of_its_own():
+    toy = EXPERIMENT.arms("toy")[0].settings
+    context = Context(torch.device("cpu"), 0, lambda *told: None)
+    assert measure(replace(toy, enough=0.0), context)["steps"] == toy.judge_every
+    assert measure(toy, context)["steps"] == toy.optimization.steps
+    report = EXPERIMENT.sections(results_of({"mamba": [0.9], "long-mamba": [0.8]}, scale="gpu"))["Table 1"]
+    assert "S6 (noise of 4,096)" in report and "80.0" in report

@@ -98,8 +98,8 @@ def learn(
         enough: called with the score of each evaluation; True stops the training.
         generator: source of the batches. Pass one if this training continues another and needs fresh rows. By default
             it is made from the context's seed, so that all arms get the same batches.
-        resumable: save the state where the context says, and go on from a saved one. Only for an arm's only training,
-            whose `enough` does not depend on earlier evaluations.
+        resumable: save the state where the context says, and go on from a saved one. Only for an arm's only training.
+            An `enough` that counts evaluations begins anew then.
     Returns a dictionary that JSON can hold: `accuracy` (tokens), `sequence_accuracy` and `validation_loss` at the end,
     `steps` and `training_seconds` (evaluations included), `parameters`, `curve`, a list of [step, mean training
     loss since the previous evaluation, token accuracy], `tokens_per_second` without evaluations (None if there were too

@@ -127,9 +127,9 @@ def cpu_arms() -> list[Arm]:
 
 
 def gpu_arms() -> list[Arm]:
-    """The published sizes at two widths and two rates."""
-    how = Optimization(steps=20_000, batch_size=128, learning_rate=3e-3, warmup_steps=500, cosine=True)
-    return one_by_one((64, 128), how, more_learning_rates=(1e-3,))
+    """The published sizes and widths at two rates."""
+    how = Optimization(steps=10_000, batch_size=128, learning_rate=3e-3, warmup_steps=500, cosine=True)
+    return one_by_one((64, 128, 256), how, more_learning_rates=(1e-3,))
 
 
 def paper_arms() -> list[Arm]:

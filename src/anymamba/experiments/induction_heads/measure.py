@@ -13,7 +13,7 @@ from torch import Tensor
 from anymamba.data.synthetic.induction import InductionSequences, induction_batch, induction_sequences
 from anymamba.experiments.induction_heads.arms import Settings
 from anymamba.lab.experiment import Context
-from anymamba.lab.learning import Score, build_model, fixed_set, learn
+from anymamba.lab.learning import Score, batch_generator, build_model, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
 
 TEST_SEED = 1 << 31
@@ -34,7 +34,7 @@ def learn_growing(model: LanguageModel, settings: Settings, context: Context) ->
     the length and the steps of each round.
     """
     lengths = (*settings.lengths_before, *[settings.train_length] * settings.cycles)
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = batch_generator(context)
     stages = [learn_at(model, length, settings, context, generator) for length in lengths]
     curve, before = [], 0
     for stage in stages:
@@ -58,11 +58,24 @@ def learn_at(
     how, enough = settings.optimization, perfect_in_a_row(settings.perfect_in_a_row)
     if length < settings.train_length:
         how, enough = settings.optimization_before or how, lambda score: score.sequences >= settings.grow_at
-    return learn(model, how, make, validation, context, every=settings.judge_every, enough=enough, generator=generator)
+    return learn(
+        model,
+        how,
+        make,
+        validation,
+        context,
+        every=settings.judge_every,
+        enough=enough,
+        generator=generator,
+        resumable=settings.cycles == 1 and not settings.lengths_before,
+    )
 
 
 def perfect_in_a_row(wanted: int | None) -> Callable[[Score], bool]:
-    """A function that stops training after that many evaluations in a row without a mistake; None never stops."""
+    """A function that stops training after that many evaluations in a row without a mistake; None never stops.
+
+    It counts anew when a training goes on from a saved state, which then ends some evaluations later.
+    """
     in_a_row = 0
 
     def enough(score: Score) -> bool:

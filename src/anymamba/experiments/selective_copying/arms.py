@@ -36,6 +36,8 @@ CELLS = (
 CELL = {cell.mixer: cell for cell in CELLS}
 CONTROLS = ("s4", "s6")
 """Cells that also learn plain copying, in arms named plain-..."""
+LONG, LONG_CELLS = 4096, ("mamba", "mamba-s4")
+"""The paper's noise, and the cells that also learn with it at scale gpu, in arms named long-..."""
 CPU_CELLS = ("s4", "s6", "mamba-s4", "mamba", "h3-s6")
 QUICK = ("s6",)
 """The cells of CPU_CELLS that take less than five minutes on one thread; they have three seeds, the others one."""
@@ -55,6 +57,8 @@ class Settings:
     validation_rows: int = 256
     judge_every: int = 200
     """Steps between two evaluations on the validation set."""
+    enough: float | None = None
+    """Share of right answers on the validation set at which training ends; None means after all steps."""
 
 
 BASES: dict[Scale, Settings] = {
@@ -75,8 +79,9 @@ BASES: dict[Scale, Settings] = {
     "gpu": Settings(
         mixer="",
         task=Copying(n_noise=1024, n_tokens=16),
-        optimization=Optimization(steps=20_000, batch_size=64, learning_rate=1e-3, warmup_steps=200, cosine=True),
-        judge_every=500,
+        optimization=Optimization(steps=5000, batch_size=64, learning_rate=1e-3, warmup_steps=200, cosine=True),
+        judge_every=250,
+        enough=0.9995,
     ),
     "paper": Settings(
         mixer="",
@@ -89,7 +94,7 @@ BASES: dict[Scale, Settings] = {
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """The cells, then the controls."""
+    """The cells, then the controls, then at scale gpu the cells with the paper's noise."""
     base = BASES[scale]
     plain = replace(base, task=replace(base.task, selective=False))
 
@@ -98,4 +103,18 @@ def arms_at(scale: Scale) -> list[Arm]:
 
     cells = [c.mixer for c in CELLS if scale != "cpu" or c.mixer in CPU_CELLS]
     arms = [Arm(mixer, replace(base, mixer=mixer), seeds(mixer)) for mixer in cells]
-    return arms + [Arm(f"plain-{mixer}", replace(plain, mixer=mixer), seeds(mixer)) for mixer in CONTROLS]
+    arms += [Arm(f"plain-{mixer}", replace(plain, mixer=mixer), seeds(mixer)) for mixer in CONTROLS]
+    if scale != "gpu":
+        return arms
+    long = replace(base, task=replace(base.task, n_noise=LONG))
+    return arms + [Arm(f"long-{mixer}", replace(long, mixer=mixer)) for mixer in LONG_CELLS]
+
+
+def cell_of(arm: str) -> Cell:
+    """The cell that an arm measures, whatever its task."""
+    return CELL[arm.removeprefix("plain-").removeprefix("long-")]
+
+
+def task_words(arm: str) -> str:
+    """What an arm's task is, where it is not that of the table."""
+    return "plain copying" if arm.startswith("plain-") else f"noise of {LONG:,}" if arm.startswith("long-") else ""

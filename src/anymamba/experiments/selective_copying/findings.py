@@ -8,6 +8,8 @@ from anymamba.experiments.selective_copying.arms import (
     CELLS,
     CONTROLS,
     Cell,
+    cell_of,
+    task_words,
 )
 from anymamba.lab.charts import percent, spread, table
 from anymamba.lab.experiment import Results, Threshold
@@ -15,8 +17,8 @@ from anymamba.lab.experiment import Results, Threshold
 
 def label(arm: str) -> str:
     """The name of an arm in tables and charts."""
-    cell = CELL[arm.removeprefix("plain-")]
-    return f"{cell.block}: {cell.layer}" + (", plain copying" if arm.startswith("plain-") else "")
+    cell, task = cell_of(arm), task_words(arm)
+    return f"{cell.block}: {cell.layer}" + (f", {task}" if task else "")
 
 
 def task_of(results: Results) -> Copying:
@@ -50,11 +52,12 @@ def table_1(results: Results) -> str:
     header = ("block", "layer", "parameters", "answers right, %", "rows all right, %", "paper, %")
     rows = []
     for arm in results.arms:
-        cell, plain = CELL[arm.removeprefix("plain-")], arm.startswith("plain-")
+        cell, task_of_arm = cell_of(arm), task_words(arm)
         accuracies = [spread(results.values(arm, name), scale=100) for name in ("accuracy", "sequence_accuracy")]
-        layer = f"{cell.layer} (plain copying)" if plain else cell.layer
+        layer = f"{cell.layer} ({task_of_arm})" if task_of_arm else cell.layer
         parameters = f"{results.values(arm, 'parameters')[0]:,}"
-        rows.append([cell.block, layer, parameters, *accuracies, "" if plain else percent(cell.paper)])
+        published = "" if arm.startswith("plain-") else percent(cell.paper)
+        rows.append([cell.block, layer, parameters, *accuracies, published])
     task, paper = task_of(results), Copying(n_noise=4096, n_tokens=16)
     return (
         f"{table(header, rows)}\n\nGuessing gives {percent(guess_accuracy(task))} %. Knowing which tokens there are, "

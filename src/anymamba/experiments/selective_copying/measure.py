@@ -18,7 +18,16 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
     make = partial(copying_batch, settings.task)
     validation = fixed_set(make, settings.validation_rows, context.device)
     model = build_model(model_config(settings), context)
-    return learn(model, settings.optimization, make, validation, context, every=settings.judge_every)
+    return learn(
+        model,
+        settings.optimization,
+        make,
+        validation,
+        context,
+        every=settings.judge_every,
+        enough=lambda score: settings.enough is not None and score.tokens >= settings.enough,
+        resumable=True,
+    )
 
 
 def model_config(settings: Settings) -> ModelConfig:
