@@ -344,7 +344,7 @@ def test_pieces_of_several_prompts_are_read_in_one_pass(request, name, monkeypat
     with torch.inference_mode():
         states = [model(torch.tensor([text])).state for text in texts]
         passes.clear()
-        pieces = [Piece(text[::-1], state, False) for text, state in zip(texts, states, strict=True)]
+        pieces = [Piece(text[::-1], state, 1) for text, state in zip(texts, states, strict=True)]
         for found, text in zip(PieceReader(model, stepper).read(pieces), texts, strict=True):
             wanted = model(torch.tensor([text + text[::-1]]), num_last_logits=1).logits[0]
             assert torch.allclose(found.logits, wanted, atol=1e-4)
@@ -353,9 +353,9 @@ def test_pieces_of_several_prompts_are_read_in_one_pass(request, name, monkeypat
 
 def test_a_pass_has_as_many_tokens_as_fit_into_its_time():
     clock = PassClock()
-    for n in (16, 20, 40, 100, 300, 600, 1500):
+    for n in (8, 16, 20, 40, 100, 300, 600, 1500):
         clock.add(n, 0.005 + n * 1e-3)
-    assert clock.tokens_within(0) == 16
+    assert clock.tokens_within(0) == 8
     for seconds in (0.03, 0.1, 0.3, 0.7):
         n = clock.tokens_within(seconds)
         assert 0.7 * seconds < 0.005 + n * 1e-3 < 1.1 * seconds

@@ -75,8 +75,9 @@ class Engine:
         tokenizer: for text and stop strings; None: tokens only.
         max_rows: answers that are generated at once; more wait. Defaults to what fits into `memory`, else to 64.
         memory: bytes for the states of running rows.
-        longest_wait: seconds that a running row may wait for its next token while prompts are read. A row waits at
-            most 2.5 times as long as without them, even if this is shorter, and 1.5 times, even if that is longer.
+        longest_wait: seconds that a running row may wait for its next token while prompts are read.
+        slowdown: how many times as long as without prompts it may wait at most, if that is shorter. It always may wait
+            1.5 times as long.
         prefix_tree: keeps states after the beginnings of prompts; None: every prompt is read.
     """
 
@@ -88,13 +89,14 @@ class Engine:
         max_rows: int | None = None,
         memory: int | None = None,
         longest_wait: float = 0.05,
+        slowdown: float = 2.5,
         prefix_tree: PrefixTree | None = None,
     ) -> None:
         if max_rows is None:
             max_rows = 64 if memory is None else rows_within(model, memory)
         require_sizes(max_rows=max_rows)
         self._model, self._tokenizer, self._tree = model, tokenizer, prefix_tree
-        self.max_rows, self.longest_wait = max_rows, longest_wait
+        self.max_rows, self.longest_wait, self.slowdown = max_rows, longest_wait, slowdown
         self._n_ids = n_ids(model, tokenizer)
         self._stepper = Stepper(model)
         self._reader = PieceReader(model, self._stepper)
@@ -240,7 +242,7 @@ class Engine:
         """How long reading may take before the next tokens of the running rows."""
         if not self._running.rows:
             return ALONE
-        return max(1.5 * self._seconds, min(self.longest_wait, 2.5 * self._seconds)) - self._seconds
+        return max(1.5 * self._seconds, min(self.longest_wait, self.slowdown * self._seconds)) - self._seconds
 
     def _piece(self, job: Job, n_tokens: int) -> Piece:
         """The next tokens of a prompt, at most so many, and not across a place where the state is kept."""
@@ -249,13 +251,13 @@ class Engine:
         stop = next((n for n in job.stops if n > job.n_read), len(job.prompt))
         end = min(job.n_read + max(most, LEAST_TOKENS), stop)
         state = self._model.init_state(1) if job.model is None else job.model
-        return Piece(job.prompt[job.n_read : end], state, scored)
+        return Piece(job.prompt[job.n_read : end], state, None if scored else int(end == stop))
 
     def _take_piece(self, job: Job, piece: Piece, read: PieceRead) -> None:
         job.n_read += len(piece.ids)
         job.model = read.state
         logits = read.logits[:, : self._model.config.vocab_size].float()
-        if piece.all_logits:
+        if piece.n_logits is None:
             job.score(logits)
         if self._tree is not None and (job.n_read in job.stops or job.n_read == len(job.prompt)):
             self._tree.keep(job.request.owner, job.prompt[: job.n_read], read.state, logits[-1:], job.known_scores)

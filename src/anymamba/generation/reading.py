@@ -18,7 +18,7 @@ from anymamba.parts.state import concatenate_rows, map_state
 
 MOST_TOKENS = 2048
 """Tokens of one pass at most; memory for activations grows with it."""
-LEAST_TOKENS = 16
+LEAST_TOKENS = 8
 """Tokens of one pass at least, however long they take."""
 
 
@@ -28,8 +28,8 @@ class Piece(NamedTuple):
     ids: Sequence[int]
     state: LanguageModelState
     """One row, after the tokens before these."""
-    all_logits: bool
-    """Whether the logits after every token are needed, and not only those after the last."""
+    n_logits: int | None
+    """After how many of the last tokens logits are needed: 0, 1, or all (None)."""
 
 
 class PieceRead(NamedTuple):
@@ -103,10 +103,10 @@ class PieceReader:
     def _groups(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """The places of pieces that can be read together."""
         can_pack = self._stepper.native is None and isinstance(self._model, LanguageModel)
-        groups: dict[tuple[int, bool], list[int]] = {}
+        groups: dict[tuple[int | None, int | None], list[int]] = {}
         for i, piece in enumerate(pieces):
-            kind = (0 if can_pack and not piece.all_logits else len(piece.ids), piece.all_logits)
-            groups.setdefault(kind, []).append(i)
+            is_packed = can_pack and piece.n_logits is not None
+            groups.setdefault((None, 1) if is_packed else (len(piece.ids), piece.n_logits), []).append(i)
         return list(groups.values())
 
     def _read(self, pieces: Sequence[Piece]) -> list[PieceRead]:
@@ -123,7 +123,7 @@ class PieceReader:
         self, pieces: Sequence[Piece], state: LanguageModelState
     ) -> tuple[Float[Tensor, "pieces positions padded_vocab"], LanguageModelState]:
         ids = torch.tensor([list(piece.ids) for piece in pieces], device=self._device)
-        n_logits = None if pieces[0].all_logits else 1
+        n_logits = pieces[0].n_logits if len({piece.n_logits for piece in pieces}) == 1 else 1
         native = self._stepper.native
         if native is not None and native.serves(ids[:, 0], state):
             logits, state = read(native, ids, state, num_last_logits=n_logits)
