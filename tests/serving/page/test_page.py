@@ -220,6 +220,28 @@ def test_another_token_goes_on_from_its_place(text):
     expect(text.locator(".bar .version")).to_have_text("2/2")
 
 
+def test_another_token_by_keyboard(text):
+    complete(text, "abc")
+    for _ in range(6):
+        text.keyboard.press("ArrowLeft")
+    text.keyboard.press("Alt+KeyP")
+    expect(text.locator("#token-card button").first).to_be_focused()
+    assert sent(text, lambda: text.keyboard.press("Enter"))["prompt"].startswith("abc")
+    settle(text, "Continue")
+    expect(text.locator("#token-card")).to_be_hidden()
+
+
+def test_without_a_database_the_page_still_works(open_page, server, browser):
+    page = open_page(server)
+    page.add_init_script(
+        "Object.defineProperty(window, 'indexedDB', { value: { open() { throw new Error('denied'); } } })"
+    )
+    page.reload()
+    expect(page.locator("#notice")).to_contain_text("This browser keeps no conversations: denied")
+    setting(page, "max_tokens", 4)
+    ask(page, "Hello")
+
+
 # ------------------------------------------------------------------------------------------------------------- a text
 
 

@@ -1,6 +1,6 @@
 // The chat: messages, each with its versions; any of them can be edited, tried again and compared.
 
-import { h, iconButton } from "./dom.js";
+import { h, iconButton, perFrame } from "./dom.js";
 import { fromChat, textOf } from "./pieces.js";
 import * as runs from "./runs.js";
 import * as settings from "./settings.js";
@@ -58,7 +58,7 @@ export function open(conversation, view, composer, app) {
       body: seed == null ? body : { ...body, seed: first + i },
       fromChoice: fromChat,
       answer: node,
-      piece: () => update(node),
+      piece: perFrame(() => update(node)),
     }));
     const failure = await runs.write(tasks, drawButton);
     for (const node of nodes) if (node.reason === "error" && !node.pieces.length) tree.drop(chat, node);
@@ -148,7 +148,7 @@ export function open(conversation, view, composer, app) {
   /** Show what has arrived of an answer. */
   function update(node) {
     const article = list.querySelector(`[data-id="${node.id}"]`);
-    if (!article) return;
+    if (!article || !runs.isRunning()) return; // after the end all is drawn anew
     const text = article.querySelector(".text");
     const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 80;
     while (text.childNodes.length > Math.max(0, node.pieces.length - 2)) text.lastChild.remove();

@@ -1,6 +1,6 @@
 // Completion: one text that can be edited anywhere; the model goes on from the cursor. Every run is a version.
 
-import { h, iconButton, plural } from "./dom.js";
+import { h, iconButton, perFrame, plural } from "./dom.js";
 import { commonLength, cut, edited, fromCompletion, textOf } from "./pieces.js";
 import * as runs from "./runs.js";
 import * as settings from "./settings.js";
@@ -71,6 +71,15 @@ export function open(conversation, view, composer, app) {
   /** Go on with another token in the place of one that was chosen. */
   const goFrom = (offset, token) => !runs.isRunning() && write([...cut(text.draft, offset), { text: token }]);
 
+  /** Tell the probabilities of the token at the cursor. */
+  function explain() {
+    const node = getSelection().focusNode;
+    const at = node && page.contains(node) && node !== page ? (node.nodeType === Node.TEXT_NODE ? node.parentElement : node) : null;
+    const after = getSelection().focusOffset === at?.textContent.length ? at.nextSibling : null;
+    const span = after?.scores ? after : at;
+    if (span?.scores) tokens.open(span, (from, token) => goFrom(offsetOf(from), token), true);
+  }
+
   const tryAgain = () => current() && !runs.isRunning() && write(cut(current().pieces, current().start));
 
   async function write(prompt) {
@@ -93,7 +102,7 @@ export function open(conversation, view, composer, app) {
       body: seed == null ? body : { ...body, seed: first + i },
       fromChoice: fromCompletion,
       answer: version,
-      piece: () => update(version),
+      piece: perFrame(() => update(version)),
     }));
     const failure = await runs.write(tasks, drawBar);
     const failed = made.filter((version) => version.reason === "error" && version.pieces.length === prompt.length);
@@ -117,7 +126,7 @@ export function open(conversation, view, composer, app) {
 
   function update(version) {
     const target = comparing ? view.querySelector(`[data-version="${text.versions.indexOf(version)}"]`) : version === current() ? page : null;
-    if (!target) return;
+    if (!target || !runs.isRunning()) return; // after the end all is drawn anew
     const from = comparing ? target.before : 0;
     const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 80;
     const pieces = version.pieces.slice(from);
@@ -207,5 +216,5 @@ export function open(conversation, view, composer, app) {
   }
 
   draw();
-  return { go: () => button.click(), turn, compare, focus: () => page.focus(), isEmpty: () => !read() && !text.versions.length };
+  return { go: () => button.click(), turn, compare, explain, focus: () => page.focus(), isEmpty: () => !read() && !text.versions.length };
 }

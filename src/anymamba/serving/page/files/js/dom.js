@@ -20,6 +20,16 @@ export function iconButton(symbol, name, onclick) {
   return h("button", { type: "button", class: "icon", title: name, onclick }, icon(symbol), h("span", { class: "hidden" }, name));
 }
 
+/** A function that calls another one at most once for each picture that the browser draws. */
+export function perFrame(call) {
+  let waiting = false;
+  return () => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => { waiting = false; call(); });
+  };
+}
+
 /** A number with separators, as "12,034". */
 export const count = (n) => n.toLocaleString("en-US");
 

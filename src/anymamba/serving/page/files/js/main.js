@@ -31,7 +31,11 @@ async function start() {
   dress();
   tokens.start();
   listen();
-  conversations = await store.all();
+  try {
+    conversations = await store.all();
+  } catch (error) {
+    status.complain(`This browser keeps no conversations: ${error.message}`);
+  }
   const last = conversations.find((conversation) => conversation.id === localStorage.getItem(OPEN));
   show(last ?? conversations[0] ?? fresh("chat"));
   await connect();
@@ -219,6 +223,7 @@ const ALT_KEYS = {
   KeyK: () => shown.turn(-1),
   KeyJ: () => shown.turn(1),
   KeyC: () => shown.compare(),
+  KeyP: () => shown.explain?.(),
 };
 
 function keys(event) {

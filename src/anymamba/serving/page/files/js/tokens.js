@@ -36,7 +36,7 @@ export function explain(element, branch = null) {
     if (tokens[place]) open(tokens[place], branch);
     event.preventDefault();
   });
-  element.addEventListener("blur", close);
+  element.addEventListener("blur", (event) => event.relatedTarget?.closest("#token-card") || close());
 }
 
 /** Hide the card. */
@@ -46,7 +46,8 @@ export function close() {
   byId("token-card").hidden = true;
 }
 
-function open(element, branch) {
+/** Open the card for a span; with `focus` its first button gets the focus. */
+export function open(element, branch, focus = false) {
   if (current === element) return;
   close();
   current = element;
@@ -59,6 +60,7 @@ function open(element, branch) {
   if (branch && others.length > 1) card.append(h("small", {}, "Click another token to go on from it."));
   card.hidden = false;
   place(card, element.getClientRects()[0] ?? element.getBoundingClientRect());
+  if (focus) card.querySelector("button")?.focus();
 }
 
 function line(token, p, chosen) {
