@@ -240,13 +240,13 @@ def test_the_tables_have_baselines_and_what_state_and_attention_change():
 def test_arms_of_several_widths_and_sizes():
     results = results_of({"attention": [1.0], "hyena": [0.5], "mamba-n4": [0.99]}, scale="gpu")
     at_a_width = ["holds", "fails", "not judged", "not judged", "not judged", "holds", "not judged", "not judged"]
-    assert verdicts(EXPERIMENT, results) == at_a_width * 2
-    assert [t.what.startswith("width 64") for t in EXPERIMENT.thresholds(results)] == [True] * 8 + [False] * 8
-    first, second, _ = EXPERIMENT.sections(results).values()
+    assert verdicts(EXPERIMENT, results) == at_a_width * 3
+    assert [t.what.startswith("width 64") for t in EXPERIMENT.thresholds(results)] == [True] * 8 + [False] * 16
+    first, second, *_ = EXPERIMENT.sections(results).values()
     hyena = ["Hyena", "70,000", "20,000", "0.006", "6,000", "50.0", "50.0", "50.0", "50.0"]
     assert rows(first)[-3] == rows(second)[-3] == hyena
     panels = [draw(results) for draw in EXPERIMENT.figures.values()]
-    assert [len(figure.axes) for figure in panels] == [4, 2]
+    assert [len(figure.axes) for figure in panels] == [4, 3]
 
 
 def test_the_charts_show_what_was_measured():
