@@ -43,7 +43,8 @@ SHARED = {
     *("models.config", "models.mixers", "models.language_model", "models.checkpoints"),
     *("models.weight_formats", "models.inference"),
     *("generation.sampling", "generation.prompts", "generation.stops", "generation.stepping"),
-    "generation.speculation",
+    *("generation.requests", "generation.running", "generation.scheduling", "generation.speculation"),
+    *("generation.beam", "generation.prefix_tree", "generation.state_folder", "generation.state_store"),
     *("training.config", "training.optimizer", "training.checkpoint", "training.metrics"),
     *(
         "training.clock",

@@ -16,9 +16,9 @@ from anymamba.generation.beam import beam_search
 from anymamba.generation.engine import Engine
 from anymamba.generation.generate import generate
 from anymamba.generation.prefix_tree import PrefixTree
-from anymamba.generation.reading import PassClock, Piece, PieceReader
 from anymamba.generation.requests import Beams, Failed, Finished, NewToken, PromptRead, Request
 from anymamba.generation.sampling import SamplingConfig
+from anymamba.generation.scheduling.reading import PassClock, Piece, PieceReader
 from anymamba.generation.stepping import Stepper
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel

@@ -10,7 +10,7 @@ from test_engine import Client, finish
 from test_prompts import prompts_of
 
 from anymamba.generation.engine import ALONE, Engine
-from anymamba.generation.reading import LEAST_TOKENS
+from anymamba.generation.scheduling.reading import LEAST_TOKENS
 
 TOKEN, STEP = 1e-3, 0.02  # seconds
 
@@ -54,7 +54,7 @@ def model(monkeypatch) -> TimedModel:
     model = TimedModel()
     clock = SimpleNamespace(perf_counter=lambda: model.now)
     monkeypatch.setattr("anymamba.generation.engine.time", clock)
-    monkeypatch.setattr("anymamba.generation.reading.time", clock)
+    monkeypatch.setattr("anymamba.generation.scheduling.reading.time", clock)
     return model
 
 

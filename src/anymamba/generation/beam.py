@@ -17,7 +17,7 @@ from torch import Tensor
 from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
-from anymamba.generation.rows import FinishReason, n_ids
+from anymamba.generation.running import FinishReason, n_ids
 from anymamba.generation.stepping import Stepper
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel

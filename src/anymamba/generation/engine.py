@@ -7,9 +7,7 @@ A step reads pieces of prompts and generates one token of every running row. It 
 from __future__ import annotations
 
 import itertools
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,10 +17,8 @@ from torch import Tensor
 
 from anymamba.base.sizes import require_sizes
 from anymamba.data.tokenizer import Tokenizer
-from anymamba.generation.jobs import AnswerRow, Job, Turns, check_request
 from anymamba.generation.prefix_tree import PrefixTree
 from anymamba.generation.prompts import GenerationState
-from anymamba.generation.reading import LEAST_TOKENS, Piece, PieceRead, PieceReader
 from anymamba.generation.requests import (
     EndReason,
     Event,
@@ -34,18 +30,24 @@ from anymamba.generation.requests import (
     Request,
     TokenScore,
 )
-from anymamba.generation.rows import RunningRows, n_ids
-from anymamba.generation.searches import RunningSearch
+from anymamba.generation.running import RunningRows, n_ids
+from anymamba.generation.scheduling import (
+    AnswerRow,
+    Inbox,
+    Job,
+    PassError,
+    Piece,
+    PieceRead,
+    PromptReading,
+    RunningSearch,
+    check_request,
+)
 from anymamba.generation.stepping import Stepper
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import select_rows, state_bytes
 
 ALONE = 0.25
 """Seconds of one pass over prompts while no row is running: how late a new request may be noticed."""
-
-
-SCORED_TOKENS = 256
-"""Tokens of one pass that needs the logits after each of them."""
 
 
 class EngineStatistics(NamedTuple):
@@ -97,19 +99,14 @@ class Engine:
         require_sizes(max_rows=max_rows)
         self._model, self._tokenizer, self._tree = model, tokenizer, prefix_tree
         self.max_rows, self.longest_wait, self.slowdown = max_rows, longest_wait, slowdown
+        self._device = next(model.parameters()).device
         self._n_ids = n_ids(model, tokenizer)
         self._stepper = Stepper(model)
-        self._reader = PieceReader(model, self._stepper)
+        self._inbox, self._ids = Inbox(), itertools.count()
+        self._prompts = PromptReading(model, self._stepper)
         self._running = self._no_rows()
         self._searches: list[RunningSearch] = []
         self._workers = ThreadPoolExecutor(1, "anymamba-masks")
-        self._lock, self._work = threading.Lock(), threading.Event()
-        self._ids = itertools.count()
-        self._submitted: deque[Job] = deque()
-        self._cancelled: set[int] = set()
-        self._queue: list[Job] = []
-        self._reading: list[Job] = []
-        self._turns = Turns()
         self._seconds = 0.0
         self._counts: tuple[int, int, int] = (0, 0, 0)
 
@@ -128,27 +125,26 @@ class Engine:
         native = self._stepper.native is not None
         prompt = check_request(request, self._model.config.vocab_size, self.max_rows, self._tokenizer, native)
         job = Job(next(self._ids), request, prompt, sink)
-        with self._lock:
-            self._submitted.append(job)
-        self._work.set()
+        self._inbox.submit(job)
         return job.id
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step; its answers finish as "cancelled". One that has ended stays as it is."""
-        with self._lock:
-            self._cancelled.add(request_id)
-        self._work.set()
+        self._inbox.cancel(request_id)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until there is something to do, at most so many seconds. Returns whether there is."""
-        return self._work.wait(timeout)
+        return self._inbox.wait(timeout)
 
     @property
     def statistics(self) -> EngineStatistics:
         """What the engine is doing and has done."""
-        queued = len(self._queue) + len(self._submitted)
-        n_rows = len(self._running.rows) + sum(search.job.request.n_rows for search in self._searches)
-        return EngineStatistics(n_rows, len(self._reading), queued, *self._counts, self._seconds)
+        n_queued = len(self._prompts.waiting) + len(self._inbox)
+        return EngineStatistics(self._n_rows, len(self._prompts.active), n_queued, *self._counts, self._seconds)
+
+    @property
+    def _n_rows(self) -> int:
+        return len(self._running.rows) + sum(search.job.request.n_rows for search in self._searches)
 
     # ------------------------------------------------------------------------------------ one step
 
@@ -156,46 +152,28 @@ class Engine:
     def step(self) -> bool:
         """Read pieces of prompts and generate one token of every running row. Returns false if there was no work."""
         self._take_commands()
-        self._admit()
-        if self._reading:
+        for job in self._prompts.admit(self.max_rows - self._n_rows - self._prompts.n_rows):
+            self._start(job)
+        if self._prompts.active:
             self._read()
         if self._running.rows:
             self._generate()
         for search in list(self._searches):
             self._search(search)
-        busy = bool(self._running.rows or self._searches or self._reading or self._queue)
-        with self._lock:
-            if not busy and not self._submitted and not self._cancelled:
-                self._work.clear()
+        busy = bool(self._running.rows or self._searches or self._prompts.active or self._prompts.waiting)
+        if not busy:
+            self._inbox.rest()
         return busy
 
     def _take_commands(self) -> None:
-        with self._lock:
-            new, self._submitted = self._submitted, deque()
-            cancelled, self._cancelled = self._cancelled, set()
+        new, cancelled = self._inbox.take()
         for job in new:
-            self._turns.join(job, [*self._queue, *self._reading])
-            self._queue.append(job)
+            self._prompts.join(job)
         if cancelled:
-            jobs = (*self._queue, *self._reading, *(search.job for search in self._searches))
+            jobs = (*self._prompts.waiting, *self._prompts.active, *(search.job for search in self._searches))
             self._end_jobs([job for job in jobs if job.id in cancelled])
             rows = self._running.rows
             self._end_rows({i: "cancelled" for i, row in enumerate(rows) if row.job.id in cancelled})
-
-    def _admit(self) -> None:
-        """Begin to read the prompts that have room."""
-        for job in self._turns.order(self._queue):
-            if self._n_rows + job.request.n_rows > self.max_rows:
-                break
-            self._queue.remove(job)
-            self._reading.append(job)
-            self._start(job)
-
-    @property
-    def _n_rows(self) -> int:
-        """Rows that run, and those of the prompts that are being read."""
-        jobs = (*self._reading, *(search.job for search in self._searches))
-        return len(self._running.rows) + sum(job.request.n_rows for job in jobs)
 
     def _start(self, job: Job) -> None:
         """Make the rows, whose masks are then worked on, and find the state to read from."""
@@ -212,30 +190,20 @@ class Engine:
             if found is not None and (kept is None or len(found.tokens) > len(kept.tokens)):
                 kept = found
         if kept is not None:
-            job.start_from(kept)
+            job.start_from(kept, self._device)
             if job.n_read == len(job.prompt):
-                self._generate_after(job, kept.logits)
+                self._generate_after(job, kept.logits.to(self._device))
 
     # ------------------------------------------------------------------------------------ prompts
 
     def _read(self) -> None:
         """One pass over pieces of prompts, as many tokens as the running rows may wait for."""
-        n_tokens = self._reader.clock.tokens_within(self._pass_seconds())
-        jobs, pieces = [], []
-        for job in self._turns.order(self._reading):
-            piece = self._piece(job, n_tokens)
-            jobs.append(job)
-            pieces.append(piece)
-            self._turns.serve(job, len(piece.ids))
-            n_tokens -= max(len(piece.ids), LEAST_TOKENS)
-            if n_tokens < LEAST_TOKENS:
-                break
         try:
-            found = self._reader.read(pieces)
-        except Exception as error:
-            self._end_jobs(jobs, error)
+            found = self._prompts.read(self._pass_seconds())
+        except PassError as failure:
+            self._end_jobs(failure.jobs, failure.error)
             return
-        for job, piece, result in zip(jobs, pieces, found, strict=True):
+        for job, piece, result in found:
             self._take_piece(job, piece, result)
 
     def _pass_seconds(self) -> float:
@@ -243,15 +211,6 @@ class Engine:
         if not self._running.rows:
             return ALONE
         return max(1.5 * self._seconds, min(self.longest_wait, self.slowdown * self._seconds)) - self._seconds
-
-    def _piece(self, job: Job, n_tokens: int) -> Piece:
-        """The next tokens of a prompt, at most so many, and not across a place where the state is kept."""
-        scored = job.request.prompt_log_probabilities is not None
-        most = min(n_tokens, SCORED_TOKENS) if scored else n_tokens
-        stop = next((n for n in job.stops if n > job.n_read), len(job.prompt))
-        end = min(job.n_read + max(most, LEAST_TOKENS), stop)
-        state = self._model.init_state(1) if job.model is None else job.model
-        return Piece(job.prompt[job.n_read : end], state, None if scored else int(end == stop))
 
     def _take_piece(self, job: Job, piece: Piece, read: PieceRead) -> None:
         job.n_read += len(piece.ids)
@@ -266,7 +225,7 @@ class Engine:
 
     def _generate_after(self, job: Job, logits: Tensor) -> None:
         """Begin to generate after a prompt: its state is forked for each answer."""
-        self._reading.remove(job)
+        self._prompts.leave(job)
         self._count(len(job.prompt), job.n_cached, 0)
         assert job.model is not None
         self._emit(job, PromptRead(job.n_cached, job.token_scores()))
@@ -310,7 +269,7 @@ class Engine:
             if one.token is not None:
                 row.ids.append(one.token)
                 self._count(0, 0, 1)
-                self._turns.count(row.job, 1)
+                self._prompts.turns.count(row.job, 1)
                 self._emit(row.job, NewToken(row.number, TokenScore(one.token, *one[1:3]), one.text))
         if self._tree is not None:
             for place, row in enumerate(self._running.rows):
@@ -359,7 +318,7 @@ class Engine:
     def _end_jobs(self, jobs: Iterable[Job], error: Exception | None = None) -> None:
         """End requests that have no rows yet: by an error, or cancelled."""
         for job in jobs:
-            self._queue, self._reading = ([j for j in jobs if j is not job] for jobs in (self._queue, self._reading))
+            self._prompts.leave(job)
             self._searches = [search for search in self._searches if search.job is not job]
             for index in range(job.request.n):
                 end = Finished(index, "cancelled", job.usage(0), None) if error is None else Failed(index, error)

@@ -18,7 +18,7 @@ from torch import Tensor
 from anymamba.base.sizes import require_at_least
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts, prefill, prompt_rows
-from anymamba.generation.rows import Chosen, FinishReason, Row, RunningRows, n_ids
+from anymamba.generation.running import Chosen, FinishReason, Row, RunningRows, n_ids
 from anymamba.generation.sampling import RowDraws, SamplingConfig, Seed, sample
 from anymamba.generation.speculation import Speculation, SpeculationReport, Speculator
 from anymamba.generation.stepping import Stepper

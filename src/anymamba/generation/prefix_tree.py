@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -110,7 +109,7 @@ class PrefixTree:
 
         Args:
             tokens: all tokens that it has read.
-            model: the state, one row. It is copied.
+            model: the state, one row. It is copied into the CPU's memory.
             logits: (1, vocab_size), of the next token.
             scores: of the tokens after the first, if they are known.
         """
@@ -119,7 +118,7 @@ class PrefixTree:
         node = self._node(owner, np.array(tokens, np.int64))
         if node.held is None:
             self._forget_stored(node)
-            self._put(node, Held(*map_state(torch.clone, (model, logits)), scores))
+            self._put(node, Held(*map_state(_copied, (model, logits)), scores))
         elif scores is not None and not node.held.has_scores(scores.n_top):
             self._put(node, node.held._replace(scores=scores))
         self._used.move_to_end(node)
@@ -204,6 +203,10 @@ class PrefixTree:
             node = node.parent
         if node.parent is None and not node.children:
             self._roots = {owner: root for owner, root in self._roots.items() if root is not node}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
 
 
 def _n_same(a: Int[np.ndarray, " m"], b: Int[np.ndarray, " n"]) -> int:

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from anymamba.data.tokenizer import Tokenizer
-from anymamba.generation.adjustments import Adjustments
 from anymamba.generation.prompts import GenerationState
+from anymamba.generation.running.adjustments import Adjustments
+from anymamba.generation.running.slots import Slots, moves
 from anymamba.generation.sampling import RowDraws, SamplingConfig, sample
-from anymamba.generation.slots import Slots, moves
 from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -12,15 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anymamba.base.sizes import require_at_least, require_sizes
 from anymamba.data.tokenizer import Tokenizer
-from anymamba.generation.adjustments import Adjustments
-from anymamba.generation.prompts import check_prompts
 from anymamba.generation.requests import Event, KeptState, PromptScores, Request, TokenScore, Usage
-from anymamba.generation.rows import Row
+from anymamba.generation.running import Adjustments, Row
 from anymamba.generation.sampling import RowDraws
-from anymamba.generation.stops import StopMatcher, StoppingDecoder
+from anymamba.generation.stops import StoppingDecoder
 from anymamba.models.language_model import LanguageModelState
+from anymamba.parts.state import map_state
 
 
 class Job:
@@ -54,10 +51,10 @@ class Job:
         self.stops: list[int] = []
         """Lengths of the prompt after which the state is kept, ascending."""
 
-    def start_from(self, kept: KeptState) -> None:
+    def start_from(self, kept: KeptState, device: torch.device) -> None:
         """Go on from a state whose tokens begin the prompt, and which has the scores that are wanted."""
         self.n_read = self.n_cached = len(kept.tokens)
-        self.model = kept.model
+        self.model = map_state(lambda tensor: tensor.to(device), kept.model)
         if self.scores is not None:
             assert kept.scores is not None
             self._add_scores(kept.scores)
@@ -143,84 +140,3 @@ class AnswerRow(Row):
         """Its tokens so far."""
         self.n_read = 0
         """How many of them the model has read: all but the newest."""
-
-
-class Turns:
-    """Equal shares for owners: whoever has had the fewest tokens read is next, then whoever waits longest."""
-
-    def __init__(self) -> None:
-        self._served: defaultdict[str, float] = defaultdict(float)
-        self._turn = 0
-
-    def order(self, jobs: Iterable[Job]) -> list[Job]:
-        """Jobs in the order in which they are served; those of one owner take turns."""
-        return sorted(jobs, key=lambda job: (self._served[job.request.owner], job.turn, job.id))
-
-    def serve(self, job: Job, n_tokens: int) -> None:
-        """Count tokens that were read for a job."""
-        self._turn += 1
-        job.turn = self._turn
-        self.count(job, n_tokens)
-
-    def count(self, job: Job, n_tokens: int) -> None:
-        """Count tokens that its owner was given."""
-        self._served[job.request.owner] += n_tokens
-
-    def join(self, job: Job, others: Iterable[Job]) -> None:
-        """A new job: an owner who comes back does not catch up on the time away."""
-        served = [self._served[other.request.owner] for other in others]
-        job.turn = self._turn - 1  # before whoever was served last
-        if served:
-            self._served[job.request.owner] = max(self._served[job.request.owner], min(served))
-
-    def leave(self, others: Iterable[Job]) -> None:
-        """Forget owners who have no job."""
-        present = {job.request.owner for job in others}
-        for owner in set(self._served) - present:
-            del self._served[owner]
-
-
-def check_request(
-    request: Request, vocab_size: int, max_rows: int, tokenizer: Tokenizer | None, is_invariant: bool
-) -> list[int]:
-    """The prompt's tokens. Raises ValueError or TypeError for a request that an engine cannot serve.
-
-    Args:
-        vocab_size: of the model.
-        max_rows: of the engine.
-        tokenizer: the engine's.
-        is_invariant: whether the model's logits have the same bits in any batch.
-    """
-    (prompt,) = check_prompts([request.prompt], vocab_size, request.eos_id)
-    require_at_least("max_new_tokens", request.max_new_tokens, 0)
-    require_at_least("n_top", request.n_top, 0)
-    require_sizes(n=request.n)
-    if request.prompt_log_probabilities is not None:
-        require_at_least("prompt_log_probabilities", request.prompt_log_probabilities, 0)
-    StopMatcher(request.stop)
-    if request.n_rows > max_rows:
-        name = "n" if request.beams is None else "num_beams"
-        raise ValueError(f"{name} must be at most the engine's {max_rows} rows, got {request.n_rows}; raise max_rows")
-    if request.stop and tokenizer is None:
-        raise ValueError("stop strings need a tokenizer to turn tokens into text; the engine has none")
-    outside = [token for token in request.logit_bias if not 0 <= token < vocab_size]
-    if outside:
-        raise ValueError(f"logit_bias must have ids of the vocabulary, 0 to {vocab_size - 1}, got {outside[0]}")
-    if request.beams is not None:
-        _check_beams(request)
-    if request.invariant and not is_invariant:
-        raise ValueError(
-            "invariant=True needs the compiled step, which this model does not have; use a plain Mamba on a CPU, made "
-            "by for_inference, or leave it out"
-        )
-    return prompt.tolist()
-
-
-def _check_beams(request: Request) -> None:
-    assert request.beams is not None
-    if request.n > request.beams.num_beams:
-        raise ValueError(f"n must be at most num_beams, got {request.n} and {request.beams.num_beams}")
-    if request.is_adjusted or request.keep_state or request.n_top:
-        raise ValueError(
-            "a beam search takes no logit_bias, penalties, mask, n_top or keep_state; leave them or beams out"
-        )

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.beam import BeamRows, Hypothesis, Rules, Search, end_test
-from anymamba.generation.jobs import Job
 from anymamba.generation.prompts import GenerationState
 from anymamba.generation.requests import Event, Finished, NewToken, TokenScore
+from anymamba.generation.scheduling.jobs import Job
 from anymamba.generation.stepping import Stepper
 from anymamba.generation.stops import StoppingDecoder
 
