@@ -65,6 +65,7 @@ def test_without_a_compiler_the_package_installs_and_says_so(tmp_path):
 def test_left_out_on_request(tmp_path):
     assert wheel(tmp_path, ANYMAMBA_NATIVE="off").returncode == 0
     assert "left out by ANYMAMBA_NATIVE=off" in installed(tmp_path, ASK)
+    assert (tmp_path / "site" / "anymamba" / "serving" / "page" / "files" / "index.html").is_file()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the failing compiler is a shell script")

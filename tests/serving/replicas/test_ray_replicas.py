@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,6 +20,7 @@ import torch
 from anymamba.data.tokenizer import load_tokenizer
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.serving.protocol.errors import ApiError
 
 ray = pytest.importorskip("ray", reason="needs Ray Serve (make test-ray installs it)")
 replicas = pytest.importorskip("anymamba.serving.ray")
@@ -115,6 +119,28 @@ def test_a_killed_replica_breaks_its_streams_and_its_sessions_go_on_with_the_oth
     assert again.headers["x-replica"] != replica
     cached = again.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached >= len("Remember all of this. "), "the state came from the store"
+
+
+def test_a_client_that_leaves_frees_its_place(client):
+    body = {"prompt": "a", "max_tokens": 16_000, "stream": True, "session": "left", "logit_bias": {"256": -100}}
+    with client.stream("POST", "/v1/completions", json=body) as stream:
+        replica = stream.headers["x-replica"]
+        next(stream.iter_lines())
+    rows, seen = "1", time.monotonic()
+    while rows != "0" and time.monotonic() < seen + 20:
+        figures = client.get("/metrics")
+        if figures.headers["x-replica"] == replica:
+            rows = re.search(r"^anymamba_rows (\d+)", figures.text, re.MULTILINE).group(1)
+    assert rows == "0"
+
+
+def test_without_keys_only_this_machine_is_served():
+    front = replicas.Front(None, has_keys=False)
+    for host, allowed in (("127.0.0.1", True), ("::1", True), ("10.0.0.7", False), ("testclient", False)):
+        request = SimpleNamespace(client=SimpleNamespace(host=host))
+        with nullcontext() if allowed else pytest.raises(ApiError, match="set api_key_file"):
+            front._require_allowed(request)
+        replicas.Front(None, has_keys=True)._require_allowed(request)
 
 
 def test_what_decides_about_the_replica():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import time
@@ -26,6 +27,7 @@ from anymamba.serving.sessions import (
     open_sessions,
 )
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 NAMES = ("a", "../../etc/passwd", "/", "..", "a b/ü☃", "CON", "x" * 256, "*", "{a}:b")
 
 
@@ -181,6 +183,21 @@ def test_a_packed_model_takes_the_session_of_the_plain_one(model, keep, tmp_path
     loaded = store.load("", "chat")
     store.save("", "chat", loaded)
     assert generate(packed, [[3]], max_new_tokens=3, state=loaded.generation_state()).ids
+
+
+@pytest.mark.parametrize("kind", ["float64", "bfloat16", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_a_session_moves_between_dtypes_and_devices(model, keep, tmp_path, kind):
+    other = copy.deepcopy(model).to(kind if kind == "cuda" else getattr(torch, kind))
+    stores = [DiskSessions(tmp_path, m, ModelIdentity("m", "1")) for m in (model, other)]
+    stores[0].save("", "chat", keep([1, 2]))
+    there = stores[1].load("", "chat")
+    for a, b in zip(state_tensors(there.model), state_tensors(other.init_state(1)), strict=True):
+        assert a.dtype == b.dtype and a.device == b.device
+    assert generate(other, [[3]], max_new_tokens=3, state=there.generation_state()).ids
+    stores[1].save("", "chat", there)
+    back = stores[0].load("", "chat")
+    for a, b in zip(state_tensors(back.model), state_tensors(keep([1, 2]).model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------------ the disk
