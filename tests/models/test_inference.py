@@ -10,7 +10,7 @@ import torch
 
 from anymamba import MambaOptions, ModelConfig, SamplingConfig, generate
 from anymamba.generation.beam import beam_search
-from anymamba.models.inference import InferenceModel
+from anymamba.models.inference import InferenceModel, packing
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.weight_formats import WEIGHTS, format_table
 from anymamba.ops.packed_linear import unpack
@@ -125,6 +125,14 @@ def test_random_weights_have_the_sizes_of_the_preset():
     assert packed.weight_formats == format_table(config, "int4")
     assert packed.n_parameters() == LanguageModel(config, device="meta").n_parameters()
     assert packed(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_random_matrices_are_packed_some_rows_at_a_time(monkeypatch):
+    most, sizes, pack = 1 << 12, list[int](), packing.pack
+    monkeypatch.setattr(packing, "AT_ONCE", most)
+    monkeypatch.setattr(packing, "pack", lambda matrix, format: sizes.append(matrix.numel()) or pack(matrix, format))
+    packed = InferenceModel.random(CONFIGS["untied, biases"], "int8")
+    assert max(sizes) <= most < sum(sizes) == sum(w.n_out * w.n_in for w in packed.packed_weights().values())
 
 
 @torch.no_grad()

@@ -6,15 +6,23 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from anymamba.kernels.packed_linear.formats import row_bytes
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.weight_formats import format_table
 from anymamba.ops.packed_linear import PackedWeight, pack, unpack
+from anymamba.parts.init import WithoutMetaValues
 
 if TYPE_CHECKING:
     from anymamba.models.checkpoints import Checkpoint
+
+
+AT_ONCE = 1 << 22
+"""Random weights that are in memory in float32."""
+BOUND = 0.02 * 3**0.5
+"""Of a uniform distribution with a standard deviation of 0.02."""
 
 
 class PackedParts(NamedTuple):
@@ -74,24 +82,31 @@ def packed_checkpoint(
 
 
 def packed_random(config: ModelConfig, weights: str, device: torch.device | str = "cpu") -> PackedParts:
-    """Random weights, to measure speed and memory. One block at a time is in memory before it is packed."""
+    """Random weights, to measure speed and memory. Some rows at a time are in memory before they are packed.
+
+    Matrices are uniform with a standard deviation of 0.02, all other parameters as in a new model.
+    """
     formats = format_table(config, weights)
     model = LanguageModel(config, device="meta")
     matrices, others = {}, {}
-    parts = {"embedding": model.embedding, "positions": model.positions, "norm": model.norm, "head": model.head}
-    parts |= {f"blocks.{i}.{name}": m for i, block in enumerate(model.blocks) for name, m in block.named_children()}
-    for prefix, part in parts.items():
-        if part is None:
-            continue
-        part.to_empty(device=device)
-        part.reset_parameters()
-        for name, parameter in part.named_parameters(prefix):
-            if name in formats:
-                matrices[name] = pack(parameter.detach(), formats[name])
-            else:
-                others[name] = parameter.detach()
-        part.to("meta")
+    for name, parameter in list(model.named_parameters()):
+        if name in formats:
+            matrices[name] = _random_matrix(*parameter.shape, formats[name], device)
+        else:
+            module, _, last = name.rpartition(".")
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            others[name] = empty
+            setattr(model.get_submodule(module), last, nn.Parameter(empty, requires_grad=False))
+    with WithoutMetaValues():  # the matrices are still on the meta device
+        model.reset_parameters()
     return PackedParts(config, matrices, others)
+
+
+def _random_matrix(n_out: int, n_in: int, format: str, device: torch.device | str) -> PackedWeight:
+    data = torch.empty(n_out, row_bytes(format, n_in), dtype=torch.uint8, device=device)
+    for rows in data.split(max(1, AT_ONCE // n_in)):
+        rows.copy_(pack(torch.empty(len(rows), n_in, device=device).uniform_(-BOUND, BOUND), format).data)
+    return PackedWeight(data, format, n_in)
 
 
 def _on(device: torch.device | str | None, weight: PackedWeight) -> PackedWeight:
