@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "products_blocks.h"
 #include "products_floats.h"
+#include "products_words.h"
 #include "threads.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -84,7 +85,14 @@ void pack_blocks(const float* x, int64_t n_in, ActivationBlock* to) {
 }
 
 void pack_bfloat16(const float* x, int64_t n_in, uint16_t* to) {
-    for (int64_t i = 0; i < n_in; i += LANES<float>) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 32 <= n_in; i += 32) {
+        const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)load<float>(x + i + 16), (__m512)load<float>(x + i));
+        _mm512_storeu_si512(to + i, (__m512i)pair);
+    }
+#endif
+    for (; i < n_in; i += LANES<float>) {
         const int count = int(std::min<int64_t>(LANES<float>, n_in - i));
         write_floats(to, DType::bfloat16, i, count, read_floats(x, DType::float32, i, count));
     }
@@ -121,6 +129,15 @@ class Activations {
     char* data_;
 };
 
+template <typename F>
+void any_float_product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride,
+                       int64_t begin, int64_t end) {
+    if (w.n_in <= FEW_COLUMNS)
+        word_product<F>(w, activations, rows, y, y_stride, begin, end);
+    else
+        float_product<F>(w, activations, rows, y, y_stride, begin, end);
+}
+
 }  // namespace
 
 void pack_activations(Format format, const float* x, int64_t stride, int64_t rows, int64_t n_in, void* out) {
@@ -144,9 +161,9 @@ void pack_activations(Format format, const float* x, int64_t stride, int64_t row
 void product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride, int64_t begin,
              int64_t end) {
     switch (w.type()) {
-        case Format::float32: return float_product<Float32>(w, activations, rows, y, y_stride, begin, end);
-        case Format::bfloat16: return float_product<BFloat16>(w, activations, rows, y, y_stride, begin, end);
-        case Format::float16: return float_product<Float16>(w, activations, rows, y, y_stride, begin, end);
+        case Format::float32: return any_float_product<Float32>(w, activations, rows, y, y_stride, begin, end);
+        case Format::bfloat16: return any_float_product<BFloat16>(w, activations, rows, y, y_stride, begin, end);
+        case Format::float16: return any_float_product<Float16>(w, activations, rows, y, y_stride, begin, end);
         case Format::q8_0: return block_product<Format::q8_0>(w, activations, rows, y, y_stride, begin, end);
         case Format::q4_0: return block_product<Format::q4_0>(w, activations, rows, y, y_stride, begin, end);
         case Format::q4_k: return block_product<Format::q4_k>(w, activations, rows, y, y_stride, begin, end);
@@ -166,7 +183,7 @@ void packed_linear(const PackedLinearArgs& a) {
         pack_activations(w.type(), a.x + begin * a.x_stride, a.x_stride, n, w.n_in, to);
     });
     int64_t span = std::min(w.n_out / (4 * a.n_threads), MOST_BYTES / w.row_bytes);
-    span = std::max<int64_t>(16, (span + 15) / 16 * 16);
+    span = std::max<int64_t>(32, (span + 31) / 32 * 32);  // whole pairs of panels
     parallel_for((w.n_out + span - 1) / span, a.n_threads, [&](int64_t i) {
         const int64_t begin = i * span, end = std::min(w.n_out, begin + span);
         product(w, activations.get(), a.rows, a.y, w.n_out, begin, end);

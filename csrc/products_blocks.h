@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <vector>
+#include <utility>
 
-#include "products_panel.h"
+#include "products_by_panel.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 
@@ -41,29 +41,6 @@ ANYMAMBA_INLINE vint dot4(vint sum, vint w, vint x) {
 #endif
 }
 
-// a b + c, rounded once where the instruction set can, wherever the compiler would contract or not.
-ANYMAMBA_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
-#if defined(__AVX512F__)
-    return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-    return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-    return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
-
-ANYMAMBA_INLINE vint broadcast_int(const void* p) {
-    int32_t value;
-    std::memcpy(&value, p, 4);
-#if defined(__AVX512F__)
-    return (vint)_mm512_set1_epi32(value);
-#else
-    return value - vint{};
-#endif
-}
-
 // The 32-bit word j of a block of activations in every lane. One row alone takes all words from one load.
 ANYMAMBA_INLINE vint broadcast_word(vint words, const ActivationBlock& block, int j) {
 #if defined(__AVX512F__)
@@ -75,9 +52,9 @@ ANYMAMBA_INLINE vint broadcast_word(vint words, const ActivationBlock& block, in
 #endif
 }
 
-// Adds n stored blocks of one row, without keeping them. The order of the sum is that of `add_blocks`.
+// Adds n stored blocks of one row, without keeping them. The order of the sum is that of `add_group`.
 template <Format F>
-ANYMAMBA_INLINE vfloat add_to_one_row(vfloat y, const PanelRows& rows, int n, const ActivationBlock* x,
+ANYMAMBA_INLINE vfloat add_blocks_to_one_row(vfloat y, const PanelRows& rows, int n, const ActivationBlock* x,
                                       const uint8_t* next) {
     using L = Layout<F>;
     constexpr int SCALE = 8, MINUS_8 = 10, MINUS_128 = 11, MINUS_32 = 12;  // words of a block
@@ -112,173 +89,122 @@ ANYMAMBA_INLINE vfloat add_to_one_row(vfloat y, const PanelRows& rows, int n, co
     return y;
 }
 
-constexpr int64_t MOST_ROWS = 256;            // whose sums are kept at once
-constexpr bool WIDE = LANES<float> == 16;     // and twice as many registers
-constexpr int MOST_PANELS = WIDE ? 2 : 1;     // multiplied at once
-constexpr int ROWS_AT_ONCE = WIDE ? 8 : 4;    // with one panel
-constexpr int ROWS_WITH_TWO = 6;
-
-// Adds n_blocks of P panels to their sums of R rows. `x` are the rows' blocks, x_stride blocks apart. A word of the
-// activations is read once for all panels.
-template <Format F, int P, int R>
-ANYMAMBA_INLINE void add_blocks(const Panel* panels, int n_blocks, const ActivationBlock* x, int64_t x_stride,
-                                vfloat (*sums)[MOST_ROWS]) {
+// A group of 32 columns: adds to y[p][r]. x(r) is a row's block; q(p, j), scale(p, part) and minimum(p) are of panel p.
+// A word of the activations is read once for all panels.
+template <Format F, int P, int R, typename X, typename Q, typename Scale, typename Minimum>
+ANYMAMBA_INLINE void add_group(vfloat (&y)[P][R], X x, Q q, Scale scale, Minimum minimum) {
     using L = Layout<F>;
     constexpr int PARTS = L::HALVES ? 2 : 1, VECTORS = 8 / PARTS;
-    vfloat y[P][R];
 #pragma GCC unroll 2
-    for (int p = 0; p < P; p++)
+    for (int part = 0; part < PARTS; part++) {
+        vint sum[P][R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) y[p][r] = sums[p][r];
-    for (int b = 0; b < n_blocks; b++) {
+        for (int r = 0; r < R; r++) {
+            const ActivationBlock& a = x(r);
+            vint first{};
+            if (L::ZERO == 8) first = broadcast_int(&a.minus_8);
+            if (L::ZERO == 32) first = broadcast_int(&a.minus_32[part]);
+            if (L::ZERO == 128) first = broadcast_int(&a.minus_128);
 #pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++) {
-            vint sum[P][R];
+            for (int p = 0; p < P; p++) sum[p][r] = first;
+        }
+#pragma GCC unroll 8
+        for (int j = part * VECTORS; j < (part + 1) * VECTORS; j++) {
+            vint w[P];
+#pragma GCC unroll 2
+            for (int p = 0; p < P; p++) w[p] = q(p, j);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                const ActivationBlock& a = x[r * x_stride + b];
-                vint first{};
-                if (L::ZERO == 8) first = broadcast_int(&a.minus_8);
-                if (L::ZERO == 32) first = broadcast_int(&a.minus_32[part]);
-                if (L::ZERO == 128) first = broadcast_int(&a.minus_128);
+                const vint word = broadcast_int(x(r).q + 4 * j);
 #pragma GCC unroll 2
-                for (int p = 0; p < P; p++) sum[p][r] = first;
+                for (int p = 0; p < P; p++) sum[p][r] = dot4<L::SIGNED>(sum[p][r], w[p], word);
             }
-#pragma GCC unroll 8
-            for (int j = part * VECTORS; j < (part + 1) * VECTORS; j++) {
-                vint w[P];
-#pragma GCC unroll 2
-                for (int p = 0; p < P; p++) w[p] = panels[p].q[b][j];
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    const vint word = broadcast_int(x[r * x_stride + b].q + 4 * j);
-#pragma GCC unroll 2
-                    for (int p = 0; p < P; p++) sum[p][r] = dot4<L::SIGNED>(sum[p][r], w[p], word);
-                }
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-                for (int p = 0; p < P; p++) {
-                    const vfloat scale = panels[p].scale[b][part] * x[r * x_stride + b].scale;
-                    y[p][r] = multiply_add(to_float(sum[p][r]), scale, y[p][r]);
-                }
         }
-        if (L::MINIMA)
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-                for (int p = 0; p < P; p++)
-                    y[p][r] = multiply_add(-panels[p].minimum[b], broadcast(x[r * x_stride + b].scaled_sum), y[p][r]);
+            for (int p = 0; p < P; p++)
+                y[p][r] = multiply_add(to_float(sum[p][r]), scale(p, part) * x(r).scale, y[p][r]);
     }
-#pragma GCC unroll 2
-    for (int p = 0; p < P; p++)
+    if (L::MINIMA)
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) sums[p][r] = y[p][r];
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int p = 0; p < P; p++)
+                y[p][r] = multiply_add(-minimum(p), broadcast(x(r).scaled_sum), y[p][r]);
 }
 
-template <Format F, int P>
-void add_blocks(const Panel* panels, int n_blocks, const ActivationBlock* x, int64_t x_stride, int64_t rows,
-                vfloat (*sums)[MOST_ROWS]) {
-    constexpr int MOST = P == 1 ? ROWS_AT_ONCE : ROWS_WITH_TWO;
-    const auto at = [&](int64_t r) { return reinterpret_cast<vfloat(*)[MOST_ROWS]>(&sums[0][r]); };
-    int64_t r = 0;
-    for (; r + MOST <= rows; r += MOST) add_blocks<F, P, MOST>(panels, n_blocks, x + r * x_stride, x_stride, at(r));
-    if (MOST > 4 && r + 4 <= rows) add_blocks<F, P, 4>(panels, n_blocks, x + r * x_stride, x_stride, at(r)), r += 4;
-    if (r + 2 <= rows) add_blocks<F, P, 2>(panels, n_blocks, x + r * x_stride, x_stride, at(r)), r += 2;
-    if (r < rows) add_blocks<F, P, 1>(panels, n_blocks, x + r * x_stride, x_stride, at(r));
-}
-
-// Products of at most MOST_ROWS rows. The matrix has at least OUTPUTS rows.
+// Blocks as `PanelProduct` needs them. `x` are the activations of the first row, x_stride blocks for each.
 template <Format F>
-class BlockProduct {
-  public:
-    BlockProduct(const Packed& w, const ActivationBlock* x, int64_t rows, float* y, int64_t y_stride)
-        : w(w), x(x), rows(rows), y(y), y_stride(y_stride), n_stored(w.n_in / 32 / L::BLOCKS),
-          x_stride(w.n_in / 32), panels_ahead(1 + PREFETCH_DISTANCE / (OUTPUTS * w.row_bytes)) {}
-
-    void outputs(int64_t o, int64_t end) {
-        if constexpr (MOST_PANELS == 2)
-            for (; rows > ROWS_AT_ONCE && o + 2 * OUTPUTS <= end; o += 2 * OUTPUTS) some_outputs<2>(o, end);
-        for (; o < end; o += OUTPUTS) some_outputs<1>(o, end);
-    }
-
-  private:
+struct BlockPanels {
+    using Panel = anymamba::ANYMAMBA_ISA::Panel;
     using L = Layout<F>;
-    static constexpr int STORED = PANEL_BLOCKS / L::BLOCKS;
-    const Packed& w;
-    const ActivationBlock* const x;
-    const int64_t rows;
-    float* const y;
-    const int64_t y_stride, n_stored, x_stride, panels_ahead;
-    Panel panels[MOST_PANELS];
-    vfloat sums[MOST_PANELS][MOST_ROWS];
+    static constexpr int MOST_PANELS = WIDE ? 2 : 1, FEW_ROWS = WIDE ? 8 : 4;
+    static constexpr int DIRECT_ROWS = WIDE && L::BLOCKS == 1 ? 8 : 1;
+    static constexpr int STORED = PANEL_BLOCKS / L::BLOCKS, CHUNK_BYTES = STORED * L::BYTES;
+    static constexpr int most_rows(int n_panels) { return n_panels == 2 ? 6 : FEW_ROWS; }
 
-    // Panels at the end overlap: a lane is stored once.
-    int64_t first_output(int64_t o) const { return std::min(o, w.n_out - OUTPUTS); }
+    const ActivationBlock* x;
+    int64_t x_stride, n_stored;
 
-    const uint8_t* data(int64_t o, int64_t stored) const {
-        return static_cast<const uint8_t*>(w.data) + o * w.row_bytes + stored * L::BYTES;
-    }
+    const char* row(int64_t r) const { return reinterpret_cast<const char*>(x + r * x_stride); }
+    int64_t n_chunks() const { return (n_stored + STORED - 1) / STORED; }
+    int stored(int64_t chunk) const { return int(std::min<int64_t>(STORED, n_stored - chunk * STORED)); }
 
-    // Where memory is prefetched while a block is read. It may be beyond the caller's outputs: some thread takes those
-    // after them next.
-    const uint8_t* ahead(int64_t o, int64_t stored) const {
-        const int64_t later = first_output(o) + OUTPUTS * panels_ahead;
-        return later + OUTPUTS <= w.n_out ? data(later, 0) + stored * L::BYTES * OUTPUTS : nullptr;
-    }
-
-    template <int P>
-    void some_outputs(int64_t o, int64_t end) {
-        for (int p = 0; p < P; p++) std::fill_n(sums[p], rows, vfloat{});
-        for (int64_t s = 0; s < n_stored; s += STORED) {
-            const int n = int(std::min<int64_t>(STORED, n_stored - s));
-            const ActivationBlock* const blocks = x + s * L::BLOCKS;
-            if (P == 1 && rows == 1) {
-                const PanelRows from(data(first_output(o), s), w.row_bytes);
-                sums[0][0] = add_to_one_row<F>(sums[0][0], from, n, blocks, ahead(o, s));
-                continue;
-            }
-            for (int p = 0; p < P; p++) unpack_panel(o + p * OUTPUTS, s, n, panels[p]);
-            add_blocks<F, P>(panels, n * L::BLOCKS, blocks, x_stride, rows, sums);
-        }
-        for (int p = 0; p < P; p++) store_sums(o + p * OUTPUTS, end, sums[p]);
-    }
-
-    void unpack_panel(int64_t o, int64_t stored, int n, Panel& panel) const {
+    void unpack(const PanelRows& rows, int64_t chunk, const uint8_t* next, Panel& panel) const {
         const auto keep = [&](int b, const vint* q, const vfloat* scale, vfloat minimum) ANYMAMBA_INLINE_LAMBDA {
             for (int j = 0; j < 8; j++) panel.q[b][j] = q[j];
             panel.scale[b][0] = scale[0];
             if (L::HALVES) panel.scale[b][1] = scale[1];
             if (L::MINIMA) panel.minimum[b] = minimum;
         };
-        unpack<F>(PanelRows(data(first_output(o), stored), w.row_bytes), n, ahead(o, stored), keep, [](int) {});
+        anymamba::ANYMAMBA_ISA::unpack<F>(rows, stored(chunk), next, keep, [](int) {});
     }
 
-    void store_sums(int64_t o, int64_t end, const vfloat* of_rows) const {
-        const int64_t skipped = o - first_output(o), count = std::min<int64_t>(OUTPUTS, end - o);
-        for (int64_t r = 0; r < rows; r++)
-            std::memcpy(y + r * y_stride + o, reinterpret_cast<const float*>(&of_rows[r]) + skipped,
-                        count * sizeof(float));
+    template <int P, int R>
+    ANYMAMBA_INLINE void add(const Panel* panels, const PanelChunk& c) const {
+        const ActivationBlock* const blocks = x + c.row * x_stride + c.chunk * PANEL_BLOCKS;
+        add_to_sums<P, R>(c, [&](vfloat (&y)[P][R]) ANYMAMBA_INLINE_LAMBDA {
+            for (int b = 0; b < stored(c.chunk) * L::BLOCKS; b++)
+                add_group<F>(
+                    y, [&](int r) ANYMAMBA_INLINE_LAMBDA -> const ActivationBlock& { return blocks[r * x_stride + b]; },
+                    [&](int p, int j) ANYMAMBA_INLINE_LAMBDA { return panels[p].q[b][j]; },
+                    [&](int p, int part) ANYMAMBA_INLINE_LAMBDA { return panels[p].scale[b][part]; },
+                    [&](int p) ANYMAMBA_INLINE_LAMBDA { return panels[p].minimum[b]; });
+        });
+    }
+
+    template <int R>
+    ANYMAMBA_INLINE void add_directly(const PanelRows& rows, int64_t chunk, const uint8_t* next,
+                                      const char* const (&x)[R], vfloat (&y)[1][R]) const {
+        const auto block = [&](int r, int b) ANYMAMBA_INLINE_LAMBDA -> const ActivationBlock& {
+            return reinterpret_cast<const ActivationBlock*>(x[r])[chunk * PANEL_BLOCKS + b];
+        };
+        if constexpr (R == 1) {
+            y[0][0] = add_blocks_to_one_row<F>(y[0][0], rows, stored(chunk), &block(0, 0), next);
+        } else {
+            const auto add = [&](int b, const vint* q, const vfloat* scale, vfloat minimum) ANYMAMBA_INLINE_LAMBDA {
+                add_group<F>(
+                    y,
+                    [&](int r) ANYMAMBA_INLINE_LAMBDA -> const ActivationBlock& { return block(r, b); },
+                    [&](int, int j) ANYMAMBA_INLINE_LAMBDA { return q[j]; },
+                    [&](int, int part) ANYMAMBA_INLINE_LAMBDA { return scale[part]; },
+                    [&](int) ANYMAMBA_INLINE_LAMBDA { return minimum; });
+            };
+            anymamba::ANYMAMBA_ISA::unpack<F>(rows, stored(chunk), next, add, [](int) {});
+        }
     }
 };
 
 template <Format F>
 void block_product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride, int64_t begin,
                    int64_t end) {
-    Packed whole = w;
-    std::vector<uint8_t> copy;
-    if (w.n_out < OUTPUTS) {  // too few rows for a panel: more rows, of which nothing is stored
-        copy.resize(OUTPUTS * w.row_bytes);
-        const int64_t last_row = w.n_in / 32 / Layout<F>::BLOCKS * Layout<F>::BYTES;
-        std::memcpy(copy.data(), w.data, (w.n_out - 1) * w.row_bytes + last_row);
-        whole.data = copy.data(), whole.n_out = OUTPUTS;
-    }
-    const int64_t x_stride = w.n_in / 32;
+    const int64_t x_stride = w.n_in / 32, n_stored = x_stride / Layout<F>::BLOCKS;
     const auto* x = static_cast<const ActivationBlock*>(activations);
-    for (int64_t r = 0; r < rows; r += MOST_ROWS)
-        BlockProduct<F>(whole, x + r * x_stride, std::min(MOST_ROWS, rows - r), y + r * y_stride, y_stride)
-            .outputs(begin, end);
+    const auto kind_at = [&](int64_t r) { return BlockPanels<F>{x + r * x_stride, x_stride, n_stored}; };
+    with_whole_panel(w, n_stored * Layout<F>::BYTES, [&](const Packed& whole) {
+        multiply_by_panels(whole, kind_at, rows, y, y_stride, begin, end);
+    });
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -22,6 +22,9 @@ struct Float32 {
     ANYMAMBA_INLINE static Loaded weights(const Weight* p, int count) { return load_some<vfloat>(p, count); }
     ANYMAMBA_INLINE static Loaded activations(const Activation* p) { return load<float>(p); }
     ANYMAMBA_INLINE static vfloat multiply_add(vfloat sum, Loaded w, Loaded x) { return w * x + sum; }
+    ANYMAMBA_INLINE static vfloat multiply_add_words(vfloat sum, vint w, vint x) {
+        return (vfloat)w * (vfloat)x + sum;
+    }
 };
 
 struct Float16 : Float32 {
@@ -44,6 +47,7 @@ struct BFloat16 {
     ANYMAMBA_INLINE static vfloat multiply_add(vfloat sum, Loaded w, Loaded x) {
         return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
     }
+    ANYMAMBA_INLINE static vfloat multiply_add_words(vfloat sum, vint w, vint x) { return multiply_add(sum, w, x); }
 };
 #else
 struct BFloat16 {  // even and odd columns apart: each is a float32 after one operation
@@ -59,6 +63,9 @@ struct BFloat16 {  // even and odd columns apart: each is a float32 after one op
     ANYMAMBA_INLINE static Loaded activations(const Activation* p) { return weights(p); }
     ANYMAMBA_INLINE static vfloat multiply_add(vfloat sum, Loaded w, Loaded x) {
         return w.odd * x.odd + (w.even * x.even + sum);
+    }
+    ANYMAMBA_INLINE static vfloat multiply_add_words(vfloat sum, vint w, vint x) {
+        return multiply_add(sum, split(w), split(x));
     }
 };
 #endif

@@ -159,12 +159,14 @@ def test_activations_are_rounded_to_half_a_step_of_their_block(format, instructi
     assert error.mean() <= 0.2 * bound.mean()  # errors are independent
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_prompt(format, instruction_set):
-    weight = packed(format, 83, 768)
-    x = normal(300, 768)
+@pytest.mark.parametrize(
+    ("format", "n_in"), [*((f, 768) for f in FORMATS), *((f, 48) for f in formats.DTYPES)], ids=str
+)
+def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_prompt(format, n_in, instruction_set):
+    weight = packed(format, 83, n_in)
+    x = normal(300, n_in)
     whole = multiply(x, weight)
-    for rows in (slice(0, 1), slice(7, 9), slice(3, 8), slice(100, 165), slice(290, 300)):
+    for rows in (slice(0, 1), slice(7, 9), slice(1, 5), slice(3, 8), slice(2, 10), slice(100, 165), slice(290, 300)):
         assert torch.equal(multiply(x[rows], weight), whole[rows])
     before = torch.get_num_threads()
     try:
@@ -173,7 +175,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_prompt(format, instru
             assert torch.equal(multiply(x, weight), whole)
     finally:
         torch.set_num_threads(before)
-    some = PackedWeight(weight.data[5:40], format, 768)  # another cut into panels
+    some = PackedWeight(weight.data[5:40], format, n_in)  # another cut into panels
     assert torch.equal(multiply(x[:9], some), whole[:9, 5:40])
 
 
