@@ -13,7 +13,16 @@ import torch
 
 from anymamba.experiments import load_experiment
 from anymamba.experiments.speed import timing, whole_models
-from anymamba.experiments.speed.arms import OPERATORS, PAPER, PASSES, SCALES, TOY, OperatorSettings
+from anymamba.experiments.speed.arms import (
+    OPERATORS,
+    PAPER,
+    PAPER_MEMORY,
+    PAPER_THROUGHPUT,
+    PASSES,
+    SCALES,
+    TOY,
+    OperatorSettings,
+)
 from anymamba.experiments.speed.findings import number, paper_ratios
 from anymamba.experiments.speed.operators import UNFUSED_COPIES, associative_scan, operators, scan, unfused_scan
 from anymamba.experiments.speed.reading import above_from, crossings, slope
@@ -259,7 +268,7 @@ def test_models_of_equal_width_and_about_equal_parameters(scale):
     ("scale", "lengths", "contexts", "width"), [("cpu", 17, 15, 256), ("gpu", 19, 15, 1024), ("paper", 19, 15, 1024)]
 )
 def test_lengths_of_the_scales(scale, lengths, contexts, width):
-    arms = EXPERIMENT.arms(scale)
+    arms = [arm for arm in EXPERIMENT.arms(scale) if arm.name.startswith(("operators-", "models-"))]
     assert [a.name for a in arms] == [f"operators-{1 << i}" for i in range(9, lengths + 1)] + [
         f"models-{1 << i}" for i in range(7, contexts + 1)
     ]
@@ -411,7 +420,8 @@ def test_contexts_too_close_together_are_not_judged():
 
 def test_the_tables_are_beside_the_papers():
     sections = EXPERIMENT.sections(results_of(GOOD))
-    operators, growth, models, crossing = (rows(text) for text in sections.values())
+    names = ("Operators", "Growth", "Models", "Where curves cross")
+    operators, growth, models, crossing = (rows(sections[name]) for name in names)
     same = [f"{ratio} ({ratio} to {ratio})" for ratio in ("0.512", "5.00", "20.0")]
     # 2^9: 1.5e-9 * 2^18 s; ratios are of one run: the speeds cancel
     assert operators[0] == ["512", "0.393", "3.84", "15.4", "0.768", *same, "1.65", "3.00", "35.0"]
@@ -423,9 +433,8 @@ def test_the_tables_are_beside_the_papers():
     assert models[0][:4] == ["128", "1.92", "0.0246", "0.0128 (0.0128 to 0.0128)"]
     assert crossing[0] == ["attention / scan", "0.512 at 512", "1,000", "65.5 at 65,536", "1,024, 2,116"]
     assert [row[2] for row in crossing[1:]] == ["none", "none", "10,000", "none", "316"]
-    assert [bool(text) for text in EXPERIMENT.sections(results_of(GOOD, only="models-512")).values()] == [
-        *(False, False, True, True)
-    ]
+    shown = EXPERIMENT.sections(results_of(GOOD, only="models-512"))
+    assert [name for name, text in shown.items() if text] == ["Models", "Where curves cross"]
 
 
 def test_the_charts_are_log_log_and_show_what_ran():
@@ -441,3 +450,49 @@ def test_the_charts_are_log_log_and_show_what_ran():
     assert len(charts["models"].axes) == 3
     half = {name: draw(results_of(GOOD, only="models")) for name, draw in EXPERIMENT.figures.items()}
     assert [name for name, figure in half.items() if figure is not None] == ["models"]
+
+
+# ------------------------------------------------------------------------------------------------------ many rows
+
+
+def with_rows(throughput: dict[str, list[float | None]], memory: dict[str, list[float | None]]):
+    """Results at scale gpu with these values for 1, 2, 4, ... rows."""
+    values = {}
+    for i in range(8):
+        values[f"rows-{1 << i}"] = [
+            {
+                "throughput": {m: {"tokens_per_second": throughput[m][i], "missing": None} for m in throughput},
+                "memory": {m: memory[m][i] for m in memory},
+                "parameters": {"mamba": 1, "transformer": 1},
+                "backend": "cuda",
+            }
+        ]
+    return made_up(EXPERIMENT, "gpu", values)
+
+
+def published_rows():
+    memory = {name: [*own, None, None] for name, own in PAPER_MEMORY.items()}
+    return with_rows({name: list(own) for name, own in PAPER_THROUGHPUT.items()}, memory)
+
+
+def test_many_rows_of_the_paper_hold_and_are_shown():
+    results = published_rows()
+    assert verdicts(EXPERIMENT, results)[-2:] == ["holds", "holds"]
+    sections = EXPERIMENT.sections(results)
+    throughput, memory = (rows(sections[name]) for name in ("Generating with many rows", "Memory of a training step"))
+    assert throughput[5] == ["32", "1,445", "364", "3.97", "1445", "364"]
+    assert throughput[7] == ["128", "1,814", "out of memory", "", "1814", ""]
+    assert memory[-1] == ["32", "38.2", "34.5", "38.2", "34.5"] and len(memory) == 6
+
+
+def test_many_rows_fail_when_mamba_is_slow_or_large():
+    slow = {"mamba": [300.0] * 8, "transformer": [200.0] * 8}
+    large = {"mamba": [6.0] + [None] * 7, "transformer": [4.0] + [None] * 7}
+    assert verdicts(EXPERIMENT, with_rows(slow, large))[-2:] == ["fails", "fails"]
+    assert verdicts(EXPERIMENT, made_up(EXPERIMENT, "gpu", {}))[-2:] == ["not judged"] * 2
+
+
+def test_larger_models_and_rows_are_arms_of_the_gpu():
+    names = [arm.name for arm in EXPERIMENT.arms("gpu")]
+    assert {"large-2048", "rows-1", "rows-128"} <= set(names)
+    assert not any(arm.name.startswith(("large-", "rows-")) for arm in EXPERIMENT.arms("cpu"))

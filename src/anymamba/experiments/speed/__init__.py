@@ -1,14 +1,15 @@
 """Speed: scan, convolution and attention by length, and whole models (arXiv:2312.00752, figure 8).
 
-The right half of figure 8, throughput by batch size, is not measured here. The factor of 5 in the paper comes from the
-larger batches that fit into memory when the state has a constant size.
+The right half of figure 8, throughput by number of rows, and the memory of training (table 15) are measured at the
+scales gpu and paper.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from anymamba.experiments.speed.arms import ModelSettings, OperatorSettings, arms_at
+from anymamba.experiments.speed.arms import BatchSettings, ModelSettings, OperatorSettings, arms_at
+from anymamba.experiments.speed.batches import measure_batches
 from anymamba.experiments.speed.figures import model_times, operator_ratios, operator_times
 from anymamba.experiments.speed.findings import sections, thresholds
 from anymamba.experiments.speed.operators import measure_operators
@@ -39,8 +40,10 @@ and is not run.
 """
 
 
-def measure(settings: OperatorSettings | ModelSettings, context: Context) -> dict[str, Any]:
-    """Measure the times at one length."""
+def measure(settings: OperatorSettings | ModelSettings | BatchSettings, context: Context) -> dict[str, Any]:
+    """Measure the times at one length, or with one number of rows."""
+    if isinstance(settings, BatchSettings):
+        return measure_batches(settings, context)
     if isinstance(settings, OperatorSettings):
         return measure_operators(settings, context)
     return measure_models(settings, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from anymamba.lab.experiment import Arm, Scale
 from anymamba.models.config import ModelConfig
@@ -24,6 +24,13 @@ PAPER: dict[int, tuple[float | None, float | None, float | None, float]] = {
 }
 """Figure 8, left, in ms by length: attention, convolution, unfused and fused scan (A100, D 1024, N 16, bfloat16)."""
 
+PAPER_THROUGHPUT: dict[str, tuple[int | None, ...]] = {
+    "mamba": (140, 247, 441, 744, 1089, 1445, 1688, 1814),
+    "transformer": (79, 132, 199, 265, 323, 364, None, None),
+}
+"""Figure 8, right: tokens a second with 1, 2, 4, ... 128 rows, of Mamba-1.4B and a Transformer of 1.3B."""
+PAPER_MEMORY = {"mamba": (4.8, 5.8, 7.3, 12.3, 23.1, 38.2), "transformer": (4.6, 5.2, 6.9, 11.5, 20.7, 34.5)}
+"""Table 15: GB of a training step of 125M parameters with 1, 2, 4, ... 32 rows of 2,048."""
 OPERATORS = ("attention", "convolution", "unfused", "scan")
 """The operators in the order of the columns of PAPER."""
 PASSES = ("prefill", "training", "decoding")
@@ -77,6 +84,23 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class BatchSettings:
+    """The settings of generating with a number of rows, and of the memory of a training step."""
+
+    batch: int
+    mamba: ModelConfig
+    transformer: ModelConfig
+    dtype: Literal["float32", "bfloat16"]
+    limits: Limits
+    prompt: int = 2048
+    """Tokens of each row that are read first, which is part of the time; also the length in training."""
+    tokens: int = 128
+    """Tokens that each row generates."""
+    most_trained: int = 32
+    """Most rows of a training step; the paper measured no more."""
+
+
+@dataclass(frozen=True)
 class Sizes:
     """The settings at a scale; lengths are powers of two, from the first to the last exponent."""
 
@@ -85,6 +109,12 @@ class Sizes:
     models: ModelSettings
     contexts: tuple[int, int]
     seeds: int = 1
+    large: ModelSettings | None = None
+    """Larger models, at the same contexts; None measures none."""
+    batches: BatchSettings | None = None
+    """Generating by number of rows; None measures none."""
+    rows: tuple[int, int] = (0, 7)
+    """Exponents of the first and the last number of rows."""
 
 
 GIB = 1 << 30
@@ -107,6 +137,16 @@ SCALES: dict[Scale, Sizes] = {
             tokens=2,
         ),
         (4, 6),
+        batches=BatchSettings(
+            0,
+            ModelConfig(d_model=16, n_layers=2, vocab_size=32),
+            transformer_plus_plus(1, 16, 2, vocab_size=32),
+            "float32",
+            TOY,
+            prompt=4,
+            tokens=2,
+        ),
+        rows=(0, 1),
     ),
     "cpu": Sizes(
         OperatorSettings(0, 256, "float32", CPU),
@@ -126,26 +166,39 @@ SCALES: dict[Scale, Sizes] = {
         (9, 19),
         ModelSettings(0, preset("mamba-130m"), preset("transformer++-125m"), "bfloat16", GPU),
         (7, 15),
+        large=ModelSettings(0, preset("mamba-370m"), preset("transformer++-350m"), "bfloat16", GPU),
+        batches=BatchSettings(0, preset("mamba-130m"), preset("transformer++-125m"), "bfloat16", GPU),
     ),
     "paper": Sizes(
         OperatorSettings(0, 1024, "bfloat16", GPU),
         (9, 19),
         ModelSettings(0, preset("mamba-1.4b"), preset("transformer++-1.3b"), "bfloat16", GPU),
         (7, 15),
+        batches=BatchSettings(0, preset("mamba-1.4b"), preset("transformer++-1.3b"), "bfloat16", GPU),
     ),
 }
 """A layer of Transformer++ is two blocks, attention and MLP, with about the parameters of two Mamba blocks."""
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """An arm for each length of the operators, then an arm for each context of the models."""
+    """An arm for each length of the operators, each context of the models, and each number of rows."""
     sizes = SCALES[scale]
-    operators = [replace(sizes.operators, length=length) for length in powers(*sizes.lengths)]
-    models = [replace(sizes.models, context=context) for context in powers(*sizes.contexts)]
-    return [
-        *(Arm(f"operators-{settings.length}", settings, sizes.seeds) for settings in operators),
-        *(Arm(f"models-{settings.context}", settings, sizes.seeds) for settings in models),
-    ]
+    kinds: dict[str, list[Any]] = {
+        "operators": [replace(sizes.operators, length=length) for length in powers(*sizes.lengths)],
+        "models": [replace(sizes.models, context=context) for context in powers(*sizes.contexts)],
+    }
+    if sizes.large is not None:
+        kinds["large"] = [replace(sizes.large, context=context) for context in powers(*sizes.contexts)]
+    if sizes.batches is not None:
+        kinds["rows"] = [replace(sizes.batches, batch=batch) for batch in powers(*sizes.rows)]
+    return [Arm(f"{kind}-{size_of(own)}", own, sizes.seeds) for kind, several in kinds.items() for own in several]
+
+
+def size_of(settings: OperatorSettings | ModelSettings | BatchSettings) -> int:
+    """The length, the context or the number of rows."""
+    if isinstance(settings, OperatorSettings):
+        return settings.length
+    return settings.context if isinstance(settings, ModelSettings) else settings.batch
 
 
 def powers(first: int, last: int) -> list[int]:

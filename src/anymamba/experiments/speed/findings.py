@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from anymamba.experiments.speed.arms import (
@@ -11,12 +10,14 @@ from anymamba.experiments.speed.arms import (
     PAPER,
     PASSES,
 )
+from anymamba.experiments.speed.many_rows import memory_table, row_thresholds, throughput_table
 from anymamba.experiments.speed.reading import (
     Series,
     above_from,
     crossings,
     from_length,
     medians,
+    number,
     ratios,
     records_by_size,
     runs,
@@ -46,13 +47,6 @@ def paper_ratios(name: str) -> dict[int, float]:
     return {size: ms / scan[size] for size, ms in paper_times(name).items()}
 
 
-def number(value: float) -> str:
-    """A number with three significant digits."""
-    if math.isinf(value):
-        return "never"
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.{2 - math.floor(math.log10(max(value, 1e-3)))}f}"
-
-
 # --------------------------------------------------------------------------------------------------------- thresholds
 
 
@@ -64,7 +58,7 @@ def thresholds(results: Results) -> list[Threshold]:
     faster, from_words = [faster_from(run) for run in each], "length from which on the scan is faster than attention"
     mamba, transformer = ([growth(run, model) for run in each] for model in MODELS)
     grows = "time of a token after the longest context over that after the shortest"
-    return [
+    found = [
         Threshold(f"scan: slope of log time over log length, {far}", slopes, 0.9, 1.1, show=number),
         Threshold(f"unfused scan over scan, {far}, least", unfused, at_least=10.0, show=number),
         Threshold(f"FFT convolution over scan, {far}, least", convolution, at_least=2.0, show=number),
@@ -72,6 +66,7 @@ def thresholds(results: Results) -> list[Threshold]:
         Threshold(f"Mamba: {grows}", mamba, at_most=1.1, show=number),
         Threshold(f"Transformer++: {grows}", transformer, at_least=2.0, show=number),
     ]
+    return found + (row_thresholds(results) if any(arm.startswith("rows-") for arm in results.planned_arms) else [])
 
 
 def least_over_scan(run: Results, name: str) -> float | None:
@@ -103,6 +98,9 @@ def sections(results: Results) -> dict[str, str]:
         "Operators": f"{operator_table(results)}\n\n{backend_words(operators)}" if operators else "",
         "Growth": growth_table(results),
         "Models": f"{model_table(results)}\n\n{parameter_words(models)} {backend_words(models)}" if models else "",
+        "Larger models": large_words(results),
+        "Generating with many rows": throughput_table(results),
+        "Memory of a training step": memory_table(results),
         "Where curves cross": crossing_table(results),
     }
 
@@ -121,20 +119,26 @@ def operator_table(results: Results) -> str:
     return table(header, rows)
 
 
-def model_table(results: Results) -> str:
+def model_table(results: Results, kind: str = "models") -> str:
     """A table of the models' times in each pass, and the ratio of Transformer++ to Mamba."""
     header = ["context"]
     for name in PASSES:
         header += [f"{PASS_WORDS[name]}: {MODEL_WORDS[m]}, ms" for m in MODELS] + ["Transformer++ / Mamba"]
     rows = []
-    for size in records_by_size(results, "models"):
+    for size in records_by_size(results, kind):
         row = [f"{size:,}"]
         for name in PASSES:
-            mamba, transformer = (Series("models", model, name) for model in MODELS)
+            mamba, transformer = (Series(kind, model, name) for model in MODELS)
             row += [cell(results, mamba, size), cell(results, transformer, size)]
             row.append(ratio_cell(results, transformer, mamba, size))
         rows.append(row)
     return table(header, rows)
+
+
+def large_words(results: Results) -> str:
+    """The table of the larger models, and their parameters."""
+    records = records_by_size(results, "large")
+    return f"{model_table(results, 'large')}\n\n{parameter_words(records)}" if records else ""
 
 
 def cell(results: Results, series: Series, size: int) -> str:

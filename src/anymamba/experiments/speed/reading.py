@@ -95,3 +95,10 @@ def slope(times: dict[int, float]) -> float | None:
 def from_length(values: dict[int, Any], least: int) -> dict[int, Any]:
     """The values at lengths of at least `least`."""
     return {size: value for size, value in values.items() if size >= least}
+
+
+def number(value: float) -> str:
+    """A number with three significant digits."""
+    if math.isinf(value):
+        return "never"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.{2 - math.floor(math.log10(max(value, 1e-3)))}f}"
