@@ -142,8 +142,10 @@ def _whole_json(task_answer: Answer) -> bytes:
 
 
 def _api_error(error: Exception) -> Exception:
-    """What a client is told of an error in the engine."""
-    if isinstance(error, ApiError | ClientLeft):
-        return error
+    """What a client is told of an error in the engine. A new object: its traceback holds the event with the old one."""
+    if isinstance(error, ClientLeft):
+        return ClientLeft()
+    if isinstance(error, ApiError):
+        return ApiError(error.status, error.message, param=error.param, code=error.code)
     logging.getLogger(__name__).error("a request failed: %r", error, exc_info=error)
     return ApiError(500, f"the answer could not be generated: {str(error)[:300]}", code="generation_failed")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -40,6 +41,7 @@ class Application:
         self.limits, self.metrics = limits, Metrics()
         self.served: ServedModel | None = None
         self.stopping = False
+        self._guard = guard
         self._gate = Gate(self._router(), guard, self.metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,8 +79,23 @@ class Application:
 
     async def health(self, request: Request) -> Response:
         """Whether the server can answer."""
+        status, body = self.state()
+        return Response(body, status, media_type="application/json")
+
+    def state(self) -> tuple[int, bytes]:
+        """Status and body of /health."""
         state = "stopping" if self.stopping else "ok" if self.served else "loading"
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+        return 200 if state == "ok" else 503, json.dumps({"status": state}).encode()
+
+    def health_alone(self, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
+        """`state` for a request with these headers; None if it is refused. It may be called in any thread."""
+        try:
+            self._guard.require_own_site(headers)
+        except ApiError:
+            return None
+        status, body = self.state()
+        self.metrics.requests.labels("/health", str(status)).inc()
+        return status, body
 
     async def figures(self, request: Request) -> Response:
         """Figures for Prometheus."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import logging
 import socket
@@ -13,6 +14,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 from anymamba.serving.app import Application
+from anymamba.serving.front import Front
 from anymamba.serving.limits import Limits
 from anymamba.serving.model import ServedModel
 from anymamba.serving.protocol.errors import ApiError
@@ -26,6 +28,8 @@ except ImportError as error:
 
 KEEP_ALIVE = 30
 """Seconds that a connection may wait between two requests."""
+COLLECTIONS = (2000, 20, 1000)
+"""Thresholds of the garbage collector: full collections, which stop all threads, are left to idle moments."""
 BACKLOG = 2048
 LARGEST_HEADERS = 64 << 10
 _LEAVING = 5
@@ -83,9 +87,10 @@ class PatientProtocol(H11Protocol):
         self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clock, and let go of what holds this object, so that no garbage collection is needed."""
         self._end_headers()
         super().connection_lost(exc)
+        self.cycle = None  # type: ignore[assignment]
 
     _clock: asyncio.TimerHandle | None = None
 
@@ -132,7 +137,8 @@ class Server:
             "timeout_graceful_shutdown": _LEAVING,
             "h11_max_incomplete_event_size": LARGEST_HEADERS,
         }
-        self._uvicorn = _Uvicorn(uvicorn.Config(application, **config))
+        self._config = uvicorn.Config(application, **config)
+        self._uvicorn = _Uvicorn(self._config)
         self._stopped = asyncio.Event()
         self._error: Exception | None = None
 
@@ -143,11 +149,14 @@ class Server:
 
     async def run(self) -> None:
         """Load the model and serve. Raises what loading raises."""
-        serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listening]))
+        front = self._make_front(asyncio.get_running_loop())
+        front.start()
+        serving = asyncio.create_task(self._uvicorn.serve(sockets=[]))
         loading = asyncio.create_task(self._load_model())
-        stopping = asyncio.create_task(self._stopped.wait())
+        stopping, collecting = asyncio.create_task(self._stopped.wait()), asyncio.create_task(self._collect_when_idle())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         await self._finish_answers()
+        await asyncio.to_thread(front.stop)
         self._uvicorn.should_exit = True
         await serving
         served = self._application.served
@@ -156,8 +165,30 @@ class Server:
             if served.sessions is not None:
                 served.sessions.close()
         loading.cancel()
+        collecting.cancel()
         if self._error is not None:
             raise self._error
+
+    def _make_front(self, loop: asyncio.AbstractEventLoop) -> Front:
+        """The thread that accepts connections and gives them to uvicorn's protocol."""
+        opening = set[asyncio.Task[Any]]()
+        self._config.load()
+
+        def protocol() -> asyncio.Protocol:
+            return self._config.http_protocol_class(  # type: ignore[call-arg]
+                config=self._config, server_state=self._uvicorn.server_state, app_state={}, _loop=loop
+            )
+
+        def open_(connection: socket.socket) -> None:
+            task = loop.create_task(loop.connect_accepted_socket(protocol, connection))
+            opening.add(task)
+            task.add_done_callback(opening.discard)
+
+        def hand_over(connection: socket.socket) -> None:
+            loop.call_soon_threadsafe(open_, connection)
+
+        application = self._application
+        return Front(self._listening, application.health_alone, hand_over, application.limits.header_seconds)
 
     async def _load_model(self) -> None:
         try:
@@ -166,9 +197,23 @@ class Server:
             self._error = error
             self.stop()
             return
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*COLLECTIONS)
         served.worker.start()
         self._application.serve(served)
         self._on_ready(served)
+
+    async def _collect_when_idle(self) -> None:
+        """Collect garbage once after each time of work."""
+        n_done = 0
+        while True:
+            await asyncio.sleep(1)
+            served = self._application.served
+            if served is None or served.worker.open_streams or served.worker.n_streams == n_done:
+                continue
+            n_done = served.worker.n_streams
+            gc.collect()
 
     async def _finish_answers(self) -> None:
         """Let running answers end, those that take too long by an error."""

@@ -35,12 +35,13 @@ class EventStream:
     def __init__(self, worker: EngineThread, requests: Sequence[Request]) -> None:
         self._worker, self._requests = worker, requests
         self._events: deque[Numbered] = deque()
-        self._arrived = asyncio.Event()
+        self._arrived, self._is_closed = asyncio.Event(), False
         self._left = sum(request.n for request in requests)
         self._ids: list[int] = []
 
     async def __aenter__(self) -> EventStream:
         self._worker.open_streams.add(self)
+        self._worker.n_streams += 1
         try:
             for number, request in enumerate(self._requests):
                 submit = partial(self._worker.submit, request, partial(self._worker.post, self, number))
@@ -52,12 +53,16 @@ class EventStream:
 
     async def __aexit__(self, *_: object) -> None:
         self._worker.open_streams.discard(self)
+        self._is_closed = True
+        self._events.clear()
         if self._left:
             for request_id in self._ids:
                 self._worker.cancel(request_id)
 
     def put(self, numbered: Numbered) -> None:
         """Add an event; called in the thread of the event loop."""
+        if self._is_closed:
+            return
         if isinstance(numbered[1], Finished | Failed):
             self._left -= 1
         self._events.append(numbered)
@@ -101,6 +106,8 @@ class EngineThread:
         self._make_engine, self._loop = make_engine, loop or asyncio.get_running_loop()
         self.engine = make_engine()
         self.open_streams: set[EventStream] = set()
+        self.n_streams = 0
+        """How many streams there have been."""
         self._posted: deque[tuple[EventStream, int, Event]] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="anymamba-engine", daemon=True)

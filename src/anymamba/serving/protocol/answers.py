@@ -65,6 +65,7 @@ class Answer(ABC):
     ) -> None:
         self.heading, self.texts, self.n, self.n_rows, self.n_top = heading, texts, n, n_rows, n_top
         self.id, self.created = self.prefix + secrets.token_hex(12), int(time.time())
+        self._keeps_scores = n_top is not None or n_rows > n
         self.rows = [Row(number // n_rows) for number in range(n_prompts * n_rows)]
 
     # ------------------------------------------------------------------------------------ events
@@ -80,7 +81,7 @@ class Answer(ABC):
         is_end = event.id == self.heading.eos_id
         if event.text:
             row.text.append(event.text)
-        if not is_end:
+        if not is_end and self._keeps_scores:
             row.scores.append(event.score)
         return self.piece(number, event.text, [] if is_end else [event.score]) if self.heading.stream else []
 
