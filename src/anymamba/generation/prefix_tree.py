@@ -84,7 +84,7 @@ class PrefixTree:
         Args:
             n_top: find only states with the scores of their tokens and so many of the likeliest ones; None: any.
         """
-        ids = np.array(tokens, np.int64)
+        ids = np.array(tokens, np.int32)
         node, n_matched = self._walk(owner, ids)
         held = None
         while node is not None and held is None:
@@ -115,7 +115,7 @@ class PrefixTree:
         """
         if not len(tokens) or state_bytes((model, logits)) > self._memory:
             return
-        node = self._node(owner, np.array(tokens, np.int64))
+        node = self._node(owner, np.array(tokens, np.int32))
         if node.held is None:
             self._forget_stored(node)
             self._put(node, Held(*map_state(_copied, (model, logits)), scores))
@@ -192,7 +192,7 @@ class PrefixTree:
             node = _split(node, n_matched)
         if n_matched == len(ids):
             return node
-        child = _Node(node, ids[n_matched:], len(ids))
+        child = _Node(node, ids[n_matched:].copy(), len(ids))
         node.children[int(ids[n_matched])] = child
         return child
 

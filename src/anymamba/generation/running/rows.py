@@ -225,11 +225,13 @@ def _sampled(
 ) -> Int[Tensor, " rows"]:
     """One call for all rows with the same options."""
     first = rows[0].sampling
-    if all(row.sampling is first for row in rows):
+    if len(rows) == 1:
         return sample(logits, first, _draws(rows), seen)
     places: dict[SamplingConfig, list[int]] = {}
     for i, row in enumerate(rows):
         places.setdefault(row.sampling, []).append(i)
+    if len(places) == 1:
+        return sample(logits, first, _draws(rows), seen)
     ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for sampling, which in places.items():
         index = torch.tensor(which, device=logits.device)

@@ -33,11 +33,7 @@ class Turns:
         """A new job: an owner who comes back does not catch up on the time away."""
         served = [self._served[other.request.owner] for other in others]
         job.turn = self._turn - 1  # before whoever was served last
-        if served:
+        if not served:
+            self._served.clear()  # nobody waits, so nobody is owed anything
+        else:
             self._served[job.request.owner] = max(self._served[job.request.owner], min(served))
-
-    def leave(self, others: Iterable[Job]) -> None:
-        """Forget owners who have no job."""
-        present = {job.request.owner for job in others}
-        for owner in set(self._served) - present:
-            del self._served[owner]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,23 +41,19 @@ def dtype_of_activations(model: LanguageModel) -> torch.dtype:
 
 
 class _Pass:
-    """The forward pass over so many tokens of one row, on memory of its own.
+    """The forward pass over so many tokens of one row, on memory of its own."""
 
-    Args:
-        length: tokens.
-        with_logits: whether it computes logits, after each token.
-    """
-
-    def __init__(self, model: LanguageModel, length: int, with_logits: bool) -> None:
-        self._model, self._n_logits = model, length if with_logits else 0
-        device = next(model.parameters()).device
-        self.ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+    def __init__(self, model: LanguageModel, length: int) -> None:
+        self._model = ref(model)  # the model's graphs must not keep it alive
+        self.ids = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
         self.before = map_state(torch.clone, model.init_state(1))
         self.logits, self.after = torch.empty(0), self.before
 
     @torch.no_grad()
     def __call__(self) -> None:
-        self.logits, self.after = self._model(self.ids, self.before, num_last_logits=self._n_logits)
+        model = self._model()
+        assert model is not None
+        self.logits, self.after = model(self.ids, self.before)
 
 
 class _Recorded(NamedTuple):
@@ -64,23 +61,39 @@ class _Recorded(NamedTuple):
     replay: Callable[[], object]
 
 
+class _Passes:
+    """The graphs of a model's passes, by the number of tokens, and where its weights are."""
+
+    def __init__(self, model: InferenceModel, place: int) -> None:
+        self.place, self.recorded = place, dict[int, _Recorded]()
+        self.graphs = Graphs(next(model.parameters()).device)
+
+
+_passes: WeakKeyDictionary[InferenceModel, _Passes] = WeakKeyDictionary()
+"""Streams of one model share its graphs: recording one takes as long as a few hundred steps."""
+
+
 class GraphVerification:
     """Verification by the model's forward pass on a GPU: a graph for each number of tokens, recorded when it is needed.
 
     Args:
-        model: one whose state does not grow. Its weights must not change.
+        model: one whose state does not grow.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._graphs = Graphs(next(model.parameters()).device)
-        self._recorded: dict[tuple[int, bool], _Recorded] = {}
+    def __init__(self, model: InferenceModel) -> None:
+        place = next(model.parameters()).data_ptr()
+        kept = _passes.get(model)
+        if kept is None or kept.place != place:  # the model was moved
+            kept = _passes[model] = _Passes(model, place)
+        self._model, self._graphs, self._recorded = model, kept.graphs, kept.recorded
+        self.has_recorded = False
+        """Whether a graph was recorded; what was done since this was set to False took longer than it will."""
 
     def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
         """Logits after each token."""
         self._ids, self._before = list(token_ids), state
         with self._graphs.turn():
-            run = self._run(self._ids, with_logits=True)
+            run = self._run(self._ids)
             self._after = _copied(run.after)
             return run.logits[0].clone()
 
@@ -89,14 +102,14 @@ class GraphVerification:
         if n_tokens == len(self._ids):
             return self._after
         with self._graphs.turn():
-            return _copied(self._run(self._ids[:n_tokens], with_logits=False).after)
+            return _copied(self._run(self._ids[:n_tokens]).after)
 
-    def _run(self, ids: list[int], with_logits: bool) -> _Pass:
-        key = (len(ids), with_logits)
-        if key not in self._recorded:
-            run = _Pass(self._model, *key)
-            self._recorded[key] = _Recorded(run, self._graphs.capture(run, 1))
-        run, replay = self._recorded[key]
+    def _run(self, ids: list[int]) -> _Pass:
+        if len(ids) not in self._recorded:
+            run = _Pass(self._model, len(ids))
+            self._recorded[len(ids)] = _Recorded(run, self._graphs.capture(run, 1))
+            self.has_recorded = True
+        run, replay = self._recorded[len(ids)]
         run.ids.copy_(torch.tensor([ids]))
         _copy(self._before, run.before)
         replay()

@@ -23,6 +23,7 @@ from anymamba.generation.speculation.drafts import Choose, Drafter, LookupDrafte
 from anymamba.generation.speculation.pacing import Pacing
 from anymamba.generation.speculation.passes import GraphVerification, dtype_of_activations, near_ties
 from anymamba.generation.stepping import Stepper
+from anymamba.models.inference import InferenceModel
 from anymamba.models.inference.native_reading import Verifier
 from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
 
@@ -131,7 +132,9 @@ class Speculator:
         self._seconds = 0.0
         self._counts = [0, 0, 0]
         self._on_gpu = next(model.parameters()).device.type == "cuda"
-        self._graph = GraphVerification(model) if self._on_gpu and not model.grows else None
+        in_graphs = self._on_gpu and isinstance(model, InferenceModel) and not model.grows
+        self._graph = GraphVerification(model) if in_graphs else None  # type: ignore[arg-type]
+        self._is_warm = not self._on_gpu  # the first step on a GPU may record a graph
         self._ties: Tensor | None = None  # of this pass, where it may round differently
         self._n_ties: int | Tensor = 0
 
@@ -160,7 +163,9 @@ class Speculator:
             self._seconds = self._now() - start
             return LanguageModelOutput(logits, state)
         output = self._step(token_ids, state, reuse_state=True)
-        self.pacing.add_step(self._now() - start)
+        if self._is_warm:
+            self.pacing.add_step(self._now() - start)
+        self._is_warm = True
         return output
 
     def settle(self, state: LanguageModelState) -> LanguageModelState:
@@ -172,7 +177,10 @@ class Speculator:
         if self._ties is not None:
             self._n_ties, self._ties = self._n_ties + self._ties[: self._n_read].sum(), None
         self._seconds += self._now() - start
-        self.pacing.add_pass(self._n_guessed, self._seconds)
+        if self._graph is not None and self._graph.has_recorded:
+            self._graph.has_recorded = False  # this pass took longer than the next ones
+        else:
+            self.pacing.add_pass(self._n_guessed, self._seconds)
         self._drafter.judge(self._n_guessed, self._n_read - 1)
         self._reading = None
         self._ahead.clear()
