@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hash_model import HashModel
@@ -255,16 +258,28 @@ def test_near_ties_are_counted():
 @pytest.mark.parametrize("n_tokens", [1, 3, 5])
 def test_passes_in_graphs(repeating, n_tokens):
     """On a CPU what would be a graph runs each time, on the same memory."""
-    passes = GraphVerification(repeating)
-    state = repeating(torch.tensor([PROMPT])).state
+    model = repeating.for_inference("float32")
+    passes = GraphVerification(model)
+    state = model(torch.tensor([PROMPT])).state
     for ids in ([1, 2, 3, 4, 5], [3, 1, 1, 7, 0]):
         kept, logits = map_state(torch.clone, state), passes.read(ids, state)
-        want = repeating(torch.tensor([ids]), state).logits[0]
-        after = repeating(torch.tensor([ids[:n_tokens]]), state).state
-        assert torch.equal(logits, want)
+        assert torch.equal(logits, model(torch.tensor([ids]), state).logits[0])
+        after = model(torch.tensor([ids[:n_tokens]]), state).state
         assert all(map(torch.equal, state_tensors(state), state_tensors(kept)))
         state = passes.accept(n_tokens)
         assert all(map(torch.equal, state_tensors(state), state_tensors(after)))
+
+
+def test_streams_share_the_graphs_of_a_model_and_do_not_keep_it(repeating):
+    model = repeating.for_inference("float32")
+    first, second = GraphVerification(model), GraphVerification(model)
+    state = model.init_state(1)
+    want = first.read([1, 2], state)
+    assert first.has_recorded and torch.equal(second.read([1, 2], state), want) and not second.has_recorded
+    gone = weakref.ref(model)
+    del model, first, second
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_pass_that_gives_the_bits_of_steps_counts_no_ties(repeating):

@@ -41,7 +41,7 @@ def test_products(format, shape, rows):
     dispatch.calls.clear()
     got = packed_linear(x, weight, bias)
     assert {name for _, name, _ in dispatch.calls} == {"cuda"}
-    limit = 1e-6 if rows <= cuda.MOST_ROWS else 4e-3  # there weights are rounded to bfloat16
+    limit = 1e-6 if rows <= 8 else 4e-3  # many or long rows: weights are rounded to bfloat16
     assert ((got - want).abs() / scale).max() < limit
     assert torch.equal(packed_linear(x, weight, bias), got)
     assert ((packed_linear(x.bfloat16(), weight, bias) - want).abs() / scale).max() < limit + 2**-8
