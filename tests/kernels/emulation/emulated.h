@@ -265,11 +265,6 @@ void wait_for_copies() {
     copies.resize(kept);
 }
 inline void prefetch(const void*) {}
-inline void prefetch_bytes(const void* from, u32 n) {
-    need(reinterpret_cast<u64>(from) % 16 == 0 && n % 16 == 0 && n, "a prefetch not aligned");
-    static volatile u8 seen;
-    seen = static_cast<const u8*>(from)[0] ^ static_cast<const u8*>(from)[n - 1];  // a wrong address shows
-}
 
 inline void wait_for_previous() {}
 inline void let_next_start() {}

@@ -15,7 +15,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from anymamba.kernels.model_step import cuda as kernels
-from anymamba.kernels.model_step.cuda import Matrix
 from anymamba.models.inference.gpu_states import StateShapes, addresses
 from anymamba.models.inference.gpu_weights import (
     Layer,
@@ -171,24 +170,20 @@ class _FusedStep:
         return None if x_proj is None else self._residual.new_zeros(len(self._residual), len(x_proj.weight))
 
     def __call__(self) -> None:
+        for index, layer in enumerate(self._weights.layers):
+            assert layer.projections is not None
+            self._run_layer(index, layer, layer.projections)
         head = self._weights.head
         assert head is not None
-        following = [layer.projections.in_proj for layer in self._weights.layers[1:] if layer.projections is not None]
-        for index, (layer, after) in enumerate(zip(self._weights.layers, [*following, head], strict=True)):
-            assert layer.projections is not None
-            self._run_layer(index, layer, layer.projections, after)
         kernels.product(self._record, self._residual, head, self._weights.norm, None, kernels.LOGITS)
 
-    def _run_layer(self, index: int, layer: Layer, matrices: Projections, after: Matrix) -> None:
-        """A layer; while its kernels wait for each other, the memory reads the matrices of the next ones."""
+    def _run_layer(self, index: int, layer: Layer, matrices: Projections) -> None:
         record, residual, u, z, y = self._record, self._residual, self._u, self._z, self._y
-        in_proj, x_proj, output_norm, out_proj = matrices
-        small = [matrix for matrix in (x_proj, layer.recurrence.dt_proj) if matrix is not None]
-        kernels.in_proj(record, index, residual, in_proj, layer.norm, layer.short, u, z, small)
-        if x_proj is not None:
-            kernels.product(record, u, x_proj, None, self._projected, later=[out_proj])
+        kernels.in_proj(record, index, residual, matrices.in_proj, layer.norm, layer.short, u, z)
+        if matrices.x_proj is not None:
+            kernels.product(record, u, matrices.x_proj, None, self._projected)
         kernels.recur(record, index, layer.recurrence, u, z, self._projected, y)
-        kernels.product(record, y, out_proj, output_norm, residual, kernels.ADD, [after])
+        kernels.product(record, y, matrices.out_proj, matrices.output_norm, residual, kernels.ADD)
 
 
 class _ManyRows:

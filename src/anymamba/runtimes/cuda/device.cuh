@@ -167,12 +167,6 @@ template <int N>
 DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
-// Many bytes at once to the GPU's cache, 16 at least and a multiple of them, where one instruction does that.
-DEVICE void prefetch_bytes(const void* global, u32 n) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(n));
-#endif
-}
 DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // ------------------------------------------------------------------------------------------------ short floats

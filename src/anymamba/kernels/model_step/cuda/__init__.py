@@ -7,7 +7,6 @@ memory, so that a captured graph serves any states. `embed` writes the record an
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -129,7 +128,6 @@ def product(
     norm: Norm | None,
     y: Tensor | None,
     target: int = STORE,
-    later: Sequence[Matrix] = (),
 ) -> None:
     """y = norm(x) W^T + bias for up to 8 rows.
 
@@ -137,9 +135,8 @@ def product(
         x: (bucket, padded n_in), float32, with zeros after n_in; the bucket is 1, 2, 4 or 8.
         y: (bucket, at least n_out), float32.
         target: STORE, ADD to what y holds, or LOGITS: store where the record says, and y is None.
-        later: matrices of the next kernels, two at most, which are brought to the GPU's cache.
     """
-    call = _product(record, x, matrix, norm, later)
+    call = _product(record, x, matrix, norm)
     call.set(target=target)
     call.strided(y=y)
     _launch_product(call, "product", x, matrix)
@@ -154,15 +151,14 @@ def in_proj(
     short: Short,
     u: Tensor,
     z: Tensor,
-    later: Sequence[Matrix] = (),
 ) -> None:
     """u = silu(convolution of the first half of in_proj(norm(x))), and z = silu of the second half.
 
     Args:
-        x, later: as in `product`.
+        x: as in `product`.
         u, z: (bucket, padded d_inner), float32.
     """
-    call = _product(record, x, matrix, norm, later)
+    call = _product(record, x, matrix, norm)
     _set_convolution(call, layer, short)
     call.strided(u=u, z=z)
     _launch_product(call, "in_proj", x, matrix)
@@ -192,7 +188,7 @@ def recur(
     shared = calls.STEP_BYTES + 4 * (padded + 2 * call["d_state"])
     dtype = torch.float32 if dt_proj is None else dt_proj.weight.dtype
     variant = calls.recurrence("recur", dtype, call["d_state"], weights.zoh)
-    call.launch(variant, u.shape[0] * _blocks_of_row(call), calls.RECURRENCE_THREADS, shared, early=True)
+    call.launch(variant, u.shape[0] * _blocks_of_row(call, "recur"), calls.RECURRENCE_THREADS, shared, early=True)
 
 
 def convolve_rows(record: Tensor, layer: int, x: Tensor, short: Short, u: Tensor) -> None:
@@ -227,7 +223,7 @@ def recur_rows(
     call = _recurrence(record, layer, weights)
     call.strided(u=u, z=z, delta=delta, B=B, C=C, y=y)
     fine = aligned(B, calls.WIDTH) and aligned(C, calls.WIDTH)
-    n_blocks = -(-u.shape[0] // calls.RECURRENCE_ROWS) * _blocks_of_row(call)
+    n_blocks = -(-u.shape[0] // calls.RECURRENCE_ROWS) * _blocks_of_row(call, "recur_rows")
     call.launch(
         calls.recurrence("recur_rows", u.dtype, call["d_state"], weights.zoh, fine), n_blocks, calls.RECURRENCE_THREADS
     )
@@ -239,11 +235,8 @@ def _bits(value: float) -> int:
     return bits
 
 
-def _product(record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None, later: Sequence[Matrix]) -> Call:
+def _product(record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None) -> Call:
     call = Call(calls.LAYOUT, x)
-    for i, other in enumerate(later):
-        n_bytes = min(other.weight.nbytes, calls.MOST_PREFETCHED) // 16 * 16
-        call.set(**{f"next_{i}": other.weight.data_ptr(), f"next_bytes_{i}": n_bytes})
     n_out, n_in = matrix.weight.shape
     shared = (matrix.weight.dtype, x.shape[0], n_out, n_in)
     call.set(step=record.data_ptr(), weight=matrix.weight.data_ptr(), n_out=n_out, n_in=n_in, size=matrix.n_in)
@@ -280,5 +273,5 @@ def _recurrence(record: Tensor, layer: int, weights: Recurrence) -> Call:
     return call
 
 
-def _blocks_of_row(call: Call) -> int:
-    return -(-call["d_inner"] * calls.lanes(call["d_state"]) // calls.RECURRENCE_THREADS)
+def _blocks_of_row(call: Call, kernel: str) -> int:
+    return -(-call["d_inner"] * calls.lanes(kernel, call["d_state"]) // calls.RECURRENCE_THREADS)

@@ -18,7 +18,6 @@ FIELDS = (
     *("step", "layer", "bucket", "ids", "ids_are_long", "table", "table_dtype", "n_ids", "rows"),
     *("conv", "ssm", "new_conv", "new_ssm", "logits"),
     *("weight", "bias", "n_in", "size", "n_out", "ways", "target"),
-    *("next_0", "next_1", "next_bytes_0", "next_bytes_1"),
     *("has_norm", "subtract_mean", "norm_weight", "norm_bias", "eps"),
     *("conv_weight", "conv_bias", "taps", "d_inner", "A", "D", "delta_bias", "constant_B", "constant_C"),
     *("d_state", "dt_rank", "inner_norms", "dt_norm", "B_norm", "C_norm"),
@@ -35,8 +34,6 @@ MOST_STATES = 128
 ALIGNMENT = 8
 """Columns of matrices and of activations are padded with zeros to a multiple of this."""
 STORE, ADD, LOGITS = 0, 1, 2
-MOST_PREFETCHED = 24 << 20
-"""Bytes of a later matrix that are brought to the GPU's cache, of which current GPUs have 40 MB and more."""
 THREADS, WARPS = 256, 8
 """Of products, `embed` and `convolve_rows`."""
 RECURRENCE_THREADS, RECURRENCE_ROWS, WIDTH = 128, 2, 4
@@ -61,14 +58,20 @@ def rows(kernel: str, dtype: torch.dtype, taps: int = 4) -> nvrtc.Variant:
 @cache
 def recurrence(kernel: str, dtype: torch.dtype, d_state: int, zoh: bool, aligned: bool = True) -> nvrtc.Variant:
     """`recur` or `recur_rows`, with Euler's rule or zero-order hold; see recurrence.cu for `aligned`."""
-    options = {"DTYPE": nvrtc.DTYPES[dtype], "LANES": lanes(d_state), "ZOH": int(zoh)}
+    options = {"DTYPE": nvrtc.DTYPES[dtype], "D_STATE": d_state, "LANES": lanes(kernel, d_state)}
+    options |= {"GROUPS": groups_of(kernel, d_state), "ZOH": int(zoh)}
     options["WHOLE"] = int(aligned and d_state % WIDTH == 0)
     return nvrtc.Variant(nvrtc.source(HERE / "recurrence.cu"), kernel, tuple(options.items()))
 
 
-def lanes(d_state: int) -> int:
+def lanes(kernel: str, d_state: int) -> int:
     """How many share a channel."""
-    return 1 << (-(-d_state // WIDTH) - 1).bit_length()
+    return 1 << (-(-d_state // (groups_of(kernel, d_state) * WIDTH)) - 1).bit_length()
+
+
+def groups_of(kernel: str, d_state: int) -> int:
+    """How many times four states a lane has: two where many rows make enough threads, which then execute less."""
+    return 2 if kernel == "recur_rows" and d_state > WIDTH else 1
 
 
 def outputs(rows: int) -> int:

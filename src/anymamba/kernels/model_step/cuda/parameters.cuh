@@ -39,8 +39,6 @@ struct Parameters {
     const u8* weight;
     const u8* bias;  // float32, as all vectors
     i64 n_in, size, n_out, ways, target;
-    const u8* next[2];  // weights of later kernels, which go to the GPU's cache meanwhile
-    i64 next_bytes[2];
     i64 has_norm, subtract_mean;
     const u8* norm_weight;
     const u8* norm_bias;

@@ -7,9 +7,8 @@
 //     in_proj   the first half of y goes through the convolution and SiLU to u, the second through SiLU to z
 //
 // A warp reads OUTPUTS rows of W at once, 16 bytes a lane; p.ways warps of a block share the columns of the same rows.
-// x' is in shared memory, in the type of W. The first weights are asked for before the previous kernel has ended, and
-// those of the next kernels are brought to the GPU's cache, so that the memory is never idle. An RMS norm multiplies the
-// sums by the row's scale, so that x is read once.
+// x' is in shared memory, in the type of W. The first weights are asked for before the previous kernel has ended. An
+// RMS norm multiplies the sums by the row's scale, so that x is read once.
 //
 // Launch: 256 threads, early; any number of blocks.
 //
@@ -249,14 +248,6 @@ DEVICE void finish_in_proj(const Parameters& p, const Step& step, const Inputs& 
         floats(p.u.data)[row * p.u.stride + output] = convolve(old, value, p, step, row, output);
 }
 
-// The block's part of what later kernels read.
-DEVICE void prefetch_next(const Parameters& p) {
-    if (threadIdx.x >= 2 || !p.next[threadIdx.x]) return;
-    const i64 total = p.next_bytes[threadIdx.x], part = (total / i64(gridDim.x) + 128) / 128 * 128;
-    const i64 start = i64(blockIdx.x) * part, n = min(part, total - start) / 16 * 16;
-    if (n > 0) prefetch_bytes(p.next[threadIdx.x] + start, u32(n));
-}
-
 template <bool CONVOLVES>
 DEVICE void run(const Parameters& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ways = int(p.ways), tasks = WARPS / ways;
@@ -267,7 +258,6 @@ DEVICE void run(const Parameters& p) {
     Weights w;
     Inputs old = {};
     Step step = {};
-    prefetch_next(p);
     for (bool ready = false; first < n_tasks || !ready; first += stride) {
         const int output = (first + warp / ways) * OUTPUTS, mine = output + lane % OUTPUTS;
         load(w, p, output, way * CHUNK);

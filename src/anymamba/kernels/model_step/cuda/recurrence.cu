@@ -3,7 +3,7 @@
 //     h = exp(delta A) h + f(delta, A) B u,    y = (C . h + D u) silu(z)
 //
 // with f = delta (Euler's rule) or (exp(delta A) - 1) / A (zero-order hold). LANES lanes (a power of two) share a
-// channel, four neighbouring states each.
+// channel, GROUPS times four neighbouring states each.
 //
 //     recur        delta = softplus(dt_proj(dt) + bias) is computed here from x_proj's output, with the inner norms;
 //                  z is silu(z) already; activations are float32
@@ -14,46 +14,58 @@
 //
 // recur_rows executes few instructions, so that memory is what it waits for.
 //
-// Needs DTYPE, the type of dt_proj's weight, or of activations; LANES; ZOH, 0 or 1; and WHOLE, 1 if d_state is a
+// Needs DTYPE, the type of dt_proj's weight, or of activations; D_STATE; LANES; GROUPS; ZOH, 0 or 1; and WHOLE, 1 if d_state is a
 // multiple of 4 and B and C of many rows lie at multiples of 4 numbers.
 #include "parameters.cuh"
 
-constexpr int THREADS = 128, WIDTH = 4, ROWS = 2;
+constexpr int THREADS = 128, WIDTH = 4, ROWS = 2, STATES = GROUPS * WIDTH;
 constexpr int AHEAD = 4;  // chunks of dt_proj's weight under way
 typedef ElementOf<DTYPE>::Type Element;
 constexpr int VECTOR = 16 / sizeof(Element);
 
-typedef float States[WIDTH];
+typedef float States[STATES];
 
-// Where a thread works: its channel, its first state, and how many states it has.
+// Where a thread works: its channel, which lane of it, and its first state; the next group is 4 LANES states on, so that
+// lanes read neighbouring numbers.
 struct Place {
-    int channel, n, count, part;
+    int channel, part, n;
     bool inside;
 };
+constexpr int STEP_OF_GROUPS = LANES * WIDTH;
+
 DEVICE Place place_of(const Parameters& p, u32 block) {
     const int index = int(block * THREADS + threadIdx.x), channel = index / LANES, part = index % LANES;
-    const int n = part * WIDTH, count = channel < p.d_inner ? max(0, min(WIDTH, int(p.d_state) - n)) : 0;
-    return {channel, n, count, part, count > 0};
+    return {channel, part, part * WIDTH, channel < p.d_inner};
 }
 DEVICE u32 blocks_of_row(const Parameters& p) { return (u32(p.d_inner) * LANES + THREADS - 1) / THREADS; }
 
-// The states of a thread that is inside.
+// Whether the model has a thread's state by its index in States.
+DEVICE int offset_in_channel(int i) { return i / WIDTH * STEP_OF_GROUPS + i % WIDTH; }
+DEVICE bool has_state(const Place& at, int i) {
+    return STATES * LANES == D_STATE || at.n + offset_in_channel(i) < D_STATE;
+}
+
+// The states of a thread that is inside; `from` points to its first.
 DEVICE void read_states(States& out, const float* from, const Place& at) {
-    if constexpr (WHOLE) {
-        const float4 v = read_fresh(from);
-        out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-    } else {
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? read_one_fresh(from + i) : 0.f;
+    for (int i = 0; i < STATES; i += WHOLE ? WIDTH : 1) {
+        if constexpr (WHOLE) {
+            const bool has = has_state(at, i);
+            const float4 v = has ? read_fresh(from + offset_in_channel(i)) : make_float4(0.f, 0.f, 0.f, 0.f);
+            out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+        } else {
+            out[i] = has_state(at, i) ? read_one_fresh(from + offset_in_channel(i)) : 0.f;
+        }
     }
 }
 DEVICE void write_states(float* to, const States& h, const Place& at) {
-    if constexpr (WHOLE) {
-        write_16_bytes(to, make_float4(h[0], h[1], h[2], h[3]));
-    } else {
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++)
-            if (i < at.count) to[i] = h[i];
+    for (int i = 0; i < STATES; i += WHOLE ? WIDTH : 1) {
+        if (!has_state(at, i)) continue;
+        if constexpr (WHOLE)
+            write_16_bytes(to + offset_in_channel(i), make_float4(h[i], h[i + 1], h[i + 2], h[i + 3]));
+        else
+            to[offset_in_channel(i)] = h[i];
     }
 }
 
@@ -65,16 +77,16 @@ struct Channel {
 DEVICE Channel channel_of(const Parameters& p, const Place& at) {
     Channel c = {};
     if (!at.inside) return c;
-    read_states(c.A, floats(p.A) + i64(at.channel) * p.d_state + at.n, at);
+    read_states(c.A, floats(p.A) + i64(at.channel) * D_STATE + at.n, at);
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) c.rate[i] = LOG2_E * c.A[i];
+    for (int i = 0; i < STATES; i++) c.rate[i] = LOG2_E * c.A[i];
     c.bias = p.delta_bias ? floats(p.delta_bias)[at.channel] : 0.f;
     c.D = p.D ? floats(p.D)[at.channel] : 0.f;
     return c;
 }
 
 DEVICE i64 offset_of(const Parameters& p, const Step& step, i64 row, const Place& at) {
-    return ((p.layer * step.rows + row) * p.d_inner + at.channel) * p.d_state + at.n;
+    return ((p.layer * step.rows + row) * p.d_inner + at.channel) * D_STATE + at.n;
 }
 
 // The new state in h, and y without D and gate, the same in all lanes of a channel.
@@ -82,7 +94,7 @@ DEVICE float advance_states(States& h, float delta, float u, const States& B, co
     const float drive = delta * u;
     float y = 0.f;
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) {
+    for (int i = 0; i < STATES; i++) {
         float driven = drive * B[i];
         if (ZOH && c.A[i] != 0.f) driven = expm1f(delta * c.A[i]) / c.A[i] * u * B[i];
         h[i] = fmaf(exp2_fast(delta * c.rate[i]), h[i], driven);
@@ -107,7 +119,7 @@ DEVICE void norm_in_place(float* values, int size, const float* weight, float ep
 
 // A row of x_proj's output in shared memory, normed: dt, with zeros up to n_in, then B and C.
 DEVICE void prepare_row(float* shared, const Parameters& p, i64 row) {
-    const int rank = int(p.dt_rank), padded = int(p.n_in), n = int(p.d_state), warp = threadIdx.x / 32;
+    const int rank = int(p.dt_rank), padded = int(p.n_in), n = D_STATE, warp = threadIdx.x / 32;
     const int n_B = p.constant_B ? 0 : n, n_C = p.constant_C ? 0 : n;
     const float* from = floats(p.projected.data) + row * p.projected.stride;
     for (int i = threadIdx.x; i < padded + n_B + n_C; i += THREADS)
@@ -162,9 +174,10 @@ DEVICE float project(uint4 (&w)[AHEAD], const float* dt, const Parameters& p, co
 
 DEVICE void read_selected(States& out, const u8* constant, const float* selected, const Parameters& p,
                           const Place& at) {
-    if (constant && at.inside) return read_states(out, floats(constant) + i64(at.channel) * p.d_state + at.n, at);
+    if (constant && at.inside) return read_states(out, floats(constant) + i64(at.channel) * D_STATE + at.n, at);
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? selected[at.n + i] : 0.f;
+    for (int i = 0; i < STATES; i++)
+        out[i] = at.inside && has_state(at, i) ? selected[at.n + offset_in_channel(i)] : 0.f;
 }
 
 KERNEL(THREADS, 4) recur(PARAMETER Parameters p) {
@@ -190,7 +203,7 @@ KERNEL(THREADS, 4) recur(PARAMETER Parameters p) {
     prepare_row(shared, p, row);
     const float* selected = shared + p.n_in;
     read_selected(B, p.constant_B, selected, p, at);
-    read_selected(C, p.constant_C, selected + (p.constant_B ? 0 : p.d_state), p, at);
+    read_selected(C, p.constant_C, selected + (p.constant_B ? 0 : D_STATE), p, at);
     const float delta = softplus_fast<true>(project(w, shared, p, at) + c.bias);
     const float y = advance_states(h, delta, u, B, C, c);
     if (!at.inside) return;
@@ -210,12 +223,16 @@ DEVICE float element(const Rows& rows, int row, int column) {
 }
 DEVICE void read_matrix(States& out, const u8* constant, const Rows& rows, int row, const Parameters& p,
                         const Place& at) {
-    if (constant) return read_states(out, floats(constant) + i64(at.channel) * p.d_state + at.n, at);
-    if constexpr (WHOLE) {
-        read<DTYPE>(out, elements(rows, row, at.n));
-    } else {
+    if (constant) return read_states(out, floats(constant) + i64(at.channel) * D_STATE + at.n, at);
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) out[i] = i < at.count ? element(rows, row, at.n + i) : 0.f;
+    for (int i = 0; i < STATES; i += WHOLE ? WIDTH : 1) {
+        if constexpr (WHOLE) {
+            float four[WIDTH] = {};
+            if (has_state(at, i)) read<DTYPE>(four, elements(rows, row, at.n + offset_in_channel(i)));
+            out[i] = four[0], out[i + 1] = four[1], out[i + 2] = four[2], out[i + 3] = four[3];
+        } else {
+            out[i] = has_state(at, i) ? element(rows, row, at.n + offset_in_channel(i)) : 0.f;
+        }
     }
 }
 
@@ -224,9 +241,9 @@ struct Token {
     float u, z, delta;
 };
 
-KERNEL(THREADS, 8) recur_rows(PARAMETER Parameters p) {
+KERNEL(THREADS, GROUPS == 1 ? 8 : 5) recur_rows(PARAMETER Parameters p) {
     const u32 blocks = blocks_of_row(p);
-    const int first = int(blockIdx.x / blocks) * ROWS, next = int(p.d_inner) * int(p.d_state);
+    const int first = int(blockIdx.x / blocks) * ROWS, next = int(p.d_inner) * D_STATE;
     const Place at = place_of(p, blockIdx.x % blocks);
     const Step step = step_of(p);
     const i64 place = offset_of(p, step, first, at);
