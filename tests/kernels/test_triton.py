@@ -82,22 +82,6 @@ def test_the_scan_compiles_without_a_gpu(launches, target):
 
 
 @compiles
-def test_bfloat16_is_read_16_bytes_at_a_time_on_nvidia(launches, monkeypatch):
-    """Where rows of B and C are aligned and tokens and channels fill their groups; elsewhere four numbers at a time."""
-    call = importlib.import_module("anymamba.kernels.selective_scan.triton.call")
-    a = arguments(scan_inputs(1, 64, 64, 16, dtype=torch.bfloat16, initial=False))
-    assert call.Call(a)._forward_matrices()["WORD"] == 4  # no NVIDIA GPU
-    monkeypatch.setattr(triton, "is_nvidia", lambda like: True)
-    shifted = torch.empty(a.B.numel() + 4, dtype=a.B.dtype)[4:].view(a.B.shape)
-    for other in (a._replace(B=shifted), arguments(scan_inputs(1, 63, 64, 16, dtype=torch.bfloat16))):
-        assert call.Call(other)._forward_matrices()["WORD"] == 4
-    scan_triton.forward(a, False)
-    kernel, given = next(found for found in launches if found[0].__name__ == "scan")
-    assert given["WORD"] == 8 and given["WHOLE"]
-    assert "ld.global.nc.v4.b32" in compile_for(kernel, given, TARGETS["sm_80"]).asm["ptx"]
-
-
-@compiles
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_the_convolution_compiles_without_a_gpu(launches, target):
     inputs = conv_inputs(1, lengths=[4, 0, 7], dtype=torch.bfloat16)

@@ -88,10 +88,7 @@ class Call:
         given = {name: getattr(self.a, name) for name in "BC"}
         if any(t.ndim == 2 or t.dtype != torch.bfloat16 for t in given.values()):
             return self._matrices("B", "C")
-        found = self._in_words({name: t.contiguous() for name, t in given.items()}, 4)
-        whole = self.is_whole and self.a.length % plan.forward_tokens(self.a) == 0
-        aligned = self.a.d_state % 8 == 0 and all(found[name].data_ptr() % 16 == 0 for name in "BC")
-        return found | {"WORD": 8} if self.fast and whole and aligned else found
+        return self._in_words({name: t.contiguous() for name, t in given.items()}, 4)
 
     def _in_words(self, given: dict[str, Any], word: int) -> dict[str, Any]:
         fits = all(t.ndim == 2 or t.data_ptr() % 8 == 0 for t in given.values())

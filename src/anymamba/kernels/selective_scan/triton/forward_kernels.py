@@ -125,53 +125,30 @@ def put_scratch(
 
 @triton.jit
 def start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD: tl.constexpr):
-    """Where the row, group and slab of a dense (batch, length, groups, states) begin, in its elements."""
-    return ((row * length * n_groups + group) * d_state + first_state) // numbers_of_element(WORD)
-
-
-@triton.jit
-def numbers_of_element(WORD: tl.constexpr):
-    """The numbers that an element of B or C in memory holds."""
-    return 4 if WORD == 8 else WORD
+    """Where the row, group and slab of a dense (batch, length, groups, states) begin."""
+    return ((row * length * n_groups + group) * d_state + first_state) // WORD
 
 
 @triton.jit
 def numbers(first, is_token, R: tl.constexpr, N: tl.constexpr, WORD: tl.constexpr, WHOLE: tl.constexpr):
-    """The slab of a token of B or C. WORD: the numbers that an int64 holds, four bfloat16 or two float32; or 1. With 8,
-    two int64 are read at once, on NVIDIA GPUs: these reads are most of what bounds a forward pass."""
+    """The slab of a token of B or C. WORD: the numbers that an int64 holds, four bfloat16 or two float32; or 1."""
     found = ()
-    if WORD == 8:
-        for k in tl.static_range(N // 8):
-            words = tl.inline_asm_elementwise(
-                "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
-                "=r,=r,=r,=r,l",
-                [(first + 2 * k).to(tl.int64)],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                is_pure=True,
-                pack=1,
-            )
-            for i in tl.static_range(4):
-                found = found + (
-                    (words[i] << 16).to(tl.float32, bitcast=True),
-                    (words[i] & -65536).to(tl.float32, bitcast=True),
-                )
-    else:
-        for k in tl.static_range(N // WORD):
-            value = load(first + k, is_token, WHOLE)
-            if WORD == 1:
-                found = found + (value.to(R),)
+    for k in tl.static_range(N // WORD):
+        value = load(first + k, is_token, WHOLE)
+        if WORD == 1:
+            found = found + (value.to(R),)
+        else:
+            low = value.to(tl.int32)
+            high = (value >> 32).to(tl.int32)
+            if WORD == 2:
+                found = found + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
             else:
-                low = value.to(tl.int32)
-                high = (value >> 32).to(tl.int32)
-                if WORD == 2:
-                    found = found + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
-                else:
-                    found = found + (
-                        (low << 16).to(tl.float32, bitcast=True),
-                        (low & -65536).to(tl.float32, bitcast=True),
-                        (high << 16).to(tl.float32, bitcast=True),
-                        (high & -65536).to(tl.float32, bitcast=True),
-                    )
+                found = found + (
+                    (low << 16).to(tl.float32, bitcast=True),
+                    (low & -65536).to(tl.float32, bitcast=True),
+                    (high << 16).to(tl.float32, bitcast=True),
+                    (high & -65536).to(tl.float32, bitcast=True),
+                )
     return found
 
 
@@ -226,7 +203,7 @@ def scan(
         h = zeros(zero, N)
     steps = zero
     n_saved = (length + SAVED_EVERY - 1) // SAVED_EVERY
-    of_token = n_groups * d_state // numbers_of_element(WORD)
+    of_token = n_groups * d_state // WORD
     u += row * u_row + channel
     delta += row * delta_row + channel
     B += 0 if CONSTANT_B else start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD)
