@@ -154,7 +154,7 @@ def _read_bytes(model: LanguageModel, rows: int) -> int:
 
 def _median_seconds(run: Callable[[], object], device: torch.device, least: float | None = None) -> float:
     """Seconds of a call, until the device is done."""
-    wait = getattr(torch, device.type).synchronize  # of a CPU it does nothing
+    wait = partial(getattr(torch, device.type).synchronize, device)  # for a CPU it does nothing
     run()  # warms up
     wait()
     least = LEAST_SECONDS if least is None else least

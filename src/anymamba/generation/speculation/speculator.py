@@ -131,7 +131,8 @@ class Speculator:
         )
         self._seconds = 0.0
         self._counts = [0, 0, 0]
-        self._on_gpu = next(model.parameters()).device.type == "cuda"
+        self._device = next(model.parameters()).device
+        self._on_gpu = self._device.type == "cuda"
         in_graphs = self._on_gpu and isinstance(model, InferenceModel) and not model.grows
         self._graph = GraphVerification(model) if in_graphs else None  # type: ignore[arg-type]
         self._is_warm = not self._on_gpu  # the first step on a GPU may record a graph
@@ -189,7 +190,7 @@ class Speculator:
     def _now(self) -> float:
         """The time, when a GPU is done with what was queued."""
         if self._on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
     def _read_ahead(
