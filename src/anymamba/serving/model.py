@@ -260,7 +260,9 @@ class ServedModel:
         """The state of a session that exists. Raises ApiError if it cannot be used."""
         if name is None:
             return None
-        return await session_call(self.require_sessions().load, owner, name)
+        store = self.require_sessions()
+        await session_call(store.require_room, owner, name)  # rather now than after the answer
+        return await session_call(store.load, owner, name)
 
     async def save_session(self, owner: str, name: str, kept: KeptState) -> None:
         """Keep a state; it is on disk afterwards. Raises ApiError if it cannot be kept."""

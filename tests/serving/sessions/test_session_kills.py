@@ -12,7 +12,7 @@ from pathlib import Path
 
 from anymamba.serving.sessions import DiskSessions, ModelIdentity
 
-N_KILLS = 40
+N_KILLS = 25
 WRITER = """
 import os, sys, torch
 from anymamba.generation.prompts import read_prompts

@@ -1,4 +1,4 @@
-"""The page: plain HTML, CSS and ES modules that talk to the server's own endpoints. Nothing is loaded from elsewhere."""
+"""The page: plain HTML, CSS and ES modules that talk to the server's own endpoints. It loads nothing from elsewhere."""
 
 from __future__ import annotations
 

@@ -24,6 +24,8 @@ from anymamba.serving.sessions.store import SessionInfo, StoreError, check_room,
 SUFFIX = ".session"
 CLEAN_EVERY = 60.0
 """Seconds between two searches for expired sessions."""
+COUNT_EVERY = 10.0
+"""Seconds between two counts of an owner's bytes; other processes may have saved meanwhile."""
 
 
 class DiskSessions:
@@ -50,6 +52,7 @@ class DiskSessions:
         self.folder, self._model, self._identity = Path(folder), model, identity
         self._time_to_live, self._quota = time_to_live, quota
         self._cleaned = -CLEAN_EVERY
+        self._counts: dict[str, tuple[float, int]] = {}  # by owner: when the bytes were counted, and how many
         with self._reported():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
@@ -77,9 +80,11 @@ class DiskSessions:
         with self._reported():
             self._make(path.parent)
             with own_file(path):
+                before = _size(path)
                 with atomic_file(path) as temporary:
                     temporary.write_bytes(data)
                 flush(path.parent)  # the new name, too
+        self._count(owner, len(data) - before)
         self._clean()
 
     def require_room(self, owner: str, name: str) -> None:
@@ -87,7 +92,7 @@ class DiskSessions:
         own = self._path(owner, name)
         if self._quota is not None:
             with self._reported():
-                check_room((_size(path) for path in self._files(key_of(owner)) if path != own), self._quota)
+                check_room(self._used(owner) - _size(own), self._quota)
 
     def list(self, owner: str) -> Sequence[SessionInfo]:
         """`SessionStore.list`. Damaged files are left out."""
@@ -103,12 +108,27 @@ class DiskSessions:
             if not path.exists():
                 return False
             with own_file(path):
+                self._count(owner, -_size(path))
                 path.unlink(missing_ok=True)
                 flush(path.parent)
         return True
 
     def close(self) -> None:
         """`SessionStore.close`; a folder holds nothing open."""
+
+    def _used(self, owner: str) -> int:
+        """Bytes of an owner's sessions."""
+        when, used = self._counts.get(owner, (-COUNT_EVERY, 0))
+        if time.monotonic() >= when + COUNT_EVERY:
+            used = sum(map(_size, self._files(key_of(owner))))
+            self._counts[owner] = (time.monotonic(), used)
+        return used
+
+    def _count(self, owner: str, change: int) -> None:
+        """Note that an owner's sessions have grown or shrunk."""
+        if owner in self._counts:
+            when, used = self._counts[owner]
+            self._counts[owner] = (when, used + change)
 
     def _path(self, owner: str, name: str) -> Path:
         require_name(name)

@@ -94,8 +94,11 @@ class RedisSessions:
         """`SessionStore.require_room`."""
         if self._quota is not None:
             own = self._key(owner, name)
-            others = self._infos([key for key in self._keys(owner) if key != own])
-            check_room((info.n_bytes for info in others if info is not None), self._quota)
+            with self._reported(), self._server.pipeline(transaction=False) as pipe:
+                for key in self._keys(owner):
+                    if key != own:
+                        pipe.hget(key, "size")
+                check_room(sum(int(size or 0) for size in pipe.execute()), self._quota)
 
     def list(self, owner: str) -> Sequence[SessionInfo]:
         """`SessionStore.list`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,10 +93,9 @@ def key_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def check_room(sizes: Iterable[int], quota: int | None) -> None:
-    """Raise QuotaError if an owner's other sessions, of these sizes, use the quota."""
-    used = sum(sizes) if quota is not None else 0
-    if quota is not None and used >= quota:
+def check_room(used: int, quota: int) -> None:
+    """Raise QuotaError if the bytes of an owner's other sessions reach the quota."""
+    if used >= quota:
         raise QuotaError(
             f"your other sessions use {used / 1e6:,.1f} MB of the {quota / 1e6:,.1f} MB that one API key may use; "
             "delete some of them"
