@@ -28,6 +28,7 @@ if emulate.missing():
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     emulate.patch(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 SMALL: dict[str, Any] = {"vocab_size": 37, "d_model": 24, "n_layers": 2}

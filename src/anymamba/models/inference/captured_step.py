@@ -40,8 +40,8 @@ class CapturedStep:
         """Why the step cannot be recorded, after it was tried; None if it can, or was not tried yet."""
 
     def serves(self, token_ids: Tensor, state: LanguageModelState) -> bool:
-        """Whether `step` can take these arguments: one dense row of ids on the GPU and a state of this model. It is
-        False after recording has failed."""
+        """Whether `step` can take these arguments: one dense row of ids on the GPU and a state of this model, outside a
+        graph that is being captured. It is False after recording has failed."""
         return (
             self.failure is None
             and type(token_ids) is Tensor
@@ -52,6 +52,7 @@ class CapturedStep:
             and type(state) is LanguageModelState
             and observers.plain(token_ids)
             and self._fits(list(state_tensors(state)), token_ids.shape[0])
+            and not torch.cuda.is_current_stream_capturing()
         )
 
     def _fits(self, tensors: list[Tensor], rows: int) -> bool:

@@ -58,7 +58,7 @@ class GpuStep:
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
         self._weights = gather(model)
-        self._device = self._weights.norm.weight.device if self._weights.norm.weight is not None else _device_of(model)
+        self._device = next(model.parameters()).device
         self._shapes = StateShapes.of(model)
         self._record = kernels.new_record(self._device)
         self._n_logits = model.config.padded_vocab_size
@@ -67,7 +67,7 @@ class GpuStep:
 
     def serves(self, token_ids: Tensor, state: LanguageModelState) -> bool:
         """Whether `step` can take these arguments: one dense row of ids on the GPU and a state of this model, without
-        transforms and tracers, and with CUDA kernels allowed by `anymamba.backend`."""
+        transforms, tracers and a graph that is being captured, and with CUDA kernels allowed by `anymamba.backend`."""
         return (
             type(token_ids) is Tensor
             and token_ids.device == self._device
@@ -77,6 +77,7 @@ class GpuStep:
             and type(state) is LanguageModelState
             and observers.plain(token_ids)
             and self._shapes.fit(state.layers, token_ids.shape[0], self._device)
+            and not torch.cuda.is_current_stream_capturing()
             and dispatch.resolve("selective_scan", "cuda", None) == "cuda"
         )
 
@@ -96,9 +97,7 @@ class GpuStep:
             bucket = self._bucket(bucket_of(rows))
             old = self._shapes.joined(state.layers, rows, self._device)
             new = old if reuse or old is not state.layers else self._shapes.new(rows, self._device)
-            logits = (
-                None if bucket.hidden is not None else self._record.new_empty(rows, self._n_logits, dtype=torch.float32)
-            )
+            logits = None if bucket.hidden is not None else torch.empty(rows, self._n_logits, device=self._device)
             bucket.start(token_ids, addresses(old), addresses(new), logits)
             if bucket.ids is not None:
                 bucket.ids[:rows].copy_(token_ids)
@@ -146,10 +145,6 @@ class GpuStep:
 
     def _zeros(self, rows: int, size: int) -> Tensor:
         return torch.zeros(rows, padded(size), device=self._device)
-
-
-def _device_of(model: LanguageModel) -> torch.device:
-    return next(iter(model.buffers())).device
 
 
 class _FusedStep:

@@ -83,6 +83,7 @@ class InferenceModel(LanguageModel):
         self._native: NativeStep | dict[int, str] | None = None
         self._gpu: GpuStep | CapturedStep | None = None
         self._reasons: dict[int, str] | None = None
+        self._device_type: str | None = None
         device = next(self.parameters()).device
         why = obstacle(config, device) if invariant else None
         if why is not None:
@@ -210,7 +211,9 @@ class InferenceModel(LanguageModel):
 
     @property
     def _is_on_gpu(self) -> bool:
-        return next(self.parameters()).device.type == "cuda"
+        if self._device_type is None:
+            self._device_type = next(self.parameters()).device.type
+        return self._device_type == "cuda"
 
     # --------------------------------------------------------------------------------------------- weights
 
@@ -246,7 +249,7 @@ class InferenceModel(LanguageModel):
                 "a model for inference computes in float32 and keeps its dtype; choose the format of its weights with "
                 f"for_inference(weights=...), got a conversion to {fn(torch.zeros(0)).dtype}"
             )
-        self._native = self._gpu = self._reasons = None  # they hold the addresses of the weights
+        self._native = self._gpu = self._reasons = self._device_type = None  # they follow from where the weights are
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,10 +12,8 @@
 // Launch: 128 threads. recur: early; blocks for the channels of each row of the bucket. recur_rows: blocks for the
 // channels of each ROWS rows.
 //
-// recur_rows executes few instructions, so that memory is what it waits for.
-//
-// Needs DTYPE, the type of dt_proj's weight, or of activations; D_STATE; LANES; GROUPS; ZOH, 0 or 1; and WHOLE, 1 if d_state is a
-// multiple of 4 and B and C of many rows lie at multiples of 4 numbers.
+// Needs DTYPE, the type of dt_proj's weight, or of activations; D_STATE; LANES; GROUPS; ZOH, 0 or 1; and WHOLE, 1 if
+// D_STATE is a multiple of 4 and B and C of many rows lie at multiples of 4 numbers.
 #include "parameters.cuh"
 
 constexpr int THREADS = 128, WIDTH = 4, ROWS = 2, STATES = GROUPS * WIDTH;
@@ -39,7 +37,7 @@ DEVICE Place place_of(const Parameters& p, u32 block) {
 }
 DEVICE u32 blocks_of_row(const Parameters& p) { return (u32(p.d_inner) * LANES + THREADS - 1) / THREADS; }
 
-// Whether the model has a thread's state by its index in States.
+// How far a thread's state is from its first, by the index in States; and whether the model has it.
 DEVICE int offset_in_channel(int i) { return i / WIDTH * STEP_OF_GROUPS + i % WIDTH; }
 DEVICE bool has_state(const Place& at, int i) {
     return STATES * LANES == D_STATE || at.n + offset_in_channel(i) < D_STATE;
