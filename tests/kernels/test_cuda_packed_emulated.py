@@ -36,6 +36,10 @@ def random_arguments(format: str, rows: int, n_out: int, n_in: int, bias: bool =
     return PackedLinearArguments(x, weight, torch.randn(n_out, generator=generator) if bias else None, format)
 
 
+FORMATS_OF_TESTS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name == "q4_k" else [])  # q5_k has all that it has
+    for name in cuda.BLOCKS
+]
 SHAPES = {"small": (32, 3), "odd rows of bytes": (96, 17), "two chunks and a bit": (288, 33)}
 """Columns and outputs."""
 
@@ -43,7 +47,7 @@ SHAPES = {"small": (32, 3), "odd rows of bytes": (96, 17), "two chunks and a bit
 @emulated
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("format", cuda.BLOCKS)
+@pytest.mark.parametrize("format", FORMATS_OF_TESTS)
 def test_products(format, shape, rows):
     """Inputs that bfloat16 holds are multiplied exactly; sums are float32."""
     n_in, n_out = SHAPES[shape]
@@ -57,7 +61,7 @@ def test_products(format, shape, rows):
 
 
 @emulated
-@pytest.mark.parametrize("format", cuda.BLOCKS)
+@pytest.mark.parametrize("format", FORMATS_OF_TESTS)
 def test_weights(format):
     data = random_weight(format, 5, 512)
     found = cuda.unpack(PackedWeight(data, format, 512))
