@@ -105,6 +105,28 @@ def test_stop_keeps_what_there_is(chat, server):
     raise AssertionError("the server still writes the answer")
 
 
+@pytest.mark.parametrize("mode", ["chat", "complete"])
+def test_another_session_is_opened_while_an_answer_is_written(chat, mode):
+    chat.click(f"#mode-{mode}")
+    setting(chat, "max_tokens", 5000)
+    chat.locator("#input").press_sequentially("Long")
+    chat.keyboard.press("Control+Enter")
+    expect(chat.locator("#view .token").nth(20)).to_be_attached()
+    chat.click("#new")
+    expect(chat.locator("#view .token")).to_have_count(0)
+    settle(chat, "Send" if mode == "chat" else "Continue")
+    setting(chat, "max_tokens", 4)
+    ask(chat, "Short") if mode == "chat" else complete(chat, "Short")
+    chat.get_by_role("button", name="Long").first.click()
+    expect(chat.locator(".cost").last).to_contain_text("stopped by you")
+    assert chat.locator("#view .token").count() > 20
+    chat.get_by_title("Delete Long").click()
+    expect(chat.locator("#session-list li")).to_have_count(1)
+    chat.reload()
+    expect(chat.locator("#model")).to_have_text("nano")
+    expect(chat.locator("#session-list li")).to_have_count(1)
+
+
 def test_an_earlier_message_is_edited_and_the_answer_goes_on_from_there(chat):
     ask(chat, "One")
     ask(chat, "Two")

@@ -16,6 +16,7 @@ export function open(conversation, view, composer, app) {
   const form = h("form", { class: "input-row" }, input, button);
   const system = h("textarea", { id: "system", rows: 2, "aria-label": "System message", placeholder: "What the model is to be or do (optional)" });
   const list = h("div", { class: "messages" });
+  let closed = false;
   let comparing = null; // the parent whose answers are side by side
 
   form.addEventListener("submit", (event) => { event.preventDefault(); runs.isRunning() ? runs.stop() : send(); });
@@ -62,13 +63,14 @@ export function open(conversation, view, composer, app) {
     }));
     const failure = await runs.write(tasks, drawButton);
     for (const node of nodes) if (node.reason === "error" && !node.pieces.length) tree.drop(chat, node);
-    if (failure) app.fail(failure);
+    if (failure && !closed) app.fail(failure);
     draw();
     app.save();
     app.refresh();
   }
 
   function draw() {
+    if (closed) return;
     const messages = tree.path(chat);
     const at = comparing == null ? -1 : messages.findIndex((node) => node.parent === comparing);
     const shown = at < 0 ? messages.map(message) : [...messages.slice(0, at).map(message), columns(tree.siblings(chat, messages[at]))];
@@ -171,6 +173,7 @@ export function open(conversation, view, composer, app) {
     turn: (by) => last() && turn(last(), by),
     compare: () => last() && compare(last()),
     focus: () => input.focus(),
+    close: () => (closed = true),
     isEmpty: () => chat.nodes.length === 0,
   };
 }

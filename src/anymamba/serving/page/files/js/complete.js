@@ -19,6 +19,7 @@ export function open(conversation, view, composer, app) {
   const again = iconButton("again", "Another version", () => tryAgain());
   const meta = h("span", { class: "cost" });
   const nav = h("span", { class: "nav" });
+  let closed = false;
   let comparing = false;
   let caret = null; // where the cursor is in the text; null: at its end
 
@@ -109,9 +110,9 @@ export function open(conversation, view, composer, app) {
     text.versions = text.versions.filter((version) => !failed.includes(version));
     text.current = text.versions.length ? Math.min(text.current, text.versions.length - 1) : null;
     text.draft = failed.includes(made[0]) ? prompt : [...made[0].pieces];
-    if (failure) app.fail(failure);
+    if (failure && !closed) app.fail(failure);
     draw();
-    toEnd();
+    if (!closed) toEnd();
     app.save();
     app.refresh();
   }
@@ -137,6 +138,7 @@ export function open(conversation, view, composer, app) {
   }
 
   function draw() {
+    if (closed) return;
     if (comparing) view.replaceChildren(columns());
     else {
       tokens.show(page, text.draft);
@@ -216,5 +218,5 @@ export function open(conversation, view, composer, app) {
   }
 
   draw();
-  return { go: () => button.click(), turn, compare, explain, focus: () => page.focus(), isEmpty: () => !read() && !text.versions.length };
+  return { go: () => button.click(), turn, compare, explain, close: () => (closed = true), focus: () => page.focus(), isEmpty: () => !read() && !text.versions.length };
 }

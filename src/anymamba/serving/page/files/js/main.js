@@ -22,7 +22,7 @@ let shown = null; // what the view of the current conversation can do
 let kept = []; // the server's sessions
 let model = null; // what the server says of it
 
-const app = { save, refresh, fail, requestFields };
+const app = { refresh, fail, requestFields };
 
 async function start() {
   theme(localStorage.getItem(THEME));
@@ -71,7 +71,8 @@ function identifier() {
 }
 
 function show(conversation) {
-  if (runs.isRunning()) runs.stop();
+  shown?.close();
+  runs.stop();
   tokens.close();
   status.clear();
   document.onselectionchange = null;
@@ -87,7 +88,8 @@ function show(conversation) {
   if (matchMedia("(pointer: fine)").matches) shown.focus();
 }
 
-async function save(conversation = current) {
+async function save(conversation) {
+  if (conversation.isDeleted) return;
   conversation.used = Date.now();
   if (!conversations.includes(conversation)) conversations.unshift(conversation);
   conversations.sort((a, b) => b.used - a.used);
@@ -102,6 +104,8 @@ async function save(conversation = current) {
 async function remove(id) {
   try {
     if (kept.some((session) => session.id === id)) await api.deleteSession(id);
+    const conversation = conversations.find((other) => other.id === id);
+    if (conversation) conversation.isDeleted = true; // an answer that is being written does not bring it back
     await store.remove(id);
   } catch (error) {
     return fail(error);

@@ -8,26 +8,30 @@ let controller = null;
 export const isRunning = () => controller !== null;
 
 /** Stop all answers; what they have so far is kept. */
-export const stop = () => controller?.abort();
+export function stop() {
+  controller?.abort();
+  controller = null;
+}
 
 /**
  * Write answers at once. Each task is {path, body, fromChoice, answer, piece}. Returns after the last one, with the
  * first error or null; an answer that failed has the reason "error".
  */
 export async function write(tasks, changed) {
-  controller = new AbortController();
+  const own = new AbortController();
+  controller = own;
   changed();
   let failure = null;
   const one = async ({ path, body, fromChoice, answer, piece }) => {
     try {
-      await answers.run(path, body, fromChoice, answer, controller.signal, piece);
+      await answers.run(path, body, fromChoice, answer, own.signal, piece);
     } catch (error) {
       answer.reason = "error";
       failure ??= error;
     }
   };
   await Promise.all(tasks.map(one));
-  controller = null;
+  if (controller === own) controller = null;
   changed();
   return failure;
 }
