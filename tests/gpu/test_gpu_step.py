@@ -33,7 +33,7 @@ def model_of(weights: Any, **options: Any) -> InferenceModel:
 
 def error(got: Any, want: Any) -> float:
     pairs = [(got.logits, want.logits), *zip(state_tensors(got.state), state_tensors(want.state), strict=True)]
-    return max(float((a - b).float().norm() / b.float().norm().clamp(min=1e-6)) for a, b in pairs)
+    return max(float((a - b).abs().float().norm() / b.abs().float().norm().clamp(min=1e-6)) for a, b in pairs)
 
 
 def ids_of(model: InferenceModel, rows: int) -> torch.Tensor:

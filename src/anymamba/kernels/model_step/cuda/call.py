@@ -95,11 +95,11 @@ def ways(dtype: torch.dtype, rows: int, n_out: int, n_in: int, n_multiprocessors
 
 
 def variants() -> list[nvrtc.Variant]:
-    """Every compilation that some call on some GPU needs."""
+    """Every compilation that some call for a published shape needs on some GPU."""
     dtypes = (torch.float32, torch.bfloat16)
     products = [product("product", dtype, n) for dtype in dtypes for n in BLOCKS_OF_MULTIPROCESSOR]
-    others = [(rows("embed", dtype), recurrence("recur", dtype, 16, False)) for dtype in dtypes]
-    return products + [variant for pair in others for variant in pair]
+    recurrences = [recurrence(kernel, dtype, 16, False) for dtype in dtypes for kernel in ("recur", "recur_rows")]
+    return products + recurrences + [rows("embed", dtype) for dtype in dtypes]
 
 
 def fused(dtypes: set[torch.dtype], rows: int, d_state: int, zoh: bool) -> list[nvrtc.Variant]:
