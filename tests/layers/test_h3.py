@@ -10,6 +10,7 @@ import torch
 from contract import check_contract, check_gradients, close
 from torch import Tensor, nn
 
+from anymamba.layers import h3
 from anymamba.layers.h3 import H3
 from anymamba.layers.hyena import HyenaFilter
 from anymamba.layers.s4d import S4D
@@ -210,3 +211,20 @@ def test_bfloat16_keeps_the_shift_wide(inner):
     for result in (y, fresh):
         close(result.float(), expected, "bfloat16", 0.03)
     close(step.float(), wide.step(x[:, 0].float(), after)[0], "a step in bfloat16", 0.03)
+
+
+@pytest.mark.parametrize("d_head", [1, 2, 3])
+def test_the_order_of_memory_on_a_gpu_changes_no_number(monkeypatch, d_head):
+    torch.manual_seed(0)
+    layer = h3.H3(12, S4D(12 // d_head, 4), d_head=d_head, d_shift=3).double()
+    x, dy = torch.randn(2, 17, 12, dtype=torch.float64, requires_grad=True), torch.randn(2, 17, 12).double()
+    found, seen = [], []
+    for reorders in (False, True):
+        monkeypatch.setattr(h3, "_reorders", lambda t, reorders=reorders: reorders)
+        layer.inner.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        y, _ = layer(x)
+        found.append((y, *torch.autograd.grad(y, (x, *layer.parameters()), dy, allow_unused=True)))
+    for a, b in zip(*found, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    if d_head > 1:
+        assert seen[-1].permute(2, 1, 0).is_contiguous()  # what `toeplitz.convolve` takes without a copy

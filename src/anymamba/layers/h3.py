@@ -159,7 +159,7 @@ class H3(SequenceLayer):
     ) -> Float[Tensor, "batch length d_model"]:
         """Sum over i of q_i times row (batch, i, j) of the products, in the original order of channels."""
         q, sizes = self._heads(q), (q.shape[0], self.d_head, self.d_head)
-        if products.is_cuda:  # the same view, whose gradient keeps the order of memory
+        if _reorders(products):  # the same view, whose gradient keeps the order of memory
             products = products.permute(2, 1, 0).unflatten(2, sizes).permute(2, 3, 4, 1, 0)
         else:
             products = products.unflatten(0, sizes)
@@ -170,10 +170,15 @@ class H3(SequenceLayer):
         """The channels of each head. On a GPU their memory, and so that of all products, is ordered as (head, token,
         batch, channel): the convolution multiplies a matrix for each head by all rows."""
         t = t.unflatten(-1, (self.n_heads, self.d_head))
-        if t.is_cuda and self.d_head > 1:
+        if _reorders(t) and self.d_head > 1:
             t = t.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
         return t.permute(0, 3, 1, 2)
 
     def _unfold(self, inner: Any, batch: int) -> Any:
         """The inner layer's state as (batch, d_head^2, ...)."""
         return map_state(lambda t: t.reshape(batch, self.d_head**2, *t.shape[1:]), inner)
+
+
+def _reorders(t: Tensor) -> bool:
+    """Whether the convolution of many rows reads them in another order than that of the layer's input."""
+    return t.is_cuda
