@@ -19,13 +19,15 @@ class Output(NamedTuple):
 
 
 class HashModel(nn.Module):
-    """h = (31 h + id + 1) mod 9973; logits = table[h]. The padded ids have the largest logits of all."""
+    """h = (31 h + id + 1) mod 9973; logits = table[h]. By default the padded ids have the largest logits of all."""
 
-    def __init__(self, vocab_size: int = 13, padded: int = 16, seed: int = 0, scale: float = 2.0) -> None:
+    def __init__(
+        self, vocab_size: int = 13, padded: int = 16, seed: int = 0, scale: float = 2.0, padding: float = 1e4
+    ) -> None:
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab_size, padded_vocab_size=padded)
         table = torch.randn(9973, padded, generator=torch.Generator().manual_seed(seed)) * scale
-        table[:, vocab_size:] = 1e4
+        table[:, vocab_size:] = padding
         self.table = nn.Parameter(table)
         self.calls: list[tuple[int, int]] = []  # (rows, length) of each call
 
@@ -49,9 +51,10 @@ class HashModel(nn.Module):
         h = (31 * state.layers[0][:, 0] + token_ids + 1) % 9973
         return Output(self.table[h], HashState((h[:, None],)))
 
-    def next_log_probabilities(self, ids: list[int]) -> torch.Tensor:
-        """Log-probabilities of the token after these ids, computed one by one."""
+    def next_log_probabilities(self, ids: list[int], *, with_padding: bool = False) -> torch.Tensor:
+        """Log-probabilities of the token after these ids, computed one by one; the padding may count."""
         h = 0
         for token in ids:
             h = (31 * h + token + 1) % 9973
-        return self.table[h, : self.config.vocab_size].detach().log_softmax(-1)
+        n_columns = self.config.padded_vocab_size if with_padding else self.config.vocab_size
+        return self.table[h, :n_columns].detach().log_softmax(-1)[: self.config.vocab_size]

@@ -183,15 +183,17 @@ def test_a_sink_that_raises_loses_its_request_only(hash_model):
     assert good.reason == "length" and not engine.statistics.n_rows
 
 
-def test_a_prompt_alone_and_its_scores(hash_model):
-    engine = Engine(hash_model)
+def test_a_prompt_alone_and_its_scores():
+    """The padding of the vocabulary counts in them, as in training and in lm-eval."""
+    model = HashModel(padding=1.0)
+    engine = Engine(model)
     prompt = prompts_of((600,), 13)[0]
     client = Client(engine, prompt=prompt, max_new_tokens=0, prompt_log_probabilities=2)
     finish(engine)
     assert client.reason == "length" and not client.tokens
     assert len(client.read.scores) == 599
     for i in (0, 255, 256, 598):
-        wanted = hash_model.next_log_probabilities(prompt[: i + 1])
+        wanted = model.next_log_probabilities(prompt[: i + 1], with_padding=True)
         score = client.read.scores[i]
         assert score.token == prompt[i + 1]
         assert score.log_probability == pytest.approx(wanted[score.token].item(), abs=1e-5)

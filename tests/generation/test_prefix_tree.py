@@ -125,7 +125,7 @@ def test_long_answers_are_kept_on_the_way():
 
 
 def test_scores_of_a_prompt_use_the_tree():
-    model = HashModel()
+    model = HashModel(padding=1.0)
     engine = Engine(model, prefix_tree=PrefixTree(1 << 20, every=16))
     prompt = np.random.default_rng(0).integers(0, 13, 100).tolist()
     plain = Client(engine, prompt=prompt, max_new_tokens=0)
@@ -140,7 +140,7 @@ def test_scores_of_a_prompt_use_the_tree():
     for client, ids in ((first, [*prompt, 1]), (second, [*prompt, 2]), (third, [*prompt, 3])):
         assert [score.token for score in client.read.scores] == ids[1:]
         for i in (0, 50, 98, 99):
-            wanted = model.next_log_probabilities(ids[: i + 1])
+            wanted = model.next_log_probabilities(ids[: i + 1], with_padding=True)
             assert client.read.scores[i].log_probability == pytest.approx(wanted[ids[i + 1]].item(), abs=1e-5)
             assert len(client.read.scores[i].top) == {1: 2, 2: 1, 3: 3}[ids[-1]]
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("ANYMAMBA_LOAD_SECONDS", 300))
 N_CLIENTS = 1000
-N_KILLS = 50
+N_KILLS = int(os.environ.get("ANYMAMBA_KILLS", 50))
 HEALTH = 0.05
 
 
@@ -209,11 +209,12 @@ def test_clients_that_come_go_and_misbehave(nano, tmp_path):
 # ------------------------------------------------------------------------------------ kill -9
 
 
-async def converse(process: Process, name: str, history: str, acknowledged: dict[str, str], seed: int) -> None:
+async def converse(process: Process, name: str, acknowledged: dict[str, str], seed: int) -> None:
     """Go on with a session until the server dies; note each text when its last event has arrived."""
+    history = name
     async with httpx.AsyncClient(base_url=process.url, timeout=30) as client:
         while True:
-            body = {"prompt": history or name, "session": name, "max_tokens": 5, "seed": seed, "stream": True}
+            body = {"prompt": history, "session": name, "max_tokens": 5, "seed": seed, "stream": True}
             text = ""
             async with client.stream("POST", "/v1/completions", json=body) as answer:
                 assert answer.status_code == 200, await answer.aread()
@@ -223,11 +224,11 @@ async def converse(process: Process, name: str, history: str, acknowledged: dict
                         break
                     if line:
                         text += "".join(c["text"] for c in json.loads(line[6:])["choices"])
-            history = (history + "?")[-400:] if len(history) < 400 else name
+            history += "?"
 
 
 async def kill_in_the_middle(process: Process, acknowledged: dict[str, str], seed: int) -> None:
-    talks = [converse(process, f"s{i}", acknowledged.get(f"s{i}", ""), acknowledged, seed + i) for i in range(8)]
+    talks = [converse(process, f"round {seed} of {i}", acknowledged, seed + i) for i in range(8)]
     tasks = [asyncio.create_task(talk) for talk in talks]
     await asyncio.sleep(0.2 + random.Random(seed).random())
     os.kill(process.process.pid, signal.SIGKILL)
@@ -250,17 +251,17 @@ def test_kill_9_breaks_no_session_and_loses_none_that_was_acknowledged(nano, tmp
         check_sessions(process, acknowledged)
     finally:
         process.kill()
-    assert len(acknowledged) == 8
+    assert len(acknowledged) > 4 * N_KILLS
 
 
 def check_sessions(process: Process, acknowledged: dict[str, str]) -> None:
-    """Every session can be read, and holds at least what was acknowledged, or a later state of it."""
+    """Every session can be read, and holds what was acknowledged, or more."""
     with httpx.Client(base_url=process.url, timeout=30) as client:
         listed = {session["id"] for session in client.get("/v1/sessions").json()["data"]}
         assert listed >= set(acknowledged)
         for name in listed:
             kept = client.get(f"/v1/sessions/{name}")
             assert kept.status_code == 200, kept.text
-            text, known = kept.json()["text"], acknowledged.get(name, "")
-            # the state is that before the newest token, and a session may have gone on after the acknowledged answer
-            assert text.startswith((known[: max(1, len(known) - 2)], name)), (name, text, known)
+            text, known = kept.json()["text"], acknowledged.get(name, name)
+            # the state is that before the newest token, which may be a part of a character
+            assert text.startswith(known[: max(1, len(known) - 5)]), (name, text, known)

@@ -215,9 +215,10 @@ class Engine:
     def _take_piece(self, job: Job, piece: Piece, read: PieceRead) -> None:
         job.n_read += len(piece.ids)
         job.model = read.state
-        logits = read.logits[:, : self._model.config.vocab_size].float()
+        vocab_size = self._model.config.vocab_size
         if piece.n_logits is None:
-            job.score(logits)
+            job.score(read.logits.float(), vocab_size)
+        logits = read.logits[:, :vocab_size].float()
         if self._tree is not None and (job.n_read in job.stops or job.n_read == len(job.prompt)):
             self._tree.keep(job.request.owner, job.prompt[: job.n_read], read.state, logits[-1:], job.known_scores)
         if job.n_read == len(job.prompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -47,6 +48,8 @@ class PromptScores(NamedTuple):
     """The likeliest ids in its place, likeliest first."""
     top: Float[np.ndarray, "n n_top"]
     """Their log-probabilities."""
+    rest: float = -math.inf
+    """The logarithm of the sum of exp over the logits of the vocabulary's padding, after the last token."""
 
     @property
     def n_top(self) -> int:
@@ -56,11 +59,11 @@ class PromptScores(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The size in bytes."""
-        return sum(array.nbytes for array in self)
+        return self.chosen.nbytes + self.top_ids.nbytes + self.top.nbytes
 
     def first(self, n: int) -> PromptScores:
         """Those of the first n, as views."""
-        return PromptScores(self.chosen[:n], self.top_ids[:n], self.top[:n])
+        return PromptScores(self.chosen[:n], self.top_ids[:n], self.top[:n], self.rest)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class Application:
             text = served.require_template().render(
                 read_messages(values["messages"]), add_generation_prompt=values["add_generation_prompt"]
             )
-        ids = await asyncio.to_thread(served.tokenizer.encode, text)
+        ids = await asyncio.to_thread(served.encode, text)
         texts = [served.texts.text(token) for token in ids] if values["return_token_strs"] else None
         most = self.limits.max_prompt + self.limits.max_new_tokens
         return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": texts})

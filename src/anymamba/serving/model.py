@@ -219,6 +219,11 @@ class ServedModel:
             )
         return ids
 
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. The name of the end token alone is that token, with every tokenizer."""
+        eos_id = self.tokenizer.eos_id
+        return [eos_id] if eos_id is not None and text == self.texts.text(eos_id) else self.tokenizer.encode(text)
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids. Raises ApiError for ids that the tokenizer does not have."""
         most = self.tokenizer.vocab_size

@@ -58,7 +58,8 @@ class Job:
         if self.scores is not None:
             assert kept.scores is not None
             self._add_scores(kept.scores)
-            self.score(kept.logits)
+            rest = kept.logits.new_full((1, 1), kept.scores.rest)
+            self.score(torch.cat((kept.logits, rest), 1), kept.logits.shape[1])
 
     def _no_scores(self) -> PromptScores | None:
         n_top, n = self.request.prompt_log_probabilities, len(self.prompt) - 1
@@ -69,19 +70,26 @@ class Job:
     def _add_scores(self, found: PromptScores) -> None:
         assert self.scores is not None
         end = self.n_scored + len(found.chosen)
-        for own, new in zip(self.scores, found, strict=True):
+        for own, new in zip(self.scores[:3], found[:3], strict=True):
             own[self.n_scored : end] = new if own.ndim == 1 else new[:, : own.shape[1]]
         self.n_scored = end
 
-    def score(self, logits: Float[Tensor, "length vocab_size"]) -> None:
-        """Take the logits after some tokens, and score the tokens that follow each."""
+    def score(self, logits: Float[Tensor, "length columns"], vocab_size: int) -> None:
+        """Take the logits after some tokens, and score the tokens that follow each.
+
+        Args:
+            logits: of all columns. Those of the padding count in the probabilities, as in training and evaluation.
+            vocab_size: without the padding.
+        """
         assert self.scores is not None
+        self.scores = self.scores._replace(rest=float(logits[-1, vocab_size:].logsumexp(-1)))
         first = self.n_scored + 1
         following = torch.tensor(self.prompt[first : first + len(logits)], dtype=torch.int64, device=logits.device)
-        found = logits[: len(following)].log_softmax(-1)
+        found = logits[: len(following)].log_softmax(-1)[:, :vocab_size]
         best = found.topk(self.scores.n_top)
         arrays = (found.gather(1, following[:, None])[:, 0], best.indices, best.values)
-        self._add_scores(PromptScores(*(tensor.cpu().numpy() for tensor in arrays)))
+        chosen, top_ids, top = (tensor.cpu().numpy() for tensor in arrays)
+        self._add_scores(PromptScores(chosen, top_ids, top))
 
     @property
     def known_scores(self) -> PromptScores | None:
@@ -92,7 +100,7 @@ class Job:
         """The scores as an event has them."""
         if self.scores is None:
             return None
-        chosen, top_ids, top = (array.tolist() for array in self.scores)
+        chosen, top_ids, top = (array.tolist() for array in self.scores[:3])
         pairs = (tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top, strict=True))
         return [TokenScore(*one) for one in zip(self.prompt[1:], chosen, pairs, strict=True)]
 
