@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import shutil
-import subprocess
-import time
-
 import pytest
 import torch
+from own_redis import redis_server
 
 from anymamba.generation.prompts import read_prompts
 from anymamba.generation.requests import KeptState
@@ -35,20 +32,9 @@ def keep(model):
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory):
-    """A Redis server of our own on a socket."""
-    pytest.importorskip("redis", reason="needs the package redis (pip install redis)")
-    if shutil.which("redis-server") is None:
-        pytest.skip("needs redis-server (apt-get install redis-server)")
-    folder = tmp_path_factory.mktemp("redis")
-    command = ["redis-server", "--port", "0", "--unixsocket", folder / "s", "--dir", folder, "--save", ""]
-    server = subprocess.Popen([*command, "--appendonly", "yes", "--appendfsync", "always"], stdout=subprocess.DEVNULL)
-    for _ in range(500):
-        if (folder / "s").exists():
-            break
-        time.sleep(0.01)
-    yield f"unix://{folder / 's'}"
-    server.terminate()
-    server.wait(10)
+    """A Redis server that tests share."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as (url, _):
+        yield url
 
 
 @pytest.fixture(params=["disk", "redis"])
