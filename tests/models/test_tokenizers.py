@@ -122,7 +122,7 @@ def test_a_tokenizer_on_the_hub_comes_without_the_weights(hub, monkeypatch):
     )
     assert is_words(find_tokenizer(vocab_size=300, given="owner/only"))
     assert is_words(load_tokenizer("owner/only"))
-    assert asked == ["*.json", "tokenizer.model"] * 2
+    assert asked == ["*.json", "*.jinja", "tokenizer.model"] * 2
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,28 @@ def test_the_model_s_own_template_is_used(nano, tmp_path):
     assert load_template(None, open_checkpoint(nano)) is None
 
 
+def test_a_template_in_a_gguf_file_is_used(nano, tmp_path):
+    pytest.importorskip("gguf", reason="needs gguf (pip install 'anymamba[gguf]')")
+    from types import SimpleNamespace
+
+    from anymamba.models.checkpoints import convert
+    from anymamba.models.checkpoints.formats.gguf import GGUFFile
+
+    convert(nano, tmp_path / "nano.gguf", "gguf")
+    checkpoint = open_checkpoint(tmp_path / "nano.gguf")
+    assert load_template(None, checkpoint) is None
+
+    class WithTemplate(GGUFFile):
+        def __init__(self, file):
+            self.__dict__ = file.__dict__
+
+        def field(self, key, default=None):
+            return "{{ messages[0].content }}" if key == "tokenizer.chat_template" else super().field(key, default)
+
+    found = load_template(None, SimpleNamespace(file=WithTemplate(checkpoint.file), path=checkpoint.path, home=None))
+    assert found is not None and found.render([user("hi")]) == "hi"
+
+
 @pytest.mark.parametrize(
     "source",
     [

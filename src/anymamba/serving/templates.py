@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from anymamba.models.checkpoints import Checkpoint
+from anymamba.models.checkpoints.formats.gguf import GGUFFile
 from anymamba.serving.protocol.errors import ApiError
 from anymamba.serving.protocol.tools import describe
 
@@ -150,6 +151,10 @@ def load_template(name: str | None, checkpoint: Checkpoint | None) -> ChatTempla
 
 
 def _own_source(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | None:
+    if isinstance(checkpoint.file, GGUFFile):
+        inside = checkpoint.file.field("tokenizer.chat_template")
+        if isinstance(inside, str):
+            return inside
     file = _folder(checkpoint) / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 HUB_NAME = re.compile(r"(?P<scheme>hf:/)?(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.gguf))?")
 """owner/name, or a GGUF file in it; a path of this form may start with hf://, which pathlib makes hf:/."""
-SMALL_FILES = ["*.json", "tokenizer.model"]
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # in this order; the second only if the first matches nothing
 
