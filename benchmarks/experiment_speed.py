@@ -96,7 +96,7 @@ def shares_of(model: LanguageModel, how: Any, batch: tuple[Tensor, Tensor]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment")
+    parser.add_argument("experiment", nargs="?", default="scaling", help="defaults to scaling")
     parser.add_argument("--scale", choices=SCALES, default="gpu")
     parser.add_argument("--arms", nargs="+", default=[], help="defaults to all")
     parser.add_argument("--steps", type=int, default=40)
