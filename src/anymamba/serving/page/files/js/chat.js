@@ -100,6 +100,8 @@ export function open(conversation, view, composer, app) {
       found.push(turner(node, -1), h("span", { class: "version" }, `${versions.indexOf(node) + 1}/${versions.length}`), turner(node, 1));
       found.push(iconButton("compare", "Compare versions", () => compare(node)));
     }
+    const isUnanswered = node.role === "user" && !chat.nodes.some((other) => other.parent === node.id);
+    if (isUnanswered) found.push(iconButton("again", "Send again", () => !runs.isRunning() && answer(node.id)));
     if (node.role === "assistant") found.push(iconButton("again", "Try again", () => !runs.isRunning() && answer(node.parent)));
     found.push(iconButton("copy", "Copy", () => navigator.clipboard?.writeText(textOf(node.pieces))));
     found.push(iconButton("edit", node.role === "user" ? "Edit and send from here" : "Edit this answer", () => edit(node)));
