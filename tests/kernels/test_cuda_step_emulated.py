@@ -14,7 +14,7 @@ from anymamba.models.config import ModelConfig
 from anymamba.models.inference import InferenceModel
 from anymamba.models.inference.captured_step import CapturedStep
 from anymamba.models.inference.gpu_step import GpuStep
-from anymamba.models.inference.gpu_weights import obstacles
+from anymamba.models.inference.gpu_weights import obstacles, require_bfloat16
 from anymamba.models.inference.graphs import Graphs, bucket_of
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.options import MambaOptions
@@ -179,3 +179,11 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(monkeypatch):
     step, ids, state = CapturedStep(model), torch.tensor([1, 2]), random_state(model, 2)
     assert torch.equal(step.step(ids, state).logits, LanguageModel.step(model, ids, state).logits)
     assert "operation not permitted" in str(step.failure) and not step.serves(ids, state)
+
+
+def test_an_old_gpu_has_no_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    require_bfloat16(model_of("float32"), torch.device("cuda"))
+    with pytest.raises(ValueError, match=r'Tesla T4 has compute capability 7\.5, .* take weights="float32"'):
+        require_bfloat16(model_of("int8"), torch.device("cuda"))
