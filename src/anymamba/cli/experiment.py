@@ -18,8 +18,8 @@ from anymamba.console.output import print_json, progress_bar, say
 
 @dataclass(frozen=True)
 class ExperimentOptions:
-    """Run an experiment: selective-copying, induction-heads, associative-recall, scaling, language-ablations, zero-shot,
-    selection-ablation, speed.
+    """Run an experiment: selective-copying, induction-heads, associative-recall, scaling, language-ablations,
+    zero-shot, selection-ablation, speed.
 
     results.json is written after every arm. After an interruption, the same command measures only what is missing.
     """

@@ -2,9 +2,9 @@
 
 With t = q * block + r, base^t = base^(block q) base^r. So a sum over the states for each t, or over t for each state,
 is a matrix product of two small tables of powers. No tensor of (width, length, d_state) is needed, and the tables grow
-as the square root of the length. They are computed in float64 by repeated doubling: this takes no logarithm, which
-would fail at zero, and rounding errors do not grow with t as they would in float32. The products run in the layer's
-dtype.
+as the square root of the length. They are computed in float64, so that rounding errors do not grow with t as they would
+in float32: by repeated doubling, which takes no logarithm, and on a GPU in one operation. The products run in the
+layer's dtype.
 
 A complex base also represents its conjugate: sums over states are then 2 Re(...).
 """
@@ -113,11 +113,28 @@ def draw_log_dt(log_dt: Float[Tensor, " width"], dt_min: float, dt_max: float) -
 
 def _powers(base: Num[Tensor, "width n_states"], count: int) -> tuple[Num[Tensor, "width count n_states"], Tensor]:
     """base^0 ... base^(count - 1), and base^count; count must be a power of two."""
+    if base.is_cuda:
+        return _powers_at_once(base, count)
     table = torch.ones_like(base)[:, None]
     while table.shape[1] < count:
         table = torch.cat([table, table * base[:, None]], 1)
         base = base * base
     return table, base
+
+
+def _powers_at_once(
+    base: Num[Tensor, "width n_states"], count: int
+) -> tuple[Num[Tensor, "width count n_states"], Tensor]:
+    """`_powers` in a few operations. On a GPU these small tables cost what their launches cost.
+
+    A complex power takes a logarithm, so 0 is replaced by the smallest normal number.
+    """
+    real = base.real.dtype if base.is_complex() else base.dtype
+    exponents = torch.arange(count + 1, device=base.device, dtype=real)[:, None]
+    if base.is_complex():
+        base = torch.where(base == 0, torch.finfo(real).tiny, base)
+    table = torch.pow(base[:, None], exponents)
+    return table[:, :-1], table[:, -1]
 
 
 def _block(rows: int, length: int) -> int:
