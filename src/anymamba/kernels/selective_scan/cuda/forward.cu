@@ -13,8 +13,9 @@
 #include "pieces.cuh"
 
 constexpr int INPUTS = PASS == SUMMARY ? 2 : 3, MATRICES = PASS == FORWARD ? 2 : 1;
-// Steps whose states are handed on together: two were 5 % faster in float32 and slower in the other layouts.
-constexpr int PER_LINK = DTYPE == FLOAT32 && SHARE == 2 ? 2 : 1;
+// Steps whose states are handed on together: two were 5 % faster in float32, slower in the other types and layouts, and
+// need too many registers where there are several groups of states.
+constexpr int PER_LINK = DTYPE == FLOAT32 && SHARE == 2 && ONE_GROUP ? 2 : 1;
 
 struct alignas(16) OfWarp {
     Element raw[2][INPUTS][TOKENS * BLOCK_CHANNELS];  // u or dy, delta, z: this piece and the next
