@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -39,14 +41,20 @@ def test_the_text_is_the_same(run, model_folder, draft_folder, flags):
         assert "guesses were right" in err
 
 
-def test_a_batch_runs_without_and_says_so(run, model_folder):
-    command = ["generate", "--model", model_folder, "--prompt", "ab", "--prompt", "cd", "--max-new-tokens", 5, "--json"]
-    _, plain, _ = run(*command)
-    _, together, err = run(*command, "--speculate", 4)
-    assert json.loads(together) == json.loads(plain)
-    assert "speculation serves one continuation at a time, so batches run without it; --batch-size 1 runs" in err
-    _, _, err = run(*command, "--speculate", 4, "--batch-size", 1)
-    assert "serves one" not in err
+def test_batches_have_the_same_text(run, model_folder):
+    prompts = ["--prompt", "abab", "--prompt", "cdcd"]
+    command = ["generate", "--model", model_folder, *prompts, "--max-new-tokens", 9, "--json"]
+    assert json.loads(run(*command, "--speculate", 4)[1]) == json.loads(run(*command)[1])
+
+
+def test_a_chat_has_the_same_text(run, model_folder, draft_folder, monkeypatch):
+    command, said = ["chat", "--model", model_folder, "--max-new-tokens", 9], []
+    for flags in ((), ("--speculate", 4), ("--draft", draft_folder)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abab\nabab\n")))
+        code, out, _ = run(*command, *flags)
+        assert code == 0
+        said.append(out)
+    assert said[0] == said[1] == said[2] != ""
 
 
 def test_what_is_refused(refused, model_folder, tmp_path):
@@ -55,4 +63,4 @@ def test_what_is_refused(refused, model_folder, tmp_path):
     assert "--num-beams 2 searches without guesses" in refused(*command, "--num-beams", 2, "--speculate", 3)
     other = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=256))
     other.save_pretrained(tmp_path / "other", load_tokenizer(None).__class__(end_of_document=False))
-    assert "the draft model must have the tokenizer of the model" in refused(*command, "--draft", tmp_path / "other")
+    assert "the draft model must have the tokenizer of --model" in refused(*command, "--draft", tmp_path / "other")

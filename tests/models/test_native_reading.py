@@ -88,15 +88,16 @@ def test_near_the_models_own_forward(moved):
 
 
 @pytest.mark.parametrize(("instruction_set", "name"), CASES)
-def test_a_pass_is_taken_back_to_any_token(moved, on_set, instruction_set, name):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_pass_is_taken_back_to_any_token(moved, on_set, instruction_set, name, batch):
     on_set(instruction_set)
     step = compiled(build(moved, OPTIONS[name]))
-    state = map_state(torch.Tensor.clone, state_after_some(step.model, 1))
-    verifier = Verifier(step, 9)
+    state = map_state(torch.Tensor.clone, state_after_some(step.model, batch))
+    verifier = Verifier(step)
     for n_read, n_accepted in ((9, 1), (9, 9), (1, 1), (5, 3), (9, 8), (4, 2)):
-        ids = random_ids(1, n_read)
+        ids = random_ids(batch, n_read)
         wanted, states = step_by_step(step, ids, map_state(torch.Tensor.clone, state))
-        assert torch.equal(verifier.read(ids[0].tolist(), state), wanted[0])
+        assert torch.equal(verifier.read(ids, state), wanted)
         state = verifier.accept(n_accepted)
         assert same_states(state, states[n_accepted - 1])
 
@@ -104,9 +105,9 @@ def test_a_pass_is_taken_back_to_any_token(moved, on_set, instruction_set, name)
 def test_plain_steps_between_passes(moved):
     step = compiled(build(moved, SMALL))
     state = map_state(torch.Tensor.clone, state_after_some(step.model, 1))
-    expected, verifier = map_state(torch.Tensor.clone, state), Verifier(step, 4)
+    expected, verifier = map_state(torch.Tensor.clone, state), Verifier(step)
     for token in range(5):
-        verifier.read([token, 7, 8, 9], state)
+        verifier.read(torch.tensor([[token, 7, 8, 9]]), state)
         state = step.step(torch.tensor([50]), verifier.accept(2), reuse=True).state
         expected = step_by_step(step, torch.tensor([[token, 7, 50]]), expected)[1][-1]
         assert same_states(state, expected)
@@ -119,8 +120,8 @@ def test_bits_do_not_depend_on_the_threads(moved, format):
     state, ids, found = state_after_some(model, 1), random_ids(1, 64), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        verifier = Verifier(step, 64)
-        logits = verifier.read(ids[0].tolist(), map_state(torch.Tensor.clone, state))
+        verifier = Verifier(step)
+        logits = verifier.read(ids, map_state(torch.Tensor.clone, state))
         found.append((logits, verifier.accept(40)))
     torch.set_num_threads(2)
     for logits, after in found[1:]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +19,7 @@ from anymamba.console.profiling import StepProfile
 from anymamba.console.prompts import Prompt, read_prompts
 from anymamba.console.runtime import Runtime, load_model, open_model
 from anymamba.console.sampling import FILTERS, SamplingFlags, checked_sampling
+from anymamba.console.speculation import SpeculationFlags, check_speculation, open_speculation
 from anymamba.console.speed import Speed
 
 if TYPE_CHECKING:
@@ -57,11 +58,7 @@ class GenerateOptions:
     sampling: tyro.conf.OmitArgPrefixes[SamplingFlags] = field(default_factory=SamplingFlags)
     num_beams: int = 1
     """More than 1 searches for the likeliest text with that many beams, without sampling."""
-    speculate: int | None = None
-    """Guess up to so many tokens and read them at once; the text does not change. Guesses are what followed the same
-    tokens earlier in the text. It serves one continuation at a time."""
-    draft: Path | None = None
-    """A smaller model with the same tokenizer that guesses instead, named as in --model; 4 tokens by default."""
+    guesses: tyro.conf.OmitArgPrefixes[SpeculationFlags] = field(default_factory=SpeculationFlags)
     tokenizer: Path | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the model's own."""
     profile: Path | None = None
@@ -110,9 +107,7 @@ def command(arguments: Sequence[str]) -> None:
     checkpoint, tokenizer = open_model(options.model, options.tokenizer, options.runtime)
     ids = encode_prompts(prompts, tokenizer, checkpoint.config.vocab_size)
     model = load_model(checkpoint, options.runtime)
-    speculation = open_speculation(options, model, tokenizer)
-    if speculation is not None and min(options.batch_size, len(prompts) * options.num_samples) > 1:
-        say("speculation serves one continuation at a time, so batches run without it; --batch-size 1 runs one by one")
+    speculation = open_speculation(options.guesses, options.runtime, model, tokenizer)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is not an error
     speed = Speed(profile)
@@ -134,9 +129,8 @@ def checked_options(options: GenerateOptions) -> SamplingConfig:
     require_at_least("--num-beams", options.num_beams, 1)
     require_at_least("--num-samples", options.num_samples, 1)
     require_at_least("--batch-size", options.batch_size, 1)
-    if options.speculate is not None:
-        require_at_least("--speculate", options.speculate, 1)
-    if options.num_beams > 1 and (options.speculate or options.draft):
+    check_speculation(options.guesses)
+    if options.num_beams > 1 and options.guesses != SpeculationFlags():
         raise ValueError(f"--num-beams {options.num_beams} searches without guesses; leave out --speculate and --draft")
     default, flags = SamplingFlags(), (*FILTERS, "seed")
     changed = any(getattr(options.sampling, name) != getattr(default, name) for name in flags)
@@ -149,23 +143,6 @@ def checked_options(options: GenerateOptions) -> SamplingConfig:
             "temperature above 0"
         )
     return config
-
-
-def open_speculation(options: GenerateOptions, model: LanguageModel, tokenizer: Tokenizer) -> Speculation | None:
-    """How tokens are guessed; None if they are not. Raises ValueError for a draft model with another tokenizer."""
-    from anymamba.generation.speculation import Speculation
-
-    if options.draft is None:
-        return None if options.speculate is None else Speculation(options.speculate)
-    checkpoint, theirs = open_model(options.draft, None, replace(options.runtime, adapter=None))
-    if theirs.fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"the draft model must have the tokenizer of the model; those of {options.draft} and {options.model} are "
-            "different; take another --draft, or --speculate without it"
-        )
-    speculation = Speculation(options.speculate or 4, load_model(checkpoint, replace(options.runtime, adapter=None)))
-    speculation.check(model)
-    return speculation
 
 
 def encode_prompts(

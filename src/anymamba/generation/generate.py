@@ -47,7 +47,7 @@ class GenerationOptions(TypedDict, total=False):
     prefill_chunk: int
     """Tokens of each prompt to read at once; memory grows with it, the result does not change."""
     speculation: Speculation | None
-    """Guess tokens and read several at once; the result does not change. It serves one prompt. Defaults to none."""
+    """Guess tokens and read several at once; the result does not change. Defaults to none."""
 
 
 class Step(NamedTuple):
@@ -104,8 +104,8 @@ class TokenStream(Iterator[Step]):
         """Number of tokens in all prompts."""
         if speculation is not None:
             speculation.check(model)
-            if len(rows) == 1:
-                self._speculator = Speculator(self._step, model, speculation, rows[0].tolist(), self._guess)
+            texts = [row.tolist() for row in rows]
+            self._speculator = Speculator(self._step, model, speculation, texts, self._guess, self._numbers)
         self._n_ids = n_ids(model, tokenizer)
         self._running = RunningRows[Row](self._speculator or self._step, model.config.vocab_size, self._n_ids)
         with torch.inference_mode():
@@ -124,13 +124,13 @@ class TokenStream(Iterator[Step]):
         self._read = None
         chosen = self._running.advance()
         self._n_steps += 1
-        numbers = [row.number for row in self._running.rows]
+        numbers = self._numbers()
         self._drop([i for i, one in enumerate(chosen) if one.reason is not None])
         return self._report(numbers, chosen)
 
     @property
     def speculation(self) -> SpeculationReport | None:
-        """What speculation has done so far; None if there is none, as for several prompts."""
+        """What speculation has done so far; None if there is none."""
         return None if self._speculator is None else self._speculator.report
 
     @property
@@ -159,10 +159,15 @@ class TokenStream(Iterator[Step]):
             self._running.settle(self._speculator.settle)
         return [self._running.rows[place].number for place in places], self._running.select(places)
 
-    def _guess(self, logits: Float[Tensor, "one padded_vocab"], ahead: int) -> int:
-        """The id that a draft model's logits give for a later token of the only row, with its own random number."""
-        draws = None if self._sampling.is_greedy else self._draws.peek(0, ahead)
-        seen = self._running.seen[:, : self._n_ids].to(logits.device)
+    def _numbers(self) -> list[int]:
+        """The numbers of the running rows, in the order of their states."""
+        return [row.number for row in self._running.rows]
+
+    def _guess(self, number: int, logits: Float[Tensor, "one padded_vocab"], ahead: int) -> int:
+        """The id that a draft model's logits give for a later token of a row, with the row's own random number."""
+        draws = None if self._sampling.is_greedy else self._draws.peek(number, ahead)
+        place = self._numbers().index(number)
+        seen = self._running.seen[place : place + 1, : self._n_ids].to(logits.device)
         return int(sample(logits[:, : self._n_ids].float(), self._sampling, draws, seen))
 
     def _report(self, numbers: list[int], chosen: list[Chosen]) -> Step:

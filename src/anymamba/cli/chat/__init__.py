@@ -19,11 +19,13 @@ from anymamba.console.flags import read_flags
 from anymamba.console.output import printable, say
 from anymamba.console.runtime import Runtime, load_model, open_model
 from anymamba.console.sampling import SamplingFlags, checked_sampling
+from anymamba.console.speculation import SpeculationFlags, check_speculation, open_speculation
 
 if TYPE_CHECKING:
     from anymamba.cli.chat.conversation import Conversation
     from anymamba.data.tokenizer import Tokenizer
     from anymamba.generation.sampling import SamplingConfig
+    from anymamba.generation.speculation import Speculation
     from anymamba.models.language_model import LanguageModel
 
 COMMANDS = {
@@ -58,6 +60,7 @@ class ChatOptions:
     load: Path | None = None
     """Folder of a conversation that /save has written, to go on with."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingFlags] = field(default_factory=SamplingFlags)
+    guesses: tyro.conf.OmitArgPrefixes[SpeculationFlags] = field(default_factory=SpeculationFlags)
     tokenizer: Path | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to the model's own."""
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = field(default_factory=Runtime)
@@ -69,12 +72,14 @@ def command(arguments: Sequence[str]) -> None:
     if options.load is not None and (options.template != "auto" or options.system):
         raise ValueError("--load goes on with the conversation's own template; leave out --template and --system")
     sampling = checked_sampling(options.sampling)
+    check_speculation(options.guesses)
     checkpoint, tokenizer = open_model(options.model, options.tokenizer, options.runtime)
     model = load_model(checkpoint, options.runtime)
+    speculation = open_speculation(options.guesses, options.runtime, model, tokenizer)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is not an error
     with handled_ctrl_c() as ctrl_c:
-        Chat(model, tokenizer, options, sampling, ctrl_c).run()
+        Chat(model, tokenizer, options, sampling, speculation, ctrl_c).run()
 
 
 class Chat:
@@ -86,12 +91,13 @@ class Chat:
         tokenizer: Tokenizer,
         options: ChatOptions,
         sampling: SamplingConfig,
+        speculation: Speculation | None,
         ctrl_c: CtrlC,
     ) -> None:
         from anymamba.cli.chat.conversation import Conversation
         from anymamba.cli.chat.templates import fitting_template
 
-        self.options, self.sampling, self.ctrl_c = options, sampling, ctrl_c
+        self.options, self.sampling, self.speculation, self.ctrl_c = options, sampling, speculation, ctrl_c
         template = fitting_template(tokenizer) if options.template == "auto" else options.template
         self.conversation: Conversation = Conversation(model, tokenizer, template, options.system)
         self.folder: Path | None = None
@@ -138,6 +144,7 @@ class Chat:
             sampling=self.sampling,
             stop=flags.stop,
             seed=flags.seed,
+            speculation=self.speculation,
         )
         with self.ctrl_c.ends_reply(), closing(pieces):
             for piece in pieces:

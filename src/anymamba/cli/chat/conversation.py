@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from anymamba.cli.chat.templates import TEMPLATES
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.generate import stream_text
 from anymamba.generation.prompts import GenerationState
 from anymamba.generation.sampling import SamplingConfig
+from anymamba.generation.speculation import Speculation
 from anymamba.models.language_model import LanguageModel
 
 
@@ -56,7 +57,14 @@ class Conversation:
         return turns_to(self.last)
 
     def reply(
-        self, message: str, *, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str] = (), seed: int = 0
+        self,
+        message: str,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        speculation: Speculation | None = None,
     ) -> Generator[str, None, None]:
         """Add a turn; iterating gives pieces of the reply. Closing the iterator ends the reply there.
 
@@ -68,6 +76,8 @@ class Conversation:
         text = template.text(
             message, system=self.system, is_first=earlier is None, stopped=earlier is not None and earlier.stopped
         )
+        if speculation is not None:
+            speculation = replace(speculation, earlier=self._earlier_ids())
         stream = stream_text(
             self.model,
             self.tokenizer,
@@ -77,6 +87,7 @@ class Conversation:
             stop=[*([template.stop] if template.stop else []), *stop],
             seed=[(seed, self.n_replies)],
             state=None if earlier is None else earlier.state,
+            speculation=speculation,
         )
         said: list[str] = []
         try:
@@ -88,6 +99,10 @@ class Conversation:
         stopped = template.stop != "" and template.stop in self.tokenizer.decode(stream.ids)
         self.branches[self.branch] = Turn(earlier, message, "".join(said), stream.state, stopped)
         self.n_replies += 1
+
+    def _earlier_ids(self) -> list[int]:
+        """The turns of the branch as ids. A reply may have been generated as others."""
+        return [int(i) for turn in self.turns() for i in self.tokenizer.encode(turn.message + turn.reply)]
 
     def undo(self, n_turns: int = 1) -> None:
         """Take back the last turns of the current branch. Raises ValueError if it has fewer."""

@@ -114,6 +114,7 @@ class ModelDrafter:
         self._state = model.init_state(1)
         self._unread = [int(token) for token in ids]
         self._ahead: list[tuple[int, LanguageModelState | None]] = []  # drafted tokens with the states after them
+        self._before = (0, self._state)  # the newest right guess and the state before it
         self._rate = self.HOPE
 
     def push(self, token: int) -> None:
@@ -121,7 +122,7 @@ class ModelDrafter:
         if guess is None:
             self._rate += self.FORGET * max(0.0, self.HOPE - self._rate)
         if guess == token and state is not None:
-            self._state = state
+            self._before, self._state = (token, self._state), state
             return
         self._unread.append(token)
         self._ahead = []
@@ -147,7 +148,10 @@ class ModelDrafter:
             self._rate += RATE_WEIGHT * ((i < n_right) - self._rate)
 
     def _read(self) -> tuple[Tensor, LanguageModelState]:
-        """Logits (1, padded_vocab) and the state after the text, of which at least the last token is not read yet."""
+        """Logits (1, padded_vocab) and the state after the text."""
+        if not self._unread:  # a right guess, whose logits were not kept
+            token, self._state = self._before
+            self._unread = [token]
         ids, self._unread = torch.tensor(self._unread, device=self._device), []
         if len(ids) == 1:
             return self._step(ids, self._state)

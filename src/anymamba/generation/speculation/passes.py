@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from anymamba.models.inference import InferenceModel
@@ -20,7 +20,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """How far a pass and a step may differ in a logit, in standard deviations of logits, by the dtype of activations."""
 
 
-def near_ties(logits: Float[Tensor, "length vocab"], dtype: torch.dtype) -> Bool[Tensor, " length"]:
+def near_ties(logits: Float[Tensor, "*rows vocab"], dtype: torch.dtype) -> Bool[Tensor, "*rows"]:
     """Where the two likeliest ids are so close that rounding may exchange them.
 
     Args:
@@ -89,13 +89,15 @@ class GraphVerification:
         self.has_recorded = False
         """Whether a graph was recorded; what was done since this was set to False took longer than it will."""
 
-    def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
-        """Logits after each token."""
-        self._ids, self._before = list(token_ids), state
+    def read(
+        self, token_ids: Int[Tensor, "one length"], state: LanguageModelState
+    ) -> Float[Tensor, "one length padded_vocab"]:
+        """Logits after each token of one row."""
+        self._ids, self._before = token_ids[0].tolist(), state
         with self._graphs.turn():
             run = self._run(self._ids)
             self._after = _copied(run.after)
-            return run.logits[0].clone()
+            return run.logits.clone()
 
     def accept(self, n_tokens: int) -> LanguageModelState:
         """The state after the first n_tokens, which are read again unless all are accepted."""

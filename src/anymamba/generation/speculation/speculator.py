@@ -8,10 +8,12 @@ elsewhere.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anymamba.base.sizes import require_at_least
-from anymamba.generation.speculation.drafts import Choose, Drafter, LookupDrafter, ModelDrafter
+from anymamba.generation.speculation.drafts import Drafter, LookupDrafter, ModelDrafter
 from anymamba.generation.speculation.pacing import Pacing
 from anymamba.generation.speculation.passes import GraphVerification, dtype_of_activations, near_ties
 from anymamba.generation.stepping import Stepper
@@ -37,6 +39,8 @@ class Speculation:
     draft: LanguageModel | None = None
     """A smaller model with the same vocabulary that guesses; defaults to looking up what followed the same tokens
     earlier in the text."""
+    earlier: Sequence[int] = ()
+    """Ids before the prompts that the state has read, where generation continues from a state."""
 
     def __post_init__(self) -> None:
         require_at_least("n_tokens", self.n_tokens, 1)
@@ -61,7 +65,7 @@ class SpeculationReport(NamedTuple):
     n_guessed: int
     """Tokens guessed in them."""
     n_right: int
-    """How many of those were right: each of them saved a step."""
+    """How many of those saved a step: those that were right in all rows."""
     n_near_ties: int
     """Tokens from passes that round differently from single steps, and whose two likeliest ids were closer than that:
     only there a greedy text may differ from one without speculation. A sampled one may also differ where its random
@@ -69,13 +73,15 @@ class SpeculationReport(NamedTuple):
 
 
 class Verification(Protocol):
-    """Reads several tokens in one pass, and gives the state after some of them."""
+    """Reads several tokens of each row in one pass, and gives the state after some of them."""
 
-    def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
-        """Logits after each token of one row."""
+    def read(
+        self, token_ids: Int[Tensor, "batch length"], state: LanguageModelState
+    ) -> Float[Tensor, "batch length padded_vocab"]:
+        """Logits after each token."""
 
     def accept(self, n_tokens: int) -> LanguageModelState:
-        """The state after the first n_tokens of them."""
+        """The state after the first n_tokens of each row."""
 
 
 class ForwardVerification:
@@ -84,11 +90,13 @@ class ForwardVerification:
     def __init__(self, model: LanguageModel) -> None:
         self._model, self._device = model, next(model.parameters()).device
 
-    def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
+    def read(
+        self, token_ids: Int[Tensor, "batch length"], state: LanguageModelState
+    ) -> Float[Tensor, "batch length padded_vocab"]:
         """Logits after each token."""
-        self._ids, self._before = torch.tensor([token_ids], device=self._device), state
+        self._ids, self._before = token_ids.to(self._device), state
         logits, self._after = self._model(self._ids, state)
-        return logits[0]
+        return logits
 
     def accept(self, n_tokens: int) -> LanguageModelState:
         """The state after the first n_tokens, which are read again unless all are accepted."""
@@ -98,37 +106,47 @@ class ForwardVerification:
 
 
 class Speculator:
-    """Steps one row as `Stepper` does, and reads guesses ahead. A step whose token was guessed costs nothing.
+    """Steps rows as `Stepper` does, and reads guesses ahead. A step whose tokens were all guessed costs nothing.
 
-    While guesses are ahead, the state that a call returns is that before them; `settle` gives the one after the tokens
-    that were stepped over.
+    All rows are read in one pass, each with guesses of its own. They go on together, so a pass serves as many tokens as
+    were right in every row. While guesses are ahead, the state that a call returns is that before them; `settle` gives
+    the one after the tokens that were stepped over.
 
     Args:
         stepper: of the model.
         model: a language model.
         speculation: the options, which fit the model.
-        ids: the text so far.
-        choose: how a draft model chooses tokens.
+        texts: the ids of each row so far.
+        choose: how a draft model chooses tokens of a row, given its number.
+        numbers: gives the numbers of the rows that are still stepped, in the order of their tokens.
     """
 
     def __init__(
-        self, stepper: Stepper, model: LanguageModel, speculation: Speculation, ids: Sequence[int], choose: Choose
+        self,
+        stepper: Stepper,
+        model: LanguageModel,
+        speculation: Speculation,
+        texts: Sequence[Sequence[int]],
+        choose: Callable[[int, Tensor, int], int],
+        numbers: Callable[[], Sequence[int]],
     ) -> None:
-        self._step, self._most = stepper, speculation.n_tokens
-        self._drafter: Drafter
-        if speculation.draft is None:
-            self._drafter = LookupDrafter(ids)
-        else:
-            self._drafter = ModelDrafter(speculation.draft, ids, choose)
+        self._step, self._most, self._numbers = stepper, speculation.n_tokens, numbers
+        self._drafters: list[Drafter] = []
+        for number, text in enumerate(texts):
+            ids = [*speculation.earlier, *text]
+            if speculation.draft is None:
+                self._drafters.append(LookupDrafter(ids))
+            else:
+                self._drafters.append(ModelDrafter(speculation.draft, ids, partial(choose, number)))
+        self._drafting: list[Drafter] = []  # of the rows of the last call
         self.pacing = Pacing(self._most)
         self._forward = ForwardVerification(model)
         self._dtype, self._n_ids = dtype_of_activations(model), model.config.vocab_size
         self._native: Verifier | None = None
         self._reading: Verification | None = None  # with guesses ahead
-        self._ahead: deque[tuple[int, Tensor]] = deque()  # guesses, and the logits after each
-        self._n_read = self._n_guessed = (
-            0  # of this pass: tokens that turned out right, the first included; and guesses
-        )
+        self._ahead: deque[tuple[list[int], Tensor]] = deque()  # a guess for each row, and the logits after them
+        self._n_read = self._n_guessed = 0  # of this pass: steps that it served, the first included; and guesses
+        self._right: list[bool] = []  # whether the next guess of each row is right
         self._seconds = 0.0
         self._counts = [0, 0, 0]
         self._device = next(model.parameters()).device
@@ -148,19 +166,23 @@ class Speculator:
     def __call__(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
     ) -> LanguageModelOutput:
-        """`Stepper.__call__` of one row, whose state is used again: reuse_state is true."""
+        """`Stepper.__call__`, whose state is used again: reuse_state is true."""
         assert reuse_state
-        token = int(token_ids)
-        self._drafter.push(token)
-        if self._ahead and self._ahead[0][0] == token:
-            self._n_read += 1
-            self._counts[2] += 1
-            return LanguageModelOutput(self._ahead.popleft()[1], state)
+        tokens = token_ids.tolist()
+        self._drafting = [self._drafters[number] for number in self._numbers()]
+        for drafter, token in zip(self._drafting, tokens, strict=True):
+            drafter.push(token)
+        if self._ahead:
+            self._right = [guess == token for guess, token in zip(self._ahead[0][0], tokens, strict=True)]
+            if all(self._right):
+                self._n_read += 1
+                self._counts[2] += len(tokens)
+                return LanguageModelOutput(self._ahead.popleft()[1], state)
         state = self.settle(state)
         start = self._now()
-        n_guesses = self.pacing.best(self._drafter.chances(self._most))
+        n_guesses = self.pacing.best(self._chances())
         if n_guesses:
-            logits = self._read_ahead(token, self._drafter.draft(n_guesses), token_ids, state)
+            logits = self._read_ahead(token_ids, [drafter.draft(n_guesses) for drafter in self._drafting], state)
             self._seconds = self._now() - start
             return LanguageModelOutput(logits, state)
         output = self._step(token_ids, state, reuse_state=True)
@@ -176,16 +198,25 @@ class Speculator:
         start = self._now()
         state = self._reading.accept(self._n_read)
         if self._ties is not None:
-            self._n_ties, self._ties = self._n_ties + self._ties[: self._n_read].sum(), None
+            self._n_ties, self._ties = self._n_ties + self._ties[:, : self._n_read].sum(), None
         self._seconds += self._now() - start
         if self._graph is not None and self._graph.has_recorded:
             self._graph.has_recorded = False  # this pass took longer than the next ones
         else:
             self.pacing.add_pass(self._n_guessed, self._seconds)
-        self._drafter.judge(self._n_guessed, self._n_read - 1)
-        self._reading = None
+        n_right = self._n_read - 1
+        for drafter, right in zip(self._drafting, self._right or [True] * len(self._drafting), strict=True):
+            drafter.judge(n_right if right else self._n_guessed, n_right)
+        self._reading, self._right = None, []
         self._ahead.clear()
         return state
+
+    def _chances(self) -> list[float]:
+        """That at least the first 1, 2, ... guesses of every row are right; empty if a row has none."""
+        if self._on_gpu and len(self._drafting) > 1:  # its passes read one row
+            return []
+        chances = [drafter.chances(self._most) for drafter in self._drafting]
+        return [math.prod(each) for each in zip(*chances, strict=False)]
 
     def _now(self) -> float:
         """The time, when a GPU is done with what was queued."""
@@ -194,22 +225,22 @@ class Speculator:
         return time.perf_counter()
 
     def _read_ahead(
-        self, token: int, guesses: list[int], token_ids: Int[Tensor, " batch"], state: LanguageModelState
-    ) -> Float[Tensor, "one padded_vocab"]:
+        self, token_ids: Int[Tensor, " batch"], guesses: list[list[int]], state: LanguageModelState
+    ) -> Float[Tensor, "batch padded_vocab"]:
         self._reading = self._verification(token_ids, state)
-        logits = self._reading.read([token, *guesses], state)
+        logits = self._reading.read(torch.cat([token_ids.cpu()[:, None], torch.tensor(guesses)], 1), state)
         if self._reading is not self._native:
-            self._ties = near_ties(logits[:, : self._n_ids], self._dtype)
-        self._ahead.extend((guess, logits[i : i + 1]) for i, guess in enumerate(guesses, 1))
-        self._n_read, self._n_guessed = 1, len(guesses)
+            self._ties = near_ties(logits[..., : self._n_ids], self._dtype)
+        self._ahead.extend((list(each), logits[:, i]) for i, each in enumerate(zip(*guesses, strict=True), 1))
+        self._n_read, self._n_guessed = 1, len(guesses[0])
         self._counts[0] += 1
-        self._counts[1] += len(guesses)
-        return logits[:1]
+        self._counts[1] += len(guesses) * len(guesses[0])
+        return logits[:, 0]
 
     def _verification(self, token_ids: Int[Tensor, " batch"], state: LanguageModelState) -> Verification:
         native = self._step.native
         if native is None or not native.serves(token_ids, state):
             return self._forward if self._graph is None else self._graph
         if self._native is None:
-            self._native = Verifier(native, self._most + 1)
+            self._native = Verifier(native)
         return self._native

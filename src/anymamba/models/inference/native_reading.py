@@ -6,7 +6,6 @@ token, alone or in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -99,51 +98,57 @@ def _places(
 
 
 class Verifier:
-    """Reads drafted tokens of one sequence in one pass, and then gives the state after those that were accepted.
+    """Reads drafted tokens of each sequence in one pass, and then gives the state after those that were accepted.
 
     The pass keeps the inputs of the recurrence, so that the state after an earlier token needs no products. Memory for
     states and inputs is kept between passes.
 
     Args:
         native: the compiled step of the model.
-        most_tokens: that one pass reads.
     """
 
-    def __init__(self, native: NativeStep, most_tokens: int) -> None:
-        self._native, self._most = native, most_tokens
-        sizes = native.kept_sizes()
-        self._kept = [torch.empty(most_tokens * size) for size in sizes]
-        self._kept_addresses = [tensor.data_ptr() for tensor in self._kept]
+    def __init__(self, native: NativeStep) -> None:
+        self._native, self._sizes = native, native.kept_sizes()
+        self._kept: list[Tensor] = []
+        self._kept_addresses: list[int] = []
+        self._n_kept = 0
         self._old: LanguageModelState | None = None
         self._new: LanguageModelState | None = None
         self._addresses: list[int] = []
-        self._n_read = 0
+        self._shape = (0, 0)
 
     @torch.no_grad()
-    def read(self, token_ids: Sequence[int], state: LanguageModelState) -> Float[Tensor, "length padded_vocab"]:
+    def read(
+        self, token_ids: Int[Tensor, "batch length"], state: LanguageModelState
+    ) -> Float[Tensor, "batch length padded_vocab"]:
         """Logits after each token.
 
         Args:
-            token_ids: at least one and at most `most_tokens`.
-            state: of one row, which `native.serves`. Its memory is used again after `accept`.
+            token_ids: (batch, length), the length at least 1.
+            state: a row for each sequence, which `native.serves`. Its memory is used again after `accept`.
         """
-        self._n_read = len(token_ids)
+        batch, length = self._shape = (token_ids.shape[0], token_ids.shape[1])
+        if self._n_kept < batch * length:
+            self._n_kept = batch * length
+            self._kept = [torch.empty(self._n_kept * size) for size in self._sizes]
+            self._kept_addresses = [tensor.data_ptr() for tensor in self._kept]
         if self._old is not state:
             self._old = state
             contiguous = map_state(Tensor.contiguous, state)
-            if self._new is None:
+            if self._new is None or self._new.layers[0].conv.shape[0] != batch:
                 self._new = map_state(torch.empty_like, contiguous)
             self._source, self._addresses = contiguous, _addresses(contiguous, self._new)
-        return _read(self._native, torch.tensor([token_ids]), self._addresses, self._kept_addresses, self._n_read)[0]
+        return _read(self._native, token_ids, self._addresses, self._kept_addresses, length)
 
     @torch.no_grad()
     def accept(self, n_tokens: int) -> LanguageModelState:
-        """The state after the first n_tokens of those read. The state given to `read` is then not valid any more."""
+        """The state after the first n_tokens of each sequence. The state given to `read` is then not valid any more."""
         assert self._old is not None and self._new is not None
-        if n_tokens < self._n_read:
-            counts = torch.tensor([n_tokens])
+        batch, length = self._shape
+        if n_tokens < length:
+            counts = torch.full((batch,), n_tokens)
             self._native.stack.replay(
-                counts.data_ptr(), 1, self._n_read, torch.get_num_threads(), self._addresses, self._kept_addresses
+                counts.data_ptr(), batch, length, torch.get_num_threads(), self._addresses, self._kept_addresses
             )
         after, self._new = self._new, self._source
         self._old, self._source, self._addresses = after, after, _addresses(after, self._new)

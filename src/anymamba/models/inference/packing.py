@@ -91,7 +91,8 @@ def packed_random(config: ModelConfig, weights: str, device: torch.device | str 
     matrices, others = {}, {}
     for name, parameter in list(model.named_parameters()):
         if name in formats:
-            matrices[name] = _random_matrix(*parameter.shape, formats[name], device)
+            n_out, n_in = parameter.shape
+            matrices[name] = _random_matrix(n_out, n_in, formats[name], device)
         else:
             module, _, last = name.rpartition(".")
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
