@@ -401,3 +401,13 @@ def test_an_arm_that_runs_out_of_time_keeps_its_state_until_it_is_finished(tmp_p
 
 def report(folder) -> str:
     return (folder / "report.md").read_text()
+
+
+def test_the_verb_takes_a_time_and_a_folder_of_data(dice, verb, monkeypatch, tmp_path):
+    ended = verb(NAME, "--max-minutes", "0")
+    assert ended.code == 0 and "Not measured yet" in ended.out and not dice.measured
+    told = replace(dice.experiment, measure=lambda settings, context: {"data": str(context.data)})
+    monkeypatch.setattr(sys.modules["anymamba.experiments.dice"], "EXPERIMENT", told)
+    assert verb(NAME, "--max-minutes", "5", "--data", "books").code == 0
+    records = json.loads((tmp_path / "runs" / "experiments" / "dice-cpu" / "results.json").read_text())["records"]
+    assert [record["values"] for record in records] == [{"data": "books"}] * 5
