@@ -15,7 +15,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -31,14 +31,9 @@ from anymamba.serving.protocol.errors import ApiError
 from anymamba.serving.security import Guard, is_loopback
 from anymamba.serving.templates import load_template
 
-try:
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.config import RequestRouterConfig
-    from ray.serve.exceptions import RayServeException
+if TYPE_CHECKING:
+    from ray.serve import Application as RayApplication
     from ray.serve.handle import DeploymentHandle
-except ImportError as error:
-    raise ImportError(f'Ray Serve is needed here ({error}); pip install "anymamba[ray]"') from error
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 MOST_CALLS = 10_000
@@ -96,13 +91,18 @@ class Start(NamedTuple):
     headers: list[tuple[bytes, bytes]]
 
 
-def app(arguments: Mapping[str, Any]) -> serve.Application:
+def app(arguments: Mapping[str, Any]) -> RayApplication:
     """The application for `serve run`, `serve deploy` and `ray.serve.run`.
 
     Args:
         arguments: fields of `RayOptions`. Numbers may be strings, as `serve run` gives them.
-    Raises ValueError or TypeError for unknown fields and wrong values.
+    Raises ValueError or TypeError for unknown fields and wrong values, ImportError without the extra `ray`.
     """
+    try:
+        from ray import serve
+        from ray.serve.config import RequestRouterConfig
+    except ImportError as error:
+        raise ImportError(f'Ray Serve is needed here ({error}); pip install "anymamba[ray]"') from error
     kinds = {"session_days": float, "session_quota": int, "replicas": int, "cpus": float, "gpus": float}
     values = {key: kinds[key](value) if key in kinds else value for key, value in arguments.items()}
     options = config_from_dict(RayOptions, values)
@@ -128,6 +128,10 @@ class Front:
     """
 
     def __init__(self, replicas: DeploymentHandle, has_keys: bool) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        self._errors = (RayError, RayServeException)
         self._replicas, self._has_keys, self._limits = replicas, has_keys, Limits()
 
     async def __call__(self, request: Request) -> Response:
@@ -141,9 +145,9 @@ class Front:
         answer = cast(AsyncIterator[Any], handle.answer.remote(call))
         try:
             start: Start = await anext(answer)
-        except (RayError, RayServeException, StopAsyncIteration):
+        except (*self._errors, StopAsyncIteration):
             return error_response(GONE)
-        response = StreamingResponse(_rest(answer, start), start.status)
+        response = StreamingResponse(self._rest(answer, start), start.status)
         response.raw_headers = start.headers
         return response
 
@@ -159,6 +163,16 @@ class Front:
                 raise ApiError(413, f"a request's body must have at most {self._limits.max_body} bytes")
         return Call(request.method, request.url.path, request.url.query.encode(), request.headers.raw, bytes(body))
 
+    async def _rest(self, answer: AsyncIterator[Any], start: Start) -> AsyncIterator[bytes]:
+        """The body of an answer. A stream of events whose replica ends gets one event that says so."""
+        try:
+            async for piece in answer:
+                yield piece
+        except self._errors:
+            if not dict(start.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
+                raise
+            yield f"data: {json.dumps(GONE.body())}\n\n".encode()
+
 
 def session_of(call: Call) -> str:
     """What decides about the replica: the session or the cache key that a call names, for each API key; "" is any."""
@@ -171,17 +185,6 @@ def session_of(call: Call) -> str:
         return ""
     key = dict(call.headers).get(b"authorization", b"")
     return hashlib.sha256(key + b"\n" + name.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-async def _rest(answer: AsyncIterator[Any], start: Start) -> AsyncIterator[bytes]:
-    """The body of an answer. A stream of events whose replica ends gets one event that says so."""
-    try:
-        async for piece in answer:
-            yield piece
-    except (RayError, RayServeException):
-        if not dict(start.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
-            raise
-        yield f"data: {json.dumps(GONE.body())}\n\n".encode()
 
 
 # ----------------------------------------------------------------------------------------------------- the replicas
@@ -202,6 +205,8 @@ class Replica:
         loop = asyncio.get_running_loop()
         served = await asyncio.to_thread(_load, options, limits, loop)
         served.worker.start()
+        from ray import serve
+
         self._id = serve.get_replica_context().replica_id.unique_id.encode()
         self._application.serve(served)
 

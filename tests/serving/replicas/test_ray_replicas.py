@@ -23,6 +23,7 @@ from anymamba.models.language_model import LanguageModel
 from anymamba.serving.protocol.errors import ApiError
 
 ray = pytest.importorskip("ray", reason="needs Ray Serve (make test-ray installs it)")
+serve = pytest.importorskip("ray.serve")
 replicas = pytest.importorskip("anymamba.serving.ray")
 pytestmark = pytest.mark.slow
 
@@ -44,14 +45,14 @@ def client(model, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
-    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     sessions = tmp_path_factory.mktemp("sessions")
-    ray.serve.run(
+    serve.run(
         replicas.app({"model": str(model), "sessions": str(sessions), "replicas": "2", "chat_template": "chatml"})
     )
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         yield client
-    ray.serve.shutdown()
+    serve.shutdown()
     ray.shutdown()
 
 
