@@ -252,7 +252,7 @@ def _product(record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None) -> Ca
 def _launch_product(call: Call, kernel: str, x: Tensor, matrix: Matrix) -> None:
     rows, dtype = x.shape[0], matrix.weight.dtype
     tasks = -(-call["n_out"] // calls.outputs(rows))
-    most = call.n_multiprocessors * calls.BLOCKS_OF_MULTIPROCESSOR[rows]
+    most = call.n_multiprocessors * calls.BLOCKS_OF_MULTIPROCESSOR
     n_blocks = min(-(-tasks * call["ways"] // calls.WARPS), most)
     shared = calls.shared_of_product(dtype, rows, call["n_in"])
     call.launch(calls.product(kernel, dtype, rows), n_blocks, calls.THREADS, shared, early=True)

@@ -29,6 +29,8 @@ STEP_BYTES = 48
 """Of the struct Step."""
 MOST_ROWS = 8
 """Of the products here; more rows take those of cuBLAS."""
+BUCKETS = (1, 2, 4, 8)
+"""Of the products here."""
 MOST_TAPS = 8
 MOST_STATES = 128
 ALIGNMENT = 8
@@ -37,8 +39,8 @@ STORE, ADD, LOGITS = 0, 1, 2
 THREADS, WARPS = 256, 8
 """Of products, `embed` and `convolve_rows`."""
 RECURRENCE_THREADS, RECURRENCE_ROWS, WIDTH = 128, 2, 4
-BLOCKS_OF_MULTIPROCESSOR = {1: 3, 2: 3, 4: 2, 8: 2}
-"""Of products, by rows."""
+BLOCKS_OF_MULTIPROCESSOR = 2
+"""Of products."""
 
 
 @cache
@@ -97,7 +99,7 @@ def ways(dtype: torch.dtype, rows: int, n_out: int, n_in: int, n_multiprocessors
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call for a published shape needs on some GPU."""
     dtypes = (torch.float32, torch.bfloat16)
-    products = [product("product", dtype, n) for dtype in dtypes for n in BLOCKS_OF_MULTIPROCESSOR]
+    products = [product("product", dtype, n) for dtype in dtypes for n in BUCKETS]
     recurrences = [recurrence(kernel, dtype, 16, False) for dtype in dtypes for kernel in ("recur", "recur_rows")]
     return products + recurrences + [rows("embed", dtype) for dtype in dtypes]
 

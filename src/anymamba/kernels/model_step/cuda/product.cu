@@ -24,7 +24,7 @@ constexpr int OUTPUTS = ROWS <= 2 ? 2 : 4;
 constexpr int AHEAD = 8 / OUTPUTS;  // loads of a row of W that a lane has under way
 constexpr int CHUNK = AHEAD * 32 * VECTOR;
 constexpr int SUMS = OUTPUTS * ROWS;
-constexpr int BLOCKS = ROWS <= 2 ? 3 : 2;  // of a multiprocessor
+constexpr int BLOCKS = 2;  // of a multiprocessor: three would leave no room for the next kernel, which starts early
 
 typedef uint4 Weights[AHEAD][OUTPUTS];
 
