@@ -75,9 +75,26 @@ SHARED = {
         "serving.protocol.token_texts",
         "serving.protocol.tools",
     ),
-    *("lab.experiment", "lab.results", "lab.report", "lab.charts", "lab.optimization", "lab.saving", "lab.learning", "lab.byte_windows", "lab.zero_shot"),
+    *(
+        "lab.experiment",
+        "lab.results",
+        "lab.report",
+        "lab.charts",
+        "lab.optimization",
+        "lab.saving",
+        "lab.learning",
+        "lab.byte_windows",
+        "lab.zero_shot",
+    ),
     *("cli.app", "cli.train_help"),
-    *("console.flags", "console.output", "console.mistakes", "console.synonyms", "console.profiling"),
+    *(
+        "console.flags",
+        "console.output",
+        "console.mistakes",
+        "console.synonyms",
+        "console.profiling",
+        "console.runtime",
+    ),
 }
 
 GATHERER = "kernels.backends"  # the list of backends may import them all
