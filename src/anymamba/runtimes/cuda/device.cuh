@@ -118,8 +118,8 @@ DEVICE void let_next_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Four floats that an earlier kernel wrote. They pass by the cache of the multiprocessor, which then never holds older
-// ones; strong loads (ld.cg) would do the same at half the bandwidth.
+// Four floats that an earlier kernel wrote. They are not put into the multiprocessor's cache, so it never holds older
+// ones.
 DEVICE float4 read_fresh(const float* global) {
     float4 v;
     asm volatile("ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"

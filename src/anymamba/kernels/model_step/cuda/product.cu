@@ -7,8 +7,8 @@
 //     in_proj   the first half of y goes through the convolution and SiLU to u, the second through SiLU to z
 //
 // A warp reads OUTPUTS rows of W at once, 16 bytes a lane; p.ways warps of a block share the columns of the same rows.
-// x' is in shared memory, in the type of W. The first weights are asked for before the previous kernel has ended. An RMS
-// norm multiplies the sums by the row's scale, so that x is read once.
+// x' is in shared memory, in the type of W. The first weights are asked for before the previous kernel has ended. An
+// RMS norm multiplies the sums by the row's scale, so that x is read once.
 //
 // Launch: 256 threads, early; any number of blocks.
 //

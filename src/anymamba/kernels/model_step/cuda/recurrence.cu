@@ -23,8 +23,8 @@ constexpr int VECTOR = 16 / sizeof(Element);
 
 typedef float States[STATES];
 
-// Where a thread works: its channel, which lane of it, and its first state; the next group is 4 LANES states on, so that
-// lanes read neighbouring numbers.
+// Where a thread works: its channel, which lane of it, and its first state. The next group is 4 LANES states on, so
+// that lanes read neighbouring numbers.
 struct Place {
     int channel, part, n;
     bool inside;
