@@ -1,0 +1,102 @@
+"""Training of experiments on a GPU: recorded steps, resuming, batches made there, and the convolutions behind them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from anymamba.data.synthetic.copying import Copying, copying_batch
+from anymamba.data.synthetic.induction import induction_batch
+from anymamba.data.synthetic.recall import Recall, recall_batch
+from anymamba.experiments.scaling.arms import ARCHITECTURES, Size, config_of
+from anymamba.lab.byte_windows import fixed_windows, random_windows
+from anymamba.lab.experiment import Context
+from anymamba.lab.language import optimization
+from anymamba.lab.learning import batch_generator, build_model, learn
+from anymamba.lab.optimization import TrainingStep
+from anymamba.lab.saving import OutOfTime, Saving
+from anymamba.models.language_model import LanguageModel
+from anymamba.parts import toeplitz
+from anymamba.parts.fft_conv import fft_conv
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+SMALL = Size("small", 4, 128, 0, 0)
+
+
+def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    rows = torch.randint(256, (n, 4, 257), generator=torch.Generator().manual_seed(0)).cuda()
+    return [(r[:, :-1], r[:, 1:]) for r in rows]
+
+
+def trained(name: str, plain: bool) -> tuple[list[float], list[torch.Tensor], str | None]:
+    """Ten steps: losses, weights, and why they were not recorded."""
+    torch.manual_seed(0)
+    model = LanguageModel(config_of(name, SMALL, 256)).cuda()
+    take = TrainingStep(model, optimization(10, 4, 2e-3, "bfloat16"))
+    take.not_recorded = "asked for" if plain else None
+    losses = [take(batch, i + 1) for i, batch in enumerate(batches(10))]
+    return torch.stack(losses).tolist(), list(model.parameters()), take.not_recorded
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_recorded_steps_are_plain_ones(name):
+    (losses, weights, why), (plain, same, _) = trained(name, False), trained(name, True)
+    assert why is None
+    assert losses == pytest.approx(plain, rel=1e-3)
+    for a, b in zip(weights, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_a_recorded_step_follows_the_schedule():
+    model = LanguageModel(config_of("mamba", SMALL, 256)).cuda()
+    take = TrainingStep(model, replace(optimization(10, 4, 1e-3, "float32"), warmup_steps=0, final_rate=0.0))
+    for i, batch in enumerate(batches(10)):
+        before = model.norm.weight.detach().clone()
+        take(batch, i + 1)
+        moved = (model.norm.weight - before).abs().max().item()
+    assert moved == 0.0, "the last rate of the cosine is 0"
+
+
+def test_a_training_goes_on_from_its_file(tmp_path):
+    text = torch.randint(256, (5000,), dtype=torch.uint8).cuda()
+    how, on = optimization(60, 4, 2e-3, "bfloat16"), Context(torch.device("cuda"), 0, lambda *told: None)
+
+    def run(saving: Saving | None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = build_model(config_of("mamba", SMALL, 64), on)
+        validation = fixed_windows(text, 64, 4)
+        learn(model, how, random_windows(text, 64), validation, replace(on, saving=saving), every=30, resumable=True)
+        return list(model.parameters())
+
+    straight = run(None)
+    with pytest.raises(OutOfTime):
+        run(Saving(tmp_path / "arm", {}, deadline=0.0))  # after the 20th step
+    resumed = run(Saving(tmp_path / "arm", {}))
+    for a, b in zip(straight, resumed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_batches_are_made_on_the_gpu():
+    generator = batch_generator(Context(torch.device("cuda"), 0, lambda *told: None))
+    for ids, labels in (
+        copying_batch(Copying(20, 4), generator, 8),
+        recall_batch(Recall(4, 32, 64), generator, 8),
+        induction_batch(generator, 8, 20),
+    ):
+        assert ids.is_cuda and labels.is_cuda and (labels != -100).any()
+
+
+@pytest.mark.parametrize(("rows", "length", "width"), [(64, 1024, 8), (32, 500, 3), (128, 2048, 4)])
+def test_products_of_many_rows_are_the_convolution(rows, length, width):
+    torch.manual_seed(0)
+    assert toeplitz.is_faster("cuda", torch.bfloat16, rows, length)
+    u = torch.randn(rows, length, width, device="cuda").bfloat16().requires_grad_()
+    kernel = (torch.randn(width, length, device="cuda") * length**-0.5).requires_grad_()
+    dy = torch.randn(rows, length, width, device="cuda")
+    exact = fft_conv(u.double(), kernel.double())
+    wanted = (exact, *torch.autograd.grad(exact, (u, kernel), dy.double()))
+    y = fft_conv(u, kernel)
+    for got, want in zip((y, *torch.autograd.grad(y, (u, kernel), dy.bfloat16())), wanted, strict=True):
+        assert (got.double() - want.double()).norm() <= 2**-6 * want.double().norm()
