@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,7 @@ class Llama:
         params.n_batch = n_sequences * PROMPT
         params.n_seq_max = n_sequences
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         assert self.context, "llama.cpp did not make a context"
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
@@ -112,7 +111,8 @@ def throughput(model: InferenceModel, repeats: int) -> str:
         model.save_pretrained(path, format="gguf")
         for n_clients in CLIENTS:
             llama = Llama(path, n_clients)
-            found = interleaved({"ours": ours(model, n_clients), "llama": lambda: llama.run(n_clients)}, repeats)
+            candidates = {"ours": ours(model, n_clients), "llama": partial(llama.run, n_clients)}
+            found = interleaved(candidates, repeats)
             rate, theirs = (n_clients * ANSWER / found[name] for name in ("ours", "llama"))
             alone = alone or rate
             rows.append(

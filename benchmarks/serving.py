@@ -1,0 +1,164 @@
+"""What HTTP, JSON and scheduling cost: the engine alone, and the same answers streamed by `anymamba serve` to clients
+in a process of their own. The second turn of a long session after a restart of the server is measured, too.
+
+    python -m benchmarks.serving [--clients 32] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anymamba.data.tokenizer import ByteTokenizer
+from anymamba.generation.engine import Engine
+from anymamba.generation.requests import Event, NewToken, Request
+from anymamba.models.inference import InferenceModel
+from anymamba.models.presets import preset
+from benchmarks.serving_engine import ANSWER, GREEDY, PROMPT, TURN, finish
+from benchmarks.timing import machine, table
+
+WANTED_OVERHEAD = 0.05
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    """Random bytes."""
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@contextmanager
+def server(model: Path, sessions: Path) -> Iterator[int]:
+    """`anymamba serve` as a process; gives its port."""
+    command = [sys.executable, "-m", "anymamba", "serve", "--model", str(model), "--port", "0"]
+    command += ["--sessions", str(sessions), "--max-rows", "64", "--tokenizer", str(model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                found = re.search(r"the page is http://127\.0\.0\.1:(\d+)", line)
+                if found:
+                    yield int(found[1])
+                    break
+            else:
+                raise RuntimeError(f"the server did not start: {' '.join(command)}")
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+async def ask(port: int, body: dict[str, Any]) -> tuple[int, float, float]:
+    """Stream one answer; gives its pieces, the seconds to the first, and to the last."""
+    data = json.dumps({"stream": True, "temperature": 0, "ignore_eos": True, **body}).encode()
+    start, first, n = time.perf_counter(), 0.0, 0
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
+    async for line in reader:
+        if line.startswith(b"data: {"):
+            first, n = first or time.perf_counter() - start, n + 1
+        if line.startswith(b"HTTP/1.1") and b" 200 " not in line:
+            raise RuntimeError(f"the server answered {line.decode().strip()}")
+    writer.close()
+    return n, first, time.perf_counter() - start
+
+
+async def ask_all(port: int, n_clients: int, seed: int) -> float:
+    """Seconds until so many clients have their answers."""
+    start = time.perf_counter()
+    bodies = [{"prompt": prompt_of(PROMPT, seed + i), "max_tokens": ANSWER} for i in range(n_clients)]
+    await asyncio.gather(*(ask(port, body) for body in bodies))
+    return time.perf_counter() - start
+
+
+def engine_seconds(model: InferenceModel, n_clients: int, seed: int) -> float:
+    """The same by the engine alone."""
+    engine = Engine(model, ByteTokenizer(), max_rows=64)
+    events: list[Event] = []
+    start = time.perf_counter()
+    for i in range(n_clients):
+        request = Request(prompt=prompt_of(PROMPT, seed + i), max_new_tokens=ANSWER, sampling=GREEDY)
+        engine.submit(request, events.append)
+    finish(engine)
+    assert sum(isinstance(event, NewToken) for event in events) == n_clients * ANSWER
+    return time.perf_counter() - start
+
+
+def client(arguments: argparse.Namespace) -> None:
+    """The process of the clients: prints seconds as JSON."""
+    if arguments.session:
+        body = {"prompt": json.loads(arguments.session), "max_tokens": 1, "session": "long"}
+        print(json.dumps(asyncio.run(ask(arguments.port, body))))
+    else:
+        print(json.dumps(asyncio.run(ask_all(arguments.port, arguments.clients, arguments.seed))))
+
+
+def in_process(port: int, *options: str) -> Any:
+    """Run `client` in a process."""
+    command = [sys.executable, "-m", "benchmarks.serving", "--port", str(port), *options]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def overhead(model: InferenceModel, path: Path, folder: Path, n_clients: int, repeats: int) -> str:
+    """A table of the engine alone and through HTTP, in turns."""
+    alone, served = [], []
+    with server(path, folder / "sessions") as port:
+        for seed in range(0, 1000 * repeats, 1000):
+            alone.append(engine_seconds(model, n_clients, seed))
+            served.append(in_process(port, "--clients", str(n_clients), "--seed", str(seed)))
+    rates = [n_clients * ANSWER / statistics.median(seconds) for seconds in (alone, served)]
+    share = rates[0] / rates[1] - 1
+    row = [str(n_clients), *(f"{rate:,.0f}" for rate in rates), f"{share:.1%} ({WANTED_OVERHEAD:.0%})"]
+    return table(["clients", "tokens/s, engine", "through HTTP", "overhead (wanted)"], [row])
+
+
+def restart(path: Path, folder: Path) -> str:
+    """The first token of a long session, and of its next turn by another server."""
+    prompt = prompt_of(TURN, 5)
+    with server(path, folder / "turns") as port:
+        _, cold, _ = in_process(port, "--session", json.dumps(prompt))
+    with server(path, folder / "turns") as port:
+        _, warm, _ = in_process(port, "--session", json.dumps([*prompt, *prompt_of(20, 6)]))
+    row = [f"{cold:.2f} s", f"{warm * 1e3:.0f} ms", f"{warm / cold:.2%}"]
+    return table([f"first token after {TURN:,} tokens", "20 more tokens, after a restart", "share"], [row])
+
+
+def run(n_clients: int, repeats: int) -> str:
+    """Measure and return the Markdown of the results."""
+    torch.manual_seed(0)
+    model = InferenceModel.random(preset("mamba-130m"), "int8")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder / "model", ByteTokenizer(), format="anymamba")
+        parts = [overhead(model, folder / "model", folder, n_clients, repeats), restart(folder / "model", folder)]
+    return "\n\n".join(["## The server, 130m int8", machine(), *parts])
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--session", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.port is not None:
+        client(arguments)
+    else:
+        print(run(arguments.clients, arguments.repeats))
+
+
+if __name__ == "__main__":
+    main()
