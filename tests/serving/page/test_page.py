@@ -139,6 +139,7 @@ def test_an_earlier_message_is_edited_and_the_answer_goes_on_from_there(chat):
     expect(chat.locator(".message")).to_have_count(2)
     expect(chat.locator(".user .version")).to_have_text("2/2")
     chat.locator(".user").get_by_title("Earlier version").click()
+    assert chat.evaluate("document.querySelector('#view').scrollTop") == 0, "the view stays at the message"
     expect(chat.locator(".message")).to_have_count(4), "the first version still has all that came after it"
     expect(chat.locator(".user .text").first).to_have_text("One")
 

@@ -53,7 +53,7 @@ export function open(conversation, view, composer, app) {
     const body = { ...rest, ...app.requestFields(conversation), messages, max_completion_tokens: max_tokens, logprobs: true, top_logprobs: 5 };
     if (nodes.length > 1) comparing = question;
     chat.leaf = nodes[0].id;
-    draw();
+    draw(true);
     const tasks = nodes.map((node, i) => ({
       path: "chat/completions",
       body: seed == null ? body : { ...body, seed: first + i },
@@ -64,21 +64,25 @@ export function open(conversation, view, composer, app) {
     const failure = await runs.write(tasks, drawButton);
     for (const node of nodes) if (node.reason === "error" && !node.pieces.length) tree.drop(chat, node);
     if (failure && !closed) app.fail(failure);
-    draw();
+    draw(isAtEnd());
     app.save();
     app.refresh();
   }
 
-  function draw() {
+  /** Draw all messages; the view stays where it is, or goes to the end. */
+  function draw(toEnd = false) {
     if (closed) return;
+    const place = view.scrollTop;
     const messages = tree.path(chat);
     const at = comparing == null ? -1 : messages.findIndex((node) => node.parent === comparing);
     const shown = at < 0 ? messages.map(message) : [...messages.slice(0, at).map(message), columns(tree.siblings(chat, messages[at]))];
     list.replaceChildren(...shown);
     if (!messages.length) list.append(h("p", { class: "empty" }, "Ask something. Every message can be edited later, and the answer goes on from there at once."));
     drawButton();
-    view.scrollTop = view.scrollHeight;
+    view.scrollTop = toEnd ? view.scrollHeight : place;
   }
+
+  const isAtEnd = () => view.scrollHeight - view.scrollTop - view.clientHeight < 80;
 
   function columns(nodes) {
     const each = (node) => h("div", { class: "column" }, message(node), h("button", { type: "button", onclick: () => { comparing = null; tree.select(chat, node.id); draw(); app.save(); } }, "Go on with this one"));
@@ -143,7 +147,7 @@ export function open(conversation, view, composer, app) {
       if (event.key === "Escape") { event.stopPropagation(); draw(); }
     });
     const main = h("button", { type: "button", class: "main", onclick: done }, node.role === "user" ? "Send" : "Keep");
-    const row = h("div", { class: "row" }, main, h("button", { type: "button", onclick: draw }, "Cancel"));
+    const row = h("div", { class: "row" }, main, h("button", { type: "button", onclick: () => draw() }, "Cancel"));
     list.querySelector(`[data-id="${node.id}"]`)?.replaceChildren(area, row);
     grown(area);
     area.focus();
@@ -154,7 +158,7 @@ export function open(conversation, view, composer, app) {
     const article = list.querySelector(`[data-id="${node.id}"]`);
     if (!article || !runs.isRunning()) return; // after the end all is drawn anew
     const text = article.querySelector(".text");
-    const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 80;
+    const atEnd = isAtEnd();
     while (text.childNodes.length > Math.max(0, node.pieces.length - 2)) text.lastChild.remove();
     text.append(...node.pieces.slice(text.childNodes.length).map(tokens.span));
     article.querySelector(".cost").textContent = told(node);
@@ -169,7 +173,7 @@ export function open(conversation, view, composer, app) {
   }
 
   const last = () => tree.path(chat).findLast((node) => node.role === "assistant");
-  draw();
+  draw(true);
   return {
     go: () => form.requestSubmit(),
     turn: (by) => last() && turn(last(), by),
