@@ -129,10 +129,14 @@ def original_passes(module: Any, a: ScanArguments) -> tuple[Callable[[], object]
 
 
 def limits() -> tuple[float, float]:
-    """Bytes that a copy moves per millisecond, and exponentials that the GPU computes per millisecond."""
+    """Bytes that a copy moves per millisecond, and exponentials that the GPU computes per millisecond.
+
+    The copy is the faster of torch's copy, which a graph may give to a copy engine, and a kernel that reads and writes.
+    """
     source = torch.zeros(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / time_of(lambda: target.copy_(source))
+    ways = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    copied = 2 * source.nbytes / min(time_of(way) for way in ways)
     properties = torch.cuda.get_device_properties(0)
     clock = int(_smi("clocks.max.sm")) * 1e3  # cycles per millisecond
     return copied, properties.multi_processor_count * 16 * clock
