@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ from anymamba.lab.language import optimization
 from anymamba.lab.learning import batch_generator, build_model, learn
 from anymamba.lab.optimization import TrainingStep
 from anymamba.lab.saving import OutOfTime, Saving
+from anymamba.layers.h3 import H3
+from anymamba.layers.s4d import S4D
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts import toeplitz
 from anymamba.parts.fft_conv import fft_conv
@@ -100,3 +103,18 @@ def test_products_of_many_rows_are_the_convolution(rows, length, width):
     y = fft_conv(u, kernel)
     for got, want in zip((y, *torch.autograd.grad(y, (u, kernel), dy.bfloat16())), wanted, strict=True):
         assert (got.double() - want.double()).norm() <= 2**-6 * want.double().norm()
+
+
+def test_h3_by_products_is_h3():
+    """In bfloat16 heads and shift are products; in float64 they are transforms and one product for each tap."""
+    torch.manual_seed(0)
+    layer = H3(64, S4D(8, 16), d_head=8, d_shift=64).cuda()
+    x, dy = torch.randn(2, 4, 300, 64, device="cuda")
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        own = copy.deepcopy(layer).to(dtype)
+        u = x.to(dtype).requires_grad_()
+        y, _ = own(u)
+        found.append((y, *torch.autograd.grad(y, (u, own.shift.C, own.inner.kernel.C), dy.to(dtype))))
+    for got, want in zip(*found, strict=True):
+        assert (got.double() - want).norm() <= 2**-5 * want.norm()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from contract import close
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from anymamba.parts import fft_conv as module
 from anymamba.parts import toeplitz
-from anymamba.parts.fft_conv import fast_fft_size, fft_conv
+from anymamba.parts.fft_conv import fast_fft_size, fft_conv, gradients_in_operations
 
 SHAPES = [(2, 1, 3, 1), (2, 2, 3, 2), (1, 7, 1, 3), (3, 33, 2, 33), (2, 8, 3, 20), (1, 101, 2, 64)]
 
@@ -132,13 +134,13 @@ def test_products_with_toeplitz_matrices_are_the_convolution(monkeypatch, rows, 
     kernel = torch.randn(width, kernel_length, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(rows, length, width, dtype=torch.float64)
     found = []
-    for convolve in (fft_conv, toeplitz.convolve):
+    for convolve in (fft_conv, partial(toeplitz.convolve, again=gradients_in_operations)):
         y = convolve(u, kernel)
         found.append((y, *torch.autograd.grad(y, (u, kernel), dy)))
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
     ordered = u.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    assert toeplitz.convolve(ordered, kernel).permute(2, 1, 0).is_contiguous()
-    assert torch.equal(toeplitz.convolve(ordered, kernel), found[1][0])
+    same = toeplitz.convolve(ordered, kernel, gradients_in_operations)
+    assert same.permute(2, 1, 0).is_contiguous() and torch.equal(same, found[1][0])
 
 
 def test_products_of_short_numbers_are_as_exact_as_their_rounding(monkeypatch):
@@ -146,7 +148,7 @@ def test_products_of_short_numbers_are_as_exact_as_their_rounding(monkeypatch):
     torch.manual_seed(0)
     u, kernel = torch.randn(8, 100, 3), torch.randn(3, 100) * 0.9 ** torch.arange(100)
     exact = fft_conv(u.double(), kernel.double())
-    error = toeplitz.convolve(u.bfloat16(), kernel).double() - exact
+    error = toeplitz.convolve(u.bfloat16(), kernel, gradients_in_operations).double() - exact
     assert error.norm() <= 2**-7 * exact.norm()
 
 
@@ -156,3 +158,32 @@ def test_products_serve_many_short_rows_on_a_gpu_only():
     assert not toeplitz.is_faster("cuda", torch.float32, 128, 2048)
     assert not toeplitz.is_faster("cpu", torch.bfloat16, 128, 2048)
     assert not toeplitz.is_faster("cuda", torch.float16, 4096, 16384)
+
+
+@pytest.mark.parametrize("taps", [1, 3, 4, 7, 16])
+@pytest.mark.parametrize("length", [1, 2, 8, 13, 32])
+def test_products_of_two_blocks_are_the_convolution(length, taps):
+    torch.manual_seed(0)
+    u = torch.randn(3, length, 2, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(2, taps, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(3, length, 2, dtype=torch.float64)
+    found = []
+    for convolve in (fft_conv, partial(toeplitz.convolve_taps, again=gradients_in_operations)):
+        y = convolve(u, kernel)
+        found.append((y, *torch.autograd.grad(y, (u, kernel), dy)))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("convolve", [toeplitz.convolve, toeplitz.convolve_taps])
+def test_products_have_second_derivatives(convolve):
+    torch.manual_seed(0)
+    u = torch.randn(2, 9, 2, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(partial(convolve, again=gradients_in_operations), (u, kernel))
+
+
+def test_taps_are_products_on_a_gpu_in_short_numbers_only():
+    assert toeplitz.serves_taps("cuda", torch.bfloat16, 64)
+    assert not toeplitz.serves_taps("cuda", torch.float32, 64)
+    assert not toeplitz.serves_taps("cpu", torch.bfloat16, 64)
+    assert not toeplitz.serves_taps("cuda", torch.bfloat16, 4)

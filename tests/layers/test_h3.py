@@ -228,3 +228,18 @@ def test_the_order_of_memory_on_a_gpu_changes_no_number(monkeypatch, d_head):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-12, atol=1e-12)
     if d_head > 1:
         assert seen[-1].permute(2, 1, 0).is_contiguous()  # what `toeplitz.convolve` takes without a copy
+
+
+@pytest.mark.parametrize("d_shift", [2, 5, 16])
+def test_a_shift_by_products_is_the_shift(monkeypatch, d_shift):
+    torch.manual_seed(0)
+    shift = h3.ShiftSSM(3, d_shift).double()
+    for length in (1, 4, 17):
+        u = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
+        found = []
+        for served in (False, True):
+            monkeypatch.setattr(h3.toeplitz, "serves_taps", lambda *given, served=served: served)
+            y, last = shift(u, None)
+            found.append((y, last, *torch.autograd.grad(y.square().sum(), (u, *shift.parameters()))))
+        for a, b in zip(*found, strict=True):
+            close(b, a, f"length {length}")

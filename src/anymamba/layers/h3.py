@@ -14,11 +14,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
 from anymamba.ops.causal_conv1d import causal_conv1d
+from anymamba.parts import toeplitz
+from anymamba.parts.derivatives import as_operations
+from anymamba.parts.fft_conv import gradients_in_operations
 from anymamba.parts.options import H3Options
 from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import KernelParameters, activations_of
@@ -53,6 +57,11 @@ class ShiftSSM(KernelParameters):
         self, u: Float[Tensor, "batch length d_model"], state: Float[Tensor, "batch d_shift_minus_1 d_model"] | None
     ) -> tuple[Tensor, Tensor]:
         """y in the dtype of u, and the last d_shift - 1 inputs."""
+        d_shift, served = self.C.shape[1], not as_operations(u) and state is None and bool(u.numel())
+        if served and toeplitz.serves_taps(u.device.type, u.dtype, d_shift):
+            kernel = torch.cat([self.C[:, -1:] + self.D[:, None], self.C[:, :-1].flip(1)], 1)
+            last = F.pad(u, (0, 0, max(0, d_shift - 1 - u.shape[1]), 0))[:, -(d_shift - 1) :]
+            return toeplitz.convolve_taps(u, kernel, gradients_in_operations), last
         y, state = causal_conv1d(u, self.C, initial_state=state)
         return (y + self.D * u).to(u.dtype), state
 

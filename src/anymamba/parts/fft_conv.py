@@ -47,7 +47,7 @@ def fft_conv(
     if as_operations(u, kernel):
         return _operations(u, kernel)
     if toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1])):
-        return toeplitz.convolve(u, kernel)
+        return toeplitz.convolve(u, kernel, gradients_in_operations)
     return _FFTConv.apply(u, kernel)
 
 
@@ -93,7 +93,7 @@ class _FFTConv(torch.autograd.Function):
         """Both gradients are correlations: products with a conjugate spectrum."""
         u, kernel = ctx.saved_tensors
         if in_operations(dy, u, kernel):
-            return _gradients(dy, u, kernel)
+            return gradients_in_operations(dy, u, kernel)
         length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
         kernel_spectrum = torch.fft.rfft(kernel.to(wide), size, norm="forward").conj_physical()
         du = torch.empty_like(u, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
@@ -111,7 +111,7 @@ class _FFTConv(torch.autograd.Function):
         return du, torch.fft.irfft(correlation, size)[:, : kernel.shape[1]].to(kernel.dtype)
 
 
-def _gradients(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+def gradients_in_operations(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     """Both gradients as convolutions, which can be differentiated again: a correlation is one with time reversed."""
     wide = _wide(u, kernel)
     reversed_dy = dy.to(wide).flip(1)

@@ -10,13 +10,17 @@ BLOCK outputs at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from anymamba.parts.derivatives import in_operations
+
+Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Computes the gradients of u and the kernel from those of y, u and the kernel, in operations that have derivatives."""
 BLOCK = 512
 """Outputs in a strip of the matrix: shorter strips skip more zeros, longer ones make larger products."""
 ROWS_PER_LENGTH = 16
@@ -33,20 +37,21 @@ def is_faster(device_type: str, dtype: torch.dtype, rows: int, length: int) -> b
 
 
 def convolve(
-    u: Float[Tensor, "rows length width"], kernel: Float[Tensor, "width kernel_length"]
+    u: Float[Tensor, "rows length width"], kernel: Float[Tensor, "width kernel_length"], again: Gradients
 ) -> Float[Tensor, "rows length width"]:
     """The causal convolution of each channel with its own kernel, whose terms are rounded to u's dtype.
 
     The kernel has at most `length` terms. Inputs whose memory is ordered as (width, length, rows) are not copied, and
-    outputs have that order.
+    outputs have that order. `again` computes the gradients where they are differentiated themselves.
     """
-    return _Convolution.apply(u, kernel)
+    return _Convolution.apply(u, kernel, again)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u: Tensor, kernel: Tensor) -> Tensor:
+    def forward(ctx, u: Tensor, kernel: Tensor, again: Gradients) -> Tensor:
         ctx.save_for_backward(u, kernel)
+        ctx.again = again
         x, whole = _columns(u), _extended(kernel, u)
         y = torch.empty_like(x)
         for start, stop in _strips(x.shape[1]):
@@ -55,13 +60,15 @@ class _Convolution(torch.autograd.Function):
         return y.permute(2, 1, 0)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         u, kernel = ctx.saved_tensors
+        if in_operations(dy, u, kernel):
+            return *ctx.again(dy, u, kernel), None
         g = _columns(dy)
         du = _of_inputs(g, _extended(kernel, u)).permute(2, 1, 0) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return du, None
-        return du, _of_kernel(g, _columns(u))[:, : kernel.shape[1]].to(kernel.dtype)
+            return du, None, None
+        return du, _of_kernel(g, _columns(u))[:, : kernel.shape[1]].to(kernel.dtype), None
 
 
 def _of_inputs(g: Float[Tensor, "width length rows"], whole: Float[Tensor, "width length"]) -> Tensor:
@@ -79,13 +86,22 @@ def _of_kernel(g: Float[Tensor, "width length rows"], x: Float[Tensor, "width le
     found = x.new_zeros(width, length, dtype=torch.promote_types(x.dtype, torch.float32))
     for start, stop in _strips(length):
         n = stop - start
-        # row i of the product, bottom up, belongs i places further to the right; rows that are one number longer than
-        # the sums have that shift when they are read as rows of the sums' length
         skewed = x.new_zeros(width, n, n + stop)
         torch.bmm(g[:, start:stop].flip(1), x[:, :stop].transpose(1, 2), out=skewed[:, :, :stop])
-        sums = skewed.flatten(1)[:, : n * (n + stop - 1)].view(width, n, n + stop - 1)
-        found[:, :stop] += sums.sum(1, dtype=found.dtype)[:, :stop].flip(1)
+        found[:, :stop] += _sums_of_skewed(skewed, found.dtype)[:, :stop].flip(1)
     return found
+
+
+def _sums_of_skewed(
+    skewed: Float[Tensor, "width rows rows_plus_columns"], dtype: torch.dtype
+) -> Float[Tensor, "width rows_plus_columns_minus_1"]:
+    """The sums along the diagonals of a matrix whose rows are bottom up and are followed by zeros.
+
+    Row i, counted from below, belongs i places further to the right. Rows that are one number longer than the sums have
+    that shift when they are read as rows of the sums' length.
+    """
+    width, rows, length = skewed.shape
+    return skewed.flatten(1)[:, : rows * (length - 1)].view(width, rows, length - 1).sum(1, dtype=dtype)
 
 
 def _matrix(line: Float[Tensor, "width rows_plus_columns_minus_1"], rows: int) -> Float[Tensor, "width rows columns"]:
@@ -105,3 +121,76 @@ def _columns(u: Float[Tensor, "rows length width"]) -> Float[Tensor, "width leng
 def _strips(length: int) -> Iterator[tuple[int, int]]:
     for start in range(0, length, BLOCK):
         yield start, min(start + BLOCK, length)
+
+
+# ----------------------------------------------------------------------------------------------- filters of many taps
+
+LEAST_TAPS = 16
+"""With fewer taps the short convolution's own kernels are faster."""
+
+
+def serves_taps(device_type: str, dtype: torch.dtype, taps: int) -> bool:
+    """Whether `convolve_taps` is faster than one multiplication for each tap, and as exact as other products."""
+    return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and taps >= LEAST_TAPS
+
+
+def convolve_taps(
+    u: Float[Tensor, "rows length width"], kernel: Float[Tensor, "width taps"], again: Gradients
+) -> Float[Tensor, "rows length width"]:
+    """The causal convolution with a kernel of some dozens of terms, which are rounded to u's dtype.
+
+    Time is cut into blocks as long as the kernel. A block of outputs is the product of a matrix of two blocks, the same
+    for all, with this block of inputs and the one before. `again` is as in `convolve`.
+    """
+    return _Taps.apply(u, kernel, again)
+
+
+class _Taps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u: Tensor, kernel: Tensor, again: Gradients) -> Tensor:
+        ctx.save_for_backward(u, kernel)
+        ctx.again = again
+        size = _power_of_two(kernel.shape[1])
+        y = torch.bmm(_windows(u, size), _two_blocks(kernel.to(u.dtype), size).transpose(1, 2))
+        return _in_rows(y, u)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        u, kernel = ctx.saved_tensors
+        if in_operations(dy, u, kernel):
+            return *ctx.again(dy, u, kernel), None
+        size, taps = _power_of_two(kernel.shape[1]), kernel.shape[1]
+        g = _windows(dy.to(u.dtype), size)[..., size:]  # (width, rows blocks, size)
+        du = _in_rows(_added(torch.bmm(g, _two_blocks(kernel.to(u.dtype), size)), u), u)
+        skewed = u.new_zeros(u.shape[2], size, 3 * size)
+        torch.bmm(g.flip(2).transpose(1, 2), _windows(u, size), out=skewed[:, :, : 2 * size])
+        wide = torch.promote_types(u.dtype, torch.float32)
+        dkernel = _sums_of_skewed(skewed, wide)[:, : 2 * size].flip(1)[:, :taps]
+        return du, dkernel.to(kernel.dtype), None
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
+def _windows(u: Float[Tensor, "rows length width"], size: int) -> Float[Tensor, "width rows_blocks two_sizes"]:
+    """Each block of time with the one before it, channel by channel; zeros before the first and after the last."""
+    blocks = -(-u.shape[1] // size)
+    padded = F.pad(u, (0, 0, size, blocks * size - u.shape[1]))
+    return padded.unfold(1, 2 * size, size).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _two_blocks(kernel: Float[Tensor, "width taps"], size: int) -> Float[Tensor, "width size two_sizes"]:
+    """The matrix [i, j] = kernel[size + i - j]."""
+    return _matrix(F.pad(F.pad(kernel, (0, 2 * size - kernel.shape[1])).flip(1), (0, size - 1)), size)
+
+
+def _added(d: Float[Tensor, "width rows_blocks two_sizes"], u: Tensor) -> Float[Tensor, "width rows_blocks size"]:
+    """The gradient of each block: from its own window and from the next one, in which it comes first."""
+    first, second = d.unflatten(1, (u.shape[0], -1)).chunk(2, dim=3)
+    return (second + F.pad(first[:, :, 1:], (0, 0, 0, 1))).flatten(1, 2)
+
+
+def _in_rows(y: Float[Tensor, "width rows_blocks size"], u: Tensor) -> Float[Tensor, "rows length width"]:
+    """The blocks one after the other, without what is after the last token, in u's order of dimensions."""
+    return y.reshape(u.shape[2], u.shape[0], -1)[:, :, : u.shape[1]].permute(1, 2, 0).contiguous()
