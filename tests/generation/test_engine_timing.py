@@ -77,6 +77,19 @@ def test_no_running_row_waits_longer_than_stated(model, longest_wait, wanted):
     )  # the time is used for reading
 
 
+def test_a_burst_of_prompts_is_read_quickly(model):
+    engine = Engine(model, longest_wait=0.1)
+    row = TimedClient(engine, model, prompt=[1], max_new_tokens=100)
+    for _ in range(50):
+        engine.step()
+    begun = model.now
+    burst = [TimedClient(engine, model, prompt=p, max_new_tokens=1) for p in prompts_of((100,) * 8, 13)]
+    while not all(client.ends for client in burst):
+        engine.step()
+    assert max(row.gaps) <= 0.1 + 1e-9
+    assert model.now - begun < 1.6 * 800 * TOKEN
+
+
 def test_owners_get_equal_shares_of_reading(model):
     engine = Engine(model)
     greedy = [TimedClient(engine, model, prompt=p, owner="a", max_new_tokens=1) for p in prompts_of((3000,) * 5, 13)]

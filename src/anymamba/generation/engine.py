@@ -78,8 +78,8 @@ class Engine:
         max_rows: answers that are generated at once; more wait. Defaults to what fits into `memory`, else to 64.
         memory: bytes for the states of running rows.
         longest_wait: seconds that a running row may wait for its next token while prompts are read.
-        slowdown: how many times as long as without prompts it may wait at most, if that is shorter. It always may wait
-            1.5 times as long.
+        slowdown: how many times as long as without prompts it may wait at most, if that is shorter; with more prompts
+            than running rows, as many times that. It always may wait 1.5 times as long.
         prefix_tree: keeps states after the beginnings of prompts; None: every prompt is read.
     """
 
@@ -207,10 +207,12 @@ class Engine:
             self._take_piece(job, piece, result)
 
     def _pass_seconds(self) -> float:
-        """How long reading may take before the next tokens of the running rows."""
-        if not self._running.rows:
+        """How long reading may take before the next tokens of the running rows: the longer, the more prompts wait."""
+        n_rows, step = self._n_rows, self._seconds
+        if not n_rows:
             return ALONE
-        return max(1.5 * self._seconds, min(self.longest_wait, self.slowdown * self._seconds)) - self._seconds
+        slowdown = self.slowdown * max(1, len(self._prompts.active) / n_rows)
+        return max(1.5 * step, min(self.longest_wait, slowdown * step)) - step
 
     def _take_piece(self, job: Job, piece: Piece, read: PieceRead) -> None:
         job.n_read += len(piece.ids)
