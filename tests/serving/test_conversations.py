@@ -9,6 +9,7 @@ import pytest
 import torch
 from live_server import live
 
+from anymamba.generation.scheduling.reading import PieceReader
 from anymamba.models.checkpoints import open_checkpoint
 from anymamba.serving.protocol.errors import ApiError
 from anymamba.serving.security import Guard
@@ -113,16 +114,16 @@ def test_logits_that_are_not_numbers_end_one_request(server, monkeypatch):
     """A poisoned token makes NaN; its request fails, and one beside it has the text that it has alone."""
     body = {"prompt": "good", "max_tokens": 30, "seed": 4}
     alone = server.good(COMPLETE, body)["choices"][0]["text"]
-    real = server.served.worker.engine._reader.read
+    real = PieceReader.read
 
-    def poisoned(pieces):
-        found = real(pieces)
+    def poisoned(self, pieces):
+        found = real(self, pieces)
         return [
             read._replace(logits=torch.full_like(read.logits, math.nan)) if 1 in piece.ids else read
             for piece, read in zip(pieces, found, strict=True)
         ]
 
-    monkeypatch.setattr(server.served.worker.engine._reader, "read", poisoned)
+    monkeypatch.setattr(PieceReader, "read", poisoned)
     error = server.refused(500, COMPLETE, {"prompt": ["good", "bad\1"], "max_tokens": 30, "seed": 4})
     assert error["code"] == "generation_failed" and error["type"] == "server_error"
     assert server.good(COMPLETE, body)["choices"][0]["text"] == alone

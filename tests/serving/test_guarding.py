@@ -260,9 +260,11 @@ def test_too_many_requests_wait_or_are_told_to_and_those_that_leave_free_their_s
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert strict.client.get("/health").status_code == 200
+    before = worker.engine.statistics.new_tokens
     for connection in connections:
         connection.close()
     wait_for(lambda: worker.n_rows == 0 and worker.engine.statistics.n_rows == 0)
+    assert worker.engine.statistics.new_tokens < before + 15_000, "answers were generated to their ends"
     assert strict.good(PATH, BODY)
 
 
@@ -270,8 +272,10 @@ def test_a_client_that_leaves_without_streaming_frees_its_slot(strict):
     worker = strict.served.worker
     connection = ask_and_hold(strict, {"prompt": "x", "max_tokens": 5000, "ignore_eos": True})
     wait_for(lambda: worker.engine.statistics.n_rows == 1)
+    before = worker.engine.statistics.new_tokens
     connection.close()
-    wait_for(lambda: worker.engine.statistics.n_rows == 0, 2.0)
+    wait_for(lambda: worker.engine.statistics.n_rows == 0)
+    assert worker.engine.statistics.new_tokens < before + 4000, "the answer was generated to its end"
 
 
 def test_a_port_in_use_is_told(server):

@@ -69,9 +69,10 @@ class EventStream:
         self._arrived.set()
 
     def fail(self, error: Exception) -> None:
-        """Add an error, after which the call ends."""
-        if self._left:
-            self.put((0, Failed(0, error)))
+        """Add an error that is not the engine's: the call ends, and its rows are cancelled."""
+        if self._left and not self._is_closed:
+            self._events.append((0, Failed(0, error)))
+            self._arrived.set()
 
     def forget(self) -> None:
         """There is nothing to cancel: the engine is gone."""
