@@ -109,6 +109,7 @@ def test_flags_that_cannot_be_served_are_refused(refused, model_folder, tmp_path
         (["--session-days", "nan"], "--session-days"),
         (["--api-key-file", empty], "no API key"),
         (["--chat-template", "nothing"], "plain or chatml"),
+        (["--cache-folder", tmp_path, "--cache-memory", "0"], "--cache-memory"),
     ):
         assert told in refused(2, "serve", "--model", model_folder, *flags)
 

@@ -11,6 +11,7 @@ from live_server import live
 
 from anymamba.generation.scheduling.reading import PieceReader
 from anymamba.models.checkpoints import open_checkpoint
+from anymamba.serving.loading import EngineOptions
 from anymamba.serving.protocol.errors import ApiError
 from anymamba.serving.security import Guard
 from anymamba.serving.templates import ChatTemplate, load_template
@@ -59,6 +60,17 @@ def test_an_edit_in_the_middle_goes_on_from_the_longest_match(server):
     server.good(COMPLETE, {"prompt": "a" * 700, **options})
     edited = server.good(COMPLETE, {"prompt": "a" * 650 + "b" * 50, **options})
     assert 0 < 650 - cached(edited) < 512
+
+
+def test_states_go_to_a_folder_when_memory_is_full(nano, tmp_path):
+    options = EngineOptions(cache_memory=60_000, cache_folder=tmp_path / "states")
+    with live(nano, engine=options) as server:
+        prompts = [f"{number} prompt" for number in range(40)]
+        for prompt in prompts:
+            server.good(COMPLETE, {"prompt": prompt, "max_tokens": 1})
+        assert list((tmp_path / "states").iterdir())
+        answers = [server.good(COMPLETE, {"prompt": prompt, "max_tokens": 1}) for prompt in prompts]
+        assert all(cached(answer) == answer["usage"]["prompt_tokens"] for answer in answers)
 
 
 def test_keys_have_sessions_and_cached_states_of_their_own(nano, tmp_path):

@@ -83,6 +83,10 @@ class ServeOptions:
     """Megabytes for the states of running answers."""
     cache_memory: int = 1000
     """Megabytes for states of earlier prompts and answers; 0 keeps none."""
+    cache_folder: Path | None = None
+    """A folder of its own for states that --cache-memory has no room for; defaults to dropping them."""
+    cache_disk: int = 10_000
+    """Megabytes for the states in --cache-folder."""
     share_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     """All keys use each other's cached states. Then the time of an answer tells what others have asked."""
     stop_seconds: float = 10.0
@@ -170,13 +174,15 @@ def checked_options(options: ServeOptions) -> tuple[Limits, EngineOptions, Sessi
     for name in ("max_rows", "max_prompt", "max_new_tokens", "max_body", "memory"):
         if getattr(options, name) is not None:
             require_at_least("--" + name.replace("_", "-"), getattr(options, name), 1)
-    for name in ("port", "max_queued", "cache_memory", "session_quota"):
+    for name in ("port", "max_queued", "cache_memory", "cache_disk", "session_quota"):
         require_at_least("--" + name.replace("_", "-"), getattr(options, name), 0)
     if options.port > 65535:
         raise ValueError(f"--port must be at most 65535, got {options.port}")
     for flag, value in (("--stop-seconds", options.stop_seconds), ("--session-days", options.session_days)):
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"{flag} must be a number of at least 0, got {value}")
+    if options.cache_folder is not None and not options.cache_memory:
+        raise ValueError("--cache-folder takes what --cache-memory has no room for, and that is 0; leave one out")
     limits = Limits(
         max_body=options.max_body << 20,
         max_prompt=options.max_prompt,
@@ -188,6 +194,8 @@ def checked_options(options: ServeOptions) -> tuple[Limits, EngineOptions, Sessi
         max_rows=options.max_rows,
         memory=options.memory * MEGABYTE,
         cache_memory=options.cache_memory * MEGABYTE,
+        cache_folder=options.cache_folder,
+        cache_disk=options.cache_disk * MEGABYTE,
         share_cache=options.share_cache,
     )
     if options.sessions == "off":

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.generation.engine import Engine, rows_within
 from anymamba.generation.prefix_tree import PrefixTree
 from anymamba.generation.requests import Event, Request
+from anymamba.generation.state_folder import StateFolder
 from anymamba.models.checkpoints import Checkpoint
 from anymamba.models.language_model import LanguageModel
 from anymamba.serving.limits import Limits
@@ -33,6 +35,10 @@ class EngineOptions:
     """Bytes for the states of running answers."""
     cache_memory: int = 1 << 30
     """Bytes for states of the prefix tree; 0: no tree."""
+    cache_folder: Path | None = None
+    """A folder of its own for states that the tree has no room for in memory; None drops them."""
+    cache_disk: int = 10 << 30
+    """Bytes for the states in that folder."""
     cache_every: int = 512
     """Tokens between two states of a long text."""
     share_cache: bool = False
@@ -54,8 +60,9 @@ class SessionOptions:
 
 
 def make_engine(model: LanguageModel, tokenizer: Tokenizer, options: EngineOptions) -> Engine:
-    """An engine, which has run one token so that the first request finds it warm."""
-    tree = PrefixTree(options.cache_memory, every=options.cache_every, shared=options.share_cache)
+    """An engine for a model."""
+    folder = None if options.cache_folder is None else StateFolder(options.cache_folder, model, options.cache_disk)
+    tree = PrefixTree(options.cache_memory, every=options.cache_every, shared=options.share_cache, folder=folder)
     engine = Engine(
         model,
         tokenizer,

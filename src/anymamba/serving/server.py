@@ -137,6 +137,7 @@ class Server:
             "timeout_graceful_shutdown": _LEAVING,
             "h11_max_incomplete_event_size": LARGEST_HEADERS,
         }
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a request that is not HTTP is no news
         self._config = uvicorn.Config(application, **config)
         self._uvicorn = _Uvicorn(self._config)
         self._stopped = asyncio.Event()

@@ -16,9 +16,9 @@ from anymamba.models.language_model import LanguageModel
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium."""
+    """Debian's Chromium, while a module runs: playwright's event loop would be in the way of other tests."""
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="needs the package playwright (pip install playwright)"
     )

@@ -79,7 +79,7 @@ COMPLETION = {
     "logprobs": Field(Integer(0, MOST_TOP), None, "Report log-probabilities, and so many of the likeliest tokens."),
     "echo": Field(Boolean(), False, "Repeat the prompt before the answer."),
     "best_of": Field(Integer(1, MOST_CHOICES), None, "Generate so many answers and return the n likeliest."),
-    "suffix": Field(Refused("the model reads from left to right and cannot fill in before a text")),
+    "suffix": Field(Refused("the model reads from left to right and cannot fill in before a text", ("",))),
 }
 
 CHAT = {
