@@ -95,6 +95,41 @@ def test_requests_that_come_at_any_time_give_what_each_gives_alone(request, name
         assert client.ends[0].usage.new_tokens == len(wanted)
 
 
+def test_a_crowd_that_comes_goes_and_fails_loses_no_row(hash_model):
+    """Requests at random moments, some cancelled, some with a sink or a mask that raises; the others are right."""
+    rng = np.random.default_rng(0)
+    tree = PrefixTree(1 << 14, every=8)
+    engine = Engine(hash_model, max_rows=7, prefix_tree=tree)
+    good, cancelled, kinds = [], [], rng.integers(0, 6, 80)
+    for i, kind in enumerate(kinds):
+        beginning = [int(rng.integers(0, 3))] * int(rng.integers(1, 30))  # many share one
+        request = {"prompt": [*beginning, *rng.integers(0, 13, rng.integers(0, 9)).tolist()], "owner": str(i % 3)}
+        request |= {"seed": i, "max_new_tokens": int(rng.integers(0, 12)), "n": int(rng.integers(1, 4))}
+        if kind == 0:
+            engine.submit(Request(**request), lambda event: 1 / 0)
+        elif kind == 1:
+            Client(engine, **request, mask=SimpleNamespace(fork=lambda: 1 / 0))
+        else:
+            (cancelled if kind == 2 else good).append((Client(engine, **request), request))
+        for _ in range(rng.integers(0, 4)):
+            engine.step()
+        if cancelled and rng.random() < 0.5:
+            engine.cancel(cancelled[-1][0].id)
+    for client, _ in cancelled:
+        engine.cancel(client.id)
+    finish(engine)
+    statistics = engine.statistics
+    assert (statistics.n_rows, statistics.n_reading, statistics.n_queued) == (0, 0, 0)
+    assert tree.nbytes <= 1 << 14
+    for client, _ in cancelled:
+        assert all(isinstance(end, Finished) for end in client.ends.values())
+    for client, request in good:
+        n, rest = request["n"], {k: request[k] for k in ("seed", "max_new_tokens")}
+        wanted = generate(hash_model, [request["prompt"]] * n, **rest).ids
+        assert [client.ids[index] for index in range(n)] == wanted
+        assert set(client.ends) == set(range(n))
+
+
 def test_states_that_grow(attention):
     engine = Engine(attention, prefix_tree=PrefixTree(1 << 22, every=8))
     prompts = [[1, 2, 3] * 3, [1, 2, 3] * 4, [5]]
