@@ -17,64 +17,19 @@
 #include "stack.h"
 
 #include <algorithm>
-#include <cmath>
+#include <utility>
 
 #include "kernels.h"
-#include "simd.h"
+#include "stack_chunks.h"
+#include "stack_recurrence.h"
+#include "stack_replay.h"
 #include "team.h"
 #include "threads.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-constexpr int W = LANES<float>;
-constexpr DType F32 = DType::float32;
 constexpr int64_t MOST_ROWS = 64;
-constexpr int64_t LARGEST_CHUNK = 1 << 15, SMALLEST_CHUNK = 1 << 13;  // in bytes of weights
-
-ANYMAMBA_INLINE vfloat read(const float* data, int64_t index, int count) {
-    return data ? read_floats(data, F32, index, count) : vfloat{};
-}
-ANYMAMBA_INLINE void write(float* data, int64_t index, int count, vfloat value) {
-    write_floats(data, F32, index, count, value);
-}
-
-// Calls f(index, count) for vectors that cover [begin, end).
-template <typename F>
-ANYMAMBA_INLINE void for_vectors(int64_t begin, int64_t end, const F& f) {
-    int64_t i = begin;
-    for (; i + W <= end; i += W) f(i, W);
-    if (i < end) f(i, int(end - i));
-}
-
-template <typename F>
-ANYMAMBA_INLINE float sum_over(int64_t size, const F& f) {
-    vfloat sum{};
-    for_vectors(0, size, [&](int64_t i, int count) { sum += f(i, count); });
-    float lanes[W];
-    store<float>(lanes, sum);
-    return sum_of_lanes<float, W>(lanes);
-}
-
-ANYMAMBA_ONE_COPY vfloat silu_of(vfloat x) { return silu(x); }
-
-// y = norm(x); y may be x.
-ANYMAMBA_ONE_COPY void normalize(const Norm& norm, const float* x, int64_t size, float* y) {
-    float mean = 0;
-    if (norm.subtract_mean)
-        mean = sum_over(size, [&](int64_t i, int count) { return read(x, i, count); }) / float(size);
-    const float squares = sum_over(size, [&](int64_t i, int count) {
-        vfloat v = read(x, i, count) - mean;
-        for (int lane = count; lane < W; lane++) v[lane] = 0;
-        return v * v;
-    });
-    const float scale = 1.0f / std::sqrt(squares / float(size) + norm.eps);
-    for_vectors(0, size, [&](int64_t i, int count) {
-        vfloat v = (read(x, i, count) - mean) * scale;
-        if (norm.weight) v *= read(norm.weight, i, count);
-        write(y, i, count, v + read(norm.bias, i, count));
-    });
-}
 
 bool is_present(const Packed& matrix) { return matrix.data != nullptr; }
 
@@ -88,83 +43,6 @@ void multiply(const Packed& matrix, const float* bias, const void* x, int64_t ro
             float* const out = y + r * matrix.n_out;
             write(out, o, count, read(out, o, count) + read(bias, o, count));
         });
-}
-
-// Bounds of chunks: small enough for threads to finish close together.
-std::vector<int64_t> cut(int64_t size, int64_t bytes_each, int64_t unit, int n_threads) {
-    bytes_each = std::max<int64_t>(1, bytes_each);
-    const int64_t bytes = std::clamp(size * bytes_each / (8 * n_threads), SMALLEST_CHUNK, LARGEST_CHUNK);
-    const int64_t step = std::max(unit, bytes / bytes_each / unit * unit);
-    std::vector<int64_t> bounds{0};
-    do bounds.push_back(std::min(size, bounds.back() + step));
-    while (bounds.back() < size);
-    return bounds;
-}
-std::vector<int64_t> cut(const Packed& matrix, int n_threads) {
-    return cut(matrix.n_out, matrix.row_bytes, matrix.n_out < 256 ? 8 : 32, n_threads);
-}
-
-// ---------------------------------------------------------------------------------------------- the recurrence
-
-// One channel's state: h = exp(delta A) h + drive B; returns C . h.
-template <bool ZOH, bool INSIDE>
-ANYMAMBA_INLINE float run_channel(int64_t d_state, float delta, float drive, const float* A, const float* B,
-                                  const float* C, const float* h, float* new_h, const Powers<float>& powers) {
-    return sum_over(d_state, [&](int64_t n, int count) {
-        const vfloat rate = read(A, n, count), high = rate * RATE_HIGH, x = broadcast(delta);
-        const vfloat low = multiply_subtract(rate, broadcast(RATE_HIGH), high) + rate * RATE_LOW;
-        const vfloat decay = INSIDE ? exp_product_inside(x, high, low, powers) : exp_product(x, high, low, powers);
-        vfloat input = drive * read(B, n, count);
-        if (ZOH) input *= expm1_ratio(x, high, low);
-        const vfloat after = decay * read(h, n, count) + input;
-        write(new_h, n, count, after);
-        return after * read(C, n, count);
-    });
-}
-
-template <bool ZOH, bool INSIDE>
-ANYMAMBA_ONE_COPY void run_channels(const Layer& layer, int64_t begin, int count, const float* delta,
-                                    const float* drive, const float* B, const float* C, const float* h, float* new_h,
-                                    float* y) {
-    const int64_t N = layer.d_state;
-    const Powers<float> powers;
-    for (int i = 0; i < count; i++) {
-        const int64_t at = (begin + i) * N;
-        y[i] = run_channel<ZOH, INSIDE>(N, delta[i], drive[i], layer.A + at, layer.B_rows ? B : layer.B + at,
-                                        layer.C_rows ? C : layer.C + at, h + at, new_h + at, powers);
-    }
-}
-
-// Channels [c, c + count) of one token: the new state, and y = C . h. B and C are those of the token, if selective.
-ANYMAMBA_ONE_COPY vfloat run_vector(const Layer& layer, int64_t c, int count, vfloat delta, vfloat u, const float* B,
-                                    const float* C, const float* h, float* new_h) {
-    float deltas[W], drives[W], sums[W] = {};
-    store<float>(deltas, delta);
-    store<float>(drives, delta * u);
-    bool inside = true;  // no exponent is large
-    for (int i = 0; i < count; i++) inside &= deltas[i] * layer.largest_A < 87.0f;
-    const auto run = layer.zoh ? (inside ? &run_channels<true, true> : &run_channels<true, false>)
-                               : (inside ? &run_channels<false, true> : &run_channels<false, false>);
-    run(layer, c, count, deltas, drives, B, C, h, new_h, sums);
-    return load<float>(sums);
-}
-
-// ---------------------------------------------------------------------------------------------- the step
-
-enum Phase { IN_PROJ, X_PROJ, CHANNELS, OUT_PROJ, PHASES };
-
-void cut_into_chunks(Stack& stack, int n_threads) {
-    auto& bounds = stack.chunks.bounds;
-    bounds.clear();
-    for (const Layer& layer : stack.layers) {
-        const int64_t per_channel = 2 * layer.dt_rows + 4 * int64_t(sizeof(float)) * layer.d_state;
-        bounds.push_back(cut(layer.in_proj, n_threads));
-        bounds.push_back(cut(layer.x_proj, n_threads));
-        bounds.push_back(cut(layer.d_inner, per_channel, CHANNEL_BLOCK, n_threads));
-        bounds.push_back(cut(layer.out_proj, n_threads));
-    }
-    bounds.push_back(cut(stack.head, n_threads));
-    stack.chunks.n_threads = n_threads;
 }
 
 class Step {
@@ -404,30 +282,6 @@ class Step {
             });
     }
 };
-
-// The state of channels [begin, end) of one sequence after its first `count` tokens.
-void replay_channels(const Layer& layer, const LayerState& state, int64_t first_row, int64_t count, int64_t sequence,
-                     int64_t begin, int64_t end) {
-    const int64_t D = layer.d_inner, N = layer.d_state, before = layer.d_conv - 1;
-    const int64_t place = sequence * D * N, size = end - begin;
-    for (int64_t i = 0; i < before; i++) {
-        const int64_t at = i + count;  // among the inputs in the old state and then those kept
-        const float* const from = at < before ? state.conv + (sequence * before + at) * D
-                                              : KeptInputs(layer, state.kept, first_row + at - before).x;
-        std::copy_n(from + begin, size, state.new_conv + (sequence * before + i) * D + begin);
-    }
-    if (count == 0 && state.ssm != state.new_ssm)
-        std::copy_n(state.ssm + place + begin * N, size * N, state.new_ssm + place + begin * N);
-    for (int64_t t = 0; t < count; t++) {
-        const KeptInputs kept(layer, state.kept, first_row + t);
-        const float* const h = (t == 0 ? state.ssm : state.new_ssm) + place;
-        const float* const C = layer.B_rows ? kept.B : layer.A;  // any numbers: the output is not used
-        for_vectors(begin, end, [&](int64_t c, int lanes) {
-            run_vector(layer, c, lanes, read(kept.delta, c, lanes), read(kept.u, c, lanes), kept.B, C, h,
-                       state.new_ssm + place);
-        });
-    }
-}
 
 }  // namespace
 
