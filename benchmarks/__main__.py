@@ -22,6 +22,7 @@ BENCHMARKS = {
     "packing": "1,000 packed documents against one sequence",
     "decode_context": "Time of a token against the context",
     "one_token": "A token against the memory",
+    "prompt": "A prompt against its products",
     "weight_formats": "What packed weights cost in quality",
     "startup": "Start-up",
     "first_token": "The first token",
