@@ -30,6 +30,18 @@ def test_two_requests_at_once_fork_and_the_last_one_is_kept(server):
     assert any(kept.startswith(prompt) for prompt in prompts), "one of them is kept whole"
 
 
+def test_two_servers_share_a_folder(nano, tmp_path):
+    text, before = "Once", 0
+    options = {"max_tokens": 8, "session": "shared", "temperature": 0, "ignore_eos": True}
+    with live(nano, sessions=tmp_path) as one, live(nano, sessions=tmp_path) as two:
+        for turn, server in enumerate((one, two, one, two, two, one)):
+            answer = server.good(COMPLETE, {**options, "prompt": text})
+            cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert cached >= before, "each goes on from what the other has saved last"
+            text += answer["choices"][0]["text"] + f" {turn}."
+            before = answer["usage"]["total_tokens"] - 1
+
+
 def test_a_full_quota_is_told_before_the_answer(server, monkeypatch):
     server.good(COMPLETE, {"prompt": "a", "max_tokens": 2, "session": "old"})
     monkeypatch.setattr(server.served.sessions, "_quota", 10)

@@ -57,6 +57,7 @@ export function open(element, branch, focus = false) {
   const score = element.scores.at(-1);
   const others = score.top.some(([token]) => token === score.token) ? score.top : [[score.token, score.p], ...score.top];
   card.replaceChildren(...element.scores.slice(0, -1).map((part) => line(part.token, part.p, true)), ...others.map(([token, p]) => line(token, p, token === score.token)));
+  card.append(h("small", {}, `Log-probability ${Math.log(score.p).toFixed(2)}`));
   if (branch && others.length > 1) card.append(h("small", {}, "Click another token to go on from it."));
   card.hidden = false;
   place(card, element.getClientRects()[0] ?? element.getBoundingClientRect());
