@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,7 @@ def test_damaged_files_are_refused_and_can_be_deleted(model, keep, tmp_path):
     assert store.delete("", "chat") and store.load("", "chat") is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the file of a descriptor in /proc")
 def test_a_session_is_flushed_before_save_returns(model, keep, tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr("os.fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
