@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -425,3 +426,26 @@ def test_a_seeded_answer_has_the_same_bits_alone_among_32_and_after_a_cache_hit(
     finish(crowded)
     assert edited.read.n_cached and again.read.n_cached == 53
     assert bits(among) == bits(first) and bits(again) == bits(first)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which is not here")
+@pytest.mark.parametrize("weights", [None, "bfloat16"])
+def test_requests_on_a_gpu(mamba, weights):
+    model = copy.deepcopy(mamba).cuda() if weights is None else mamba.for_inference(weights, device="cuda")
+    engine = Engine(model, max_rows=5, prefix_tree=PrefixTree(1 << 22, every=8))
+    prompts = prompts_of((3, 40, 1, 17, 8, 33, 40), 37)
+    prompts[-1] = [*prompts[1], 4]
+    clients = []
+    for i, prompt in enumerate(prompts):
+        clients.append(Client(engine, prompt=prompt, sampling=GREEDY, max_new_tokens=3 + i, n_top=1))
+        engine.step()
+    finish(engine)
+    again = Client(engine, prompt=prompts[1], sampling=SAMPLINGS[2], seed=1, logit_bias={3: 5.0}, keep_state=True)
+    finish(engine)
+    assert again.read.n_cached == 40 and again.ends[0].state.logits.is_cuda
+    for client, prompt in zip(clients, prompts, strict=True):
+        n = len(client.ids[0])
+        batch = torch.tensor([[*prompt, *client.ids[0][:-1]]], device="cuda")
+        logits = model(batch, num_last_logits=n).logits[0, :, :37].float()
+        chosen = logits.gather(1, torch.tensor(client.ids[0], device="cuda")[:, None])[:, 0]
+        assert (logits.amax(-1) - chosen).max() < 0.05 * logits.std()  # the likeliest, up to rounding
