@@ -47,7 +47,7 @@ def start(model_folder, tmp_path, monkeypatch):
 
 
 def test_it_serves_finishes_its_answers_and_keeps_sessions(start):
-    process, address, text = start("--stop-seconds", "1")
+    process, address, text = start("--stop-seconds", "2", "--max-new-tokens", "200000")
     assert re.search(r"nano: the page is http://127\.0\.0\.1:\d+, the API http://127\.0\.0\.1:\d+/v1\n", text)
     assert re.search(r"room: 64 answers at once; the states of [\d,]+ users, [\d.]+ MB each, fit into 1,000 MB\n", text)
     assert "API key: none" in text and "--chat-template" in text
@@ -79,10 +79,12 @@ def ask_and_stop(process: subprocess.Popen[str], address: str) -> dict[str, str]
         with httpx.stream("POST", address + "/v1/completions", json=body, timeout=30) as answer:
             ends[name] = [line for line in answer.iter_lines() if line][-1]
 
-    threads = [threading.Thread(target=read, args=arguments) for arguments in (("short", 1000), ("long", 16_384))]
+    threads = [threading.Thread(target=read, args=arguments) for arguments in (("short", 1500), ("long", 200_000))]
     for thread in threads:
         thread.start()
-    time.sleep(0.2)
+    end = time.monotonic() + 20
+    while "anymamba_rows 2.0" not in httpx.get(address + "/metrics").text:
+        assert time.monotonic() < end, "the answers did not begin"
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     assert httpx.get(address + "/health").status_code == 503

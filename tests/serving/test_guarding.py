@@ -233,6 +233,31 @@ def test_an_unknown_model_is_named(server):
         assert error["code"] == "model_not_found" and error["param"] == "model" and "gpt-5" in error["message"]
 
 
+# ------------------------------------------------------------------------------------ health
+
+
+def test_health_is_answered_while_the_event_loop_is_busy(server):
+    server.client.get("/health")
+    server.served.worker._loop.call_soon_threadsafe(time.sleep, 2)
+    start = time.monotonic()
+    assert all(httpx.get(server.url + "/health").json() == {"status": "ok"} for _ in range(3))
+    assert time.monotonic() - start < 1
+
+
+def test_odd_requests_for_health_go_the_usual_way(server):
+    def health(*lines: bytes) -> bytes:
+        return exchange(server, b"\r\n".join([b"GET /health HTTP/1.1", *lines, b"Connection: close", b"", b""]))
+
+    assert b" 200 " in health(b"Host: localhost") and b"ok" in health(b"Host: localhost")
+    assert b" 403 " in health(b"Host: evil.example")
+    assert b" 403 " in health(b"Host: localhost", b"Origin: https://evil.example")
+    assert b" 200 " in health(b"Host: localhost", b"X: " + b"x" * 20_000)
+    assert server.client.head("/health").status_code == 200
+    for _ in range(3):
+        assert server.client.get("/health").status_code == 200  # one connection, used again
+    assert server.good(PATH, BODY)  # and then for something else
+
+
 # ------------------------------------------------------------------------------------ too many, and leaving
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -189,6 +190,7 @@ def test_clients_that_come_go_and_misbehave(nano, tmp_path):
             asyncio.run(load())
             delays, sizes = json.loads(watch.communicate()[0])
             time.sleep(3)
+            sizes.append(psutil.Process(process.process.pid).memory_info().rss)
             figures = client.get("/metrics").text
             again = [client.post("/v1/completions", json=body_of(n)).json()["choices"][0]["text"] for n in (0, 7, 19)]
     finally:
@@ -197,7 +199,7 @@ def test_clients_that_come_go_and_misbehave(nano, tmp_path):
     ordered = sorted(delays)
     print([(number, round(delay, 3)) for number, delay in enumerate(delays) if delay > HEALTH])
     print(f"health: median {statistics.median(delays):.4f} s, 99 % {ordered[len(ordered) * 99 // 100]:.4f} s")
-    print(f"memory: {sizes[len(sizes) // 5] / 1e6:.0f} MB after a fifth, {sizes[-1] / 1e6:.0f} MB at the end")
+    print("memory in MB:", [round(size / 1e6) for size in sizes[:: max(1, len(sizes) // 20)]], round(sizes[-1] / 1e6))
     assert again == [expected[n] for n in (0, 7, 19)]
     for name in ("rows", "reading", "queued"):
         assert f"anymamba_{name} 0.0" in figures

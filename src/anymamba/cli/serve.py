@@ -151,14 +151,14 @@ async def run_until_signal(make_server: Callable[[], Server]) -> signal.Signals 
         say("stopping: running answers are finished first")
         server.stop()
 
-    before = {number: signal.getsignal(number) for number in EXIT_CODES}
-    for number in EXIT_CODES:
-        loop.add_signal_handler(number, receive, number)
+    before = {
+        number: signal.signal(number, lambda number, _: loop.call_soon_threadsafe(receive, signal.Signals(number)))
+        for number in EXIT_CODES
+    }
     try:
         await server.run()
     finally:
         for number, handler in before.items():
-            loop.remove_signal_handler(number)
             signal.signal(number, handler)
     return received[0] if received else None
 

@@ -28,8 +28,11 @@ except ImportError as error:
 
 KEEP_ALIVE = 30
 """Seconds that a connection may wait between two requests."""
-COLLECTIONS = (2000, 20, 1000)
-"""Thresholds of the garbage collector: full collections, which stop all threads, are left to idle moments."""
+COLLECTIONS = (10_000, 50, 1000)
+"""Thresholds of the garbage collector. What lives as long as a request is mostly collected before it counts as old, and
+collections of old objects, which stop all threads for long, are left to idle moments."""
+COLLECT_EVERY = 60
+"""Seconds between collections of old objects while there is no idle moment."""
 BACKLOG = 2048
 LARGEST_HEADERS = 64 << 10
 _LEAVING = 5
@@ -150,6 +153,7 @@ class Server:
 
     async def run(self) -> None:
         """Load the model and serve. Raises what loading raises."""
+        thresholds = gc.get_threshold()
         front = self._make_front(asyncio.get_running_loop())
         front.start()
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[]))
@@ -167,6 +171,9 @@ class Server:
                 served.sessions.close()
         loading.cancel()
         collecting.cancel()
+        self._application.served = None  # the model goes before the interpreter does
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
         if self._error is not None:
             raise self._error
 
@@ -206,15 +213,16 @@ class Server:
         self._on_ready(served)
 
     async def _collect_when_idle(self) -> None:
-        """Collect garbage once after each time of work."""
-        n_done = 0
+        """Collect garbage once after each time of work, and once a minute during work."""
+        n_done, waited = 0, 0
         while True:
             await asyncio.sleep(1)
-            served = self._application.served
-            if served is None or served.worker.open_streams or served.worker.n_streams == n_done:
+            served, waited = self._application.served, waited + 1
+            if served is None or served.worker.n_streams == n_done:
                 continue
-            n_done = served.worker.n_streams
-            gc.collect()
+            if not served.worker.open_streams or waited >= COLLECT_EVERY:
+                n_done, waited = served.worker.n_streams, 0
+                gc.collect()
 
     async def _finish_answers(self) -> None:
         """Let running answers end, those that take too long by an error."""
