@@ -41,10 +41,11 @@ def test_our_tasks_have_the_scores_of_lm_evals_own(tmp_path, shared_data, model)
     names = ("lambada", "hellaswag", "piqa", "arc_easy", "winogrande")
     write_tasks(tmp_path / "ours", read_documents(shared_data / "eval", names, 12))
     ours = evaluate(model, tmp_path / "ours", names, "cpu")
+    theirs_in = lm_eval_local.write_tasks(tmp_path / "theirs", shared_data / "eval", 12)
     theirs = lm_eval.simple_evaluate(
         model=AnymambaLM(str(model), device="cpu"),
         tasks=list(lm_eval_local.TASKS),
-        task_manager=TaskManager(include_path=str(lm_eval_local.write_tasks(tmp_path / "t", shared_data / "eval", 12))),
+        task_manager=TaskManager(include_path=str(theirs_in), include_defaults=False),
         bootstrap_iters=0,
         verbosity="ERROR",
     )["results"]

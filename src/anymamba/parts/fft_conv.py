@@ -70,7 +70,7 @@ def _operations(u: Tensor, kernel: Tensor) -> Tensor:
     if not u.numel():
         return u * kernel[:, 0].to(u.dtype)  # empty, but connected to both inputs
     length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
-    product = _spectrum(u, size, wide) * torch.fft.rfft(kernel.to(wide), size)
+    product = torch.fft.rfft(u.transpose(1, 2).to(wide), size) * torch.fft.rfft(kernel.to(wide), size)
     return torch.fft.irfft(product, size)[..., :length].transpose(1, 2).to(u.dtype)
 
 
@@ -126,8 +126,9 @@ def gradients_in_operations(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tens
 
 def _spectrum(x: Float[Tensor, "rows length width"], size: int, wide: torch.dtype) -> Tensor:
     """(rows, width, frequencies). One pass moves time to the last dimension, converts and pads."""
-    padded = x.new_zeros(x.shape[0], x.shape[2], size, dtype=wide)
+    padded = x.new_empty(x.shape[0], x.shape[2], size, dtype=wide)
     padded[..., : x.shape[1]] = x.transpose(1, 2)
+    padded[..., x.shape[1] :] = 0
     return torch.fft.rfft(padded)
 
 
