@@ -27,6 +27,8 @@ BENCHMARKS = {
     "startup": "Start-up",
     "first_token": "The first token",
     "speculation": "Speculation",
+    "serving_engine": "Many requests at once",
+    "serving": "The server",
     "busy": "Beside another busy process",
     "experiment_times": "How long the experiments take",
 }

@@ -142,7 +142,7 @@ def run(n_clients: int, repeats: int) -> str:
         folder = Path(name)
         model.save_pretrained(folder / "model", ByteTokenizer(), format="anymamba")
         parts = [overhead(model, folder / "model", folder, n_clients, repeats), restart(folder / "model", folder)]
-    return "\n\n".join(["## The server, 130m int8", machine(), *parts])
+    return "\n\n".join([machine(), "A model of 130m parameters in int8 with random weights.", *parts])
 
 
 def main() -> None:
