@@ -27,7 +27,7 @@ _HOMES = {
     "Checkpoint": "anymamba.models.checkpoints.reading",
     "CheckpointError": "anymamba.base.errors",
     "CheckpointWarning": "anymamba.base.errors",
-    "StoredTensor": "anymamba.models.checkpoints.formats.files",
+    "StoredTensor": "anymamba.models.checkpoints.formats.tensors",
     "convert": "anymamba.models.checkpoints.writing",
     "find_tokenizer": "anymamba.models.checkpoints.tokenizers",
     "load_pretrained": "anymamba.models.checkpoints.reading",
@@ -45,7 +45,7 @@ __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 if TYPE_CHECKING:
     from anymamba.base.errors import CheckpointError, CheckpointWarning
     from anymamba.models.checkpoints.adapters import weights_digest
-    from anymamba.models.checkpoints.formats.files import StoredTensor
+    from anymamba.models.checkpoints.formats.tensors import StoredTensor
     from anymamba.models.checkpoints.hub import local_path
     from anymamba.models.checkpoints.reading import Checkpoint, load_pretrained, open_checkpoint, stored_formats
     from anymamba.models.checkpoints.tokenizers import find_tokenizer, model_tokenizer

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anymamba.base.errors import CheckpointError
-from anymamba.models.checkpoints.formats.files import StoredTensor, read_json
+from anymamba.models.checkpoints.formats.files import read_json
+from anymamba.models.checkpoints.formats.tensors import StoredTensor
 from anymamba.models.checkpoints.hub import local_path
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -20,16 +20,9 @@ from anymamba.models.checkpoints import runs
 from anymamba.models.checkpoints.adapters import Adapter, fitted, read_adapter, weights_digest
 from anymamba.models.checkpoints.families import ANYMAMBA, Format, Spelling
 from anymamba.models.checkpoints.formats import folder as folders
-from anymamba.models.checkpoints.formats.files import (
-    CONFIG,
-    DTYPE_FORMATS,
-    TORCH,
-    StoredTensor,
-    TensorFile,
-    open_weights,
-    read_json,
-)
+from anymamba.models.checkpoints.formats.files import CONFIG, DTYPE_FORMATS, TORCH, open_weights, read_json
 from anymamba.models.checkpoints.formats.gguf import GGUFFile
+from anymamba.models.checkpoints.formats.tensors import StoredTensor, TensorFile
 from anymamba.models.checkpoints.hub import local_path
 from anymamba.models.checkpoints.weights import is_wide
 from anymamba.models.config import ModelConfig

@@ -13,7 +13,8 @@ from torch import Tensor
 from anymamba.base.errors import CheckpointError
 from anymamba.base.schema import config_from_dict
 from anymamba.models.checkpoints.adapters import Adapter, low_ranks
-from anymamba.models.checkpoints.formats.files import CONFIG, SafetensorsFile, StoredTensor, read_json
+from anymamba.models.checkpoints.formats.files import CONFIG, SafetensorsFile, read_json
+from anymamba.models.checkpoints.formats.tensors import StoredTensor
 from anymamba.models.config import ModelConfig
 from anymamba.ops.packed_linear import PackedWeight
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from anymamba.kernels.packed_linear.formats import row_bytes
-from anymamba.models.checkpoints.formats.files import BLOCKS, StoredTensor
+from anymamba.models.checkpoints.formats.files import BLOCKS
+from anymamba.models.checkpoints.formats.tensors import StoredTensor
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.ops.packed_linear import PackedWeight, pack

@@ -7,28 +7,24 @@ pages of a large file do not stay in memory. Pickles are only read by torch with
 from __future__ import annotations
 
 import json
-import re
-import struct
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anymamba.base.errors import CheckpointError
+from anymamba.models.checkpoints.formats.tensors import MAPPED_BYTES, StoredTensor, TensorFile, Unchanged
+from anymamba.models.checkpoints.formats.torch_archive import TorchFile
 from anymamba.ops.packed_linear import FORMATS, PackedWeight, unpack
 
 CONFIG = "config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 OTHER_PICKLES = ("model.pt", "model.pth", "pytorch_model.pt")
-READ_BYTES = 1 << 20
-MAPPED_BYTES = 1 << 26  # bytes to read before a file is opened again, which frees the pages read so far
 
 BLOCKS = {name: format for name, format in FORMATS.items() if format.columns > 1}
 """The packed formats whose rows are blocks of integers with scales."""
@@ -39,61 +35,6 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-
-class StoredTensor(NamedTuple):
-    """Shape and dtype of a tensor, which are known before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor in memory."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
-
-
-class TensorFile(Protocol):
-    """A file of named tensors, or several that belong together."""
-
-    path: Path
-
-    @property
-    def formats(self) -> Mapping[str, str]:
-        """The block formats of the matrices that are stored in blocks of integers, by name."""
-        ...
-
-    def stored(self) -> dict[str, StoredTensor]:
-        """All tensors by name."""
-        ...
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors by name, in order; each is a view of the mapped file, valid until the next is requested."""
-        ...
-
-    def blocks(self, name: str) -> PackedWeight | None:
-        """A matrix as it lies in the mapped file; None if this kind of file does not give that."""
-        ...
-
-
-class Unchanged:
-    """Tells when a file is replaced while it is read, by what `stat` says of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.first = self._now()
-
-    def require(self) -> None:
-        """Raise CheckpointError if the file is another one now; its tensors must not be mixed with the earlier ones."""
-        if self._now() != self.first:
-            raise CheckpointError(f"{self.path} was replaced while it was read; load it again")
-
-    def _now(self) -> tuple[int, int, int]:
-        stat = self.path.stat()
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class SafetensorsFile:
@@ -165,99 +106,6 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path} is truncated or not a safetensors file ({error}); copy it again"
             ) from error
-
-
-class TorchFile:
-    """One file that torch.save wrote: a dict of tensors by name. No code in the file is run.
-
-    Args:
-        verify: compare the members with the archive's CRC-32s before the first one is used.
-    """
-
-    def __init__(self, path: Path, verify: bool = True) -> None:
-        self.path, self._unverified, self._unchanged = path, verify, Unchanged(path)
-        self.formats: dict[str, str] = {}
-
-    def stored(self) -> dict[str, StoredTensor]:
-        return {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in self._load().items()}
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        rest = list(names)[::-1]
-        while rest:
-            budget, tensors = MAPPED_BYTES, self._load()
-            while rest and budget > 0:
-                name = rest.pop()
-                budget -= tensors[name].numel() * tensors[name].element_size()
-                yield name, tensors[name]
-
-    def blocks(self, name: str) -> PackedWeight | None:
-        """None: the archive is opened again and again, and its tensors need not be aligned."""
-        return None
-
-    def _load(self) -> dict[str, Tensor]:
-        self._require_plain_archive()
-        if self._unverified:
-            self._require_checksums()
-            self._unverified = False
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about pickles that torch.save does not write; they are refused
-                values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch.load can raise many kinds of errors
-            called = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if called:
-                why = f"reading it would call {called[1]}, which is not needed for tensors"
-                raise CheckpointError(f"{self.path} is refused: {why}") from None
-            why = " ".join(str(error).split())[:120]
-            raise CheckpointError(f"{self.path} is truncated or corrupt ({why}); copy it again") from None
-        self._unchanged.require()
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{self.path} must be a dict of tensors by name, got {type(values).__name__}")
-        for name, tensor in values.items():
-            self._require_whole(name, tensor)
-        return values
-
-    def _require_plain_archive(self) -> None:
-        """Require an archive as torch.save writes it: its members are uncompressed and lie within the file."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = archive.infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path} is truncated or not an archive of torch.save ({error}); a bare pickle is not opened, "
-                "because reading it can run code"
-            ) from None
-        size = self.path.stat().st_size
-        for member in members:
-            within = 0 <= member.header_offset <= size - member.file_size
-            if member.compress_type != zipfile.ZIP_STORED or not within:
-                raise CheckpointError(f"{self.path}: its member {member.filename!r} is not as torch.save writes it")
-
-    def _require_checksums(self) -> None:
-        """Compare all members with their CRC-32s; torch.load does not. Zeros are those of set_crc32_options(False)."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                if not any(member.CRC for member in archive.infolist()):
-                    return
-                for member in archive.infolist():
-                    with archive.open(member) as file:
-                        while file.read(READ_BYTES):
-                            pass
-        except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, struct.error) as error:
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{self.path} is damaged ({why}); copy it again") from None
-
-    def _require_whole(self, name: Any, tensor: Any) -> None:
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{self.path}: {name!r} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{self.path}: {name} must be floating point, got {tensor.dtype}")
-        stored, wanted = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
-        if tensor.device.type != "cpu" or stored < wanted:
-            raise CheckpointError(
-                f"{self.path}: {name} claims {wanted:,} bytes for its shape {tuple(tensor.shape)}, "
-                f"but {stored:,} are stored"
-            )
 
 
 class ShardedFiles:

@@ -18,7 +18,8 @@ from anymamba.base.files import atomic_file, write_json
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.checkpoints.families import Format, Spelling, kinds, nearest_spelling, recognise
 from anymamba.models.checkpoints.families.anymamba import TABLE
-from anymamba.models.checkpoints.formats.files import BLOCKS, CONFIG, SAFETENSORS, StoredTensor, failures_told
+from anymamba.models.checkpoints.formats.files import BLOCKS, CONFIG, SAFETENSORS, failures_told
+from anymamba.models.checkpoints.formats.tensors import StoredTensor
 from anymamba.models.checkpoints.weights import CastWeights
 from anymamba.models.config import ModelConfig
 

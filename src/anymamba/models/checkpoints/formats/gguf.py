@@ -16,8 +16,9 @@ from anymamba.base.errors import CheckpointError
 from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.models.checkpoints.families import Spelling, kinds, nearest_spelling, recognise
 from anymamba.models.checkpoints.formats import gguf_digest, gguf_tokenizer
-from anymamba.models.checkpoints.formats.files import BLOCKS, DTYPE_FORMATS, StoredTensor, Unchanged
+from anymamba.models.checkpoints.formats.files import BLOCKS, DTYPE_FORMATS
 from anymamba.models.checkpoints.formats.gguf_header import TensorInfo, read_header
+from anymamba.models.checkpoints.formats.tensors import StoredTensor, Unchanged
 from anymamba.models.checkpoints.weights import CastWeights, is_wide
 from anymamba.models.config import ModelConfig
 from anymamba.ops.packed_linear import PackedWeight, unpack
