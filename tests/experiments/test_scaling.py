@@ -14,6 +14,7 @@ from anymamba.lab.byte_windows import fixed_windows, random_windows
 from anymamba.lab.experiment import Context
 from anymamba.lab.language import best_rate, n_parameters, share_of_peak, training_flops, with_parameters
 from anymamba.lab.learning import batch_generator
+from anymamba.lab.saving import SUFFIX, Saving
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from tests.experiments.conftest import made_up, rows, verdicts
@@ -136,3 +137,14 @@ def test_windows_end_documents_at_the_separator_and_are_the_bytes():
 def test_an_arm_that_needs_books_says_so():
     with pytest.raises(ValueError, match="give the folder with their files with --data"):
         EXPERIMENT.measure(EXPERIMENT.arms("gpu")[0].settings, Context(torch.device("cpu"), 0, lambda *told: None))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_kept_model_lies_beside_the_results_in_bfloat16(tmp_path, name):
+    settings = next(arm.settings for arm in EXPERIMENT.arms("toy") if arm.name.startswith(f"{name}-d112-rate"))
+    saving = Saving(tmp_path / f"{name}-seed0{SUFFIX}", {})
+    context = Context(torch.device("cpu"), 0, lambda *told: None, saving=saving)
+    values = EXPERIMENT.measure(replace(settings, keep=True), context)
+    model = LanguageModel.from_pretrained(tmp_path / f"{name}-seed0")
+    assert model.n_parameters() == values["parameters"] and model.embedding.weight.dtype == torch.bfloat16
+    assert (tmp_path / f"{name}-seed0" / "tokenizer.json").is_file()
