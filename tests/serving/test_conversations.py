@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -53,6 +54,19 @@ def test_the_next_turn_after_a_restart_reads_only_what_is_new(nano, tmp_path):
         assert server.client.get(path).json()["error"]["code"] == "session_not_found"
         assert server.client.delete(path).status_code == 404
         assert server.client.get("/v1/sessions").json()["data"] == []
+
+
+def test_two_requests_of_a_session_at_once_fork_and_the_last_to_end_is_kept(server):
+    body = {"prompt": "forked", "session": "forked", "seed": 1, "ignore_eos": True}
+    slow: list = []
+    asking = threading.Thread(target=lambda: slow.append(server.good(COMPLETE, {**body, "max_tokens": 1500})))
+    asking.start()
+    fast = server.good(COMPLETE, {**body, "max_tokens": 3})
+    assert asking.is_alive()
+    asking.join()
+    texts = [answer["choices"][0]["text"] for answer in (fast, slow[0])]
+    assert texts[1].startswith(texts[0])
+    assert server.client.get("/v1/sessions/forked").json()["n_tokens"] == 6 + 1500 - 1
 
 
 def test_an_edit_in_the_middle_goes_on_from_the_longest_match(server):
