@@ -10,7 +10,8 @@ from anymamba.lab.language import measure_language
 
 PROTOCOL = """
 Figure 4 of [Mamba](https://arxiv.org/abs/2312.00752), with models of bytes in place of its 125 million to 1.3 billion
-parameters. Mamba, Transformer++, H3++ and Hyena learn the same bytes in the same order, about 20 for each parameter.
+parameters. Mamba, Transformer++, H3++ and Hyena learn the same bytes in the same order: about 20 for each parameter, as
+in the paper, and 1.5 at the scale cpu.
 They have the paper's improved recipe: AdamW with betas of 0.9 and 0.95, weight decay of 0.1, a clipped norm of 1, a
 tenth of the steps as warm-up, a cosine down to 1e-5, RMSNorm, no dropout. Linear maps have no biases, but for Hyena's
 projections. H3++ has 1.5 times the layers, MLPs and heads of 8. Hyena has the shape of H3++; with this recipe the paper
