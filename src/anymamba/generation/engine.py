@@ -230,24 +230,24 @@ class Engine:
         """Begin to generate after a prompt: its state is forked for each answer."""
         self._prompts.leave(job)
         self._count(len(job.prompt), job.n_cached, 0)
-        assert job.model is not None
         self._emit(job, PromptRead(job.n_cached, job.token_scores()))
-        n = job.request.n
-        if not job.request.max_new_tokens:
-            kept = KeptState(job.prompt, job.model, logits) if job.request.keep_state else None
-            for index in range(n):
+        request, model = job.request, job.model
+        assert model is not None
+        job.model = None  # the rows have copies
+        if not request.max_new_tokens:
+            kept = KeptState(job.prompt, model, logits) if request.keep_state else None
+            for index in range(request.n):
                 self._emit(job, Finished(index, "length", job.usage(0), kept))
             return
         seen = torch.zeros(1, self._model.config.vocab_size, dtype=torch.bool, device=logits.device)
-        if job.request.sampling.repetition_penalty != 1:
+        if request.sampling.repetition_penalty != 1:
             seen[0, list(set(job.prompt))] = True
-        if job.request.beams is not None:
-            state = GenerationState(job.model, logits, seen)
+        state = GenerationState(model, logits, seen)
+        if request.beams is not None:
             self._searches.append(RunningSearch(job, self._stepper, state, self._n_ids, self._tokenizer))
-            return
-        forks = torch.zeros(n, dtype=torch.int64, device=logits.device)
-        state = select_rows(GenerationState(job.model, logits, seen), forks)
-        self._running.add(job.rows, state)
+        else:
+            forks = torch.zeros(request.n, dtype=torch.int64, device=logits.device)
+            self._running.add(job.rows, select_rows(state, forks))
 
     # ------------------------------------------------------------------------------------ answers
 
