@@ -156,6 +156,16 @@ def test_logits_that_are_not_numbers_end_one_request(server, monkeypatch):
     assert server.served.worker.n_rows == 0
 
 
+def test_an_error_after_the_first_byte_is_one_event_and_the_end(server, monkeypatch):
+    from anymamba.serving.protocol.answers import CompletionAnswer
+
+    monkeypatch.setattr(CompletionAnswer, "last_piece", lambda self, number: 1 / 0)
+    text = server.post(COMPLETE, {"prompt": "x", "max_tokens": 3, "ignore_eos": True, "stream": True}).text
+    *pieces, last = text.strip().split("\n\n")
+    assert pieces and all("choices" in piece for piece in pieces)
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
 def test_an_error_of_the_engine_itself_ends_its_requests_and_the_next_ones_are_served(nano):
     with live(nano) as server:
 

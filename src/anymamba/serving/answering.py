@@ -43,7 +43,7 @@ class Answering:
         self._begun, self._is_open, self._has_token = time.perf_counter(), False, False
 
     async def run(self) -> None:
-        """Generate and send the answer. Raises ApiError as long as nothing has been sent."""
+        """Generate and send the answer. Errors are raised before the first byte, and are the last event after it."""
         try:
             async with self._served.worker.stream(self._task.requests) as events:
                 watch = asyncio.create_task(self._watch(events))
@@ -53,10 +53,12 @@ class Answering:
                     watch.cancel()
         except ClientLeft:
             self._metrics.cancelled.inc()
-        except ApiError as error:
+        except Exception as error:
             if not self._is_open:
                 raise
-            await self._put(_event(error.body()), more=False)
+            told = error if isinstance(error, ApiError) else _api_error(error)
+            assert isinstance(told, ApiError), "a client that has left is dealt with above"
+            await self._put(_event(told.body()), more=False)
         else:
             self._metrics.answer.observe(time.perf_counter() - self._begun)
 
