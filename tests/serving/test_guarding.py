@@ -80,6 +80,12 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
     assert owner != guard.owner({"authorization": "Bearer two"}) and "one" not in owner
 
 
+def test_keys_may_have_any_letters():
+    guard = Guard(["schlüssel"])
+    sent = "Bearer schlüssel".encode().decode("latin-1")  # as a server reads UTF-8 in a header
+    assert guard.owner({"authorization": sent})
+
+
 def test_an_open_address_needs_a_key():
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
         with pytest.raises(ValueError, match=r"API key is needed.*--api-key-file"):

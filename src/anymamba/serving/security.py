@@ -76,7 +76,7 @@ class Guard:
         if not self._digests:
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, for a constant time
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
