@@ -236,6 +236,16 @@ def test_a_prompt_alone_and_its_scores():
         assert [token for token, _ in score.top] == wanted.topk(2).indices.tolist()
 
 
+@pytest.mark.parametrize("n_top", [0, 13])
+def test_a_prompt_of_one_token_has_no_scores(hash_model, n_top):
+    engine = Engine(hash_model, prefix_tree=PrefixTree(1 << 20))
+    for _ in range(2):
+        client = Client(engine, prompt=[3], max_new_tokens=1, prompt_log_probabilities=n_top, n_top=99)
+        finish(engine)
+        assert client.read.scores == [] and client.reason == "length"
+        assert len(client.tokens[0].score.top) == 13
+
+
 def test_the_likeliest_tokens_are_reported(hash_model):
     engine = Engine(hash_model)
     client = Client(engine, prompt=[3], max_new_tokens=1, n_top=4, logit_bias={5: 100.0})
@@ -363,6 +373,7 @@ def test_misuse(hash_model):
         ({"prompt": [1], "beams": Beams(2), "n_top": 1}, "a beam search takes no"),
         ({"prompt": [1], "stop": ["x"]}, "stop strings need a tokenizer"),
         ({"prompt": [1], "logit_bias": {13: 1.0}}, "logit_bias must have ids of the vocabulary, 0 to 12, got 13"),
+        ({"prompt": [1], "prompt_log_probabilities": 14}, "prompt_log_probabilities must be 0 to 13"),
         ({"prompt": [1], "invariant": True}, "invariant=True needs the compiled step"),
         ({"prompt": [1], "max_new_tokens": -1}, "max_new_tokens must be at least 0"),
     ):

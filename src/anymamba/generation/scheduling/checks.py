@@ -24,8 +24,9 @@ def check_request(
     require_at_least("max_new_tokens", request.max_new_tokens, 0)
     require_at_least("n_top", request.n_top, 0)
     require_sizes(n=request.n)
-    if request.prompt_log_probabilities is not None:
-        require_at_least("prompt_log_probabilities", request.prompt_log_probabilities, 0)
+    n_scores = request.prompt_log_probabilities
+    if n_scores is not None and not 0 <= n_scores <= vocab_size:
+        raise ValueError(f"prompt_log_probabilities must be 0 to {vocab_size}, the vocabulary, got {n_scores}")
     StopMatcher(request.stop)
     if request.n_rows > max_rows:
         name = "n" if request.beams is None else "num_beams"
