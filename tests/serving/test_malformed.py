@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from itertools import product
 
 import httpx
 import pytest
@@ -100,10 +101,13 @@ def test_requests_made_from_the_description(server):
     wanted = [checks.not_a_server_error]
     names = ("status_code_conformance", "content_type_conformance", "response_schema_conformance")
     wanted += checks.CHECKS.get_by_names(names)
-    for operation in schema.get_all_operations():
+    modes = schemathesis.GenerationMode
+    for operation, mode in product(schema.get_all_operations(), (modes.POSITIVE, modes.NEGATIVE)):
+        if mode == modes.NEGATIVE and not operation.ok().body:
+            continue
 
-        @hypothesis.given(case=operation.ok().as_strategy())
-        @hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+        @hypothesis.given(case=operation.ok().as_strategy(generation_mode=mode))
+        @hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
         def try_case(case):
             limit_tokens(case)
             case.call_and_validate(checks=wanted, timeout=30)
