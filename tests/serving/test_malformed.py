@@ -10,6 +10,7 @@ from itertools import product
 import httpx
 import pytest
 
+from anymamba.serving.answering import encode_in_pieces
 from anymamba.serving.protocol.tables import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 
 TABLES = {
@@ -80,6 +81,11 @@ def test_damaged_bodies(server):
 def test_ten_thousand_damaged_bodies(server):
     try_bodies(server, 1, 10_000)
     assert server.served.worker.n_rows == 0 and server.client.get("/health").status_code == 200
+
+
+def test_json_is_encoded_in_pieces():
+    value = {"a": [{"b": list(range(1000)), "é": None}, [1.5, "x"]], "c": [{"d": [i]} for i in range(401)], "e": []}
+    assert json.loads(encode_in_pieces(value)) == value
 
 
 def test_the_description_is_openapi_and_has_every_field(server):

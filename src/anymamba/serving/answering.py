@@ -18,6 +18,8 @@ from anymamba.serving.protocol.answers import Answer
 from anymamba.serving.protocol.errors import ApiError
 from anymamba.serving.worker import EventStream, Numbered
 
+PIECE = 200
+"""Entries of a list that are encoded at once."""
 DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -135,12 +137,23 @@ def _event(piece: dict[str, Any]) -> bytes:
     return f"data: {_encode_json(piece)}\n\n".encode("utf-8", "replace")
 
 
-def _whole_json(task_answer: Answer) -> bytes:
-    """The JSON of an answer. Its choices are encoded one by one, so that other threads get their turn."""
-    answer = task_answer.whole()
-    choices = ",".join(map(_encode_json, answer["choices"]))
-    rest = _encode_json({key: value for key, value in answer.items() if key != "choices"})
-    return f'{rest[:-1]},"choices":[{choices}]}}'.encode("utf-8", "replace")
+def _whole_json(answer: Answer) -> bytes:
+    """The JSON of an answer."""
+    return encode_in_pieces(answer.whole()).encode("utf-8", "replace")
+
+
+def encode_in_pieces(value: Any) -> str:
+    """JSON of a value, a few entries of its lists at a time: other threads wait while one piece is encoded."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_encode_json(key)}:{encode_in_pieces(inner)}" for key, inner in value.items()) + "}"
+    if not isinstance(value, list) or len(value) <= PIECE:
+        return _encode_json(value) if not _has_objects(value) else f"[{','.join(map(encode_in_pieces, value))}]"
+    starts = range(0, len(value), PIECE)
+    return "[" + ",".join(_encode_json(value[start : start + PIECE])[1:-1] for start in starts) + "]"
+
+
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
 
 
 def _api_error(error: Exception) -> Exception:
