@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from live_server import live
 
+from anymamba.serving.app import Application
 from anymamba.serving.limits import Limits, parse_json
 from anymamba.serving.loading import EngineOptions
 from anymamba.serving.protocol.errors import ApiError
@@ -252,6 +254,20 @@ def test_health_is_answered_while_the_event_loop_is_busy(server):
         assert connection.getresponse().read() == b'{"status": "ok"}'
     assert time.monotonic() - start < 1.5
     connection.close()
+
+
+def test_all_is_unavailable_until_the_model_is_loaded():
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(Application(Guard(), Limits()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            answers = [await client.get(path) for path in ("/health", "/v1/models", "/v1/sessions", "/tokenizer_info")]
+            return [*answers, await client.post(PATH, json=BODY)]
+
+    health, *others = asyncio.run(ask())
+    assert health.status_code == 503 and health.json() == {"status": "loading"}
+    for answer in others:
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["code"] == "unavailable"
 
 
 def test_odd_requests_for_health_go_the_usual_way(server):
