@@ -39,7 +39,7 @@ QUICK = {
 }
 """Options that are added to a verb of the pages, so that it takes about a second."""
 ONLY_CHECKED = ("demo", "lm-eval", "serve")
-"""Verbs that take minutes, do not end, or need missing data. Experiments are only checked, too; they have other tests."""
+"""Verbs that take minutes, do not end, or need missing data. Experiments are also only checked."""
 OTHER_COMMANDS = ("git clone", "cd anymamba", "curl ", "python3 -m venv", "python -m venv", "source ")
 
 
