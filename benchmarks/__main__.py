@@ -37,6 +37,7 @@ ON_A_GPU = {
     "gpu_memory_bound": "The CUDA kernels of the convolution, the norm and the loss",
     "gpu_models": "Training steps of whole models on a GPU",
     "experiment_speed": "How fast the arms of a language experiment train",
+    "gpu_token": "A token on a GPU",
     "gpu_throughput": "Throughput beside a Transformer on a GPU",
 }
 """Run only when they are named."""

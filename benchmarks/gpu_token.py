@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -127,7 +128,7 @@ def main() -> None:
             lines.append(measured(ROWS[name], rates))
         except Exception as error:
             lines.append([name, f"failed: {type(error).__name__}: {error}"[:300], *[""] * 5])
-        print(lines[-1], flush=True)
+        print(*lines[-1], file=sys.stderr, flush=True)
         gc.collect()
         torch.cuda.empty_cache()
     print(table(["", "ms a token", "limit", "share of it", "ms served", "first step", "wanted"], lines))
