@@ -1,6 +1,9 @@
 """What HTTP, JSON and scheduling cost: the engine alone, and the same answers streamed by `anymamba serve` to clients
 in a process of their own. The second turn of a long session after a restart of the server is measured, too.
 
+Where llama.cpp's `llama-server` is on the PATH, both servers answer the same clients in turns. It can be built from the
+source package of llama-cpp-python: `cmake --build BUILD --target llama-server` in its folder vendor/llama.cpp.
+
     python -m benchmarks.serving [--clients 32] [--repeats 3]
 """
 
@@ -10,7 +13,9 @@ import argparse
 import asyncio
 import json
 import re
+import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import torch
 
@@ -28,7 +35,7 @@ from anymamba.generation.engine import Engine
 from anymamba.generation.requests import Event, NewToken, Request
 from anymamba.models.inference import InferenceModel
 from anymamba.models.presets import preset
-from benchmarks.serving_engine import ANSWER, GREEDY, PROMPT, TURN, finish
+from benchmarks.serving_engine import ANSWER, CLIENTS, GREEDY, PROMPT, TURN, WANTED_THROUGHPUT, finish
 from benchmarks.timing import machine, table
 
 WANTED_OVERHEAD = 0.05
@@ -56,6 +63,34 @@ def server(model: Path, sessions: Path) -> Iterator[int]:
                 raise RuntimeError(f"the server did not start: {' '.join(command)}")
         finally:
             process.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def llama_server(program: str, model: Path, n_clients: int) -> Iterator[int]:
+    """llama.cpp's server as a process, with a slot for each client; gives its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = str(torch.get_num_threads())
+    command = [program, "-m", str(model), "--port", str(port), "-np", str(n_clients), "-t", threads, "-tb", threads]
+    command += ["-c", str(n_clients * 2 * (PROMPT + ANSWER))]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not _answers(port):
+                if process.poll() is not None:
+                    raise RuntimeError(f"the server did not start: {' '.join(command)}")
+                time.sleep(0.2)
+            yield port
+        finally:
+            process.terminate()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/health") as answer:
+            return answer.status == 200
+    except (URLError, ConnectionError):
+        return False
 
 
 async def ask(port: int, body: dict[str, Any]) -> tuple[int, float, float]:
@@ -123,6 +158,23 @@ def overhead(model: InferenceModel, path: Path, folder: Path, n_clients: int, re
     return table(["clients", "tokens/s, engine", "through HTTP", "overhead (wanted)"], [row])
 
 
+def beside_llama_server(program: str, path: Path, folder: Path, gguf: Path, repeats: int) -> str:
+    """A table of both servers, in turns, with a row for each number of clients."""
+    rows, alone = [], 0.0
+    with server(path, folder / "peer") as ours:
+        for n_clients in CLIENTS:
+            seconds: tuple[list[float], list[float]] = ([], [])
+            with llama_server(program, gguf, n_clients) as theirs:
+                for seed in range(0, 1000 * repeats, 1000):
+                    for port, found in zip((ours, theirs), seconds, strict=True):
+                        found.append(in_process(port, "--clients", str(n_clients), "--seed", str(seed + n_clients)))
+            mine, llama = (n_clients * ANSWER / min(found) for found in seconds)
+            alone = alone or mine
+            ratio = f"{mine / llama:.2f} ({WANTED_THROUGHPUT})"
+            rows.append([str(n_clients), f"{mine:,.0f}", f"{llama:,.0f}", ratio, f"{mine / alone:.1f}"])
+    return table(["clients", "tokens/s", "llama-server", "ratio (wanted)", "against 1 client"], rows)
+
+
 def restart(path: Path, folder: Path) -> str:
     """The first token of a long session, and of its next turn by another server."""
     prompt = prompt_of(TURN, 5)
@@ -142,6 +194,10 @@ def run(n_clients: int, repeats: int) -> str:
         folder = Path(name)
         model.save_pretrained(folder / "model", ByteTokenizer(), format="anymamba")
         parts = [overhead(model, folder / "model", folder, n_clients, repeats), restart(folder / "model", folder)]
+        program = shutil.which("llama-server")
+        if program is not None:
+            model.save_pretrained(folder / "model.gguf", ByteTokenizer(), format="gguf")
+            parts.append(beside_llama_server(program, folder / "model", folder, folder / "model.gguf", repeats))
     return "\n\n".join([machine(), "A model of 130m parameters in int8 with random weights.", *parts])
 
 
