@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from anymamba.base.files import write_text
 from anymamba.lab.charts import table
 
 PREFIX = "anymamba_"
@@ -138,7 +139,7 @@ def write_tasks(folder: Path, documents: Mapping[str, list[Document]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, own in documents.items():
         data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(document) + "\n" for document in own), encoding="utf-8")
+        write_text(data, "".join(json.dumps(document) + "\n" for document in own))
         config = TASKS[name].config
         metrics = [
             {"metric": metric, "aggregation": aggregation, "higher_is_better": higher}
@@ -153,7 +154,7 @@ def write_tasks(folder: Path, documents: Mapping[str, list[Document]]) -> None:
             "metric_list": metrics,
             "metadata": {"version": 1.0},
         }
-        (folder / f"{name}.yaml").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / f"{name}.yaml", json.dumps(values, indent=1) + "\n")
 
 
 def evaluate(model: str | Path, tasks: Path, names: Sequence[str], device: str) -> dict[str, float]:
