@@ -43,7 +43,9 @@ def start(model_folder, tmp_path, monkeypatch):
     yield call
     for process in running:
         process.kill()
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            pipe.close()
 
 
 def test_it_serves_finishes_its_answers_and_keeps_sessions(start):
@@ -68,6 +70,14 @@ def test_it_serves_finishes_its_answers_and_keeps_sessions(start):
     assert usage["prompt_tokens_details"]["cached_tokens"] == 9 and usage["prompt_tokens"] == 11
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
+
+
+def test_it_ends_where_nobody_reads_its_lines(start):
+    process, _, _ = start()
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
 
 
 def ask_and_stop(process: subprocess.Popen[str], address: str) -> dict[str, str]:

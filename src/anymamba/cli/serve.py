@@ -148,8 +148,8 @@ async def run_until_signal(make_server: Callable[[], Server]) -> signal.Signals 
         if received:
             os._exit(EXIT_CODES[number])
         received.append(number)
-        say("stopping: running answers are finished first")
         server.stop()
+        say("stopping: running answers are finished first")
 
     before = {
         number: signal.signal(number, lambda number, _: loop.call_soon_threadsafe(receive, signal.Signals(number)))

@@ -8,7 +8,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -41,8 +41,9 @@ def printable(text: str, stream: TextIO) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line to stderr."""
-    print(printable(text, sys.stderr), file=sys.stderr, flush=True)
+    """Print a line to stderr. Where its reader is gone, the line is lost and the command goes on."""
+    with suppress(BrokenPipeError):
+        print(printable(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 @contextmanager
