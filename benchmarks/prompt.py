@@ -69,8 +69,9 @@ def run(length: int, repeats: int) -> str:
         wanted = f" ({WANTED[weights]})" if weights in WANTED else ""
         peer_time = found.get(f"llama {weights}")
         other = "not installed" if peer_time is None else f"{1e3 * peer_time:.0f} ({peer_time / limit:.2f})"
-        rows.append([weights, f"{1e3 * found[weights]:.1f}", f"**{found[weights] / limit:.2f}**{wanted}", other])
-    header = ["weights", "ms", "over the products (wanted)", "llama.cpp, ms"]
+        times = "" if peer_time is None else f"{peer_time / found[weights]:.1f}"
+        rows.append([weights, f"{1e3 * found[weights]:.1f}", f"**{found[weights] / limit:.2f}**{wanted}", other, times])
+    header = ["weights", "ms", "over the products (wanted)", "llama.cpp, ms", "llama.cpp / ours"]
     title = f"130m, a prompt of {length} tokens; its products with F.linear in bfloat16: {1e3 * limit:.1f} ms."
     return f"{title}\n\n{table(header, rows)}\n"
 
