@@ -62,6 +62,7 @@ SHARED = {
     *("serving.worker", "serving.model", "serving.loading", "serving.answering", "serving.gate", "serving.app"),
     *("serving.server", "serving.front", "serving.page", "serving.sessions"),
     *(
+        "serving.protocol.bodies",
         "serving.protocol.answers",
         "serving.protocol.chat",
         "serving.protocol.chat_answers",

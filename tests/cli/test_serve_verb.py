@@ -139,7 +139,7 @@ def test_flags_reach_their_parts(tmp_path):
         max_new_tokens=9,
     )
     limits, engine, sessions = checked_options(options)
-    assert (limits.max_body, limits.chat_tokens, engine.memory) == (2 << 20, 9, 7_000_000)
+    assert (limits.max_body, limits.chat_tokens, engine.memory) == (2_000_000, 9, 7_000_000)
     assert sessions is not None and (sessions.place, sessions.quota) == ("redis://x", 2_000_000_000)
     owners = {open_guard(options).owner({"authorization": f"Bearer {key}"}) for key in ("one", "two", "three")}
     assert len(owners) == 3

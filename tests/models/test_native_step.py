@@ -11,7 +11,8 @@ from torch import nn
 
 import anymamba
 from anymamba.models.config import ModelConfig
-from anymamba.models.inference.native_step import WHOLE, NativeStep
+from anymamba.models.inference.native_step import NativeStep
+from anymamba.models.inference.obstacles import WHOLE
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.ops.packed_linear import FORMATS, pack
 from anymamba.parts.options import AttentionOptions, MambaOptions

@@ -13,8 +13,9 @@ import pytest
 from live_server import live
 
 from anymamba.serving.app import Application
-from anymamba.serving.limits import Limits, parse_json
+from anymamba.serving.limits import Limits
 from anymamba.serving.loading import EngineOptions
+from anymamba.serving.protocol.bodies import parse_json
 from anymamba.serving.protocol.errors import ApiError
 from anymamba.serving.security import Guard
 from anymamba.serving.server import listen

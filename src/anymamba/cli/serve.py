@@ -21,10 +21,10 @@ from anymamba.console.flags import read_flags
 from anymamba.console.output import say, size
 from anymamba.console.runtime import Runtime, load_model, open_model
 from anymamba.console.signals import EXIT_CODES, Terminated
+from anymamba.serving.limits import Limits
 
 if TYPE_CHECKING:
     from anymamba.models.checkpoints import Checkpoint
-    from anymamba.serving.limits import Limits
     from anymamba.serving.loading import EngineOptions, SessionOptions
     from anymamba.serving.model import ServedModel
     from anymamba.serving.security import Guard
@@ -71,13 +71,13 @@ class ServeOptions:
     """Megabytes of sessions for each API key."""
     max_rows: int | None = None
     """Answers that are generated at once; defaults to what --memory holds, at most 64."""
-    max_queued: int = 256
+    max_queued: int = Limits.max_queued
     """Answers that may wait; more requests get 429."""
-    max_prompt: int = 131_072
+    max_prompt: int = Limits.max_prompt
     """Tokens of a prompt, at most."""
-    max_new_tokens: int = 16_384
+    max_new_tokens: int = Limits.max_new_tokens
     """Tokens of an answer, at most."""
-    max_body: int = 4
+    max_body: int = Limits.max_body // MEGABYTE
     """Megabytes of a request, at most."""
     memory: int = 1000
     """Megabytes for the states of running answers."""
@@ -168,7 +168,6 @@ async def run_until_signal(make_server: Callable[[], Server]) -> signal.Signals 
 
 def checked_options(options: ServeOptions) -> tuple[Limits, EngineOptions, SessionOptions | None]:
     """The options of the server's parts. Raises ValueError for a flag that is out of range."""
-    from anymamba.serving.limits import Limits
     from anymamba.serving.loading import EngineOptions, SessionOptions
 
     for name in ("max_rows", "max_prompt", "max_new_tokens", "max_body", "memory"):
@@ -184,7 +183,7 @@ def checked_options(options: ServeOptions) -> tuple[Limits, EngineOptions, Sessi
     if options.cache_folder is not None and not options.cache_memory:
         raise ValueError("--cache-folder takes what --cache-memory has no room for, and that is 0; leave one out")
     limits = Limits(
-        max_body=options.max_body << 20,
+        max_body=options.max_body * MEGABYTE,
         max_prompt=options.max_prompt,
         max_new_tokens=options.max_new_tokens,
         chat_tokens=min(Limits.chat_tokens, options.max_new_tokens),

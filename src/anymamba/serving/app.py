@@ -16,10 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from anymamba.serving.answering import Answering
 from anymamba.serving.gate import ENDPOINTS, Gate
-from anymamba.serving.limits import Limits, read_json
+from anymamba.serving.limits import Limits
 from anymamba.serving.metrics import CONTENT_TYPE, Metrics
 from anymamba.serving.model import ServedModel, Task, session_call
 from anymamba.serving.page import FOLDER
+from anymamba.serving.protocol.bodies import read_json
 from anymamba.serving.protocol.chat import read_chat, read_messages
 from anymamba.serving.protocol.completions import read_completion, read_ids
 from anymamba.serving.protocol.errors import ApiError

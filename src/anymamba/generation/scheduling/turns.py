@@ -9,7 +9,7 @@ from anymamba.generation.scheduling.jobs import Job
 
 
 class Turns:
-    """Equal shares for owners: whoever has had the fewest tokens read is next, then whoever waits longest."""
+    """Equal shares for owners: the one with the fewest tokens is next, and of equals the one that waits longest."""
 
     def __init__(self) -> None:
         self._served: defaultdict[str, float] = defaultdict(float)

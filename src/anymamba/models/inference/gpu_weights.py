@@ -14,14 +14,12 @@ from anymamba.kernels.model_step.cuda import Matrix, Norm, Recurrence, Short
 from anymamba.kernels.model_step.cuda.call import ALIGNMENT, MOST_STATES, MOST_TAPS
 from anymamba.kernels.packed_linear.formats import DTYPES
 from anymamba.layers.mamba import Mamba
+from anymamba.models.inference.obstacles import reasons_by_block
 from anymamba.models.language_model import Block, LanguageModel
 from anymamba.parts.bare import is_bare
 from anymamba.parts.norm import LayerNorm, RMSNorm
 from anymamba.parts.packed import PackedEmbedding, PackedLinear
 from anymamba.runtimes import nvrtc
-
-WHOLE = -1
-"""The key of reasons that are about the whole model and not about one block."""
 
 
 class Projections(NamedTuple):
@@ -155,11 +153,7 @@ def _padded_vector(tensor: Tensor | None) -> Tensor | None:
 
 def obstacles(model: LanguageModel) -> dict[int, str]:
     """The reasons why the kernels do not serve a model: by block index, or WHOLE for the model; empty if they do."""
-    whole = _of_model(model)
-    if whole is not None:
-        return {WHOLE: whole}
-    found = ((index, _of_block(block)) for index, block in enumerate(model.blocks))
-    return {index: why for index, why in found if why is not None}
+    return reasons_by_block(model, _of_model, _of_block)
 
 
 def _of_model(model: LanguageModel) -> str | None:

@@ -18,7 +18,8 @@ from anymamba.models.inference.gpu_weights import activation_dtype, require_bflo
 from anymamba.models.inference.gpu_weights import obstacles as gpu_obstacles
 from anymamba.models.inference.invariance import obstacle
 from anymamba.models.inference.native_reading import read_sequences
-from anymamba.models.inference.native_step import WHOLE, NativeStep, obstacles
+from anymamba.models.inference.native_step import NativeStep, obstacles
+from anymamba.models.inference.obstacles import WHOLE
 from anymamba.models.inference.packing import (
     PackedModelWeights,
     PackedParts,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anymamba.kernels.packed_linear.formats import DTYPES
 from anymamba.layers.mamba import Mamba
 from anymamba.layers.s6 import SSMParameters
+from anymamba.models.inference.obstacles import reasons_by_block
 from anymamba.models.language_model import Block, LanguageModel, LanguageModelOutput, LanguageModelState
 from anymamba.ops import dispatch, observers
 from anymamba.ops.packed_linear import FORMATS
@@ -25,9 +26,6 @@ from anymamba.parts.norm import LayerNorm, RMSNorm
 from anymamba.parts.packed import PackedEmbedding, PackedLinear
 from anymamba.parts.state import MambaState
 from anymamba.runtimes import native
-
-WHOLE = -1
-"""The key of reasons that are about the whole model and not about one block."""
 
 SMALL = 1 << 23  # bytes of weights that one thread reads sooner than it can wake another one
 
@@ -231,11 +229,7 @@ class _Builder:
 
 def obstacles(model: LanguageModel) -> dict[int, str]:
     """The reasons why a model has no compiled step: by block index, or WHOLE for the model; empty if it has one."""
-    whole = _of_model(model)
-    if whole is not None:
-        return {WHOLE: whole}
-    found = ((index, _of_block(block)) for index, block in enumerate(model.blocks))
-    return {index: why for index, why in found if why is not None}
+    return reasons_by_block(model, _of_model, _of_block)
 
 
 def _of_model(model: LanguageModel) -> str | None:
