@@ -56,6 +56,22 @@ def test_the_next_turn_after_a_restart_reads_only_what_is_new(nano, tmp_path):
         assert server.client.get("/v1/sessions").json()["data"] == []
 
 
+def test_an_answer_that_was_cut_leaves_the_end_of_its_prompt_to_go_on_from(nano, tmp_path):
+    """A stop string is in the state at the end of the answer, and not in the text that the client sends back."""
+    prompt = "Count: " * 20
+    body = {"prompt": prompt, "guided_regex": "one STOP two", "stop": "STOP", "max_tokens": 30}
+    with live(nano, sessions=tmp_path, packed=True) as server:
+        for name in ("text", "ids"):
+            assert server.good(COMPLETE, {**body, "session": name})["choices"][0]["text"] == "one "
+    with live(nano, sessions=tmp_path, engine=EngineOptions(cache_memory=0), packed=True) as server:
+        text = f"{prompt}one, two"
+        for name, sent in (("text", text), ("ids", list(text.encode()))):
+            body = {"prompt": sent, "max_tokens": 9, "seed": 3}
+            answer = server.good(COMPLETE, {**body, "session": name})
+            assert cached(answer) == len(prompt)
+            assert answer["choices"] == server.good(COMPLETE, body)["choices"]
+
+
 def test_two_requests_of_a_session_at_once_fork_and_the_last_to_end_is_kept(server):
     body = {"prompt": "forked", "session": "forked", "seed": 1, "ignore_eos": True}
     slow: list = []

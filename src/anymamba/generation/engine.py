@@ -44,7 +44,7 @@ from anymamba.generation.scheduling import (
 )
 from anymamba.generation.stepping import Stepper
 from anymamba.models.language_model import LanguageModel
-from anymamba.parts.state import select_rows, state_bytes
+from anymamba.parts.state import map_state, select_rows, state_bytes
 
 ALONE = 0.25
 """Seconds of one pass over prompts while no row is running: how late a new request may be noticed."""
@@ -182,9 +182,8 @@ class Engine:
         except Exception as error:  # of a mask
             self._end_jobs([job], error)
             return
-        kept, n_top = job.request.state, job.request.prompt_log_probabilities
-        if kept is not None and (n_top is not None or job.prompt[: len(kept.tokens)] != kept.tokens):
-            kept = None
+        n_top = job.request.prompt_log_probabilities
+        kept = job.own_state() if n_top is None else None
         if self._tree is not None:
             found, job.stops = self._tree.find(job.request.owner, job.prompt, n_top)
             if found is not None and (kept is None or len(found.tokens) > len(kept.tokens)):
@@ -234,10 +233,11 @@ class Engine:
         request, model = job.request, job.model
         assert model is not None
         job.model = None  # the rows have copies
+        if request.keep_state:
+            job.after_prompt = KeptState(job.prompt, *map_state(Tensor.clone, (model, logits)))
         if not request.max_new_tokens:
-            kept = KeptState(job.prompt, model, logits) if request.keep_state else None
             for index in range(request.n):
-                self._emit(job, Finished(index, "length", job.usage(0), kept))
+                self._emit(job, Finished(index, "length", job.usage(0), job.after_prompt))
             return
         seen = torch.zeros(1, self._model.config.vocab_size, dtype=torch.bool, device=logits.device)
         if request.sampling.repetition_penalty != 1:
@@ -303,8 +303,7 @@ class Engine:
                 self._emit(row.job, Failed(row.number, end))
                 continue
             kept = self._kept(place) if row.job.request.keep_state or self._tree is not None else None
-            state = kept if row.job.request.keep_state else None
-            self._emit(row.job, Finished(row.number, end, row.job.usage(len(row.ids)), state))
+            self._emit(row.job, Finished(row.number, end, row.job.usage(len(row.ids)), row.job.to_keep(kept)))
         self._running.remove(list(ended))
 
     def _kept(self, place: int) -> KeptState:

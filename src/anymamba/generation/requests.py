@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -77,11 +77,21 @@ class KeptState:
     """Logits of the next token, without the padding of the vocabulary."""
     scores: PromptScores | None = None
     """Of the tokens after the first, if they are known."""
+    earlier: KeptState | None = None
+    """The state after fewer of the tokens, for a text that goes on from there: that at the end of the prompt."""
 
     @property
     def nbytes(self) -> int:
-        """The size of the state and the logits in bytes."""
-        return state_bytes((self.model, self.logits)) + 8 * len(self.tokens)
+        """The size of the states and the logits in bytes."""
+        own = state_bytes((self.model, self.logits)) + 8 * len(self.tokens)
+        return own if self.earlier is None else own + self.earlier.nbytes
+
+    def candidates(self) -> Iterator[KeptState]:
+        """This state and the earlier one, longest first."""
+        kept: KeptState | None = self
+        while kept is not None:
+            yield kept
+            kept = kept.earlier
 
     def generation_state(self) -> GenerationState:
         """The same as `generate` and `save_state` take it."""
@@ -135,9 +145,9 @@ class Request:
     owner: str = ""
     """Who asks: owners get equal shares, and see only the states of their own prompts in the prefix tree."""
     state: KeptState | None = None
-    """A state to go on from if its tokens begin the prompt; otherwise it is not used."""
+    """A state to go on from if its tokens begin the prompt. If they do not, its earlier state is tried, then none."""
     keep_state: bool = False
-    """Whether `Finished` carries the state after the prompt and the answer."""
+    """Whether `Finished` carries the state after the prompt and the answer, and the one after the prompt with it."""
     invariant: bool = False
     """The answer must have the same bits whatever runs beside it. A model that cannot do this refuses the request."""
 

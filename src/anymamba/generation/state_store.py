@@ -68,6 +68,7 @@ def pack_state(
     model: LanguageModel,
     *,
     kind: str = KIND,
+    version: int = VERSION,
     extra: Mapping[str, Tensor] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -75,19 +76,26 @@ def pack_state(
 
     Args:
         kind: what the file is, for formats that hold more than a state.
+        version: of that format.
         extra: other tensors for the file, by names that no state has.
         notes: other entries of the metadata.
     Raises ValueError if the state is not one of this model.
     """
+    tensors = tensors_of(state, model)
+    tensors |= extra or {}
+    metadata = {"kind": kind, FORMAT_VERSION: str(version), "config": json.dumps(config_to_dict(model.config))}
+    metadata |= notes or {}
+    metadata[DIGEST] = _digest(tensors, metadata)
+    return tensors, metadata
+
+
+def tensors_of(state: GenerationState, model: LanguageModel) -> dict[str, Tensor]:
+    """Copies of a state's tensors on the CPU, by their names. Raises ValueError if the state is not of this model."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _named(state)}
     problem = _mismatch(tensors, model)
     if problem is not None:
         raise ValueError(f"the state is not one of this model: {problem}")
-    tensors |= extra or {}
-    metadata = {"kind": kind, FORMAT_VERSION: str(VERSION), "config": json.dumps(config_to_dict(model.config))}
-    metadata |= notes or {}
-    metadata[DIGEST] = _digest(tensors, metadata)
-    return tensors, metadata
+    return tensors
 
 
 def unpack_state(
@@ -96,6 +104,7 @@ def unpack_state(
     model: LanguageModel,
     where: Path | str,
     *,
+    version: int = VERSION,
     extra: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> GenerationState:
@@ -103,16 +112,22 @@ def unpack_state(
 
     Args:
         where: the file, for messages.
+        version: the newest one of its format that can be read.
         extra, notes: the names of what else the file holds.
     Raises CheckpointError if it is damaged, of a newer format version, or of a model with another config.
     """
-    version = metadata.get(FORMAT_VERSION, "1")
-    require_format_version({FORMAT_VERSION: int(version) if version.isdecimal() else version}, VERSION, where)
+    found = metadata.get(FORMAT_VERSION, "1")
+    require_format_version({FORMAT_VERSION: int(found) if found.isdecimal() else found}, version, where)
     _require_known(metadata, where, notes)
     if metadata.get(DIGEST, "") not in ("", _digest(tensors, metadata)):
         raise CheckpointError(f"{where} is damaged: its SHA-256 is not that in its metadata; save the state again")
     _require_config(metadata.get("config", ""), model.config, where)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in set(extra)}
+    others = set(extra)
+    return state_of({name: tensor for name, tensor in tensors.items() if name not in others}, model, where)
+
+
+def state_of(tensors: dict[str, Tensor], model: LanguageModel, where: Path | str) -> GenerationState:
+    """The state with these tensors, on the model's device. Raises CheckpointError if it is not one of the model."""
     problem = _mismatch(tensors, model)
     if problem is not None:
         raise CheckpointError(f"{where} is not a state of this model: {problem}")

@@ -195,11 +195,12 @@ class ServedModel:
         return Heading(self.name, self.fingerprint, options.stream, options.include_usage, eos_id)
 
     def _encode(self, prompt: str | list[int], kept: KeptState | None) -> list[int]:
-        """The ids of a prompt; a text that begins with that of a session's state gets the state's own ids there."""
+        """The ids of a prompt; a text that begins with that of a session's states gets the state's own ids there."""
         if isinstance(prompt, str):
-            before = "" if kept is None else self.tokenizer.decode(kept.tokens)
-            if kept is not None and before and prompt.startswith(before):
-                return [*kept.tokens, *self.tokenizer.encode(prompt[len(before) :])]
+            for known in () if kept is None else kept.candidates():
+                before = self.tokenizer.decode(known.tokens)
+                if before and prompt.startswith(before):
+                    return [*known.tokens, *self.tokenizer.encode(prompt[len(before) :])]
             ids = self.tokenizer.encode(prompt)
         else:
             ids = self._checked_ids(prompt, "prompt")

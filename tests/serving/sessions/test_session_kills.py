@@ -38,7 +38,8 @@ for line in sys.stdin:  # each line starts a writer that goes on from this turn 
         store, turn = DiskSessions(sys.argv[1], model, ModelIdentity("m", "1")), int(line)
         while True:
             for name in "ab":
-                store.save("", name, KeptState((1,) * turn, state.model, state.logits))
+                before = KeptState((1,) * (turn - 1), state.model, state.logits) if turn > 1 else None
+                store.save("", name, KeptState((1,) * turn, state.model, state.logits, earlier=before))
                 say(name, turn)
             turn += 1
     os.wait()

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from anymamba.generation.generate import generate
+from anymamba.generation.state_store import pack_state
 from anymamba.models.checkpoints import open_checkpoint, save_pretrained
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import state_tensors
@@ -44,6 +46,17 @@ def test_a_session_goes_on_after_a_restart(open_store, keep, model):
     states = (loaded.generation_state(), kept.generation_state())
     first, second = [generate(model, [[5]], max_new_tokens=8, seed=2, state=state).ids for state in states]
     assert first == second
+
+
+def test_the_state_at_the_end_of_the_prompt_is_kept_beside_it(open_store, keep):
+    open_store().save("me", "chat", dataclasses.replace(keep([1, 2, 3, 4]), earlier=keep([1, 2])))
+    loaded = open_store().load("me", "chat")
+    assert [kept.tokens for kept in loaded.candidates()] == [(1, 2, 3, 4), (1, 2)]
+    for kept in loaded.candidates():
+        wanted = keep(kept.tokens)
+        pairs = zip(state_tensors((kept.model, kept.logits)), state_tensors((wanted.model, wanted.logits)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert open_store().list("me")[0].n_tokens == 4
 
 
 def test_owners_do_not_see_each_other(open_store, keep):
@@ -190,10 +203,11 @@ def test_a_packed_model_takes_the_session_of_the_plain_one(model, keep, tmp_path
 def test_a_session_moves_between_dtypes_and_devices(model, keep, tmp_path, kind):
     other = copy.deepcopy(model).to(kind if kind == "cuda" else getattr(torch, kind))
     stores = [DiskSessions(tmp_path, m, ModelIdentity("m", "1")) for m in (model, other)]
-    stores[0].save("", "chat", keep([1, 2]))
+    stores[0].save("", "chat", dataclasses.replace(keep([1, 2]), earlier=keep([1])))
     there = stores[1].load("", "chat")
-    for a, b in zip(state_tensors(there.model), state_tensors(other.init_state(1)), strict=True):
-        assert a.dtype == b.dtype and a.device == b.device
+    for kept in there.candidates():
+        for a, b in zip(state_tensors(kept.model), state_tensors(other.init_state(1)), strict=True):
+            assert a.dtype == b.dtype and a.device == b.device
     assert generate(other, [[3]], max_new_tokens=3, state=there.generation_state()).ids
     stores[1].save("", "chat", there)
     back = stores[0].load("", "chat")
@@ -209,9 +223,26 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*/*.session"))
 
 
+def test_files_of_the_first_version_are_read_and_of_later_ones_refused(model, keep, tmp_path):
+    store, kept = DiskSessions(tmp_path, model, ModelIdentity("m", "1")), keep([1, 2])
+    notes = {"name": "chat", "model": "m", "weights": "1", "n_tokens": "2", "created": "1.5"}
+    store.save("", "chat", kept)
+    path, extra = files(tmp_path)[0], {"tokens": torch.tensor(kept.tokens, dtype=torch.int32)}
+    for version in (1, 3):
+        state = kept.generation_state()
+        packed = pack_state(state, model, kind="anymamba-session", version=version, extra=extra, notes=notes)
+        path.write_bytes(save(*packed))
+        if version == 1:
+            loaded = store.load("", "chat")
+            assert loaded.tokens == (1, 2) and loaded.earlier is None and torch.equal(loaded.logits, kept.logits)
+            assert store.list("")[0].created == 1.5
+    with pytest.raises(StoreError, match="has format version 3, and this anymamba reads versions up to 2"):
+        store.load("", "chat")
+
+
 def test_damaged_files_are_refused_and_can_be_deleted(model, keep, tmp_path):
     store = DiskSessions(tmp_path, model, ModelIdentity("m", "1"))
-    store.save("", "chat", keep([1, 2]))
+    store.save("", "chat", dataclasses.replace(keep([1, 2]), earlier=keep([1])))
     path = files(tmp_path)[0]
     whole = path.read_bytes()
     flipped = bytearray(whole)

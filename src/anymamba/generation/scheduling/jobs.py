@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -50,6 +51,21 @@ class Job:
         """When a piece of the prompt was read last, in passes."""
         self.stops: list[int] = []
         """Lengths of the prompt after which the state is kept, ascending."""
+        self.after_prompt: KeptState | None = None
+        """The state after the prompt, if the request keeps its state."""
+
+    def own_state(self) -> KeptState | None:
+        """The request's state after as many tokens of the prompt as possible."""
+        if self.request.state is None:
+            return None
+        return next((k for k in self.request.state.candidates() if self.prompt[: len(k.tokens)] == k.tokens), None)
+
+    def to_keep(self, kept: KeptState | None) -> KeptState | None:
+        """The state of an answer that has ended, with that after the prompt, if the request keeps its state."""
+        before = self.after_prompt
+        if kept is None or before is None:
+            return None
+        return kept if len(before.tokens) == len(kept.tokens) else replace(kept, earlier=before)
 
     def start_from(self, kept: KeptState, device: torch.device) -> None:
         """Go on from a state whose tokens begin the prompt, and which has the scores that are wanted."""
