@@ -220,7 +220,7 @@ def test_the_order_of_memory_on_a_gpu_changes_no_number(monkeypatch, d_head):
     x, dy = torch.randn(2, 17, 12, dtype=torch.float64, requires_grad=True), torch.randn(2, 17, 12).double()
     found, seen = [], []
     for reorders in (False, True):
-        monkeypatch.setattr(h3, "_reorders", lambda t, reorders=reorders: reorders)
+        monkeypatch.setattr(h3.H3, "_reorders", lambda self, t, reorders=reorders: reorders)
         layer.inner.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         y, _ = layer(x)
         found.append((y, *torch.autograd.grad(y, (x, *layer.parameters()), dy, allow_unused=True)))

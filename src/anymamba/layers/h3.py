@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
 from anymamba.ops.causal_conv1d import causal_conv1d
-from anymamba.parts import toeplitz
+from anymamba.parts import head_products, toeplitz
 from anymamba.parts.derivatives import as_operations
 from anymamba.parts.fft_conv import gradients_in_operations
 from anymamba.parts.options import H3Options
@@ -161,6 +161,10 @@ class H3(SequenceLayer):
     ) -> Float[Tensor, "products length n_heads"]:
         """The products of key and value channels of each head; row (batch, i, j) has k_i v_j of all heads."""
         k, v = self._heads(k), self._heads(v)
+        if self._reorders(k):
+            products = head_products.outer(_ordered(k), _ordered(v))
+            return products.flatten(2).permute(2, 1, 0)
+        k, v = k.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2)
         return (k[:, :, None] * v[:, None]).flatten(0, 2)
 
     def _contract(
@@ -168,26 +172,24 @@ class H3(SequenceLayer):
     ) -> Float[Tensor, "batch length d_model"]:
         """Sum over i of q_i times row (batch, i, j) of the products, in the original order of channels."""
         q, sizes = self._heads(q), (q.shape[0], self.d_head, self.d_head)
-        if _reorders(products):  # the same view, whose gradient keeps the order of memory
-            products = products.permute(2, 1, 0).unflatten(2, sizes).permute(2, 3, 4, 1, 0)
-        else:
-            products = products.unflatten(0, sizes)
-        y = (q[:, :, None] * products).sum(1)
+        if self._reorders(products):
+            y = head_products.contract(_ordered(q), products.permute(2, 1, 0).unflatten(2, sizes))
+            return y.permute(2, 1, 0, 3).flatten(2)
+        y = (q.permute(0, 3, 1, 2)[:, :, None] * products.unflatten(0, sizes)).sum(1)
         return y.permute(0, 2, 3, 1).flatten(2)
 
-    def _heads(self, t: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch d_head length n_heads"]:
-        """The channels of each head. On a GPU their memory, and so that of all products, is ordered as (head, token,
-        batch, channel): the convolution multiplies a matrix for each head by all rows."""
-        t = t.unflatten(-1, (self.n_heads, self.d_head))
-        if _reorders(t) and self.d_head > 1:
-            t = t.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
-        return t.permute(0, 3, 1, 2)
+    def _heads(self, t: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length n_heads d_head"]:
+        return t.unflatten(-1, (self.n_heads, self.d_head))
+
+    def _reorders(self, t: Tensor) -> bool:
+        """Whether the convolution of many rows reads them in another order than that of the layer's input."""
+        return t.is_cuda and self.d_head > 1
 
     def _unfold(self, inner: Any, batch: int) -> Any:
         """The inner layer's state as (batch, d_head^2, ...)."""
         return map_state(lambda t: t.reshape(batch, self.d_head**2, *t.shape[1:]), inner)
 
 
-def _reorders(t: Tensor) -> bool:
-    """Whether the convolution of many rows reads them in another order than that of the layer's input."""
-    return t.is_cuda
+def _ordered(t: Float[Tensor, "batch length n_heads d_head"]) -> Float[Tensor, "n_heads length batch d_head"]:
+    """Memory in the order of a GPU's convolution, which multiplies a matrix for each head by all rows."""
+    return t.permute(2, 1, 0, 3).contiguous()
