@@ -36,6 +36,7 @@ SHARED = {
     *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
     *("kernels.packed_linear.arguments", "kernels.packed_linear.formats"),
     *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),
+    *("data.cache", "data.dna", "data.dna.tokenizer"),
     *("ops.devices", "ops.dispatch", "ops.checks", "ops.observers", "ops.functions", "ops.recomputing"),
     *("parts.derived", "parts.padding", "parts.state", "parts.sequence", "parts.parameters", "parts.derivatives"),
     *("parts.bare", "parts.recipes", "parts.toeplitz"),

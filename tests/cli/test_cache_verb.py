@@ -9,8 +9,8 @@ import time
 import pytest
 
 from anymamba.base.locks import Lock
+from anymamba.data.cache import SOURCES_FILE, cached_tables, default_cache
 from anymamba.data.table import TokenTable, build_token_table
-from anymamba.data.table.cache import SOURCES_FILE, cached_tables, default_cache
 from anymamba.data.tokenizer import ByteTokenizer
 
 

@@ -15,7 +15,7 @@ from anymamba.console.flags import read_flags
 from anymamba.console.output import print_facts, print_json, say
 
 if TYPE_CHECKING:
-    from anymamba.data.table.cache import CachedTable
+    from anymamba.data.cache import CachedTable
 
 DAY = 86_400.0
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -45,7 +45,7 @@ def command(arguments: Sequence[str]) -> None:
     options = read_flags(CacheOptions, "cache", arguments)
     if options.older_than is not None and not options.older_than >= 0:
         raise ValueError(f"--older-than must be at least 0 days, got {options.older_than}")
-    from anymamba.data.table.cache import cached_tables, default_cache
+    from anymamba.data.cache import cached_tables, default_cache
 
     cache = options.folder or default_cache()
     if options.folder is not None and not cache.is_dir():
@@ -68,7 +68,7 @@ def is_chosen(table: CachedTable, options: CacheOptions) -> bool:
 def clean(cache: Path, tables: Sequence[CachedTable]) -> list[CachedTable]:
     """Delete tables and what killed processes left, and return the tables that were deleted."""
     from anymamba.base.files import sweep
-    from anymamba.data.table.cache import remove_table
+    from anymamba.data.cache import remove_table
 
     sweep(cache)
     deleted = []

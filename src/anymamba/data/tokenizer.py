@@ -19,6 +19,7 @@ from anymamba.data.byte_level import (
     is_byte_specification,
     token_to_bytes,
 )
+from anymamba.data.dna.tokenizer import DnaTokenizer, case_of_specification
 from anymamba.data.token_ids import row_of_ids
 
 FILE_NAME = "tokenizer.json"
@@ -178,11 +179,11 @@ class JsonTokenizer:
         _write(folder, self._json, None if self.eos_id is None else self._tokenizer.id_to_token(self.eos_id))
 
 
-def load_tokenizer(path: str | Path | None) -> ByteTokenizer | JsonTokenizer:
+def load_tokenizer(path: str | Path | None) -> ByteTokenizer | DnaTokenizer | JsonTokenizer:
     """Load the tokenizer of a `tokenizer.json`, or of a folder that holds one; None gives bytes.
 
     `anymamba.load_tokenizer` also takes .gguf files and names on the hub. A file written by `ByteTokenizer.save` gives
-    a ByteTokenizer.
+    a ByteTokenizer, one written by `DnaTokenizer.save` a DnaTokenizer.
     """
     if path is None:
         return ByteTokenizer()
@@ -197,7 +198,7 @@ def load_tokenizer(path: str | Path | None) -> ByteTokenizer | JsonTokenizer:
     return tokenizer_from_json(text, file)
 
 
-def tokenizer_from_json(text: str, path: Path) -> ByteTokenizer | JsonTokenizer:
+def tokenizer_from_json(text: str, path: Path) -> ByteTokenizer | DnaTokenizer | JsonTokenizer:
     """Make a tokenizer from the contents of a `tokenizer.json`; `path` is their origin, for names and messages."""
     try:
         specification = json.loads(text)
@@ -206,7 +207,8 @@ def tokenizer_from_json(text: str, path: Path) -> ByteTokenizer | JsonTokenizer:
     for end_of_document in (True, False):
         if is_byte_specification(specification, end_of_document):
             return ByteTokenizer(end_of_document)
-    return JsonTokenizer(path, text)
+    case = case_of_specification(specification)
+    return JsonTokenizer(path, text) if case is None else DnaTokenizer(case)
 
 
 class StreamDecoder:

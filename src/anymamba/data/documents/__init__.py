@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .files import COMPRESSION_SUFFIXES, ROW_SUFFIXES, TEXT_SUFFIXES, find_files
 from .readers import DEFAULT_TEXT_FIELD, Document, OnBadRow, document_name, iter_documents, refuse
+from .streams import open_decompressed
 
 __all__ = [
     "COMPRESSION_SUFFIXES",
@@ -15,5 +16,6 @@ __all__ = [
     "document_name",
     "find_files",
     "iter_documents",
+    "open_decompressed",
     "refuse",
 ]

@@ -16,9 +16,9 @@ from anymamba.base import manifest
 from anymamba.base.errors import CheckpointError, DataWarning
 from anymamba.base.files import atomic_folder, own_file, require_utf8, sweep
 
+from ..cache import FORMAT, Sources, default_cache, mark_used, table_key
 from ..documents import find_files, iter_documents, refuse
 from ..tokenizer import Tokenizer
-from .cache import FORMAT, Sources, default_cache, mark_used, table_key
 from .encoding import encode_documents, token_dtype
 from .store import TOKENS_FILE
 from .tokens import DOCUMENTS_FILE, FILES_FILE, TokenTable

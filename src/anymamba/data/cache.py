@@ -1,4 +1,4 @@
-"""The cache of token tables: their keys, what is in it, and deleting tables."""
+"""The cache of token tables and packed genomes: their keys, what is in it, and deleting them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,27 @@
+"""DNA: genomes in files, intervals, windows of them, and the tokenizer. Needs neither torch nor a GPU."""
+
+from __future__ import annotations
+
+from .bed import Interval, read_bed, whole_sequences
+from .genome import Genome, Strand
+from .letters import reverse_complement
+from .tokenizer import COMPLEMENT_IDS, DnaTokenizer, case_of_specification, reverse_complement_ids
+from .windows import GenomeWindows, Source, Windows, is_unknown, unknown_share
+
+__all__ = [
+    "COMPLEMENT_IDS",
+    "DnaTokenizer",
+    "Genome",
+    "GenomeWindows",
+    "Interval",
+    "Source",
+    "Strand",
+    "Windows",
+    "case_of_specification",
+    "is_unknown",
+    "read_bed",
+    "reverse_complement",
+    "reverse_complement_ids",
+    "unknown_share",
+    "whole_sequences",
+]

@@ -1,0 +1,187 @@
+"""Reads FASTA as a stream: the records and the letters of each, checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .letters import AMBIGUOUS, LETTERS
+
+_BLOCK = 1 << 20  # bytes read at once
+_LONGEST_HEADER = 1 << 20
+_HEADER = re.compile(rb"\n[>;]")
+_SPACE = b"\n\r \t\v\f"
+_AMBIGUITY = np.isin(np.arange(256), list(AMBIGUOUS + AMBIGUOUS.lower()))
+_PROTEIN_FROM = 20  # letters of a record from which on its share of ambiguity codes is looked at
+
+
+@dataclass
+class FastaCounts:
+    """What a FASTA file had that is not among the sequences."""
+
+    empty: list[str] = field(default_factory=list)
+    """Names of records without a letter, which are skipped."""
+    comments: int = 0
+    """Lines that begin with a semicolon, which are skipped."""
+
+
+def read_fasta(file: Path, stream: BinaryIO, counts: FastaCounts) -> Iterator[tuple[str, Iterator[NDArray[np.uint8]]]]:
+    """The records of a FASTA file: the name and the letters, in pieces. Read each to its end before the next one.
+
+    A name is the first word of its header. Lines may be of any length and end with CR LF. Letters are the bases, U, N
+    and the IUPAC codes in either case.
+
+    Args:
+        counts: gets what is skipped.
+    Raises ValueError, naming file, line and record, for what is no FASTA, for proteins, gaps and other letters, and for
+    two records of one name.
+    """
+    lines = _Lines(file, stream)
+    seen: dict[str, int] = {}
+    name: str | None = None
+    empty = True
+
+    def letters() -> Iterator[NDArray[np.uint8]]:
+        nonlocal empty
+        checked = _Checked(file, name or "")
+        for piece in lines.sequence(counts):
+            empty = False
+            yield checked(piece)
+        checked.finish()
+
+    while (header := lines.header(counts)) is not None:
+        name = _name(file, header, lines.number)
+        if name in seen:
+            raise ValueError(
+                f"{file} has two records named {name!r}, in lines {seen[name]:,} and {lines.number:,}; rename one: "
+                "a position must mean one base"
+            )
+        seen[name] = lines.number
+        empty = True
+        pieces = letters()
+        first = next(pieces, None)
+        if first is None:
+            counts.empty.append(name)
+            continue
+        yield name, _chain(first, pieces)
+        for _ in pieces:
+            pass
+    if not seen:
+        raise ValueError(f"{file} is not FASTA: it has no line that begins with >")
+
+
+def _chain(first: NDArray[np.uint8], rest: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    yield first
+    yield from rest
+
+
+def _name(file: Path, header: bytes, line: int) -> str:
+    words = header[1:].split(maxsplit=1)
+    if not words:
+        raise ValueError(f"{file}, line {line:,}: a record has no name; write one after >")
+    return words[0].decode("utf-8", "surrogateescape")
+
+
+class _Checked:
+    """Checks the letters of one record."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        self._file, self._name, self._n, self._n_ambiguous = file, name, 0, 0
+
+    def __call__(self, piece: bytes) -> NDArray[np.uint8]:
+        wrong = piece.translate(None, LETTERS)
+        if wrong:
+            raise ValueError(self._complaint(chr(wrong[0]), self._n + piece.index(wrong[:1])))
+        letters = np.frombuffer(piece, np.uint8)
+        self._n += len(letters)
+        self._n_ambiguous += int(_AMBIGUITY[letters].sum())
+        return letters
+
+    def finish(self) -> None:
+        """Raise ValueError if the record looks like a protein."""
+        if self._n >= _PROTEIN_FROM and 2 * self._n_ambiguous > self._n:
+            raise ValueError(
+                f"{self._file}: more than half of record {self._name!r} are ambiguity codes, as in a protein; only DNA "
+                "and RNA are read"
+            )
+
+    def _complaint(self, letter: str, position: int) -> str:
+        where = f"{self._file}: record {self._name!r} has {letter!r} at base {position + 1:,}"
+        if letter in "-.*~":
+            return f"{where}, which is a gap of an alignment or a stop of a protein; give sequences without them"
+        if letter.isalpha() and letter.isascii():
+            return f"{where}, which is no base or ambiguity code; is it a protein? Only DNA and RNA are read"
+        return f"{where}; a sequence has letters only"
+
+
+class _Lines:
+    """Splits a stream at its headers. `number` is the number of the last header's line."""
+
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        self._file, self._stream = file, stream
+        self._data, self._at = stream.read(_BLOCK).removeprefix(b"\xef\xbb\xbf"), 0
+        self._at_line_start, self._lines_before = True, 0
+        self.number = 0
+        if self._data.startswith(b"@"):
+            raise ValueError(f"{file} is FASTQ, whose reads are not read; give sequences as FASTA")
+
+    def header(self, counts: FastaCounts) -> bytes | None:
+        """The next line that begins with >; None at the end. Raises ValueError for letters before the first one."""
+        for piece in self.sequence(counts):
+            raise ValueError(f"{self._file} is not FASTA: it begins with {_shown(piece)} and not with >")
+        if not self._have():
+            return None
+        return self._line()
+
+    def sequence(self, counts: FastaCounts) -> Iterator[bytes]:
+        """The letters up to the next line that begins with >, without white space."""
+        while self._have():
+            if self._at_line_start and self._data[self._at] == ord(";"):
+                self._line()
+                counts.comments += 1
+                continue
+            if self._at_line_start and self._data[self._at] == ord(">"):
+                return
+            found = _HEADER.search(self._data, self._at)
+            end = len(self._data) if found is None else found.start() + 1
+            lines = self._data[self._at : end]
+            self._advance(end)
+            letters = lines.translate(None, _SPACE)
+            if letters:
+                yield letters
+
+    def _have(self) -> bool:
+        """Whether there is a byte left; reads more if needed."""
+        if self._at == len(self._data):
+            self._data, self._at = self._stream.read(_BLOCK), 0
+        return self._at < len(self._data)
+
+    def _line(self) -> bytes:
+        """The line at the position, read to its end."""
+        while (end := self._data.find(b"\n", self._at)) < 0:
+            more = self._stream.read(_BLOCK)
+            self._data, self._at = self._data[self._at :] + more, 0
+            if not more:
+                end = len(self._data)
+                break
+            if len(self._data) > _LONGEST_HEADER + _BLOCK:
+                raise ValueError(f"{self._file} is not FASTA: a header of more than a million characters does not end")
+        self.number = self._lines_before + 1
+        line = self._data[self._at : end].rstrip(b"\r")
+        self._advance(min(end + 1, len(self._data)))
+        return line
+
+    def _advance(self, end: int) -> None:
+        self._lines_before += self._data.count(b"\n", self._at, end)
+        self._at_line_start = self._data[end - 1] == ord("\n")
+        self._at = end
+
+
+def _shown(piece: bytes) -> str:
+    return repr(piece[:20].decode("latin-1"))
