@@ -21,7 +21,7 @@ from anymamba.console.output import ShowProgress, TrainingReport, print_facts, p
 from anymamba.console.profiling import ProfiledReport
 from anymamba.console.runtime import told_how_to_resume
 from anymamba.models.presets import preset
-from anymamba.training.config import DataConfig, OptimizerConfig, TrainConfig, config_values
+from anymamba.training.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, config_values
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ FLAGS: dict[type, dict[str, str]] = {
         "tokenizer": "tokenizer",
     },
     OptimizerConfig: {"learning_rate": "learning-rate"},
+    ParallelConfig: {"dp_replicate": "dp-replicate", "dp_shard": "dp-shard", "cp": "cp"},
 }
 """Fields that have a short flag in place of their path in the config file."""
 REPEATABLE = ("paths", "exclude")

@@ -88,6 +88,25 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that torchrun has started share a run; `training.parallel.mesh` arranges them."""
+
+    dp_replicate: int = 1
+    """Copies of the weights. Each copy reads its rows of every batch."""
+    dp_shard: int = -1
+    """Processes over which a copy's weights, gradients and optimizer state are split; each reads its rows of every
+    batch. -1 takes all that are left."""
+    cp: int = 1
+    """Processes over which each sequence is split."""
+
+    def __post_init__(self) -> None:
+        for name in ("dp_replicate", "cp"):
+            require_at_least(name, getattr(self, name), 1)
+        if self.dp_shard != -1:
+            require_at_least("dp_shard", self.dp_shard, 1)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 
@@ -97,6 +116,8 @@ class TrainConfig:
     """The model; the tokenizer decides its vocab_size."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer and its schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The processes of a run that torchrun has started."""
     start_from: str | None = None
     """A model folder whose weights and sizes to start from, with a new optimizer (fine-tuning)."""
     verify: bool = True
