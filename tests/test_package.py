@@ -45,8 +45,9 @@ PUBLIC = {
         causal_conv1d causal_conv1d_step generate load_tokenizer preset selective_scan selective_scan_step stream
         stream_text""",
     "anymamba.layers": """
-        Attention GAU H3 Hyena HyenaFilter LayerNorm LearnedPositions LinearAttention MLP Mamba MambaBlock NoGate
-        RMSNorm RWKVChannelMix RWKVTimeMix Retention S4 S4D S6 SequenceLayer ShortConvolution""",
+        Attention BiMamba GAU H3 Hyena HyenaFilter LayerNorm LearnedPositions LinearAttention MLP Mamba MambaBlock
+        NoGate RMSNorm RWKVChannelMix RWKVTimeMix Retention S4 S4D S6 SequenceLayer SharedStrands ShortConvolution
+        StrandEmbedding StrandHead""",
 }
 """The names that a release promises: a name is deprecated before it is removed."""
 

@@ -36,6 +36,7 @@ BIG = ModelConfig(
     residual_in_fp32=False,
     mixers=("mamba", "mamba"),
     attention_layers=(1,),
+    complement=(1, 0),
     weight_std=0.01,
     s4=S4Options(d_state=6, n_ssm=2, dt_min=0.01, dt_max=0.2),
     s4d=S4DOptions(d_state=6, init="s4d-inv", discretization="bilinear", dt_min=0.01, dt_max=0.2),
@@ -89,7 +90,7 @@ def test_derived_sizes():
     [
         ({"d_modle": 1}, ValueError, "unknown key 'd_modle' in ModelConfig; did you mean 'd_model'?"),
         ({"mamba": {"dstate": 1}}, ValueError, "unknown key 'dstate' in mamba; did you mean 'd_state'?"),
-        ({"qqq": 1}, ValueError, "unknown key 'qqq' in ModelConfig; it has attention, attention_layers, d_model"),
+        ({"qqq": 1}, ValueError, "unknown key 'qqq' in ModelConfig; it has attention, attention_layers, complement, "),
         ({"d_model": "64"}, TypeError, "d_model must be int, got '64'"),
         ({"d_model": 64.0}, TypeError, "d_model must be int, got 64.0"),
         ({"d_model": True}, TypeError, "d_model must be int, got True"),

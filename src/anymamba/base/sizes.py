@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral
 
 
@@ -24,3 +25,16 @@ def require_positive(name: str, value: float) -> None:
     """Raise ValueError unless value is a positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
         raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def require_complement(complement: Sequence[int], n_ids: int) -> None:
+    """Raise ValueError unless `complement` maps ids below n_ids to each other in pairs, or to themselves."""
+    n = len(complement)
+    if n > n_ids:
+        raise ValueError(f"complement must have at most one entry for each of {n_ids} ids, got {n}; drop the others")
+    for i, other in enumerate(complement):
+        if not 0 <= other < n or complement[other] != i:
+            raise ValueError(
+                f"complement must pair ids with each other, got {other} for id {i}; the complement of a complement is "
+                "the id itself"
+            )

@@ -90,10 +90,14 @@ def evaluate(
         chunk: tokens processed at once, for documents of any length; the result does not depend on it.
         progress: called with the tokens done and the tokens in all.
     Returns the sum of -log p in float64 and what was counted.
-    Raises ValueError if there is nothing to count or an id is outside the vocabulary, RuntimeError if the model's loss
-        is not finite.
+    Raises ValueError if there is nothing to count, an id is outside the vocabulary or the model is not causal,
+        RuntimeError if the model's loss is not finite.
     """
     require_sizes(chunk=chunk)
+    if not model.config.is_causal:
+        raise ValueError(
+            "the model is not causal: it has seen the tokens that it would predict; evaluate a causal model"
+        )
     if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
         raise ValueError(f"eos_id must be an id of the vocabulary of {model.config.vocab_size}, got {eos_id}")
     skipped = 0 if eos_id is not None else 1

@@ -12,6 +12,7 @@ __all__ = [
     "S4D",
     "S6",
     "Attention",
+    "BiMamba",
     "Hyena",
     "HyenaFilter",
     "LayerNorm",
@@ -25,11 +26,15 @@ __all__ = [
     "RWKVTimeMix",
     "Retention",
     "SequenceLayer",
+    "SharedStrands",
     "ShortConvolution",
+    "StrandEmbedding",
+    "StrandHead",
 ]
 
 _HOMES = {
     "Attention": "anymamba.layers.attention",
+    "BiMamba": "anymamba.layers.bimamba",
     "GAU": "anymamba.layers.gau",
     "H3": "anymamba.layers.h3",
     "Hyena": "anymamba.layers.hyena",
@@ -49,13 +54,17 @@ _HOMES = {
     "S4D": "anymamba.layers.s4d",
     "S6": "anymamba.layers.s6",
     "SequenceLayer": "anymamba.parts.sequence",
+    "SharedStrands": "anymamba.layers.strands",
     "ShortConvolution": "anymamba.parts.conv",
+    "StrandEmbedding": "anymamba.layers.strands",
+    "StrandHead": "anymamba.layers.strands",
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 if TYPE_CHECKING:
     from anymamba.layers.attention import Attention
+    from anymamba.layers.bimamba import BiMamba
     from anymamba.layers.gau import GAU
     from anymamba.layers.h3 import H3
     from anymamba.layers.hyena import Hyena, HyenaFilter
@@ -69,6 +78,7 @@ if TYPE_CHECKING:
     from anymamba.layers.s4 import S4
     from anymamba.layers.s4d import S4D
     from anymamba.layers.s6 import S6
+    from anymamba.layers.strands import SharedStrands, StrandEmbedding, StrandHead
     from anymamba.parts.conv import ShortConvolution
     from anymamba.parts.norm import LayerNorm, RMSNorm
     from anymamba.parts.sequence import SequenceLayer

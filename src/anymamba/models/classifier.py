@@ -19,6 +19,7 @@ from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.base.sizes import require_at_least
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.parts.strands import both_masks
 
 Task = Literal["classification", "regression"]
 Pooling = Literal["last", "mean", "masked"]
@@ -80,7 +81,7 @@ class SequenceClassifier(nn.Module):
         attention_mask: Bool[Tensor, "batch length"] | None = None,
         pool_mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch n_outputs"]:
-        """Logits of the classes, or the numbers.
+        """Logits of the classes, or the numbers. Those of a model of both strands are the same for either strand.
 
         Args:
             inputs: token ids, or vectors if the config has d_input.
@@ -92,11 +93,13 @@ class SequenceClassifier(nn.Module):
         if inputs.ndim != wanted:
             words = "token ids (batch, length)" if wanted == 2 else "vectors (batch, length, d_input)"
             raise ValueError(f"inputs must be {words}, got shape {tuple(inputs.shape)}; d_input decides which")
-        if self.embed is None:
-            hidden, _ = self.backbone.hidden(inputs, attention_mask=attention_mask)
-        else:
-            hidden, _ = self.backbone.hidden_of_embedded(self.embed(inputs), attention_mask=attention_mask)
-        return self.head(self._pooled(hidden, self._counted(hidden, attention_mask, pool_mask)))
+        embedded = self.backbone.embed_strands(inputs) if self.embed is None else self.embed(inputs)
+        n_strands = 2 if self.embed is None and self.backbone.config.complement else 1
+        if n_strands == 2:
+            attention_mask, pool_mask = both_masks(attention_mask), both_masks(pool_mask)
+        hidden, _ = self.backbone.hidden_of_embedded(embedded, attention_mask=attention_mask)
+        pooled = self._pooled(hidden, self._counted(hidden, attention_mask, pool_mask))
+        return self.head(pooled if n_strands == 1 else pooled.view(2, -1, pooled.shape[-1]).mean(0))
 
     def _counted(self, hidden: Tensor, attention_mask: Tensor | None, pool_mask: Tensor | None) -> Tensor:
         """True at the positions that are pooled."""

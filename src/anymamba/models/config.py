@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from anymamba.base.sizes import require_at_least, require_positive
+from anymamba.base.sizes import require_at_least, require_complement, require_positive
 from anymamba.parts.options import (
     AttentionOptions,
     GAUOptions,
@@ -19,6 +19,9 @@ from anymamba.parts.options import (
     S4DOptions,
     S4Options,
 )
+
+NOT_CAUSAL = ("bimamba",)
+"""The mixers whose outputs depend on later tokens, too."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class ModelConfig:
     """The name of each block's mixer; a tuple shorter than n_layers repeats. `models/mixers.py` lists the names."""
     attention_layers: tuple[int, ...] = ()
     """Blocks, counted from 0, whose mixer is attention instead of the one in `mixers`."""
+    complement: tuple[int, ...] = ()
+    """The complement of each token id, for a model of both strands of DNA: the output for a reverse complement is the
+    reverse complement of the output. Ids that are not listed are their own complement; () is one strand."""
     weight_std: float | None = None
     """Draw the weights of projections from N(0, weight_std), and divide those of output projections by sqrt(n_layers).
     None: keep each layer's own initialisation."""
@@ -70,7 +76,7 @@ class ModelConfig:
     """Options of retention."""
 
     def __post_init__(self) -> None:
-        for name, example in (("mixers", '("mamba",)'), ("attention_layers", "(3,)")):
+        for name, example in (("mixers", '("mamba",)'), ("attention_layers", "(3,)"), ("complement", "(1, 0, 3, 2)")):
             values = getattr(self, name)
             if not isinstance(values, tuple | list):
                 raise TypeError(f"{name} must be a tuple, got {values!r}; for example {example}")
@@ -83,6 +89,7 @@ class ModelConfig:
         beyond = [i for i in self.attention_layers if not 0 <= i < self.n_layers]
         if beyond:
             raise ValueError(f"attention_layers must lie in 0 to n_layers - 1 = {self.n_layers - 1}, got {beyond[0]}")
+        require_complement(self.complement, self.vocab_size)
         if not self.mixers:
             raise ValueError('mixers must name at least one mixer, got (); for example ("mamba",)')
         if self.d_inner < 1:
@@ -110,6 +117,11 @@ class ModelConfig:
     def has_absolute_positions(self) -> bool:
         """Whether a table of positions is added to the embeddings, for all mixers."""
         return self.attention.positions == "absolute"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the output at a token depends on this and earlier tokens only. Other models cannot generate."""
+        return not self.complement and not set(NOT_CAUSAL) & set(self.layer_mixers)
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:

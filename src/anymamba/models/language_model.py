@@ -23,6 +23,14 @@ from anymamba.parts.init import WithoutMetaValues
 from anymamba.parts.norm import build_norm, norm_of_sum
 from anymamba.parts.parameters import WideParameters, without_decay
 from anymamba.parts.recipes import recomputing
+from anymamba.parts.strands import (
+    both_masks,
+    both_offsets,
+    both_strands,
+    complement_table,
+    head_weight,
+    side_by_side,
+)
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
@@ -178,7 +186,11 @@ class LanguageModel(nn.Module):
         return any(block.mixer.grows for block in self.blocks)
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> LanguageModelState:
-        """The state before the first token of each of `batch` sequences."""
+        """The state before the first token of each of `batch` sequences.
+
+        Raises ValueError if the model is not causal.
+        """
+        self._require_causal("has no state")
         layers = tuple(block.mixer.init_state(batch, dtype) for block in self.blocks)
         return LanguageModelState(layers, () if self.positions is None else self.positions.init_state(batch, dtype))
 
@@ -190,10 +202,11 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
-        """The normed output of the last block, and the state."""
-        _require_ids(input_ids, 2, "(batch, length)")
-        embedded = self.embedding(input_ids)
-        return self.hidden_of_embedded(embedded, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        """The normed output of the last block, and the state.
+
+        A model of both strands returns (batch, length, 2 d_model): the given strand, and the other at its positions.
+        """
+        return self._normed_ids(input_ids, state, attention_mask, cu_seqlens, projected=False)
 
     def hidden_of_embedded(
         self,
@@ -203,8 +216,46 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
-        """`hidden` for vectors in place of the tokens' embeddings."""
+        """`hidden` for vectors in place of the tokens' embeddings; of one strand, in any model."""
         return self._normed(embedded, state, attention_mask, cu_seqlens, projected=False)
+
+    def _normed_ids(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        state: LanguageModelState | None,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        projected: bool,
+    ) -> tuple[Float[Tensor, "batch length width"], LanguageModelState]:
+        """`hidden`, and `projected` as in `norm_of_sum`."""
+        if state is not None:
+            self._require_causal("has no state")
+        rows = self.embed_strands(input_ids)
+        if not self.config.complement:
+            return self._normed(rows, state, attention_mask, cu_seqlens, projected)
+        if cu_seqlens is None:
+            x, _ = self._normed(rows, None, both_masks(attention_mask), None, projected)
+        else:
+            packed, offsets = rows.reshape(1, -1, rows.shape[-1]), both_offsets(cu_seqlens)
+            x = self._normed(packed, None, None, offsets, projected)[0].reshape(rows.shape)
+        return side_by_side(x), LanguageModelState(())
+
+    def embed_strands(self, input_ids: Int[Tensor, "batch length"]) -> Float[Tensor, "rows length d_model"]:
+        """The tokens' embeddings. For a model of both strands those of the reverse complements are further rows."""
+        _require_ids(input_ids, 2, "(batch, length)")
+        if self.config.complement:
+            input_ids = both_strands(input_ids, self._complement(input_ids.device))
+        return self.embedding(input_ids)
+
+    def _complement(self, device: torch.device) -> Int[Tensor, " padded_vocab"]:
+        return complement_table(self.config.complement, self.config.padded_vocab_size, device)
+
+    def _require_causal(self, what: str) -> None:
+        if not self.config.is_causal:
+            reads = "both strands" if self.config.complement else "sequences in both directions"
+            raise ValueError(
+                f"a model that reads {reads} {what} and cannot generate; give it whole sequences, or use a causal model"
+            )
 
     def _normed(
         self,
@@ -264,7 +315,8 @@ class LanguageModel(nn.Module):
     def hidden_step(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState
     ) -> tuple[Float[Tensor, "batch d_model"], LanguageModelState]:
-        """`hidden` of one token per row."""
+        """`hidden` of one token per row. Raises ValueError if the model is not causal."""
+        self._require_causal("has no step")
         _require_ids(token_ids, 1, "(batch,)")
         embedded, where = self.embedding(token_ids), state.positions
         if self.positions is not None:
@@ -294,15 +346,17 @@ class LanguageModel(nn.Module):
         """
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels must be like input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
-        _require_ids(input_ids, 2, "(batch, length)")
-        x, state = self._normed(self.embedding(input_ids), state, attention_mask, cu_seqlens, projected=True)
+        x, state = self._normed_ids(input_ids, state, attention_mask, cu_seqlens, projected=True)
         loss = self._summed_loss(x.flatten(0, 1), labels.flatten().long())
         return LossOutput(loss, (labels != -100).sum(), state)
 
-    def _summed_loss(self, x: Float[Tensor, "tokens d_model"], labels: Int[Tensor, " tokens"]) -> Tensor:
+    def _summed_loss(self, x: Float[Tensor, "tokens width"], labels: Int[Tensor, " tokens"]) -> Tensor:
         head = self.embedding if self.head is None else self.head
         if self.head is None or (is_bare(head, nn.Linear) and self.head.bias is None):
-            return linear_cross_entropy(x, head.weight, labels)
+            weight = head.weight
+            if self.config.complement:
+                weight = head_weight(weight, self._complement(x.device))
+            return linear_cross_entropy(x, weight, labels)
         # an adapter, say, or a quantised layer
         return sum_over_chunks(self._cross_entropy, x, labels, self.config.padded_vocab_size)
 
@@ -310,8 +364,14 @@ class LanguageModel(nn.Module):
         wide = torch.promote_types(embedded.dtype, torch.float32)
         return embedded.to(wide) if self.config.residual_in_fp32 else embedded
 
-    def logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
+    def logits(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... padded_vocab"]:
         """Apply the head to the output of `hidden`."""
+        if not self.config.complement:
+            return self._head(x)
+        given, other = x.chunk(2, dim=-1)
+        return self._head(given) + self._head(other).index_select(-1, self._complement(x.device))
+
+    def _head(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     def _cross_entropy(self, x: Float[Tensor, "tokens d_model"], labels: Int[Tensor, " tokens"]) -> Tensor:

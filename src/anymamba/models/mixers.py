@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anymamba.layers.attention import Attention
+from anymamba.layers.bimamba import BiMamba
 from anymamba.layers.gau import GAU
 from anymamba.layers.h3 import H3
 from anymamba.layers.hyena import Hyena, HyenaFilter
@@ -107,7 +108,10 @@ MIXERS: dict[str, Builder] = {
     "rwkv": lambda config, i, like: RWKVTimeMix(config.d_model, **_among_its_like(config, i), **like),
     "rwkv-channel": lambda config, i, like: RWKVChannelMix(config.d_model, **_among_its_like(config, i), **like),
 }
-"""Builders of mixers, from the config and the block's index."""
+"""Builders of causal mixers, from the config and the block's index."""
+
+BIDIRECTIONAL: dict[str, Builder] = {"bimamba": lambda config, _, like: BiMamba(config.d_model, config.mamba, **like)}
+"""Builders of mixers that read in both directions; `NOT_CAUSAL` of the config lists their names."""
 
 
 def growing_mixers(config: ModelConfig) -> tuple[str, ...]:
@@ -125,6 +129,7 @@ def build_mixer(name: str, config: ModelConfig, index: int, like: Like) -> Seque
     """
     if name == "mamba-s6":
         raise ValueError("unknown mixer 'mamba-s6' in mixers; Mamba's block with S6 is \"mamba\"")
-    if name not in MIXERS:
-        raise ValueError(f"unknown mixer {name!r} in mixers; the mixers are {', '.join(MIXERS)}")
-    return MIXERS[name](config, index, like)
+    known = MIXERS | BIDIRECTIONAL
+    if name not in known:
+        raise ValueError(f"unknown mixer {name!r} in mixers; the mixers are {', '.join(known)}")
+    return known[name](config, index, like)

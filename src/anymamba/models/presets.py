@@ -19,6 +19,9 @@ SIZES = {
 }
 """Layers, d_model and attention heads."""
 
+DNA_COMPLEMENT = (0, 1, 2, 3, 4, 5, 6, 10, 9, 8, 7, 11)
+"""The complements of the ids of `DnaTokenizer`: A 7 and T 10, C 8 and G 9."""
+
 
 def transformer(n_layers: int, d_model: int, n_heads: int, vocab_size: int = 50277) -> ModelConfig:
     """The Transformer of GPT-3's shapes: learned positions, LayerNorm, GELU, biases everywhere."""
@@ -78,6 +81,18 @@ def spread(n_blocks: int, n_attention: int) -> tuple[int, ...]:
     return tuple(round((i + 1) * n_blocks / (n_attention + 1)) for i in range(n_attention))
 
 
+def caduceus(n_layers: int, d_model: int, *, both_strands: bool) -> ModelConfig:
+    """Caduceus (arXiv:2403.03234) over the ids of `DnaTokenizer`: bidirectional Mamba, with shared strands or one."""
+    return ModelConfig(
+        d_model=d_model,
+        n_layers=n_layers,
+        vocab_size=12,
+        pad_vocab_multiple=16,
+        mixers=("bimamba",),
+        complement=DNA_COMPLEMENT if both_strands else (),
+    )
+
+
 MAMBA: dict[str, ModelConfig] = {
     "nano": ModelConfig(d_model=64, n_layers=2, vocab_size=257),
     "tiny": ModelConfig(d_model=128, n_layers=4, vocab_size=257),
@@ -97,6 +112,9 @@ PRESETS: dict[str, ModelConfig] = {
     **{f"h3-{name}": h3(*size) for name, size in SIZES.items()},
     **{f"hybrid-h3-{name}": h3(*size, attention_at=(size[0] // 2,)) for name, size in SIZES.items()},
     **{f"h3++-{name}": h3_plus_plus(*size[:2]) for name, size in SIZES.items()},
+    "caduceus-ps-1.9m": caduceus(4, 256, both_strands=True),
+    "caduceus-ps-7.7m": caduceus(16, 256, both_strands=True),
+    "caduceus-ph-7.7m": caduceus(16, 256, both_strands=False),
     # about one block in ten is attention (arXiv:2405.21060, table 2), or every second one is an MLP
     "mamba-attention-130m": replace(MAMBA["mamba-130m"], attention_layers=spread(24, 2)),
     "mamba-mlp-130m": replace(MAMBA["mamba-130m"], mixers=("mamba", "mlp")),

@@ -15,7 +15,7 @@ from anymamba.parts.state import require_state
 
 
 class SequenceLayer(nn.Module):
-    """A causal map of sequences (batch, length, width).
+    """A map of sequences (batch, length, width), causal unless `is_causal` is false.
 
     `forward` on a whole sequence, `forward` on its pieces with the state carried between them, and `step` on each token
     compute the same result. A layer defines `run`, which receives rows of real tokens followed by padding; this covers
@@ -28,6 +28,9 @@ class SequenceLayer(nn.Module):
 
     projects_input: bool = False
     """Whether the layer uses its input in one linear map only, so that autocast converts the input in any case."""
+
+    is_causal: bool = True
+    """Whether an output depends on its own and earlier tokens only. Other layers have no state and no `step`."""
 
     @property
     def grows(self) -> bool:

@@ -61,7 +61,8 @@ class InferenceModel(LanguageModel):
         matrices: packed weights by the names of the parameters that they stand for.
         others: all other parameters by name, in float32.
         invariant: make a row's logits the same bits alone and in any batch, read whole, in pieces, or token by token.
-    Raises ValueError if invariance is asked of a model that does not have it; the message names what prevents it.
+    Raises ValueError if invariance is asked of a model that does not have it; the message names what prevents it. Also
+        for a model that is not causal, as it cannot generate.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class InferenceModel(LanguageModel):
         invariant: bool = False,
     ) -> None:
         super().__init__(config, device="meta")
+        self._require_causal("is not a model for inference")
         pack_modules(self, matrices)
         missing, unexpected = self.load_state_dict(dict(others), strict=False, assign=True)
         assert set(missing) == set(matrices) and not unexpected, (missing, unexpected)

@@ -71,6 +71,8 @@ def foreign_everywhere(config: ModelConfig) -> list[str]:
         options.append(f"mixers={config.mixers!r}")
     if config.has_absolute_positions:
         options.append("positions='absolute'")
+    if config.complement:
+        options.append("complement (both strands of DNA)")
     return options
 
 
