@@ -5,11 +5,22 @@ from __future__ import annotations
 from .bed import Interval, read_bed, whole_sequences
 from .genome import Genome, Strand
 from .letters import reverse_complement
-from .tokenizer import COMPLEMENT_IDS, DnaTokenizer, case_of_specification, reverse_complement_ids
+from .tokenizer import (
+    COMPLEMENT_IDS,
+    MASK_ID,
+    N_ID,
+    PAD_ID,
+    DnaTokenizer,
+    case_of_specification,
+    reverse_complement_ids,
+)
 from .windows import GenomeWindows, Source, Windows, is_unknown, unknown_share
 
 __all__ = [
     "COMPLEMENT_IDS",
+    "MASK_ID",
+    "N_ID",
+    "PAD_ID",
     "DnaTokenizer",
     "Genome",
     "GenomeWindows",
