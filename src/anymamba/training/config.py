@@ -116,6 +116,9 @@ class TrainConfig:
     """The model; the tokenizer decides its vocab_size."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer and its schedule."""
+    objective: Literal["causal", "mlm"] = "causal"
+    """What is predicted: the next token, or masked tokens (15 % of all; of them 80 % hidden, 10 % changed). With mlm
+    no state is carried, and the losses are those of masked tokens."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The processes of a run that torchrun has started."""
     start_from: str | None = None
@@ -189,6 +192,11 @@ class TrainConfig:
             raise ValueError("lora_targets and lora_alpha are for adapters; give their rank with lora (--lora 8)")
         if self.lora_alpha is not None:
             require_positive("lora_alpha", self.lora_alpha)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether rows continue from the state of the previous batch."""
+        return self.carry_state and self.objective == "causal"
 
     @property
     def tokens_per_step(self) -> int:

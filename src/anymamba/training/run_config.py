@@ -9,7 +9,9 @@ from pathlib import Path
 from anymamba.base.errors import CheckpointError
 from anymamba.base.files import write_json
 from anymamba.base.schema import config_from_dict
+from anymamba.data.dna import COMPLEMENT_IDS, DnaTokenizer
 from anymamba.data.tokenizer import ByteTokenizer, Tokenizer
+from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.mixers import growing_mixers
 from anymamba.training.checkpoint import refuse_pickles
@@ -26,12 +28,13 @@ def require_possible(config: TrainConfig) -> None:
     Raises ValueError for a carried state that would grow and for adapters of no model, ModuleNotFoundError for a
     package that is missing.
     """
-    growing = growing_mixers(config.model) if config.carry_state else ()
+    growing = growing_mixers(config.model) if config.carries_state else ()
     if growing:
         raise ValueError(
             f"carry_state would let the caches of {', '.join(growing)} grow from batch to batch; set carry_state to "
             "false (--no-carry-state), or give attention a window (--model.attention.window)"
         )
+    _require_causal(config, config.model)
     require_loggers(config.log)
     if config.lora is None:
         return
@@ -40,13 +43,25 @@ def require_possible(config: TrainConfig) -> None:
     require_peft()
 
 
+def _require_causal(config: TrainConfig, model: ModelConfig) -> None:
+    if config.objective == "causal" and not model.is_causal:
+        raise ValueError(
+            "the model is not causal: it reads the token that it would predict; train it with masks, objective mlm "
+            "(--objective mlm)"
+        )
+
+
 def complete(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """The config with the values that the tokenizer and the given weights decide."""
     if config.start_from is None:
         model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+        if model.complement and isinstance(tokenizer, DnaTokenizer):
+            own = tuple(COMPLEMENT_IDS[: tokenizer.vocab_size].tolist())  # lower case may have ids of its own
+            model = dataclasses.replace(model, complement=own)
         return dataclasses.replace(config, model=model)
     given = LanguageModel.from_pretrained(config.start_from, device="meta", verify=config.verify)
     model = given.config
+    _require_causal(config, model)
     if tokenizer.vocab_size > model.padded_vocab_size:
         raise ValueError(
             f"{config.start_from} has a vocabulary of {model.vocab_size}, the tokenizer of {tokenizer.vocab_size}; "

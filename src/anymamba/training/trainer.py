@@ -33,6 +33,7 @@ from anymamba.training.checkpoint import FOLDER, checkpoints, load_checkpoint, s
 from anymamba.training.clock import Clock
 from anymamba.training.config import TrainConfig
 from anymamba.training.interrupts import PendingSignal, deferred_signals
+from anymamba.training.masking import Masking
 from anymamba.training.metrics import MetricsLog, plot_loss
 from anymamba.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from anymamba.training.outline import outline
@@ -160,6 +161,7 @@ class _Trainer:
     ) -> None:
         self.config, self.run, self.tokenizer, self.report, self.sample = config, run, tokenizer, report, sample
         self.training, self.held_out = training, held_out
+        self.masking = Masking.of(tokenizer, config.seed) if config.objective == "mlm" else None
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -248,7 +250,7 @@ class _Trainer:
         config, model, progress = self.config, self.model, self.progress
         rate = learning_rate(config.optimizer, progress.step + 1, self.clock.affordable(config.steps))
         with record_function("batches"):  # names of the parts of a step in a trace
-            batches = [next(stream) for _ in range(config.accumulation)]
+            batches = [self._batch(stream, i) for i in range(config.accumulation)]
         count = max(1, sum(int((batch.labels != -100).sum()) for batch in batches))
         carried, nats = self.carried, 0.0
         device_type = model.embedding.weight.device.type
@@ -259,7 +261,7 @@ class _Trainer:
             with record_function("backward"):
                 (batch_nats / count).backward()
             nats += batch_nats.item()
-            carried = state if config.carry_state else None
+            carried = state if config.carries_state else None
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm).item()
         finite = math.isfinite(nats) and math.isfinite(norm)
         if finite:
@@ -280,6 +282,11 @@ class _Trainer:
                 "a new run with a lower learning rate or a longer warm-up"
             )
         return {"nats_per_token": nats / count if finite else None, "learning_rate": rate, "gradient_norm": norm}
+
+    def _batch(self, stream: Iterator[Batch], index: int) -> Batch:
+        """The next batch, the one of this index in its step."""
+        batch = next(stream)
+        return batch if self.masking is None else self.masking.apply(batch, 1, self.progress.step, index)
 
     def _record(self, metrics: dict[str, Any], *, write: bool) -> None:
         nats, progress, steps = metrics["nats_per_token"], self.progress, self.clock.affordable(self.config.steps)
@@ -312,7 +319,7 @@ class _Trainer:
         """Measure the held-out loss, keep the model if it is the best so far, and show what it writes."""
         if self.held_out is not None and self.config.eval_tokens:
             self._measure(self.held_out)
-        if self.sample is not None and self.config.sample_tokens:
+        if self.sample is not None and self.config.sample_tokens and self.masking is None:
             self.report.on_sample(self.progress.step, self.sample(self.model, self.tokenizer, self.config))
 
     def _measure(self, table: TokenTable) -> None:
@@ -324,7 +331,8 @@ class _Trainer:
             batch_size=config.batch_size,
             context=config.context,
             max_tokens=config.eval_tokens,
-            carry_state=config.carry_state,
+            carry_state=config.carries_state,
+            masking=self.masking,
         )
         bits = progress.held_out_bits_per_byte = self._bits_per_byte(nats)
         line = {"step": progress.step, "kind": "eval", "bits_per_byte": bits, "nats_per_token": nats}
