@@ -60,6 +60,15 @@ class Backend(Protocol):
     step: Callable[..., tuple[Tensor, Tensor]]
     """`forward` at length one, from `initial_state`; for ops that have one."""
 
+    summary: Callable[..., tuple[Tensor, Tensor]]
+    """For the scan of sequences that are spread over processes; in less time than `forward`. It takes the record of at
+    least one token, and returns the state after the last token of each row, and the sum of the row's steps. In a packed
+    row that is the state of the last sequence that is not empty. Not called where `forward` is transparent."""
+
+    reverse_summary: Callable[..., Tensor]
+    """The same backwards. It takes the gradients of the outputs and the record, and returns the gradient of the state
+    before the first token of each row."""
+
 
 BACKENDS: dict[str, tuple[Any, ...]] = {
     "selective_scan": (scan_cpu, scan_cuda, scan_triton, scan_portable, scan_reference),

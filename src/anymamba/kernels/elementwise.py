@@ -30,6 +30,20 @@ def softplus(x: Tensor) -> Tensor:
     return torch.maximum(small, x, out=small)  # softplus(x) is never below x
 
 
+AT_ONCE = 1 << 24  # numbers that `sum_of_steps` converts at a time
+
+
+def sum_of_steps(delta: Tensor, bias: Tensor | None, is_softplus: bool, dtype: torch.dtype) -> Tensor:
+    """The sum over the length of softplus(delta + bias), or of delta + bias: (b, d) from (b, l, d)."""
+    total = delta.new_zeros(delta.shape[0], delta.shape[2], dtype=dtype)
+    n_tokens = max(1, AT_ONCE // max(1, total.numel()))
+    for first in range(0, delta.shape[1], n_tokens):
+        raw = delta[:, first : first + n_tokens].to(dtype)
+        raw = raw if bias is None else raw + bias.to(dtype)
+        total += (softplus(raw) if is_softplus else raw).sum(1)
+    return total
+
+
 def expm1_ratio(x: Tensor) -> Tensor:
     """(exp(x) - 1) / x and its limit 1 at 0, by a series near zero."""
     near = x.abs() < 0.5

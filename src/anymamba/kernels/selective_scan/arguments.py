@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +98,13 @@ class ScanArguments(NamedTuple):
         """The dtype of the state: `real_dtype`, or its complex dtype if A is complex."""
         real = self.real_dtype
         return real if self.A.dtype == real else torch.promote_types(real, self.A.dtype)
+
+    def range_of(self, token: int) -> tuple[int, int, int]:
+        """The index, start and stop of the packed sequence that has a token. It reads the offsets."""
+        assert self.cu_seqlens is not None
+        offsets = self.cu_seqlens.tolist()
+        index = bisect.bisect_right(offsets, token) - 1
+        return index, offsets[index], offsets[index + 1]
 
     def of_sequence(self, index: int, start: int, stop: int) -> ScanArguments:
         """The arguments of a single packed sequence."""

@@ -8,7 +8,9 @@ from torch import Tensor
 from anymamba.kernels.causal_conv1d.arguments import Activations, ConvArguments, ConvState, Offsets
 from anymamba.ops import dispatch
 from anymamba.ops.causal_conv1d.checks import checked, checked_step
+from anymamba.ops.causal_conv1d.over_group import inputs_before
 from anymamba.ops.causal_conv1d.registration import OP, run
+from anymamba.ops.groups import SequenceGroup
 
 
 class ConvOutput(NamedTuple):
@@ -28,6 +30,7 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: ConvState | None = None,
     cu_seqlens: Offsets | None = None,
+    group: SequenceGroup | None = None,
     backend: str | None = None,
 ) -> ConvOutput:
     """Convolve each channel with its own filter over the present and past inputs.
@@ -44,7 +47,7 @@ def causal_conv1d(
         initial_state: (n_sequences, width - 1, d_inner), oldest first; defaults to zeros. n_sequences is batch, or the
             number of sequences that cu_seqlens packs.
         cu_seqlens: int32 offsets of sequences packed along the length of one row, as in `selective_scan`.
-        backend: as in `selective_scan`.
+        group, backend: as in `selective_scan`.
     Returns y, like x, and last_state; gradients flow through both to every tensor. Forward-mode, second and higher
     derivatives run as the torch operations of backend "reference".
     Raises ValueError for wrong shapes and names, TypeError for wrong dtypes, RuntimeError if a named backend cannot
@@ -52,7 +55,12 @@ def causal_conv1d(
     Source: the short convolution of the Mamba block (arXiv:2312.00752, section 3.4).
     """
     arguments = checked(ConvArguments(x, weight, bias, initial_state, cu_seqlens), activation)
-    return ConvOutput(*run(arguments, dispatch.resolve(OP, x.device.type, backend, arguments)))
+    if group is not None:
+        before = inputs_before(x, weight.shape[1] - 1, initial_state, cu_seqlens, group)
+        local = None if cu_seqlens is None else group.local_offsets(cu_seqlens)
+        arguments = arguments._replace(initial_state=before, cu_seqlens=local)
+    y, last_state = run(arguments, dispatch.resolve(OP, x.device.type, backend, arguments))
+    return ConvOutput(y, last_state if group is None else group.only_where_it_ends(last_state, cu_seqlens))
 
 
 def causal_conv1d_step(

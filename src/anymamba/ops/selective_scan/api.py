@@ -15,6 +15,8 @@ from anymamba.kernels.selective_scan.arguments import (
     StepMatrix,
 )
 from anymamba.ops import dispatch
+from anymamba.ops.groups import SequenceGroup
+from anymamba.ops.selective_scan import over_group
 from anymamba.ops.selective_scan.checks import checked, checked_step
 from anymamba.ops.selective_scan.registration import OP, run
 
@@ -42,6 +44,7 @@ def selective_scan(
     b_discretization: str = "euler",
     initial_state: State | None = None,
     cu_seqlens: Offsets | None = None,
+    group: SequenceGroup | None = None,
     backend: str | None = None,
 ) -> ScanOutput:
     """Run the selective state space recurrence over a sequence.
@@ -69,6 +72,11 @@ def selective_scan(
             sequences that cu_seqlens packs.
         cu_seqlens: int32 offsets 0 = c[0] <= c[1] <= ... <= c[n_sequences] = length of sequences packed along the
             length of one row; each sequence has its own initial state. A sequence may be empty.
+        group: processes that each have a contiguous part of the sequence, from `anymamba.parallel.sequence_group`. u,
+            delta, z and selective B and C are then this process's part; offsets and initial states are those of the
+            whole sequence. last_state is that of sequences whose last token is here, and zero for others. All
+            processes must run the op and its backward pass; the gradients of A, D, delta_bias, initial_state and
+            constant B and C are to be summed over them. Defaults to none: the sequence is here.
         backend: a backend from the list of `anymamba info`, such as "cpu" or "portable"; defaults to that of the
             context `anymamba.backend`, or to the best one that can serve.
     Returns y, like u, and last_state (n_sequences, d_inner, d_state). Gradients flow through both to every tensor.
@@ -81,7 +89,8 @@ def selective_scan(
     arguments = checked(
         ScanArguments(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, b_discretization)
     )
-    return ScanOutput(*run(arguments, dispatch.resolve(OP, u.device.type, backend, arguments)))
+    name = dispatch.resolve(OP, u.device.type, backend, arguments)
+    return ScanOutput(*(run(arguments, name) if group is None else over_group.run(arguments, group, name)))
 
 
 def selective_scan_step(

@@ -16,6 +16,7 @@ from anymamba.kernels.selective_scan.portable.backward import backward
 from anymamba.kernels.selective_scan.portable.forward import forward
 from anymamba.kernels.selective_scan.portable.splitting import saved_shape, split
 from anymamba.kernels.selective_scan.portable.step import step
+from anymamba.kernels.selective_scan.portable.summary import reverse_summary, summary
 
 NAME = "portable"
 TRANSPARENT = frozenset({"step"})
@@ -27,9 +28,11 @@ __all__ = [
     "description",
     "forward",
     "refuses",
+    "reverse_summary",
     "saved_shape",
     "split",
     "step",
+    "summary",
     "unavailable",
 ]
 

@@ -1,0 +1,268 @@
+"""The selective scan of sequences that are spread over a group of processes.
+
+Forward. Each rank computes the state at the end of its part from a zero state, and the sum of its steps Δ; the first
+rank starts from the initial state. One all-gather gives these to every rank. A state passes a rank's part with the
+decay exp(A sum of Δ), because A is the same everywhere. So each rank computes the state that arrives at its part, and
+scans the part from there.
+
+Backward goes the other way. Each rank computes the gradient of the state that arrives at its part as if nothing came
+after, one all-gather follows, and each rank computes the gradient of the state that departs from it, and runs the
+backward pass.
+
+With packed sequences, only the one that crosses an edge between two ranks takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anymamba.kernels.selective_scan.arguments import N_TENSORS, ScanArguments
+from anymamba.ops import dispatch, observers
+from anymamba.ops.checks import require_offsets
+from anymamba.ops.groups import SequenceGroup, all_gather
+from anymamba.ops.selective_scan import registration
+from anymamba.ops.selective_scan.registration import OP
+
+FIELDS = len(ScanArguments._fields)
+
+
+def run(arguments: ScanArguments, group: SequenceGroup, backend: str) -> tuple[Tensor, Tensor]:
+    """Compute y of this rank's part and the last states of the sequences that end in it.
+
+    Raises RuntimeError for backends of torch operations, in forward mode and in transforms of `torch.func`.
+    """
+    if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
+        raise RuntimeError(f"backend {backend!r} cannot serve a scan over a group; leave backend=None or use portable")
+    if observers.transformed(*arguments.tensors):
+        raise RuntimeError("a scan over a group has no forward mode and no torch.func transforms; scan on one process")
+    save = observers.differentiable(*arguments.tensors)
+    y, last_state, *_ = forward_op(*arguments, group.name, group.rank, list(group.starts), save, backend)
+    return y, last_state
+
+
+class _Part(NamedTuple):
+    """This rank's part of a scan."""
+
+    arguments: ScanArguments
+    """Tensors of the part; offsets and initial states of the whole sequences."""
+    group: SequenceGroup
+    backend: str
+
+    def local(self, arriving: Tensor | None) -> ScanArguments:
+        """The arguments of the part alone. Its first sequence starts from an arriving state (rows, d, n), or from zero
+        if that is None."""
+        a, group = self.arguments, self.group
+        if a.cu_seqlens is None:
+            return a if group.rank == 0 else a._replace(initial_state=arriving)
+        offsets, initial = group.local_offsets(a.cu_seqlens), a.initial_state
+        if initial is not None or arriving is not None:
+            shape = (a.n_sequences, a.d_inner, a.d_state)
+            initial = a.u.new_zeros(shape, dtype=a.dtype) if initial is None else initial
+            initial = torch.where(
+                _per_state(group.arriving(a.cu_seqlens)), 0 if arriving is None else arriving, initial
+            )
+        return a._replace(cu_seqlens=offsets, initial_state=initial)
+
+    def summary(self) -> tuple[Tensor, Tensor]:
+        """What departs from here if nothing arrives (rows, d, n), and the sum of steps (rows, d)."""
+        a = self.local(None)
+        if self.group.rank == self.group.size - 1 or a.length == 0:  # nothing departs, or what is given departs
+            end = a.u.new_zeros(a.batch, a.d_inner, a.d_state, dtype=a.dtype)
+            given = None if a.cu_seqlens is not None else a.initial_state
+            return end if given is None else end.copy_(given), a.u.new_zeros(a.batch, a.d_inner, dtype=a.real_dtype)
+        dispatch.count(OP, self.backend, "summary")
+        return self._kernel().summary(a)
+
+    def reverse_summary(self, dy: Tensor, dlast_state: Tensor) -> Tensor:
+        """The gradient of the state that arrives here (rows, d, n), if that of what departs is zero."""
+        a, offsets = self.local(None), self.arguments.cu_seqlens
+        if self.group.rank == 0 or a.length == 0:  # nothing arrives, or only what departs
+            return a.u.new_zeros(a.batch, a.d_inner, a.d_state, dtype=a.dtype)
+        dispatch.count(OP, self.backend, "reverse summary")
+        gradient = self._kernel().reverse_summary(dy, dlast_state, a)
+        return gradient if offsets is None else torch.where(self.group.arriving(offsets).any(), gradient, 0)
+
+    def _kernel(self) -> Any:
+        module = dispatch.kernel(OP, self.backend)
+        return module if hasattr(module, "summary") else dispatch.kernel(OP, "portable")
+
+    def fold(self, leaving: Tensor, steps: Tensor, ranks: Iterable[int], *, reverse: bool) -> Tensor:
+        """The state that reaches the rank after those of `ranks`, or a gradient on the way back.
+
+        Args:
+            leaving: (size, rows, d, n) what leaves each rank if nothing reaches it.
+            steps: (size, rows, d) the sum of the steps of each rank.
+        """
+        a = self.arguments
+        passing = None if a.cu_seqlens is None else self.group.passing(a.cu_seqlens)
+        A, state = a.A.to(a.dtype), None
+        for rank in ranks:
+            if state is not None:
+                decay = torch.exp(steps[rank][..., None] * A)
+                state = (decay.conj() if reverse else decay) * state
+                state = state if passing is None else torch.where(passing[rank], state, 0)
+            state = leaving[rank] if state is None else leaving[rank] + state
+        return torch.zeros_like(leaving[0]) if state is None else state
+
+    def gather(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors (rows, ...) of all ranks, (size, rows, ...), with one exchange."""
+        parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+        flat = torch.cat([t.flatten(1) for t in parts], 1)
+        gathered = all_gather(flat, self.group.name, self.group.size)
+        pieces = gathered.split([t[0].numel() for t in parts], 2)
+        found = [piece.reshape(-1, *t.shape) for piece, t in zip(pieces, parts, strict=True)]
+        return [
+            torch.view_as_complex(f.contiguous()) if t.is_complex() else f for f, t in zip(found, tensors, strict=True)
+        ]
+
+
+def _per_state(mask: Tensor) -> Tensor:
+    """A mask of sequences, to select among states (n_sequences, d, n)."""
+    return mask[:, None, None]
+
+
+def _forward(part: _Part, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the last states, what the backend saves, the arriving state (rows, d, n), and all ranks' sums of steps."""
+    a, group = part.arguments, part.group
+    if not dispatch.clamps_offsets(OP, part.backend):
+        require_offsets(a.cu_seqlens, group.length)
+    leaving, steps = part.gather(*part.summary())
+    arriving = part.fold(leaving, steps, range(group.rank), reverse=False)
+    y, last_state, saved = registration._forward(part.local(arriving), save, part.backend)
+    return y, group.only_where_it_ends(last_state, a.cu_seqlens), saved, arriving, steps.contiguous()
+
+
+def _backward(
+    part: _Part, dy: Tensor, dlast_state: Tensor, saved: Tensor, arriving: Tensor, steps: Tensor
+) -> list[Tensor]:
+    """The gradients of the record's floating-point tensors."""
+    a, group = part.arguments, part.group
+    dlast_state = group.only_where_it_ends(dlast_state, a.cu_seqlens)
+    (leaving,) = part.gather(part.reverse_summary(dy, dlast_state))
+    departing = part.fold(leaving, steps, range(group.size - 1, group.rank, -1), reverse=True)
+    if a.cu_seqlens is None:
+        dlast_state = dlast_state + departing
+    else:
+        dlast_state = torch.where(_per_state(group.departing(a.cu_seqlens)), departing, dlast_state)
+    grads = registration._backward(dy, dlast_state, part.local(arriving), saved, part.backend)
+    return [*grads[:-1], _of_given(part, grads[-1])]
+
+
+def _of_given(part: _Part, dinitial: Tensor) -> Tensor:
+    """The gradient of the initial states that the caller gave; that of the arriving one belongs to other ranks."""
+    a, group = part.arguments, part.group
+    if a.initial_state is None:
+        return dinitial.new_empty(0)
+    if a.cu_seqlens is not None:
+        return torch.where(_per_state(group.arriving(a.cu_seqlens)), 0, dinitial).to(a.initial_state.dtype)
+    return dinitial if group.rank == 0 else torch.zeros_like(a.initial_state)
+
+
+# ------------------------------------------------------------------------------------------ torch's op
+
+
+def _part(fields: Sequence[Any], backend: str) -> _Part:
+    """From the fields of the record and those of the group."""
+    name, rank, starts = fields[FIELDS:]
+    return _Part(ScanArguments(*fields[:FIELDS]), SequenceGroup(name, rank, tuple(starts)), backend)
+
+
+@torch.library.custom_op("anymamba::selective_scan_over_group", mutates_args=())
+def forward_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    b_discretization: str,
+    group: str,
+    rank: int,
+    starts: Sequence[int],
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    part = _part((*tensors, delta_softplus, b_discretization, group, rank, starts), backend)
+    with dispatch.without_autocast(u.device.type):
+        return _forward(part, save)
+
+
+@torch.library.custom_op("anymamba::selective_scan_over_group_backward", mutates_args=())
+def backward_op(
+    dy: Tensor,
+    dlast_state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    b_discretization: str,
+    group: str,
+    rank: int,
+    starts: Sequence[int],
+    saved: Tensor,
+    arriving: Tensor,
+    steps: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    part = _part((*tensors, delta_softplus, b_discretization, group, rank, starts), backend)
+    with dispatch.without_autocast(u.device.type):
+        return _backward(part, dy, dlast_state, saved, arriving, steps)
+
+
+@forward_op.register_fake
+def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *fields, save, backend = flat
+    part = _part(fields, backend)
+    a = part.arguments
+    return (
+        torch.empty_like(a.u, memory_format=torch.contiguous_format),
+        a.u.new_empty(a.n_sequences, a.d_inner, a.d_state, dtype=a.dtype),
+        a.u.new_empty(dispatch.kernel(OP, backend).saved_shape(a) if save else (0,), dtype=a.dtype),
+        a.u.new_empty(a.batch, a.d_inner, a.d_state, dtype=a.dtype),
+        a.u.new_empty(part.group.size, a.batch, a.d_inner, dtype=a.real_dtype),
+    )
+
+
+@backward_op.register_fake
+def _(dy: Tensor, dlast_state: Tensor, *flat: Any) -> list[Tensor]:
+    return [
+        dy.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in flat[: N_TENSORS - 1]
+    ]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *fields, ctx.save, ctx.backend = inputs
+    ctx.save_for_backward(*fields[:N_TENSORS], *output[2:])
+    ctx.options = fields[N_TENSORS:]
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx: Any, dy: Tensor, dlast_state: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    *tensors, saved, arriving, steps = ctx.saved_tensors
+    if not ctx.save:  # the forward pass could not see that gradients would be needed
+        _, _, saved, arriving, steps = forward_op(*tensors, *ctx.options, True, ctx.backend)
+    grads = backward_op(dy, dlast_state, *tensors, *ctx.options, saved, arriving, steps, ctx.backend)
+    of_tensors = (None if t is None else g for t, g in zip(tensors[:-1], grads, strict=True))
+    return *of_tensors, *[None] * 8
+
+
+forward_op.register_autograd(_gradients, setup_context=_save_for_backward)
