@@ -11,6 +11,7 @@ from anymamba.experiments.language_ablations.arms import (
     A_INITS,
     BASES,
     LAYERS,
+    LONGER,
     RANK,
     SELECTION,
     STATE,
@@ -20,6 +21,7 @@ from anymamba.experiments.language_ablations.arms import (
     arm_of_selection,
     arm_of_state,
     configs,
+    longer,
 )
 from anymamba.experiments.language_ablations.findings import close_arms, deviation
 from anymamba.lab.language import n_parameters
@@ -47,7 +49,17 @@ def as_published(seeds: tuple[float, ...] = (0.0,), **changed: float):
 
 def test_every_cell_of_the_tables_is_an_arm():
     names = [arm.name for arm in EXPERIMENT.arms("gpu")]
-    assert set(TABLES) | {"transformer", "mamba-mlp", "mamba-attention"} == set(names) and len(names) == 31
+    others = {"transformer", "mamba-mlp", "mamba-attention", *map(longer, LONGER)}
+    assert set(TABLES) | others == set(names) and len(names) == 36
+
+
+def test_arms_that_read_more_show_how_gaps_grow():
+    steps = {arm.name: arm.settings.optimization.steps for arm in EXPERIMENT.arms("gpu")}
+    assert all(steps[longer(name)] == pytest.approx(6 * steps[name], abs=6) for name in LONGER)
+    results = as_published(mamba_longer=0.5, mamba_real_longer=0.8, h3_s6_longer=0.6, h3_real_longer=0.7)
+    found = rows(EXPERIMENT.sections(results)["With 6 times the bytes"])
+    assert [row[2] for row in found[:2]] == ["+0.3000", "+0.1000"]
+    assert [row[1] for row in found[:2]] == [f"{log(10.56 / 8.71) / 4.2:+.4f}", f"{log(10.34 / 8.95) / 4.2:+.4f}"]
 
 
 @pytest.mark.parametrize("scale", ["gpu", "paper"])

@@ -22,6 +22,8 @@ HOLDING = {
     "associative-recall": (8, 8),
     "selection-ablation": (4, 7),
     "speed": (6, 6),
+    "scaling": (2, 4),
+    "language-ablations": (2, 8),
 }
 """Thresholds that hold, of all."""
 

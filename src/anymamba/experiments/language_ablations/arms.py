@@ -30,6 +30,9 @@ STATE = {
     "selective": dict(zip(STATES, (9.73, 9.40, 9.09, 8.84, 8.71), strict=True)),
 }
 """Table 10, by B and C and by N."""
+TIMES_BYTES = 6
+"""Times the bytes that some arms read once more, to see whether gaps grow with them."""
+LONGER = (MAMBA, "mamba-real", "h3-s6", "h3-real", "selective-n1")
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,20 @@ BASES: dict[Scale, Base] = {
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """Mamba and Transformer++, then the tables in the order of what they show."""
+    """Mamba and Transformer++, the tables in the order of what they show, and arms that read more bytes."""
     base = BASES[scale]
-    rows, steps = max(1, base.bytes_a_step // base.window), base.n_bytes // base.bytes_a_step
-    how = optimization(steps, rows, base.rate, base.precision)
-    validation_rows = max(1, base.validation_bytes // base.window)
+    rows, validation_rows = max(1, base.bytes_a_step // base.window), max(1, base.validation_bytes // base.window)
+    models = configs(base)
 
-    def arm(name: str, config: ModelConfig) -> Arm:
-        every = max(1, steps // 4)
-        return Arm(name, LanguageSettings(config, how, base.window, base.corpus, validation_rows, every))
+    def arm(name: str, config: ModelConfig, times_bytes: int = 1) -> Arm:
+        steps = times_bytes * base.n_bytes // base.bytes_a_step
+        how = optimization(steps, rows, base.rate, base.precision)
+        return Arm(name, LanguageSettings(config, how, base.window, base.corpus, validation_rows, max(1, steps // 4)))
 
-    return [arm(name, config) for name, config in configs(base).items()]
+    return [
+        *(arm(name, config) for name, config in models.items()),
+        *(arm(longer(name), models[name], TIMES_BYTES) for name in LONGER),
+    ]
 
 
 def configs(base: Base) -> dict[str, ModelConfig]:
@@ -125,6 +131,11 @@ def layer_configs(base: Base, mamba: ModelConfig) -> dict[str, ModelConfig]:
         "mamba-mlp": with_parameters(between, wanted),
         "mamba-attention": min(depths, key=lambda config: abs(n_parameters(config) - wanted)),
     }
+
+
+def longer(arm: str) -> str:
+    """The arm that reads TIMES_BYTES times as many bytes."""
+    return f"{arm}-longer"
 
 
 def arm_of(block: str, layer: str) -> str:

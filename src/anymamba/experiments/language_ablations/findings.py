@@ -15,12 +15,14 @@ from anymamba.experiments.language_ablations.arms import (
     SELECTION,
     STATE,
     STATES,
+    TIMES_BYTES,
     TRANSFORMER,
     arm_of,
     arm_of_a,
     arm_of_rank,
     arm_of_selection,
     arm_of_state,
+    longer,
 )
 from anymamba.lab.charts import signed, spread, table
 from anymamba.lab.experiment import Results, Threshold
@@ -95,6 +97,7 @@ def sections(results: Results) -> dict[str, str]:
         "Table 8: initialisation of A": one_table(results, "A", inits, A_INITS["real"]),
         "Table 9: rank of Δ": one_table(results, "rank", ranks, RANK["full"]),
         "Table 10: states a channel": state_table(results),
+        f"With {TIMES_BYTES} times the bytes": longer_table(results),
         "Seeds": seed_words(results),
         "Speed": speed_table(results) if results.records else "",
     }
@@ -144,6 +147,21 @@ def state_table(results: Results) -> str:
     cells = [(kind, n) for kind in STATE for n in STATES]
     rows = [row_of(results, (kind, f"{n}"), arm_of_state(kind, n), log(STATE[kind][n] / best)) for kind, n in cells]
     return shown(("B and C", "N"), rows)
+
+
+def longer_table(results: Results) -> str:
+    """What selection and states gain, and what they gain with more bytes."""
+    gaps = {
+        "Mamba block: S4, real, minus S6": ("mamba-real", MAMBA),
+        "H3 block: S4, real, minus S6": ("h3-real", "h3-s6"),
+        f"one state a channel minus {STATES[-1]}": ("selective-n1", MAMBA),
+    }
+    rows = []
+    for words, (above, below) in gaps.items():
+        more = between(results, longer(above), longer(below))
+        if more is not None:
+            rows.append([words, signed(between(results, above, below), 4), signed(more, 4)])
+    return table(("nats a byte", "bytes as above", f"{TIMES_BYTES} times as many"), rows) if rows else ""
 
 
 def seed_words(results: Results) -> str:
