@@ -77,7 +77,7 @@ def test_too_few_files_for_a_held_out_part(run, texts, tmp_path):
 def test_a_tokenizer_of_another_model_is_told_before_the_data_is_read(
     refused, texts, model_folder, big_tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("anymamba.training.trainer.open_tables", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr("anymamba.training.trainer.open_data", lambda *_: pytest.fail("the data was read"))
     arguments = ["--from", model_folder, "--tokenizer", big_tokenizer, "--data", texts, "--out", tmp_path / "run"]
     assert "vocabulary of 257, the tokenizer of 5001" in refused(2, "train", *arguments)
     assert not (tmp_path / "run").exists()
@@ -108,7 +108,7 @@ def read_only(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_data_is_read(read_only, run, texts, monkeypatch):
-    monkeypatch.setattr("anymamba.training.trainer.open_tables", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr("anymamba.training.trainer.open_data", lambda *_: pytest.fail("the data was read"))
     code, _, err = run("train", "--data", texts, "--out", read_only / "run", *SMALL)
     assert code == 1 and err.startswith("error: ") and str(read_only) in err and err.count("\n") == 1
 

@@ -375,8 +375,8 @@ BAD_DATA = {
     "a binary file": ("a.txt", b"\x7fELF\0\0\0", "not text"),
     "a missing field": ("a.jsonl", b'{"body": "x"}\n', "'body'"),
     "no JSON": ("a.jsonl", b"x\n", "JSON"),
-    "FASTA by name": ("a.fna", b">chr1\nACGT\n", "DNA and proteins are not read yet"),
-    "FASTA by content": ("a.txt", b">chr1\nACGT\n", "DNA and proteins are not read yet"),
+    "proteins by name": ("a.faa", b">p\nMVLS\n", "is not read as text"),
+    "FASTA by content": ("a.txt", b">chr1\nACGT\n", "is not read as text"),
 }
 
 

@@ -171,12 +171,12 @@ def test_files_of_sequences_are_refused_by_name(tmp_path, suffix, compression):
     kind = {".fastq": "FASTQ", ".fq": "FASTQ", ".2bit": "2bit"}.get(suffix, "FASTA")
     (tmp_path / "a.txt").write_text("x")
     for paths in ([path], [tmp_path / "*"], [tmp_path / "a.txt", path]):
-        with pytest.raises(ValueError, match=rf"genome.* is {kind} by its name, and DNA and proteins are not read yet"):
+        with pytest.raises(ValueError, match=rf"genome.* is {kind} by its name and is not read as text"):
             find_files(paths)
     assert find_files(tmp_path) == [tmp_path / "a.txt"], "a folder is searched for text only"
     (tmp_path / "a.txt").unlink()
     with pytest.raises(
-        FileNotFoundError, match=rf"found 1 \{path.name[6:].lower()}; DNA and proteins \({kind}\) are not"
+        FileNotFoundError, match=rf"found 1 \{path.name[6:].lower()}; DNA and proteins \({kind}\) are not text"
     ):
         find_files(tmp_path)
 
@@ -196,7 +196,7 @@ def test_files_of_sequences_are_refused_by_content(tmp_path, kind, suffix, compr
     for data in SEQUENCES[kind]:
         path.write_bytes(COMPRESS[compression](data))
         with pytest.raises(
-            ValueError, match=rf"genome.* is {kind} by its content, and DNA and proteins are not read yet"
+            ValueError, match=rf"genome.* is {kind} by its content and is not read as text.*rename it to .fa"
         ):
             read(path)
 

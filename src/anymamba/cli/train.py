@@ -208,9 +208,11 @@ def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:
 
 def write_sample(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig) -> str:
     """A text that the model of a run writes by itself; the same model writes the same text."""
+    from anymamba.data.dna import DnaTokenizer
     from anymamba.generation.generate import generate
 
-    start = [tokenizer.eos_id] if tokenizer.eos_id is not None else list(tokenizer.encode("\n")) or [0]
+    before = "A" if isinstance(tokenizer, DnaTokenizer) else "\n"
+    start = [tokenizer.eos_id] if tokenizer.eos_id is not None else list(tokenizer.encode(before)) or [0]
     output = generate(model, [start], tokenizer, max_new_tokens=config.sample_tokens, seed=config.seed)
     return (output.texts or [""])[0]
 
@@ -225,9 +227,12 @@ def readable(result: TrainResult) -> dict[str, str]:
     }
     for name, value in (("training", result.bits_per_byte), ("held-out", result.held_out_bits_per_byte)):
         if value is not None:
-            lines[f"{name} loss"] = f"{value:.3f} bits per byte"
+            lines[f"{name} loss"] = f"{value:.3f} bits per {result.unit}"
     if result.best_step is not None:
-        lines["best held-out"] = f"{result.best_held_out_bits_per_byte:.3f} bits per byte at step {result.best_step:,}"
+        best = f"{result.best_held_out_bits_per_byte:.3f} bits per {result.unit}"
+        lines["best held-out"] = f"{best} at step {result.best_step:,}"
+    if result.dropped_windows:
+        lines["dropped"] = f"{result.dropped_windows:,} windows with too many N"
     if result.skipped:
         lines["skipped"] = f"{result.skipped} steps with a loss or gradient that was not finite"
     return lines

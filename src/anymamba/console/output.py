@@ -112,6 +112,7 @@ class TrainingReport:
     def __init__(self, show: ShowProgress) -> None:
         self.show = show
         self.outline: Outline | None = None
+        self.unit = "byte"
 
     def on_tables(self, done: int, total: int | None) -> None:
         """Bytes of the data read so far."""
@@ -119,7 +120,7 @@ class TrainingReport:
 
     def on_start(self, outline: Outline) -> None:
         """Before the first step."""
-        self.outline = outline
+        self.outline, self.unit = outline, outline.unit
         for line in outline_lines(outline):
             say(line)
 
@@ -130,7 +131,7 @@ class TrainingReport:
         loss = metrics["bits_per_byte"]
         words = [
             f"step {metrics['step']:,}/{metrics['steps']:,}",
-            "loss not finite" if loss is None else f"{loss:.3f} bits per byte",
+            "loss not finite" if loss is None else f"{loss:.3f} bits per {self.unit}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
             f"{clock(metrics['seconds_left'])} left",
         ]
@@ -140,7 +141,7 @@ class TrainingReport:
 
     def on_evaluation(self, metrics: dict[str, Any]) -> None:
         """After an evaluation on held-out documents."""
-        say(f"step {metrics['step']:,}: held-out {metrics['bits_per_byte']:.3f} bits per byte")
+        say(f"step {metrics['step']:,}: held-out {metrics['bits_per_byte']:.3f} bits per {self.unit}")
 
     def on_sample(self, step: int, text: str) -> None:
         """A text that the model has written."""
@@ -177,6 +178,7 @@ def outline_lines(outline: Outline) -> list[str]:
     return [
         model,
         f"data: {outline.training_tokens:,} tokens to train on, {held_out}",
+        *outline.notes,
         f"run: {outline.steps:,} steps of {outline.tokens_per_step:,} tokens{done}; "
         f"reads {outline.tokens:,} tokens, {share:.2g} times the data",
         f"device: {device}; memory: {memory}",

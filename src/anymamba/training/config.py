@@ -16,11 +16,27 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
+class GenomeConfig:
+    """How DNA is read."""
+
+    case: Literal["fold", "keep"] = "fold"
+    """fold reads lower case, which marks repeats, as upper case; keep gives the lower-case bases ids of their own."""
+    reverse_complement: bool = True
+    """Read each window with probability 1/2 on the other strand."""
+    max_unknown: float = 0.1
+    """Drop windows with a larger share of N and ambiguity codes; the others have these as inputs, but not as labels."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_unknown <= 1:
+            raise ValueError(f"max_unknown must be a share from 0 to 1, got {self.max_unknown}")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The data to train and to evaluate on."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders and globs to train on."""
+    """Files, folders and globs to train on: texts, or FASTA and .2bit files with BED files of their intervals."""
     eval_paths: tuple[str, ...] = ()
     """Files to evaluate on; defaults to a fraction of the training documents, which is held out."""
     held_out_fraction: float = 0.02
@@ -30,10 +46,13 @@ class DataConfig:
     exclude: tuple[str, ...] = ()
     """Patterns of files and folders to leave out, such as '*.min.py' or tests."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row of .jsonl, .csv or .parquet that has no text or cannot be read."""
+    """What to do with a row of .jsonl, .csv or .parquet that has no text or cannot be read, and with a line of a BED
+    file that is no interval."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder or .gguf file that holds one, or a name on the hub; defaults to that of --from, or
-    to bytes."""
+    to bytes, and for DNA to one token a base."""
+    genome: GenomeConfig = field(default_factory=GenomeConfig)
+    """How FASTA and .2bit files are read."""
     piece: int | None = None
     """Read documents in pieces of at most this many tokens, shuffled, so that a short run sees many documents; defaults
     to whole documents."""
@@ -141,6 +160,12 @@ class TrainConfig:
     """Rows per batch; each row reads its documents one after the other."""
     context: int = 256
     """Tokens per row, and the length of back-propagation."""
+    length_warmup: bool = False
+    """Begin with short windows of DNA, whose length doubles up to the context while the batch halves."""
+    length_warmup_start: int = 1024
+    """The length that the warm-up begins with; the context is this times a power of two."""
+    length_warmup_epochs: float = 2.0
+    """Epochs at each length below the context."""
     accumulation: int = 1
     """Batches whose gradients are added up for one step."""
     carry_state: bool = True
@@ -186,12 +211,25 @@ class TrainConfig:
             require_positive("max_minutes", self.max_minutes)
         if self.threads is not None:
             require_at_least("threads", self.threads, 1)
+        self._require_doubling()
         if self.lora is not None:
             require_at_least("lora", self.lora, 1)
         elif self.lora_targets or self.lora_alpha is not None:
             raise ValueError("lora_targets and lora_alpha are for adapters; give their rank with lora (--lora 8)")
         if self.lora_alpha is not None:
             require_positive("lora_alpha", self.lora_alpha)
+
+    def _require_doubling(self) -> None:
+        """Raise ValueError if the length warm-up does not lead to the context."""
+        require_at_least("length_warmup_start", self.length_warmup_start, 1)
+        require_positive("length_warmup_epochs", self.length_warmup_epochs)
+        ratio, rest = divmod(self.context, self.length_warmup_start)
+        if self.length_warmup and (rest or ratio < 2 or ratio & (ratio - 1)):
+            first = self.length_warmup_start
+            raise ValueError(
+                f"with length_warmup the context must be {2 * first:,}, {4 * first:,}, {8 * first:,} ..., which is "
+                f"length_warmup_start times a power of two, got {self.context:,}; change --context"
+            )
 
     @property
     def carries_state(self) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from anymamba.data.table import TokenTable
 from anymamba.models.language_model import LanguageModel
 from anymamba.training.config import TrainConfig
+from anymamba.training.data import TrainingData
+from anymamba.training.genomes import GenomeData
 
 ADAM_MOMENTS = 2
 
@@ -39,6 +40,10 @@ class Outline:
     """Memory for weights, gradients and the optimizer; activations come on top of it."""
     free_bytes: int | None
     """Memory that the device has left; None if it is not known."""
+    unit: str = "byte"
+    """What a loss in bits is of: a byte of text, or a base of DNA."""
+    notes: tuple[str, ...] = ()
+    """What was found and skipped in the data, one line each."""
 
     @property
     def tokens(self) -> int:
@@ -47,7 +52,7 @@ class Outline:
 
 
 def outline(
-    config: TrainConfig, model: LanguageModel, training: TokenTable, held_out: TokenTable | None, step: int
+    config: TrainConfig, model: LanguageModel, training: TrainingData, held_out: TrainingData | None, step: int
 ) -> Outline:
     """The outline of a run that has done `step` steps."""
     device = model.embedding.weight.device
@@ -63,7 +68,14 @@ def outline(
         threads=torch.get_num_threads(),
         needed_bytes=training_bytes(model),
         free_bytes=free_bytes(device),
+        unit=unit_of(training),
+        notes=training.run_notes(config) if isinstance(training, GenomeData) else (),
     )
+
+
+def unit_of(training: TrainingData) -> str:
+    """What a loss in bits is of."""
+    return "base" if isinstance(training, GenomeData) else "byte"
 
 
 def training_bytes(model: nn.Module) -> int:

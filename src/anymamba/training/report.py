@@ -67,3 +67,7 @@ class TrainResult:
     best_step: int | None = None
     """The step with the lowest held-out loss; its model is in the folder `best` of the run."""
     best_held_out_bits_per_byte: float | None = None
+    unit: str = "byte"
+    """What these bits are of: a byte of text, or a base of DNA, which is a byte of FASTA."""
+    dropped_windows: int | None = None
+    """Windows of DNA that were dropped for their N; None for text."""

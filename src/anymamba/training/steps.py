@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from anymamba.data.batches import Batch, BatchStream
-from anymamba.data.table import TokenTable
+from anymamba.data.batches import Batch
 from anymamba.models.language_model import LanguageModel, LanguageModelState, LossOutput
 from anymamba.parts.state import detach_state, map_state, where_rows
 from anymamba.training.masking import Masking
@@ -58,23 +55,16 @@ def _spread(state: LanguageModelState, index: Tensor, n_sequences: int) -> Langu
 @torch.no_grad()
 def held_out_nats(
     model: LanguageModel,
-    table: TokenTable,
-    eos_id: int | None,
+    batches: Iterable[Batch],
     *,
-    batch_size: int,
-    context: int,
-    max_tokens: int,
     carry_state: bool = True,
     masking: Masking | None = None,
 ) -> float:
-    """Mean nats per label over the first `max_tokens` tokens of a table; every call reads the same batches.
+    """Mean nats per label over held-out batches.
 
     Without carry_state every row starts from a zero state. With masking the labels are the masked tokens.
     """
-    stream = BatchStream(table, batch_size=batch_size, context=context, eos_id=eos_id, seed=0)
-    n_batches = max(1, math.ceil(min(max_tokens, table.n_tokens) / (batch_size * context)))
     total, count, carried = 0.0, 0, None
-    batches: Iterator[Batch] = islice(iter(stream), n_batches)
     for number, batch in enumerate(batches):
         batch = batch if masking is None else masking.apply(batch, number)
         nats, n_tokens, state = batch_loss(model, model.loss, batch, carried)

@@ -23,20 +23,19 @@ from torch.profiler import record_function
 
 from anymamba.base.errors import CheckpointError
 from anymamba.base.files import contents, own_folder, require_utf8, sweep
-from anymamba.data.batches import Batch, BatchStream
-from anymamba.data.table import TokenTable
+from anymamba.data.batches import Batch
 from anymamba.data.tokenizer import FILE_NAME, Tokenizer
-from anymamba.models.checkpoints import find_tokenizer
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.training import lora
 from anymamba.training.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
 from anymamba.training.clock import Clock
 from anymamba.training.config import TrainConfig
+from anymamba.training.data import TrainingData, held_out_batches, open_data, run_tokenizer, training_batches
 from anymamba.training.interrupts import PendingSignal, deferred_signals
 from anymamba.training.masking import Masking
 from anymamba.training.metrics import MetricsLog, plot_loss
 from anymamba.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from anymamba.training.outline import outline
+from anymamba.training.outline import outline, unit_of
 from anymamba.training.report import Report, Silent, TrainResult
 from anymamba.training.run_config import (
     TRAIN_CONFIG,
@@ -48,7 +47,6 @@ from anymamba.training.run_config import (
 )
 from anymamba.training.snapshot import Progress, restore, snapshot
 from anymamba.training.steps import LossFunction, batch_loss, held_out_nats
-from anymamba.training.tables import open_tables
 
 BEST = "best"
 """The folder, in that of a run, of its best model."""
@@ -87,9 +85,9 @@ def train(
 
 def _start(config: TrainConfig, run: Path, report: Report, sample: Sample | None) -> _Trainer:
     """A new run with its first checkpoint."""
-    tokenizer = find_tokenizer(config.start_from, config.data.tokenizer)
+    tokenizer = run_tokenizer(config)
     config = complete(config, tokenizer)
-    training, held_out = open_tables(config.data, tokenizer, report.on_tables)
+    training, held_out = open_data(config, tokenizer, report.on_tables)
     write_config(run, config)
     return _Trainer(config, run, tokenizer, training, held_out, report, sample)
 
@@ -136,9 +134,8 @@ def resume(
         )
         require_possible(config)
         report = report or Silent()
-        own = run if (run / FILE_NAME).is_file() else config.data.tokenizer  # there since the first checkpoint
-        tokenizer = find_tokenizer(config.start_from, own)
-        training, held_out = open_tables(config.data, tokenizer, report.on_tables)
+        tokenizer = run_tokenizer(config, run if (run / FILE_NAME).is_file() else None)  # since the first checkpoint
+        training, held_out = open_data(config, tokenizer, report.on_tables)
         trainer = _Trainer(config, run, tokenizer, training, held_out, report, sample)
         if steps is not None or max_minutes is not None:
             trainer.require_more_to_do()
@@ -154,8 +151,8 @@ class _Trainer:
         config: TrainConfig,
         run: Path,
         tokenizer: Tokenizer,
-        training: TokenTable,
-        held_out: TokenTable | None,
+        training: TrainingData,
+        held_out: TrainingData | None,
         report: Report,
         sample: Sample | None,
     ) -> None:
@@ -215,18 +212,7 @@ class _Trainer:
         return self._result()
 
     def _stream(self) -> Iterator[Batch]:
-        config = self.config
-        stream = BatchStream(
-            self.training,
-            batch_size=config.batch_size,
-            context=config.context,
-            eos_id=self.tokenizer.eos_id,
-            seed=config.seed,
-            workers=config.data.workers,
-            piece=config.data.piece,
-            position=self.progress.position,
-        )
-        return iter(stream)
+        return training_batches(self.training, self.config, self.tokenizer.eos_id, self.progress.position)
 
     def _steps(self, stream: Iterator[Batch], loss: LossFunction, pending: PendingSignal) -> None:
         config, progress = self.config, self.progress
@@ -322,15 +308,11 @@ class _Trainer:
         if self.sample is not None and self.config.sample_tokens and self.masking is None:
             self.report.on_sample(self.progress.step, self.sample(self.model, self.tokenizer, self.config))
 
-    def _measure(self, table: TokenTable) -> None:
+    def _measure(self, held_out: TrainingData) -> None:
         config, progress = self.config, self.progress
         nats = held_out_nats(
             self.model,
-            table,
-            self.tokenizer.eos_id,
-            batch_size=config.batch_size,
-            context=config.context,
-            max_tokens=config.eval_tokens,
+            held_out_batches(held_out, config, self.tokenizer.eos_id),
             carry_state=config.carries_state,
             masking=self.masking,
         )
@@ -366,6 +348,8 @@ class _Trainer:
             n_parameters=self.model.n_parameters(),
             best_step=progress.best_step,
             best_held_out_bits_per_byte=progress.best_bits_per_byte,
+            unit=unit_of(self.training),
+            dropped_windows=None if progress.position is None else progress.position.get("dropped"),
         )
 
     # ------------------------------------------------------------------------------------------ saving

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bed import Interval, read_bed, whole_sequences
+from .files import GenomeFile, are_genomes, find_genomes
 from .genome import Genome, Strand
 from .letters import reverse_complement
 from .tokenizer import (
@@ -23,12 +24,15 @@ __all__ = [
     "PAD_ID",
     "DnaTokenizer",
     "Genome",
+    "GenomeFile",
     "GenomeWindows",
     "Interval",
     "Source",
     "Strand",
     "Windows",
+    "are_genomes",
     "case_of_specification",
+    "find_genomes",
     "is_unknown",
     "read_bed",
     "reverse_complement",

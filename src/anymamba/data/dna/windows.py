@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ class GenomeWindows:
         dropped_in_a_row = 0
         while len(places) < n:
             i, place = self._next_place()
-            window = self._genomes[i].letters(place.name, place.start, place.end, strand=place.strand)
+            window = self._read(i, place)
             if unknown_share(window) > self.max_unknown:
                 self.dropped += 1
                 dropped_in_a_row += 1
@@ -113,6 +113,20 @@ class GenomeWindows:
             source.append(i)
             places.append(place)
         return Windows(letters, source, places)
+
+    def once(self, n: int) -> Iterator[Windows]:
+        """The windows that are left of this epoch, up to n at once; fewer at the end, and where some are dropped."""
+        while self._next < self.n_windows:
+            places = [self._next_place() for _ in range(min(n, self.n_windows - self._next))]
+            read = [(i, place, self._read(i, place)) for i, place in places]
+            kept = [window for window in read if unknown_share(window[2]) <= self.max_unknown]
+            self.dropped += len(read) - len(kept)
+            if kept:
+                source, found, letters = zip(*kept, strict=True)
+                yield Windows(np.stack(letters), list(source), list(found))
+
+    def _read(self, source: int, place: Interval) -> NDArray[np.uint8]:
+        return self._genomes[source].letters(place.name, place.start, place.end, strand=place.strand)
 
     def _next_place(self) -> tuple[int, Interval]:
         if self._next == self.n_windows:

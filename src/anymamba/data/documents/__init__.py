@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from .files import COMPRESSION_SUFFIXES, ROW_SUFFIXES, TEXT_SUFFIXES, find_files
-from .genomes import FORMATS as SEQUENCE_FORMATS
-from .genomes import format_by_content
+from .files import COMPRESSION_SUFFIXES, ROW_SUFFIXES, TEXT_SUFFIXES, file_format, find_files
+from .genomes import GENOME_SUFFIXES, format_by_content
 from .readers import DEFAULT_TEXT_FIELD, Document, OnBadRow, document_name, iter_documents, refuse
 from .streams import open_decompressed
 
 __all__ = [
     "COMPRESSION_SUFFIXES",
     "DEFAULT_TEXT_FIELD",
+    "GENOME_SUFFIXES",
     "ROW_SUFFIXES",
-    "SEQUENCE_FORMATS",
     "TEXT_SUFFIXES",
     "Document",
     "OnBadRow",
     "document_name",
+    "file_format",
     "find_files",
     "format_by_content",
     "iter_documents",

@@ -1,4 +1,4 @@
-"""Detects files of DNA and proteins, which are an error: as text, their headers and line breaks would become tokens."""
+"""Detects files of DNA and proteins, which are no text: their headers and line breaks would become tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ FORMATS = {
     ".2bit": "2bit",
 }
 """The formats of such files by suffix, without that of the compression."""
+PROTEIN_SUFFIXES = (".faa",)
+GENOME_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".2bit")
+"""The suffixes of files of DNA or RNA."""
 
 _TWO_BIT = (b"\x1aA'C", b"C'A\x1a")  # the signature in either byte order
 _NUCLEOTIDES = re.compile(rb"[ACGTURYSWKMBDHVN*.-]+", re.IGNORECASE)
@@ -37,10 +40,21 @@ def format_by_content(first: bytes) -> str | None:
 
 
 def refusal(file: Path, kind: str, sign: str) -> ValueError:
-    """The error for a file of sequences; `sign` says how it was recognised, by "name" or "content"."""
-    rename = "; if it is plain text, rename it to .txt" if sign == "name" else ""
+    """The error for a file of sequences among texts; `sign` says how it was recognised, by "name" or "content"."""
+    if kind == "FASTQ" or file_suffix(file) in PROTEIN_SUFFIXES:
+        way_out = "reads and proteins are not read; leave it out"
+    else:
+        way_out = (
+            "DNA is read by `anymamba train`, if all of its data are genomes and BED files, and by `anymamba dna`; "
+            "leave it out"
+        )
+    rename = "if it is plain text, rename it to .txt" if sign == "name" else "if it is DNA, rename it to .fa"
     return ValueError(
-        f"{file} is {kind} by its {sign}, and DNA and proteins are not read yet: as text, headers and line breaks "
-        f"would become tokens and records would run together; leave it out, or write each sequence as a row of a "
-        f".jsonl file{rename}"
+        f"{file} is {kind} by its {sign} and is not read as text, since headers and line breaks would become tokens; "
+        f"{way_out}, or {rename}"
     )
+
+
+def file_suffix(file: Path) -> str:
+    """The suffix of a file's format; one of a compression is skipped."""
+    return next((s.lower() for s in reversed(file.suffixes[-2:]) if s.lower() in FORMATS), "")

@@ -1,0 +1,100 @@
+"""Which stretches of genomes are held out."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+
+from anymamba.data.dna import Interval, Source
+from anymamba.training.tables import is_held_out
+
+SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
+"""The labels of a BED file that are names of splits, in lower case."""
+_WINDOWS_TO_CUT = 10  # an interval is cut if it has this many windows; a shorter one is held out as a whole or not
+
+
+def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:
+    """The intervals to train on, those that are held out, and a line about them, if all labels are names of splits.
+
+    None if a label is none, or if no interval is for training.
+    """
+    splits = [(genome, [(SPLITS.get(i.label.lower(), ""), i) for i in intervals]) for genome, intervals in sources]
+    counts = Counter(split for _, intervals in splits for split, _ in intervals)
+    if counts[""] or not counts["train"]:
+        return None
+
+    def chosen(wanted: str) -> list[Source]:
+        return [(genome, [i for split, i in intervals if split == wanted]) for genome, intervals in splits]
+
+    told = ", ".join(f"{counts[split]:,} {split}" for split in ("train", "valid", "test"))
+    return chosen("train"), chosen("valid"), f"splits by the labels of the BED files: {told}; test is not read"
+
+
+def held_out_ends(sources: Sequence[Source], fraction: float, context: int) -> tuple[list[Source], list[Source]]:
+    """The intervals to train on, and what is held out: about `fraction` of all bases, in contiguous stretches.
+
+    The end of each interval of at least ten windows is held out, and one window at least. Of shorter intervals a hash
+    of their place decides. Whatever overlaps a stretch that is held out is cut from the others, on both strands.
+    """
+    if not fraction:
+        return list(sources), [(genome, []) for genome, _ in sources]
+    training: list[Source] = []
+    held_out: list[Source] = []
+    for genome, intervals in sources:
+        ends = [end for interval in intervals if (end := _end(interval, fraction, context)) is not None]
+        training.append((genome, without(intervals, ends)))
+        held_out.append((genome, ends))
+    return training, held_out
+
+
+def _end(interval: Interval, fraction: float, context: int) -> Interval | None:
+    """What is held out of an interval."""
+    size = interval.end - interval.start
+    if size >= _WINDOWS_TO_CUT * context:
+        return interval._replace(start=interval.end - max(context, int(fraction * size)))
+    return interval if is_held_out(f"{interval.name}:{interval.start}-{interval.end}", fraction) else None
+
+
+def without(intervals: Sequence[Interval], removed: Sequence[Interval]) -> list[Interval]:
+    """The parts of intervals that are in none of the removed ones, whatever the strands."""
+    merged = _merged(removed)
+    left = []
+    for interval in intervals:
+        starts, ends = merged.get(interval.name, ([], []))
+        start = interval.start
+        for i in range(bisect_right(ends, start), len(starts)):
+            if starts[i] >= interval.end:
+                break
+            if starts[i] > start:
+                left.append(interval._replace(start=start, end=starts[i]))
+            start = ends[i]
+        if start < interval.end:
+            left.append(interval._replace(start=start))
+    return left
+
+
+def _merged(intervals: Sequence[Interval]) -> dict[str, tuple[list[int], list[int]]]:
+    """For each sequence the sorted starts and ends of what the intervals cover."""
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for interval in sorted(intervals, key=lambda i: i.start):
+        starts, ends = found.setdefault(interval.name, ([], []))
+        if ends and interval.start <= ends[-1]:
+            ends[-1] = max(ends[-1], interval.end)
+        else:
+            starts.append(interval.start)
+            ends.append(interval.end)
+    return found
+
+
+def n_shared(training: Sequence[Source], held_out: Sequence[Source]) -> int:
+    """Bases of the intervals to train on that are held out, too."""
+    shared = 0
+    for genome, intervals in training:
+        others = [i for other, held in held_out if other is genome for i in held]
+        shared += _n_bases(intervals) - _n_bases(without(intervals, others))
+    return shared
+
+
+def _n_bases(intervals: Sequence[Interval]) -> int:
+    return sum(interval.end - interval.start for interval in intervals)

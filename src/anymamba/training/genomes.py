@@ -1,0 +1,236 @@
+"""Training data of DNA: intervals of genomes, those that are held out, and batches of their windows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from anymamba.base.errors import DataWarning
+from anymamba.data.batches import Batch
+from anymamba.data.dna import (
+    DnaTokenizer,
+    Genome,
+    GenomeFile,
+    GenomeWindows,
+    Interval,
+    Source,
+    find_genomes,
+    is_unknown,
+    read_bed,
+    whole_sequences,
+)
+from anymamba.training.config import DataConfig, TrainConfig
+from anymamba.training.genome_splits import by_labels, held_out_ends, n_shared
+from anymamba.training.length_warmup import described, stage_of, stages
+
+NOT_COUNTED = -100
+
+
+@dataclass(frozen=True)
+class GenomeData:
+    """Intervals of open genomes. The token of a base is its byte in FASTA, so there are as many tokens as bytes."""
+
+    sources: tuple[Source, ...]
+    tokenizer: DnaTokenizer
+    notes: tuple[str, ...] = ()
+    """What was found and skipped, one line each."""
+
+    @property
+    def n_documents(self) -> int:
+        """Number of intervals."""
+        return sum(len(intervals) for _, intervals in self.sources)
+
+    @property
+    def n_tokens(self) -> int:
+        """Bases in all intervals."""
+        return sum(self._sizes())
+
+    @property
+    def n_bytes(self) -> int:
+        """The same number: a base is a byte."""
+        return self.n_tokens
+
+    def n_windows(self, length: int) -> int:
+        """Windows of a length in an epoch."""
+        return sum(size // length for size in self._sizes())
+
+    def _sizes(self) -> list[int]:
+        return [interval.end - interval.start for _, intervals in self.sources for interval in intervals]
+
+    def run_notes(self, config: TrainConfig) -> tuple[str, ...]:
+        """What a run reads, one line each."""
+        lines = [f"DNA: {self.n_documents:,} intervals; {self._rules(config.data)}", *self.notes]
+        short = sum(size < config.context for size in self._sizes())
+        if short:
+            lines.append(f"{short:,} intervals are shorter than {config.context:,} bases and have no window")
+        if config.length_warmup:
+            lines.append(f"length warm-up: {described(stages(config, self.n_windows))}")
+        return tuple(lines)
+
+    def _rules(self, data: DataConfig) -> str:
+        strands = "both strands" if data.genome.reverse_complement else "their own strands"
+        case = "upper and lower case are one" if self.tokenizer.case == "fold" else "lower case is kept"
+        return (
+            f"{strands}, {case}, windows with more than {data.genome.max_unknown:.0%} of N are dropped, other N are "
+            "not predicted"
+        )
+
+    def batches(
+        self, config: TrainConfig, position: dict[str, Any] | None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Endless batches for training, from a position on; each process of `world_size` gets its rows."""
+        here: dict[str, Any] = position or {"batch": 0, "context": 0, "dropped": 0, "windows": None}
+        found = stages(config, self.n_windows)
+        windows: GenomeWindows | None = None
+        while True:
+            stage = stage_of(found, here["batch"] // config.accumulation)
+            if windows is None or windows.length != stage.context:
+                goes_on = here["context"] == stage.context
+                windows = self._windows(config, stage.context, here["windows"] if goes_on else None)
+            before = windows.dropped
+            letters = windows.take(stage.batch_size).letters
+            here = {
+                "batch": here["batch"] + 1,
+                "context": stage.context,
+                "dropped": here["dropped"] + windows.dropped - before,
+                "windows": windows.position,
+            }
+            mine = stage.batch_size // world_size
+            yield self._batch(letters[rank * mine : (rank + 1) * mine], here)
+
+    def held_out_batches(self, config: TrainConfig) -> Iterator[Batch]:
+        """The first windows, in order and on their own strands, up to `eval_tokens`; the same ones at every call."""
+        genome = config.data.genome
+        windows = GenomeWindows(
+            self.sources, config.context, shuffle=False, reverse_complement=False, max_unknown=genome.max_unknown
+        )
+        left = max(1, config.eval_tokens // config.context)
+        for some in windows.once(config.batch_size):
+            yield self._batch(some.letters[:left], {})
+            left -= len(some.letters)
+            if left <= 0:
+                return
+
+    def _windows(self, config: TrainConfig, context: int, position: dict[str, Any] | None) -> GenomeWindows:
+        genome = config.data.genome
+        return GenomeWindows(
+            self.sources,
+            context,
+            seed=config.seed,
+            reverse_complement=genome.reverse_complement,
+            max_unknown=genome.max_unknown,
+            position=position,
+        )
+
+    def _batch(self, letters: NDArray[np.uint8], position: dict[str, Any]) -> Batch:
+        """Each base predicts the next one of its window, but no N."""
+        rows, length = letters.shape
+        ids = torch.from_numpy(self.tokenizer.encode_letters(letters).astype(np.int64))
+        labels = torch.full_like(ids, NOT_COUNTED)
+        labels[:, :-1] = ids[:, 1:]
+        labels[:, :-1][torch.from_numpy(is_unknown(letters[:, 1:]))] = NOT_COUNTED
+        offsets = torch.arange(rows + 1, dtype=torch.int32) * length
+        return Batch(ids, labels, offsets, torch.zeros(rows, dtype=torch.bool), position)
+
+
+def open_genomes(
+    config: TrainConfig, tokenizer: DnaTokenizer, progress: Callable[[int, int | None], None] | None = None
+) -> tuple[GenomeData, GenomeData | None]:
+    """The intervals to train on, and those that are held out (None if there are none).
+
+    Held out are the files of `eval_paths`; or the intervals with the label valid, if BED files have such labels; or the
+    ends of intervals, `held_out_fraction` of their bases. Raises ValueError if no window is left to train on.
+    """
+    data = config.data
+    _refuse_options_of_text(data)
+    opening = _Opening(data, progress)
+    files = find_genomes(data.paths, data.exclude)
+    training = opening.sources(files)
+    if data.eval_paths:
+        only = files[0].genome if len(files) == 1 else None
+        held_out = opening.sources(find_genomes(data.eval_paths, data.exclude, only))
+    elif (labelled := by_labels(training)) is not None:
+        training, held_out, said = labelled
+        opening.notes.append(said)
+    else:
+        training, held_out = held_out_ends(training, data.held_out_fraction, config.context)
+    _warn_of_shared(n_shared(training, held_out))
+    return _with_windows(
+        GenomeData(tuple(training), tokenizer, tuple(opening.notes)), GenomeData(tuple(held_out), tokenizer), config
+    )
+
+
+class _Opening:
+    """Opens each genome once, and notes what was found and skipped."""
+
+    def __init__(self, data: DataConfig, progress: Callable[[int, int | None], None] | None) -> None:
+        self._data, self._progress = data, progress
+        self._opened: dict[Path, Genome] = {}
+        self.notes: list[str] = []
+
+    def sources(self, files: Sequence[GenomeFile]) -> list[Source]:
+        """The genomes of some files, with the intervals of their BED files or all of their sequences."""
+        return [(genome, self._intervals(genome, file)) for file in files for genome in [self._genome(file.genome)]]
+
+    def _genome(self, path: Path) -> Genome:
+        if path not in self._opened:
+            genome = Genome.open(path, cache_dir=self._data.cache_dir, progress=self._progress)
+            self.notes += [f"{path}: {note}" for note in genome.notes]
+            self._opened[path] = genome
+        return self._opened[path]
+
+    def _intervals(self, genome: Genome, file: GenomeFile) -> list[Interval]:
+        if not file.beds:
+            return whole_sequences(genome)
+        found: list[Interval] = []
+        for bed in file.beds:
+            intervals, skipped = read_bed(bed, genome, on_bad_line=self._data.on_bad_row)
+            found += intervals
+            self.notes += [f"{bed}: skipped {n:,} {reason}" for reason, n in skipped.items()]
+        return found
+
+
+def _warn_of_shared(n_bases: int) -> None:
+    if n_bases:
+        warnings.warn(
+            f"{n_bases:,} bases are in intervals to train on and in held-out ones, so the held-out loss is too low; "
+            "take intervals that do not overlap",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def _with_windows(
+    training: GenomeData, held_out: GenomeData, config: TrainConfig
+) -> tuple[GenomeData, GenomeData | None]:
+    """Both, or None for held-out data without a window. Raises ValueError for training data without one."""
+    if not training.n_windows(config.context):
+        raise ValueError(
+            f"no interval to train on has {config.context:,} bases; take a shorter context (--context) or longer "
+            "intervals"
+        )
+    if held_out.n_windows(config.context):
+        return training, held_out
+    if config.data.held_out_fraction or config.data.eval_paths:
+        warnings.warn(
+            f"nothing is held out, so there is no evaluation: no stretch of {config.context:,} bases is left for it; "
+            "name intervals to evaluate on with eval_paths (--data.eval-paths valid.bed)",
+            DataWarning,
+            stacklevel=3,
+        )
+    return training, None
+
+
+def _refuse_options_of_text(data: DataConfig) -> None:
+    """Raise ValueError for options that DNA does not have."""
+    default = DataConfig()
+    for name in ("text_field", "piece", "workers"):
+        if getattr(data, name) != getattr(default, name):
+            raise ValueError(f"{name} is for text, and the data is DNA; leave it out")
