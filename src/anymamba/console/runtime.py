@@ -69,7 +69,7 @@ def open_model(model: Path, tokenizer: Path | None, runtime: Runtime) -> tuple[C
 
 def load_model(checkpoint: Checkpoint, runtime: Runtime) -> LanguageModel:
     """Load the weights of an open model for inference. They are packed if --weights or the file says so, and on CUDA,
-    where packed models step in graphs, unless --dtype is given."""
+    where packed models step in graphs, unless --dtype is given or the model is not causal."""
     import torch
 
     from anymamba.models.checkpoints import load_pretrained
@@ -77,7 +77,8 @@ def load_model(checkpoint: Checkpoint, runtime: Runtime) -> LanguageModel:
     from anymamba.ops.packed_linear import no_kernels
 
     device = usable_device(runtime.device)
-    packed = runtime.weights or (runtime.dtype is None and (checkpoint.in_blocks or device.type == "cuda"))
+    unasked = runtime.dtype is None and checkpoint.config.is_causal
+    packed = runtime.weights or (unasked and (checkpoint.in_blocks or device.type == "cuda"))
     if packed and no_kernels(device.type) is None:
         from anymamba.models.inference import InferenceModel
 
