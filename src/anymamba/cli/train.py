@@ -45,6 +45,10 @@ FLAGS: dict[type, dict[str, str]] = {
 """Fields that have a short flag in place of their path in the config file."""
 REPEATABLE = ("paths", "exclude")
 """Of these the fields whose flag may be given several times."""
+DNA_PRESETS = ("dna-", "caduceus-")
+"""How the names of presets for DNA begin."""
+DNA_DEFAULTS = {"context": 4096, "batch_size": 4}
+"""What replaces the defaults of the config with such a preset."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class TrainOptions:
     config: Path | None = None
     """A .json or .toml file with the options below, such as a run's train_config.json; flags override it."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Sizes of the model: nano, tiny, small and medium for bytes, mamba-130m to mamba-2.8b, and those of Transformers
-    and H3 (any other name lists them all); --model flags override them."""
+    """Sizes of the model: nano, tiny, small and medium for bytes, mamba-130m to mamba-2.8b, dna-1.4m, dna-7.0m and
+    dna-40.7m, and those of Transformers and H3 (any other name lists them all); --model flags override them."""
     profile: Path | None = None
     """Folder for a profile of five steps: a trace for Perfetto or TensorBoard. A table of the time goes to stderr."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -143,15 +147,21 @@ def read_basis(arguments: Sequence[str]) -> Basis:
 
 
 def default_config(basis: Basis) -> tuple[TrainConfig, DataConfig]:
-    """The defaults of the flags (the file's values, with the preset's model), and the file's data.
+    """The defaults of the flags (the file's values, with the preset's model and shape), and the file's data.
 
     The defaults lack the values of repeatable flags, which would add to them instead of replacing them.
     """
-    values = {"device": AUTO} | (read_config_file(basis.config) if basis.config is not None else {})
+    in_file = read_config_file(basis.config) if basis.config is not None else {}
+    values = {"device": AUTO} | (DNA_DEFAULTS if is_for_dna(basis.preset) else {}) | in_file
     config = config_from_dict(TrainConfig, values, "" if basis.config is None else str(basis.config))
     if basis.preset is not None:
         config = dataclasses.replace(config, model=preset(basis.preset))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, paths=(), exclude=())), config.data
+
+
+def is_for_dna(name: str | None) -> bool:
+    """Whether a preset is one for DNA."""
+    return name is not None and name.lower().startswith(DNA_PRESETS)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -196,9 +206,14 @@ def make_report(options: TrainOptions, show: ShowProgress) -> Iterator[TrainingR
 
 
 def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:
-    """Train or resume."""
+    """Train or resume. Raises ValueError for a preset of DNA with text."""
+    from anymamba.data.dna import are_genomes
     from anymamba.training.trainer import resume, train
 
+    if is_for_dna(options.preset) and not are_genomes(options.train.data.paths):
+        raise ValueError(
+            f"the preset {options.preset} is for DNA, and the data is text; name FASTA or .2bit files with --data"
+        )
     if options.resume is not None:
         minutes = options.train.max_minutes
         return resume(options.resume, report, write_sample, steps=options.new_steps, max_minutes=minutes)

@@ -81,6 +81,11 @@ def spread(n_blocks: int, n_attention: int) -> tuple[int, ...]:
     return tuple(round((i + 1) * n_blocks / (n_attention + 1)) for i in range(n_attention))
 
 
+def dna(n_layers: int, d_model: int) -> ModelConfig:
+    """Mamba over the ids of `DnaTokenizer`, which are padded to 16 (arXiv:2312.00752, appendix E.3.1)."""
+    return ModelConfig(d_model=d_model, n_layers=n_layers, vocab_size=12, pad_vocab_multiple=16)
+
+
 def caduceus(n_layers: int, d_model: int, *, both_strands: bool) -> ModelConfig:
     """Caduceus (arXiv:2403.03234) over the ids of `DnaTokenizer`: bidirectional Mamba, with shared strands or one."""
     return ModelConfig(
@@ -112,6 +117,9 @@ PRESETS: dict[str, ModelConfig] = {
     **{f"h3-{name}": h3(*size) for name, size in SIZES.items()},
     **{f"hybrid-h3-{name}": h3(*size, attention_at=(size[0] // 2,)) for name, size in SIZES.items()},
     **{f"h3++-{name}": h3_plus_plus(*size[:2]) for name, size in SIZES.items()},
+    "dna-1.4m": dna(12, 128),
+    "dna-7.0m": dna(16, 256),
+    "dna-40.7m": dna(24, 512),
     "caduceus-ps-1.9m": caduceus(4, 256, both_strands=True),
     "caduceus-ps-7.7m": caduceus(16, 256, both_strands=True),
     "caduceus-ph-7.7m": caduceus(16, 256, both_strands=False),
