@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,26 +56,51 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], values: di
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(target, replace=True) as temporary:  # it exists where a run was killed after writing it
             temporary.mkdir()
-            with _quiet():
+            with quiet():
                 dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(temporary)), no_dist=True)
-            state = {FORMAT_VERSION: VERSION, **values}
-            (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            manifest.write(temporary)
+            write_values(temporary, values)
     except BaseException as error:
-        raise _as_os_error(error, run) from error
-    for path in checkpoints(run)[:-keep]:
-        remove_folder(path)
+        raise as_os_error(error, run) from error
+    remove_old(run, keep)
     return target
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and values of a checkpoint.
+def write_values(folder: Path, values: dict[str, Any]) -> None:
+    """Complete a checkpoint's folder, which has its tensors: its values, and the digests of its files."""
+    state = {FORMAT_VERSION: VERSION, **values}
+    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    manifest.write(folder)
 
+
+def remove_old(run: Path, keep: int) -> None:
+    """Delete all checkpoints of a run but the `keep` newest."""
+    for path in checkpoints(run)[:-keep]:
+        remove_folder(path)
+
+
+def check_files(folder: Path) -> None:
+    """Raise CheckpointError if a file of a checkpoint is a pickle or is not the one that was written."""
+    refuse_pickles(folder)
+    manifest.check(folder, _way_out(folder))
+
+
+Empty = Callable[[str, torch.Size, torch.dtype], Tensor]
+
+
+def load_checkpoint(
+    folder: Path, empty: Empty | None = None, *, checked: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values of a checkpoint.
+
+    Args:
+        empty: makes the tensor into which one of the checkpoint is read, from its name, its size and its dtype, such as
+            a DTensor, which gets its part only. Defaults to whole tensors on the CPU.
+        checked: whether `check_files` has been called, which one process does for all.
     Raises CheckpointError if a file is a pickle, is broken, is missing, or has a newer format version.
     """
-    refuse_pickles(folder)
-    way_out = f"delete {folder} to go on from the checkpoint before it"
-    manifest.check(folder, way_out)
+    if not checked:
+        check_files(folder)
+    way_out = _way_out(folder)
     try:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -83,12 +108,13 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}); {way_out}") from error
     require_format_version(values, VERSION, folder / STATE)
+    make = empty or (lambda name, size, dtype: torch.empty(size, dtype=dtype))
     try:
         reader = HuggingFaceStorageReader(str(folder))
-        with _quiet():
+        with quiet():
             stored = reader.read_metadata().state_dict_metadata
             tensors = {
-                name: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+                name: make(name, entry.size, entry.properties.dtype)  # type: ignore[union-attr]
                 for name, entry in stored.items()
             }
             dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -107,8 +133,12 @@ def refuse_pickles(folder: Path) -> None:
             raise CheckpointError(f"{path} is a pickle, which could run code when read; a run holds none: delete it")
 
 
+def _way_out(folder: Path) -> str:
+    return f"delete {folder} to go on from the checkpoint before it"
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the warnings of torch.distributed.checkpoint about running in one process."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
@@ -121,7 +151,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _as_os_error(error: BaseException, run: Path) -> BaseException:
+def as_os_error(error: BaseException, run: Path) -> BaseException:
     """An OSError with the way out for a failure of the disk, which DCP wraps; any other error as it is."""
     causes = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
     for cause, _ in causes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from anymamba.training.snapshot import Progress
 
@@ -13,9 +14,16 @@ class Clock:
     Args:
         max_minutes: the time of the run over all its processes; None for no limit.
         progress: the run's numbers; steps and seconds of earlier processes are in it.
+        from_first: gives all ranks what the clock of rank 0 says.
     """
 
-    def __init__(self, max_minutes: float | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        max_minutes: float | None,
+        progress: Progress,
+        from_first: Callable[[Callable[[], float]], float] = lambda compute: compute(),
+    ) -> None:
+        self._from_first = from_first
         self._limit = None if max_minutes is None else 60 * max_minutes
         self._progress = progress
         self._start = time.perf_counter() - progress.seconds
@@ -25,7 +33,7 @@ class Clock:
         """Whether the run has used its time."""
         if self._limit is None:
             return False
-        self._progress.seconds = time.perf_counter() - self._start
+        self._progress.seconds = self._from_first(lambda: time.perf_counter() - self._start)
         return self._progress.seconds >= self._limit
 
     def affordable(self, steps: int) -> int:

@@ -47,20 +47,25 @@ class Masking(NamedTuple):
         others = [i for i in range(tokenizer.vocab_size) if i not in (mask_id, tokenizer.eos_id)]
         return cls(mask_id, torch.tensor(others), seed)
 
-    def apply(self, batch: Batch, *number: int) -> Batch:
+    def apply(self, batch: Batch, *number: int, rows: tuple[int, int] = (0, 1)) -> Batch:
         """The batch with hidden tokens; its labels are the tokens at these places, and -100 elsewhere.
 
         The same seed and number hide the same tokens, so a resumed run goes on as it would have.
 
         Args:
             number: identifies the batch in the run.
+            rows: (i, n) for a batch that is the i-th of n parts of a larger one; all parts together then hide what the
+                larger one would.
         """
         ids = batch.input_ids
         words = np.random.SeedSequence([self.seed, *number]).generate_state(2)
         draw = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-        chance = torch.rand(ids.shape, generator=draw)
-        kind = torch.rand(ids.shape, generator=draw)
-        other = self.ordinary[torch.randint(len(self.ordinary), ids.shape, generator=draw)].to(ids.dtype)
+        part, n_parts = rows
+        whole = (n_parts * ids.shape[0], ids.shape[1])
+        own = slice(part * ids.shape[0], (part + 1) * ids.shape[0])
+        chance = torch.rand(whole, generator=draw)[own]
+        kind = torch.rand(whole, generator=draw)[own]
+        other = self.ordinary[torch.randint(len(self.ordinary), whole, generator=draw)[own]].to(ids.dtype)
         chosen = torch.isin(ids, self.ordinary) & (chance < LABELLED)
         hidden = torch.where(chosen & (kind < HIDDEN), self.mask_id, ids)
         hidden = torch.where(chosen & (kind >= HIDDEN) & (kind < HIDDEN + CHANGED), other, hidden)

@@ -52,6 +52,16 @@ class MetricsLog:
             logger.close()
 
 
+class NoLog:
+    """The record of a process that keeps none."""
+
+    def append(self, line: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line cut off by a kill is dropped."""
     path = run / METRICS

@@ -11,6 +11,7 @@ from anymamba.data.batches import Batch
 from anymamba.models.language_model import LanguageModel, LanguageModelState, LossOutput
 from anymamba.parts.state import detach_state, map_state, where_rows
 from anymamba.training.masking import Masking
+from anymamba.training.parallel.processes import Processes
 
 LossFunction = Callable[..., LossOutput]
 
@@ -59,15 +60,21 @@ def held_out_nats(
     *,
     carry_state: bool = True,
     masking: Masking | None = None,
+    processes: Processes | None = None,
 ) -> float:
     """Mean nats per label over held-out batches.
 
     Without carry_state every row starts from a zero state. With masking the labels are the masked tokens.
+    Of several processes each takes its rows of the batches, and all get the mean.
     """
-    total, count, carried = 0.0, 0, None
+    loss = model.loss if processes is None else processes.loss(model)
+    total, count, carried = 0.0, 0.0, None
     for number, batch in enumerate(batches):
         batch = batch if masking is None else masking.apply(batch, number)
-        nats, n_tokens, state = batch_loss(model, model.loss, batch, carried)
+        batch = batch if processes is None else processes.rows_of(batch)
+        nats, n_tokens, state = batch_loss(model, loss, batch, carried)
         carried = state if carry_state else None
         total, count = total + nats.item(), count + int(n_tokens)
+    if processes is not None:
+        total, count = processes.sums(total, count)
     return total / max(1, count)

@@ -22,20 +22,23 @@ import torch
 from torch.profiler import record_function
 
 from anymamba.base.errors import CheckpointError
-from anymamba.base.files import contents, own_folder, require_utf8, sweep
+from anymamba.base.files import contents, require_utf8, sweep
 from anymamba.data.batches import Batch
 from anymamba.data.tokenizer import FILE_NAME, Tokenizer
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.training import lora
-from anymamba.training.checkpoint import FOLDER, checkpoints, load_checkpoint, save_checkpoint
+from anymamba.training.checkpoint import FOLDER, check_files, checkpoints, load_checkpoint
 from anymamba.training.clock import Clock
-from anymamba.training.config import TrainConfig
+from anymamba.training.config import ParallelConfig, TrainConfig
 from anymamba.training.data import TrainingData, held_out_batches, open_data, run_tokenizer, training_batches
 from anymamba.training.interrupts import PendingSignal, deferred_signals
 from anymamba.training.masking import Masking
-from anymamba.training.metrics import MetricsLog, plot_loss
+from anymamba.training.metrics import MetricsLog, NoLog, plot_loss
 from anymamba.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from anymamba.training.outline import outline, unit_of
+from anymamba.training.parallel.agreement import data_values, flat_values
+from anymamba.training.parallel.launch import is_restarted, note_launch
+from anymamba.training.parallel.processes import Processes, processes_of
 from anymamba.training.report import Report, Silent, TrainResult
 from anymamba.training.run_config import (
     TRAIN_CONFIG,
@@ -60,36 +63,44 @@ def train(
 ) -> TrainResult:
     """Train from the beginning into a new run folder.
 
+    Under torchrun, all processes call it. What torchrun starts again goes on from the last checkpoint.
+
     Args:
         sample: generates the text that is reported at each evaluation; None reports none.
     Raises FileExistsError if the folder is not empty, InUseError if another process is writing it, ValueError if the
     carried state would grow from batch to batch. An error before the first checkpoint leaves nothing; after any later
     one the last good checkpoint remains.
     """
-    run, exists = Path(run), f"{run} exists; resume it (--resume {run}) or choose another folder (--out)"
-    require_utf8(run)
-    require_possible(config)
-    if run.exists() and not run.is_dir():
-        raise FileExistsError(exists)
-    with own_folder(run, wait=0):
-        if contents(run):
-            raise FileExistsError(exists)
-        try:
-            trainer = _start(config, run, report or Silent(), sample)
-        except BaseException:
-            if not checkpoints(run):
-                _delete_contents(run)
-            raise
-        return trainer.run_to_end()
+    run = Path(run)
+    with processes_of(config, run) as processes:
+        if processes.from_first(lambda: is_restarted(run, processes.launch)):
+            return _resume(processes, read_config(run), run, report, sample)
+        require_utf8(run)
+        require_possible(config)
+        if processes.is_first and run.exists() and not run.is_dir():
+            raise FileExistsError(_exists(run))
+        with processes.owning(run):
+            if processes.is_first and contents(run):
+                raise FileExistsError(_exists(run))
+            try:
+                trainer = _start(processes, config, run, report, sample)
+            except BaseException:
+                if processes.is_first and not checkpoints(run):
+                    _delete_contents(run)
+                raise
+            return trainer.run_to_end()
 
 
-def _start(config: TrainConfig, run: Path, report: Report, sample: Sample | None) -> _Trainer:
+def _exists(run: Path) -> str:
+    return f"{run} exists; resume it (--resume {run}) or choose another folder (--out)"
+
+
+def _start(
+    processes: Processes, config: TrainConfig, run: Path, report: Report | None, sample: Sample | None
+) -> _Trainer:
     """A new run with its first checkpoint."""
     tokenizer = run_tokenizer(config)
-    config = complete(config, tokenizer)
-    training, held_out = open_data(config, tokenizer, report.on_tables)
-    write_config(run, config)
-    return _Trainer(config, run, tokenizer, training, held_out, report, sample)
+    return _Trainer(processes, complete(config, tokenizer), run, tokenizer, report, sample)
 
 
 def _delete_contents(run: Path) -> None:
@@ -108,6 +119,7 @@ def resume(
     *,
     steps: int | None = None,
     max_minutes: float | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> TrainResult:
     """Resume a run from its newest checkpoint, or from its beginning if it has none yet.
 
@@ -118,6 +130,8 @@ def resume(
         steps: a new number of steps in all, with which also a finished run goes on. The learning rate follows the
             schedule of a run of that length from here on. Defaults to the run's own.
         max_minutes: a new limit of the time in all; defaults to the run's own.
+        parallel: other degrees of parallelism, for another number of processes; defaults to the run's own. Results are
+            then equal but for rounding.
     Raises ValueError if the run has done that many steps or has used that time, FileNotFoundError if the folder is not
     a run, InUseError if another process is writing it, CheckpointError if the checkpoint is broken or the data has
     changed.
@@ -125,21 +139,34 @@ def resume(
     run = Path(run)
     require_utf8(run)
     config_path(run)
-    with own_folder(run, wait=0):
-        stored = read_config(run)
-        config = dataclasses.replace(
-            stored,
-            steps=stored.steps if steps is None else steps,
-            max_minutes=stored.max_minutes if max_minutes is None else max_minutes,
-        )
-        require_possible(config)
-        report = report or Silent()
+    stored = read_config(run)
+    config = dataclasses.replace(
+        stored,
+        steps=stored.steps if steps is None else steps,
+        max_minutes=stored.max_minutes if max_minutes is None else max_minutes,
+        parallel=parallel or stored.parallel,
+    )
+    longer = steps is not None or max_minutes is not None
+    with processes_of(config, run) as processes:
+        return _resume(processes, config, run, report, sample, longer)
+
+
+def _resume(
+    processes: Processes,
+    config: TrainConfig,
+    run: Path,
+    report: Report | None,
+    sample: Sample | None,
+    longer: bool = False,
+) -> TrainResult:
+    """Resume a run with a config that may differ from its own in what `resume` changes."""
+    require_possible(config)
+    with processes.owning(run):
         tokenizer = run_tokenizer(config, run if (run / FILE_NAME).is_file() else None)  # since the first checkpoint
-        training, held_out = open_data(config, tokenizer, report.on_tables)
-        trainer = _Trainer(config, run, tokenizer, training, held_out, report, sample)
-        if steps is not None or max_minutes is not None:
+        trainer = _Trainer(processes, config, run, tokenizer, report, sample)
+        if longer:
             trainer.require_more_to_do()
-            write_config(run, config)
+        trainer.note_start()
         return trainer.run_to_end()
 
 
@@ -148,71 +175,91 @@ class _Trainer:
 
     def __init__(
         self,
+        processes: Processes,
         config: TrainConfig,
         run: Path,
         tokenizer: Tokenizer,
-        training: TrainingData,
-        held_out: TrainingData | None,
-        report: Report,
+        report: Report | None,
         sample: Sample | None,
     ) -> None:
-        self.config, self.run, self.tokenizer, self.report, self.sample = config, run, tokenizer, report, sample
-        self.training, self.held_out = training, held_out
+        self.processes, self.config, self.run, self.tokenizer, self.sample = processes, config, run, tokenizer, sample
+        self.report: Report = report if report is not None and processes.is_first else Silent()
+        processes.require_equal("configs", flat_values(config))
+        self.training, self.held_out = processes.in_turn(lambda: open_data(config, tokenizer, self.report.on_tables))
+        processes.require_equal("data", data_values(self.training, self.held_out))
+        found = processes.from_first(self._found)
+        if not found:
+            self.note_start()
         self.masking = Masking.of(tokenizer, config.seed) if config.objective == "mlm" else None
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.model = self._build_model()
-        self.base = lora.base_digest(self.model) if config.lora is not None else None
+        source = self._build_model(processes.device) if processes.is_first else None
+        self.base = processes.from_first(lambda: lora.base_digest(source) if source and config.lora else None)
+        self.model = processes.spread(source, lambda: self._build_model("meta"))
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.progress = Progress()
         self.carried: LanguageModelState | None = None
-        self.labels_per_byte = training.n_tokens / max(1, training.n_bytes)
-        sweep(run / FOLDER)
-        found = checkpoints(run)
+        self.labels_per_byte = self.training.n_tokens / max(1, self.training.n_bytes)
         if found:
             self._restore(found[-1])
-        self.log = MetricsLog(config, run, self.progress.step)
+        self.log = MetricsLog(config, run, self.progress.step) if processes.is_first else NoLog()
         self.seconds, self.timed_tokens = 0.0, 0
-        self.clock = Clock(config.max_minutes, self.progress)
+        self.clock = Clock(config.max_minutes, self.progress, processes.from_first)
         if not found:
             self._checkpoint()
         elif self.progress.step >= config.steps:
             self._save_model()  # a run that was killed after its last checkpoint does not have it yet
 
-    def _build_model(self) -> LanguageModel:
+    def _found(self) -> list[Path]:
+        sweep(self.run / FOLDER)
+        return checkpoints(self.run)
+
+    def note_start(self) -> None:
+        """Write the config, and which launcher has started this process."""
+        if self.processes.is_first:
+            write_config(self.run, self.config)
+            note_launch(self.run, self.processes.launch)
+
+    def _build_model(self, device: str) -> LanguageModel:
         config = self.config
-        if config.start_from is not None:
+        if config.start_from is not None and device != "meta":
             model = LanguageModel.from_pretrained(  # verified when the run was started
-                config.start_from, device=config.device, dtype=torch.float32, verify=False
+                config.start_from, device=device, dtype=torch.float32, verify=False
             )
         else:
-            model = LanguageModel(config.model, device=config.device)
+            model = LanguageModel(config.model, device=device)
         if config.lora is not None:
             lora.add_adapters(model, config)
         model.activation_checkpointing = config.activation_checkpointing
-        return model.train()
+        return model.to(device).train()  # adapters are made on the CPU
 
     # ------------------------------------------------------------------------------------------ the loop
 
     def run_to_end(self) -> TrainResult:
         """Train until the last step; Ctrl-C and SIGTERM take effect after a checkpoint."""
-        loss: LossFunction = self.model.loss
-        if self.config.compile:
-            loss = torch.compile(loss)
+        loss = self.processes.loss(self.model)
         done, held_out = self.progress.step, self.held_out
         self.report.on_start(outline(self.config, self.model, self.training, held_out, done))
         with deferred_signals() as pending:
             stream = self._stream()
             try:
                 self._steps(stream, loss, pending)
+                self.processes.written()
             finally:
                 stream.close()  # type: ignore[attr-defined]
                 self.log.close()
         return self._result()
 
     def _stream(self) -> Iterator[Batch]:
-        return training_batches(self.training, self.config, self.tokenizer.eos_id, self.progress.position)
+        return training_batches(
+            self.training,
+            self.config,
+            self.tokenizer.eos_id,
+            self.progress.position,
+            rank=self.processes.dp_rank,
+            world_size=self.processes.dp_size,
+        )
 
     def _steps(self, stream: Iterator[Batch], loss: LossFunction, pending: PendingSignal) -> None:
         config, progress = self.config, self.progress
@@ -226,29 +273,34 @@ class _Trainer:
             self._record(metrics, write=last or progress.step % config.log_every == 0)
             if last or progress.step % config.eval_every == 0:
                 self._evaluate()
+            pending.number = int(self.processes.largest(pending.number or 0)) or None
             if last or pending.number is not None or progress.step % config.checkpoint_every == 0:
                 self._checkpoint()
+            self.processes.poll()
             if pending.number is not None:
                 return
 
     def _one_step(self, stream: Iterator[Batch], loss: LossFunction) -> dict[str, Any]:
         """One optimizer step over `accumulation` batches; a non-finite one changes only the counters."""
-        config, model, progress = self.config, self.model, self.progress
+        config, model, progress, processes = self.config, self.model, self.progress, self.processes
         rate = learning_rate(config.optimizer, progress.step + 1, self.clock.affordable(config.steps))
         with record_function("batches"):  # names of the parts of a step in a trace
             batches = [self._batch(stream, i) for i in range(config.accumulation)]
-        count = max(1, sum(int((batch.labels != -100).sum()) for batch in batches))
+        [labels] = processes.sums(sum(int((batch.labels != -100).sum()) for batch in batches))
+        count = max(1, labels / processes.cp_size)  # each rank of a sequence has counted all its labels
         carried, nats = self.carried, 0.0
         device_type = model.embedding.weight.device.type
         for batch in batches:
             autocast = torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bfloat16")
             with record_function("forward"), autocast:
                 batch_nats, _, state = batch_loss(model, loss, batch, carried)
+            processes.reduce_gradients(model, batch is batches[-1])
             with record_function("backward"):
                 (batch_nats / count).backward()
             nats += batch_nats.item()
             carried = state if config.carries_state else None
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm).item()
+        [nats] = processes.sums(nats)
+        norm = processes.clip(model, config.optimizer.clip_norm)
         finite = math.isfinite(nats) and math.isfinite(norm)
         if finite:
             set_learning_rate(self.optimizer, rate)
@@ -272,7 +324,10 @@ class _Trainer:
     def _batch(self, stream: Iterator[Batch], index: int) -> Batch:
         """The next batch, the one of this index in its step."""
         batch = next(stream)
-        return batch if self.masking is None else self.masking.apply(batch, 1, self.progress.step, index)
+        if self.masking is None:
+            return batch
+        rows = (self.processes.dp_rank, self.processes.dp_size)
+        return self.masking.apply(batch, 1, self.progress.step, index, rows=rows)
 
     def _record(self, metrics: dict[str, Any], *, write: bool) -> None:
         nats, progress, steps = metrics["nats_per_token"], self.progress, self.clock.affordable(self.config.steps)
@@ -306,7 +361,9 @@ class _Trainer:
         if self.held_out is not None and self.config.eval_tokens:
             self._measure(self.held_out)
         if self.sample is not None and self.config.sample_tokens and self.masking is None:
-            self.report.on_sample(self.progress.step, self.sample(self.model, self.tokenizer, self.config))
+            model = self.processes.whole(self.model)
+            if self.processes.is_first:
+                self.report.on_sample(self.progress.step, self.sample(model, self.tokenizer, self.config))
 
     def _measure(self, held_out: TrainingData) -> None:
         config, progress = self.config, self.progress
@@ -315,6 +372,7 @@ class _Trainer:
             held_out_batches(held_out, config, self.tokenizer.eos_id),
             carry_state=config.carries_state,
             masking=self.masking,
+            processes=self.processes,
         )
         bits = progress.held_out_bits_per_byte = self._bits_per_byte(nats)
         line = {"step": progress.step, "kind": "eval", "bits_per_byte": bits, "nats_per_token": nats}
@@ -359,18 +417,25 @@ class _Trainer:
         step = self.progress.step
         tensors, values = snapshot(self.model, self.optimizer, self.carried, self.progress)
         values |= {"data": self._data_identity(), "base": self.base}
-        folder = save_checkpoint(self.run, step, tensors, values, self.config.keep_checkpoints)
+        keep = self.config.keep_checkpoints
+        self.processes.save(self.run, step, tensors, values, keep, lambda to: self.report.on_checkpoint(step, to))
         self._save_model()
-        self.report.on_checkpoint(step, folder)
 
     def _save_model(self, folder: Path | None = None) -> None:
         """Replace the model in a folder, that of the run by default, whose plot is then drawn, too."""
-        lora.save_model(self.model, folder or self.run, self.tokenizer)
-        if folder is None and self.progress.step:
-            plot_loss(self.run)
+        model, with_plot = self.processes.whole(self.model), folder is None and self.progress.step > 0
+
+        def save() -> None:
+            lora.save_model(model, folder or self.run, self.tokenizer)
+            if with_plot:
+                plot_loss(self.run)
+
+        if self.processes.is_first:
+            self.processes.write(save)
 
     def _restore(self, folder: Path) -> None:
-        tensors, values = load_checkpoint(folder)
+        self.processes.from_first(lambda: check_files(folder))
+        tensors, values = load_checkpoint(folder, self.processes.empty(self.model), checked=True)
         if values["data"] != self._data_identity():
             raise CheckpointError(
                 f"the training data has changed since {folder}: it had {values['data']}, now {self._data_identity()}; "
@@ -382,6 +447,7 @@ class _Trainer:
                 "restore it"
             )
         try:
+            tensors = self.processes.incoming(tensors)
             self.carried, self.progress = restore(tensors, values, self.model, self.optimizer)
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model in {TRAIN_CONFIG}: {error}") from error

@@ -1,0 +1,247 @@
+"""What the ranks of a test run. It is imported once, by the server that the ranks are forked from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel, LanguageModelState
+from anymamba.parts.options import MambaOptions
+from anymamba.parts.state import map_state, state_tensors
+from anymamba.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
+from anymamba.training.config import OptimizerConfig, ParallelConfig, TrainConfig
+from anymamba.training.optimizer import build_optimizer, optimizer_tensors
+from anymamba.training.parallel import (
+    clip_gradients,
+    copy_from_first_rank,
+    parallelize,
+    reduce_gradients,
+    sum_over_ranks,
+    whole_tensors,
+)
+from anymamba.training.parallel.launch import read_launch
+from anymamba.training.parallel.processes import SeveralProcesses
+from anymamba.training.snapshot import Progress, restore, snapshot
+
+CONFIG = ModelConfig(d_model=12, n_layers=2, vocab_size=257, mamba=MambaOptions(d_state=4))
+ROWS, LENGTH = 4, 24
+
+
+def model(dtype: torch.dtype = torch.float64, **options: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(ModelConfig(**{**CONFIG.__dict__, **options})).to(dtype)
+
+
+def tokens(batches: int = 1) -> Tensor:
+    return torch.randint(0, 257, (2, batches, ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def whole_gradients(whole: LanguageModel, batches: int = 1) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients of one process."""
+    total = 0.0
+    for ids, labels in zip(*tokens(batches), strict=True):
+        loss = whole.loss(ids, labels).loss / (batches * ROWS * LENGTH)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in whole.named_parameters()}
+
+
+def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    """The largest difference of each tensor, as a fraction of its largest entry."""
+    return {name: ((got[name] - w).abs().max() / w.abs().max()).item() for name, w in want.items()}
+
+
+def full(tensor: Any) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def compare_gradients(
+    sizes: dict[str, int], dtype: torch.dtype, options: dict[str, Any], how: dict[str, Any], batches: int = 1
+) -> tuple[float, float, float]:
+    """The largest errors of loss, gradients and norm of a sharded model, relative to one process."""
+    whole = model(dtype, **options)
+    whole.activation_checkpointing = False
+    want_loss, want = whole_gradients(whole, batches)
+    sharded = model(dtype, **options)
+    sharded.activation_checkpointing = how.pop("activation_checkpointing", False)
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    parallelize(sharded, mesh, **how)
+    cp = sizes.get("cp", 1)
+    dp = mesh.size() // cp
+    row, part = divmod(mesh.get_rank(), cp)
+    rows = slice(row * ROWS // dp, (row + 1) * ROWS // dp)
+    span = slice(part * LENGTH // cp, (part + 1) * LENGTH // cp)
+    total = 0.0
+    for number, (ids, labels) in enumerate(zip(*tokens(batches), strict=True)):
+        reduce_gradients(sharded, number == batches - 1)
+        out = sharded.loss(ids[rows, span], labels[rows, span])
+        (out.loss / (batches * ROWS * LENGTH)).backward()
+        total += out.loss.item() / (batches * ROWS * LENGTH)
+    [loss] = sum_over_ranks(total)
+    got = {name: full(p.grad) for name, p in sharded.named_parameters()}
+    want_norm = torch.nn.utils.get_total_norm(list(want.values())).item()
+    norm = clip_gradients(sharded, want_norm / 2)
+    clipped = {name: full(p.grad) for name, p in sharded.named_parameters()}
+    halves = {name: w * (want_norm / 2) / (want_norm + 1e-6) for name, w in want.items()}  # as torch clips
+    worst = max(*errors(got, want).values(), *errors(clipped, halves).values())
+    return abs(loss - want_loss) / want_loss, worst, abs(norm - want_norm) / want_norm
+
+
+def count_reductions(batches: int) -> list[int]:
+    """The numbers of gradient reductions after each of several batches, of which only the last needs them."""
+    sharded = parallelize(model(), init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",)))
+    counts = []
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # before 2.13
+    with mock.patch.object(dist, name, wraps=getattr(dist, name)) as reduce:
+        for number, (ids, labels) in enumerate(zip(*tokens(batches), strict=True)):
+            reduce_gradients(sharded, number == batches - 1)
+            sharded.loss(ids, labels).loss.backward()
+            counts.append(reduce.call_count)
+    return counts
+
+
+def dtypes_in_bfloat16() -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], torch.dtype]:
+    """The dtypes of the parameters inside a forward pass with param_dtype, those of their storage, and that of A."""
+    sharded = model(torch.float32)
+    seen: dict[str, torch.dtype] = {}
+    inside: list[torch.dtype] = []
+    ssm = sharded.blocks[0].mixer.ssm
+    A = ssm.A
+
+    def watched() -> Tensor:
+        seen.update({name: p.dtype for name, p in sharded.blocks[0].named_parameters()})
+        inside.append(A().dtype)
+        return A()
+
+    ssm.A = watched
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    parallelize(sharded, mesh, param_dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        sharded.loss(*tokens()[:, 0]).loss.backward()
+    return seen, {name: p.dtype for name, p in sharded.blocks[0].named_parameters()}, inside[0]
+
+
+def bfloat16_loss(param_dtype: torch.dtype | None) -> tuple[float, dict[str, Tensor]]:
+    """The loss and gradients of a sharded model under autocast."""
+    sharded = model(torch.float32)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    parallelize(sharded, mesh, param_dtype=param_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sharded.loss(*tokens()[:, 0])
+    out.loss.backward()
+    return out.loss.item(), {name: full(p.grad) for name, p in sharded.named_parameters()}
+
+
+def loss_without_autocast() -> str:
+    sharded = model(torch.float32)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    parallelize(sharded, mesh, param_dtype=torch.bfloat16)
+    try:
+        sharded.loss(*tokens()[:, 0])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def through_the_meta_device(options: dict[str, Any]) -> bool:
+    """Whether a model made on the meta device has the weights of rank 0, whole again, and steps like it."""
+    whole = model(torch.float32, **options)
+    sharded = LanguageModel(whole.config, device="meta")
+    parallelize(sharded, init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard")))
+    copy_from_first_rank(sharded, whole if dist.get_rank() == 0 else None)
+    ids = tokens()[0, 0]
+    with torch.no_grad():
+        step = sharded.step(ids[:, 0], whole.init_state(ROWS)).logits
+        want = whole.step(ids[:, 0], whole.init_state(ROWS)).logits
+    tensors = whole_tensors(sharded)
+    same = tensors is None or all(torch.equal(tensors[name], p) for name, p in whole.named_parameters())
+    return same and torch.allclose(step, want, rtol=1e-5, atol=1e-6)
+
+
+def mesh_error(names: tuple[str, ...]) -> str:
+    try:
+        parallelize(model(), init_device_mesh("cpu", (2,), mesh_dim_names=names))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def trained(compile: bool, steps: int = 2) -> list[float]:
+    """Losses of a few steps with AdamW."""
+    sharded = model(torch.float32, n_layers=1)
+    parallelize(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",)), compile=compile)
+    optimizer = build_optimizer(sharded, OptimizerConfig(learning_rate=1e-2))
+    losses = []
+    for _ in range(steps):
+        out = sharded.loss(*tokens()[:, 0])
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.loss.item())
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def one_step(sharded: Any, rows: slice) -> torch.optim.Optimizer:
+    optimizer = build_optimizer(sharded, OptimizerConfig(learning_rate=1e-2))
+    sharded.loss(*tokens()[:, 0, rows]).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def carried_rows(rows: slice) -> LanguageModelState:
+    """States that tell the row."""
+    numbers = torch.arange(ROWS, dtype=torch.float32)[rows]
+    return map_state(lambda t: t + numbers.view(-1, *[1] * (t.ndim - 1)), model(torch.float32).init_state(len(numbers)))
+
+
+def train_config(sizes: dict[str, int] | None = None) -> TrainConfig:
+    return TrainConfig(model=CONFIG, batch_size=ROWS, context=LENGTH, parallel=ParallelConfig(**sizes or {}))
+
+
+def save_one(run: Path, step: int) -> None:
+    """What a run of one process saves after a step."""
+    whole = model(torch.float32)
+    tensors, values = snapshot(whole, one_step(whole, slice(None)), carried_rows(slice(None)), Progress(step=step))
+    save_checkpoint(run, step, tensors, values, 9)
+
+
+def save(run: Path, step: int, sizes: dict[str, int]) -> None:
+    """The same from several processes."""
+    processes = SeveralProcesses(read_launch(), train_config(sizes))
+    sharded = processes.spread(model(torch.float32), lambda: LanguageModel(CONFIG, device="meta"))
+    mine = ROWS // processes.dp_size
+    rows = slice(processes.dp_rank * mine, (processes.dp_rank + 1) * mine)
+    optimizer, carried = one_step(sharded, rows), carried_rows(rows)
+    torch.manual_seed(100 + processes.rank)
+    tensors, values = snapshot(sharded, optimizer, carried, Progress(step=step))
+    done: list[Path] = []
+    with processes.owning(run):
+        processes.save(run, step, tensors, values, 9, done.append)
+        processes.written()
+    assert done == [checkpoint_folder(run, step)]
+
+
+def load(folder: Path, sizes: dict[str, int]) -> tuple[dict[str, Tensor], list[float], Tensor]:
+    """The tensors of a checkpoint that several processes restored, whole again; this rank's rows; its random state."""
+    processes = SeveralProcesses(read_launch(), train_config(sizes))
+    sharded = processes.spread(model(torch.float32), lambda: LanguageModel(CONFIG, device="meta"))
+    optimizer = build_optimizer(sharded, OptimizerConfig(learning_rate=1e-2))
+    tensors, values = load_checkpoint(folder, processes.empty(sharded))
+    carried, _ = restore(processes.incoming(tensors), values, sharded, optimizer)
+    assert carried is not None
+    found = {f"model.{name}": full(p.detach()) for name, p in sharded.named_parameters()}
+    found |= {f"optimizer.{name}": full(t) for name, t in optimizer_tensors(sharded, optimizer).items()}
+    rows = next(t[:, 0, 0].tolist() for t in state_tensors(carried))
+    return found, rows, torch.get_rng_state()
