@@ -6,9 +6,18 @@
 from __future__ import annotations
 
 import pytest
+from ranks import Ranks
 
 from anymamba.kernels.backends import BACKENDS
 from anymamba.runtimes import native, triton
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four processes with gloo. They start when the first test needs them."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()
 
 
 def served(device: str) -> list[str]:

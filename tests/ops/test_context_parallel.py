@@ -8,21 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from scan_cases import TENSORS, offsets, scan_inputs
 from torch import Tensor
 
 from anymamba import causal_conv1d, selective_scan
-from anymamba.parallel import sequence_group
+from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.ops.groups import exchange
+from anymamba.ops.selective_scan import over_group
+from anymamba.parallel import SequenceGroup, sequence_group
 
 TOLERANCE = 1e-10
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 def cut(length: int, lengths: list[int], rank: int) -> slice:
@@ -201,3 +196,115 @@ def test_convolution(ranks, n):
     """Parts and documents shorter than the halo, empty parts, offsets on edges."""
     rows = {2: [[8, 8], [1, 9], [9, 1], [0, 4], [4, 0]], 4: [[4, 4, 4, 4], [1, 1, 1, 1], [3, 0, 2, 5], [0, 0, 1, 2]]}
     ranks.run(n, check_convolutions, [*((lengths, None) for lengths in rows[n]), *packed_cases(n)])
+
+
+# ------------------------------------------------------------------------------------------ what is sent
+
+
+def bytes_sent(group: Any, length: int) -> int:
+    """Bytes that this rank sends for a scan and a convolution of its part, forward and backward."""
+    sent = 0
+
+    def counting(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal sent
+            tensors = [args[1]] if function is not sends else [op.tensor for op in args[0] if op.op is dist.isend]
+            sent += sum(t.numel() * t.element_size() for t in tensors)
+            return function(*args, **options)
+
+        return call
+
+    sends = dist.batch_isend_irecv
+    size, rank = group.size(), group.rank()
+    spread = SequenceGroup(group.group_name, rank, tuple(range(0, length * size + 1, length)))
+    inputs = part_inputs(length, rank)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "batch_isend_irecv"):
+            patch.setattr(dist, name, counting(getattr(dist, name)))
+        for name in ("all_reduce", "reduce_scatter", "broadcast", "all_to_all", "send", "gather"):
+            patch.setattr(dist, name, None)  # not called
+        x = causal_conv1d(inputs["u"], inputs.pop("weight"), group=spread).y
+        y, _ = selective_scan(**inputs | {"u": x}, group=spread)
+        y.sum().backward()
+    return sent
+
+
+ROWS, D_INNER, D_STATE, WIDTH = 3, 5, 7, 4
+
+
+def part_inputs(length: int, rank: int) -> dict[str, Any]:
+    """Tensors in float32 that need gradients."""
+    sizes = {"batch": ROWS, "length": length, "d_inner": D_INNER, "d_state": D_STATE}
+    inputs = scan_inputs(**sizes, dtype=torch.float32, seed=rank, initial=False)
+    inputs["weight"] = torch.ones(D_INNER, WIDTH)
+    return {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("length", [8, 200])
+def test_bytes_sent_do_not_depend_on_the_length(ranks, length):
+    """For each row the states, the sums of steps and the gradients of states; and the inputs at edges with their
+    gradients, which the last and the first rank do not send."""
+    states, inputs = 4 * D_INNER * (2 * D_STATE + 1), 4 * (WIDTH - 1) * D_INNER
+    wanted = [ROWS * (states + n * inputs) for n in (1, 2, 2, 1)]
+    assert ranks.run(4, bytes_sent, length) == wanted
+
+
+# ------------------------------------------------------------------------------------------ torch.compile
+
+
+def layer(inputs: dict[str, Any], weight: Tensor, spread: SequenceGroup) -> Tensor:
+    x = causal_conv1d(inputs["u"], weight, group=spread).y
+    y, last_state = selective_scan(**inputs | {"u": x}, group=spread)
+    return y.square().sum() + last_state.sum()
+
+
+def compiled_gradients(group: Any) -> None:
+    spread = sequence_group(group, 9)
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        inputs = part_inputs(9, group.rank())
+        weight = inputs.pop("weight")
+        loss = function(inputs, weight, spread)
+        loss.backward()
+        results.append([loss.detach(), weight.grad, *(inputs[k].grad for k in TENSORS if inputs[k] is not None)])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+def test_compiled_without_a_graph_break(ranks):
+    ranks.run(2, compiled_gradients)
+
+
+def check_ops(group: Any) -> None:
+    spread = sequence_group(group, 5)
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    torch.library.opcheck(exchange._shift, (x, spread.name, spread.rank, 2, 1))
+    torch.library.opcheck(exchange._gather, (x, spread.name, 2))
+    inputs = part_inputs(5, group.rank())
+    fields = [inputs.get(name) for name in ScanArguments._fields]
+    fields[3], fields[4] = (matrix[:, :, None].detach().requires_grad_() for matrix in fields[3:5])
+    last = (spread.name, spread.rank, list(spread.starts), True, "portable")
+    torch.library.opcheck(over_group.forward_op, (*fields, *last))
+
+
+def test_registration(ranks):
+    """Schemas, shapes and gradients of the registered operators are what torch expects."""
+    ranks.run(2, check_ops)
+
+
+def refused(group: Any) -> None:
+    spread = sequence_group(group, 3)
+    inputs = scan_inputs(length=3)
+    with pytest.raises(RuntimeError, match="backend 'reference' cannot serve a scan over a group"):
+        selective_scan(**inputs, group=spread, backend="reference")
+    with pytest.raises(RuntimeError, match=r"no forward mode and no torch\.func transforms"):
+        torch.func.vmap(lambda u: selective_scan(**inputs | {"u": u}, group=spread).y)(inputs["u"][None])
+    wrong = scan_inputs(batch=1, length=3, lengths=[3, 4])
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the length 6, got"):
+        selective_scan(**wrong, group=spread)
+    with pytest.raises(ValueError, match=r"lengths must be the tokens of each of the 2 ranks, 3 on rank \d, got \(4,"):
+        sequence_group(group, 3, [4, 4])
+
+
+def test_refusals(ranks):
+    ranks.run(2, refused)

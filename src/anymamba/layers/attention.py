@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
 from anymamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from anymamba.ops.checks import n_sequences
+from anymamba.ops.groups import SequenceGroup, current_group, gathered_parts
 from anymamba.ops.observers import transformed
 from anymamba.parts.cache import Cache, GrowingState
 from anymamba.parts.conv import ShortConvolution
@@ -29,6 +31,7 @@ from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import activations_of
 from anymamba.parts.rotary import rotate, xpos_scale
 from anymamba.parts.sequence import SequenceLayer
+from anymamba.parts.state import unread
 
 POSITIONS = ("none", "rotary", "xpos")
 MOST_QUERIES = 1024
@@ -67,6 +70,7 @@ class Attention(SequenceLayer):
 
     state_type = AttentionState
     projects_input = True
+    takes_parts = True
 
     def __init__(
         self,
@@ -134,6 +138,9 @@ class Attention(SequenceLayer):
     def run(
         self, x: Float[Tensor, "rows length d_model"], state: AttentionState | None, rows: Rows | None
     ) -> tuple[Float[Tensor, "rows length d_model"], AttentionState]:
+        group = current_group(x.shape[1])
+        if group is not None:
+            return self._run_part(x, state, rows, None, group)
         if state is None:
             state = self.init_state(x.shape[0], x.dtype)
         x = x if rows is None else rows.zero_padding(x)
@@ -149,6 +156,62 @@ class Attention(SequenceLayer):
         new.remember(cache)
         return self.out_proj(y.transpose(1, 2).flatten(2)), new
 
+    def run_packed(
+        self, x: Float[Tensor, "1 length d_model"], state: AttentionState | None, cu_seqlens: Tensor
+    ) -> tuple[Float[Tensor, "1 length d_model"], AttentionState]:
+        group = current_group(x.shape[1])
+        if group is None:
+            return super().run_packed(x, state, cu_seqlens)
+        return self._run_part(x, state, None, cu_seqlens, group)
+
+    def _run_part(
+        self,
+        x: Float[Tensor, "batch length d_model"],
+        state: AttentionState | None,
+        rows: Rows | None,
+        cu_seqlens: Tensor | None,
+        group: SequenceGroup,
+    ) -> tuple[Float[Tensor, "batch length d_model"], AttentionState]:
+        """`run` or `run_packed` on this process's part of the sequences. It gathers the keys and values of all parts.
+        The state that it returns is NaN.
+
+        Raises ValueError for a state and for padding.
+        """
+        if state is not None or rows is not None:
+            given = "a state" if rows is None else "an attention_mask"
+            raise ValueError(
+                f"attention on parts of sequences takes no state and no padding, got {given}; begin with whole "
+                "sequences, and pack sequences of several lengths (cu_seqlens)"
+            )
+        qkv = self.in_proj(x)
+        if self.conv is not None:
+            qkv = causal_conv1d(qkv, self.conv.weight, self.conv.bias, cu_seqlens=cu_seqlens, group=group).y
+        q, k, v = self._heads(qkv, group.positions(cu_seqlens, x.device)[None])
+        k, v = (t.transpose(1, 2) for t in self._gathered(torch.cat([k, v], -1), group).chunk(2, -1))
+        start = group.start
+        before = Cache((k[:, :, :start], v[:, :, :start]), torch.full((x.shape[0],), start, device=x.device), True)
+        begins = None
+        if cu_seqlens is not None:
+            begins = cu_seqlens[:-1].long()[group.sequences(cu_seqlens)]
+        y = self._attend(q.transpose(1, 2), (k, v), before, begins)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), self._unread(n_sequences(x.shape[0], cu_seqlens), qkv)
+
+    @staticmethod
+    def _gathered(part: Float[Tensor, "batch length heads width"], group: SequenceGroup) -> Tensor:
+        """The tokens of all parts up to the end of this one."""
+        missing = max(group.lengths) - part.shape[1]
+        parts = gathered_parts(F.pad(part, (0, 0, 0, 0, 0, missing)), group)
+        tokens = [tokens[:, :length] for tokens, length in zip(parts, group.lengths, strict=True)]
+        return torch.cat(tokens, 1)[:, : group.stop]
+
+    def _unread(self, n_rows: int, qkv: Tensor) -> AttentionState:
+        """A state that nobody may read."""
+        keys = unread((n_rows, self.n_kv_heads, 1, self.d_head), qkv.dtype, qkv.device)
+        n_seen = torch.ones(n_rows, dtype=torch.int64, device=qkv.device)
+        return AttentionState(
+            keys, keys, n_seen, unread((n_rows, (self.d_conv or 1) - 1, self.d_qkv), qkv.dtype, qkv.device)
+        )
+
     def _most_kept(self, cache: Cache) -> int:
         """How many entries a later query can still see."""
         return cache.length if self.window is None else self.window - 1
@@ -163,14 +226,17 @@ class Attention(SequenceLayer):
         self, x: Float[Tensor, "batch length d_model"], state: AttentionState, rows: Rows | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each (batch, heads, length, d_head); and the convolution's state."""
-        qkv = self.in_proj(x)
-        qkv, conv = self._convolve(qkv, state.conv, rows)
+        qkv, conv = self._convolve(self.in_proj(x), state.conv, rows)
+        q, k, v = self._heads(qkv, state.n_seen[:, None] + torch.arange(x.shape[1], device=x.device))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), conv
+
+    def _heads(self, qkv: Tensor, positions: Int[Tensor, "batch_or_1 length"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each (batch, length, heads, d_head)."""
         heads = qkv.unflatten(-1, (-1, self.d_head))
         q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
         if self.positions != "none":
-            positions = state.n_seen[:, None] + torch.arange(x.shape[1], device=x.device)
             q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), conv
+        return q, k, v
 
     def _convolve(self, qkv: Tensor, state: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
         """The short convolution, and its new state: the last real inputs."""
@@ -184,19 +250,30 @@ class Attention(SequenceLayer):
         return y, last if rows is None else rows.last(qkv, state, state.shape[1])
 
     def _attend(
-        self, q: Float[Tensor, "batch n_heads length d_head"], keys_values: tuple[Tensor, ...], before: Cache
+        self,
+        q: Float[Tensor, "batch n_heads length d_head"],
+        keys_values: tuple[Tensor, ...],
+        before: Cache,
+        begins: Int[Tensor, " length"] | None = None,
     ) -> Float[Tensor, "batch n_heads length d_head"]:
-        """Softmax attention; in each row the queries' own keys come after the entries of `before`."""
+        """Softmax attention; in each row the queries' own keys come after the entries of `before`.
+
+        Args:
+            begins: the first key that each query may see; None means that there is no such limit.
+        """
         k, v = keys_values
         length, xpos = q.shape[2], self.positions == "xpos"
+        if begins is not None:
+            blocks = self._blocks(length)
+            parts = [self._attend_block(q, k, v, before, *block, begins[slice(*block)]) for block in blocks]
+            return torch.cat(parts, 2)
         if before.length == 0 and self.window is None and (length <= MOST_QUERIES or not xpos) and length > 0:
             if xpos:
                 q, k = _scaled(q, k, 0)
             return _softmax_attention(q, k, v, is_causal=True)
         if length == 1:
             return self._attend_one(q, k, v, before)
-        parts = [self._attend_block(q, k, v, before, *block) for block in self._blocks(length)]
-        return torch.cat(parts, 2) if parts else q
+        return torch.cat([self._attend_block(q, k, v, before, *block) for block in self._blocks(length)], 2)
 
     def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, before: Cache) -> Float[Tensor, "batch n_heads 1 d_head"]:
         """Attention of one query. Heads that share keys become rows of one product; even rows need no mask."""
@@ -209,7 +286,7 @@ class Attention(SequenceLayer):
         return y.flatten(1, 2)[:, :, None]
 
     def _attend_block(
-        self, q: Tensor, k: Tensor, v: Tensor, before: Cache, start: int, stop: int
+        self, q: Tensor, k: Tensor, v: Tensor, before: Cache, start: int, stop: int, begins: Tensor | None = None
     ) -> Float[Tensor, "batch n_heads block d_head"]:
         """Attention of queries start .. stop - 1 with their own mask, on the keys that at least one of them can see."""
         first, last = 0, k.shape[2]
@@ -219,6 +296,8 @@ class Attention(SequenceLayer):
             first = 0 if self.window is None else max(0, filled + start - self.window + 1)
         q, k, v = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
         mask = _visible(filled, start, stop, first, k, self.window)
+        if begins is not None:
+            mask = mask & (torch.arange(first, last, device=k.device) >= begins[:, None])
         if self.positions == "xpos":
             q, k = _scaled(q, k, first - (filled + start))
         return _softmax_attention(q, k, v, mask)
@@ -226,7 +305,7 @@ class Attention(SequenceLayer):
     def _blocks(self, length: int) -> Iterator[tuple[int, int]]:
         """Ranges of queries. With a window a range is about as long as the window, so time and memory are linear."""
         size = MOST_QUERIES if self.window is None else min(MOST_QUERIES, max(128, self.window))
-        return ((start, min(length, start + size)) for start in range(0, length, size))
+        return ((start, min(length, start + size)) for start in range(0, max(1, length), size))
 
 
 def _softmax_attention(
@@ -263,7 +342,7 @@ def _visible(
     mask = key <= place
     if window is not None:
         mask = mask & (key > place - window)
-    return mask.reshape(-1, 1, *mask.shape[-2:])
+    return mask[None, None] if mask.ndim == 2 else mask[:, None]
 
 
 def _scaled(

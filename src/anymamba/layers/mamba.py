@@ -38,6 +38,7 @@ class GatedBlock(SequenceLayer):
 
     state_type = MambaState
     projects_input = True
+    takes_parts = True
 
     def _build_projections(
         self, d_model: int, d_conv: int, expand: float, conv_bias: bool, bias: bool, like: dict[str, Any]
@@ -85,10 +86,9 @@ class GatedBlock(SequenceLayer):
             u = rows.zero_padding(u)
         before = None if state is None else state.conv
         with recomputing(u):
-            conv = self.conv(u, before, cu_seqlens)
+            conv = self.conv(u, before, cu_seqlens, rows)
             y, after = self._map(conv.y, z, None if state is None else state.ssm, rows, cu_seqlens)
-        inputs = conv.last_state if rows is None else rows.last(u, before, self.d_conv - 1)
-        return self._output(y), MambaState(inputs, after)
+        return self._output(y), MambaState(conv.last_state, after)
 
     def run_step(
         self, x: Float[Tensor, "batch d_model"], state: MambaState

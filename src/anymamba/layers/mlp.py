@@ -47,6 +47,7 @@ class MLP(SequenceLayer):
 
     state_type = NoState
     projects_input = True
+    takes_parts = True
 
     def __init__(
         self,
@@ -84,6 +85,9 @@ class MLP(SequenceLayer):
     def run(
         self, x: Float[Tensor, "rows length d_model"], state: NoState | None, rows: Rows | None
     ) -> tuple[Float[Tensor, "rows length d_model"], NoState]:
+        return self._map(x), NoState()
+
+    def run_packed(self, x: Tensor, state: NoState | None, cu_seqlens: Tensor) -> tuple[Tensor, NoState]:
         return self._map(x), NoState()
 
     def run_step(

@@ -29,6 +29,8 @@ class NoGate(SequenceLayer):
         bias: whether the linear map has a bias.
     """
 
+    takes_parts = True  # an inner layer that does not refuses itself
+
     def __init__(
         self, d_model: int, inner: Callable[[int], nn.Module], bias: bool = True, device=None, dtype=None
     ) -> None:

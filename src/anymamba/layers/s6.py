@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
+from anymamba.ops.groups import current_group
 from anymamba.ops.selective_scan import B_DISCRETIZATIONS, ScanOutput, selective_scan, selective_scan_step
 from anymamba.parts import init
 from anymamba.parts.bare import is_bare
@@ -200,6 +201,7 @@ class SelectiveSSM(nn.Module):
             b_discretization=self.b_discretization,
             initial_state=state,
             cu_seqlens=cu_seqlens,
+            group=current_group(u.shape[1]),
         )
 
     def _scan_step(
@@ -278,6 +280,7 @@ class S6(SelectiveSSM, SequenceLayer):
     """
 
     state_type = S6State
+    takes_parts = True
 
     def __init__(
         self,

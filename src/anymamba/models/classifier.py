@@ -19,6 +19,7 @@ from anymamba.base.schema import config_from_dict, config_to_dict
 from anymamba.base.sizes import require_at_least
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
+from anymamba.ops.groups import is_spread
 from anymamba.parts.strands import both_masks
 
 Task = Literal["classification", "regression"]
@@ -89,6 +90,11 @@ class SequenceClassifier(nn.Module):
             pool_mask: for pooling "masked", true at the positions to average.
         Raises ValueError if inputs are of the other kind, or if a row has no position to pool.
         """
+        if is_spread():
+            raise ValueError(
+                "a classifier pools whole sequences, but context_parallel gives it parts; keep each sequence on one "
+                "process"
+            )
         wanted = 2 if self.embed is None else 3
         if inputs.ndim != wanted:
             words = "token ids (batch, length)" if wanted == 2 else "vectors (batch, length, d_input)"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from anymamba.layers.positions import LearnedPositions
 from anymamba.models.config import ModelConfig
 from anymamba.models.mixers import build_mixer
+from anymamba.ops.groups import is_spread, one_sequence
 from anymamba.ops.linear_cross_entropy import linear_cross_entropy
 from anymamba.ops.linear_cross_entropy.chunks import sum_over_chunks
 from anymamba.ops.recomputing import recomputed
@@ -230,6 +231,8 @@ class LanguageModel(nn.Module):
         """`hidden`, and `projected` as in `norm_of_sum`."""
         if state is not None:
             self._require_causal("has no state")
+        if is_spread():
+            self._require_causal("cannot run on parts of sequences")
         rows = self.embed_strands(input_ids)
         if not self.config.complement:
             return self._normed(rows, state, attention_mask, cu_seqlens, projected)
@@ -267,17 +270,18 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "batch length d_model"], LanguageModelState]:
         """`hidden_of_embedded`, and `projected` as in `norm_of_sum`."""
         where: Any = ()
-        if self.positions is not None:
-            before = None if state is None else state.positions
-            embedded, where = self.positions(embedded, before, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        residual, update = self._residual(embedded), None
-        states = []
-        for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and update is not None:
-                residual, update = residual + update, None  # one tensor to keep instead of two
-            inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens, update)
-            residual, update, new = recomputed(block, *inputs) if self.activation_checkpointing else block(*inputs)
-            states.append(new)
+        with one_sequence(embedded.shape[1]):
+            if self.positions is not None:
+                before = None if state is None else state.positions
+                embedded, where = self.positions(embedded, before, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+            residual, update = self._residual(embedded), None
+            states = []
+            for i, block in enumerate(self.blocks):
+                if self.activation_checkpointing and update is not None:
+                    residual, update = residual + update, None  # one tensor to keep instead of two
+                inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens, update)
+                residual, update, new = recomputed(block, *inputs) if self.activation_checkpointing else block(*inputs)
+                states.append(new)
         x, _ = norm_of_sum(self.norm, update, residual, projected)
         return x, LanguageModelState(tuple(states), where)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from anymamba.ops.groups import is_spread, recomputation_contexts
 from anymamba.ops.observers import transformed
 
 
@@ -27,4 +28,7 @@ def recomputed(fn: Callable[..., Any], *args: Any) -> Any:
     tensors = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
     if not torch.is_grad_enabled() or as_operations(*tensors):
         return fn(*args)
-    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if is_spread() and not torch.compiler.is_compiling():
+        options["context_fn"] = recomputation_contexts
+    return checkpoint(fn, *args, **options)

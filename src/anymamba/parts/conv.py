@@ -6,8 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anymamba.ops.causal_conv1d import ConvOutput, causal_conv1d, causal_conv1d_step
+from anymamba.ops.causal_conv1d import (
+    ConvOutput,
+    causal_conv1d,
+    causal_conv1d_step,
+    inputs_before,
+    last_inputs_before,
+)
+from anymamba.ops.groups import SequenceGroup, current_group
 from anymamba.parts.derived import DerivesTensors
+from anymamba.parts.padding import Rows
 from anymamba.parts.recipes import again
 
 
@@ -32,12 +40,35 @@ class ShortConvolution(DerivesTensors):
         x: Float[Tensor, "batch length d_inner"],
         state: Float[Tensor, "n_sequences width_minus_1 d_inner"] | None = None,
         cu_seqlens: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> ConvOutput:
-        """The convolved sequence and the last width - 1 inputs of each sequence."""
+        """The convolved sequence and the last width - 1 inputs of each sequence.
+
+        Args:
+            rows: says which tokens of padded rows are real; x is zero at the others.
+        """
+        group = current_group(x.shape[1])
+        if group is None:
+            return self._convolved(x, state, cu_seqlens, rows)
+        local = None if cu_seqlens is None else group.local_offsets(cu_seqlens)
+        y, last = self._convolved(x, self._before(x, state, cu_seqlens, rows, group), local, rows)
+        return ConvOutput(y, group.only_where_it_ends(last, cu_seqlens))
+
+    def _convolved(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, rows: Rows | None) -> ConvOutput:
         inputs = (x, self.weight, self.bias, state, cu_seqlens)
-        output = _convolve(*inputs)
-        again(output.y, lambda *inputs: _convolve(*inputs).y, *inputs)
-        return output
+        y, last = _convolve(*inputs)
+        again(y, lambda *inputs: _convolve(*inputs).y, *inputs)
+        return ConvOutput(y, last if rows is None else rows.last(x, state, self.weight.shape[1] - 1))
+
+    def _before(
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, rows: Rows | None, group: SequenceGroup
+    ) -> Float[Tensor, "n_sequences width_minus_1 d_inner"]:
+        """The inputs before this process's part."""
+        n = self.weight.shape[1] - 1
+        if rows is None:
+            return inputs_before(x, n, state, cu_seqlens, group)
+        state = None if state is None else state.to(x.dtype)
+        return last_inputs_before(rows.last(x, None, n), rows.lengths, n, state, group)
 
     def step(
         self, x: Float[Tensor, "batch d_inner"], state: Float[Tensor, "batch width_minus_1 d_inner"]

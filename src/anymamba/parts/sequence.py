@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from anymamba.ops.checks import n_sequences
+from anymamba.ops.groups import is_spread
 from anymamba.parts.padding import Alignment, Packing, Rows
 from anymamba.parts.state import require_state
 
@@ -31,6 +32,9 @@ class SequenceLayer(nn.Module):
 
     is_causal: bool = True
     """Whether an output depends on its own and earlier tokens only. Other layers have no state and no `step`."""
+
+    takes_parts: bool = False
+    """Whether the layer runs on parts of sequences, in `anymamba.parallel.context_parallel`. Others refuse."""
 
     @property
     def grows(self) -> bool:
@@ -59,9 +63,14 @@ class SequenceLayer(nn.Module):
                 outputs at real tokens nor the state. Outputs at padding are undefined.
             cu_seqlens: int32 offsets of sequences packed along the length of one row.
         Returns the output at each position, and the state after the last real token of each sequence.
-        Raises ValueError if both a mask and offsets are given or the state has the wrong number of rows, and TypeError
-            if the state belongs to another layer.
+        Raises ValueError if both a mask and offsets are given, the state has the wrong number of rows, or the layer
+            does not run on parts of sequences, and TypeError if the state belongs to another layer.
         """
+        if not self.takes_parts and is_spread():
+            raise ValueError(
+                f"{type(self).__name__} needs whole sequences, but context_parallel gives it parts; use a layer that "
+                "takes parts (Mamba, S6, Attention, MLP), or keep each sequence on one process"
+            )
         if attention_mask is not None and cu_seqlens is not None:
             raise ValueError("give attention_mask or cu_seqlens, not both; packed sequences need no padding")
         if state is not None:

@@ -92,13 +92,12 @@ class SequenceGroup(NamedTuple):
     def positions(self, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
         """(length of the part,) the position of each token of this rank in its sequence."""
         tokens = torch.arange(self.start, self.stop, device=device)
-        return tokens if cu_seqlens is None else tokens - self.beginnings(cu_seqlens, tokens)
+        return tokens if cu_seqlens is None else tokens - cu_seqlens[:-1].long()[self.sequences(cu_seqlens)]
 
-    @staticmethod
-    def beginnings(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
-        """The offsets of the sequences that have the given tokens."""
-        offsets = cu_seqlens.long()
-        return offsets[torch.searchsorted(offsets[1:], tokens, right=True)]
+    def sequences(self, cu_seqlens: Tensor) -> Tensor:
+        """(length of the part,) the index of the packed sequence that has each token of this rank."""
+        tokens = torch.arange(self.start, self.stop, device=cu_seqlens.device)
+        return torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
 
 
 def sequence_group(group: ProcessGroup, length: int, lengths: Sequence[int] | None = None) -> SequenceGroup:

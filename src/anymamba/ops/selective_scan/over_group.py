@@ -133,7 +133,7 @@ def _forward(part: _Part, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     leaving, steps = part.gather(*part.summary())
     arriving = part.fold(leaving, steps, range(group.rank), reverse=False)
     y, last_state, saved = registration._forward(part.local(arriving), save, part.backend)
-    return y, group.only_where_it_ends(last_state, a.cu_seqlens), saved, arriving, steps.contiguous()
+    return y, group.only_where_it_ends(last_state, a.cu_seqlens), saved, arriving.contiguous(), steps.contiguous()
 
 
 def _backward(
