@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,7 +63,7 @@ class TrainOptions:
     """The run folder to make, such as runs/x; an existing one is never overwritten."""
     resume: Path | None = None
     """A run folder to resume; everything else comes from its own config, but for --steps and --max-minutes, with which
-    also a finished run goes on."""
+    also a finished run goes on, and --dp-replicate, --dp-shard and --cp."""
     config: Path | None = None
     """A .json or .toml file with the options below, such as a run's train_config.json; flags override it."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -74,6 +75,8 @@ class TrainOptions:
     """Print the result as one JSON object."""
     new_steps: tyro.conf.Suppress[int | None] = None
     """The steps that are given together with --resume."""
+    new_parallel: tyro.conf.Suppress[ParallelConfig | None] = None
+    """The degrees of parallelism that are given together with --resume."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(device=AUTO))
 
 
@@ -86,7 +89,28 @@ class Basis:
 
 
 def command(arguments: Sequence[str]) -> None:
-    """Run `anymamba train`."""
+    """Run `anymamba train`. Of the processes that torchrun has started only rank 0 prints."""
+    if os.environ.get("RANK", "0") == "0" or os.environ.get("ANYMAMBA_DEBUG") == "1":
+        run_command(arguments)
+    else:
+        with silence():
+            run_command(arguments)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Print nothing while the body runs, also when it fails: rank 0 is told of errors, and says them."""
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except Exception:
+            raise SystemExit(1) from None
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Train or resume, and print the result."""
     if HELP & set(arguments):
         print(short_help(flags_in(help_text(read_options))))
         return
@@ -115,13 +139,19 @@ def read_options(arguments: Sequence[str]) -> TrainOptions:
     default = TrainOptions(train=start)
     options = read_flags(TrainOptions, "train", arguments, default, renamed_flags(FLAGS, REPEATABLE))
     if options.resume is not None:
-        longer = dataclasses.replace(options.train, steps=TrainConfig().steps, max_minutes=None)
+        default_steps, parallel = TrainConfig().steps, options.train.parallel
+        longer = dataclasses.replace(options.train, steps=default_steps, max_minutes=None, parallel=ParallelConfig())
         if dataclasses.replace(options, resume=None, profile=None, json=False, train=longer) != TrainOptions():
             raise ValueError(
-                f"--resume {options.resume} uses the run's own config, but for --steps and --max-minutes; leave the "
-                "other flags out"
+                f"--resume {options.resume} uses the run's own config, but for --steps, --max-minutes, --dp-replicate, "
+                "--dp-shard and --cp; leave the other flags out"
             )
-        return dataclasses.replace(options, new_steps=options.train.steps if is_given("--steps", arguments) else None)
+        degrees = any(is_given(f"--{flag}", arguments) for flag in FLAGS[ParallelConfig].values())
+        return dataclasses.replace(
+            options,
+            new_steps=options.train.steps if is_given("--steps", arguments) else None,
+            new_parallel=parallel if degrees else None,
+        )
     if options.out is None:
         raise ValueError("no run folder; name a new one with --out, such as --out runs/x, or resume one with --resume")
     return dataclasses.replace(options, train=complete(options, in_file))
@@ -216,7 +246,14 @@ def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:
         )
     if options.resume is not None:
         minutes = options.train.max_minutes
-        return resume(options.resume, report, write_sample, steps=options.new_steps, max_minutes=minutes)
+        return resume(
+            options.resume,
+            report,
+            write_sample,
+            steps=options.new_steps,
+            max_minutes=minutes,
+            parallel=options.new_parallel,
+        )
     assert options.out is not None
     return train(options.train, options.out, report, write_sample)
 
