@@ -1,0 +1,422 @@
+"""Genomes in files: every format gives the same letters, and what is wrong with a file is said."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import struct
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import pytest
+from genome_files import BGZIP_END, fasta_text, two_bit_bytes, write_all, write_bgzip, write_index
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from anymamba.base.errors import DataWarning
+from anymamba.data.cache import cached_tables
+from anymamba.data.dna import Genome, packed, reverse_complement
+from anymamba.data.dna.letters import LETTERS
+
+NAMES = st.text("abcXYZ0189._|-", min_size=1, max_size=12)
+FEW = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@st.composite
+def sequences(draw, alphabet: str) -> str:
+    """Runs of letters, as genomes have them."""
+    runs = st.lists(st.tuples(st.sampled_from(alphabet), st.integers(1, 9)), min_size=1, max_size=40)
+    letters = "".join(letter * n for letter, n in draw(runs))
+    return (
+        letters if sum(c.upper() in "ACGTUN" for c in letters) * 2 >= len(letters) else "ACGT" * len(letters) + letters
+    )
+
+
+def records(alphabet: str) -> st.SearchStrategy[dict[str, str]]:
+    return st.dictionaries(NAMES, sequences(alphabet), min_size=1, max_size=4)
+
+
+def assert_reads(genome: Genome, wanted: dict[str, str], seed: int = 0) -> None:
+    draw = random.Random(seed)
+    assert genome.lengths == {name: len(letters) for name, letters in wanted.items()}
+    for name, letters in wanted.items():
+        assert genome.fetch(name, 0, len(letters)) == letters
+        for _ in range(8):
+            start, end = sorted(draw.choices(range(len(letters) + 1), k=2))
+            assert genome.fetch(name, start, end) == letters[start:end]
+            assert genome.fetch(name, start, end, strand="-") == reverse_complement(letters[start:end])
+
+
+@FEW
+@given(records("ACGTNacgtn"), st.integers(1, 70))
+def test_all_formats_give_the_same_letters(tmp_path_factory, wanted, width):
+    for path in write_all(tmp_path_factory.mktemp("genome"), wanted, width).values():
+        with Genome.open(path, cache_dir=path.parent / "cache") as genome:
+            assert_reads(genome, wanted)
+
+
+@FEW
+@given(records(LETTERS.decode()), st.integers(1, 70))
+def test_ambiguity_codes_and_U_are_kept(tmp_path_factory, wanted, width):
+    for path in write_all(tmp_path_factory.mktemp("genome"), wanted, width).values():
+        with Genome.open(path, cache_dir=path.parent / "cache") as genome:
+            assert_reads(genome, wanted)
+
+
+def test_pieces_of_a_long_file_are_joined(tmp_path, monkeypatch):
+    """Blocks end inside headers, lines, runs and groups of four."""
+    draw = random.Random(1)
+    wanted = {f"s{i}": "".join(draw.choices("ACGTNacgtnR", k=draw.randrange(1, 400))) for i in range(20)}
+    wanted = {name: "ACGT" * 100 + letters for name, letters in wanted.items()}
+    path = tmp_path / "a.fa"
+    path.write_bytes(fasta_text(wanted, 50))
+    monkeypatch.setattr(packed, "_AT_ONCE", 64)
+    for block in (1, 7, 64, 1000):
+        monkeypatch.setattr("anymamba.data.dna.fasta._BLOCK", block)
+        with Genome.open(path, cache_dir=tmp_path / f"cache{block}") as genome:
+            assert_reads(genome, wanted)
+
+
+def test_comments_blank_lines_and_a_mark_at_the_start(tmp_path):
+    path = tmp_path / "a.fa"
+    path.write_bytes(b"\xef\xbb\xbf;made by hand\n> a first\n\nAC GT\n;more\nNN\n\n>b\nGG")
+    with Genome.open(path) as genome:
+        assert_reads(genome, {"a": "ACGTNN", "b": "GG"})
+        assert genome.notes == ("skipped 2 comment lines",)
+
+
+# ------------------------------------------------------------------------------------------ other libraries
+
+
+@pytest.fixture(scope="module")
+def random_records() -> dict[str, str]:
+    draw = random.Random(2)
+    return {
+        name: "".join(draw.choices("ACGTacgtN", [9, 9, 9, 9, 5, 5, 5, 5, 2], k=777)) for name in ("chr1", "chr2", "x")
+    }
+
+
+def test_pyfaidx_gives_the_same_and_its_objects_are_read(tmp_path, random_records):
+    pyfaidx = pytest.importorskip("pyfaidx", reason="needs pyfaidx: pip install 'anymamba[test]'")
+    path = tmp_path / "a.fa"
+    path.write_bytes(fasta_text(random_records))
+    with pyfaidx.Fasta(str(path)) as fasta, Genome.open(fasta) as wrapped:
+        assert_reads(wrapped, random_records)
+        with Genome.open(path) as genome:  # pyfaidx has written an index
+            assert type(genome._reader).__name__ == "IndexedReader"
+            assert_reads(genome, random_records)
+        assert fasta["chr1"][:3].seq == random_records["chr1"][:3], "the object stays open"
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_twobitreader_and_py2bit_give_the_same(tmp_path, random_records, order):
+    twobitreader = pytest.importorskip("twobitreader", reason="needs twobitreader: pip install 'anymamba[test]'")
+    py2bit = pytest.importorskip("py2bit", reason="needs py2bit: pip install 'anymamba[test]'")
+    path = tmp_path / "a.2bit"
+    path.write_bytes(two_bit_bytes(random_records, order))
+    with Genome.open(path) as genome:
+        other_file = twobitreader.TwoBitFile(str(path))
+        others = [lambda name, a, b: str(other_file[name][a:b])]
+        if order == "<":  # py2bit does not read the other order
+            others.append(lambda name, a, b: py2bit.open(str(path), True).sequence(name, a, b))
+        for name in genome.names:
+            for a, b in ((0, 777), (1, 6), (400, 777), (775, 777)):
+                assert {other(name, a, b) for other in others} == {genome.fetch(name, a, b)}
+
+
+def test_any_mapping_is_read():
+    with Genome.open({"a": "ACGTN", "b": "gg"}) as genome:
+        assert_reads(genome, {"a": "ACGTN", "b": "gg"})
+
+
+# ------------------------------------------------------------------------------------------ names and ranges
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"), [("chr1", "1"), ("1", "chr1"), ("chrM", "MT"), ("MT", "chrM"), ("chrX", "X"), ("M", "chrM")]
+)
+def test_names_with_and_without_chr_are_one_and_it_is_said_once(own, asked):
+    genome = Genome.open({own: "ACGT", "scaffold": "AA"})
+    with pytest.warns(DataWarning, match=f"calls '{asked}' '{own}'"):
+        assert genome.fetch(asked, 0, 4) == "ACGT"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert genome.fetch(asked, 1, 2) == "C" and genome.fetch(own, 1, 2) == "C"
+
+
+def test_a_genome_with_both_names_keeps_them_apart():
+    genome = Genome.open({"chr1": "A", "1": "C"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (genome.fetch("chr1", 0, 1), genome.fetch("1", 0, 1)) == ("A", "C")
+    with pytest.raises(ValueError, match="no sequence 'MT'"):
+        Genome.open({"chrM": "A", "M": "C"}).fetch("MT", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("chr3", 0, 1), r"no sequence 'chr3'; did you mean 'chr2'\?"),
+        (("zzz", 0, 1), "it has chr1, chr2, x; is it another assembly"),
+        (("chr1", 0, 778), r"chr1:0-778 is not a range of chr1 in .*a.fa, which has 777 bases"),
+        (("chr1", -1, 3), "is not a range"),
+        (("chr1", 5, 4), "is not a range"),
+    ],
+)
+def test_wrong_names_and_ranges(tmp_path, random_records, arguments, words):
+    (tmp_path / "a.fa").write_bytes(fasta_text(random_records))
+    with Genome.open(tmp_path / "a.fa") as genome, pytest.raises(ValueError, match=words):
+        genome.fetch(*arguments)
+
+
+def test_a_wrong_strand():
+    with pytest.raises(ValueError, match=r"strand must be '\+' or '-', got '.'"):
+        Genome.open({"a": "A"}).fetch("a", 0, 1, strand=".")
+
+
+# ------------------------------------------------------------------------------------------ bad files
+
+
+BAD_FASTA = {
+    "nothing": (b"", "is not FASTA: it has no line that begins with >"),
+    "text": (b"ACGT\n>a\nACGT\n", "is not FASTA: it begins with 'ACGT'"),
+    "FASTQ": (b"@r1\nACGT\n+\nIIII\n", "is FASTQ"),
+    "a protein": (b">p\nMVLSPADKTN\n", "record 'p' has 'L' at base 3.*is it a protein"),
+    "a protein of ambiguity codes": (b">p\n" + b"MKVDHRSYWG" * 3, "more than half of record 'p' are ambiguity codes"),
+    "gaps": (b">a\nAC\nG--T\n", "record 'a' has '-' at base 4, which is a gap"),
+    "digits": (b">a\n1 ACGT\n", "record 'a' has '1' at base 1; a sequence has letters only"),
+    "two of one name": (b">a x\nAC\n>b\nGG\n>a y\nGT\n", "two records named 'a', in lines 1 and 5"),
+    "no name": (b">a\nAC\n>\nGT\n", "line 3: a record has no name"),
+    "only empty records": (b">a\n>b\n\n", "all of its 2 records are empty"),
+    "line ends of an old Mac": (b">a" + b"\rACGT" * 600_000, "a header of more than a million characters"),
+}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize(("data", "words"), BAD_FASTA.values(), ids=BAD_FASTA)
+def test_bad_fasta(tmp_path, data, words, pack):
+    path = tmp_path / ("a.fa" if pack is bytes else "a.fa.gz")
+    path.write_bytes(pack(data))
+    with pytest.raises(ValueError, match=f"^{path}.*{words}") as error:
+        Genome.open(path, cache_dir=tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    assert not cached_tables(tmp_path / "cache"), "nothing half done is left"
+
+
+def test_empty_records_are_skipped_and_counted(tmp_path):
+    wanted = {"a": "ACGT", "b": "", "c": "GG", "d": ""}
+    for path in write_all(tmp_path / "genome", wanted).values():
+        with Genome.open(path) as genome:
+            assert genome.names == ("a", "c")
+            assert genome.notes == ("skipped 2 empty records, the first 'b'",)
+            with pytest.raises(ValueError, match="no sequence 'b'"):
+                genome.fetch("b", 0, 0)
+
+
+def test_other_letters_are_counted(tmp_path):
+    (tmp_path / "a.fa").write_text(">a\nACGTNRRyU\n>b\nACGTu\n")
+    with Genome.open(tmp_path / "a.fa") as genome:
+        (note,) = genome.notes
+        assert note.startswith("letters other than A, C, G, T and N: 2 R, 2 U, 1 Y; U is read as T")
+
+
+@pytest.mark.parametrize("keep", [10, 100, -1, -9])
+def test_a_truncated_gzip(tmp_path, random_records, keep):
+    path = tmp_path / "a.fa.gz"
+    path.write_bytes(gzip.compress(fasta_text(random_records))[:keep])
+    with pytest.raises(ValueError, match=r"a\.fa\.gz: damaged or truncated \.gz data"):
+        Genome.open(path)
+
+
+@pytest.fixture
+def blocks(tmp_path, random_records) -> Path:
+    """A file of bgzip with its two indices."""
+    path, text = tmp_path / "a.fa.gz", fasta_text(random_records)
+    write_bgzip(path, text)
+    write_index(tmp_path / "a.fa.gz.fai", text)
+    return path
+
+
+def newer(path: Path) -> None:
+    """Make a changed file no younger than its indices."""
+    os.utime(path, ns=(0, 0))
+
+
+def test_a_truncated_bgzip(blocks):
+    data = blocks.read_bytes()
+    for size in (len(data) - 1, len(data) - len(BGZIP_END), len(data) // 2):
+        blocks.write_bytes(data[:size])
+        newer(blocks)
+        with pytest.raises(ValueError, match="is truncated: the last block of bgzip is missing"):
+            Genome.open(blocks)
+
+
+def test_a_damaged_block_of_bgzip(blocks):
+    data = bytearray(blocks.read_bytes())
+    data[40] ^= 0x40
+    blocks.write_bytes(data)
+    newer(blocks)
+    with Genome.open(blocks) as genome, pytest.raises(ValueError, match=r"damaged|truncated|fit"):
+        for name, length in genome.lengths.items():
+            genome.fetch(name, 0, length)
+
+
+def test_an_index_that_is_older_is_not_used(blocks, random_records):
+    os.utime(f"{blocks}.gzi", ns=(0, 0))
+    with Genome.open(blocks) as genome:
+        assert_reads(genome, random_records)
+        assert genome.notes == (f"{blocks}.gzi is older than a.fa.gz and is not used",)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: b">first\nACGT\n" + t, lambda t: t.replace(b"chr2", b"chr9"), lambda t: t[:900]]
+)
+def test_an_index_of_another_file(tmp_path, random_records, change):
+    path, text = tmp_path / "a.fa", fasta_text(random_records)
+    write_index(tmp_path / "a.fa.fai", text)
+    path.write_bytes(change(text))
+    newer(path)
+    with Genome.open(path) as genome, pytest.raises(ValueError, match=r"a\.fa\.fai does not fit .*a\.fa"):
+        for name, length in genome.lengths.items():
+            genome.fetch(name, 0, length)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("a\t5\n", "line 1 is no line of a .fai"),
+        ("a\t5\t3\tx\t6\n", "line 1 is no line"),
+        ("a\t5\t3\t0\t0\n", "has no letters"),
+        ("a\t5\t3\t5\t6\na\t5\t3\t5\t6\n", "two records named 'a'"),
+        ("", "lists no sequence"),
+    ],
+)
+def test_a_bad_index(tmp_path, index, words):
+    (tmp_path / "a.fa").write_text(">a\nACGTA\n")
+    (tmp_path / "a.fa.fai").write_text(index)
+    newer(tmp_path / "a.fa")
+    with pytest.raises(ValueError, match=rf"a\.fa\.fai.*{words}"):
+        Genome.open(tmp_path / "a.fa")
+
+
+def test_bad_two_bit(tmp_path, random_records):
+    path = tmp_path / "a.2bit"
+    good = two_bit_bytes(random_records)
+    cases = {
+        good[:10]: "it ends in its header",
+        good[:24]: "it ends in its index of 3 sequences",
+        good[:-1]: "it ends in sequence 'x' of 777 bases",
+        b"ACGT" + good[4:]: "is not .2bit",
+        good[:4] + struct.pack("<I", 2) + good[8:]: "version 2; versions 0 and 1 can be read",
+        two_bit_bytes({}): "has no sequence",
+        two_bit_bytes({"a": "", "b": ""}): "all of its 2 are empty",
+        good.replace(b"chr2", b"chr1"): "two sequences have the name 'chr1'",
+    }
+    for data, words in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{path}.*{words}"):
+            Genome.open(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the genome .*none\.fa does not exist"):
+        Genome.open(tmp_path / "none.fa")
+    with pytest.raises(FileNotFoundError, match="is a folder; name the file in it"):
+        Genome.open(tmp_path)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_files_give_letters_or_a_ValueError(tmp_path_factory, data):
+    """Whatever bytes a file, or its index, has: an error of one line, or as many letters as were asked for."""
+    folder = tmp_path_factory.mktemp("damaged")
+    made = write_all(folder, {"a": "ACGTNNacgt" * 7, "b": "GGnnCC"})
+    path = made[data.draw(st.sampled_from(sorted(made)))]
+    indices = [p for p in (Path(f"{path}.fai"), Path(f"{path}.gzi")) if p.exists()]
+    victim = data.draw(st.sampled_from([path, *indices]))
+    content = bytearray(victim.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+        if not content:
+            break
+    victim.write_bytes(content)
+    newer(path)
+    try:
+        with Genome.open(path, cache_dir=folder / "cache") as genome:
+            for name, length in genome.lengths.items():
+                assert len(genome.fetch(name, max(0, length - 1000), length)) == min(length, 1000)
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+# ------------------------------------------------------------------------------------------ cost
+
+
+def test_a_file_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    path, cache, read = tmp_path / "a.fa", tmp_path / "cache", []
+    path.write_text(">a\nACGT\n")
+    for _ in range(2):
+        with Genome.open(path, cache_dir=cache, progress=lambda done, total: read.append((done, total))) as genome:
+            assert genome.fetch("a", 0, 4) == "ACGT"
+    assert read == [(8, 8)]
+    (table,) = cached_tables(cache)
+    assert table.sources.files == [str(path)] and table.sources.n_tokens == 4 and table.stale is None
+    path.write_text(">a\nTTTTT\n")
+    with Genome.open(path, cache_dir=cache) as genome:
+        assert genome.fetch("a", 0, 5) == "TTTTT"
+    assert [table.stale for table in cached_tables(cache)].count("a file has changed") == 1
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    path, cache = tmp_path / "a.fa", tmp_path / "cache"
+    path.write_text(">a\nACGT\n")
+    Genome.open(path, cache_dir=cache).close()
+    (table,) = cached_tables(cache)
+    (table.folder / "bases.bin").write_bytes(b"?")
+    with Genome.open(path, cache_dir=cache) as genome:
+        assert genome.fetch("a", 0, 4) == "ACGT"
+
+
+def test_a_base_takes_two_bits(tmp_path):
+    path, cache = tmp_path / "a.fa", tmp_path / "cache"
+    path.write_text(">a\n" + "ACGT" * 100_000 + "N" * 100_000)
+    Genome.open(path, cache_dir=cache).close()
+    (table,) = cached_tables(cache)
+    assert 125_000 <= table.n_bytes < 128_000
+
+
+def test_a_piece_of_a_large_file_takes_memory_for_the_piece_only(tmp_path):
+    path, n = tmp_path / "large.2bit", 2**31 - 5
+    with path.open("wb") as file:
+        file.write(two_bit_bytes({"a": ""})[:16] + b"\1a" + struct.pack("<5I", 22, n, 0, 0, 0))
+        file.truncate(16 + 2 + 4 + 16 + (n + 3) // 4)
+    tracemalloc.start()
+    with Genome.open(path) as genome:
+        assert genome.fetch("a", n - 1000, n) == "T" * 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000, f"{peak:,} bytes"
+
+
+# ------------------------------------------------------------------------------------------ real genomes
+
+
+def test_real_two_bit(shared_data):
+    with Genome.open(shared_data / "genomes" / "arabidopsis_thaliana_chr1.2bit") as genome:
+        assert genome.lengths == {"NC_003070.9": 30_427_671}
+        letters = genome.letters("NC_003070.9", 0, 30_427_671)
+        assert (letters | 0x20 == ord("n")).sum() == 164_359
+        start = genome.fetch("NC_003070.9", 0, 40).upper()
+        assert start.startswith("CCCTAAACCCTAAACCCTAAACC"), "a telomere"
+
+
+def test_real_fasta(shared_data, tmp_path):
+    with Genome.open(shared_data / "genomes" / "lambda_phage.fa.gz", cache_dir=tmp_path) as genome:
+        (name,) = genome.names
+        assert genome.lengths[name] == 48_502
+        assert genome.fetch(name, 0, 12) == "GGGCGGCGACCT", "the cohesive end"
+    with Genome.open(shared_data / "genomes" / "great_apes_mitochondria.fa.gz", cache_dir=tmp_path) as genome:
+        assert len(genome.names) == 7 and all(16_300 < length < 16_700 for length in genome.lengths.values())
