@@ -343,3 +343,30 @@ def test_metrics_count_without_telling_texts_or_names(server):
     for name in ("rows", "queued", "step_seconds", "prompt_tokens_total", "cached_tokens_total", "new_tokens_total"):
         assert f"\nanymamba_{name} " in text
     assert "anymamba_first_token_seconds_bucket" in text and "secret" not in text
+
+
+def test_an_answer_that_its_client_does_not_read_is_ended(nano):
+    """Only what waits for its client is timed: a slow answer that is read goes on."""
+    body = {"prompt": "x", "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "http_version": "1.1"}
+    scope["headers"] = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+
+    async def ask(application, n_read):
+        sent, given = [], [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive():
+            return given.pop() if given else await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+            await (asyncio.sleep(0.05) if len(sent) < n_read else asyncio.Event().wait())
+
+        await application(dict(scope), receive, send)
+        return sent
+
+    with live(nano, limits=Limits(send_seconds=0.3, max_new_tokens=20_000)) as server:
+        asked = asyncio.run_coroutine_threadsafe(ask(server.application, 10), server.served.worker._loop)
+        sent = asked.result(20)
+        assert len(sent) == 10 and b"[DONE]" not in sent[-1], "it was read for longer than it may wait, and then not"
+        wait_for(lambda: server.served.worker.engine.statistics.n_rows == 0)
+        assert "anymamba_cancelled_total 1.0" in server.client.get("/metrics").text

@@ -10,7 +10,7 @@ from itertools import product
 import httpx
 import pytest
 
-from anymamba.serving.answering import encode_in_pieces
+from anymamba.serving.protocol.events import encode_in_pieces
 from anymamba.serving.protocol.tables import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 
 TABLES = {

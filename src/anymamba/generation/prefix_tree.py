@@ -109,8 +109,9 @@ class PrefixTree:
 
         Args:
             tokens: all tokens that it has read.
-            model: the state, one row. It is copied into the CPU's memory.
-            logits: (1, vocab_size), of the next token.
+            model: the state, one row, which must not be written to any more. It is copied if it is not in the CPU's
+                memory, or is a part of larger tensors.
+            logits: (1, vocab_size), of the next token; they are treated as the state is.
             scores: of the tokens after the first, if they are known.
         """
         if not len(tokens) or state_bytes((model, logits)) > self._memory:
@@ -118,7 +119,7 @@ class PrefixTree:
         node = self._node(owner, np.array(tokens, np.int32))
         if node.held is None:
             self._forget_stored(node)
-            self._put(node, Held(*map_state(_copied, (model, logits)), scores))
+            self._put(node, Held(*map_state(_own, (model, logits)), scores))
         elif scores is not None and not node.held.has_scores(scores.n_top):
             self._put(node, node.held._replace(scores=scores))
         self._used.move_to_end(node)
@@ -205,8 +206,10 @@ class PrefixTree:
             self._roots = {owner: root for owner, root in self._roots.items() if root is not node}
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", copy=True)
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor in the CPU's memory that keeps no other one alive."""
+    is_whole = tensor.is_cpu and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_whole else tensor.to("cpu", copy=True)
 
 
 def _n_same(a: Int[np.ndarray, " m"], b: Int[np.ndarray, " n"]) -> int:

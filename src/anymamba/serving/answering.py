@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Iterable
@@ -11,22 +10,52 @@ from typing import Any
 
 from starlette.types import Receive, Send
 
-from anymamba.generation.requests import Event, Failed, Finished, NewToken, PromptRead
+from anymamba.generation.requests import Failed, Finished, NewToken, PromptRead
 from anymamba.serving.metrics import Metrics
 from anymamba.serving.model import ServedModel, Task
-from anymamba.serving.protocol.answers import Answer
+from anymamba.serving.protocol.answers import Answer, Piece
 from anymamba.serving.protocol.errors import ApiError
+from anymamba.serving.protocol.events import DONE, encode_in_pieces, event
 from anymamba.serving.worker import EventStream, Numbered
 
-PIECE = 200
-"""Entries of a list that are encoded at once."""
-DONE = b"data: [DONE]\n\n"
+SHORT = 10_000
+"""Tokens of an answer and its prompts up to which its JSON is made in the thread of the event loop."""
+SHORT_SCORED = 100
+"""The same for an answer with log-probabilities."""
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
-_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class ClientLeft(Exception):
     """The client has closed its connection, or does not read its answer."""
+
+
+class Patience:
+    """Cancels a task whose client does not read its answer. Only one timer runs, not one for each piece.
+
+    Args:
+        task: what to cancel.
+        seconds: how long it may wait for its client.
+    """
+
+    def __init__(self, task: asyncio.Task[Any], seconds: float) -> None:
+        self._task, self._seconds, self._loop = task, seconds, asyncio.get_running_loop()
+        self.waits_since: float | None = None
+        """When the task began to wait for its client, by the clock of the event loop."""
+        self.is_over = False
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        until = (now if self.waits_since is None else self.waits_since) + self._seconds
+        self.is_over = until <= now
+        if self.is_over:
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_at(until, self._look)
+
+    def end(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
 
 
 class Answering:
@@ -43,6 +72,9 @@ class Answering:
         self._served, self._task, self._metrics = served, task, metrics
         self._receive, self._send = receive, send
         self._begun, self._is_open, self._has_token = time.perf_counter(), False, False
+        self._loop, sender = asyncio.get_running_loop(), asyncio.current_task()
+        assert sender is not None, "an answer is sent by a task"
+        self._sender, self._patience = sender, Patience(sender, served.limits.send_seconds)
 
     async def run(self) -> None:
         """Generate and send the answer. Errors are raised before the first byte, and are the last event after it."""
@@ -60,9 +92,11 @@ class Answering:
                 raise
             told = error if isinstance(error, ApiError) else _api_error(error)
             assert isinstance(told, ApiError), "a client that has left is dealt with above"
-            await self._put(_event(told.body()), more=False)
+            await self._put(event(told.body()), more=False)
         else:
             self._metrics.answer.observe(time.perf_counter() - self._begun)
+        finally:
+            self._patience.end()
 
     async def _watch(self, events: EventStream) -> None:
         """Wait until the client leaves."""
@@ -75,7 +109,9 @@ class Answering:
     async def _whole(self, events: EventStream) -> None:
         while numbered := await events.next():
             await self._take(numbered)
-        body = await asyncio.to_thread(_whole_json, self._task.answer)
+        answer = self._task.answer
+        is_short = answer.usage()["total_tokens"] <= (SHORT if answer.n_top is None else SHORT_SCORED)
+        body = _whole_json(answer) if is_short else await asyncio.to_thread(_whole_json, answer)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._put(body, more=False)
@@ -87,29 +123,32 @@ class Answering:
             pieces += await self._take(numbered)
             if pieces:
                 await self._open()
-                await self._put(b"".join(map(_event, pieces)))
+                await self._put(b"".join(map(event, pieces)))
             pieces = []
         if answer.heading.include_usage:
-            await self._put(_event(answer.usage_chunk()))
+            await self._put(event(answer.usage_chunk()))
         await self._put(DONE, more=False)
 
-    async def _take(self, numbered: Iterable[Numbered]) -> list[dict[str, Any]]:
+    async def _take(self, numbered: Iterable[Numbered]) -> list[Piece]:
         """Give events to the answer. Returns the pieces of a stream."""
-        return [piece for number, event in numbered for piece in await self._take_one(number, event)]
+        pieces: list[Piece] = []
+        for number, happened in numbered:
+            if isinstance(happened, NewToken):
+                self._note_token()
+                pieces += self._task.answer.token(number, happened)
+            elif isinstance(happened, PromptRead):
+                pieces += self._task.answer.prompt_read(number, happened)
+            elif isinstance(happened, Failed):
+                raise _api_error(happened.error)
+            else:
+                await self._save(happened)
+                pieces += self._task.answer.finished(number, happened)
+        return pieces
 
-    async def _take_one(self, number: int, event: Event) -> list[dict[str, Any]]:
-        answer = self._task.answer
-        if isinstance(event, NewToken):
-            if not self._has_token:
-                self._has_token = True
-                self._metrics.first_token.observe(time.perf_counter() - self._begun)
-            return answer.token(number, event)
-        if isinstance(event, PromptRead):
-            return answer.prompt_read(number, event)
-        if isinstance(event, Failed):
-            raise _api_error(event.error)
-        await self._save(event)
-        return answer.finished(number, event)
+    def _note_token(self) -> None:
+        if not self._has_token:
+            self._has_token = True
+            self._metrics.first_token.observe(time.perf_counter() - self._begun)
 
     async def _save(self, event: Finished) -> None:
         """Store a session's state before its answer ends."""
@@ -126,34 +165,21 @@ class Answering:
             await self._send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
 
     async def _put(self, data: bytes, more: bool = True) -> None:
+        self._patience.waits_since = self._loop.time()
         try:
-            async with asyncio.timeout(self._served.limits.send_seconds):
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except asyncio.CancelledError:
+            if not self._patience.is_over:
+                raise
+            self._sender.uncancel()
             raise ClientLeft from None
-
-
-def _event(piece: dict[str, Any]) -> bytes:
-    return f"data: {_encode_json(piece)}\n\n".encode("utf-8", "replace")
+        finally:
+            self._patience.waits_since = None
 
 
 def _whole_json(answer: Answer) -> bytes:
     """The JSON of an answer."""
     return encode_in_pieces(answer.whole()).encode("utf-8", "replace")
-
-
-def encode_in_pieces(value: Any) -> str:
-    """JSON of a value, a few entries of its lists at a time: other threads wait while one piece is encoded."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{_encode_json(key)}:{encode_in_pieces(inner)}" for key, inner in value.items()) + "}"
-    if not isinstance(value, list) or len(value) <= PIECE:
-        return _encode_json(value) if not _has_objects(value) else f"[{','.join(map(encode_in_pieces, value))}]"
-    starts = range(0, len(value), PIECE)
-    return "[" + ",".join(_encode_json(value[start : start + PIECE])[1:-1] for start in starts) + "]"
-
-
-def _has_objects(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
 
 
 def _api_error(error: Exception) -> Exception:

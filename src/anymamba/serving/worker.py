@@ -34,8 +34,9 @@ class EventStream:
 
     def __init__(self, worker: EngineThread, requests: Sequence[Request]) -> None:
         self._worker, self._requests = worker, requests
-        self._events: deque[Numbered] = deque()
-        self._arrived, self._is_closed = asyncio.Event(), False
+        self._events: list[Numbered] = []
+        self._reader: asyncio.Future[None] | None = None  # who waits for the next event
+        self._is_closed = False
         self._left = sum(request.n for request in requests)
         self._ids: list[int] = []
 
@@ -66,13 +67,13 @@ class EventStream:
         if isinstance(numbered[1], Finished | Failed):
             self._left -= 1
         self._events.append(numbered)
-        self._arrived.set()
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         """Add an error that is not the engine's: the call ends, and its rows are cancelled."""
         if self._left and not self._is_closed:
             self._events.append((0, Failed(0, error)))
-            self._arrived.set()
+            self._wake()
 
     def forget(self) -> None:
         """There is nothing to cancel: the engine is gone."""
@@ -83,11 +84,14 @@ class EventStream:
         if not self._events:
             if not self._left:
                 return []
-            self._arrived.clear()
-            await self._arrived.wait()
-        found = list(self._events)
-        self._events.clear()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        found, self._events = self._events, []
         return found
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     @property
     def n_rows(self) -> int:

@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anymamba.generation.requests import Finished, NewToken, PromptRead, TokenScore, Usage
+from anymamba.serving.protocol.events import TextEvent
 from anymamba.serving.protocol.token_texts import TokenTexts
+
+Piece = dict[str, Any] | bytes
+"""A piece of a stream: a JSON object, or the bytes of its event."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,15 @@ class Answer(ABC):
         self.id, self.created = self.prefix + secrets.token_hex(12), int(time.time())
         self._keeps_scores = n_top is not None or n_rows > n
         self.rows = [Row(number // n_rows) for number in range(n_prompts * n_rows)]
+        self._text_events: dict[int, TextEvent] = {}
 
     # ------------------------------------------------------------------------------------ events
 
-    def prompt_read(self, prompt: int, event: PromptRead) -> list[dict[str, Any]]:
+    def prompt_read(self, prompt: int, event: PromptRead) -> list[Piece]:
         """Take a prompt that was read. Returns the pieces of a stream."""
         return []
 
-    def token(self, prompt: int, event: NewToken) -> list[dict[str, Any]]:
+    def token(self, prompt: int, event: NewToken) -> list[Piece]:
         """Take a token. Returns the pieces of a stream."""
         number = prompt * self.n_rows + event.index
         row = self.rows[number]
@@ -85,7 +90,7 @@ class Answer(ABC):
             row.scores.append(event.score)
         return self.piece(number, event.text, [] if is_end else [event.score]) if self.heading.stream else []
 
-    def finished(self, prompt: int, event: Finished) -> list[dict[str, Any]]:
+    def finished(self, prompt: int, event: Finished) -> list[Piece]:
         """Take the end of a row. Returns the pieces of a stream."""
         number = prompt * self.n_rows + event.index
         row = self.rows[number]
@@ -95,18 +100,28 @@ class Answer(ABC):
     # ------------------------------------------------------------------------------------ results
 
     @abstractmethod
-    def piece(self, number: int, text: str, scores: list[TokenScore]) -> list[dict[str, Any]]:
+    def piece(self, number: int, text: str, scores: list[TokenScore]) -> list[Piece]:
         """Pieces of a stream for new text of a row."""
 
     @abstractmethod
-    def last_piece(self, number: int) -> list[dict[str, Any]]:
+    def last_piece(self, number: int) -> list[Piece]:
         """The last pieces of a row in a stream."""
 
     @abstractmethod
     def choice(self, index: int, row: Row) -> dict[str, Any]:
         """One whole answer."""
 
-    def first_pieces(self) -> list[dict[str, Any]]:
+    @abstractmethod
+    def text_piece(self, number: int, text: str) -> dict[str, Any]:
+        """A piece of a stream with some text of a row, and nothing else."""
+
+    def text_event(self, number: int, text: str) -> bytes:
+        """The event of `text_piece`."""
+        if number not in self._text_events:
+            self._text_events[number] = TextEvent(lambda text: self.text_piece(number, text))
+        return self._text_events[number](text)
+
+    def first_pieces(self) -> list[Piece]:
         """Pieces of a stream before all others."""
         return []
 
@@ -180,7 +195,7 @@ class CompletionAnswer(Answer):
         self._prompt_scores: dict[int, list[TokenScore]] = {}
         self._offsets = [len(echoes[row.prompt].text) if echoes else 0 for row in self.rows]
 
-    def prompt_read(self, prompt: int, event: PromptRead) -> list[dict[str, Any]]:
+    def prompt_read(self, prompt: int, event: PromptRead) -> list[Piece]:
         """`Answer.prompt_read`; an echo comes first."""
         self._prompt_scores[prompt] = event.scores or []
         if not self._echoes or not self.heading.stream:
@@ -189,13 +204,17 @@ class CompletionAnswer(Answer):
         text, scores = self._echoes[prompt].text, self._echo_scores(prompt)
         return [self.chunk([self._choice(number, text, scores)]) for number in numbers]
 
-    def piece(self, number: int, text: str, scores: list[TokenScore]) -> list[dict[str, Any]]:
+    def piece(self, number: int, text: str, scores: list[TokenScore]) -> list[Piece]:
         """`Answer.piece`."""
-        if not text and (self.n_top is None or not scores):
-            return []
+        if self.n_top is None or not scores:
+            return [self.text_event(number, text)] if text else []
         return [self.chunk([self._choice(number, text, self._scores(scores, number))])]
 
-    def last_piece(self, number: int) -> list[dict[str, Any]]:
+    def text_piece(self, number: int, text: str) -> dict[str, Any]:
+        """`Answer.text_piece`."""
+        return self.chunk([self._choice(number, text, None)])
+
+    def last_piece(self, number: int) -> list[Piece]:
         """`Answer.last_piece`."""
         return [self.chunk([{**self._choice(number, "", None), "finish_reason": self.rows[number].reason}])]
 

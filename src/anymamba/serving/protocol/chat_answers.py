@@ -7,7 +7,7 @@ from typing import Any
 
 from anymamba.generation.requests import TokenScore
 from anymamba.generation.stops import StopMatcher
-from anymamba.serving.protocol.answers import Answer, Row
+from anymamba.serving.protocol.answers import Answer, Piece, Row
 from anymamba.serving.protocol.tools import CALL_BEGINS, Tools, find_calls, parse_call
 
 
@@ -28,9 +28,9 @@ class ChatAnswer(Answer):
         self._sent = [0 for _ in self.rows]
         """Characters of each row's text that a stream has sent."""
 
-    def first_pieces(self) -> list[dict[str, Any]]:
+    def first_pieces(self) -> list[Piece]:
         """`Answer.first_pieces`: who speaks, and the name of the function if the request names one."""
-        pieces = []
+        pieces: list[Piece] = []
         for number in range(len(self.rows)):
             delta: dict[str, Any] = {"role": "assistant", "content": None if self._is_named else ""}
             if self._is_named:
@@ -38,24 +38,34 @@ class ChatAnswer(Answer):
             pieces.append(self._delta(number, delta))
         return pieces
 
-    def piece(self, number: int, text: str, scores: list[TokenScore]) -> list[dict[str, Any]]:
-        """`Answer.piece`. A call that is not whole is held back, except the arguments of a named function."""
-        delta: dict[str, Any] = {}
-        if self._is_named:
-            if text:
-                delta = {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
-        elif text and self._choice_of_tools != "required":
-            shown = self._before_calls[number].push(text) if self._choice_of_tools == "auto" else text
-            self._sent[number] += len(shown)
-            delta = {"content": shown} if shown else {}
-        if not delta and (self.n_top is None or not scores):
-            return []
-        return [self._delta(number, delta or {"content": ""}, scores)]
+    def piece(self, number: int, text: str, scores: list[TokenScore]) -> list[Piece]:
+        """`Answer.piece`."""
+        shown = self._shown(number, text)
+        if self.n_top is None or not scores:
+            return [self.text_event(number, shown)] if shown else []
+        return [self._delta(number, self._text_delta(shown), scores)]
 
-    def last_piece(self, number: int) -> list[dict[str, Any]]:
+    def text_piece(self, number: int, text: str) -> dict[str, Any]:
+        """`Answer.text_piece`."""
+        return self._delta(number, self._text_delta(text))
+
+    def _shown(self, number: int, text: str) -> str:
+        """The text to send now. A call that is not whole is held back, except the arguments of a named function."""
+        if self._choice_of_tools == "required":
+            return ""
+        shown = self._before_calls[number].push(text) if self._choice_of_tools == "auto" else text
+        self._sent[number] += len(shown)
+        return shown
+
+    def _text_delta(self, text: str) -> dict[str, Any]:
+        if self._is_named and text:
+            return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+        return {"content": text}
+
+    def last_piece(self, number: int) -> list[Piece]:
         """`Answer.last_piece`: what was held back, and the reason of the end."""
         message, reason = self._message(self.rows[number])
-        pieces = []
+        pieces: list[Piece] = []
         if self._choice_of_tools in ("auto", "required"):
             rest = (message["content"] or "")[self._sent[number] :]
             if rest:
