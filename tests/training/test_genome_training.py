@@ -1,0 +1,323 @@
+"""Training on DNA: what is read and held out, runs that are resumed, and what is refused."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from anymamba.base.errors import CheckpointError, DataWarning
+from anymamba.data.dna import DnaTokenizer, Genome, Interval, reverse_complement_ids
+from anymamba.data.tokenizer import ByteTokenizer, load_tokenizer
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
+from anymamba.models.presets import PRESETS
+from anymamba.parts.options import MambaOptions
+from anymamba.training.checkpoint import checkpoint_folder
+from anymamba.training.config import DataConfig, GenomeConfig, TrainConfig
+from anymamba.training.data import held_out_batches, open_data, run_tokenizer, training_batches
+from anymamba.training.genome_splits import held_out_ends, without
+from anymamba.training.genomes import GenomeData
+from anymamba.training.metrics import read_metrics
+from anymamba.training.trainer import resume, train
+
+A, N = 7, 11
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    """Two sequences with repeats in lower case and N."""
+    draw = random.Random(0)
+    path = tmp_path / "genome.fa"
+    one = "".join(draw.choices("ACGTacgt", k=5000))
+    path.write_text(f">chr1\n{one[:3000]}{'N' * 40}{one[3000:]}\n>chr2\n{one[:700]}\n")
+    return path
+
+
+@pytest.fixture
+def config(fasta: Path, tmp_path: Path) -> TrainConfig:
+    data = DataConfig(paths=(str(fasta),), cache_dir=str(tmp_path / "cache"))
+    model = ModelConfig(d_model=8, n_layers=1, vocab_size=12, mamba=MambaOptions(d_state=4))
+    return TrainConfig(
+        data=data,
+        model=model,
+        steps=5,
+        batch_size=2,
+        context=64,
+        log=(),
+        log_every=1,
+        eval_every=4,
+        eval_tokens=128,
+        checkpoint_every=4,
+        keep_checkpoints=9,
+        threads=1,
+    )
+
+
+def with_data(config: TrainConfig, **values) -> TrainConfig:
+    return replace(config, data=replace(config.data, **values))
+
+
+def opened(config: TrainConfig) -> tuple[GenomeData, GenomeData | None]:
+    training, held_out = open_data(config, run_tokenizer(config))
+    assert isinstance(training, GenomeData)
+    return training, held_out
+
+
+def test_batches(config, fasta):
+    """Each base is a token that predicts the next one of its window; N is an input and no label."""
+    config = with_data(config, genome=GenomeConfig(max_unknown=1.0), held_out_fraction=0.0)
+    training, held_out = opened(config)
+    assert held_out is None and training.n_tokens == training.n_bytes == 5740
+    n_unknown = 0
+    with Genome.open(fasta) as genome:
+        known = DnaTokenizer().encode_array(genome.fetch("chr1", 0, 5040)).tolist()
+    text = bytes(known)
+    for batch in islice(training_batches(training, config, None, None), 60):
+        assert batch.input_ids.shape == batch.labels.shape == (2, 64)
+        assert batch.cu_seqlens.tolist() == [0, 64, 128] and not batch.carried.any()
+        assert (batch.labels[:, -1] == -100).all()
+        following = batch.input_ids[:, 1:]
+        assert torch.equal(batch.labels[:, :-1], torch.where(following == N, -100, following))
+        n_unknown += int((following == N).sum())
+        for row in batch.input_ids.tolist():
+            assert bytes(row) in text or bytes(reverse_complement_ids(row).tolist()) in text
+    assert n_unknown
+
+
+def test_kept_case_and_one_strand(config, fasta):
+    config = with_data(config, genome=GenomeConfig(case="keep", reverse_complement=False))
+    assert run_tokenizer(config).vocab_size == 16
+    training, _ = opened(config)
+    batch = next(training_batches(training, config, None, None))
+    assert (batch.input_ids > N).any()
+    with Genome.open(fasta) as genome:
+        text = DnaTokenizer("keep").encode_array(genome.fetch("chr1", 0, 5040)).tobytes()
+    assert bytes(batch.input_ids[0].tolist()) in text
+
+
+def test_each_process_gets_its_rows(config):
+    training, _ = opened(config)
+    whole = islice(training_batches(training, config, None, None), 5)
+    parts = [islice(training_batches(training, config, None, None, rank=r, world_size=2), 5) for r in (0, 1)]
+    for batch, *mine in zip(whole, *parts, strict=True):
+        assert torch.equal(batch.input_ids, torch.cat([part.input_ids for part in mine]))
+        assert all(part.position == batch.position for part in mine)
+        assert mine[0].cu_seqlens.tolist() == [0, 64]
+
+
+def test_held_out_batches_are_the_same_at_every_call_and_end(config):
+    _, held_out = opened(config)
+    assert held_out is not None
+    first, second = (list(held_out_batches(held_out, replace(config, eval_tokens=10**6), None)) for _ in range(2))
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(first, second, strict=True))
+    assert sum(len(batch.input_ids) for batch in first) == held_out.n_windows(64)
+    few = list(held_out_batches(held_out, replace(config, eval_tokens=64), None))
+    assert [len(batch.input_ids) for batch in few] == [1]
+
+
+# ------------------------------------------------------------------------------------------ what is held out
+
+
+def test_the_ends_of_long_intervals_are_held_out(config):
+    training, held_out = opened(config)
+    (_, kept), (_, out) = training.sources[0], held_out.sources[0]
+    assert out == [Interval("chr1", 4940, 5040), Interval("chr2", 636, 700)]
+    assert kept == [Interval("chr1", 0, 4940), Interval("chr2", 0, 636)]
+
+
+def test_of_short_intervals_a_hash_decides_and_overlaps_are_cut():
+    g = Genome.open({"a": "A" * 100_000})
+    intervals = [Interval("a", 50 * i, 50 * i + 100, "+-"[i % 2]) for i in range(1900)]
+    (kept,), (out,) = held_out_ends([(g, intervals)], 0.1, 64)
+    assert 120 < len(out[1]) < 260
+    covered = {i for interval in out[1] for i in range(interval.start, interval.end)}
+    assert not any(covered.intersection(range(i.start, i.end)) for i in kept[1])
+    assert held_out_ends([(g, intervals)], 0.1, 64)[1] == [out]
+
+
+def test_parts_outside():
+    whole = [Interval("a", 10, 50, "-", "x"), Interval("b", 0, 5)]
+    assert without(whole, []) == whole
+    removed = [
+        Interval("a", 0, 12),
+        Interval("a", 20, 30),
+        Interval("a", 25, 35),
+        Interval("a", 49, 80),
+        Interval("c", 0, 9),
+    ]
+    assert without(whole, removed) == [
+        Interval("a", 12, 20, "-", "x"),
+        Interval("a", 35, 49, "-", "x"),
+        Interval("b", 0, 5),
+    ]
+    assert without(whole, [Interval("a", 0, 99), Interval("b", 0, 5, "-")]) == []
+
+
+def test_labels_of_a_bed_file_are_splits(config, fasta, tmp_path):
+    bed = tmp_path / "splits.bed"
+    bed.write_text("chr1\t0\t2000\ttrain\nchr1\t2000\t2500\tvalid\nchr1\t2600\t2900\ttest\nchr2\t0\t300\tTrain\n")
+    training, held_out = opened(with_data(config, paths=(str(fasta), str(bed))))
+    assert [i[:3] for i in training.sources[0][1]] == [("chr1", 0, 2000), ("chr2", 0, 300)]
+    assert [i[:3] for i in held_out.sources[0][1]] == [("chr1", 2000, 2500)]
+    assert "splits by the labels of the BED files: 2 train, 1 valid, 1 test; test is not read" in training.notes
+
+
+def test_files_to_evaluate_on(config, fasta, tmp_path):
+    bed, other = tmp_path / "valid.bed", tmp_path / "other.fa"
+    bed.write_text("chr1\t4000\t5000\nchr9\t0\t5\n")
+    other.write_text(">x\n" + "ACGT" * 50)
+    with pytest.warns(DataWarning, match="1,000 bases are in intervals to train on and in held-out ones"):
+        training, held_out = opened(with_data(config, eval_paths=(str(bed),)))
+    assert held_out.sources[0][1] == [Interval("chr1", 4000, 5000)]
+    assert f"{bed}: skipped 1 intervals of sequences that the genome does not have" in training.notes
+    _, held_out = opened(with_data(config, eval_paths=(str(other),)))
+    assert held_out.n_tokens == 200
+
+
+def test_nothing_to_hold_out(config, fasta, tmp_path):
+    bed = tmp_path / "a.bed"
+    bed.write_text("chr1\t0\t70\n")
+    with pytest.warns(
+        DataWarning, match="nothing is held out, so there is no evaluation: no stretch of 64 bases is left"
+    ):
+        _, held_out = opened(with_data(config, paths=(str(fasta), str(bed)), held_out_fraction=1e-9))
+    assert held_out is None
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+class Said:
+    """A report that keeps the outline."""
+
+    outline = None
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+    def on_start(self, outline):
+        self.outline = outline
+
+
+def test_a_run(config, tmp_path):
+    report = Said()
+    result = train(config, tmp_path / "run", report)
+    assert result.unit == "base" and result.steps == 5 and result.tokens == 5 * 128
+    assert result.held_out_bits_per_byte == pytest.approx(
+        read_metrics(tmp_path / "run")[-1]["nats_per_token"] * 1.4427, rel=1e-3
+    )
+    assert report.outline.unit == "base"
+    assert report.outline.notes == (
+        "DNA: 2 intervals; both strands, upper and lower case are one, windows with more than 10% of N are dropped, "
+        "other N are not predicted",
+    )
+    assert isinstance(load_tokenizer(tmp_path / "run"), DnaTokenizer)
+    model = LanguageModel.from_pretrained(tmp_path / "run")
+    assert model.config.vocab_size == 12 and model.config.padded_vocab_size == 16
+
+
+def lines(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(run)]
+
+
+def cut_back(run: Path, step: int) -> None:
+    """Make a run look as if it had been killed after the checkpoint of a step."""
+    for folder in (run / "checkpoints").iterdir():
+        if folder.name > checkpoint_folder(run, step).name:
+            shutil.rmtree(folder)
+
+
+def test_a_length_warm_up_is_resumed_bit_for_bit_at_any_stage(config, tmp_path):
+    """Steps 1 to 3 are of 16 tokens, 4 to 6 of 32, and then of 64; a step has two batches."""
+    config = replace(
+        with_data(config, genome=GenomeConfig(max_unknown=0.0)),
+        steps=8,
+        accumulation=2,
+        length_warmup=True,
+        length_warmup_start=16,
+        length_warmup_epochs=0.13,
+        checkpoint_every=1,
+        eval_every=100,
+    )
+    training, _ = opened(config)
+    shapes = [tuple(b.input_ids.shape) for b in islice(training_batches(training, config, None, None), 16)]
+    assert shapes == [(8, 16)] * 6 + [(4, 32)] * 6 + [(2, 64)] * 4
+    straight = tmp_path / "straight"
+    result = train(config, straight)
+    assert result.dropped_windows
+    weights = LanguageModel.from_pretrained(straight).state_dict()
+    for step in (2, 3, 7):
+        run = tmp_path / f"from-{step}"
+        shutil.copytree(straight, run)
+        cut_back(run, step)
+        assert resume(run).dropped_windows == result.dropped_windows
+        assert lines(straight) == lines(run)
+        resumed = LanguageModel.from_pretrained(run).state_dict()
+        assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_a_run_is_not_resumed_with_other_intervals(config, fasta, tmp_path):
+    bed = tmp_path / "a.bed"
+    bed.write_text("chr1\t0\t3000\n")
+    config = with_data(config, paths=(str(fasta), str(bed)))
+    train(config, tmp_path / "run")
+    cut_back(tmp_path / "run", 4)
+    bed.write_text("chr1\t0\t2990\n")
+    with pytest.raises(CheckpointError, match="the training data has changed"):
+        resume(tmp_path / "run")
+    bed.write_text("chr1\t10\t3010\n")
+    with pytest.raises((CheckpointError, ValueError), match=r"changed|of other intervals"):
+        resume(tmp_path / "run")
+
+
+def test_a_model_of_dna_is_trained_on(config, tmp_path):
+    train(config, tmp_path / "first")
+    result = train(replace(config, start_from=str(tmp_path / "first"), steps=2), tmp_path / "second")
+    assert result.steps == 2 and isinstance(load_tokenizer(tmp_path / "second"), DnaTokenizer)
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def test_what_does_not_go_together(config, fasta, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("words")
+    ByteTokenizer().save(tmp_path / "bytes")
+    DnaTokenizer("keep").save(tmp_path / "kept")
+    cases = {
+        "is DNA and .* is text": with_data(config, paths=(str(fasta), str(text))),
+        "text_field is for text, and the data is DNA": with_data(config, text_field="body"),
+        "piece is for text": with_data(config, piece=100),
+        "workers is for text": with_data(config, workers=1),
+        "the data is DNA and the tokenizer bytes is for text": with_data(config, tokenizer=str(tmp_path / "bytes")),
+        "options of data.genome are for DNA": with_data(config, paths=(str(text),), genome=GenomeConfig(case="keep")),
+        "length_warmup and": replace(with_data(config, paths=(str(text),)), length_warmup=True, length_warmup_start=32),
+        "no interval to train on has 8,192 bases": replace(config, context=8192),
+    }
+    for words, wrong in cases.items():
+        with pytest.raises(ValueError, match=words):
+            train(wrong, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    kept = with_data(config, tokenizer=str(tmp_path / "kept"))
+    assert run_tokenizer(kept).vocab_size == 16
+    with pytest.raises(ValueError, match="max_unknown must be a share"):
+        GenomeConfig(max_unknown=-1)
+
+
+# ------------------------------------------------------------------------------------------ presets
+
+
+@pytest.mark.parametrize(
+    ("name", "n_parameters"), [("dna-1.4m", 1_401_472), ("dna-7.0m", 7_012_608), ("dna-40.7m", 40_694_272)]
+)
+def test_presets_have_the_papers_parameters(name, n_parameters):
+    model = LanguageModel(PRESETS[name], device="meta")
+    assert model.n_parameters() == n_parameters
+    assert f"{n_parameters / 1e6:.1f}m" == name.removeprefix("dna-")
+    assert model.embedding.weight.shape[0] == 16
