@@ -20,6 +20,7 @@ VERBS = {
     "serve": "serve a model to clients of OpenAI's API, with sessions and a page",
     "eval": "measure a model on files: bits per byte, nats per token, perplexity",
     "lm-eval": "run tasks of lm-eval (EleutherAI's evaluation harness) on a model",
+    "dna": "score variants, embed regions and classify sequences with a model of DNA",
     "convert": "write a checkpoint in another format: hf, state-spaces, gguf",
     "bench": "measure how fast a model reads and generates here, beside the machine's limits",
     "download": "download a model of the Hugging Face hub into its cache, and check it",

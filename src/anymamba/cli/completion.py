@@ -16,7 +16,7 @@ from anymamba.console.flags import read_flags
 from anymamba.console.help import Flag, flags_in, help_text
 from anymamba.models.presets import PRESETS
 
-FULL_HELP = {"train": "--help-all"}
+FULL_HELP = {"train": "--help-all", "dna": "--help-all"}
 """The flag that prints all options of a verb, where it is not --help."""
 VALUES = {("train", "--preset"): list(PRESETS)}
 """Values that the help does not list."""

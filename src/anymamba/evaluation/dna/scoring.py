@@ -76,8 +76,8 @@ def score(
         context: bases that are read on each side of the alleles.
         batch_size: variants that are read at once.
         masked: whether the model was trained with masks; defaults to whether it is not causal.
-    Returns an iterator over the variants, with the scores of its alternative alleles. N and other letters in the context are read, but not
-    counted.
+    Returns an iterator over the variants, with the scores of the alternative alleles of each. N and other letters in
+    the context are read, but not counted.
     Raises ValueError if a model that is not causal is to be read as one, if the tokenizer has no token a base, or, for
     masks, no mask token.
     """

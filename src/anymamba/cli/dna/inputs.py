@@ -1,0 +1,57 @@
+"""What the verbs of DNA share: opening a model and a genome, and telling what was skipped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from anymamba.base.files import atomic_file
+from anymamba.console.output import progress_bar, say
+
+if TYPE_CHECKING:
+    from anymamba.data.dna import Genome
+
+
+@contextmanager
+def open_genome(fasta: Path) -> Iterator[Genome]:
+    """A genome, with a progress bar while it is packed; what was found in the file goes to stderr."""
+    from anymamba.data.dna import Genome
+
+    with progress_bar("reading the genome") as show:
+        genome = Genome.open(fasta, progress=lambda done, total: show(done, total))
+    with genome:
+        for note in genome.notes:
+            say(f"{fasta}: {note}")
+        yield genome
+
+
+def tell_skipped(path: Path, skipped: Mapping[str, int]) -> None:
+    """Print how much of a file was skipped, one line a reason."""
+    for reason, count in skipped.items():
+        say(f"{path}: skipped {count:,} {reason}")
+
+
+def require_new(out: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Raise unless a file to write has one of the suffixes and does not exist yet."""
+    if out is None:
+        return
+    if out.suffix not in suffixes:
+        raise ValueError(f"--out must end with {' or '.join(suffixes)}, got {out}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another file (--out), or delete it")
+
+
+@contextmanager
+def lines_to(out: Path | None) -> Iterator[TextIO]:
+    """A text file to write, which appears when it is complete, or stdout."""
+    if out is None:
+        yield sys.stdout
+        return
+    with (
+        atomic_file(out) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream,
+    ):
+        yield stream
