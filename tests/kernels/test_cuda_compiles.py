@@ -11,6 +11,7 @@ import pytest
 
 from anymamba.kernels.add_norm.cuda import call as add_norm
 from anymamba.kernels.causal_conv1d.cuda import call as causal_conv1d
+from anymamba.kernels.fft_conv import cuda as fft_conv
 from anymamba.kernels.linear_cross_entropy import cuda as linear_cross_entropy
 from anymamba.kernels.model_step.cuda import call as model_step
 from anymamba.kernels.packed_linear import cuda as packed_linear
@@ -22,7 +23,8 @@ needs_compiler = pytest.mark.skipif(nvrtc.cannot_compile() is not None, reason=s
 ARCHITECTURES = (80, 90, 100, 120)
 MOST_VARIANTS = 60
 VARIANTS = [variant for op in (plan, add_norm, causal_conv1d, linear_cross_entropy) for variant in op.variants()]
-OF_INFERENCE = packed_linear.variants() + model_step.variants()
+OTHERS = packed_linear.variants() + model_step.variants() + fft_conv.variants()
+"""Of inference, and of layers that Mamba is compared with."""
 SPILLED = 1024
 """Bytes a thread may keep in memory for lack of registers: rare paths do, the loop over tokens does not."""
 
@@ -47,7 +49,7 @@ def test_there_are_few_variants():
 def test_every_variant_compiles(architecture):
     """A minute and a half of processor time each; `.ci/run` runs it on its own."""
     with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
-        variants = VARIANTS + OF_INFERENCE
+        variants = VARIANTS + OTHERS
         spilled = dict(pool.map(compiled, variants, [architecture] * len(variants)))
     assert {name: n for name, n in spilled.items() if n > SPILLED} == {}
 

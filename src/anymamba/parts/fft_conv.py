@@ -3,7 +3,8 @@
     y[t] = sum over j <= t of kernel[j] u[t - j]
 
 O(length log length) per channel. Sequence and kernel are padded with zeros so that the circular convolution of the
-FFT is the causal one. Many rows of short numbers on a GPU are convolved by matrix products instead (`toeplitz.py`).
+FFT is the causal one. On an NVIDIA GPU the FFTs of up to 4,096 tokens run in shared memory (`kernels/fft_conv`); many
+rows of short numbers are convolved by matrix products instead (`toeplitz.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anymamba.kernels.fft_conv import cuda
+from anymamba.ops.dispatch import insisted
 from anymamba.parts import toeplitz
 from anymamba.parts.derivatives import as_operations, in_operations
 
@@ -46,7 +49,8 @@ def fft_conv(
     kernel = kernel[:, : max(1, u.shape[1])]
     if as_operations(u, kernel):
         return _operations(u, kernel)
-    if toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1])):
+    by_products = toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1]))
+    if by_products and (toeplitz.in_order(u) or not _in_shared_memory(u, kernel)):
         return toeplitz.convolve(u, kernel, gradients_in_operations)
     return _FFTConv.apply(u, kernel)
 
@@ -80,6 +84,8 @@ class _FFTConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(u, kernel)
+        if _in_shared_memory(u, kernel):
+            return cuda.convolve(u, kernel)
         length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
         kernel_spectrum = torch.fft.rfft(kernel.to(wide), size, norm="forward")  # with the inverse's 1 / size
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -94,6 +100,9 @@ class _FFTConv(torch.autograd.Function):
         u, kernel = ctx.saved_tensors
         if in_operations(dy, u, kernel):
             return gradients_in_operations(dy, u, kernel)
+        if _in_shared_memory(u, kernel):
+            du = cuda.convolve(dy, kernel, adjoint=True) if ctx.needs_input_grad[0] else None
+            return du, cuda.correlate(u, dy, kernel).to(kernel.dtype) if ctx.needs_input_grad[1] else None
         length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
         kernel_spectrum = torch.fft.rfft(kernel.to(wide), size, norm="forward").conj_physical()
         du = torch.empty_like(u, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
@@ -122,6 +131,11 @@ def gradients_in_operations(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tens
     dkernel = fft_conv(reversed_dy.transpose(1, 2).flatten(0, 1).T[None], channels)[0].flip(0)
     dkernel = dkernel[: kernel.shape[1]].T.unflatten(0, (u.shape[0], -1)).sum(0)
     return du.to(u.dtype), dkernel.to(kernel.dtype)
+
+
+def _in_shared_memory(u: Tensor, kernel: Tensor) -> bool:
+    """Whether one kernel does it all; `backend` may ask for plain operations."""
+    return insisted() in (None, "cuda") and cuda.serves(u, kernel)
 
 
 def _spectrum(x: Float[Tensor, "rows length width"], size: int, wide: torch.dtype) -> Tensor:

@@ -36,6 +36,11 @@ def is_faster(device_type: str, dtype: torch.dtype, rows: int, length: int) -> b
     return device_type == "cuda" and short and 0 < length <= LONGEST and rows * ROWS_PER_LENGTH >= length
 
 
+def in_order(u: Tensor) -> bool:
+    """Whether `convolve` reads u where it lies: otherwise copies cost more than FFTs in shared memory."""
+    return u.permute(2, 1, 0).is_contiguous()
+
+
 def convolve(
     u: Float[Tensor, "rows length width"], kernel: Float[Tensor, "width kernel_length"], again: Gradients
 ) -> Float[Tensor, "rows length width"]:
