@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gzip
 import importlib.util
 import io
+import random
 import re
 import runpy
 import shlex
@@ -126,7 +128,8 @@ def run_verb(words: list[str]) -> None:
         return
     check_options(verb, words[1:])
     foreign = any(word.startswith(("state-spaces/", "pretrained=state-spaces")) for word in words)
-    if foreign or verb in ONLY_CHECKED or (verb == "experiment" and "list" not in words):
+    too_long = "--length-warmup" in words
+    if foreign or too_long or verb in ONLY_CHECKED or (verb == "experiment" and "list" not in words):
         return
     quick = [] if {"--help", "--resume"} & {*words} else QUICK.get(verb, [])
     quick = quick[2:] if "--from" in words else quick  # --from takes the sizes of the other model
@@ -197,6 +200,9 @@ def prepare(folder: Path, model: Path, text: str) -> None:
         (folder / place).mkdir()
         for i in range(3):
             (folder / place / f"{i}.md").write_text(f"line {i} of a text\n" * 60)
+    bases = random.Random(0).choices("ACGT", k=20_000)
+    (folder / "genome.fa.gz").write_bytes(gzip.compress(f">chr1\n{''.join(bases)}\n".encode()))
+    (folder / "regions.bed").write_text("chr1\t0\t9000\nchr1\t9500\t20000\n")
     (folder / "more.jsonl").write_text('{"body": "a text of a row"}\n' * 200)
     (folder / "prompt.txt").write_text("def ")
     for place in ("runs/demo", "runs/x", "mamba-130m"):
