@@ -36,7 +36,10 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-@pytest.mark.parametrize(("length", "log"), [(1, 9), (256, 9), (257, 10), (700, 11), (2048, 12), (4000, 13)])
+@pytest.mark.parametrize(
+    ("length", "log"),
+    [(1, 9), (256, 9), (257, 10), (700, 11), (2048, 12), pytest.param(4000, 13, marks=pytest.mark.slow)],
+)
 def test_every_length(length, log):
     assert cuda.logarithm(length) == log
     check(numbers(3, length, 4), numbers(4, length), 2e-6)
