@@ -78,13 +78,13 @@ DEVICE_ATTRIBUTES = (
 
 
 @cache
-def source(path: Path) -> Source:
-    """A .cu file with the headers that it includes, of its folder and of HEADERS."""
+def source(path: Path, *folders: Path) -> Source:
+    """A .cu file with the headers that it includes, of its folder, of others and of HEADERS."""
     text, headers = path.read_text("utf-8"), {}
     wanted = included(text)
     while wanted:
         name = wanted.pop()
-        place = next((f / name for f in (path.parent, HEADERS) if (f / name).exists()), None)
+        place = next((f / name for f in (path.parent, *folders, HEADERS) if (f / name).exists()), None)
         if place and name not in headers:
             headers[name] = place.read_text("utf-8")
             wanted += included(headers[name])
