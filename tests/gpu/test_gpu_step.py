@@ -51,7 +51,7 @@ def test_the_numbers_are_those_of_the_layers(name, rows):
         assert error(model.step(ids, state), want) < 5e-6
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 7, 33])
 def test_short_weights(weights, rows):
     model = model_of(weights, **WIDE)

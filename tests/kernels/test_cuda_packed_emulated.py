@@ -40,7 +40,7 @@ FORMATS_OF_TESTS = [
     pytest.param(name, marks=[pytest.mark.slow] if name == "q4_k" else [])  # q5_k has all that it has
     for name in cuda.BLOCKS
 ]
-SHAPES = {"small": (32, 3), "odd rows of bytes": (96, 17), "two chunks and a bit": (288, 33)}
+SHAPES = {"small": (32, 3), "odd rows of bytes": (96, 17), "two chunks and a bit": (288, 33), "aligned": (512, 18)}
 """Columns and outputs."""
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from emulation import emulate
 
+from anymamba import backend
 from anymamba.models.config import ModelConfig
-from anymamba.models.inference import InferenceModel
+from anymamba.models.inference import InferenceModel, gpu_step
 from anymamba.models.inference.captured_step import CapturedStep
 from anymamba.models.inference.gpu_step import GpuStep
 from anymamba.models.inference.gpu_weights import obstacles, require_bfloat16
@@ -62,7 +63,9 @@ def random_state(model: InferenceModel, rows: int) -> LanguageModelState:
 
 def check(model: InferenceModel, rows: int, tolerance: float) -> None:
     ids, state = torch.randint(model.config.vocab_size, (rows,)), random_state(model, rows)
-    got, want = GpuStep(model).step(ids, state), LanguageModel.step(model, ids, state)
+    got = GpuStep(model).step(ids, state)
+    with backend("reference"):  # the compiled products round activations to blocks of integers
+        want = LanguageModel.step(model, ids, state)
     pairs = [(got.logits, want.logits), *zip(state_tensors(got.state), state_tensors(want.state), strict=True)]
     errors = [float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in pairs]
     assert max(errors, default=0) < tolerance, errors
@@ -87,6 +90,32 @@ def test_more_numbers_are_those_of_the_layers(name, rows):
 @pytest.mark.parametrize("rows", [1, 16])
 def test_bfloat16_weights(rows):
     check(model_of("bfloat16"), rows, 1e-2)
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(8, 9), (40, 70), (136, 20)])
+def test_many_rows_multiply_by_dt_proj_in_the_recurrence(rank, rows, monkeypatch):
+    """Blocks of several rows and of fewer at the end, and weights of more columns than a lane loads at once."""
+    model = model_of("bfloat16", d_model=40, n_layers=1, mamba=MambaOptions(dt_rank=rank))
+    monkeypatch.setattr(model.blocks[0].mixer.dt_proj, "forward", None)
+    ids, state = torch.randint(37, (rows,)), random_state(model, rows)
+    got = GpuStep(model).step(ids, state)
+    monkeypatch.undo()
+    want = LanguageModel.step(model, ids, state)
+    for a, b in zip((got.logits, *state_tensors(got.state)), (want.logits, *state_tensors(want.state)), strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-2
+
+
+@pytest.mark.parametrize(("weights", "rows"), [("int8", 1), ("int4", 3)])
+def test_weights_in_blocks_take_the_kernels_for_few_rows(weights, rows, monkeypatch):
+    model = model_of(weights, d_model=256, n_layers=1, mamba=MambaOptions(output_norm="rmsnorm", bias=True))
+    monkeypatch.setattr(gpu_step, "_ManyRows", None)
+    check(model, rows, 1e-2)
+
+
+def test_norms_with_a_bias_take_the_kernels_for_many_rows_before_weights_in_blocks(monkeypatch):
+    model = model_of("int8", d_model=256, n_layers=1, norm="layernorm", mamba=MambaOptions(expand=1))
+    monkeypatch.setattr(gpu_step, "_FusedStep", None)
+    check(model, 1, 2e-2)
 
 
 def test_a_step_leaves_the_state_that_it_was_given():

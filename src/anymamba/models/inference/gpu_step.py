@@ -120,24 +120,22 @@ class GpuStep:
         return self._buckets[rows]
 
     def _record_bucket(self, rows: int) -> Bucket:
-        table = self._weights.table
-        residual = self._zeros(rows, self._model.config.d_model)
-        start, ids = kernels.Start(self._record, table, residual), None
+        weights, d_model, index = self._weights, self._model.config.d_model, self._device.index or 0
+        residual, ids, hidden = self._zeros(rows, d_model), None, None
+        start = kernels.Start(self._record, weights.table, residual)
         self._start_of_no_rows(start)
-        if self._is_fused(rows):
-            dtypes = {matrix.weight.dtype for matrix in self._weights.matrices()}
-            kernels.prepare(self._device.index or 0, dtypes, rows, self._weights.layers[0].recurrence)
-            run = _FusedStep(self._weights, self._record, residual, self._shapes.d_inner)
-            return Bucket(start, self._graphs.capture(run, rows), run, None, None)
-        if table is None:
+        if weights.table is None:
             ids = torch.zeros(rows, dtype=torch.int64, device=self._device)
-        hidden = torch.zeros(rows, self._model.config.d_model, device=self._device)
-        many = _ManyRows(self._model, self._weights, self._record, residual, ids, hidden)
-        return Bucket(start, self._graphs.capture(many, rows), many, ids, hidden)
-
-    def _is_fused(self, rows: int) -> bool:
-        index = self._device.index or 0
-        return rows <= kernels.MOST_ROWS and self._weights.all_plain and self._weights.fit(index, rows)
+        is_fused = rows <= kernels.MOST_ROWS and weights.fit(index, rows)
+        if weights.head is None or not is_fused:
+            hidden = torch.zeros(rows, d_model, device=self._device)
+        run: _FusedStep | _ManyRows
+        if is_fused:
+            kernels.prepare(index, weights.matrices(), rows, weights.layers[0].recurrence)
+            run = _FusedStep(self._model, weights, self._record, residual, ids, hidden)
+        else:
+            run = _ManyRows(self._model, weights, self._record, residual, ids, hidden)
+        return Bucket(start, self._graphs.capture(run, rows), run, ids, hidden)
 
     def _start_of_no_rows(self, start: kernels.Start) -> None:
         """Kernels that run while they are recorded then touch no states."""
@@ -152,22 +150,36 @@ class _FusedStep:
 
     Args:
         residual: (rows, padded d_model), the embedded tokens.
+        ids, hidden: as for `_ManyRows`; None: the head's kernel computes logits.
     """
 
-    def __init__(self, weights: StepWeights, record: Tensor, residual: Tensor, d_inner: int) -> None:
-        self._weights, self._record, self._residual = weights, record, residual
+    def __init__(
+        self,
+        model: LanguageModel,
+        weights: StepWeights,
+        record: Tensor,
+        residual: Tensor,
+        ids: Tensor | None,
+        hidden: Tensor | None,
+    ) -> None:
+        self._model, self._weights, self._record, self._residual = model, weights, record, residual
+        self._ids, self._hidden = ids, hidden
+        mixer: Any = model.blocks[0].mixer
         rows = residual.shape[0]
-        self._u, self._z, self._y = (residual.new_zeros(rows, padded(d_inner)) for _ in range(3))
-        self._projected = self._room_for(weights.layers[0])
+        self._u, self._z, self._y = (residual.new_zeros(rows, padded(mixer.d_inner)) for _ in range(3))
+        self._projected = None if mixer.x_proj is None else residual.new_zeros(rows, mixer.x_proj.n_out)
 
-    def _room_for(self, layer: Layer) -> Tensor | None:
-        x_proj = None if layer.projections is None else layer.projections.x_proj
-        return None if x_proj is None else self._residual.new_zeros(len(self._residual), len(x_proj.weight))
-
+    @torch.no_grad()
     def __call__(self) -> None:
+        embedded = self._residual[:, : self._model.config.d_model]
+        if self._ids is not None:
+            embedded.copy_(self._model.embedding(self._ids))
         for index, layer in enumerate(self._weights.layers):
             assert layer.projections is not None
             self._run_layer(index, layer, layer.projections)
+        if self._hidden is not None:
+            self._hidden.copy_(norm_of_sum(self._model.norm, None, embedded)[0])
+            return
         head = self._weights.head
         assert head is not None
         kernels.product(self._record, self._residual, head, self._weights.norm, None, kernels.LOGITS)
@@ -197,8 +209,9 @@ class _ManyRows:
         record: Tensor,
         residual: Tensor,
         ids: Tensor | None,
-        hidden: Tensor,
+        hidden: Tensor | None,
     ) -> None:
+        assert hidden is not None
         self._model, self._weights, self._record = model, weights, record
         self._residual, self._ids, self._hidden = residual[:, : model.config.d_model], ids, hidden
         self._dtype = activation_dtype(model)
@@ -224,7 +237,11 @@ class _ManyRows:
         dt, B, C = (
             m if norm is None else norm.of_sum(m, dtype=dtype).y for m, norm in zip((dt, B, C), norms, strict=True)
         )
-        delta = None if mixer.dt_proj is None else mixer.dt_proj(dt)
         selected = (B if mixer.selective_B else None, C if mixer.selective_C else None)
-        kernels.recur_rows(self._record, index, layer.recurrence, u, z, delta, *selected, y)
+        delta, weights = None, layer.recurrence
+        if mixer.dt_proj is None:
+            dt = None
+        elif not kernels.projects(weights, u, z, dt, *selected):
+            dt, delta = None, mixer.dt_proj(dt)
+        kernels.recur_rows(self._record, index, weights, u, z, dt, delta, *selected, y)
         return mixer.out_proj(y if mixer.output_norm is None else mixer.output_norm.of_sum(y, dtype=dtype).y)

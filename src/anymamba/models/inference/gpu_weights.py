@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymamba.kernels.model_step import cuda as kernels
-from anymamba.kernels.model_step.cuda import Matrix, Norm, Recurrence, Short
-from anymamba.kernels.model_step.cuda.call import ALIGNMENT, MOST_STATES, MOST_TAPS
+from anymamba.kernels.model_step.cuda import Matrix, Norm, Packed, Recurrence, Short
+from anymamba.kernels.model_step.cuda.call import ALIGNMENT, MOST_STATES, MOST_TAPS, PACKED
+from anymamba.kernels.packed_linear.cuda import is_aligned
 from anymamba.kernels.packed_linear.formats import DTYPES
 from anymamba.layers.mamba import Mamba
 from anymamba.models.inference.obstacles import reasons_by_block
 from anymamba.models.language_model import Block, LanguageModel
+from anymamba.ops.packed_linear import unpack
 from anymamba.parts.bare import is_bare
 from anymamba.parts.norm import LayerNorm, RMSNorm
 from anymamba.parts.packed import PackedEmbedding, PackedLinear
@@ -25,10 +27,11 @@ from anymamba.runtimes import nvrtc
 class Projections(NamedTuple):
     """The matrices of a layer, and the norm before the output projection."""
 
-    in_proj: Matrix
+    in_proj: Matrix | Packed
     x_proj: Matrix | None
+    """Few outputs; in blocks it would keep few multiprocessors busy."""
     output_norm: Norm | None
-    out_proj: Matrix
+    out_proj: Matrix | Packed
 
 
 class Layer(NamedTuple):
@@ -36,10 +39,9 @@ class Layer(NamedTuple):
 
     norm: Norm
     projections: Projections | None
-    """None if a matrix is packed in blocks of integers, which other kernels read."""
+    """None if the kernels for few rows do not serve a matrix."""
     short: Short
     recurrence: Recurrence
-    """Without dt_proj where `projections` is None."""
 
 
 class StepWeights(NamedTuple):
@@ -49,24 +51,21 @@ class StepWeights(NamedTuple):
     """The embedding; None if it is packed in blocks of integers."""
     layers: list[Layer]
     norm: Norm
-    head: Matrix | None
-
-    @property
-    def all_plain(self) -> bool:
-        """Whether all matrices are float32 or bfloat16."""
-        return self.table is not None and self.head is not None and all(layer.projections for layer in self.layers)
-
-    def matrices(self) -> Iterator[Matrix]:
-        """The matrices of products, if all are plain."""
-        for layer in self.layers:
-            if layer.projections is not None:
-                yield from (m for m in layer.projections if isinstance(m, Matrix))
-        if self.head is not None:
-            yield self.head
+    head: Matrix | Packed | None
+    """None if the kernels for few rows do not serve it."""
 
     def fit(self, index: int, rows: int) -> bool:
-        """Whether so many rows of activations fit into the shared memory of a GPU's blocks."""
-        return all(kernels.fits(index, matrix, rows) for matrix in self.matrices())
+        """Whether a GPU's kernels for few rows serve all layers, and so many rows fit into a block's shared memory."""
+        served = all(layer.projections for layer in self.layers)
+        return served and all(kernels.fits(index, matrix, rows) for matrix in self.matrices())
+
+    def matrices(self) -> Iterator[Matrix | Packed]:
+        """The matrices of the products of few rows."""
+        for layer in self.layers:
+            if layer.projections is not None:
+                yield from (m for m in layer.projections if isinstance(m, Matrix | Packed))
+        if self.head is not None:
+            yield self.head
 
 
 def padded(size: int) -> int:
@@ -76,33 +75,35 @@ def padded(size: int) -> int:
 
 def gather(model: LanguageModel) -> StepWeights:
     """The weights of a model that has no obstacles. Matrices are not copied, unless their columns must be padded."""
-    head = model.embedding if model.head is None else model.head
     norm = _norm(model.norm)
     assert norm is not None
-    return StepWeights(_matrix(model.embedding), [_layer(block) for block in model.blocks], norm, _matrix(head))
+    head = _matrix(model.embedding if model.head is None else model.head)
+    head = head if head is not None and kernels.serves(head, norm) else None
+    table = _matrix(model.embedding)
+    layers = [_layer(block) for block in model.blocks]
+    return StepWeights(table if isinstance(table, Matrix) else None, layers, norm, head)
 
 
 def _layer(block: Any) -> Layer:
     mixer, norm = block.mixer, _norm(block.norm)
     assert norm is not None
-    in_proj, out_proj, x_proj = _matrix(mixer.in_proj), _matrix(mixer.out_proj), _optional(mixer.x_proj)
-    dt_proj = _optional(mixer.dt_proj)
-    is_plain = in_proj and out_proj and (mixer.x_proj is None or x_proj) and (mixer.dt_proj is None or dt_proj)
-    projections = None
-    if is_plain:
-        assert in_proj is not None and out_proj is not None
-        projections = Projections(in_proj, x_proj, _norm(mixer.output_norm), out_proj)
+    in_proj, out_proj = _matrix(mixer.in_proj), _matrix(mixer.out_proj)
+    projections, output_norm = None, _norm(mixer.output_norm)
+    if in_proj is not None and out_proj is not None:
+        x_proj = None if mixer.x_proj is None else _plain_matrix(mixer.x_proj)
+        found = Projections(in_proj, x_proj, output_norm, out_proj)
+        projections = found if kernels.serves(in_proj, norm) and kernels.serves(out_proj, output_norm) else None
     short = Short(mixer.conv.weight.detach().T.contiguous(), _vector(mixer.conv.bias))
-    return Layer(norm, projections, short, _recurrence(mixer, dt_proj if projections else None))
+    return Layer(norm, projections, short, _recurrence(mixer))
 
 
-def _recurrence(mixer: Mamba, dt_proj: Matrix | None) -> Recurrence:
+def _recurrence(mixer: Mamba) -> Recurrence:
     ssm = mixer.ssm
     inner = [mixer.dt_norm, mixer.B_norm, mixer.C_norm]
     present = [norm for norm in inner if norm is not None]
     weights = tuple(None if norm is None else _vector(norm.weight) for norm in inner)
     return Recurrence(
-        dt_proj=dt_proj,
+        dt_proj=None if mixer.dt_proj is None else _plain_matrix(mixer.dt_proj),
         A=ssm.A().detach().contiguous(),
         D=_aligned(ssm.D.detach().contiguous()),
         delta_bias=_aligned(ssm.delta_bias.detach().contiguous()),
@@ -114,15 +115,23 @@ def _recurrence(mixer: Mamba, dt_proj: Matrix | None) -> Recurrence:
     )
 
 
-def _optional(module: Any) -> Matrix | None:
-    return None if module is None else _matrix(module)
-
-
-def _matrix(module: Any) -> Matrix | None:
-    """A matrix in float32 or bfloat16; None for other formats."""
-    if module.format not in ("float32", "bfloat16"):
+def _matrix(module: Any) -> Matrix | Packed | None:
+    """A matrix as the kernels for few rows take it; None if they do not."""
+    if module.format in DTYPES:
+        return None if module.format == "float16" else _plain_matrix(module)
+    if module.format not in PACKED or not is_aligned(module.format, module.n_in):
         return None
-    weight = module.weight.contiguous().view(DTYPES[module.format])
+    return Packed(
+        _aligned(module.weight.contiguous()), _vector(getattr(module, "bias", None)), module.n_in, module.format
+    )
+
+
+def _plain_matrix(module: Any) -> Matrix:
+    """A matrix in float32 or bfloat16; one in another format is unpacked to bfloat16."""
+    if module.format in ("float32", "bfloat16"):
+        weight = module.weight.contiguous().view(DTYPES[module.format])
+    else:
+        weight = unpack(module.packed).bfloat16()
     missing = -module.n_in % ALIGNMENT
     weight = F.pad(weight, (0, missing)) if missing else weight
     return Matrix(_aligned(weight), _vector(getattr(module, "bias", None)), module.n_in)

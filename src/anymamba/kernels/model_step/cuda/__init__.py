@@ -7,58 +7,20 @@ memory, so that a captured graph serves any states. `embed` writes the record an
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from anymamba.kernels.model_step.cuda import call as calls
 from anymamba.kernels.model_step.cuda.call import ADD, LOGITS, MOST_ROWS, STORE
+from anymamba.kernels.model_step.cuda.weights import Matrix, Norm, Packed, Recurrence, Short
+from anymamba.kernels.packed_linear import cuda as packed_linear
 from anymamba.runtimes import nvrtc
 from anymamba.runtimes.launching import Call, aligned
 
-__all__ = ["ADD", "LOGITS", "MOST_ROWS", "STORE", "Matrix", "Norm", "Recurrence", "Short", "Start"]
-
-
-class Matrix(NamedTuple):
-    """A matrix in float32 or bfloat16, its columns padded with zeros to a multiple of 8."""
-
-    weight: Float[Tensor, "n_out padded_n_in"]
-    bias: Float[Tensor, " n_out"] | None
-    n_in: int
-
-
-class Norm(NamedTuple):
-    """A norm with float32 vectors, padded with zeros like the rows that it norms."""
-
-    weight: Float[Tensor, " padded"] | None
-    bias: Float[Tensor, " padded"] | None
-    eps: float
-    subtract_mean: bool
-
-
-class Short(NamedTuple):
-    """The short convolution of a layer, in float32."""
-
-    weight: Float[Tensor, "taps d_inner"]
-    bias: Float[Tensor, " d_inner"] | None
-
-
-class Recurrence(NamedTuple):
-    """The recurrence of a layer, in float32 but for dt_proj."""
-
-    dt_proj: Matrix | None
-    A: Float[Tensor, "d_inner d_state"]
-    D: Float[Tensor, " d_inner"]
-    delta_bias: Float[Tensor, " d_inner"]
-    B: Float[Tensor, "d_inner d_state"] | None
-    """Constant; None where the input gives it."""
-    C: Float[Tensor, "d_inner d_state"] | None
-    zoh: bool
-    norms: tuple[Tensor | None, Tensor | None, Tensor | None] | None
-    """The weights of the inner norms of dt, B and C, in float32; None means no norms."""
-    eps: float
+__all__ = ["ADD", "LOGITS", "MOST_ROWS", "STORE", "Matrix", "Norm", "Packed", "Recurrence", "Short", "Start"]
 
 
 def new_record(device: torch.device) -> Tensor:
@@ -104,27 +66,40 @@ class Start:
         call.launch(calls.rows("embed", torch.float32), self._n_blocks, calls.THREADS)
 
 
-def fits(device: int, matrix: Matrix, rows: int) -> bool:
+def serves(matrix: Matrix | Packed, norm: Norm | None) -> bool:
+    """Whether `product` and `in_proj` serve a matrix after a norm."""
+    plain = norm is None or not (norm.subtract_mean or norm.bias is not None)
+    return plain or isinstance(matrix, Matrix)
+
+
+def fits(device: int, matrix: Matrix | Packed, rows: int) -> bool:
     """Whether the rows have a place in the shared memory of a block, for `product`."""
-    n_in, dtype = matrix.weight.shape[1], matrix.weight.dtype
-    return calls.shared_of_product(dtype, rows, n_in) <= nvrtc.device(device).shared_of_block
+    if isinstance(matrix, Packed):
+        shared = calls.packed_launch(matrix.format, rows, matrix.n_in, len(matrix.data)).shared
+    else:
+        shared = calls.shared_of_product(matrix.weight.dtype, rows, matrix.weight.shape[1])
+    return shared <= nvrtc.device(device).shared_of_block
 
 
-def prepare(device: int, dtypes: set[torch.dtype], rows: int, weights: Recurrence) -> None:
+def prepare(device: int, matrices: Iterable[Matrix | Packed], rows: int, weights: Recurrence) -> None:
     """Compile what a step of few rows needs, on several cores at once.
 
     Args:
-        dtypes: of the matrices.
+        matrices: of the products.
         rows: the bucket, 1, 2, 4 or 8.
         weights: of any layer.
     """
-    nvrtc.prepare(calls.fused(dtypes, rows, weights.A.shape[1], weights.zoh), device)
+    dtype = torch.float32 if weights.dt_proj is None else weights.dt_proj.weight.dtype
+    wanted = {calls.recurrence("recur", dtype, weights.A.shape[1], weights.zoh)}
+    for matrix in matrices:
+        wanted |= {_variant(kernel, matrix, rows) for kernel in ("product", "in_proj")}
+    nvrtc.prepare(list(wanted), device)
 
 
 def product(
     record: Tensor,
     x: Tensor,
-    matrix: Matrix,
+    matrix: Matrix | Packed,
     norm: Norm | None,
     y: Tensor | None,
     target: int = STORE,
@@ -146,7 +121,7 @@ def in_proj(
     record: Tensor,
     layer: int,
     x: Tensor,
-    matrix: Matrix,
+    matrix: Matrix | Packed,
     norm: Norm,
     short: Short,
     u: Tensor,
@@ -198,7 +173,8 @@ def convolve_rows(record: Tensor, layer: int, x: Tensor, short: Short, u: Tensor
     _set_convolution(call, layer, short)
     call.strided(x=x, u=u)
     variant = calls.rows("convolve_rows", x.dtype, call["taps"])
-    call.launch(variant, -(-x.shape[0] * call["d_inner"] // calls.THREADS), calls.THREADS)
+    n_blocks = -(-x.shape[0] * call["d_inner"] // calls.THREADS)
+    call.launch(variant, n_blocks, calls.THREADS, calls.STEP_BYTES, early=True)
 
 
 def recur_rows(
@@ -207,6 +183,7 @@ def recur_rows(
     weights: Recurrence,
     u: Tensor,
     z: Tensor,
+    dt: Tensor | None,
     delta: Tensor | None,
     B: Tensor | None,
     C: Tensor | None,
@@ -216,17 +193,35 @@ def recur_rows(
 
     Args:
         u, z: (bucket, d_inner), float32 or bfloat16; z is before SiLU.
-        delta: (bucket, d_inner) in the dtype of u, before its bias; None for zeros.
-        B, C: (bucket, d_state) in the dtype of u, None where they are constant.
-        y: (bucket, d_inner) in the dtype of u.
+        dt: (bucket, dt_rank), the input of dt_proj, if `projects` says so.
+        delta: (bucket, d_inner) before its bias; None for zeros, or where `dt` is given.
+        B, C: (bucket, d_state), None where they are constant.
+        y: (bucket, d_inner). All have the dtype of u.
     """
     call = _recurrence(record, layer, weights)
-    call.strided(u=u, z=z, delta=delta, B=B, C=C, y=y)
-    fine = aligned(B, calls.WIDTH) and aligned(C, calls.WIDTH)
-    n_blocks = -(-u.shape[0] // calls.RECURRENCE_ROWS) * _blocks_of_row(call, "recur_rows")
-    call.launch(
-        calls.recurrence("recur_rows", u.dtype, call["d_state"], weights.zoh, fine), n_blocks, calls.RECURRENCE_THREADS
-    )
+    call.strided(u=u, z=z, projected=dt, delta=delta, B=B, C=C, y=y)
+    if dt is not None:
+        assert weights.dt_proj is not None
+        call.set(weight=weights.dt_proj.weight.data_ptr(), n_in=dt.shape[1])
+    blocks = _blocks_of_row(call, "recur_rows")
+    rows = calls.rows_of_recurrence(len(u), blocks, call.n_multiprocessors)
+    call.set(rows_of_block=rows)
+    variant = calls.recurrence("recur_rows", u.dtype, call["d_state"], weights.zoh, _copied_by_16(u, z, delta, B, C))
+    shared = calls.shared_of_recurrence(u.dtype, rows, call["d_state"], call["n_in"])
+    call.launch(variant, -(-len(u) // rows) * blocks, calls.RECURRENCE_THREADS, shared, early=True)
+
+
+def projects(weights: Recurrence, u: Tensor, z: Tensor, dt: Tensor, B: Tensor | None, C: Tensor | None) -> bool:
+    """Whether `recur_rows` can compute dt_proj, too; arguments as there."""
+    if weights.dt_proj is None or weights.A.shape[1] % calls.WIDTH:
+        return False
+    dtypes = {u.dtype, weights.dt_proj.weight.dtype}
+    return dtypes == {torch.bfloat16} and _copied_by_16(u, z, dt, B, C)
+
+
+def _copied_by_16(*tensors: Tensor | None) -> bool:
+    """Whether copies of 16 bytes fit the rows of all tensors."""
+    return all(t is None or aligned(t, 16 // t.itemsize) for t in tensors)
 
 
 def _bits(value: float) -> int:
@@ -235,12 +230,18 @@ def _bits(value: float) -> int:
     return bits
 
 
-def _product(record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None) -> Call:
+def _product(record: Tensor, x: Tensor, matrix: Matrix | Packed, norm: Norm | None) -> Call:
     call = Call(calls.LAYOUT, x)
-    n_out, n_in = matrix.weight.shape
-    shared = (matrix.weight.dtype, x.shape[0], n_out, n_in)
-    call.set(step=record.data_ptr(), weight=matrix.weight.data_ptr(), n_out=n_out, n_in=n_in, size=matrix.n_in)
-    call.set(ways=calls.ways(*shared, call.n_multiprocessors), bucket=x.shape[0])
+    call.set(step=record.data_ptr(), size=matrix.n_in, bucket=x.shape[0])
+    if isinstance(matrix, Packed):
+        n_out, row_bytes = matrix.data.shape
+        launch = calls.packed_launch(matrix.format, x.shape[0], matrix.n_in, n_out)
+        call.set(weight=matrix.data.data_ptr(), n_out=n_out, n_in=matrix.n_in)
+        call.set(row_bytes=row_bytes, x_stride=launch.x_stride)
+    else:
+        n_out, n_in = matrix.weight.shape
+        call.set(weight=matrix.weight.data_ptr(), n_out=n_out, n_in=n_in)
+        call.set(ways=calls.ways(matrix.weight.dtype, x.shape[0], n_out, n_in, call.n_multiprocessors))
     call.strided(x=x)
     call.dense(bias=matrix.bias)
     if norm is not None:
@@ -249,13 +250,25 @@ def _product(record: Tensor, x: Tensor, matrix: Matrix, norm: Norm | None) -> Ca
     return call
 
 
-def _launch_product(call: Call, kernel: str, x: Tensor, matrix: Matrix) -> None:
-    rows, dtype = x.shape[0], matrix.weight.dtype
-    tasks = -(-call["n_out"] // calls.outputs(rows))
+def _launch_product(call: Call, kernel: str, x: Tensor, matrix: Matrix | Packed) -> None:
+    rows, n_out = x.shape[0], call["n_out"]
+    variant = _variant(kernel, matrix, rows)
+    if isinstance(matrix, Packed):
+        launch = calls.packed_launch(matrix.format, rows, matrix.n_in, n_out)
+        n_blocks = packed_linear.blocks_of(launch, n_out, nvrtc.device(x.device.index or 0))
+        call.launch(variant, n_blocks, 32 * launch.n_warps, launch.shared, early=True)
+        return
+    tasks = -(-n_out // calls.outputs(rows))
     most = call.n_multiprocessors * calls.BLOCKS_OF_MULTIPROCESSOR
     n_blocks = min(-(-tasks * call["ways"] // calls.WARPS), most)
-    shared = calls.shared_of_product(dtype, rows, call["n_in"])
-    call.launch(calls.product(kernel, dtype, rows), n_blocks, calls.THREADS, shared, early=True)
+    shared = calls.shared_of_product(matrix.weight.dtype, rows, call["n_in"])
+    call.launch(variant, n_blocks, calls.THREADS, shared, early=True)
+
+
+def _variant(kernel: str, matrix: Matrix | Packed, rows: int) -> nvrtc.Variant:
+    if isinstance(matrix, Packed):
+        return calls.packed_product(kernel, matrix.format, matrix.n_in)
+    return calls.product(kernel, matrix.weight.dtype, rows)
 
 
 def _set_convolution(call: Call, layer: int, short: Short) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from anymamba.kernels.packed_linear import cuda as packed_linear
 from anymamba.runtimes import launching, nvrtc
 
 HERE = Path(__file__).parent
@@ -20,7 +21,8 @@ FIELDS = (
     *("weight", "bias", "n_in", "size", "n_out", "ways", "target"),
     *("has_norm", "subtract_mean", "norm_weight", "norm_bias", "eps"),
     *("conv_weight", "conv_bias", "taps", "d_inner", "A", "D", "delta_bias", "constant_B", "constant_C"),
-    *("d_state", "dt_rank", "inner_norms", "dt_norm", "B_norm", "C_norm"),
+    *("d_state", "dt_rank", "inner_norms", "dt_norm", "B_norm", "C_norm", "rows_of_block"),
+    *("row_bytes", "x_stride"),
 )
 
 LAYOUT = launching.layout(TENSORS, FIELDS)
@@ -35,10 +37,16 @@ MOST_TAPS = 8
 MOST_STATES = 128
 ALIGNMENT = 8
 """Columns of matrices and of activations are padded with zeros to a multiple of this."""
+PACKED = ("q8_0", "q4_0")
+"""Formats with blocks that products here read."""
 STORE, ADD, LOGITS = 0, 1, 2
+LEAST_WARPS = 4
+"""Of products with weights in blocks."""
 THREADS, WARPS = 256, 8
 """Of products, `embed` and `convolve_rows`."""
-RECURRENCE_THREADS, RECURRENCE_ROWS, WIDTH = 128, 2, 4
+RECURRENCE_THREADS, WIDTH = 128, 4
+RECURRENCE_BLOCKS, RECURRENCE_STAGES, MOST_RECURRENCE_ROWS = 4, 4, 64
+"""Of `recur_rows`: blocks of a multiprocessor, rows of states under way, and rows of a block."""
 BLOCKS_OF_MULTIPROCESSOR = 2
 """Of products."""
 
@@ -51,6 +59,23 @@ def product(kernel: str, dtype: torch.dtype, rows: int) -> nvrtc.Variant:
 
 
 @cache
+def packed_product(kernel: str, format: str, n_in: int) -> nvrtc.Variant:
+    """`product` or `in_proj` with a weight in blocks."""
+    source = nvrtc.source(HERE / "packed_product.cu", packed_linear.HERE)
+    return nvrtc.Variant(source, kernel, packed_linear.options(format, n_in))
+
+
+@cache
+def packed_launch(format: str, rows: int, n_in: int, n_out: int) -> packed_linear.Launch:
+    """How `packed_product` is launched: each of the 128 sums of a tile has a thread."""
+    launch = packed_linear.launch_of(format, rows, n_in, n_out)
+    n_warps = max(LEAST_WARPS, launch.n_warps)
+    of_warp = (launch.shared - rows * launch.x_stride - 16) // launch.n_warps
+    before = STEP_BYTES + 4 * MOST_ROWS * (1 + packed_linear.MOST_WARPS)
+    return launch._replace(n_warps=n_warps, shared=before + rows * launch.x_stride + n_warps * of_warp + 16)
+
+
+@cache
 def rows(kernel: str, dtype: torch.dtype, taps: int = 4) -> nvrtc.Variant:
     """`embed`, or `convolve_rows` with the taps of the convolution."""
     options = (("DTYPE", nvrtc.DTYPES[dtype]), ("TAPS", taps))
@@ -59,11 +84,12 @@ def rows(kernel: str, dtype: torch.dtype, taps: int = 4) -> nvrtc.Variant:
 
 @cache
 def recurrence(kernel: str, dtype: torch.dtype, d_state: int, zoh: bool, aligned: bool = True) -> nvrtc.Variant:
-    """`recur` or `recur_rows`, with Euler's rule or zero-order hold; see recurrence.cu for `aligned`."""
+    """`recur` or `recur_rows`, with Euler's rule or zero-order hold; see recurrence_rows.cu for `aligned`."""
     options = {"DTYPE": nvrtc.DTYPES[dtype], "D_STATE": d_state, "LANES": lanes(kernel, d_state)}
     options |= {"GROUPS": groups_of(kernel, d_state), "ZOH": int(zoh)}
     options["WHOLE"] = int(aligned and d_state % WIDTH == 0)
-    return nvrtc.Variant(nvrtc.source(HERE / "recurrence.cu"), kernel, tuple(options.items()))
+    file = "recurrence.cu" if kernel == "recur" else "recurrence_rows.cu"
+    return nvrtc.Variant(nvrtc.source(HERE / file), kernel, tuple(options.items()))
 
 
 def lanes(kernel: str, d_state: int) -> int:
@@ -96,15 +122,29 @@ def ways(dtype: torch.dtype, rows: int, n_out: int, n_in: int, n_multiprocessors
     return found
 
 
+def dt_stride(channels: int, n_in: int) -> int:
+    """Elements between rows of dt in the shared memory of `recur_rows`."""
+    return max(channels, n_in + (0 if n_in % 64 else 32))
+
+
+def rows_of_recurrence(rows: int, blocks_of_row: int, n_multiprocessors: int) -> int:
+    """Rows of a block of `recur_rows`: so many that all blocks run at once."""
+    at_once = max(1, n_multiprocessors * RECURRENCE_BLOCKS // blocks_of_row)
+    return min(MOST_RECURRENCE_ROWS, -(-rows // at_once))
+
+
+def shared_of_recurrence(dtype: torch.dtype, rows: int, d_state: int, n_in: int) -> int:
+    """Bytes of shared memory of `recur_rows`: the record, states under way, delta, and activations."""
+    channels = RECURRENCE_THREADS // lanes("recur_rows", d_state)
+    states = RECURRENCE_STAGES * groups_of("recur_rows", d_state) * RECURRENCE_THREADS * 16
+    numbers = 2 * channels + dt_stride(channels, n_in) + 2 * d_state
+    return STEP_BYTES + states + rows * (4 * channels + numbers * dtype.itemsize)
+
+
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call for a published shape needs on some GPU."""
     dtypes = (torch.float32, torch.bfloat16)
     products = [product("product", dtype, n) for dtype in dtypes for n in BUCKETS]
     recurrences = [recurrence(kernel, dtype, 16, False) for dtype in dtypes for kernel in ("recur", "recur_rows")]
-    return products + recurrences + [rows("embed", dtype) for dtype in dtypes]
-
-
-def fused(dtypes: set[torch.dtype], rows: int, d_state: int, zoh: bool) -> list[nvrtc.Variant]:
-    """What a step of a bucket of few rows needs, for matrices of these dtypes."""
-    found = [product(kernel, dtype, rows) for dtype in dtypes for kernel in ("product", "in_proj")]
-    return found + [recurrence("recur", dtype, d_state, zoh) for dtype in dtypes]
+    packed = [packed_product("product", format, 256) for format in PACKED]
+    return products + recurrences + packed + [rows("embed", dtype) for dtype in dtypes]

@@ -13,10 +13,9 @@
 // Launch: 256 threads, early; any number of blocks.
 //
 // Needs WEIGHT, the type of W, and ROWS: 1, 2, 4 or 8.
-#include "parameters.cuh"
+#include "finish.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int STORE = 0, ADD = 1, LOGITS = 2;  // p.target
 
 typedef ElementOf<WEIGHT>::Type Element;
 constexpr int VECTOR = 16 / sizeof(Element);
@@ -229,23 +228,6 @@ DEVICE float sum_over_ways(float sum, const Parameters& p, float* parts) {
     for (int w = 0; w < ways; w++) total += parts[(warp / ways * ways + w) * SUMS + lane % SUMS];
     sync_block();
     return total;
-}
-
-DEVICE void finish_product(const Parameters& p, const Step& step, float value, int row, int output) {
-    if (p.target == LOGITS) {
-        if (row < step.rows) step.logits[row * p.n_out + output] = value;
-        return;
-    }
-    float* to = floats(p.y.data) + row * p.y.stride + output;
-    *to = p.target == ADD ? read_one_fresh(to) + value : value;
-}
-
-DEVICE void finish_in_proj(const Parameters& p, const Step& step, const Inputs& old, float value, int row, int output) {
-    const int channel = output - int(p.d_inner);
-    if (channel >= 0)
-        floats(p.z.data)[row * p.z.stride + channel] = silu(value);
-    else if (row < step.rows)
-        floats(p.u.data)[row * p.u.stride + output] = convolve(old, value, p, step, row, output);
 }
 
 template <bool CONVOLVES>

@@ -3,8 +3,7 @@
 //     embed      the rows of the table for the ids, and what changes from step to step
 //     convolve   u = silu(convolution of x), and the convolution's new state
 //
-// Launch: 256 threads; a block for each row of the bucket (embed), or as many as four channels of each row need
-// (convolve).
+// Launch: 256 threads; a block for each row of the bucket (embed), or early, for all channels of all rows (convolve).
 //
 // Needs DTYPE, the type of activations, and TAPS of the convolution.
 #include "parameters.cuh"
@@ -34,14 +33,17 @@ KERNEL(THREADS, 4) embed(PARAMETER Parameters p) {
 
 KERNEL(THREADS, 4) convolve_rows(PARAMETER Parameters p) {
     const int channels = int(p.d_inner), i = int(blockIdx.x) * THREADS + int(threadIdx.x);
-    const Step step = step_of(p);
-    const i64 row = i / channels;
-    const int channel = i % channels;
-    if (row >= step.rows) return;
+    const Step step = shared_step(p, shared_memory());
+    const int row = i / channels, channel = i % channels;
+    const bool inside = row < step.rows;
     Inputs old;
-    read_inputs(old, p, step, row, channel);
+    if (inside) read_inputs(old, p, step, row, channel);
+    let_next_start();
+    wait_for_previous();
+    if (!inside) return;
+    const Element from = read_ahead(reinterpret_cast<const Element*>(p.x.data) + row * p.x.stride + channel);
     float x[1];
-    read<DTYPE>(x, reinterpret_cast<const Element*>(p.x.data) + row * p.x.stride + channel);
+    read<DTYPE>(x, &from);
     x[0] = convolve(old, x[0], p, step, row, channel);
     write<DTYPE>(reinterpret_cast<Element*>(p.u.data) + row * p.u.stride + channel, x);
 }

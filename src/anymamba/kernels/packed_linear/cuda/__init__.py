@@ -31,8 +31,9 @@ LAYOUT = launching.layout(TENSORS, FIELDS)
 
 MOST_ROWS = 16
 """Of the kernels; for more, unpacking the weight takes less time than what it saves."""
+HERE = Path(__file__).parent
 OUTPUTS, STAGES, GROUP, UNPACKING_THREADS = 16, 2, 32, 256
-"""See products.cu."""
+"""See products.cuh and products.cu."""
 MOST_WARPS, FEW_WARPS, MANY_OUTPUTS = 16, 8, 5000
 """Of a block; with many outputs there are enough blocks of few warps."""
 WARPS_OF_MULTIPROCESSOR = 32
@@ -60,20 +61,30 @@ def description() -> str:
 
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
-    return [_variant(format, "unpack") for format in BLOCKS]
+    aligned = [_variant(format, "unpack", 256) for format in BLOCKS]
+    return aligned + [_variant(format, "unpack", 32) for format in BLOCKS if FORMATS[format].columns == GROUP]
 
 
 @cache
-def _variant(format: str, kernel: str) -> nvrtc.Variant:
-    source = nvrtc.source(Path(__file__).parent / "products.cu")
-    return nvrtc.Variant(source, kernel, (("FORMAT", FORMATS[format].code),))
+def _variant(format: str, kernel: str, n_in: int) -> nvrtc.Variant:
+    return nvrtc.Variant(nvrtc.source(HERE / "products.cu"), kernel, options(format, n_in))
+
+
+def options(format: str, n_in: int) -> tuple[tuple[str, int], ...]:
+    """What products.cuh needs."""
+    return ("FORMAT", FORMATS[format].code), ("ALIGNED", int(is_aligned(format, n_in)))
+
+
+def is_aligned(format: str, n_in: int) -> bool:
+    """Whether rows of a weight in blocks of 32 columns are multiples of 16 bytes."""
+    return FORMATS[format].columns == GROUP and n_in % (8 * GROUP) == 0
 
 
 def forward(a: PackedLinearArguments) -> Tensor:
     """y (rows, n_out): bfloat16 if x is, else float32. A row has the same bits in any batch that the kernels serve."""
     dtype = torch.bfloat16 if a.x.dtype == torch.bfloat16 else torch.float32
     if a.format in BLOCKS and a.x.shape[0] <= MOST_ROWS:
-        launch = _launch(a.format, *a.x.shape, a.data.shape[0])
+        launch = launch_of(a.format, *a.x.shape, a.data.shape[0])
         if launch.shared <= nvrtc.device(a.x.device.index or 0).shared_of_block:
             return _few_rows(a, dtype, launch)
     data = a.data.contiguous()
@@ -86,7 +97,7 @@ def unpack(weight: PackedWeight) -> Float[Tensor, "n_out n_in"]:
     return _unpack(weight.data, weight.format, torch.float32)
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     """How a product is launched. The warps follow from the shape of the weight alone: they decide on the order of
     sums."""
 
@@ -100,19 +111,21 @@ class _Launch(NamedTuple):
 
 
 @cache
-def _launch(format: str, rows: int, n_in: int, n_out: int) -> _Launch:
+def launch_of(format: str, rows: int, n_in: int, n_out: int) -> Launch:
+    """How a product is launched."""
     _, columns, n_bytes, _ = FORMATS[format]
-    groups = 4 if columns == GROUP and n_bytes > GROUP else 8
+    aligned = is_aligned(format, n_in)
+    groups = 4 if columns == GROUP and n_bytes > GROUP and not aligned else 8
     n_chunks = -(-n_in // (groups * GROUP))
     most = FEW_WARPS if n_out >= MANY_OUTPUTS else MOST_WARPS
     n_warps = max(1, -(-n_chunks // -(-n_chunks // most)))
-    pieces = (groups * GROUP // columns * n_bytes + 14 + 15) // 16
+    pieces = (groups * GROUP // columns * n_bytes + (0 if aligned else 14) + 15) // 16
     tiles, x_stride = 8 if rows <= 8 else 16, 2 * n_in + (0 if n_in // GROUP % 2 else 64)  # neighbours: other banks
     of_warp = STAGES * OUTPUTS * (pieces | 1) * 16 + 4 * tiles * OUTPUTS
-    return _Launch(n_warps, tiles, x_stride, rows * x_stride + n_warps * of_warp + 16)
+    return Launch(n_warps, tiles, x_stride, rows * x_stride + n_warps * of_warp + 16)
 
 
-def _few_rows(a: PackedLinearArguments, dtype: torch.dtype, launch: _Launch) -> Tensor:
+def _few_rows(a: PackedLinearArguments, dtype: torch.dtype, launch: Launch) -> Tensor:
     (rows, n_in), n_out = a.x.shape, a.data.shape[0]
     y = a.x.new_empty(rows, n_out, dtype=dtype)
     if y.numel() == 0:
@@ -123,12 +136,16 @@ def _few_rows(a: PackedLinearArguments, dtype: torch.dtype, launch: _Launch) -> 
     call.dense(bias=None if a.bias is None else a.bias.float())
     call.set(rows=rows, x_stride=launch.x_stride)
     name = f"multiply_{launch.tiles}{'_short' if dtype == torch.bfloat16 else ''}"
-    device = nvrtc.device(a.x.device.index or 0)
+    n_blocks = blocks_of(launch, n_out, nvrtc.device(a.x.device.index or 0))
+    call.launch(_variant(a.format, name, n_in), n_blocks, 32 * launch.n_warps, launch.shared, early=True)
+    return y
+
+
+def blocks_of(launch: Launch, n_out: int, device: nvrtc.Device) -> int:
+    """Blocks of a product: as many as run at once, if there is work for them."""
     most = max(1, WARPS_OF_MULTIPROCESSOR // launch.n_warps)
     places = device.n_multiprocessors * min(most, device.shared_of_multiprocessor // (launch.shared + 1024))
-    n_blocks = min(-(-n_out // OUTPUTS), max(1, places))
-    call.launch(_variant(a.format, name), n_blocks, 32 * launch.n_warps, launch.shared, early=True)
-    return y
+    return min(-(-n_out // OUTPUTS), max(1, places))
 
 
 def _unpack(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
@@ -136,7 +153,7 @@ def _unpack(data: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     matrix = data.new_empty(data.shape[0], n_in, dtype=dtype)
     call = _start(data, n_in)
     call.strided(y=matrix)
-    call.launch(_variant(format, "unpack"), -(-matrix.numel() // (8 * UNPACKING_THREADS)), UNPACKING_THREADS)
+    call.launch(_variant(format, "unpack", n_in), -(-matrix.numel() // (8 * UNPACKING_THREADS)), UNPACKING_THREADS)
     return matrix
 
 

@@ -56,6 +56,29 @@ struct InShared {
     }
 };
 
+// The same for blocks that begin at multiples of 16 bytes, 8 at a time, and `own` at multiples of 4: where words lie is
+// known to the compiler.
+struct InAlignedShared {
+    const u8* start;
+    const u8* words;
+
+    DEVICE InAlignedShared(const u8* start, int own) : start(start), words(start + own) {}
+    DEVICE u32 byte(int at) const { return start[at]; }
+    DEVICE float half(int at) const { return half_as_float(*reinterpret_cast<const u16*>(start + at)); }
+    DEVICE u32 word(int at) const {
+        const u32* from = reinterpret_cast<const u32*>(words + at / 4 * 4);
+        return at % 4 ? permute_bytes(from[0], from[1], 0x5432) : from[0];
+    }
+};
+template <bool ALIGNED_BLOCKS>
+struct In {
+    typedef InShared Shared;
+};
+template <>
+struct In<true> {
+    typedef InAlignedShared Shared;
+};
+
 // Four bytes from 0 to 127, less 128 + `high`: `minus` is that number in bfloat16, negative and twice.
 DEVICE void bytes_as_bfloats(u32 (&out)[2], u32 bytes, u32 minus) {
     out[0] = add_bfloats(permute_bytes(bytes, 0x43434343u, 0x4140), minus);
