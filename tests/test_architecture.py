@@ -34,7 +34,7 @@ SHARED = {
     *("runtimes.nvrtc", "runtimes.cubins", "kernels.elementwise"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
-    *("kernels.packed_linear.arguments", "kernels.packed_linear.formats"),
+    *("kernels.packed_linear.arguments", "kernels.packed_linear.formats", "kernels.packed_linear.cuda"),
     *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),
     *("data.cache", "data.dna", "data.dna.tokenizer"),
     *("ops.devices", "ops.dispatch", "ops.checks", "ops.observers", "ops.functions", "ops.recomputing"),
