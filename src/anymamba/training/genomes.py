@@ -193,7 +193,7 @@ class _Opening:
         for bed in file.beds:
             intervals, skipped = read_bed(bed, genome, on_bad_line=self._data.on_bad_row)
             found += intervals
-            self.notes += [f"{bed}: skipped {n:,} {reason}" for reason, n in skipped.items()]
+            self.notes += [f"{bed}: skipped {reason}: {n:,}" for reason, n in skipped.items()]
         return found
 
 

@@ -273,11 +273,13 @@ class _Trainer:
             self._record(metrics, write=last or progress.step % config.log_every == 0)
             if last or progress.step % config.eval_every == 0:
                 self._evaluate()
-            pending.number = int(self.processes.largest(pending.number or 0)) or None
-            if last or pending.number is not None or progress.step % config.checkpoint_every == 0:
+            if number := int(self.processes.largest(pending.number or 0)):
+                pending.number = number
+            stop = bool(number)  # a signal that arrives from here on is seen by all ranks after the next step
+            if last or stop or progress.step % config.checkpoint_every == 0:
                 self._checkpoint()
             self.processes.poll()
-            if pending.number is not None:
+            if stop:
                 return
 
     def _one_step(self, stream: Iterator[Batch], loss: LossFunction) -> dict[str, Any]:
@@ -435,7 +437,12 @@ class _Trainer:
 
     def _restore(self, folder: Path) -> None:
         self.processes.from_first(lambda: check_files(folder))
-        tensors, values = load_checkpoint(folder, self.processes.empty(self.model), checked=True)
+        try:
+            tensors, values = load_checkpoint(folder, self.processes.empty(self.model), checked=True)
+        except CheckpointError:
+            raise
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder} does not fit the model in {TRAIN_CONFIG}: {error}") from error
         if values["data"] != self._data_identity():
             raise CheckpointError(
                 f"the training data has changed since {folder}: it had {values['data']}, now {self._data_identity()}; "

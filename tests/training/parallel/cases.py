@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,12 +16,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from anymamba.cli.app import main
+from anymamba.console.signals import SignalHandler
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.options import MambaOptions
 from anymamba.parts.state import map_state, state_tensors
 from anymamba.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from anymamba.training.config import OptimizerConfig, ParallelConfig, TrainConfig
+from anymamba.training.data import open_data
 from anymamba.training.optimizer import build_optimizer, optimizer_tensors
 from anymamba.training.parallel import (
     clip_gradients,
@@ -29,7 +36,10 @@ from anymamba.training.parallel import (
 )
 from anymamba.training.parallel.launch import read_launch
 from anymamba.training.parallel.processes import SeveralProcesses
+from anymamba.training.parallel.writer import Writer
+from anymamba.training.report import Silent
 from anymamba.training.snapshot import Progress, restore, snapshot
+from anymamba.training.trainer import resume, train
 
 CONFIG = ModelConfig(d_model=12, n_layers=2, vocab_size=257, mamba=MambaOptions(d_state=4))
 ROWS, LENGTH = 4, 24
@@ -245,3 +255,82 @@ def load(folder: Path, sizes: dict[str, int]) -> tuple[dict[str, Tensor], list[f
     found |= {f"optimizer.{name}": full(t) for name, t in optimizer_tensors(sharded, optimizer).items()}
     rows = next(t[:, 0, 0].tolist() for t in state_tensors(carried))
     return found, rows, torch.get_rng_state()
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def run_training(config: TrainConfig, run: Path) -> None:
+    train(config, run)
+
+
+def resume_training(run: Path, steps: int) -> None:
+    resume(run, steps=steps)
+
+
+def train_on_a_slow_disk(config: TrainConfig, run: Path) -> tuple[float, float]:
+    """Seconds from the start of the first checkpoint until it is complete, and until the third step is done."""
+    times: dict[str, float] = {}
+
+    class Times(Silent):
+        def on_start(self, outline: Any) -> None:
+            times["start"] = time.perf_counter()
+
+        def on_step(self, metrics: dict[str, Any]) -> None:
+            if metrics["step"] == 3:
+                times["steps"] = time.perf_counter() - times["start"]
+
+        def on_checkpoint(self, step: int, folder: Path) -> None:
+            times.setdefault("written", time.perf_counter() - times["start"])
+
+    with mock.patch.object(Writer, "_write", slow_writer):
+        train(config, run, Times())
+    return times.get("written", 0.0), times.get("steps", 0.0)
+
+
+def other_seed_on_rank_1(*words: str) -> int:
+    return command(*words, "--seed", os.environ["RANK"])
+
+
+def command(*words: str, patches: dict[str, str] | None = None) -> int:
+    """Run `anymamba` as a process of its own would.
+
+    Args:
+        patches: functions to replace, by name, with functions of this module.
+    """
+    torch.set_num_threads(1)
+    handler = SignalHandler()
+    handler.install()
+    with ExitStack() as stack:
+        for target, name in (patches or {}).items():
+            stack.enter_context(mock.patch(target, globals()[name]))
+        return main(words, handler)
+
+
+def different_rows(*arguments: Any, **options: Any) -> Any:
+    """Data that rank 1 reads without its last document."""
+    training, held_out = open_data(*arguments, **options)
+    if os.environ["RANK"] == "1":
+        training = training.select(range(training.n_documents - 1))
+    return training, held_out
+
+
+def full_disk(self: Any, folder: Path, tensors: Any) -> None:
+    """What a writer does on a disk that is full on rank 1, from the second checkpoint on."""
+    if os.environ["RANK"] == "1" and "step-00000000" not in str(folder):
+        with mock.patch("torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", no_space):
+            return write_parts(self, folder, tensors)
+    return write_parts(self, folder, tensors)
+
+
+def no_space(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def slow_writer(self: Any, folder: Path, tensors: Any) -> None:
+    """A disk that takes a second and a half."""
+    time.sleep(1.5)
+    write_parts(self, folder, tensors)
+
+
+write_parts = Writer._write

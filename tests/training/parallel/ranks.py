@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 PRELOADED = ["tests.training.parallel.cases"]
@@ -60,14 +63,7 @@ def _serve(pipe: Any) -> None:
     torch.set_num_threads(1)
     while True:
         rank, world_size, port, function, arguments = pipe.recv()
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        _set_rank(rank, world_size, port)
         try:
             dist.init_process_group("gloo")
             answer = True, function(*arguments)
@@ -77,3 +73,76 @@ def _serve(pipe: Any) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
         pipe.send(answer)
+
+
+class Job:
+    """Processes that each run a function once, as torchrun would start them. What they print is in files.
+
+    Args:
+        folder: for those files.
+        size: number of processes.
+        function: returns the exit code.
+    """
+
+    def __init__(self, folder: Path, size: int, function: Callable[..., int], *arguments: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._outputs = [folder / f"rank-{rank}.txt" for rank in range(size)]
+        port = free_port()
+        self.processes = [
+            context.Process(target=_run_once, args=(rank, size, port, self._outputs[rank], function, arguments))
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def codes(self, limit: float = LIMIT) -> list[int | None]:
+        """The exit codes. Processes that have not ended within the limit are killed, and have None."""
+        end = time.monotonic() + limit
+        found = []
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+            found.append(process.exitcode)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        return found
+
+    def text(self, rank: int) -> str:
+        """What a rank has printed so far."""
+        return self._outputs[rank].read_text() if self._outputs[rank].exists() else ""
+
+    def errors(self) -> list[tuple[int, str]]:
+        """The lines that say an error, with the rank that says it."""
+        lines = [(rank, line) for rank in range(len(self.processes)) for line in self.text(rank).splitlines()]
+        return [(rank, line) for rank, line in lines if line.startswith("error:") or "Traceback" in line]
+
+    def wait_for(self, path: Path, limit: float = LIMIT) -> None:
+        """Wait until a file exists."""
+        end = time.monotonic() + limit
+        while not path.exists():
+            assert time.monotonic() < end, f"{path} was not written within {limit:.0f} s:\n{self.text(0)}"
+            assert all(p.is_alive() for p in self.processes), self.text(0)
+            time.sleep(0.02)
+
+
+def _set_rank(rank: int, world_size: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+def _run_once(
+    rank: int, size: int, port: int, output: Path, function: Callable[..., int], arguments: tuple[Any, ...]
+) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    _set_rank(rank, size, port)
+    sys.exit(function(*arguments))

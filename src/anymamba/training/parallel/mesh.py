@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from anymamba.training.config import ParallelConfig
+from anymamba.layers.attention import Attention
+from anymamba.training.config import ParallelConfig, TrainConfig
 
 NAMES = ("dp_replicate", "dp_shard", "cp")
 """The dimensions of a mesh, the slowest first: neighbouring ranks, which have the fastest links, share a sequence."""
@@ -33,6 +34,36 @@ def degrees(config: ParallelConfig, world_size: int) -> Degrees:
             "is left) and --cp, or start another number with torchrun"
         )
     return Degrees(config.dp_replicate, shard, config.cp)
+
+
+def require_splittable(config: TrainConfig, sizes: Degrees) -> None:
+    """Raise ValueError unless each rank gets as many rows as the others, and a token of each."""
+    if config.batch_size % (sizes.dp_replicate * sizes.dp_shard):
+        raise ValueError(
+            f"batch_size must be a multiple of dp_replicate x dp_shard, got {config.batch_size} and "
+            f"{sizes.dp_replicate} x {sizes.dp_shard}; change --batch-size"
+        )
+    if config.context < sizes.cp:
+        raise ValueError(
+            f"context must be at least cp, so that each rank has a token, got {config.context} and {sizes.cp}; change "
+            "--context or --cp"
+        )
+
+
+def require_splittable_layers(model: Any, carries_state: bool) -> None:
+    """Raise ValueError for a model with layers that do not run on parts of sequences."""
+    mixers = {type(block.mixer).__name__: block.mixer for block in model.blocks}
+    refusing = [name for name, mixer in mixers.items() if not mixer.takes_parts]
+    if refusing:
+        raise ValueError(
+            f"--cp splits sequences for Mamba, S6, attention and MLPs, and the model has {', '.join(refusing)}; use "
+            "--dp-shard for more processes"
+        )
+    if carries_state and any(isinstance(mixer, Attention) for mixer in mixers.values()):
+        raise ValueError(
+            "attention on parts of sequences (--cp) does not carry its state from batch to batch; set carry_state to "
+            "false (--no-carry-state)"
+        )
 
 
 def make_mesh(sizes: Degrees, device_type: str) -> DeviceMesh:

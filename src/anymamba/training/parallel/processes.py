@@ -17,7 +17,14 @@ from anymamba.data.batches import Batch
 from anymamba.training.checkpoint import Empty, checkpoint_folder, save_checkpoint
 from anymamba.training.config import TrainConfig
 from anymamba.training.parallel.launch import Launch, read_launch
-from anymamba.training.parallel.mesh import context_group, data_mesh, degrees, make_mesh
+from anymamba.training.parallel.mesh import (
+    context_group,
+    data_mesh,
+    degrees,
+    make_mesh,
+    require_splittable,
+    require_splittable_layers,
+)
 from anymamba.training.parallel.rows import empty_parts, local_rows, rows_of_all, rows_of_batch
 from anymamba.training.parallel.sharding import (
     clip_gradients,
@@ -184,6 +191,7 @@ class SeveralProcesses(Processes):
     def __init__(self, launch: Launch, config: TrainConfig) -> None:
         super().__init__(launch, config)
         sizes = degrees(config.parallel, self.size)
+        require_splittable(config, sizes)
         kind = torch.device(config.device).type
         if kind == "cuda" and launch.local_world_size > torch.cuda.device_count():
             raise ValueError(
@@ -236,9 +244,11 @@ class SeveralProcesses(Processes):
         return rows_of_batch(batch, self.dp_rank, self.dp_size)
 
     def spread(self, source: Any, make: Callable[[], Any]) -> Any:
-        config = self.config
-        model = parallelize(
-            make(),
+        config, model = self.config, make()
+        if self.group is not None:
+            require_splittable_layers(model, config.carries_state)
+        parallelize(
+            model,
             self.mesh,
             param_dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
             compile=config.compile,

@@ -10,7 +10,6 @@ import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -154,7 +153,7 @@ def _end_process(line: str | None) -> NoReturn:
     """Leave at once: files are written atomically, and the next process sweeps what is left."""
     if line is not None:
         with suppress(OSError):
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            os.write(2, f"error: {line}\n".encode())  # sys.stderr may be silenced on this rank
     os._exit(1)
 
 

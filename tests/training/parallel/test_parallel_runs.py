@@ -1,0 +1,265 @@
+"""Runs of several processes: the losses of one process, one line for every failure, and nothing overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from anymamba.base.schema import config_to_dict
+from anymamba.cli.app import main
+from anymamba.models.language_model import LanguageModel
+from anymamba.training.checkpoint import checkpoints, load_checkpoint
+from anymamba.training.config import ParallelConfig, TrainConfig
+from anymamba.training.metrics import read_metrics
+from anymamba.training.trainer import resume, train
+from tests.training.parallel import cases
+from tests.training.parallel.ranks import Job, Pool
+
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def config(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, batch_size=4, accumulation=2, steps=6, checkpoint_every=3, log=())
+
+
+@pytest.fixture
+def one(config: TrainConfig, tmp_path: Path) -> Path:
+    """The run of one process."""
+    train(config, tmp_path / "one")
+    return tmp_path / "one"
+
+
+@pytest.fixture
+def config_file(config: TrainConfig, tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_to_dict(dataclasses.replace(config, sample_tokens=0))))
+    return path
+
+
+def losses(run: Path) -> dict[str, float]:
+    """The numbers of metrics.jsonl that must not depend on the processes, by step, kind and name."""
+    return {
+        f"{line['step']} {line['kind']} {name}": line[name]
+        for line in read_metrics(run)
+        for name in ("nats_per_token", "gradient_norm", "learning_rate")
+        if name in line
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"dp_shard": 2, "cp": 2}],
+    ids=["dp 2", "dp 2 x 2", "dp 2 x cp 2"],
+)
+def test_losses_are_those_of_one_process(
+    pool: Pool, config: TrainConfig, tmp_path: Path, one: Path, sizes: dict[str, int]
+) -> None:
+    """Training and held-out losses and gradient norms, with states that are carried from batch to batch."""
+    config, several = dataclasses.replace(config, parallel=ParallelConfig(**sizes)), tmp_path / "several"
+    pool.run(torch.Size(sizes.values()).numel(), cases.run_training, config, several)
+    assert losses(several) == pytest.approx(losses(one), rel=1e-5)
+    values = [load_checkpoint(checkpoints(run)[-1])[1] for run in (one, several)]
+    assert values[0]["position"] == values[1]["position"]
+    saved = [LanguageModel.from_pretrained(run).state_dict() for run in (one, several)]
+    torch.testing.assert_close(saved[1], saved[0], rtol=1e-3, atol=1e-5)
+
+
+def test_one_process_goes_on_with_what_two_began_and_back(
+    pool: Pool, config: TrainConfig, tmp_path: Path, one: Path
+) -> None:
+    run = tmp_path / "several"
+    pool.run(2, cases.run_training, dataclasses.replace(config, checkpoint_every=2, eval_every=2), run)
+    for path in checkpoints(run)[-1:]:
+        shutil.rmtree(path)
+    resume(run)
+    assert {k: v for k, v in losses(run).items() if "train" in k} == pytest.approx(
+        {k: v for k, v in losses(one).items() if "train" in k}, rel=1e-4
+    )
+    pool.run(2, cases.resume_training, run, 8)
+    assert load_checkpoint(checkpoints(run)[-1])[1]["step"] == 8
+
+
+# --------------------------------------------------------------------------------------------------- one line each
+
+
+def start(tmp_path: Path, size: int, *words: object, **options: object) -> Job:
+    return Job(tmp_path / f"job-{size}", size, functools.partial(cases.command, **options), "train", *map(str, words))
+
+
+def only_error(job: Job, limit: float = 60.0) -> str:
+    """The line of a job that must end by itself on all ranks and say one line, on rank 0."""
+    codes = job.codes(limit)
+    assert None not in codes and 0 not in codes, f"exit codes {codes}: {job.text(0)}"
+    said = job.errors()
+    assert [rank for rank, _ in said] == [0], f"{said}\n{job.text(0)}"
+    return said[0][1]
+
+
+def test_degrees_that_do_not_fit_the_processes(config_file: Path, tmp_path: Path) -> None:
+    line = only_error(start(tmp_path, 2, "--config", config_file, "--out", tmp_path / "run", "--dp-shard", 3))
+    assert line == (
+        "error: dp_replicate 1 x dp_shard 3 x cp 1 must give the number of processes, got 2; change --dp-replicate, "
+        "--dp-shard (-1: what is left) and --cp, or start another number with torchrun"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["--batch-size", 3],
+            "batch_size must be a multiple of dp_replicate x dp_shard, got 3 and 1 x 2; change --batch-size",
+        ),
+        (
+            ["--cp", 2, "--context", 1],
+            "context must be at least cp, so that each rank has a token, got 1 and 2; change --context or --cp",
+        ),
+        (
+            ["--cp", 2, "--model.mixers", "hyena", "--no-carry-state"],
+            "--cp splits sequences for Mamba, S6, attention and MLPs, and the model has Hyena; use --dp-shard for more "
+            "processes",
+        ),
+        (
+            ["--cp", 2, "--model.mixers", "attention", "--model.attention.window", 4],
+            "attention on parts of sequences (--cp) does not carry its state from batch to batch; set carry_state to "
+            "false (--no-carry-state)",
+        ),
+    ],
+    ids=["rows", "tokens", "layers", "state"],
+)
+def test_rows_and_tokens_that_cannot_be_split(config_file: Path, tmp_path: Path, words: list, line: str) -> None:
+    job = start(tmp_path, 2, "--config", config_file, "--out", tmp_path / "run", *words)
+    assert only_error(job) == f"error: {line}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_degrees_for_one_process(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--config", str(config_file), "--out", str(tmp_path / "run"), "--cp", "2"]) == 2
+    assert (
+        "error: dp_replicate 1 x dp_shard -1 x cp 2 must give the number of processes, got 1;"
+        in capsys.readouterr().err
+    )
+
+
+def test_ranks_with_different_data(config_file: Path, tmp_path: Path) -> None:
+    patches = {"anymamba.training.trainer.open_data": "different_rows"}
+    line = only_error(start(tmp_path, 2, "--config", config_file, "--out", tmp_path / "run", patches=patches))
+    assert line.startswith("error: the ranks have different data: training digest is ")
+    assert line.endswith(" on rank 1; start all of them with the same command and files")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_different_configs(config_file: Path, tmp_path: Path) -> None:
+    line = only_error(
+        Job(
+            tmp_path / "job",
+            2,
+            cases.other_seed_on_rank_1,
+            "train",
+            "--config",
+            str(config_file),
+            "--out",
+            str(tmp_path / "run"),
+        )
+    )
+    assert line == (
+        "error: the ranks have different configs: seed is 0 on rank 0 and 1 on rank 1; start all of them with the same "
+        "command and files"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_exists(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "mine.txt").write_text("mine")
+    line = only_error(start(tmp_path, 2, "--config", config_file, "--out", run))
+    assert line == f"error: {run} exists; resume it (--resume {run}) or choose another folder (--out)"
+    assert [path.name for path in run.iterdir()] == ["mine.txt"]
+
+
+def test_a_checkpoint_of_another_model(config: TrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config, run)
+    values = json.loads((run / "train_config.json").read_text())
+    values["model"]["d_model"] = 24
+    (run / "train_config.json").write_text(json.dumps(values))
+    before = files(run)
+    line = only_error(start(tmp_path, 2, "--resume", run, "--steps", 9))
+    folder = checkpoints(run)[-1]
+    assert line.startswith(f"error: {folder} does not fit the model in train_config.json: ")
+    assert re.search(r"\S+ is \(.*16.*\) in the checkpoint and \(.*24.*\) in the model|\S+ is .* in the checkpoint", line)
+    assert files(run) == before
+
+
+def test_a_full_disk_on_one_rank(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    patches = {"anymamba.training.parallel.writer.Writer._write": "full_disk"}
+    line = only_error(start(tmp_path, 2, "--config", config_file, "--out", run, patches=patches))
+    assert line == (
+        f"error: {run}: the checkpoint could not be written (No space left on device); the earlier ones are complete: "
+        "make room, then resume"
+    )
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000000"]
+    resume(run)
+
+
+# --------------------------------------------------------------------------------------------------- deaths and signals
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_death_of_a_rank_ends_the_others(config_file: Path, tmp_path: Path, dead: int) -> None:
+    run = tmp_path / "run"
+    job = start(tmp_path, 2, "--config", config_file, "--out", run, "--steps", 100000)
+    job.wait_for(run / "checkpoints" / "step-00000003")
+    os.kill(job.processes[dead].pid, signal.SIGKILL)
+    died = time.monotonic()
+    codes = job.codes(30)
+    took = time.monotonic() - died
+    assert codes[dead] == -signal.SIGKILL and codes[1 - dead] == 1 and took < 15, f"{codes} after {took:.1f} s"
+    way_out = f"resume the run with the same torchrun command and --resume {run}"
+    assert job.errors() == [(1 - dead, f"error: rank {dead} has died; {way_out}")]
+
+
+def test_sigterm_to_one_rank_saves_and_ends_all(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("--config", config_file, "--out", run, "--steps", 100000, "--checkpoint-every", 100000)
+    job = start(tmp_path, 2, *words)
+    job.wait_for(run / "checkpoints" / "step-00000000")
+    time.sleep(0.5)
+    os.kill(job.processes[1].pid, signal.SIGTERM)
+    assert job.codes(30) == [143, 130]
+    assert f"terminated; resume with: anymamba train --resume {run}" in job.text(0)
+    assert load_checkpoint(checkpoints(run)[-1])[1]["step"] > 0
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(pool: Pool, config: TrainConfig, tmp_path: Path) -> None:
+    """The disk takes 1.5 s; the steps after the first checkpoint do not wait for it."""
+    config = dataclasses.replace(config, checkpoint_every=1000, steps=5, eval_tokens=0)
+    [written, stepped] = pool.run(2, cases.train_on_a_slow_disk, config, tmp_path / "run")[0]
+    assert stepped < 1.0 < written, f"the steps took {stepped:.2f} s, the checkpoint {written:.2f} s"
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """The contents of all files."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
