@@ -175,7 +175,7 @@ def test_files_to_evaluate_on(config, fasta, tmp_path):
     with pytest.warns(DataWarning, match="1,000 bases are in intervals to train on and in held-out ones"):
         training, held_out = opened(with_data(config, eval_paths=(str(bed),)))
     assert held_out.sources[0][1] == [Interval("chr1", 4000, 5000)]
-    assert f"{bed}: skipped 1 intervals of sequences that the genome does not have" in training.notes
+    assert f"{bed}: skipped intervals of sequences that the genome does not have: 1" in training.notes
     _, held_out = opened(with_data(config, eval_paths=(str(other),)))
     assert held_out.n_tokens == 200
 

@@ -89,10 +89,10 @@ def test_names_with_and_without_chr(tmp_path):
         ("", "it is empty"),
         (
             "chr7\t0\t10\n",
-            "1 intervals of sequences that the genome does not have; the first is chr7:0-10, and the genome ",
+            "intervals of sequences that the genome does not have: 1; the first is chr7:0-10, and the genome ",
         ),
-        ("chr1\t500\t600\n", "beyond the end of their sequence; the first is chr1:500-600"),
-        ("chr1\t5\t5\n", "1 intervals without a base"),
+        ("chr1\t500\t600\n", "beyond the end of their sequence: 1; the first is chr1:500-600"),
+        ("chr1\t5\t5\n", "skipped intervals without a base: 1"),
     ],
 )
 def test_a_file_without_an_interval_of_the_genome(tmp_path, text, words):

@@ -47,7 +47,7 @@ def read_bed(
     reading = _BedLines(Path(path), genome, on_bad_line == "skip")
     intervals = reading.intervals()
     if not intervals:
-        skipped = "".join(f"; {n:,} {reason}" for reason, n in reading.skipped.items())
+        skipped = "".join(f"; skipped {reason}: {n:,}" for reason, n in reading.skipped.items())
         raise ValueError(
             f"{path} has no interval of {genome.source}{skipped or ', it is empty'}{_other_assembly(reading, genome)}"
         )
