@@ -142,6 +142,19 @@ def limits() -> tuple[float, float]:
     return copied, properties.multi_processor_count * 16 * clock
 
 
+def time_of_copy(n_bytes: int, inputs: int = 1, sets: int = 1, in_graph: int = 1) -> float:
+    """Milliseconds of a kernel of torch that reads `inputs` tensors and writes one, n_bytes in all: as fast as a kernel
+    of so many bytes gets, with its launch. It goes through several sets of tensors, as the kernel beside it does."""
+    size = n_bytes // (inputs + 1) // 4
+    given = [[torch.randn(size, device="cuda") for _ in range(inputs)] for _ in range(sets)]
+
+    def run() -> None:
+        for tensors in given:
+            torch.neg(*tensors) if inputs == 1 else torch.add(*tensors)
+
+    return time_of(run, in_graph=in_graph) / sets
+
+
 def _smi(field: str) -> str:
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
@@ -206,16 +219,19 @@ def packed() -> str:
 
 
 def steps() -> str:
-    """One token, in a graph of many, against the time to read and write its bytes."""
+    """One token, in a graph of many, against a kernel that copies as many bytes and against the bandwidth."""
     copied, _ = limits()
     rows = []
     for d_inner, batch in STEPS:
         state = torch.randn(batch, d_inner, D_STATE, device="cuda")
         a = inputs(batch, 1, d_inner, torch.bfloat16)._replace(initial_state=state)
         micro = 1e3 * time_of(lambda a=a: cuda.step(a), in_graph=STEPS_OF_GRAPH)  # type: ignore[misc]
-        floor = 1e3 * (2 * state.nbytes + 4 * a.u.nbytes + a.A.nbytes) / copied
-        rows.append([str(d_inner), str(batch), f"{micro:.2f}", f"{floor:.2f}", f"**{micro / floor:.2f}**"])
-    return table(["channels", "batch", "step in a graph (µs)", "its bytes (µs)", "ratio"], rows)
+        n_bytes = 2 * state.nbytes + 4 * a.u.nbytes + a.A.nbytes
+        copy, floor = 1e3 * time_of_copy(n_bytes, in_graph=STEPS_OF_GRAPH), 1e3 * n_bytes / copied
+        ratios = f"**{micro / copy:.2f}**", f"{micro / floor:.2f}"
+        rows.append([str(d_inner), str(batch), f"{micro:.2f}", f"{copy:.2f}", ratios[0], f"{floor:.2f}", ratios[1]])
+    header = ["channels", "batch", "step in a graph (µs)", "a copy of its bytes (µs)", "ratio"]
+    return table([*header, "its bytes at the bandwidth (µs)", "ratio to that"], rows)
 
 
 def first_calls() -> str:

@@ -26,7 +26,7 @@ from anymamba.kernels.causal_conv1d import cuda as conv
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.ops.linear_cross_entropy import linear_cross_entropy
 from anymamba.runtimes import nvrtc
-from benchmarks.gpu import limits, machine, time_of
+from benchmarks.gpu import limits, machine, time_of, time_of_copy
 from benchmarks.timing import table
 
 BF16 = torch.bfloat16
@@ -77,17 +77,19 @@ def convolutions(module: Any | None) -> str:
         ours = passes_of_conv(sets, dys)
         theirs = () if module is None else passes_of_original(module, sets, dys)
         name = f"{batch} x {length} x {d_inner}, {str(dtype).removeprefix('torch.')}"
-        rows.append([name, *line_of_conv(sets[0].x.nbytes / copied, ours, theirs)])
+        n_bytes = sets[0].x.nbytes
+        copies = time_of_copy(2 * n_bytes, sets=SETS), time_of_copy(3 * n_bytes, inputs=2, sets=SETS)
+        rows.append([name, *line_of_conv(n_bytes / copied, ours, copies, theirs)])
         if batch == 1 and length > 1 << 16:
             cuts = torch.randperm(length - 1)[: DOCUMENTS - 1].sort().values + 1
             offsets = torch.cat([torch.zeros(1), cuts, torch.tensor([length])]).int().cuda()
             packed = passes_of_conv([a._replace(cu_seqlens=offsets) for a in sets], dys)
-            rows.append([f"{name}, {DOCUMENTS} documents", *line_of_conv(sets[0].x.nbytes / copied, packed, ())])
+            rows.append([f"{name}, {DOCUMENTS} documents", *line_of_conv(n_bytes / copied, packed, copies, ())])
         print(*rows[-1], file=sys.stderr)
         del sets, dys
         torch.cuda.empty_cache()
-    ours_header = ["forward (ms)", "of its bytes' time", "backward (ms)", "of its bytes' time"]
-    return table(["convolution", *ours_header, "original forward / ours", "original backward / ours"], rows)
+    passes = [[f"{name} (ms)", "of its bytes' time", "of a copy's time"] for name in ("forward", "backward")]
+    return table(["convolution", *passes[0], *passes[1], "original forward / ours", "original backward / ours"], rows)
 
 
 def passes_of_conv(sets: list[ConvArguments], dys: list[Tensor]) -> tuple[float, float]:
@@ -124,11 +126,13 @@ def original_backward(module: Any, a: ConvArguments, x: Tensor, dy: Tensor, dx: 
     module.causal_conv1d_bwd(x, a.weight, a.bias, dy, None, None, None, dx, *sums, None, True)
 
 
-def line_of_conv(of_x: float, ours: tuple[float, float], theirs: tuple[float, ...]) -> list[str]:
-    """Cells of a row; `of_x` is the time of the bytes of x."""
-    forward, backward = ours[0] / (2 * of_x), ours[1] / (3 * of_x)
-    cells = [f"{ours[0]:.4f}", f"**{forward:.2f}** (limit {FORWARD_TARGET})"]
-    cells += [f"{ours[1]:.4f}", f"**{backward:.2f}** (limit {BACKWARD_TARGET})"]
+def line_of_conv(
+    of_x: float, ours: tuple[float, float], copies: tuple[float, float], theirs: tuple[float, ...]
+) -> list[str]:
+    """Cells of a row; `of_x` is the time of the bytes of x, `copies` that of kernels that move as many bytes."""
+    cells = []
+    for time, tensors, copy, target in zip(ours, (2, 3), copies, (FORWARD_TARGET, BACKWARD_TARGET), strict=True):
+        cells += [f"{time:.4f}", f"**{time / (tensors * of_x):.2f}** (limit {target})", f"{time / copy:.2f}"]
     return cells + ([f"**{t / o:.2f}**" for t, o in zip(theirs, ours, strict=True)] if theirs else ["", ""])
 
 
@@ -151,18 +155,16 @@ def norms() -> str:
             work = list(zip(dys, dtotals, sets, saved, strict=True))
             backward = time_of_each(partial(norm.backward, *w) for w in work)
             apart = time_of_each(partial(separate.forward, a, False) for a in sets)
-            floors = [n_bytes * n_rows * size / copied for n_bytes in (12, 18)]
+            n_bytes = 12 * n_rows * size, 18 * n_rows * size
+            copies = time_of_copy(n_bytes[0], sets=SETS), time_of_copy(n_bytes[1], inputs=2, sets=SETS)
             name = f"{n_rows} x {size}, {'layer norm' if subtract_mean else 'RMS norm'}"
-            cells = (
-                f"{forward:.4f}",
-                f"**{forward / floors[0]:.2f}**",
-                f"{backward:.4f}",
-                f"**{backward / floors[1]:.2f}**",
-            )
+            cells: list[str] = []
+            for time, moved, copy in zip((forward, backward), n_bytes, copies, strict=True):
+                cells += [f"{time:.4f}", f"**{time / (moved / copied):.2f}**", f"{time / copy:.2f}"]
             rows.append([name, *cells, f"{apart / forward:.2f}"])
             print(*rows[-1], file=sys.stderr)
-    header = ["norm of a sum", "forward (ms)", "of its bytes' time", "backward (ms)", "of its bytes' time"]
-    return table([*header, "separate operations / ours, forward"], rows)
+    passes = [[f"{name} (ms)", "of its bytes' time", "of a copy's time"] for name in ("forward", "backward")]
+    return table(["norm of a sum", *passes[0], *passes[1], "separate operations / ours, forward"], rows)
 
 
 def losses() -> str:
