@@ -24,7 +24,7 @@ from anymamba.training.data import held_out_batches, open_data, run_tokenizer, t
 from anymamba.training.genome_splits import held_out_ends, without
 from anymamba.training.genomes import GenomeData
 from anymamba.training.metrics import read_metrics
-from anymamba.training.trainer import resume, train
+from anymamba.training.trainer import read_config, resume, train
 
 A, N = 7, 11
 
@@ -218,6 +218,7 @@ def test_a_run(config, tmp_path):
         "other N are not predicted",
     )
     assert isinstance(load_tokenizer(tmp_path / "run"), DnaTokenizer)
+    assert not read_config(tmp_path / "run").carry_state, "windows do not continue each other"
     model = LanguageModel.from_pretrained(tmp_path / "run")
     assert model.config.vocab_size == 12 and model.config.padded_vocab_size == 16
 
