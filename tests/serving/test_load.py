@@ -154,7 +154,8 @@ async def whole(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 WATCH = """
 import http.client, json, psutil, sys, time
 host, port, pid, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-connection, delays, sizes, end = http.client.HTTPConnection(host, port), [], [], time.monotonic() + seconds
+connection, delays, late, sizes = http.client.HTTPConnection(host, port), [], [], []
+end = time.monotonic() + seconds
 while time.monotonic() < end:
     start = time.perf_counter()
     connection.request("GET", "/health")
@@ -163,10 +164,13 @@ while time.monotonic() < end:
     delays.append(time.perf_counter() - start)
     if len(delays) % 10 == 0:
         sizes.append(psutil.Process(pid).memory_info().rss)
+    start = time.perf_counter()
     time.sleep(0.1)
-print(json.dumps([delays, sizes]))
+    late.append(time.perf_counter() - start - 0.1)
+print(json.dumps([delays, late, sizes]))
 """
-"""Asks for the server's health ten times a second, from a process of its own, and notes the server's memory."""
+"""Asks for the server's health ten times a second, from a process of its own, and notes the server's memory. How much
+later than asked it wakes up tells how long a process waits for a core of this machine."""
 
 
 @pytest.mark.timeout(SECONDS * 2 + 300)
@@ -188,7 +192,7 @@ def test_clients_that_come_go_and_misbehave(nano, tmp_path):
             place = (process.host, str(process.port), str(process.process.pid), str(SECONDS))
             watch = subprocess.Popen([sys.executable, "-c", WATCH, *place], stdout=subprocess.PIPE, text=True)
             asyncio.run(load())
-            delays, sizes = json.loads(watch.communicate()[0])
+            delays, late, sizes = json.loads(watch.communicate()[0])
             time.sleep(3)
             sizes.append(psutil.Process(process.process.pid).memory_info().rss)
             figures = client.get("/metrics").text
@@ -196,15 +200,17 @@ def test_clients_that_come_go_and_misbehave(nano, tmp_path):
     finally:
         process.kill()
     print(dict(counts), [line for line in figures.splitlines() if line.startswith("anymamba_")][-7:])
-    ordered = sorted(delays)
+    slowest, latest = (sorted(found)[len(found) * 99 // 100] for found in (delays, late))
     print([(number, round(delay, 3)) for number, delay in enumerate(delays) if delay > HEALTH])
-    print(f"health: median {statistics.median(delays):.4f} s, 99 % {ordered[len(ordered) * 99 // 100]:.4f} s")
+    print(
+        f"health: median {statistics.median(delays):.4f} s, 99 % {slowest:.4f} s; waking up: 99 % {latest:.4f} s late"
+    )
     print("memory in MB:", [round(size / 1e6) for size in sizes[:: max(1, len(sizes) // 20)]], round(sizes[-1] / 1e6))
     assert again == [expected[n] for n in (0, 7, 19)]
     for name in ("rows", "reading", "queued"):
         assert f"anymamba_{name} 0.0" in figures
     assert counts["ask"] > N_CLIENTS / 10 and counts["stream"] > N_CLIENTS / 10
-    assert statistics.median(delays) < HEALTH
+    assert statistics.median(delays) < HEALTH and slowest < HEALTH + latest
     assert sizes[-1] < 1.1 * sizes[len(sizes) // 5]
 
 

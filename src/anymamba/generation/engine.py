@@ -248,6 +248,7 @@ class Engine:
         else:
             forks = torch.zeros(request.n, dtype=torch.int64, device=logits.device)
             self._running.add(job.rows, select_rows(state, forks))
+            job.rows = []  # they hold the job: without a cycle there is no garbage to collect
 
     # ------------------------------------------------------------------------------------ answers
 

@@ -24,6 +24,7 @@ from anymamba.serving.protocol.bodies import read_json
 from anymamba.serving.protocol.chat import read_chat, read_messages
 from anymamba.serving.protocol.completions import read_completion, read_ids
 from anymamba.serving.protocol.errors import ApiError
+from anymamba.serving.protocol.events import encode_in_pieces
 from anymamba.serving.protocol.fields import read_fields
 from anymamba.serving.protocol.openapi import description
 from anymamba.serving.protocol.tables import DETOKENIZE, TOKENIZE
@@ -198,23 +199,27 @@ class Application:
         served.require_served(values["model"])
         if (values["prompt"] is None) == (values["messages"] is None):
             raise ApiError(400, "give either prompt or messages", param="prompt")
+        body = await asyncio.to_thread(self._tokenized, served, values)  # templates, texts and lists may be long
+        return Response(body, media_type="application/json")
+
+    def _tokenized(self, served: ServedModel, values: Mapping[str, Any]) -> str:
+        """The answer of `tokenize` as JSON."""
         text = values["prompt"]
         if text is None:
-            text = served.require_template().render(
-                read_messages(values["messages"]), add_generation_prompt=values["add_generation_prompt"]
-            )
-        ids = await asyncio.to_thread(served.encode, text)
+            messages = read_messages(values["messages"])
+            text = served.require_template().render(messages, add_generation_prompt=values["add_generation_prompt"])
+        ids = served.encode(text)
         texts = [served.texts.text(token) for token in ids] if values["return_token_strs"] else None
         most = self.limits.max_prompt + self.limits.max_new_tokens
-        return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": texts})
+        return encode_in_pieces({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": texts})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids, as vLLM has it."""
         served = self.ready()
         values = read_fields(DETOKENIZE, await read_json(request, self.limits))
         served.require_served(values["model"])
-        ids = read_ids(values["tokens"], "tokens")
-        return JSONResponse({"prompt": await asyncio.to_thread(served.decode, ids)})
+        text = await asyncio.to_thread(lambda: served.decode(read_ids(values["tokens"], "tokens")))
+        return JSONResponse({"prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:
         """What lm-eval's remote tokenizer asks for."""

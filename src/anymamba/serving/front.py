@@ -13,6 +13,7 @@ HEALTH = b"GET /health HTTP/1.1\r\n"
 LARGEST = 8192
 """Bytes of a request for /health; longer ones go the usual way."""
 _TICK = 0.5
+"""Seconds between two looks for connections that say nothing."""
 _OUT_OF_FILES = 0.05
 """Seconds to wait when the process may open no more files."""
 
@@ -58,13 +59,16 @@ class Front:
         self._selector.close()
 
     def _run(self) -> None:
+        until = time.monotonic()
         while not self._stopping:
             for key, _ in self._selector.select(_TICK):
                 if key.fileobj is self._listening:
                     self._accept()
                 elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._waiting:
                     self._look(key.fileobj)
-            self._close_silent()
+            if time.monotonic() >= until:
+                until = time.monotonic() + _TICK
+                self._close_silent()
 
     def _accept(self) -> None:
         try:

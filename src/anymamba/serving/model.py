@@ -29,6 +29,9 @@ from anymamba.serving.structured import GrammarMask, Grammars
 from anymamba.serving.templates import ChatTemplate
 from anymamba.serving.worker import EngineThread
 
+SHORT = 2000
+"""Characters and tokens up to which a prompt is encoded in the thread of the event loop, in about a millisecond."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -70,7 +73,9 @@ class ServedModel:
         self.require_served(call.options.model)
         mask = await self.mask(call.form)
         kept = await self.load_session(owner, call.options.session)
-        prompts = await asyncio.to_thread(lambda: [self._encode(prompt, kept) for prompt in call.prompts])
+        is_short = kept is None and sum(map(len, call.prompts)) <= SHORT
+        encode = partial(self._encode_all, call.prompts, kept)
+        prompts = encode() if is_short else await asyncio.to_thread(encode)  # a thread takes longer than a short prompt
         for ids in prompts:
             self._check_length(ids, call.max_tokens, "prompt", "max_tokens")
         requests = [
@@ -193,6 +198,9 @@ class ServedModel:
     def _heading(self, options: Options) -> Heading:
         eos_id = None if options.ignore_eos else self.tokenizer.eos_id
         return Heading(self.name, self.fingerprint, options.stream, options.include_usage, eos_id)
+
+    def _encode_all(self, prompts: Sequence[str | list[int]], kept: KeptState | None) -> list[list[int]]:
+        return [self._encode(prompt, kept) for prompt in prompts]
 
     def _encode(self, prompt: str | list[int], kept: KeptState | None) -> list[int]:
         """The ids of a prompt; a text that begins with that of a session's states gets the state's own ids there."""
