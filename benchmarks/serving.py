@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -46,9 +46,20 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+class Serving(NamedTuple):
+    """A server's process."""
+
+    port: int
+    pid: int
+
+    def loop_seconds(self) -> float:
+        """CPU time of the thread of the event loop so far; it is the process's first one."""
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+
+
 @contextmanager
-def server(model: Path, sessions: Path) -> Iterator[int]:
-    """`anymamba serve` as a process; gives its port."""
+def server(model: Path, sessions: Path) -> Iterator[Serving]:
+    """`anymamba serve` as a process."""
     command = [sys.executable, "-m", "anymamba", "serve", "--model", str(model), "--port", "0"]
     command += ["--sessions", str(sessions), "--max-rows", "64", "--tokenizer", str(model)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -57,7 +68,7 @@ def server(model: Path, sessions: Path) -> Iterator[int]:
             for line in process.stdout:
                 found = re.search(r"the page is http://127\.0\.0\.1:(\d+)", line)
                 if found:
-                    yield int(found[1])
+                    yield Serving(int(found[1]), process.pid)
                     break
             else:
                 raise RuntimeError(f"the server did not start: {' '.join(command)}")
@@ -146,16 +157,23 @@ def in_process(port: int, *options: str) -> Any:
 
 
 def overhead(model: InferenceModel, path: Path, folder: Path, n_clients: int, repeats: int) -> str:
-    """A table of the engine alone and through HTTP, in turns."""
-    alone, served = [], []
-    with server(path, folder / "sessions") as port:
+    """A table of the engine alone and through HTTP, in turns, and one of the event loop's own time."""
+    alone, served, loop = [], [], []
+    with server(path, folder / "sessions") as running:
         for seed in range(0, 1000 * repeats, 1000):
             alone.append(engine_seconds(model, n_clients, seed))
-            served.append(in_process(port, "--clients", str(n_clients), "--seed", str(seed)))
+            before = running.loop_seconds()
+            served.append(in_process(running.port, "--clients", str(n_clients), "--seed", str(seed)))
+            loop.append(running.loop_seconds() - before)
     rates = [n_clients * ANSWER / statistics.median(seconds) for seconds in (alone, served)]
     share = rates[0] / rates[1] - 1
     row = [str(n_clients), *(f"{rate:,.0f}" for rate in rates), f"{share:.1%} ({WANTED_OVERHEAD:.0%})"]
-    return table(["clients", "tokens/s, engine", "through HTTP", "overhead (wanted)"], [row])
+    whole = table(["clients", "tokens/s, engine", "through HTTP", "overhead (wanted)"], [row])
+    each, step = statistics.median(loop) / (n_clients * ANSWER), n_clients / rates[0]
+    row = [str(n_clients), f"{each * 1e6:.0f} us", f"{step * 1e3:.1f} ms"]
+    row.append(f"{n_clients * each / step:.1%} ({WANTED_OVERHEAD:.0%})")
+    own = table(["clients", "event loop's CPU time for a token", "step", "share of the step (wanted)"], [row])
+    return f"{whole}\n\nWithout the work of the clients, which run on the same cores:\n\n{own}"
 
 
 def beside_llama_server(program: str, path: Path, folder: Path, gguf: Path, repeats: int) -> str:
@@ -166,7 +184,7 @@ def beside_llama_server(program: str, path: Path, folder: Path, gguf: Path, repe
             seconds: tuple[list[float], list[float]] = ([], [])
             with llama_server(program, gguf, n_clients) as theirs:
                 for seed in range(0, 1000 * repeats, 1000):
-                    for port, found in zip((ours, theirs), seconds, strict=True):
+                    for port, found in zip((ours.port, theirs), seconds, strict=True):
                         found.append(in_process(port, "--clients", str(n_clients), "--seed", str(seed + n_clients)))
             mine, llama = (n_clients * ANSWER / min(found) for found in seconds)
             alone = alone or mine
@@ -178,10 +196,10 @@ def beside_llama_server(program: str, path: Path, folder: Path, gguf: Path, repe
 def restart(path: Path, folder: Path) -> str:
     """The first token of a long session, and of its next turn by another server."""
     prompt = prompt_of(TURN, 5)
-    with server(path, folder / "turns") as port:
-        _, cold, _ = in_process(port, "--session", json.dumps(prompt))
-    with server(path, folder / "turns") as port:
-        _, warm, _ = in_process(port, "--session", json.dumps([*prompt, *prompt_of(20, 6)]))
+    with server(path, folder / "turns") as running:
+        _, cold, _ = in_process(running.port, "--session", json.dumps(prompt))
+    with server(path, folder / "turns") as running:
+        _, warm, _ = in_process(running.port, "--session", json.dumps([*prompt, *prompt_of(20, 6)]))
     row = [f"{cold:.2f} s", f"{warm * 1e3:.0f} ms", f"{warm / cold:.2%}"]
     return table([f"first token after {TURN:,} tokens", "20 more tokens, after a restart", "share"], [row])
 
