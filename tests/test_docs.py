@@ -205,9 +205,25 @@ def prepare(folder: Path, model: Path, text: str) -> None:
     (folder / "regions.bed").write_text("chr1\t0\t9000\nchr1\t9500\t20000\n")
     (folder / "more.jsonl").write_text('{"body": "a text of a row"}\n' * 200)
     (folder / "prompt.txt").write_text("def ")
+    if "anymamba dna" in text:
+        prepare_dna(folder, "".join(bases))
     for place in ("runs/demo", "runs/x", "mamba-130m"):
         if f"--out {place}" not in text:
             shutil.copytree(model, folder / place)
+
+
+def prepare_dna(folder: Path, bases: str) -> None:
+    """A model of DNA, a variant of the genome, and labelled and other sequences."""
+    from anymamba import LanguageModel, ModelConfig
+    from anymamba.data.dna import DnaTokenizer
+
+    model = LanguageModel(ModelConfig(d_model=16, n_layers=1, vocab_size=12, pad_vocab_multiple=16))
+    model.save_pretrained(folder / "runs" / "dna", DnaTokenizer())
+    alt = "A" if bases[99] != "A" else "C"
+    (folder / "variants.vcf").write_text(f"##fileformat=VCFv4.2\nchr1\t100\t.\t{bases[99]}\t{alt}\t.\t.\t.\n")
+    rows = [f"{bases[20 * i : 20 * i + 20]},{i % 2}" for i in range(40)]
+    (folder / "promoters.csv").write_text("\n".join(["seq,label", *rows]) + "\n")
+    (folder / "new.fa").write_text(">one\nACGT\n")
 
 
 def test_a_block_that_fails_is_seen(tmp_path, monkeypatch):
