@@ -6,9 +6,12 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,7 +211,9 @@ def test_a_checkpoint_of_another_model(config: TrainConfig, tmp_path: Path) -> N
     line = only_error(start(tmp_path, 2, "--resume", run, "--steps", 9))
     folder = checkpoints(run)[-1]
     assert line.startswith(f"error: {folder} does not fit the model in train_config.json: ")
-    assert re.search(r"\S+ is \(.*16.*\) in the checkpoint and \(.*24.*\) in the model|\S+ is .* in the checkpoint", line)
+    assert re.search(
+        r"\S+ is \(.*16.*\) in the checkpoint and \(.*24.*\) in the model|\S+ is .* in the checkpoint", line
+    )
     assert files(run) == before
 
 
@@ -263,3 +268,89 @@ def test_training_goes_on_while_a_checkpoint_is_written(pool: Pool, config: Trai
 def files(run: Path) -> dict[str, bytes]:
     """The contents of all files."""
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+# --------------------------------------------------------------------------------------------------- kills
+
+
+def run_with_kills(config_file: Path, tmp_path: Path, steps: int, kills: int, seed: int) -> tuple[Path, int]:
+    """A run of two ranks that loses a random one, at a random moment, as often as said; and how many kills hit it."""
+    draw, run, hit = random.Random(seed), tmp_path / f"killed-{seed}", 0
+    for attempt in range(kills + 1):
+        started = (run / "train_config.json").exists()
+        words = ("--resume", run) if started else ("--config", config_file, "--out", run, "--steps", steps)
+        job = start(tmp_path / f"attempt-{seed}-{attempt}", 2, *words)
+        if attempt < kills:
+            newest = checkpoints(run)[-1] if checkpoints(run) else None
+            if newest is not None or draw.random() < 0.7:  # otherwise at any moment of the start
+                wait_for_newer(job, run, newest)
+            time.sleep(draw.uniform(0, 0.3))
+            os.kill(draw.choice(job.processes).pid, signal.SIGKILL)
+        codes = job.codes()
+        assert None not in codes, job.text(0)
+        hit += -signal.SIGKILL in codes
+        if attempt == kills:
+            assert codes == [0, 0], job.text(0)
+    return run, hit
+
+
+def wait_for_newer(job: Job, run: Path, newest: Path | None) -> None:
+    end = time.monotonic() + 60
+    while all(p.is_alive() for p in job.processes) and time.monotonic() < end:
+        if checkpoints(run) and checkpoints(run)[-1] != newest:
+            return
+        time.sleep(0.01)
+
+
+def straight(config_file: Path, tmp_path: Path, steps: int) -> Path:
+    job = start(tmp_path / "straight-job", 2, "--config", config_file, "--out", tmp_path / "straight", "--steps", steps)
+    assert job.codes() == [0, 0], job.text(0)
+    return tmp_path / "straight"
+
+
+def test_a_run_that_lost_a_rank_goes_on_bit_for_bit(config_file: Path, tmp_path: Path) -> None:
+    want = straight(config_file, tmp_path, 24)
+    run, hit = run_with_kills(config_file, tmp_path, 24, 1, seed=1)
+    assert hit == 1
+    assert_same_several(want, run, 24)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_rank_and_equal_bits(config_file: Path, tmp_path: Path) -> None:
+    want = straight(config_file, tmp_path, 300)
+    run, hit = run_with_kills(config_file, tmp_path, 300, 20, seed=0)
+    assert hit == 20, "each kill must hit the run"
+    assert_same_several(want, run, 300)
+
+
+def assert_same_several(want: Path, got: Path, steps: int) -> None:
+    """All tensors and the position of the last checkpoint, and all recorded losses, are the same bits."""
+    tensors, values = load_checkpoint(checkpoints(got)[-1])
+    want_tensors, want_values = load_checkpoint(checkpoints(want)[-1])
+    assert values["step"] == want_values["step"] == steps
+    assert values["position"] == want_values["position"]
+    assert tensors.keys() == want_tensors.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], want_tensors[name])] == []
+    assert losses(got) == losses(want)
+    assert (got / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
+    assert not list((got / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again(config_file: Path, tmp_path: Path) -> None:
+    """A rank that kills itself at step 4 of the first attempt: torchrun goes on from step 3."""
+    run = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"),
+        *("-m", "tests.training.parallel.dies_once", "train", "--config", str(config_file), "--out", str(run)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert lines == [f"error: rank 1 has died; resume the run with the same torchrun command and --resume {run}"]
+    want = straight(config_file, tmp_path, 6)
+    assert_same_several(want, run, 6)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert again.returncode != 0
+    assert again.stderr.count(f"error: {run} exists; resume it (--resume {run}) or choose another folder") == 2
