@@ -33,6 +33,7 @@ SHARED = {
     *("base.errors", "base.files", "base.locks"),
     *("runtimes.nvrtc", "runtimes.cubins", "kernels.elementwise"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
+    "kernels.selective_scan.chunks",
     *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
     *("kernels.packed_linear.arguments", "kernels.packed_linear.formats", "kernels.packed_linear.cuda"),
     *("data.documents", "data.table", "data.tokenizer", "data.token_ids", "data.byte_level"),

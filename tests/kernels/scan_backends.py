@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from scan_cases import scan_inputs
 from torch import Tensor
 
+from anymamba.kernels.selective_scan import reference
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 
 
@@ -99,3 +101,31 @@ def _laid_out(rng: random.Random, tensor: Tensor) -> Tensor:
     if way == "moved":
         return torch.cat([tensor.new_zeros(3), tensor.flatten()])[3:].view(tensor.shape)
     return tensor
+
+
+def check_summaries(module: Any, a: ScanArguments) -> None:
+    """`summary` and `reverse_summary` of a backend are what the reference's whole passes give, in float64."""
+    wide = ScanArguments(*(t.to(_wide(t.dtype)) if isinstance(t, Tensor) and i != 9 else t for i, t in enumerate(a)))
+    if wide.initial_state is None:
+        wide = wide._replace(initial_state=torch.zeros(a.n_sequences, a.d_inner, a.d_state, dtype=wide.dtype))
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(a.u.shape, generator=generator, dtype=torch.float64)
+    dlast = torch.randn(a.n_sequences, a.d_inner, a.d_state, generator=generator, dtype=wide.dtype)
+    last, first = slice(None), slice(None)
+    if a.cu_seqlens is not None:
+        ends = [(i, end) for i, (start, end) in enumerate(itertools.pairwise(a.cu_seqlens.tolist())) if end > start]
+        last, first = slice(ends[-1][0], ends[-1][0] + 1), slice(ends[0][0], ends[0][0] + 1)
+    steps = wide.delta if a.delta_bias is None else wide.delta + wide.delta_bias
+    steps = torch.nn.functional.softplus(steps) if a.delta_softplus else steps
+    state = reference.forward(wide, False)[1][last]
+    gradient = reference.backward(dy, dlast, wide, dy)[8]
+    got = (*module.summary(a), module.reverse_summary(dy.to(a.u.dtype), dlast.to(a.dtype), a))
+    kinds = (a.dtype, a.real_dtype, a.dtype)
+    for found, want, kind in zip(got, (state, steps.sum(1), gradient[first]), kinds, strict=True):
+        assert found.dtype == kind
+        tolerance = 1e-12 if a.real_dtype == torch.float64 else 1e-5 if a.u.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(found.to(want.dtype), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float64)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from emulation import emulate
-from scan_backends import arguments, contract, results, same_bits
+from scan_backends import arguments, check_summaries, contract, results, same_bits
 from scan_cases import assert_close, assert_within_budget, scan_inputs, widened
 
 from anymamba.kernels.selective_scan import cuda, reference
@@ -97,6 +97,17 @@ def test_general_kernels(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_general_kernels_of_every_variant(case, rule, is_complex, dtype):
     check(**{"rule": rule, "is_complex": is_complex, "dtype": dtype} | GENERAL[case])
+
+
+@pytest.mark.parametrize("case", ["bare", "groups", "packed", "packed chunks"])
+def test_fast_summaries(case):
+    check_summaries(cuda, arguments(scan_inputs(**{"d_state": 16, "dtype": torch.float32} | FAST[case])))
+
+
+@pytest.mark.parametrize("case", ["packed", "chunks"])
+def test_general_summaries(case):
+    options = {"dtype": torch.float64, "is_complex": True, "rule": "zoh"} | GENERAL[case]
+    check_summaries(cuda, arguments(scan_inputs(**options)))
 
 
 STEPS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anymamba.kernels.selective_scan import cuda
 from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.kernels.selective_scan.cuda import passes
 from anymamba.kernels.selective_scan.cuda.call import Call
 
 
@@ -17,7 +17,7 @@ def call_of(dt_rank: int, d_state: int) -> tuple[Call, torch.Tensor, torch.Tenso
     u = torch.randn(2, 8, 64).bfloat16()
     a = ScanArguments(u, u, -torch.rand(64, d_state), B, C)
     call = Call(a)
-    cuda._matrices(call, a, torch.bfloat16)
+    passes.matrices(call, a, torch.bfloat16)
     return call, B, C
 
 

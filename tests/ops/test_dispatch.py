@@ -136,6 +136,12 @@ def test_backends_of_an_op_have_the_same_signatures(op, name):
     assert len(set(signatures.values())) == 1, signatures
 
 
+def test_every_fast_backend_of_the_scan_has_summaries():
+    fast = [m for m in BACKENDS["selective_scan"] if "forward" not in m.TRANSPARENT]
+    for name in ("summary", "reverse_summary"):
+        assert len({inspect.signature(getattr(m, name), eval_str=True) for m in fast}) == 1
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_backend_says_what_it_sees_through(op):
     for module in BACKENDS[op]:
@@ -156,7 +162,15 @@ def test_backends_never_import_each_other(op):
         ours = (
             *(
                 f"anymamba.kernels.{n}"
-                for n in ("elementwise", "native", "nvrtc", "launching", f"{op}.arguments", f"{op}.formats")
+                for n in (
+                    "elementwise",
+                    "native",
+                    "nvrtc",
+                    "launching",
+                    f"{op}.arguments",
+                    f"{op}.formats",
+                    f"{op}.chunks",
+                )
             ),
             module.__name__,
         )

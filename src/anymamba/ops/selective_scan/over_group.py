@@ -36,7 +36,7 @@ def run(arguments: ScanArguments, group: SequenceGroup, backend: str) -> tuple[T
     Raises RuntimeError for backends of torch operations, in forward mode and in transforms of `torch.func`.
     """
     if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
-        raise RuntimeError(f"backend {backend!r} cannot serve a scan over a group; leave backend=None or use portable")
+        raise RuntimeError(f"backend {backend!r} cannot serve a scan over a group; leave backend=None")
     if observers.transformed(*arguments.tensors):
         raise RuntimeError("a scan over a group has no forward mode and no torch.func transforms; scan on one process")
     save = observers.differentiable(*arguments.tensors)
@@ -75,7 +75,7 @@ class _Part(NamedTuple):
             given = None if a.cu_seqlens is not None else a.initial_state
             return end if given is None else end.copy_(given), a.u.new_zeros(a.batch, a.d_inner, dtype=a.real_dtype)
         dispatch.count(OP, self.backend, "summary")
-        return self._kernel().summary(a)
+        return dispatch.kernel(OP, self.backend).summary(a)
 
     def reverse_summary(self, dy: Tensor, dlast_state: Tensor) -> Tensor:
         """The gradient of the state that arrives here (rows, d, n), if that of what departs is zero."""
@@ -83,12 +83,8 @@ class _Part(NamedTuple):
         if self.group.rank == 0 or a.length == 0:  # nothing arrives, or only what departs
             return a.u.new_zeros(a.batch, a.d_inner, a.d_state, dtype=a.dtype)
         dispatch.count(OP, self.backend, "reverse summary")
-        gradient = self._kernel().reverse_summary(dy, dlast_state, a)
+        gradient = dispatch.kernel(OP, self.backend).reverse_summary(dy, dlast_state, a)
         return gradient if offsets is None else torch.where(self.group.arriving(offsets).any(), gradient, 0)
-
-    def _kernel(self) -> Any:
-        module = dispatch.kernel(OP, self.backend)
-        return module if hasattr(module, "summary") else dispatch.kernel(OP, "portable")
 
     def fold(self, leaving: Tensor, steps: Tensor, ranks: Iterable[int], *, reverse: bool) -> Tensor:
         """The state that reaches the rank after those of `ranks`, or a gradient on the way back.

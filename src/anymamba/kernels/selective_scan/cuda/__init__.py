@@ -10,10 +10,25 @@ import torch
 from torch import Tensor
 
 from anymamba.kernels.selective_scan.arguments import ScanArguments
-from anymamba.kernels.selective_scan.cuda import plan
+from anymamba.kernels.selective_scan.cuda import passes, plan
 from anymamba.kernels.selective_scan.cuda.call import Call, real
+from anymamba.kernels.selective_scan.cuda.summary import reverse_summary, summary
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import aligned
+
+__all__ = [
+    "CLAMPS_OFFSETS",
+    "NAME",
+    "TRANSPARENT",
+    "backward",
+    "description",
+    "forward",
+    "refuses",
+    "reverse_summary",
+    "saved_shape",
+    "step",
+    "summary",
+    "unavailable",
+]
 
 NAME = "cuda"
 TRANSPARENT: frozenset[str] = frozenset()
@@ -54,12 +69,12 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         initial = torch.zeros_like(last_state) if a.initial_state is None else a.initial_state
         return a.u.new_empty(a.u.shape), last_state.copy_(initial), saved
     layouts = plan.layouts(a)
-    call, dtype = _start(a, layouts)
+    call, dtype = passes.start(a, layouts)
     y = a.u.new_empty(a.u.shape, dtype=dtype)
     call.rows(y=y)
     call.dense(last_state=last_state, saved=saved if save else None)
     if a.cu_seqlens is not None:
-        _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
+        passes.between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
     _fast_forward(call, layouts, dtype) if layouts else _general_forward(call)
     return y.to(a.u.dtype), last_state, saved
 
@@ -74,7 +89,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
         return [du, ddelta, *summed[:4], dz, summed[4], passed]
     dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))  # autograd hands over lazy ones
     layouts = plan.layouts(a)
-    call, dtype = _start(a, layouts)
+    call, dtype = passes.start(a, layouts)
     rows = (du, ddelta, dz)
     written = [None if t is None else t.new_empty(t.shape, dtype=dtype) if layouts else t for t in rows]
     call.rows(dy=dy.to(dtype), du=written[0], ddelta=written[1], dz=written[2])
@@ -83,7 +98,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     call.dense(saved=saved, dinitial_state=states)
     call.gradients(dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
     if a.cu_seqlens is not None and dinitial is not None:
-        _between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
+        passes.between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
     _fast_backward(call, a, layouts, dtype) if layouts else _general_backward(call, a)
     du, ddelta, dz = (None if t is None or w is None else w.to(t.dtype) for t, w in zip(rows, written, strict=True))
     initial = None if dinitial is None or states is None else states.to(dinitial.dtype)
@@ -97,7 +112,7 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
         return y, state
     call = Call(a)
     call.rows(u=a.u, delta=a.delta, z=a.z, y=y)
-    _matrices(call, a)
+    passes.matrices(call, a)
     call.dense(last_state=state)
     threads, fast = plan.GENERAL_THREADS, plan.fast_step(a)
     lanes = min(32, _power_of_two(-(-a.d_state // plan.STATES_OF_LANE) if fast else a.d_state))
@@ -118,106 +133,27 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _start(a: ScanArguments, layouts: plan.Layouts | None) -> tuple[Call, torch.dtype]:
-    """A call with the op's inputs, and the dtype in which kernels write tokens."""
-    call = Call(a)
-    dtype = plan.element(a) if layouts else a.u.dtype
-    tensors = {"u": a.u, "delta": a.delta, "z": a.z}
-    call.rows(**{k: t if t is None or not layouts else t.to(dtype) for k, t in tensors.items()})
-    _matrices(call, a, dtype if layouts else None)
-    call.set(states=plan.padded_states(a, layouts))
-    if a.cu_seqlens is not None:
-        offsets = a.cu_seqlens.to(torch.int64).cummax(0).values
-        call.dense(offsets=offsets)
-        call.scratch("sequence_of", a.length, dtype=torch.int32)
-        _between(call, "find_sequences", a.length)
-    return call, dtype
-
-
-def _matrices(call: Call, a: ScanArguments, dtype: torch.dtype | None = None) -> None:
-    """B, C, and what has no time; `dtype` is that of the fast kernels.
-
-    Those take B and C whose tokens do not start at multiples of 16 bytes as a dense copy. They are slices of a product
-    (dt_rank + 2 d_state columns, 44 for a d_model of 192), a fraction of u, and a scan takes 3 times as long without.
-    """
-    for name, matrix in (("B", a.B), ("C", a.C)):
-        if matrix.ndim == 4:
-            if dtype is not None:
-                matrix = matrix.to(dtype)
-                matrix = matrix if aligned(matrix, 16 // dtype.itemsize) else matrix.contiguous()
-            call.rows(**{name: matrix})
-        else:
-            call.states(**{f"constant_{name}": matrix})
-    call.states(A=a.A, initial_state=a.initial_state)
-    call.vectors(D=a.D, delta_bias=a.delta_bias)
-
-
-def _between(call: Call, kernel: str, n_threads: int) -> None:
-    threads = plan.SMALL_THREADS
-    call.launch(plan.general("between", kernel, call.dtype), -(-n_threads // threads), threads)
-
-
-def _blocks(call: Call, block_channels: int) -> int:
-    """Set and return how many blocks of channels there are, of all rows."""
-    blocks_of_group = call.padded // block_channels
-    call.set(blocks_of_group=blocks_of_group)
-    return call["batch"] * call["n_groups"] * blocks_of_group
-
-
-def _split(call: Call, n_blocks: int, held: int, summary: float = 0.5) -> None:
-    """Decide on chunks of time; a multiprocessor holds so many blocks."""
-    machine = plan.Machine(nvrtc.device(call.index).n_multiprocessors, held, summary=summary)
-    _set_split(call, plan.split(call["length"], n_blocks, machine))
-
-
-def _set_split(call: Call, split: plan.Split) -> None:
-    call.set(chunk=split.chunk, n_chunks=split.n_chunks, n_parts=call["batch"] * split.n_chunks)
-
-
-def _scratch_of_chunks(call: Call) -> None:
-    shape = (call["batch"], call["n_chunks"], call["states"], call["channels"])
-    for name in ("chunk_states", "chunk_decays"):
-        call.scratch(name, *shape)
-
-
-def _carry(call: Call) -> None:
-    _between(call, "carry", call["batch"] * call["states"] * call["channels"])
-
-
 def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None:
     channels = call["batch"] * call["channels"]
     device = nvrtc.device(call.index)
     layout, warps, split = plan.forward_plan(call["length"], channels, layouts.warps, dtype, call["states"], device)
-    _set_split(call, split)
+    passes.set_split(call, split)
     if call["saved"]:
         nvrtc.prepare(plan.variants_of_training(layout, layouts, dtype, call["states"], split.n_chunks > 1), call.index)
     if split.n_chunks > 1:
-        _scratch_of_chunks(call)
-        _fast_scan(call, layout, warps, dtype, plan.SUMMARY, split.n_chunks - 1)
-    _fast_scan(call, layout, warps, dtype, plan.FORWARD, split.n_chunks)
-
-
-def _fast_scan(call: Call, layout: plan.Layout, warps: int, dtype: torch.dtype, passage: int, n_chunks: int) -> None:
-    n_blocks = _blocks(call, layout.block_channels)
-    call.set(passage=passage)
-    shared = plan.shared_of_forward(layout, warps, dtype, call["states"], passage)
-    call.launch(plan.fast_forward(layout, dtype, call["states"], passage), n_blocks * n_chunks, 32 * warps, shared)
+        passes.scratch_of_chunks(call)
+        passes.fast_scan(call, layout, warps, dtype, plan.SUMMARY, split.n_chunks - 1)
+    passes.fast_scan(call, layout, warps, dtype, plan.FORWARD, split.n_chunks)
 
 
 def _general_forward(call: Call) -> None:
-    n_blocks = _blocks(call, 32)
-    _split(call, n_blocks, 4)
-    _scratch_of_chunks(call)
+    n_blocks = passes.blocks(call, 32)
+    passes.split(call, n_blocks, 4)
+    passes.scratch_of_chunks(call)
     if call["n_chunks"] > 1:
-        _general_scan(call, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
-        _carry(call)
-    _general_scan(call, plan.FORWARD, n_blocks * call["n_chunks"])
-
-
-def _general_scan(call: Call, passage: int, n_blocks: int) -> None:
-    call.set(passage=passage)
-    variant = plan.general("general_forward", "scan", call.dtype)
-    call.launch(variant, n_blocks, plan.GENERAL_THREADS, plan.shared_of_general(call.dtype, backward=False))
+        passes.general_scan(call, plan.SUMMARY, n_blocks * (call["n_chunks"] - 1))
+        passes.carry(call)
+    passes.general_scan(call, plan.FORWARD, n_blocks * call["n_chunks"])
 
 
 def _scratch_of_parts(call: Call, a: ScanArguments) -> None:
@@ -231,12 +167,12 @@ def _scratch_of_parts(call: Call, a: ScanArguments) -> None:
 
 
 def _general_backward(call: Call, a: ScanArguments) -> None:
-    n_blocks = _blocks(call, 32)
-    _split(call, n_blocks, 4)
-    _scratch_of_chunks(call)
+    n_blocks = passes.blocks(call, 32)
+    passes.split(call, n_blocks, 4)
+    passes.scratch_of_chunks(call)
     if call["n_chunks"] > 1:
-        _general_scan(call, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
-        _carry(call)
+        passes.general_scan(call, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
+        passes.carry(call)
     _scratch_of_parts(call, a)
     call.scratch("checkpoints", call["n_parts"], 4, call["states"], call["channels"])
     for name, matrix in (("dB_parts", a.B), ("dC_parts", a.C)):
@@ -247,17 +183,17 @@ def _general_backward(call: Call, a: ScanArguments) -> None:
     variant = plan.general("general_backward", "scan_backward", call.dtype)
     shared = plan.shared_of_general(call.dtype, backward=True)
     call.launch(variant, n_blocks * call["n_chunks"], plan.GENERAL_THREADS, shared)
-    _between(call, "sum_blocks", a.batch * a.length * a.d_state * a.n_groups)
-    _between(call, "sum_parts", (a.d_state + 2) * call["channels"])
+    passes.between(call, "sum_blocks", a.batch * a.length * a.d_state * a.n_groups)
+    passes.between(call, "sum_parts", (a.d_state + 2) * call["channels"])
 
 
 def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: torch.dtype) -> None:
     layout = layouts.backward
-    n_blocks = _blocks(call, layout.block_channels)
-    _split(call, n_blocks, layout.blocks, plan.SUMMARY_BACKWARD)
+    n_blocks = passes.blocks(call, layout.block_channels)
+    passes.split(call, n_blocks, layout.blocks, plan.SUMMARY_BACKWARD)
     if call["n_chunks"] > 1:
-        _scratch_of_chunks(call)
-        _fast_scan(call, plan.WIDE, layouts.warps, dtype, plan.REVERSE, call["n_chunks"] - 1)
+        passes.scratch_of_chunks(call)
+        passes.fast_scan(call, plan.WIDE, layouts.warps, dtype, plan.REVERSE, call["n_chunks"] - 1)
     _scratch_of_parts(call, a)
     n_pieces = -(-a.length // plan.SAVED_EVERY) * plan.SAVED_EVERY // layout.tokens
     n_units = a.batch * n_pieces * call["states"] * 2

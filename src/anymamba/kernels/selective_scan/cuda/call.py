@@ -28,6 +28,7 @@ FIELDS = (
         "states",
         "channels",
         "n_parts",
+        "first_chunk",
         "softplus",
         "zoh",
         "passage",
@@ -74,6 +75,7 @@ class Call:
             n_chunks=1,
             chunk=-(-a.length // 64) * 64,
             aligned=1,
+            first_chunk=1,
             softplus=a.delta_softplus,
             zoh=a.b_discretization == "zoh",
         )

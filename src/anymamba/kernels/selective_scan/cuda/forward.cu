@@ -109,7 +109,7 @@ DEVICE Tiles tiles_of(const Parameters& p, const Place& at, int length, int tile
 }
 
 KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
-    const Place at = place_of_block(p, BLOCK_CHANNELS, PASS == REVERSE);
+    const Place at = place_of_block(p, BLOCK_CHANNELS, PASS == REVERSE ? int(p.first_chunk) : 0);
     int lane = threadIdx.x % 32;
     keep(lane);
     const int warp = shuffle(int(threadIdx.x / 32), 0);
@@ -268,8 +268,9 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             }
         }
         const u32 parity = (warp == 0 ? k + 1 : k) & 1;  // the first warp of the first tile waits for nobody
-        const Boundaries edges =
+        Boundaries edges =
             boundaries_of(options & IS_PACKED, around, tokens, TOKENS, first - start, final - first, lane);
+        if (PASS == REVERSE && at.begin + first == 0) edges.starts &= ~1u;  // the row's first state has a gradient, too
         const bool saving = PASS == FORWARD && p.saved && first % SAVED_EVERY == 0 && tokens > 0;
         float* saved = reinterpret_cast<float*>(p.saved);
         if (saving) {

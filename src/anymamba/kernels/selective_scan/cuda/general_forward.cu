@@ -13,7 +13,7 @@ struct OfBlock {
 
 KERNEL(THREADS, 1) scan(PARAMETER Parameters p) {
     const bool reverse = p.passage == REVERSE, forward = p.passage == FORWARD;
-    const Place at = place_of_block(p, 32, reverse);
+    const Place at = place_of_block(p, 32, reverse ? int(p.first_chunk) : 0);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const i64 length = at.end - at.begin, n_tiles = (length + TILE - 1) / TILE;
     OfBlock& block = *reinterpret_cast<OfBlock*>(shared_memory());
@@ -34,7 +34,8 @@ KERNEL(THREADS, 1) scan(PARAMETER Parameters p) {
         }
         sync_block();
         const int around = sequences_around(p, first, TILE, lane);
-        const Boundaries edges = boundaries_of_tile(p, around, first, tokens, lane);
+        Boundaries edges = boundaries_of_tile(p, around, first, tokens, lane);
+        edges.starts &= ~u32(reverse & (first == 0));  // the row's first state has a gradient, too
 
         for (i64 slab = warp * SLAB; slab < p.d_state; slab += WARPS * SLAB) {
             States own = states_of(p, at, slab, lane);

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from anymamba.kernels.elementwise import sum_of_steps
 from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.kernels.selective_scan.chunks import first_sequence, last_sequence
 from anymamba.kernels.selective_scan.triton import plan
 from anymamba.kernels.selective_scan.triton.call import Call
 from anymamba.runtimes import triton
@@ -96,3 +98,19 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
     if a.u.numel():
         Call(a).step(y, state)
     return y, state
+
+
+def summary(a: ScanArguments) -> tuple[Tensor, Tensor]:
+    """The state (b, d, n) after the last token of each row, and the sum of the row's steps (b, d)."""
+    states = forward(a._replace(C=a.B, D=None, z=None), save=False)[1]
+    states = states if a.cu_seqlens is None else states[last_sequence(a.cu_seqlens)]
+    return states, sum_of_steps(a.delta, a.delta_bias, a.delta_softplus, a.real_dtype)
+
+
+def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor:
+    """The gradient of the state (b, d, n) before the first token of each row."""
+    if a.initial_state is None:
+        a = a._replace(initial_state=a.u.new_zeros(a.n_sequences, a.d_inner, a.d_state, dtype=a.dtype))
+    gradient = backward(dy, dlast_state, a, forward(a, save=True)[2])[-1]
+    assert gradient is not None
+    return gradient if a.cu_seqlens is None else gradient[first_sequence(a.cu_seqlens)]
