@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from anymamba.base.files import own_folder
 from anymamba.data.batches import Batch
@@ -70,7 +71,11 @@ def _process_group(launch: Launch, kind: str) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives a restart, with the addresses of the processes before it
+    store = dist.PrefixStore(f"anymamba-{launch.restarts}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield
     except BaseException:
