@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -80,6 +82,29 @@ def test_it_ends_where_nobody_reads_its_lines(start):
     assert process.wait(20) == 143
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_an_output_that_takes_no_lines_ends_nothing(model_folder):
+    processes = {}
+    command = [sys.executable, "-m", "anymamba", "serve", "--model", str(model_folder), "--sessions", "off"]
+    for redirection in ("> >(exit)", ">&-", ">/dev/full"):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        shell = ["bash", "-c", f'exec "$@" {redirection}', "bash", *command, "--port", port]
+        processes[port] = subprocess.Popen(shell, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    for port, process in processes.items():
+        answer = None
+        while (answer is None or answer.status_code != 200) and time.monotonic() < end:
+            time.sleep(0.1)
+            with suppress(httpx.HTTPError):
+                answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x", "max_tokens": 1})
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=20)
+        assert answer is not None and answer.status_code == 200, told
+        assert process.returncode == 143
+        assert [line.split()[0] for line in told.splitlines()] == ["loading", "stopping:", "terminated"], told
+
+
 def ask_and_stop(process: subprocess.Popen[str], address: str) -> dict[str, str]:
     """Send SIGTERM while a short and a long answer are running. Returns the last line of each."""
     ends = {}
@@ -122,6 +147,8 @@ def test_flags_that_cannot_be_served_are_refused(refused, model_folder, tmp_path
         (["--api-key-file", empty], "no API key"),
         (["--chat-template", "nothing"], "plain or chatml"),
         (["--cache-folder", tmp_path, "--cache-memory", "0"], "--cache-memory"),
+        (["--slowdown", "0.5"], "--slowdown must be a number of at least 1"),
+        (["--longest-wait", "inf"], "--longest-wait must be a number of at least 0"),
     ):
         assert told in refused(2, "serve", "--model", model_folder, *flags)
 
@@ -137,8 +164,11 @@ def test_flags_reach_their_parts(tmp_path):
         memory=7,
         sessions="redis://x",
         max_new_tokens=9,
+        longest_wait=20,
+        slowdown=4,
     )
     limits, engine, sessions = checked_options(options)
+    assert (engine.longest_wait, engine.slowdown) == (0.02, 4)
     assert (limits.max_body, limits.chat_tokens, engine.memory) == (2_000_000, 9, 7_000_000)
     assert sessions is not None and (sessions.place, sessions.quota) == ("redis://x", 2_000_000_000)
     owners = {open_guard(options).owner({"authorization": f"Bearer {key}"}) for key in ("one", "two", "three")}

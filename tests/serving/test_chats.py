@@ -24,6 +24,10 @@ WEATHER = {
         },
     },
 }
+BROKEN = {
+    "type": "function",
+    "function": {"name": "broken", "parameters": {"type": "object", "properties": {"a": {"pattern": "((("}}}},
+}
 TIME = {"type": "function", "function": {"name": "time"}}
 POINT = {
     "type": "object",
@@ -114,6 +118,8 @@ def test_other_forms(server):
             {"tools": [{**WEATHER, "function": {"name": "f", "parameters": {"type": 3}}}], "tool_choice": "required"},
             "tools",
         ),
+        ({"tools": [BROKEN, TIME], "tool_choice": {"type": "function", "function": {"name": "broken"}}}, "tools"),
+        ({"tools": [BROKEN, TIME], "tool_choice": "required", "stream": True}, "tools"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_with_the_reason(server, fields, param):

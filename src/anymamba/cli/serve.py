@@ -18,7 +18,7 @@ import tyro
 
 from anymamba.base.sizes import require_at_least
 from anymamba.console.flags import read_flags
-from anymamba.console.output import say, size
+from anymamba.console.output import printable, say, size
 from anymamba.console.runtime import Runtime, load_model, open_model
 from anymamba.console.signals import EXIT_CODES, Terminated
 from anymamba.serving.limits import Limits
@@ -79,6 +79,10 @@ class ServeOptions:
     """Tokens of an answer, at most."""
     max_body: int = Limits.max_body // MEGABYTE
     """Megabytes of a request, at most."""
+    longest_wait: float = 50.0
+    """Milliseconds that a running answer may wait for its next token while prompts are read."""
+    slowdown: float = 2.5
+    """How many times as long as without prompts it may wait, if that is shorter; more reads prompts sooner."""
     memory: int = 1000
     """Megabytes for the states of running answers."""
     cache_memory: int = 1000
@@ -180,6 +184,9 @@ def checked_options(options: ServeOptions) -> tuple[Limits, EngineOptions, Sessi
     for flag, value in (("--stop-seconds", options.stop_seconds), ("--session-days", options.session_days)):
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"{flag} must be a number of at least 0, got {value}")
+    for flag, value, least in (("--longest-wait", options.longest_wait, 0), ("--slowdown", options.slowdown, 1)):
+        if not math.isfinite(value) or value < least:
+            raise ValueError(f"{flag} must be a number of at least {least}, got {value}")
     if options.cache_folder is not None and not options.cache_memory:
         raise ValueError("--cache-folder takes what --cache-memory has no room for, and that is 0; leave one out")
     limits = Limits(
@@ -196,6 +203,8 @@ def checked_options(options: ServeOptions) -> tuple[Limits, EngineOptions, Sessi
         cache_folder=options.cache_folder,
         cache_disk=options.cache_disk * MEGABYTE,
         share_cache=options.share_cache,
+        longest_wait=options.longest_wait / 1000,
+        slowdown=options.slowdown,
     )
     if options.sessions == "off":
         return limits, engine, None
@@ -259,14 +268,27 @@ def announce(served: ServedModel, options: ServeOptions, address: str, sessions:
 
     one = state_bytes(served.model.init_state(1)) + 4 * served.model.config.vocab_size
     n_users = options.cache_memory * MEGABYTE // one
-    print(f"{served.name}: the page is {address}, the API {address}/v1")
-    print(
+    lines = [
+        f"{served.name}: the page is {address}, the API {address}/v1",
         f"room: {served.worker.engine.max_rows} answers at once; the states of {n_users:,} users, "
-        f"{size(one)} each, fit into {options.cache_memory:,} MB"
-    )
-    print(f"sessions: {sessions.place}" if sessions is not None else "sessions: off")
+        f"{size(one)} each, fit into {options.cache_memory:,} MB",
+        f"sessions: {sessions.place}" if sessions is not None else "sessions: off",
+    ]
     if served.template is None:
-        print("chat: the model has no chat template; give --chat-template for /v1/chat/completions")
+        lines.append("chat: the model has no chat template; give --chat-template for /v1/chat/completions")
     if not options.api_key and options.api_key_file is None:
-        print("API key: none, so every program on this machine may ask; give --api-key-file to ask for one")
-    sys.stdout.flush()
+        lines.append("API key: none, so every program on this machine may ask; give --api-key-file to ask for one")
+    print_or_lose(lines)
+
+
+def print_or_lose(lines: Sequence[str]) -> None:
+    """Print lines to stdout. Where it is closed or full, they are lost, and the server goes on."""
+    if sys.stdout is None:
+        return
+    try:
+        print(*(printable(line, sys.stdout) for line in lines), sep="\n", flush=True)
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(
+                nowhere.fileno(), sys.stdout.fileno()
+            )  # what is still buffered would fail at the end of the process

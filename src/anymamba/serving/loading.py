@@ -44,7 +44,9 @@ class EngineOptions:
     share_cache: bool = False
     """Whether all keys find each other's states."""
     longest_wait: float = 0.05
-    """Seconds that a running answer may wait while prompts are read."""
+    """Seconds that a running answer may wait for its next token while prompts are read."""
+    slowdown: float = 2.5
+    """How many times as long as without prompts it may wait at most, if that is shorter."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def make_engine(model: LanguageModel, tokenizer: Tokenizer, options: EngineOptio
         tokenizer,
         max_rows=options.max_rows or min(MOST_ROWS, rows_within(model, options.memory)),
         longest_wait=options.longest_wait,
+        slowdown=options.slowdown,
         prefix_tree=tree if options.cache_memory else None,
     )
     return engine

@@ -114,7 +114,7 @@ class Server:
         listening: the socket.
         load: loads the model; called with the event loop in a thread of its own.
         stop_seconds: how long running answers may go on after `stop`.
-        on_ready: called when the model is loaded.
+        on_ready: called when the model is loaded; an error of it ends the server.
     """
 
     def __init__(
@@ -201,16 +201,15 @@ class Server:
     async def _load_model(self) -> None:
         try:
             served = await _in_daemon_thread(self._load)
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*COLLECTIONS)
+            served.worker.start()
+            self._application.serve(served)
+            self._on_ready(served)
         except Exception as error:
             self._error = error
             self.stop()
-            return
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*COLLECTIONS)
-        served.worker.start()
-        self._application.serve(served)
-        self._on_ready(served)
 
     async def _collect_when_idle(self) -> None:
         """Collect old garbage once after each time of work, in the first second without any, and seldom during work."""
