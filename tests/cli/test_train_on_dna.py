@@ -98,11 +98,8 @@ def test_bad_genomes(refused, tmp_path, files, words):
     if bed is not None:
         (tmp_path / "g.bed").write_text(bed)
         paths.append(tmp_path / "g.bed")
-    code = 2
-    line = refused(code, "train", "--data", *paths, "--out", tmp_path / "run", *SMALL, "--context", 32)
+    line = refused(2, "train", "--data", *paths, "--out", tmp_path / "run", *SMALL, "--context", 32)
     assert words in line, line
-    if words.startswith("each window"):
-        return  # found in the first step
     assert not (tmp_path / "run").exists()
 
 

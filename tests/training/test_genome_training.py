@@ -109,6 +109,8 @@ def test_each_process_gets_its_rows(config):
         assert torch.equal(batch.input_ids, torch.cat([part.input_ids for part in mine]))
         assert all(part.position == batch.position for part in mine)
         assert mine[0].cu_seqlens.tolist() == [0, 64]
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 4 processes, got 2"):
+        next(training_batches(training, config, None, None, rank=0, world_size=4))
 
 
 def test_held_out_batches_are_the_same_at_every_call_and_end(config):
@@ -168,6 +170,29 @@ def test_labels_of_a_bed_file_are_splits(config, fasta, tmp_path):
     assert "splits by the labels of the BED files: 2 train, 1 valid, 1 test; test is not read" in training.notes
 
 
+def test_a_genome_with_splits_beside_one_without(config, fasta, tmp_path):
+    """Nothing with the label test is ever read."""
+    bed, other = tmp_path / "splits.bed", tmp_path / "other.fa"
+    bed.write_text("chr1\t0\t2000\ttrain\nchr1\t2600\t2900\ttest\n")
+    other.write_text(">x\n" + "ACGT" * 50)
+    mixed = with_data(config, paths=(str(fasta), str(bed), str(other)), eval_paths=(str(other),))
+    with pytest.warns(DataWarning, match="200 bases are in intervals to train on and in held-out ones"):
+        training, held_out = opened(mixed)
+    assert [i[:3] for _, intervals in training.sources for i in intervals] == [("chr1", 0, 2000), ("x", 0, 200)]
+    assert held_out.n_tokens == 200
+    bed.write_text("chr1\t0\t2000\ttrain\nchr1\t2600\t2900\tgene\n")
+    with pytest.raises(ValueError, match=r"are names of splits \(train, valid, test\) and others, such as 'gene'"):
+        opened(mixed)
+
+
+def test_held_out_stretches_of_N_are_none(config, tmp_path):
+    path = tmp_path / "n.fa"
+    path.write_text(">a\n" + "ACGT" * 500 + "N" * 100 + "\n")
+    with pytest.warns(DataWarning, match="no stretch of 64 bases without N is left"):
+        _, held_out = opened(with_data(config, paths=(str(path),)))
+    assert held_out is None
+
+
 def test_files_to_evaluate_on(config, fasta, tmp_path):
     bed, other = tmp_path / "valid.bed", tmp_path / "other.fa"
     bed.write_text("chr1\t4000\t5000\nchr9\t0\t5\n")
@@ -184,7 +209,7 @@ def test_nothing_to_hold_out(config, fasta, tmp_path):
     bed = tmp_path / "a.bed"
     bed.write_text("chr1\t0\t70\n")
     with pytest.warns(
-        DataWarning, match="nothing is held out, so there is no evaluation: no stretch of 64 bases is left"
+        DataWarning, match="nothing is held out, so there is no evaluation: no stretch of 64 bases without N is left"
     ):
         _, held_out = opened(with_data(config, paths=(str(fasta), str(bed)), held_out_fraction=1e-9))
     assert held_out is None

@@ -1,4 +1,4 @@
-"""`anymamba cache`: shows the cached tables of tokens, and deletes them."""
+"""`anymamba cache`: shows the cached tables of tokens and packed genomes, and deletes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Show the cached tables of tokens that `train` and `eval` have made of text files, the last used one first.
+    """Show the cached tables of tokens that `train` and `eval` have made of texts, and the packed genomes, the last
+    used one first.
 
     A table that is deleted is made again when it is needed. Delete none that a run is reading.
     """

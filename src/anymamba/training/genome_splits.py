@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 
-from anymamba.data.dna import Interval, Source
+from anymamba.data.dna import Genome, Interval, Source
 from anymamba.training.tables import is_held_out
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
@@ -15,20 +15,33 @@ _WINDOWS_TO_CUT = 10  # an interval is cut if it has this many windows; a shorte
 
 
 def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:
-    """The intervals to train on, those that are held out, and a line about them, if all labels are names of splits.
+    """The intervals to train on, those that are held out, and a line about them; None if no label is a split's name.
 
-    None if a label is none, or if no interval is for training.
+    Genomes without such labels are trained on as a whole. Raises ValueError for a genome with labels of both kinds.
     """
-    splits = [(genome, [(SPLITS.get(i.label.lower(), ""), i) for i in intervals]) for genome, intervals in sources]
-    counts = Counter(split for _, intervals in splits for split, _ in intervals)
-    if counts[""] or not counts["train"]:
+    splits = [(genome, _splits(genome, intervals)) for genome, intervals in sources]
+    counts = Counter(split for _, found in splits for split, _ in found)
+    if set(counts) <= {""}:
         return None
 
-    def chosen(wanted: str) -> list[Source]:
-        return [(genome, [i for split, i in intervals if split == wanted]) for genome, intervals in splits]
+    def chosen(*wanted: str) -> list[Source]:
+        return [(genome, [interval for split, interval in found if split in wanted]) for genome, found in splits]
 
     told = ", ".join(f"{counts[split]:,} {split}" for split in ("train", "valid", "test"))
-    return chosen("train"), chosen("valid"), f"splits by the labels of the BED files: {told}; test is not read"
+    return chosen("train", ""), chosen("valid"), f"splits by the labels of the BED files: {told}; test is not read"
+
+
+def _splits(genome: Genome, intervals: Sequence[Interval]) -> list[tuple[str, Interval]]:
+    """Each interval with the name of its split, which is empty for a genome without splits."""
+    found = [(SPLITS.get(interval.label.lower(), ""), interval) for interval in intervals]
+    names = {split for split, _ in found}
+    if "" in names and "train" in names:
+        other = next(interval.label for split, interval in found if not split)
+        raise ValueError(
+            f"the labels of the intervals of {genome.source} are names of splits (train, valid, test) and others, such "
+            f"as {other!r}; give one kind"
+        )
+    return [("", interval) for _, interval in found] if "" in names else found
 
 
 def held_out_ends(sources: Sequence[Source], fraction: float, context: int) -> tuple[list[Source], list[Source]]:

@@ -85,7 +85,12 @@ class GenomeData:
     def batches(
         self, config: TrainConfig, position: dict[str, Any] | None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Endless batches for training, from a position on; each process of `world_size` gets its rows."""
+        """Endless batches for training, from a position on; each process of `world_size` gets its rows.
+
+        Raises ValueError if the batch size is no multiple of `world_size`.
+        """
+        if config.batch_size % world_size:
+            raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {config.batch_size}")
         here: dict[str, Any] = position or {"batch": 0, "context": 0, "dropped": 0, "windows": None}
         found = stages(config, self.n_windows)
         windows: GenomeWindows | None = None
@@ -104,6 +109,10 @@ class GenomeData:
             }
             mine = stage.batch_size // world_size
             yield self._batch(letters[rank * mine : (rank + 1) * mine], here)
+
+    def require_known(self, config: TrainConfig) -> None:
+        """Raise ValueError if all windows have too many N."""
+        self._windows(config, config.context, None).take(1)
 
     def held_out_batches(self, config: TrainConfig) -> Iterator[Batch]:
         """The first windows, in order and on their own strands, up to `eval_tokens`; the same ones at every call."""
@@ -146,20 +155,23 @@ def open_genomes(
     """The intervals to train on, and those that are held out (None if there are none).
 
     Held out are the files of `eval_paths`; or the intervals with the label valid, if BED files have such labels; or the
-    ends of intervals, `held_out_fraction` of their bases. Raises ValueError if no window is left to train on.
+    ends of intervals, `held_out_fraction` of their bases. With labels only the intervals with the label train are
+    trained on. Raises ValueError if no window is left to train on.
     """
     data = config.data
     _refuse_options_of_text(data)
     opening = _Opening(data, progress)
     files = find_genomes(data.paths, data.exclude)
     training = opening.sources(files)
+    held_out: list[Source] = []
+    labelled = by_labels(training)
+    if labelled is not None:
+        training, held_out, said = labelled
+        opening.notes.append(said)
     if data.eval_paths:
         only = files[0].genome if len(files) == 1 else None
         held_out = opening.sources(find_genomes(data.eval_paths, data.exclude, only))
-    elif (labelled := by_labels(training)) is not None:
-        training, held_out, said = labelled
-        opening.notes.append(said)
-    else:
+    elif labelled is None:
         training, held_out = held_out_ends(training, data.held_out_fraction, config.context)
     _warn_of_shared(n_shared(training, held_out))
     return _with_windows(
@@ -216,12 +228,13 @@ def _with_windows(
             f"no interval to train on has {config.context:,} bases; take a shorter context (--context) or longer "
             "intervals"
         )
-    if held_out.n_windows(config.context):
+    training.require_known(config)
+    if held_out.n_windows(config.context) and next(held_out.held_out_batches(config), None) is not None:
         return training, held_out
     if config.data.held_out_fraction or config.data.eval_paths:
         warnings.warn(
-            f"nothing is held out, so there is no evaluation: no stretch of {config.context:,} bases is left for it; "
-            "name intervals to evaluate on with eval_paths (--data.eval-paths valid.bed)",
+            f"nothing is held out, so there is no evaluation: no stretch of {config.context:,} bases without N is "
+            "left for it; name intervals to evaluate on with eval_paths (--data.eval-paths valid.bed)",
             DataWarning,
             stacklevel=3,
         )

@@ -183,6 +183,7 @@ BAD_FASTA = {
     "nothing": (b"", "is not FASTA: it has no line that begins with >"),
     "text": (b"ACGT\n>a\nACGT\n", "is not FASTA: it begins with 'ACGT'"),
     "FASTQ": (b"@r1\nACGT\n+\nIIII\n", "is FASTQ"),
+    "gzip without .gz": (gzip.compress(b">a\nAC\n"), "is compressed with gzip; let its name end with .gz"),
     "a protein": (b">p\nMVLSPADKTN\n", "record 'p' has 'L' at base 3.*is it a protein"),
     "a protein of ambiguity codes": (b">p\n" + b"MKVDHRSYWG" * 3, "more than half of record 'p' are ambiguity codes"),
     "gaps": (b">a\nAC\nG--T\n", "record 'a' has '-' at base 4, which is a gap"),
@@ -318,6 +319,17 @@ def test_bad_two_bit(tmp_path, random_records):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"{path}.*{words}"):
             Genome.open(path)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_two_bit_by_content_and_compressed(tmp_path, order):
+    data = two_bit_bytes({"a": "ACGTNNa"}, order)
+    (tmp_path / "a.fa").write_bytes(data)
+    with Genome.open(tmp_path / "a.fa") as genome:
+        assert_reads(genome, {"a": "ACGTNNa"})
+    (tmp_path / "a.2bit.gz").write_bytes(gzip.compress(data))
+    with pytest.raises(ValueError, match="is compressed .2bit, which is not read; decompress it"):
+        Genome.open(tmp_path / "a.2bit.gz")
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -18,6 +18,13 @@ _LONGEST_HEADER = 1 << 20
 _HEADER = re.compile(rb"\n[>;]")
 _SPACE = b"\n\r \t\v\f"
 _AMBIGUITY = np.isin(np.arange(256), list(AMBIGUOUS + AMBIGUOUS.lower()))
+_OTHER_FORMATS = {
+    b"@": "FASTQ, whose reads are not read; give sequences as FASTA",
+    b"\x1f\x8b": "compressed with gzip; let its name end with .gz",
+    b"C'A\x1a": "compressed .2bit, which is not read; decompress it",
+    b"\x1aA'C": "compressed .2bit, which is not read; decompress it",
+}
+"""What files of other formats begin with, and what is said of them."""
 _PROTEIN_FROM = 20  # letters of a record from which on its share of ambiguity codes is looked at
 
 
@@ -128,8 +135,9 @@ class _Lines:
         self._data, self._at = stream.read(_BLOCK).removeprefix(b"\xef\xbb\xbf"), 0
         self._at_line_start, self._lines_before = True, 0
         self.number = 0
-        if self._data.startswith(b"@"):
-            raise ValueError(f"{file} is FASTQ, whose reads are not read; give sequences as FASTA")
+        for sign, problem in _OTHER_FORMATS.items():
+            if self._data.startswith(sign):
+                raise ValueError(f"{file} is {problem}")
 
     def header(self, counts: FastaCounts) -> bytes | None:
         """The next line that begins with >; None at the end. Raises ValueError for letters before the first one."""

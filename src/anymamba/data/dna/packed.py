@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ def open_packed(file: Path, cache_dir: Path | None = None, progress: Progress | 
         progress: called with (bytes read, bytes of the file) while the file is packed.
     Raises ValueError, naming line and record, for a file that is damaged or is no FASTA of DNA.
     """
+    file = Path(os.path.abspath(file))  # the same file has one key, and is found again from another folder
     cache = default_cache() if cache_dir is None else Path(cache_dir)
     options = [FORMAT, "genome", _FORMAT]
     folder = cache / table_key(options, [file])
