@@ -328,7 +328,7 @@ def test_two_bit_by_content_and_compressed(tmp_path, order):
     with Genome.open(tmp_path / "a.fa") as genome:
         assert_reads(genome, {"a": "ACGTNNa"})
     (tmp_path / "a.2bit.gz").write_bytes(gzip.compress(data))
-    with pytest.raises(ValueError, match="is compressed .2bit, which is not read; decompress it"):
+    with pytest.raises(ValueError, match=r"is compressed \.2bit, which is not read"):
         Genome.open(tmp_path / "a.2bit.gz")
 
 
