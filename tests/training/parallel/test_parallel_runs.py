@@ -278,7 +278,11 @@ def run_with_kills(config_file: Path, tmp_path: Path, steps: int, kills: int, se
     draw, run, hit = random.Random(seed), tmp_path / f"killed-{seed}", 0
     for attempt in range(kills + 1):
         started = (run / "train_config.json").exists()
-        words = ("--resume", run) if started else ("--config", config_file, "--out", run, "--steps", steps)
+        words = (
+            ("--resume", run)
+            if started
+            else ("--config", config_file, "--out", run, "--steps", steps, "--eval-every", 40)
+        )
         job = start(tmp_path / f"attempt-{seed}-{attempt}", 2, *words)
         if attempt < kills:
             newest = checkpoints(run)[-1] if checkpoints(run) else None
@@ -286,7 +290,7 @@ def run_with_kills(config_file: Path, tmp_path: Path, steps: int, kills: int, se
                 wait_for_newer(job, run, newest)
             time.sleep(draw.uniform(0, 0.3))
             os.kill(draw.choice(job.processes).pid, signal.SIGKILL)
-        codes = job.codes()
+        codes = job.codes(300)
         assert None not in codes, job.text(0)
         hit += -signal.SIGKILL in codes
         if attempt == kills:
@@ -303,8 +307,9 @@ def wait_for_newer(job: Job, run: Path, newest: Path | None) -> None:
 
 
 def straight(config_file: Path, tmp_path: Path, steps: int) -> Path:
-    job = start(tmp_path / "straight-job", 2, "--config", config_file, "--out", tmp_path / "straight", "--steps", steps)
-    assert job.codes() == [0, 0], job.text(0)
+    words = ("--config", config_file, "--out", tmp_path / "straight", "--steps", steps, "--eval-every", 40)
+    job = start(tmp_path / "straight-job", 2, *words)
+    assert job.codes(300) == [0, 0], job.text(0)
     return tmp_path / "straight"
 
 
@@ -317,10 +322,10 @@ def test_a_run_that_lost_a_rank_goes_on_bit_for_bit(config_file: Path, tmp_path:
 
 @pytest.mark.slow
 def test_twenty_kills_of_a_rank_and_equal_bits(config_file: Path, tmp_path: Path) -> None:
-    want = straight(config_file, tmp_path, 300)
-    run, hit = run_with_kills(config_file, tmp_path, 300, 20, seed=0)
+    want = straight(config_file, tmp_path, 200)
+    run, hit = run_with_kills(config_file, tmp_path, 200, 20, seed=0)
     assert hit == 20, "each kill must hit the run"
-    assert_same_several(want, run, 300)
+    assert_same_several(want, run, 200)
 
 
 def assert_same_several(want: Path, got: Path, steps: int) -> None:
@@ -344,6 +349,7 @@ def test_torchrun_starts_a_run_again(config_file: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"),
         *("-m", "tests.training.parallel.dies_once", "train", "--config", str(config_file), "--out", str(run)),
+        *("--steps", "6", "--eval-every", "40"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,301 @@
+"""Training on one and two GPUs: one long row, the longest row, data parallelism, and memory of sharded weights.
+
+python -m benchmarks.distributed [--json FILE] [--gpus 1 2] [--parts row longest data memory]
+
+Starts torchrun once for each number of GPUs. A step is forward, loss, backward and fused AdamW under autocast to
+bfloat16, with random tokens. On one GPU the model is not sharded. The JSON file is what `benchmarks.scaling_model` is
+fitted to. Without a GPU, tiny models run with gloo, which tries the script and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
+from anymamba.models.presets import preset
+from anymamba.ops.groups import context_parallel
+from anymamba.parts.state import without_last_states
+from anymamba.training.parallel import parallelize
+from benchmarks.timing import table
+
+GPU = torch.cuda.is_available()
+BF16 = torch.bfloat16
+ROW_MODEL, DATA_MODEL = ("mamba-130m", "mamba-370m") if GPU else ("nano", "nano")
+ROW_LENGTH = 1 << 17 if GPU else 1 << 8
+DATA_SHAPE = (16, 2048) if GPU else (2, 64)
+"""Rows for each GPU, and their length."""
+WARM_UP, STEPS = 2, 4
+TARGETS = {"row": 1.6, "longest": 1.9, "data": 1.9}
+"""Times one GPU, at least."""
+LIMIT = 0.97
+"""The share of a GPU's memory that the longest row is planned for; what is left is not in whole blocks."""
+TRIES, LESS = 3, 0.97
+"""Attempts at the longest row, and what is left of its length after one that does not fit."""
+BYTES_KEPT, BYTES_PEAK = 12, 16
+"""Of each parameter: the weight and AdamW's moments in float32; and its gradient beside them."""
+
+Found = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------ on each rank
+
+
+def config_of(name: str) -> ModelConfig:
+    return preset(name)
+
+
+class Rank:
+    """This process: its device, its number, and models that all ranks share."""
+
+    def __init__(self) -> None:
+        self.size, self.rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
+        if GPU:
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", timeout=timedelta(minutes=2))
+
+    def model(self, name: str, dimension: str, recompute: bool, **how: Any) -> tuple[Any, Any]:
+        """A model, sharded over more than one rank, and its optimizer."""
+        torch.manual_seed(0)
+        model: Any = LanguageModel(config_of(name), device=self.device)
+        model.activation_checkpointing = recompute
+        if self.size > 1:
+            mesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=(dimension,))
+            parallelize(model, mesh, param_dtype=BF16, **how)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(self, model: Any, optimizer: Any, rows: int, length: int, spread: bool) -> Callable[[], None]:
+        """One step on random tokens; of a spread row each rank has a part of the same length."""
+        tokens = torch.randint(250 if not GPU else 50000, (2, rows, length), device=self.device)
+        count = rows * length * self.size
+        lengths = [length] * self.size
+
+        def step() -> None:
+            context = context_parallel(dist.group.WORLD, lengths) if spread and self.size > 1 else nullcontext()
+            with context, without_last_states(), torch.autocast(self.device.type, BF16):
+                loss = model.loss(tokens[0], tokens[1]).loss / count
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def seconds(self, step: Callable[[], None], warm_up: int = WARM_UP, steps: int = STEPS) -> float:
+        """The mean time of a step, of the slowest rank."""
+        for _ in range(warm_up):
+            step()
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        self.wait()
+        return self.largest((time.perf_counter() - start) / steps)
+
+    def wait(self) -> None:
+        if GPU:
+            torch.cuda.synchronize()
+        dist.barrier(device_ids=[self.device.index] if GPU else None)
+
+    def largest(self, value: float) -> float:
+        number = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def peak(self) -> float:
+        """The most bytes of tensors on a GPU since the last call."""
+        peak = torch.cuda.max_memory_allocated() if GPU else 0
+        if GPU:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return self.largest(peak)
+
+
+def row(here: Rank) -> Found:
+    """The time of a step with one row, at two lengths, and the memory that each takes."""
+    model, optimizer = here.model(ROW_MODEL, "cp", recompute=True)
+    found: Found = {"model": ROW_MODEL}
+    for name, whole in (("half", ROW_LENGTH // 2), ("whole", ROW_LENGTH)):
+        here.peak()
+        seconds = here.seconds(here.step(model, optimizer, 1, whole // here.size, spread=True))
+        found[name] = {"length": whole, "seconds": seconds, "peak": here.peak()}
+    return found
+
+
+def longest(here: Rank) -> Found:
+    """The longest row that trains: planned from the memory of two lengths, then trained once."""
+    model, optimizer = here.model(ROW_MODEL, "cp", recompute=True)
+    peaks = []
+    part = ROW_LENGTH // 2
+    for length in (part, 2 * part):
+        here.peak()
+        here.seconds(here.step(model, optimizer, 1, length, spread=True), 1, 1)
+        peaks.append(here.peak())
+    slope = max(1.0, (peaks[1] - peaks[0]) / part)
+    memory = LIMIT * torch.cuda.mem_get_info()[1] if GPU else 2 * peaks[1] + 1024.0
+    length = int((memory - peaks[0]) / slope) + part
+    failed = []
+    for _ in range(TRIES):
+        length = int(here.largest(length)) // 1024 * 1024 if GPU else 4 * part
+        here.peak()
+        start = time.perf_counter()
+        if fits(here, here.step(model, optimizer, 1, length, spread=True)):
+            seconds = time.perf_counter() - start
+            return {"length": length * here.size, "seconds": seconds, "peak": here.peak(), "too long": failed}
+        failed.append(length * here.size)
+        optimizer.zero_grad()
+        length = int(length * LESS)
+    return {"too long": failed}
+
+
+def fits(here: Rank, step: Callable[[], None]) -> bool:
+    """Whether a step finds the memory that it needs. All ranks run out alike, since their parts are of one length."""
+    try:
+        step()
+        here.wait()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def data(here: Rank) -> Found:
+    """Tokens per second where each GPU has rows of its own."""
+    model, optimizer = here.model(DATA_MODEL, "dp_shard", recompute=False, reshard_after_forward=False)
+    rows, length = DATA_SHAPE
+    here.peak()
+    seconds = here.seconds(here.step(model, optimizer, rows, length, spread=False))
+    tokens = rows * length * here.size
+    return {
+        "model": DATA_MODEL,
+        "rows": rows,
+        "length": length,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak": here.peak(),
+    }
+
+
+def memory(here: Rank) -> Found:
+    """Bytes of weights, gradients and optimizer after a step, beside those computed from the parameters."""
+    model, optimizer = here.model(DATA_MODEL, "dp_shard", recompute=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    here.seconds(here.step(model, optimizer, 1, 64, spread=False), 1, 1)
+    here.peak()
+    kept = here.largest(torch.cuda.memory_allocated() if GPU else 0)
+    tokens = torch.randint(250, (2, 1, 64), device=here.device)
+    with torch.autocast(here.device.type, BF16):
+        model.loss(tokens[0], tokens[1]).loss.backward()
+    with_gradients = here.largest(torch.cuda.memory_allocated() if GPU else 0)
+    return {
+        "model": DATA_MODEL,
+        "parameters": parameters,
+        "kept": kept,
+        "kept computed": BYTES_KEPT * parameters / here.size,
+        "with gradients": with_gradients,
+        "with gradients computed": BYTES_PEAK * parameters / here.size,
+    }
+
+
+PARTS: dict[str, Callable[[Rank], Found]] = {"row": row, "data": data, "memory": memory, "longest": longest}
+
+
+def work(parts: list[str], path: Path) -> None:
+    """Measure the parts on all ranks; rank 0 writes what they found after each."""
+    here = Rank()
+    found: dict[str, Found] = {"links": links(here)} if here.size > 1 else {}
+    for name in parts:
+        start = time.perf_counter()
+        found[name] = PARTS[name](here)
+        if GPU:
+            torch.cuda.empty_cache()
+        if here.rank == 0:
+            print(f"{here.size} ranks, {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+            path.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def links(here: Rank) -> Found:
+    """The bytes per second of an all-gather of 256 MiB, and the time of one of a few bytes."""
+
+    def gather(numbers: int) -> float:
+        part = torch.zeros(numbers, device=here.device)
+        whole = torch.empty(numbers * here.size, device=here.device)
+        return here.seconds(lambda: dist.all_gather_into_tensor(whole, part), 3, 10)
+
+    big = 1 << (26 if GPU else 12)
+    return {"bytes_per_second": 4 * big * (here.size - 1) / gather(big), "latency": gather(16)}
+
+
+# ------------------------------------------------------------------------------------------ the driver
+
+
+def launched(size: int, parts: list[str]) -> dict[str, Found]:
+    """What `size` ranks find."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        command += ["-m", "benchmarks.distributed", "--worker", str(path), "--parts", *parts]
+        done = subprocess.run(command)
+        if done.returncode:
+            print(f"{size} ranks ended with exit code {done.returncode}; the parts before are kept", file=sys.stderr)
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def ratio(found: dict[int, dict[str, Found]], part: str) -> float | None:
+    """How many times one GPU the largest number of GPUs is, in the number that the part's target is about."""
+    one, several = (found[size].get(part) for size in (min(found), max(found)))
+    try:
+        assert one is not None and several is not None
+        if part == "row":
+            return one["whole"]["seconds"] / several["whole"]["seconds"]
+        key = "length" if part == "longest" else "tokens_per_second"
+        return several[key] / one[key]
+    except (AssertionError, KeyError):
+        return None
+
+
+def report(found: dict[int, dict[str, Found]]) -> str:
+    """The tables."""
+    sizes = sorted(found)
+    lines = []
+    for part, target in TARGETS.items():
+        times = ratio(found, part) if len(sizes) > 1 else None
+        lines.append([part, "-" if times is None else f"{times:.2f}", f"{target}"])
+    head = table(["part", f"{max(sizes)} GPUs, times one", "at least"], lines)
+    rows = [[f"{size}", part, json.dumps(values)] for size in sizes for part, values in found[size].items()]
+    return f"{head}\n\n{table(['GPUs', 'part', 'found'], rows)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="where all numbers are written")
+    parser.add_argument("--gpus", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.parts, Path(options.worker))
+        return
+    found = {size: launched(size, options.parts) for size in options.gpus}
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
