@@ -4,7 +4,8 @@ python -m benchmarks.gpu_token [--rows NAME ...]
 
 Random weights. A token is a step whose ids are the likeliest of the last step's logits, chosen on the GPU; the state is
 reused. "limit" is the time that the bytes of a step take at the rates measured in the same run: weights are read, and
-states are read and written. "served" waits for each token's id on the CPU, as generation does.
+states are read and written. "served" waits for each token's id on the CPU before the next step. "generated" is what a
+greedy token of `generate` costs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from anymamba.generation.generate import generate
+from anymamba.generation.sampling import SamplingConfig
 from anymamba.models.inference import InferenceModel
 from anymamba.models.presets import preset
 from anymamba.models.weight_formats import Weights
@@ -27,6 +30,8 @@ from benchmarks.gpu import machine, time_of
 from benchmarks.timing import table
 
 REPEATS, STEPS = 9, 20
+SHORT, LONG = 20, 220
+"""Lengths of two answers; their difference has no prompt in it."""
 
 
 class Row(NamedTuple):
@@ -45,6 +50,10 @@ ROWS = {
     "130m-64": Row("mamba-130m", "bfloat16", 64),
     "2.8b": Row("mamba-2.8b", "bfloat16", 1, "2.3 ms"),
     "2.8b-4": Row("mamba-2.8b", "bfloat16", 4),
+    "130m-int8": Row("mamba-130m", "int8", 1),
+    "2.8b-int8": Row("mamba-2.8b", "int8", 1, "less than bfloat16"),
+    "2.8b-int4": Row("mamba-2.8b", "int4", 1, "less than bfloat16"),
+    "2.8b-int8-8": Row("mamba-2.8b", "int8", 8),
     "1.4b-256": Row("mamba-1.4b", "bfloat16", 256, "0.6 of the limit"),
 }
 
@@ -95,6 +104,17 @@ def milliseconds_of_token(model: InferenceModel, batch: int) -> tuple[float, flo
         )
 
 
+def milliseconds_of_generated(model: InferenceModel, batch: int) -> float:
+    """A greedy token of every row."""
+
+    def generated(n_tokens: int) -> float:
+        options = {"max_new_tokens": n_tokens, "sampling": SamplingConfig(temperature=0)}
+        return timed(lambda: generate(model, [[1, 2, 3]] * batch, **options), 1)  # type: ignore[arg-type]
+
+    generated(SHORT)
+    return (generated(LONG) - generated(SHORT)) / (LONG - SHORT)
+
+
 def timed(run: Callable[[], None], repeats: int) -> float:
     """Milliseconds of a call; the GPU is idle before the first and after the last."""
     torch.cuda.synchronize()
@@ -111,7 +131,9 @@ def measured(row: Row, rates: Rates) -> list[str]:
     token, served, first = milliseconds_of_token(model, row.batch)
     limit = limit_of(model, row.batch, rates)
     name = f"{row.preset}, {row.weights}, {row.batch} rows"
-    figures = [f"{token:.3f}", f"{limit:.3f}", f"{limit / token:.2f}", f"{served:.3f}", f"{first:.0f}", row.wanted]
+    generated = milliseconds_of_generated(model, row.batch)
+    figures = [f"{token:.3f}", f"{limit:.3f}", f"{limit / token:.2f}", f"{served:.3f}", f"{generated:.3f}"]
+    figures += [f"{first:.0f}", row.wanted]
     return [name, *figures]
 
 
@@ -127,11 +149,11 @@ def main() -> None:
         try:
             lines.append(measured(ROWS[name], rates))
         except Exception as error:
-            lines.append([name, f"failed: {type(error).__name__}: {error}"[:300], *[""] * 5])
+            lines.append([name, f"failed: {type(error).__name__}: {error}"[:300], *[""] * 6])
         print(*lines[-1], file=sys.stderr, flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-    print(table(["", "ms a token", "limit", "share of it", "ms served", "first step", "wanted"], lines))
+    print(table(["", "ms a token", "limit", "share of it", "ms served", "ms generated", "first step", "wanted"], lines))
 
 
 if __name__ == "__main__":

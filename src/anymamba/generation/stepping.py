@@ -6,9 +6,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from anymamba.models.inference import InferenceModel
+from anymamba.models.inference.gpu_step import GpuStep
 from anymamba.models.inference.native_step import NativeStep
 from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
 from anymamba.parts.derived import KeptTensors
+
+MOST_AHEAD = 8
+"""Rows of a step that is queued ahead: their states take twice the memory, and the CPU's share of a step of more rows
+is small."""
 
 
 class Stepper:
@@ -28,6 +33,11 @@ class Stepper:
     def native(self) -> NativeStep | None:
         """The compiled step of the whole model, if calls go through it."""
         return self._model.native_step if isinstance(self._model, InferenceModel) else self._native
+
+    def runs_ahead(self, n_rows: int) -> bool:
+        """Whether a step of so many rows should be queued before the CPU knows its tokens: a GPU would wait for the
+        CPU otherwise."""
+        return self._may_reuse and n_rows <= MOST_AHEAD and isinstance(self._model.gpu_step, GpuStep)
 
     def __call__(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False

@@ -30,6 +30,9 @@ class Step(Protocol):
     def __call__(self, token_ids: Tensor, state: LanguageModelState, *, reuse_state: bool = False) -> Any:
         """Logits of the next tokens and the new state, as `LanguageModel.step`."""
 
+    def runs_ahead(self, n_rows: int) -> bool:
+        """Whether so many rows should be stepped before the CPU knows their tokens, with `reuse_state=False`."""
+
 
 class Row:
     """One answer while it is generated.
@@ -59,6 +62,11 @@ class Row:
         self._decoder, self._eos_id, self._most = decoder, eos_id, most
         self.n_new = 0
         """Number of its tokens so far."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token is the last of the answer."""
+        return self.n_new + 1 >= self._most
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
         """Add a token. Returns the text that is final now, and why the row ends with it (None if it does not)."""
@@ -120,7 +128,9 @@ class RunningRows(Generic[RowT]):
         self.rows: list[RowT] = []
         """The rows that are running, in the order of their states."""
         self._slots = Slots()
-        self._last: list[int] = []  # the newest token of each row that has one, not yet read by the model
+        self._last: list[int] = []  # the newest token of each row that has one
+        self._ids: Tensor | None = None  # the same on the device; None after rows were removed
+        self._ahead: Any = None  # logits and state after these tokens, if the model has read them already
         self._first: Tensor | None = None  # logits of the first token of the rows after those
         self._logits: Tensor | None = None  # that the newest tokens were chosen from
 
@@ -136,6 +146,8 @@ class RunningRows(Generic[RowT]):
         seen = self._slots.state.seen
         ids, log_probabilities, failures = choose(self.rows, logits[:, : self._n_ids], seen[:, : self._n_ids])
         seen.scatter_(1, ids[:, None], True)
+        self._ids = ids
+        self._ahead = None if failures else self._run_ahead(ids)  # before `tolist` waits for the device
         self._last = ids.tolist()
         tops = _tops(self.rows, logits[:, : self._n_ids])
         found = []
@@ -175,6 +187,7 @@ class RunningRows(Generic[RowT]):
     def remove(self, places: Sequence[int]) -> None:
         """Remove rows by their places in `rows`. The last rows take their places."""
         assert self._first is None, "rows are removed between their tokens, not before their first one"
+        self._ids = self._ahead = None
         self._slots.remove(places)
         for to, source in moves(len(self.rows), places):
             self.rows[to], self._last[to] = self.rows[source], self._last[source]
@@ -188,14 +201,22 @@ class RunningRows(Generic[RowT]):
         found, n = [], len(self._last)
         if n:
             held = self._slots.front(n)
-            last = torch.tensor(self._last, device=held.seen.device)
-            logits, model = self._step(last, held.model, reuse_state=True)
+            last = torch.tensor(self._last, device=held.seen.device) if self._ids is None else self._ids
+            logits, model = self._ahead or self._step(last, held.model, reuse_state=True)
+            self._ahead = None
             self._slots.replace(n, held._replace(model=model))
             found.append(logits[:, : self._vocab_size].float())
         if self._first is not None:
             found.append(self._first.float())
             self._first = None
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _run_ahead(self, ids: Int[Tensor, " rows"]) -> Any:
+        """What the model gives for the newest tokens of all rows; None if that should wait. The states before them are
+        kept: a row may end with its token."""
+        if not self._step.runs_ahead(len(self.rows)) or any(row.is_last for row in self.rows):
+            return None
+        return tuple(self._step(ids, self._slots.state.model))
 
 
 def choose(

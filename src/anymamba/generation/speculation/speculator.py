@@ -163,6 +163,10 @@ class Speculator:
         n_passes, n_guessed, n_right = self._counts
         return SpeculationReport(n_passes, n_guessed, n_right, int(self._n_ties))
 
+    def runs_ahead(self, n_rows: int) -> bool:
+        """False: guesses are read ahead, not steps."""
+        return False
+
     def __call__(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
     ) -> LanguageModelOutput:
