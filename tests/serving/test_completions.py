@@ -79,6 +79,16 @@ def test_log_probabilities_of_a_prompt(server):
     assert all(max(top.values()) >= value for top, value in pairs)
 
 
+def test_offsets_are_those_of_the_first_character_that_a_token_completes(server):
+    body = {"prompt": "aé", "max_tokens": 9, "guided_regex": "b☃é", "echo": True, "logprobs": 1}
+    choice = server.good(PATH, body)["choices"][0]
+    assert choice["text"] == "aéb☃é"
+    wanted = [0, 1, 1, 2, 3, 3, 3, 4, 4]  # a é b ☃ é have 1, 2, 1, 3 and 2 bytes, and so many tokens
+    assert choice["logprobs"]["text_offset"] == wanted
+    pieces = [c["logprobs"] for piece in server.events(PATH, body) for c in piece["choices"] if c["logprobs"]]
+    assert [offset for scores in pieces for offset in scores["text_offset"]] == wanted
+
+
 def test_best_of_returns_the_likeliest(server):
     body = {"prompt": "q", "max_tokens": 5, "seed": 2, "logprobs": 0}
     every = server.good(PATH, {**body, "n": 6})["choices"]

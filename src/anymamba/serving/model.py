@@ -93,8 +93,8 @@ class ServedModel:
             for ids in prompts
         ]
         echoes = [
-            Echo(ids, prompt if isinstance(prompt, str) else self.tokenizer.decode(ids))
-            for ids, prompt in zip(prompts, call.prompts, strict=True)
+            Echo(ids, prompt if isinstance(prompt, str) else self.decode(ids, "prompt"))
+            for ids, prompt in zip(prompts, call.prompts if call.echo else (), strict=False)
         ]
         answer = CompletionAnswer(
             self._heading(call.options),
@@ -103,7 +103,7 @@ class ServedModel:
             call.options.n,
             call.best_of,
             call.n_top,
-            echoes=echoes if call.echo else (),
+            echoes=echoes,
         )
         return Task(requests, answer, call.options, owner)
 
@@ -233,11 +233,11 @@ class ServedModel:
         eos_id = self.tokenizer.eos_id
         return [eos_id] if eos_id is not None and text == self.texts.text(eos_id) else self.tokenizer.encode(text)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], param: str = "tokens") -> str:
         """The text of ids. Raises ApiError for ids that the tokenizer does not have."""
         most = self.tokenizer.vocab_size
         if ids and max(ids) >= most:
-            raise ApiError(400, f"tokens must be ids from 0 to {most - 1}, got {max(ids)}", param="tokens")
+            raise ApiError(400, f"{param} must be ids from 0 to {most - 1}, got {max(ids)}", param=param)
         return self.tokenizer.decode(ids)
 
     async def mask(self, form: Form | None) -> GrammarMask | None:

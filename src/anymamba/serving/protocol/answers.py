@@ -193,7 +193,7 @@ class CompletionAnswer(Answer):
         super().__init__(*answer)
         self._echoes = echoes
         self._prompt_scores: dict[int, list[TokenScore]] = {}
-        self._offsets = [len(echoes[row.prompt].text) if echoes else 0 for row in self.rows]
+        self._offsets = [self.texts.offsets(len(echoes[row.prompt].text) if echoes else 0) for row in self.rows]
 
     def prompt_read(self, prompt: int, event: PromptRead) -> list[Piece]:
         """`Answer.prompt_read`; an echo comes first."""
@@ -232,15 +232,13 @@ class CompletionAnswer(Answer):
     def _scores(self, scores: list[TokenScore], number: int) -> dict[str, Any] | None:
         if self.n_top is None:
             return None
-        described = self.texts.completion(scores, self.n_top, self._offsets[number])
-        self._offsets[number] += sum(map(len, described["tokens"]))
-        return described
+        return self.texts.completion(scores, self.n_top, self._offsets[number])
 
     def _echo_scores(self, prompt: int) -> dict[str, Any] | None:
         if self.n_top is None:
             return None
         first = self._echoes[prompt].ids[0] if len(self._echoes[prompt].ids) else None
-        return self.texts.completion(self._prompt_scores[prompt], self.n_top, 0, first)
+        return self.texts.completion(self._prompt_scores[prompt], self.n_top, self.texts.offsets(), first)
 
     def _choice(self, index: int, text: str, scores: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": scores, "finish_reason": None}

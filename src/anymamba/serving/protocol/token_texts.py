@@ -5,11 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from anymamba.data.tokenizer import Tokenizer
+from anymamba.data.tokenizer import StreamDecoder, Tokenizer
 from anymamba.generation.requests import TokenScore
 
 LEAST = -9999.0
 """What a log-probability of minus infinity is reported as: JSON has no infinities."""
+
+
+class TokenOffsets:
+    """Where each token of a text begins, in characters: at the first character that it completes.
+
+    A token that completes none has the offset of the character that it is a part of.
+
+    Args:
+        tokenizer: the model's.
+        start: characters before the first token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+        self._decoder, self._n_ids, self._end = StreamDecoder(tokenizer), tokenizer.vocab_size, start
+
+    def next(self, token: int) -> int:
+        """The offset of the next token."""
+        offset = self._end
+        if token < self._n_ids:
+            self._end += len(self._decoder.push([token]))
+        return offset
 
 
 class TokenTexts:
@@ -21,6 +42,10 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._texts = tokenizer, dict[int, tuple[str, list[int]]]()
+
+    def offsets(self, start: int = 0) -> TokenOffsets:
+        """Offsets of the tokens of a text after so many characters."""
+        return TokenOffsets(self._tokenizer, start)
 
     def text(self, token: int) -> str:
         """The token's text, or `bytes:\\xff...` for one that is not a whole number of characters."""
@@ -38,33 +63,28 @@ class TokenTexts:
         return self._texts[token]
 
     def completion(
-        self, scores: Sequence[TokenScore], n_top: int, offset: int, first: int | None = None
+        self, scores: Sequence[TokenScore], n_top: int, offsets: TokenOffsets, first: int | None = None
     ) -> dict[str, Any]:
         """The `logprobs` of a piece of a completion.
 
         Args:
             scores: of its tokens.
             n_top: how many of the likeliest tokens to report.
-            offset: characters before the piece.
+            offsets: gives those of the tokens, and goes on with the next piece.
             first: a token before these, which has no log-probability: the first one of a prompt.
         """
-        tokens = [] if first is None else [self.text(first)]
-        numbers: list[float | None] = [None] * len(tokens)
-        top: list[dict[str, float] | None] = [None] * len(tokens)
+        ids = [*(() if first is None else (first,)), *(score.token for score in scores)]
+        numbers: list[float | None] = [None] * (len(ids) - len(scores))
+        top: list[dict[str, float] | None] = [None] * len(numbers)
         for score in scores:
-            tokens.append(self.text(score.token))
             numbers.append(_finite(score.log_probability))
             likeliest = {self.text(token): _finite(value) for token, value in score.top[:n_top]}
-            top.append({**likeliest, tokens[-1]: _finite(score.log_probability)})
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
+            top.append({**likeliest, self.text(score.token): _finite(score.log_probability)})
         return {
-            "tokens": tokens,
+            "tokens": [self.text(token) for token in ids],
             "token_logprobs": numbers,
             "top_logprobs": top if n_top else None,
-            "text_offset": offsets,
+            "text_offset": [offsets.next(token) for token in ids],
         }
 
     def chat(self, scores: Sequence[TokenScore], n_top: int) -> dict[str, Any]:
