@@ -43,10 +43,9 @@ DATA_SHAPE = (16, 2048) if GPU else (2, 64)
 WARM_UP, STEPS = 2, 4
 TARGETS = {"row": 1.6, "longest": 1.9, "data": 1.9}
 """Times one GPU, at least."""
-LIMIT = 0.97
-"""The share of a GPU's memory that the longest row is planned for; what is left is not in whole blocks."""
-TRIES, LESS = 3, 0.97
-"""Attempts at the longest row, and what is left of its length after one that does not fit."""
+LIMIT = 0.94
+"""The share of a GPU's memory that the longest row is planned for. The rest is what no plan knows: NCCL's buffers, and
+what is left between blocks."""
 BYTES_KEPT, BYTES_PEAK = 12, 16
 """Of each parameter: the weight and AdamW's moments in float32; and its gradient beside them."""
 
@@ -148,29 +147,10 @@ def longest(here: Rank) -> Found:
         peaks.append(here.peak())
     slope = max(1.0, (peaks[1] - peaks[0]) / part)
     memory = LIMIT * torch.cuda.mem_get_info()[1] if GPU else 2 * peaks[1] + 1024.0
-    length = int((memory - peaks[0]) / slope) + part
-    failed = []
-    for _ in range(TRIES):
-        length = int(here.largest(length)) // 1024 * 1024 if GPU else 4 * part
-        here.peak()
-        start = time.perf_counter()
-        if fits(here, here.step(model, optimizer, 1, length, spread=True)):
-            seconds = time.perf_counter() - start
-            return {"length": length * here.size, "seconds": seconds, "peak": here.peak(), "too long": failed}
-        failed.append(length * here.size)
-        optimizer.zero_grad()
-        length = int(length * LESS)
-    return {"too long": failed}
-
-
-def fits(here: Rank, step: Callable[[], None]) -> bool:
-    """Whether a step finds the memory that it needs. All ranks run out alike, since their parts are of one length."""
-    try:
-        step()
-        here.wait()
-    except torch.OutOfMemoryError:
-        return False
-    return True
+    length = -int(here.largest(-int((memory - peaks[0]) / slope) - part)) // 1024 * 1024 if GPU else 4 * part
+    here.peak()
+    seconds = here.seconds(here.step(model, optimizer, 1, length, spread=True), 0, 1)
+    return {"length": length * here.size, "seconds": seconds, "peak": here.peak(), "planned": memory}
 
 
 def data(here: Rank) -> Found:
@@ -250,7 +230,7 @@ def launched(size: int, parts: list[str]) -> dict[str, Found]:
         path = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         command += ["-m", "benchmarks.distributed", "--worker", str(path), "--parts", *parts]
-        done = subprocess.run(command)
+        done = subprocess.run(command, env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ})
         if done.returncode:
             print(f"{size} ranks ended with exit code {done.returncode}; the parts before are kept", file=sys.stderr)
         return json.loads(path.read_text()) if path.exists() else {}
