@@ -370,7 +370,7 @@ def test_misuse(hash_model):
         ({"prompt": []}, "is empty"),
         ({"prompt": [1], "n": 3}, "n must be at most the engine's 2 rows, got 3"),
         ({"prompt": [1], "beams": Beams(3)}, "num_beams must be at most the engine's 2 rows, got 3"),
-        ({"prompt": [1], "beams": Beams(2), "n_top": 1}, "a beam search takes no"),
+        ({"prompt": [1], "beams": Beams(2), "presence_penalty": 1.0}, "a beam search takes no"),
         ({"prompt": [1], "stop": ["x"]}, "stop strings need a tokenizer"),
         ({"prompt": [1], "logit_bias": {13: 1.0}}, "logit_bias must have ids of the vocabulary, 0 to 12, got 13"),
         ({"prompt": [1], "prompt_log_probabilities": 14}, "prompt_log_probabilities must be 0 to 13"),

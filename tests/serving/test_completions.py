@@ -136,6 +136,26 @@ def test_beams_find_what_beam_search_finds(server):
     assert "".join(c["text"] for c in pieces if c["index"] == 1) == wanted[1].text
 
 
+def test_beams_have_log_probabilities_and_sessions(server):
+    """Those of the same tokens as a prompt, and the state of the best answer goes on as a prompt does."""
+    body = {"prompt": "def ", "max_tokens": 8, "num_beams": 4, "logprobs": 3, "session": "beams"}
+    choice = server.good(PATH, body)["choices"][0]
+    scored = {"prompt": "def " + choice["text"], "max_tokens": 0, "echo": True, "logprobs": 3}
+    wanted = server.good(PATH, scored)["choices"][0]["logprobs"]
+    for name in ("token_logprobs", "top_logprobs"):
+        assert len(choice["logprobs"][name]) == 8
+        for got, expected in zip(choice["logprobs"][name], wanted[name][4:], strict=True):
+            assert got == pytest.approx(expected, abs=1e-4)
+    kept = server.client.get("/v1/sessions/beams").json()
+    assert kept["n_tokens"] == 4 + 7 and ("def " + choice["text"]).startswith(kept["text"])
+    longer = {**GREEDY, "prompt": "def " + choice["text"] + "!"}
+    server.served.worker.engine._tree._roots.clear()
+    answer = server.good(PATH, {**longer, "session": "beams"})
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 4 + 7
+    server.served.worker.engine._tree._roots.clear()
+    assert answer["choices"] == server.good(PATH, longer)["choices"]
+
+
 WRONG = [
     ({"prompt": None}, "prompt"),
     ({"prompt": 3}, "prompt"),
@@ -168,7 +188,7 @@ WRONG = [
     ({"seed": 1 << 64}, "seed"),
     ({"num_beams": 2, "n": 3}, "n"),
     ({"num_beams": 2, "top_k": 3}, "top_k"),
-    ({"num_beams": 2, "logprobs": 1}, "logprobs"),
+    ({"num_beams": 2, "logit_bias": {"1": 1}}, "logit_bias"),
     ({"num_beams": 2, "guided_regex": "a"}, "guided_regex"),
     ({"min_tokens": 3}, "min_tokens"),
     ({"stop_token_ids": [1]}, "stop_token_ids"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,11 @@ from anymamba.generation.prompts import PREFILL_CHUNK, GenerationState, Prompts,
 from anymamba.generation.running import FinishReason, n_ids
 from anymamba.generation.stepping import Stepper
 from anymamba.generation.stops import StoppingDecoder
-from anymamba.models.language_model import LanguageModel
+from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.state import select_rows
+
+Top = tuple[tuple[int, float], ...]
+"""The likeliest ids in one place and their log-probabilities, likeliest first."""
 
 
 class Hypothesis(NamedTuple):
@@ -39,6 +42,8 @@ class Hypothesis(NamedTuple):
     """Its text, cut before the end-of-sequence token or the stop string; None without a tokenizer."""
     log_probabilities: tuple[float, ...] = ()
     """Log-probability of each token."""
+    tops: tuple[Top, ...] = ()
+    """The likeliest ids in the place of each token, if the rules ask for them."""
 
 
 def beam_search(
@@ -97,6 +102,8 @@ class Rules(NamedTuple):
     early_stopping: bool
     end_of: Callable[[list[int]], FinishReason | None]
     """The reason why these tokens end a continuation, or None if they do not."""
+    n_top: int = 0
+    """How many of the likeliest ids to note for each token."""
 
     def score(self, log_probability: float, length: int) -> float:
         return log_probability / max(length, 1) ** self.length_penalty
@@ -108,15 +115,34 @@ class _Beam(NamedTuple):
     ids: list[int]
     log_probability: float
     log_probabilities: tuple[float, ...] = ()
+    tops: tuple[Top, ...] = ()
+    parent: int = 0
+    """The beam that it was before its newest token."""
+
+
+class Candidates(NamedTuple):
+    """What the beams of one search may go on with."""
+
+    best: list[tuple[int, int, float]]
+    """(beam, token, log-probability) of the likeliest continuations, likeliest first."""
+    tops: list[Top]
+    """For each beam; empty if the rules do not ask for them."""
 
 
 class Search:
-    """The search for one prompt: running beams, likeliest first, and continuations that have ended."""
+    """The search for one prompt: running beams, likeliest first, and continuations that have ended.
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+    Args:
+        rules: of the search.
+        keep: gives what is to be kept of a beam, before its newest token; None keeps nothing.
+    """
+
+    def __init__(self, rules: Rules, keep: Callable[[int], Any] | None = None) -> None:
+        self.rules, self._keep = rules, keep
         self.running = [_Beam([], 0.0)]
         self.ended: list[Hypothesis] = []
+        self.kept: Any = None
+        """What `keep` gave for the best continuation that has ended."""
 
     @property
     def is_done(self) -> bool:
@@ -135,32 +161,34 @@ class Search:
         likeliest = self.running[0].log_probability
         return max(self.rules.score(likeliest, n) for n in (length + 1, self.rules.max_new_tokens))
 
-    def advance(self, candidates: list[tuple[int, int, float]]) -> list[int]:
-        """Replace the beams by the likeliest candidates (beam, token, log-probability), which are sorted, best first.
-
-        Returns the old beam that each new one extends.
-        """
-        parents: list[int] = []
+    def advance(self, candidates: Candidates) -> list[int]:
+        """Replace the beams by the likeliest candidates. Returns the old beam that each new one extends."""
         running: list[_Beam] = []
-        for rank, (beam, token, log_probability) in enumerate(candidates):
-            before = self.running[beam]
-            ids = [*before.ids, token]
-            each = (*before.log_probabilities, log_probability - before.log_probability)
-            reason = self.rules.end_of(ids)
+        for rank, (parent, token, log_probability) in enumerate(candidates.best):
+            before = self.running[parent]
+            beam = _Beam(
+                [*before.ids, token],
+                log_probability,
+                (*before.log_probabilities, log_probability - before.log_probability),
+                (*before.tops, candidates.tops[parent]) if candidates.tops else (),
+                parent,
+            )
+            reason = self.rules.end_of(beam.ids)
             if reason is None and len(running) < self.rules.num_beams:
-                parents.append(beam)
-                running.append(_Beam(ids, log_probability, each))
+                running.append(beam)
             elif reason is not None and rank < self.rules.num_beams:
-                self._end(_Beam(ids, log_probability, each), reason)
+                self._end(beam, reason)
         self.running = running
-        return parents
+        return [beam.parent for beam in running]
 
     def _end(self, beam: _Beam, reason: FinishReason) -> None:
-        ids, log_probability, each = beam
-        score = self.rules.score(log_probability, len(ids))
-        self.ended.append(Hypothesis(ids, log_probability, score, reason, None, each))
+        score = self.rules.score(beam.log_probability, len(beam.ids))
+        ended = Hypothesis(beam.ids, beam.log_probability, score, reason, None, beam.log_probabilities, beam.tops)
+        self.ended.append(ended)
         self.ended.sort(key=lambda h: -h.score)
         del self.ended[self.rules.num_beams :]
+        if self._keep is not None and self.ended[0] is ended:
+            self.kept = self._keep(beam.parent)
 
     def best(self, n: int) -> list[Hypothesis]:
         """The best continuations; beams that are still running at max_new_tokens end there."""
@@ -188,6 +216,11 @@ class BeamRows:
         index = torch.tensor(rows, dtype=torch.int64, device=read.logits.device)
         self._logits, self._state = select_rows((read.logits, read.model), index)
 
+    def before(self, row: int) -> tuple[LanguageModelState, Tensor]:
+        """A copy of a row's state before the newest tokens, and of the logits that these were chosen from."""
+        index = torch.tensor([row], device=self._logits.device)
+        return select_rows((self._state, self._logits), index)
+
     def advance(self) -> None:
         """One more token of every search: choose the beams, and read their newest tokens."""
         sizes = [len(search.running) for search in self.active]
@@ -206,8 +239,8 @@ class BeamRows:
             self._logits, self._state = self._step(last, state, reuse_state=True)
 
 
-def _candidates(active: list[Search], logits: Float[Tensor, "rows n_ids"]) -> list[list[tuple[int, int, float]]]:
-    """The likeliest (beam, token, log-probability) of each search; at least num_beams of them do not end in eos."""
+def _candidates(active: list[Search], logits: Float[Tensor, "rows n_ids"]) -> list[Candidates]:
+    """The likeliest continuations of each search; at least num_beams of them do not end in eos."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     token_log_probabilities = logits.to(wide).log_softmax(-1)
     if not bool(torch.isfinite(token_log_probabilities.amax(-1)).all()):
@@ -219,8 +252,18 @@ def _candidates(active: list[Search], logits: Float[Tensor, "rows n_ids"]) -> li
         total = (before[:, None] + part).flatten()
         values, places = total.topk(min(2 * search.rules.num_beams, total.numel()))
         pairs = zip(places.tolist(), values.tolist(), strict=True)
-        found.append([(p // n_ids, p % n_ids, v) for p, v in pairs if v > -math.inf])
+        best = [(p // n_ids, p % n_ids, v) for p, v in pairs if v > -math.inf]
+        found.append(Candidates(best, _tops(part, search.rules.n_top)))
     return found
+
+
+def _tops(log_probabilities: Float[Tensor, "rows n_ids"], n_top: int) -> list[Top]:
+    """The likeliest ids of each row; none if n_top is 0."""
+    if not n_top:
+        return []
+    best = log_probabilities.topk(min(n_top, log_probabilities.shape[1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [tuple(zip(ids, values, strict=True)) for ids, values in rows]
 
 
 def end_test(

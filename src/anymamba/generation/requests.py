@@ -104,7 +104,7 @@ class KeptState:
 class Beams:
     """Beam search in place of drawing tokens, with the arguments of `beam_search`.
 
-    The n best answers are sent when the search is done.
+    The n best answers are sent when the search is done. Of a kept state only the best one has it.
     """
 
     num_beams: int

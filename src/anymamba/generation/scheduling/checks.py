@@ -50,7 +50,5 @@ def _check_beams(request: Request) -> None:
     assert request.beams is not None
     if request.n > request.beams.num_beams:
         raise ValueError(f"n must be at most num_beams, got {request.n} and {request.beams.num_beams}")
-    if request.is_adjusted or request.keep_state or request.n_top:
-        raise ValueError(
-            "a beam search takes no logit_bias, penalties, mask, n_top or keep_state; leave them or beams out"
-        )
+    if request.is_adjusted:
+        raise ValueError("a beam search takes no logit_bias, penalties or mask; leave them or beams out")

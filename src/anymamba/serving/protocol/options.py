@@ -77,7 +77,6 @@ def read_beams(values: Mapping[str, Any]) -> Beams | None:
     if values["num_beams"] == 1:
         return None
     changed = {
-        "session": values["session"] is not None,
         "logit_bias": bool(values["logit_bias"]),
         "top_p": values["top_p"] not in (None, 1.0),
         "top_k": (values["top_k"] or 0) > 0,
@@ -85,7 +84,6 @@ def read_beams(values: Mapping[str, Any]) -> Beams | None:
         "repetition_penalty": values["repetition_penalty"] != 1.0,
         "frequency_penalty": values["frequency_penalty"] != 0.0,
         "presence_penalty": values["presence_penalty"] != 0.0,
-        "logprobs": values["logprobs"] not in (None, False),
         "best_of": (values.get("best_of") or 1) > 1,
         "tools": bool(values.get("tools")),
         "response_format": (values["response_format"] or {}).get("type", "text") != "text",
