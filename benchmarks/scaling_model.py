@@ -205,16 +205,23 @@ def fitted(found: dict[str, Any], links: Links) -> Rates:
     shares = 1 / np.array([[time] for _, time in one])  # errors count as shares of a step
     cost, overhead = nonnegative(terms * shares, left * shares[:, 0])
     rates = Rates(1 / max(float(cost), 1e-30), float(overhead))
-    two = measured_steps(found, 2)
-    for step, time in two:
-        alone = seconds(step, rates, links)
+    return with_second(rates, one, measured_steps(found, 2), links)
+
+
+def with_second(rates: Rates, one: list[tuple[Step, float]], two: list[tuple[Step, float]], links: Links) -> Rates:
+    """The rates with what two GPUs add to the steps of the same kind on one, whose errors of the fit are left out."""
+    shares: dict[str, list[float]] = {"visible": [], "state_pass": []}
+    silent = dataclasses.replace(rates, visible=0.0)
+    for (alone, alone_time), (step, time) in zip(one, two, strict=False):
+        error = alone_time / seconds(alone, rates, links)["total"]
+        parts, all_visible = seconds(step, silent, links), seconds(step, rates, links)["FSDP"]
+        extra = time - error * (parts["total"] - parts["context"]) - parts["context"]
         if step.cp > 1:
-            extra = time - alone["total"] + alone["FSDP"] * (1 - rates.visible)
-            rates = dataclasses.replace(rates, state_pass=max(0.0, extra / alone["scan"]))
-        elif alone["FSDP"] > 0:
-            visible = (time - alone["total"] + alone["FSDP"]) / alone["FSDP"] * rates.visible
-            rates = dataclasses.replace(rates, visible=min(1.0, max(0.0, visible)))
-    return rates
+            shares["state_pass"].append(max(0.0, extra / (error * parts["scan"])))
+        else:
+            shares["visible"].append(min(1.0, max(0.0, extra / all_visible)))
+    means = {name: sum(values) / len(values) for name, values in shares.items() if values}
+    return dataclasses.replace(rates, **means)
 
 
 def nonnegative(terms: np.ndarray, wanted: np.ndarray) -> np.ndarray:
