@@ -147,6 +147,25 @@ def test_saved_and_loaded(mixers, tmp_path):
     assert torch.equal(again(bases(2, 9)).logits, model(bases(2, 9)).logits)
 
 
+def test_other_readers_refuse_a_model_that_is_not_causal():
+    from anymamba.data.dna import DnaTokenizer
+    from anymamba.evaluation.perplexity import evaluate
+    from anymamba.generation.generate import generate
+
+    model = model_of("bimamba").float()
+    with pytest.raises(ValueError, match="reads both strands has no state and cannot generate"):
+        generate(model, [[7, 8]], DnaTokenizer(), max_new_tokens=1)
+    with pytest.raises(ValueError, match="the model is not causal"):
+        evaluate(model, None, None)
+
+
+def test_the_complement_of_the_presets_is_the_tokenizers():
+    from anymamba.data.dna import COMPLEMENT_IDS
+    from anymamba.models.presets import DNA_COMPLEMENT
+
+    assert tuple(COMPLEMENT_IDS[:12].tolist()) == DNA_COMPLEMENT == COMPLEMENT
+
+
 @pytest.mark.parametrize("name", ["caduceus-ps-1.9m", "caduceus-ps-7.7m", "caduceus-ph-7.7m"])
 def test_presets_have_the_published_sizes(name):
     """7.73 million, as the published models of 16 layers say; strands have no parameters of their own."""

@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
 
         Raises ValueError if the model is not causal.
         """
-        self._require_causal("has no state")
+        self.require_causal("has no state")
         layers = tuple(block.mixer.init_state(batch, dtype) for block in self.blocks)
         return LanguageModelState(layers, () if self.positions is None else self.positions.init_state(batch, dtype))
 
@@ -230,9 +230,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "batch length width"], LanguageModelState]:
         """`hidden`, and `projected` as in `norm_of_sum`."""
         if state is not None:
-            self._require_causal("has no state")
+            self.require_causal("has no state")
         if is_spread():
-            self._require_causal("cannot run on parts of sequences")
+            self.require_causal("cannot run on parts of sequences")
         rows = self.embed_strands(input_ids)
         if not self.config.complement:
             return self._normed(rows, state, attention_mask, cu_seqlens, projected)
@@ -253,7 +253,8 @@ class LanguageModel(nn.Module):
     def _complement(self, device: torch.device) -> Int[Tensor, " padded_vocab"]:
         return complement_table(self.config.complement, self.config.padded_vocab_size, device)
 
-    def _require_causal(self, what: str) -> None:
+    def require_causal(self, what: str) -> None:
+        """Raise ValueError, saying `what` the model lacks, if it is not causal."""
         if not self.config.is_causal:
             reads = "both strands" if self.config.complement else "sequences in both directions"
             raise ValueError(
@@ -320,7 +321,7 @@ class LanguageModel(nn.Module):
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState
     ) -> tuple[Float[Tensor, "batch d_model"], LanguageModelState]:
         """`hidden` of one token per row. Raises ValueError if the model is not causal."""
-        self._require_causal("has no step")
+        self.require_causal("has no step")
         _require_ids(token_ids, 1, "(batch,)")
         embedded, where = self.embedding(token_ids), state.positions
         if self.positions is not None:

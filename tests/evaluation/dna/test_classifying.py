@@ -136,6 +136,7 @@ def test_what_is_no_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_promoters(tmp_path):
     """The promoters of Genomic Benchmarks, of which a fixed split is kept: a tiny model beats the class shares."""
     if not PROMOTERS.is_file():
@@ -145,6 +146,6 @@ def test_promoters(tmp_path):
     split = make_split(data.sequences)
     assert {name: len(digests) for name, digests in split.digests.items()} == COUNTS
     assert split.digest == DIGEST
-    config = ClassifierTraining(epochs=2, seeds=1, learning_rate=4e-3)
+    config = ClassifierTraining(epochs=1, seeds=1, learning_rate=4e-3)
     results = train_run(tmp_path / "run", data, split, Source(preset="nano"), config, CPU)
-    assert results["test"]["accuracy"]["mean"] > 0.7 and results["test"]["auroc"]["mean"] > 0.75
+    assert results["test"]["accuracy"]["mean"] > 0.75 and results["test"]["auroc"]["mean"] > 0.8

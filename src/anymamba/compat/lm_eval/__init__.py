@@ -95,6 +95,7 @@ class AnymambaLM(TemplateLM):
         self.max_length = _at_least_one("max_length", max_length)
         self.max_gen_toks = _at_least_one("max_gen_toks", max_gen_toks)
         self.model = load_model(pretrained, dtype, device, revision, weights).eval()
+        self.model.require_causal("cannot score texts")
         self._device = self.model.embedding.weight.device
         name = None if isinstance(pretrained, LanguageModel) else pretrained
         vocab_size = self.model.config.vocab_size

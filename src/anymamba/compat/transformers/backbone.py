@@ -58,6 +58,7 @@ class AnyMambaPreTrainedModel(PreTrainedModel):
     def __init__(
         self, config: AnyMambaConfig, language_model: LanguageModel, children: MutableMapping[str, nn.Module | None]
     ) -> None:
+        language_model.require_causal("has no class of transformers")
         super().__init__(config)
         # The layers are children of this module, under the names of our files. The LanguageModel that runs them uses
         # the same table of children. So when PEFT or a new vocabulary replaces a layer, it is replaced in both.

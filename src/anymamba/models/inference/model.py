@@ -74,7 +74,7 @@ class InferenceModel(LanguageModel):
         invariant: bool = False,
     ) -> None:
         super().__init__(config, device="meta")
-        self._require_causal("is not a model for inference")
+        self.require_causal("is not a model for inference")
         pack_modules(self, matrices)
         missing, unexpected = self.load_state_dict(dict(others), strict=False, assign=True)
         assert set(missing) == set(matrices) and not unexpected, (missing, unexpected)
