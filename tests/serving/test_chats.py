@@ -8,8 +8,12 @@ import re
 import pytest
 from live_server import live
 
+from anymamba.serving.protocol.errors import ApiError
+from anymamba.serving.templates import unfinished
+
 PATH = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
+SILENT = {"role": "assistant", "content": " "}
 WEATHER = {
     "type": "function",
     "function": {
@@ -60,6 +64,35 @@ def test_parts_are_joined_and_a_developer_speaks_as_the_system(server):
     assert ask(server, messages=[{"role": "user", "content": parts}]) == ask(server)
     system, developer = ([{"role": role, "content": "be brief"}, USER] for role in ("system", "developer"))
     assert prompt_of(server, system) == prompt_of(server, developer)
+
+
+def test_the_last_message_is_continued(server):
+    whole = ask(server, max_tokens=12, logit_bias={str(token): -100 for token in (256, 32, *range(9, 14))})
+    text = whole["message"]["content"]
+    begun = [USER, {"role": "assistant", "content": text[:4]}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False, "max_tokens": 12 - len(text[:4].encode())}
+    fields["logit_bias"] = {str(token): -100 for token in (256, 32, *range(9, 14))}
+    assert ask(server, messages=begun, **fields)["message"]["content"] == text[4:]
+    for wrong in ({"add_generation_prompt": True}, {"messages": [USER]}, {"messages": [*begun[:1], SILENT]}):
+        error = server.refused(400, PATH, {"messages": begun, **fields, **wrong})
+        assert error["param"] == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("rendered", "content", "wanted"),
+    [
+        ("<a>one</a><a>one</a>", "one", "<a>one</a><a>one"),
+        ("<a>one two</a>", " one two \n", "<a>one two"),
+        ("<a>one \n</a>", "  one \n", "<a>one \n"),
+        ("<a>ONE</a>", "one", None),
+    ],
+)
+def test_a_conversation_is_cut_after_its_last_message(rendered, content, wanted):
+    if wanted is None:
+        with pytest.raises(ApiError, match="cannot be continued"):
+            unfinished(rendered, content)
+    else:
+        assert unfinished(rendered, content) == wanted
 
 
 def test_a_stream_has_the_same_text_and_log_probabilities(server):

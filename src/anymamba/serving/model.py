@@ -26,7 +26,7 @@ from anymamba.serving.protocol.options import Options
 from anymamba.serving.protocol.token_texts import TokenTexts
 from anymamba.serving.sessions import OtherModelError, QuotaError, SessionStore, StoreError
 from anymamba.serving.structured import GrammarMask, Grammars
-from anymamba.serving.templates import ChatTemplate
+from anymamba.serving.templates import ChatTemplate, unfinished
 from anymamba.serving.worker import EngineThread
 
 SHORT = 2000
@@ -134,9 +134,10 @@ class ServedModel:
     def chat_text(self, call: ChatCall) -> str:
         """The text of a conversation."""
         tools = () if call.tools is None else call.tools.described
-        return self.require_template().render(
+        text = self.require_template().render(
             call.messages, tools, add_generation_prompt=call.add_generation_prompt, values=call.template_values
         )
+        return unfinished(text, call.messages[-1]["content"]) if call.continue_final_message else text
 
     # ------------------------------------------------------------------------------------ checks
 

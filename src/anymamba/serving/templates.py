@@ -121,6 +121,22 @@ class ChatTemplate:
         return "".join(pieces)
 
 
+def unfinished(text: str, content: str) -> str:
+    """The text of a conversation up to the end of the content of its last message.
+
+    A template may have taken white space off the content. Raises ApiError if it has changed more.
+    """
+    for shown in (content, content.lstrip(), content.strip()):
+        place = text.rfind(shown)
+        if place >= 0:
+            return text[: place + len(shown)]
+    raise ApiError(
+        400,
+        "the chat template changes the last message, so that it cannot be continued; use /v1/completions",
+        param="continue_final_message",
+    )
+
+
 def load_template(name: str | None, checkpoint: Checkpoint | None) -> ChatTemplate | None:
     """The template that a name gives, else the model's own; None if there is none.
 

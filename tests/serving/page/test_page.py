@@ -243,6 +243,34 @@ def test_another_token_goes_on_from_its_place(text):
     expect(text.locator(".bar .version")).to_have_text("2/2")
 
 
+def test_an_answer_goes_on_from_another_token(chat):
+    ask(chat, "Hello")
+    before = chat.locator(".assistant .text").text_content()
+    tokens = chat.locator(".assistant .token")
+    place = next(i for i in range(3, 12) if tokens.nth(i).text_content().isalnum())
+    start = before[: sum(len(tokens.nth(i).text_content()) for i in range(place))]
+    tokens.nth(place).hover()
+    other = chat.locator("#token-card button.line").first
+    token = other.locator("code").text_content()
+    body = sent(chat, other.click)
+    assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+    last = body["messages"][-1]
+    assert last["role"] == "assistant" and last["content"][:-1] == start and token in ("␣", last["content"][-1])
+    settle(chat)
+    expect(chat.locator(".assistant .version")).to_have_text("2/2")
+    expect(chat.locator(".assistant .cost")).to_contain_text("remembered")
+    text = chat.locator(".assistant .text").text_content()
+    assert text.startswith(last["content"]) and len(text) == len(last["content"]) + 12
+    chat.locator(".assistant").get_by_title("Earlier version").click()
+    expect(chat.locator(".assistant .text")).to_have_text(before)
+    chat.locator(".assistant .text").focus()
+    for key in ("ArrowRight", "ArrowRight", "Enter"):
+        chat.keyboard.press(key)
+    expect(chat.locator("#token-card button").first).to_be_focused()
+    assert sent(chat, lambda: chat.keyboard.press("Enter"))["continue_final_message"] is True
+    settle(chat)
+
+
 def test_another_token_by_keyboard(text):
     complete(text, "abc")
     for _ in range(6):

@@ -40,6 +40,8 @@ class ChatCall:
     """Report log-probabilities and so many of the likeliest tokens; None: do not."""
     form: Form | None
     add_generation_prompt: bool
+    continue_final_message: bool
+    """Whether the answer goes on with the last message in place of a new one."""
     template_values: Mapping[str, Any]
 
 
@@ -52,17 +54,30 @@ def read_chat(body: Any) -> ChatCall:
     forced = None if tools is None else tools.form()
     if forced is not None and form is not None:
         raise ApiError(400, f"{form.param} does not go with a required tool; leave one out", param=form.param)
+    messages = read_messages(values["messages"])
+    if values["continue_final_message"]:
+        _require_unfinished(messages[-1], values["add_generation_prompt"])
     newer, older = values["max_completion_tokens"], values["max_tokens"]
     return ChatCall(
         options=options,
-        messages=read_messages(values["messages"]),
+        messages=messages,
         tools=tools,
         max_tokens=older if newer is None else newer,
         n_top=(values["top_logprobs"] or 0) if values["logprobs"] else None,
         form=form if forced is None else forced,
         add_generation_prompt=values["add_generation_prompt"],
+        continue_final_message=values["continue_final_message"],
         template_values=values["chat_template_kwargs"] or {},
     )
+
+
+def _require_unfinished(last: Mapping[str, Any], add_generation_prompt: bool) -> None:
+    """Raise ApiError unless the last message is the beginning of an answer."""
+    name = "continue_final_message"
+    if add_generation_prompt:
+        raise ApiError(400, f"{name} needs add_generation_prompt false: no new answer begins", param=name)
+    if last["role"] != "assistant" or "tool_calls" in last or not last["content"].strip():
+        raise ApiError(400, f"{name} needs a last message of the assistant with a text", param=name)
 
 
 def read_messages(messages: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

@@ -93,6 +93,7 @@ CHAT = {
     "tool_choice": Field(Any_({}), None, "auto, none, required, or the function to call."),
     "parallel_tool_calls": Field(Boolean(), None, "Taken, but an answer has at most one call if one is required."),
     "add_generation_prompt": Field(Boolean(), True, "Whether the answer's header follows the messages. Extension."),
+    "continue_final_message": Field(Boolean(), False, "Go on with the last message, an answer. Extension."),
     "chat_template_kwargs": Field(Object(), None, "More variables of the chat template. Extension."),
     "metadata": Field(Object(), None, "Not used."),
     "safety_identifier": Field(Text(), None, "Not used."),

@@ -41,16 +41,18 @@ export function open(conversation, view, composer, app) {
     await answer(chat.leaf);
   }
 
-  /** Write one or several answers to a message. */
-  async function answer(question) {
+  /** Write one or several answers to a message; `start` has the pieces of an answer to go on with. */
+  async function answer(question, start = []) {
     comparing = null;
     const fields = settings.requestFields();
-    const nodes = Array.from({ length: settings.nAnswers() }, () => tree.add(chat, question, "assistant"));
+    const nodes = Array.from({ length: settings.nAnswers() }, () => tree.add(chat, question, "assistant", [...start]));
     const messages = tree.path(chat, question).map((node) => ({ role: node.role, content: textOf(node.pieces) }));
     if (conversation.system?.trim()) messages.unshift({ role: "system", content: conversation.system });
+    if (start.length) messages.push({ role: "assistant", content: textOf(start) });
+    const goingOn = start.length ? { continue_final_message: true, add_generation_prompt: false } : {};
     const { max_tokens, seed, ...rest } = fields;
     const first = seed + tree.siblings(chat, nodes[0]).indexOf(nodes[0]);
-    const body = { ...rest, ...app.requestFields(conversation), messages, max_completion_tokens: max_tokens, logprobs: true, top_logprobs: 5 };
+    const body = { ...rest, ...app.requestFields(conversation), ...goingOn, messages, max_completion_tokens: max_tokens, logprobs: true, top_logprobs: 5 };
     if (nodes.length > 1) comparing = question;
     chat.leaf = nodes[0].id;
     draw(true);
@@ -62,11 +64,18 @@ export function open(conversation, view, composer, app) {
       piece: perFrame(() => update(node)),
     }));
     const failure = await runs.write(tasks, drawButton);
-    for (const node of nodes) if (node.reason === "error" && !node.pieces.length) tree.drop(chat, node);
+    for (const node of nodes) if (node.reason === "error" && node.pieces.length === start.length) tree.drop(chat, node);
     if (failure && !closed) app.fail(failure);
     draw(isAtEnd());
     app.save();
     app.refresh();
+  }
+
+  /** Go on with another token in the place of one of an answer; the old answer stays as a version. */
+  function goFrom(node, span, token) {
+    if (runs.isRunning()) return;
+    const place = [...span.parentElement.childNodes].indexOf(span);
+    answer(node.parent, [...node.pieces.slice(0, place), { text: token }]);
   }
 
   /** Draw all messages; the view stays where it is, or goes to the end. */
@@ -92,7 +101,7 @@ export function open(conversation, view, composer, app) {
   function message(node) {
     const text = h("div", { class: "text", tabindex: node.role === "assistant" ? 0 : false, "aria-label": node.role === "assistant" ? "Answer" : "Your message" });
     tokens.show(text, node.pieces);
-    tokens.explain(text);
+    tokens.explain(text, node.role === "assistant" ? (span, token) => goFrom(node, span, token) : null);
     const meta = h("div", { class: "meta" }, h("span", { class: "cost" }, told(node)), h("span", { class: "nav" }, ...actions(node)));
     return h("article", { class: `message ${node.role}`, "data-id": node.id }, text, meta);
   }

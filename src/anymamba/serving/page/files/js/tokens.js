@@ -2,6 +2,7 @@
 
 import { byId, h } from "./dom.js";
 
+const PART = /^bytes:(\\x[0-9a-f]{2})+$/; // a token that is only a part of a character
 const LEVELS = [0.9, 0.6, 0.3, 0.1]; // probabilities above which a token is "sure", ... and below the last "odd"
 let current = null; // the span that the card is about
 let choose = null; // what a click on another token does
@@ -22,7 +23,7 @@ export function show(element, pieces) {
 }
 
 /**
- * Tell probabilities on hover, tap, and with the arrow keys where the element has the focus.
+ * Tell probabilities on hover, tap, and with the arrow keys where the element has the focus; Enter goes into the card.
  * `branch(span, token)`, if given, goes on from another token that was likely in that place.
  */
 export function explain(element, branch = null) {
@@ -30,7 +31,12 @@ export function explain(element, branch = null) {
   element.addEventListener("pointerleave", (event) => event.relatedTarget?.closest?.("#token-card") || close());
   element.addEventListener("click", (event) => event.target.scores && open(event.target, branch));
   element.addEventListener("keydown", (event) => {
-    if (element.isContentEditable || !["ArrowLeft", "ArrowRight"].includes(event.key) || event.altKey) return;
+    if (element.isContentEditable || event.altKey) return;
+    if (event.key === "Enter" && current && !event.ctrlKey && !event.metaKey) {
+      byId("token-card").querySelector("button")?.focus();
+      event.preventDefault();
+    }
+    if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
     const tokens = [...element.querySelectorAll(".token")];
     const place = tokens.indexOf(current) + (event.key === "ArrowRight" ? 1 : -1);
     if (tokens[place]) open(tokens[place], branch);
@@ -58,7 +64,7 @@ export function open(element, branch, focus = false) {
   const others = score.top.some(([token]) => token === score.token) ? score.top : [[score.token, score.p], ...score.top];
   card.replaceChildren(...element.scores.slice(0, -1).map((part) => line(part.token, part.p, true)), ...others.map(([token, p]) => line(token, p, token === score.token)));
   card.append(h("small", {}, `Log-probability ${Math.log(score.p).toFixed(2)}`));
-  if (branch && others.length > 1) card.append(h("small", {}, "Click another token to go on from it."));
+  if (card.querySelector("button")) card.append(h("small", {}, "Click another token to go on from it."));
   card.hidden = false;
   place(card, element.getClientRects()[0] ?? element.getBoundingClientRect());
   if (focus) card.querySelector("button")?.focus();
@@ -68,7 +74,7 @@ function line(token, p, chosen) {
   const bar = h("span", { class: "bar" });
   bar.style.width = `${Math.max(1, 100 * p)}%`;
   const parts = [h("code", {}, shown(token)), h("span", { class: "percent" }, percent(p)), bar];
-  if (chosen || !choose) return h("div", { class: chosen ? "line chosen" : "line" }, ...parts);
+  if (chosen || !choose || PART.test(token)) return h("div", { class: chosen ? "line chosen" : "line" }, ...parts);
   const go = choose;
   const from = current;
   return h("button", { type: "button", class: "line", onclick: () => { close(); go(from, token); } }, ...parts);
