@@ -98,6 +98,10 @@ SHARED = {
         "lab.learning",
         "lab.byte_windows",
         "lab.zero_shot",
+        "lab.classifiers",
+        "lab.genome_models",
+        "lab.genomes",
+        "lab.language",
     ),
     *("cli.app", "cli.train_help"),
     *(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymamba.lab.classifiers import Classifier
 from anymamba.lab.experiment import Context
 from anymamba.lab.optimization import Batch, Optimization, TrainingStep, autocast
 from anymamba.lab.saving import OutOfTime
@@ -27,6 +28,8 @@ VALIDATION_SEED = (1 << 32) - 1
 """Far from every training seed (torch uses 32 bits of it). All arms and seeds have the same validation set."""
 READ_EVERY = 20
 """Steps after which a GPU is asked for the loss; asking at each step would make it wait."""
+EVALUATED_AT_ONCE = 1 << 19
+"""Tokens of long sequences that an evaluation reads at once: more would fill the memory of a GPU."""
 UNTIMED = 10
 """Steps at the beginning that the speed is not measured on: the first ones compile, and one is recorded."""
 
@@ -78,7 +81,7 @@ def batch_generator(context: Context) -> torch.Generator:
 
 
 def learn(
-    model: LanguageModel,
+    model: LanguageModel | Classifier,
     how: Optimization,
     make: MakeBatch,
     validation: Batch,
@@ -202,9 +205,12 @@ def read(losses: list[Tensor]) -> list[float]:
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, batch: Batch, rows: int = 64, how: Optimization | None = None) -> Score:
+def evaluate(
+    model: LanguageModel | Classifier, batch: Batch, rows: int | None = None, how: Optimization | None = None
+) -> Score:
     """Evaluate a model on a set, `rows` sequences at a time, in the precision that it is trained in.
 
+    By default it reads 64 sequences at a time, or fewer long ones: EVALUATED_AT_ONCE tokens.
     Raises ValueError if the set has no label.
     """
     ids, labels = batch
@@ -215,6 +221,7 @@ def evaluate(model: LanguageModel, batch: Batch, rows: int = 64, how: Optimizati
     was_training = model.training
     model.eval()
     right, loss = torch.zeros_like(counted), 0.0
+    rows = rows or max(1, min(64, EVALUATED_AT_ONCE // ids.shape[1]))
     for part in torch.arange(len(ids), device=ids.device).split(rows):
         where = counted[part]
         with precision, without_last_states():

@@ -9,13 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from anymamba.lab.classifiers import Classifier
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import without_last_states
 from anymamba.training import optimizer as adamw
 from anymamba.training.config import OptimizerConfig
 
 Batch = tuple[Tensor, Tensor]
-"""Token ids (rows, length) and labels (rows, length); labels of -100 are not counted."""
+"""Token ids (rows, length) and labels (rows, length), for a classifier (rows, asked); -100 is not counted."""
 WARM_UP = 3
 """Steps on a GPU before one is recorded: kernels are compiled and libraries choose their algorithms."""
 
@@ -43,7 +44,7 @@ class Optimization:
     """bfloat16 runs the matrix products under autocast; weights and states stay float32."""
 
 
-def build_optimizer(model: LanguageModel, how: Optimization) -> torch.optim.AdamW:
+def build_optimizer(model: LanguageModel | Classifier, how: Optimization) -> torch.optim.AdamW:
     """AdamW with the same parameter groups as in training.
 
     On a GPU its rates are tensors, so that a recorded step follows the schedule.
@@ -93,7 +94,7 @@ class TrainingStep:
     spends most of its time on launching kernels otherwise. A replayed step computes what a plain one does.
     """
 
-    def __init__(self, model: LanguageModel, how: Optimization) -> None:
+    def __init__(self, model: LanguageModel | Classifier, how: Optimization) -> None:
         self.model, self.how = model, how
         self.optimizer = build_optimizer(model, how)
         self.device = model.embedding.weight.device

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from anymamba.base.files import atomic_file
-from anymamba.models.language_model import LanguageModel
 from anymamba.training.optimizer import optimizer_tensors, restore_optimizer
 
 SUFFIX = ".unfinished.safetensors"
@@ -49,7 +49,7 @@ class Saving:
 
     def write(
         self,
-        model: LanguageModel,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
         values: dict[str, Any],
@@ -65,7 +65,7 @@ class Saving:
         self._written = time.monotonic()
 
     def read(
-        self, model: LanguageModel, optimizer: torch.optim.Optimizer, generator: torch.Generator
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
     ) -> dict[str, Any] | None:
         """Restore the model, the optimiser and the generator; returns the values, or None if there is no such file.
 

@@ -1,0 +1,50 @@
+"""Trains a classifier of promoters and measures it on the test sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anymamba.evaluation.dna.metrics import classification_metrics
+from anymamba.experiments.promoters.arms import PromoterSettings, build
+from anymamba.experiments.promoters.data import Labelled, labelled, training_batches
+from anymamba.lab.classifiers import Classifier
+from anymamba.lab.experiment import Context
+from anymamba.lab.learning import learn
+from anymamba.lab.optimization import Optimization, autocast
+
+
+def measure(settings: PromoterSettings, context: Context) -> dict[str, Any]:
+    """Train an arm. Returns the values of `learn` on the valid sequences; accuracy, MCC and AUROC on `valid` and
+    `test`; the rate, the bases that were read, the digest of the split and the sequences of each part."""
+    parts, digest = labelled(settings.source, context.data, context.device)
+    model, how = build(settings).to(context.device), settings.optimization
+    if context.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(context.device)
+    values = learn(
+        model,
+        how,
+        training_batches(parts["train"]),
+        (parts["valid"].ids, parts["valid"].labels[:, None]),
+        context,
+        every=settings.judge_every,
+        resumable=True,
+    )
+    return {
+        **values,
+        "learning_rate": how.learning_rate,
+        "read_bases": values["steps"] * how.batch_size * parts["train"].ids.shape[1],
+        "valid": measured(model, parts["valid"], how),
+        "test": measured(model, parts["test"], how),
+        "split": digest,
+        "sequences": {name: len(own.ids) for name, own in parts.items()},
+    }
+
+
+def measured(model: Classifier, some: Labelled, how: Optimization, rows: int = 512) -> dict[str, float | None]:
+    """Accuracy, MCC and AUROC on some sequences."""
+    model.eval()
+    with autocast(how, some.ids.device):
+        found = torch.cat([model.probabilities(ids)[:, 0] for ids in some.ids.split(rows)])
+    return classification_metrics(found.cpu().numpy(), some.labels.cpu().numpy())
