@@ -83,7 +83,16 @@ class SSMParameters(WideParameters):
             self.C.normal_(std=math.sqrt(0.5) if self.is_complex else 1.0)
 
     def A(self) -> Tensor:
-        """(d_inner, d_state), real or complex."""
+        """(d_inner, d_state), real or complex.
+
+        Raises TypeError for parameters that something has narrowed, such as a policy of FSDP2.
+        """
+        if self.A_log.dtype.itemsize < 4:
+            raise TypeError(
+                f"A_log must be float32 or wider, got {self.A_log.dtype}, in which states would never fade; shard the "
+                "model with anymamba.parallel.parallelize, or leave param_dtype out of FSDP2's MixedPrecisionPolicy "
+                "and run it under autocast"
+            )
         real = -torch.exp(self.A_log)
         return real if self.A_imag is None else torch.complex(real, self.A_imag)
 
