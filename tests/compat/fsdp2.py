@@ -9,6 +9,7 @@ import sys
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from anymamba.compat.transformers import wrap
 from anymamba.models.config import ModelConfig
@@ -21,6 +22,7 @@ def main(precision: str) -> None:
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Block"],
         reshard_after_forward=True,
+        mixed_precision_policy=MixedPrecisionPolicy(),  # autocast narrows what may be narrow
     )
     accelerator = Accelerator(mixed_precision=precision, fsdp_plugin=plugin)
     torch.manual_seed(0)

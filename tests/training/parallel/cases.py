@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from anymamba.cli.app import main
@@ -36,6 +39,7 @@ from anymamba.training.parallel import (
 )
 from anymamba.training.parallel.launch import read_launch
 from anymamba.training.parallel.processes import SeveralProcesses
+from anymamba.training.parallel.sharding import units
 from anymamba.training.parallel.writer import Writer
 from anymamba.training.report import Silent
 from anymamba.training.snapshot import Progress, restore, snapshot
@@ -150,6 +154,19 @@ def bfloat16_loss(param_dtype: torch.dtype | None) -> tuple[float, dict[str, Ten
     return out.loss.item(), {name: full(p.grad) for name, p in sharded.named_parameters()}
 
 
+def error_of_narrowed_parameters() -> str:
+    """What a model says whose blocks are sharded by a policy that narrows all their parameters."""
+    sharded = model(torch.float32)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    try:
+        sharded.loss(*tokens()[:, 0])
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
 def loss_without_autocast() -> str:
     sharded = model(torch.float32)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
@@ -187,7 +204,9 @@ def mesh_error(names: tuple[str, ...]) -> str:
 def trained(compile: bool, steps: int = 2) -> list[float]:
     """Losses of a few steps with AdamW."""
     sharded = model(torch.float32, n_layers=1)
-    parallelize(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",)), compile=compile)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)):
+        parallelize(sharded, mesh, compile=compile)
     optimizer = build_optimizer(sharded, OptimizerConfig(learning_rate=1e-2))
     losses = []
     for _ in range(steps):
@@ -255,6 +274,50 @@ def load(folder: Path, sizes: dict[str, int]) -> tuple[dict[str, Tensor], list[f
     found |= {f"optimizer.{name}": full(t) for name, t in optimizer_tensors(sharded, optimizer).items()}
     rows = next(t[:, 0, 0].tolist() for t in state_tensors(carried))
     return found, rows, torch.get_rng_state()
+
+
+# ----------------------------------------------------------------------------------------------------------- accelerate
+
+
+def under_accelerate(precision: str, narrow: bool) -> tuple[float, float, list[str]] | str:
+    """The loss of a wrapped model that accelerate's FSDP2 has sharded, that of the same model alone, and the classes of
+    the units; or the error of a model whose parameters its policy narrows.
+
+    accelerate itself refuses to shard on a CPU, so its function for models is called with what it reads of an
+    `Accelerator`.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    from anymamba.compat.transformers import wrap
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16 if narrow else None),
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision=precision,
+        is_main_process=dist.get_rank() == 0,
+        device=torch.device("cpu"),
+        torch_device_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",)),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["dp_shard"]),
+    )
+    ids = tokens()[0, 0, 2 * dist.get_rank() : 2 * dist.get_rank() + 2]
+    alone, sharded = wrap(model(torch.float32)), wrap(model(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        want = alone(input_ids=ids, labels=ids).loss.item()
+        prepared: Any = fsdp2_prepare_model(accelerator, sharded)
+        try:
+            loss = prepared(input_ids=ids, labels=ids).loss
+        except TypeError as error:
+            return str(error)
+    loss.backward()
+    assert all(p.grad is not None for p in prepared.parameters())
+    return loss.item(), want, sorted({type(unit).__name__ for unit in units(prepared)})
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

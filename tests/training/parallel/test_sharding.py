@@ -81,6 +81,13 @@ def test_param_dtype_has_the_bits_of_gathering_in_float32(pool: Pool) -> None:
     assert [name for name in want if not torch.equal(gradients[name], want[name])] == []
 
 
+def test_a_policy_that_narrows_the_wide_parameters_is_an_error(pool: Pool) -> None:
+    for message in pool.run(2, cases.error_of_narrowed_parameters):
+        assert message.startswith(
+            "A_log must be float32 or wider, got torch.bfloat16, in which states would never fade;"
+        )
+
+
 def test_param_dtype_needs_autocast(pool: Pool) -> None:
     for message in pool.run(2, cases.loss_without_autocast):
         assert message.startswith("the projections are gathered in torch.bfloat16: run the model under torch.autocast(")
