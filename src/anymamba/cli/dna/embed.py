@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from anymamba.base.sizes import require_at_least
-from anymamba.cli.dna.inputs import lines_to, open_genome, require_new, tell_skipped
+from anymamba.cli.dna.inputs import exact, lines_to, open_genome, require_new, tell_skipped
 from anymamba.console.flags import read_flags
 from anymamba.console.output import print_json, progress_bar, say, told_warnings
 from anymamba.console.runtime import Runtime, load_model, open_model
@@ -73,10 +73,11 @@ def run(options: EmbedOptions) -> dict[str, object]:
         if options.bed is not None:
             intervals, skipped = read_bed(options.bed, genome, on_bad_line=options.on_bad_row)
             tell_skipped(options.bed, skipped)
-        checkpoint, tokenizer = open_model(options.model, options.tokenizer, options.runtime)
+        runtime = exact(options.runtime)
+        checkpoint, tokenizer = open_model(options.model, options.tokenizer, runtime)
         from anymamba.evaluation.dna import embed
 
-        model = load_model(checkpoint, options.runtime)
+        model = load_model(checkpoint, runtime)
         vectors = embed(
             model,
             tokenizer,

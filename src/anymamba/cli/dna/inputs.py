@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from anymamba.base.files import atomic_file
 from anymamba.console.output import progress_bar, say
+from anymamba.console.runtime import Runtime
 
 if TYPE_CHECKING:
     from anymamba.data.dna import Genome
@@ -26,6 +28,13 @@ def open_genome(fasta: Path) -> Iterator[Genome]:
         for note in genome.notes:
             say(f"{fasta}: {note}")
         yield genome
+
+
+def exact(runtime: Runtime) -> Runtime:
+    """The flags with float32 as the default: differences of likelihoods are small beside bfloat16's roundings."""
+    if runtime.dtype is not None or runtime.weights is not None:
+        return runtime
+    return dataclasses.replace(runtime, dtype="float32")
 
 
 def tell_skipped(path: Path, skipped: Mapping[str, int]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 import tyro
 
 from anymamba.base.sizes import require_at_least
-from anymamba.cli.dna.inputs import lines_to, open_genome, require_new, tell_skipped
+from anymamba.cli.dna.inputs import exact, lines_to, open_genome, require_new, tell_skipped
 from anymamba.console.flags import read_flags
 from anymamba.console.output import print_json, progress_bar, say, told_warnings
 from anymamba.console.runtime import Runtime, load_model, open_model
@@ -82,10 +82,11 @@ def run(options: ScoreOptions) -> dict[str, object]:
         vcf = Vcf(options.vcf, genome, on_bad_line=options.on_bad_row)
         vcf.require_same_assembly()
         total = vcf.n_alleles
-        checkpoint, tokenizer = open_model(options.model, options.tokenizer, options.runtime)
+        runtime = exact(options.runtime)
+        checkpoint, tokenizer = open_model(options.model, options.tokenizer, runtime)
         from anymamba.evaluation.dna import score
 
-        model = load_model(checkpoint, options.runtime)
+        model = load_model(checkpoint, runtime)
         records = _Following(vcf)
         masked = None if options.objective is None else options.objective == "mlm"
         scores = score(
