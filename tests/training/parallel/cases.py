@@ -370,6 +370,12 @@ def command(*words: str, patches: dict[str, str] | None = None) -> int:
         return main(words, handler)
 
 
+def run_text(text: str) -> int:
+    torch.set_num_threads(1)
+    exec(compile(text, "docs/distributed.md", "exec"), {"__name__": "__main__"})
+    return 0
+
+
 def different_rows(*arguments: Any, **options: Any) -> Any:
     """Data that rank 1 reads without its last document."""
     training, held_out = open_data(*arguments, **options)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["tests.training.parallel.cases"]
+PATIENCE = 15.0
+"""Seconds that a rank has to notice by itself that another one has failed."""
 LIMIT = 60.0
 """Seconds that a function may take."""
 
@@ -98,16 +100,24 @@ class Job:
             process.start()
 
     def codes(self, limit: float = LIMIT) -> list[int | None]:
-        """The exit codes. Processes that have not ended within the limit are killed, and have None."""
-        end = time.monotonic() + limit
-        found = []
+        """The exit codes. As torchrun does, it ends the others when one has failed, but only after a while.
+
+        Processes that have not ended within the limit are killed, and have None.
+        """
+        end, failed = time.monotonic() + limit, None
+        while any(p.exitcode is None for p in self.processes) and time.monotonic() < end:
+            time.sleep(0.02)
+            if failed is None and any(p.exitcode for p in self.processes):
+                failed = time.monotonic()
+            if failed is not None and time.monotonic() > failed + PATIENCE:
+                for process in self.processes:
+                    process.terminate()
+                failed = float("inf")
+        codes = [process.exitcode for process in self.processes]
         for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-            found.append(process.exitcode)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-        return found
+            process.kill()
+            process.join()
+        return codes
 
     def text(self, rank: int) -> str:
         """What a rank has printed so far."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.training.parallel import cases
-from tests.training.parallel.ranks import Pool
+from tests.training.parallel.ranks import Job, Pool
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -109,3 +111,11 @@ def test_a_mesh_with_other_names_is_refused(pool: Pool) -> None:
             "the dimensions of the mesh must be called dp_replicate, dp_shard, cp, got ('tp',); give init_device_mesh "
             "these names as mesh_dim_names"
         )
+
+
+def test_the_loop_of_the_page_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    [block, _] = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    job = Job(tmp_path, 2, cases.run_text, block)
+    assert job.codes() == [0, 0], job.text(0) + job.text(1)
+    assert job.text(0).splitlines()[-1] == job.text(1).splitlines()[-1], "the norm is that of all ranks"

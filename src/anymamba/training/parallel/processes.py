@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,12 +57,29 @@ def processes_of(config: TrainConfig, run: Path) -> Iterator[Processes]:
         degrees(config.parallel, 1)
         yield Processes(launch, config)
         return
-    kind = torch.device(config.device).type
-    with _process_group(launch, kind):
-        way_out = f"resume the run with the same torchrun command and --resume {run}"
-        watch = Watch(launch.rank, launch.world_size, launch.host, way_out)
-        with watch.ending_together():
-            yield SeveralProcesses(launch, config)
+    way_out = f"resume the run with the same torchrun command and --resume {run}"
+    with ExitStack() as stack:
+        with _ended_by_sigterm():
+            stack.enter_context(_process_group(launch, torch.device(config.device).type))
+            watch = Watch(launch.rank, launch.world_size, launch.host, way_out)
+        stack.enter_context(watch.ending_together())
+        yield SeveralProcesses(launch, config)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process at once while the ranks look for one another, which no Python handler could.
+
+    If a rank dies before it is watched, torchrun sends the signal to the others.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
