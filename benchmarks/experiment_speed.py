@@ -1,8 +1,9 @@
-"""How fast the arms of a language experiment train on this machine, before a budget is fixed.
+"""How fast the arms of an experiment on language or DNA train on this machine, before a budget is fixed.
 
-Prints for each arm the bytes per second, the share of the card's bfloat16 peak, whether its step is recorded in a CUDA
-graph, the minutes that the whole arm takes without evaluations, and on a GPU the share of each group of kernels in a
-plain step. Arms that differ in rate and seed alone are measured once.
+Prints for each arm the bytes or bases per second, the share of the card's bfloat16 peak, whether its step is recorded
+in a CUDA graph, the minutes that the whole arm takes without evaluations, and on a GPU the share of each group of
+kernels in a plain step. Arms that differ in rate and seed alone are measured once, and arms without a language model
+not at all.
 
 python -m benchmarks.experiment_speed scaling --scale gpu [--arms NAME ...] [--steps 40] [--device cuda] [--no-shares]
 """
@@ -25,6 +26,7 @@ from anymamba.experiments import load_experiment
 from anymamba.lab.experiment import SCALES, Arm
 from anymamba.lab.language import PEAKS, LanguageSettings, training_flops
 from anymamba.lab.optimization import WARM_UP, TrainingStep
+from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.ops.devices import usable_device
 from benchmarks.gpu_profile import GROUPS, profile
@@ -32,6 +34,11 @@ from benchmarks.timing import machine, table
 
 SHARE_LIMIT = 15
 """Percent of a step that anything but products and scans may take."""
+
+
+def has_language_model(arm: Arm) -> bool:
+    """Whether an arm trains a language model on rows of one length."""
+    return isinstance(getattr(arm.settings, "model", None), ModelConfig) and hasattr(arm.settings, "window")
 
 
 def different(arms: list[Arm]) -> Iterator[tuple[Arm, int]]:
@@ -51,7 +58,8 @@ def measured(arm: Arm, device: torch.device, steps: int, shares: bool) -> dict[s
     torch.manual_seed(0)
     model = LanguageModel(settings.model).to(device)
     how, window = settings.optimization, settings.window
-    rows = torch.randint(256, (how.batch_size, window + 1), device=device)
+    model.activation_checkpointing = getattr(settings, "checkpointing", False)
+    rows = torch.randint(min(256, settings.model.vocab_size), (how.batch_size, window + 1), device=device)
     batch = (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
     take = TrainingStep(model, how)
     start = time.perf_counter()
@@ -106,7 +114,9 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(usable_device(options.device))
     arms = [
-        a for a in load_experiment(options.experiment).arms(options.scale) if not options.arms or a.name in options.arms
+        arm
+        for arm in load_experiment(options.experiment).arms(options.scale)
+        if (not options.arms or arm.name in options.arms) and has_language_model(arm)
     ]
     found, rows, total = {}, [], 0.0
     for arm, runs in different(arms):
