@@ -19,7 +19,7 @@ from anymamba.console.output import print_json, progress_bar, say
 @dataclass(frozen=True)
 class ExperimentOptions:
     """Run an experiment: selective-copying, induction-heads, associative-recall, scaling, language-ablations,
-    zero-shot, selection-ablation, speed.
+    zero-shot, selection-ablation, dna-size, dna-length, great-apes, promoters, speed.
 
     results.json is written after every arm. After an interruption, the same command measures only what is missing.
     """
@@ -36,7 +36,7 @@ class ExperimentOptions:
     """Folder of the results; defaults to runs/experiments/NAME-SCALE."""
     data: Path | None = None
     """Folder with data that the package does not have: books for scaling and language-ablations, the tasks and a folder
-    `models` for zero-shot."""
+    `models` for zero-shot, genomes for the others."""
     max_minutes: float | None = None
     """Stop after this time; the same command goes on. Long arms are saved and continue where they were."""
     device: str = "auto"

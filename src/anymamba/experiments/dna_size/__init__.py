@@ -16,10 +16,11 @@ bases a run.
 
 The species are colinear, so one rule splits all of them by position: the first 3 million bases of chromosome 1 (4
 million of lyrata, whose chromosome is longer) are held out, the next million or so are a buffer that nothing reads,
-and the rest is for training. Chromosomes 2 are for training. Repeats and related genes occur on both sides, as in
-every genome. A training window begins anywhere, and half of the windows are read on the other strand. Runs of 1,000 N
-and more are cut out; shorter ones are read, but no N is predicted. Lower case, which marks repeats, is read as upper
-case.
+and the rest is for training. Chromosomes 2 are for training. Of the held-out 24-mers, 1.6 % in thaliana, 8.5 % in
+lyrata and 3.6 % in arenosa occur in training: repeats and related genes, as in every genome. With a split that
+ignores the other species it would be 21 to 46 %. A training window begins anywhere, and half of the windows are read
+on the other strand. Runs of 1,000 N and more are cut out; shorter ones are read, but no N is predicted. Lower case,
+which marks repeats, is read as upper case.
 
 All models of a size have the parameters of Mamba within 3 %: Hyena and Transformer++ have half of Mamba's blocks,
 each with an MLP. The recipe is the paper's: AdamW with betas of 0.9 and 0.95, weight decay of 0.1, a clipped norm of
