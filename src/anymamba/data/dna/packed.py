@@ -21,12 +21,12 @@ from anymamba.data.cache import FORMAT, Sources, default_cache, mark_used, table
 
 from ..documents import open_decompressed
 from .fasta import FastaCounts, read_fasta
-from .letters import LOWER, ODD, pack, unpack
+from .letters import LOWER, ODD, pack, translated, unpack
 from .runs import RunList, find_runs, overlapping
 
 _FORMAT = 1  # of the files below; part of the key
 _BASES, _ODD, _LOWER, _RECORDS = "bases.bin", "odd.npy", "lower.npy", "records.json"
-_AT_ONCE = 1 << 22  # letters packed at once
+_AT_ONCE = 1 << 18  # letters packed at once; they stay in the processor's cache
 
 Progress = Callable[[int, int | None], None]
 
@@ -148,7 +148,7 @@ class _Writer:
         for letters in _in_fours(pieces):
             with _writing(self._cache):
                 self._bases.write(pack(letters))
-            odd.add(find_runs(ODD[letters]), length)
+            odd.add(find_runs(translated(letters, ODD)), length)
             lower.add(find_runs(letters & np.uint8(LOWER)), length)
             length += len(letters)
         self.lengths.append(length)

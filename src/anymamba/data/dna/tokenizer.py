@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from anymamba.base.files import own_folder, write_json, write_text
 
 from ..token_ids import row_of_ids
-from .letters import AMBIGUOUS
+from .letters import AMBIGUOUS, translated
 
 Case = Literal["fold", "keep"]
 SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
@@ -55,11 +55,11 @@ class DnaTokenizer:
     def encode_array(self, text: str | bytes) -> NDArray[np.uint8]:
         """`encode` as (length,) numbers of 8 bits."""
         data = text if isinstance(text, bytes) else text.encode("ascii", "replace")  # others become ?, which is [UNK]
-        return self._ids[np.frombuffer(data, np.uint8)]
+        return np.frombuffer(bytearray(data.translate(self._ids)), np.uint8)
 
     def encode_letters(self, letters: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The ids of ASCII codes, as from `Genome.letters`, in any shape."""
-        return self._ids[letters]
+        return translated(letters, self._ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each sequence."""
@@ -154,7 +154,7 @@ def _replacement(pattern: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-def _id_table(case: Case) -> NDArray[np.uint8]:
+def _id_table(case: Case) -> bytes:
     """The id of each byte."""
     table = np.full(256, UNKNOWN_ID, np.uint8)
     bases = {letter: i for letter, i in vocabulary(case).items() if len(letter) == 1}
@@ -163,4 +163,4 @@ def _id_table(case: Case) -> NDArray[np.uint8]:
     if case == "fold":
         table[list(b"acgt")] = table[list(b"ACGT")]
     table[list(b"Uu")] = table[list(b"Tt")]
-    return table
+    return table.tobytes()

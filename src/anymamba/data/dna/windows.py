@@ -14,7 +14,7 @@ from anymamba.base.sizes import require_at_least
 
 from .bed import Interval
 from .genome import Genome, Strand
-from .letters import ODD, U
+from .letters import ODD, U, translated
 
 Source = tuple[Genome, Sequence[Interval]]
 _OTHER_STRAND: dict[Strand, Strand] = {"+": "-", "-": "+"}
@@ -175,5 +175,5 @@ def unknown_share(letters: NDArray[np.uint8]) -> float:
 
 def is_unknown(letters: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Which letters are N or an ambiguity code; U is not."""
-    odd = ODD[letters]
+    odd = translated(letters, ODD)
     return (odd != 0) & (odd != U)
