@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from anymamba.data.dna import N_ID, DnaTokenizer, reverse_complement
+from anymamba.experiments import load_experiment
 from anymamba.experiments.dna_length.arms import BASES, settings_of
 from anymamba.lab import learning
 from anymamba.lab.experiment import Context
@@ -29,8 +32,11 @@ from anymamba.lab.genomes import (
 )
 from anymamba.lab.learning import batch_generator, build_model, evaluate
 from anymamba.lab.optimization import Optimization
+from anymamba.lab.results import as_json
+from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
 from anymamba.models.config import ModelConfig
 
+DATA = Path(__file__).parents[3] / "shared" / "data"
 CONTEXT = Context(torch.device("cpu"), 0, lambda *told: None)
 HOW = Optimization(1, 1, 1e-3)
 
@@ -124,6 +130,35 @@ def test_checkpointing_changes_no_number():
     assert found[0]["validation_loss"] == found[1]["validation_loss"]
     assert found[0]["block_losses"] == found[1]["block_losses"]
     assert found[0]["read_bases"] == 128 and found[0]["corpus"] == synthetic_corpus().digest
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [("dna-size", "hyena-d64-rate2"), ("great-apes", "mamba-64-rate100"), ("promoters", "cnn-rate2")],
+)
+def test_an_arm_that_was_interrupted_goes_on_bit_for_bit(name, arm, tmp_path):
+    experiment = load_experiment(name)
+    settings = next(one.settings for one in experiment.arms("toy") if one.name == arm)
+
+    def measured(saving=None):
+        torch.manual_seed(0)
+        values = experiment.measure(settings, replace(CONTEXT, saving=saving))
+        return {key: v for key, v in values.items() if key not in ("training_seconds", "tokens_per_second")}
+
+    saving = Saving(tmp_path / f"{arm}-seed0{SUFFIX}", as_json(settings), deadline=0.0)
+    with pytest.raises(OutOfTime):
+        measured(saving)
+    assert saving.path.is_file()
+    assert measured(replace(saving, deadline=math.inf)) == measured()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+def test_the_split_of_the_real_genomes_is_fixed():
+    found = corpus("arabidopsis", DATA, torch.device("cpu"))
+    assert len(found.training.ids) == 97_649_662 and found.digest == "1c6ffa6089d08bf3"
+    assert found.held_out.lengths == (3 * HELD_OUT_UNIT + 1, 4 * HELD_OUT_UNIT + 1, 3 * HELD_OUT_UNIT + 1)
+    assert found.cut == 163_050
 
 
 def test_data_that_are_missing_are_named(tmp_path):

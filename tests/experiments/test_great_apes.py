@@ -115,6 +115,16 @@ def test_the_committed_splits_are_70_kb_apart():
     assert min(gaps) == 70_000 and {split for *_, split in ends} == {"train", "valid", "test"}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_file(), reason="the shared data is not here")
+def test_the_real_loci_have_no_n():
+    splits = {name: slices("apes", DATA.parent, name, CPU) for name in ("train", "valid", "test")}
+    assert all(int(own.ids.min()) >= 7 and int(own.ids.max()) <= 10 for own in splits.values())
+    found = {name: int(loci(own, 1 << 16, 1 << 16).locus.max()) + 1 for name, own in splits.items()}
+    assert found == {"train": 173, "valid": 17, "test": 18}
+    assert sum(own.cut for own in splits.values()) < 18 + 3024 + 9149 + 3264
+
+
 def test_frequencies_of_sixmers():
     text = "ACGTACGTAC"
     found = frequencies(torch.tensor([TOKENIZER.encode(text), TOKENIZER.encode("A" * 10)]))

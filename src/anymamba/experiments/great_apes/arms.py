@@ -61,7 +61,7 @@ class BaselineSettings:
     most_loci: int | None
     n_windows: int
     """Windows to fit, of all species."""
-    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     """Weights of the squared norm; the one with the lowest loss on the valid windows is used."""
 
 
