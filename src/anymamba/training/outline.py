@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from anymamba.models.language_model import LanguageModel
 from anymamba.training.config import TrainConfig
@@ -79,11 +80,13 @@ def unit_of(training: TrainingData) -> str:
 
 
 def training_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights, their gradients and AdamW's two moments; activations come on top of them."""
+    """Bytes of a model's weights, their gradients and AdamW's two moments; of a sharded model those of this process.
+    Activations come on top of them."""
     bytes_ = 0
     for parameter in model.parameters():
         copies = 2 + ADAM_MOMENTS if parameter.requires_grad else 1
-        bytes_ += copies * parameter.numel() * parameter.element_size()
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        bytes_ += copies * own.numel() * own.element_size()
     return bytes_
 
 

@@ -21,10 +21,14 @@ import torch
 
 from anymamba.base.schema import config_to_dict
 from anymamba.cli.app import main
+from anymamba.data.batches import Batch
+from anymamba.data.dna import DnaTokenizer
 from anymamba.models.language_model import LanguageModel
 from anymamba.training.checkpoint import checkpoints, load_checkpoint
 from anymamba.training.config import ParallelConfig, TrainConfig
+from anymamba.training.masking import Masking
 from anymamba.training.metrics import read_metrics
+from anymamba.training.parallel.rows import rows_of_batch
 from anymamba.training.trainer import resume, train
 from tests.training.parallel import cases
 from tests.training.parallel.ranks import Job, Pool
@@ -360,3 +364,50 @@ def test_torchrun_starts_a_run_again(config_file: Path, tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert again.returncode != 0
     assert again.stderr.count(f"error: {run} exists; resume it (--resume {run}) or choose another folder") == 2
+
+
+# --------------------------------------------------------------------------------------------------- rows of a rank
+
+
+def test_masks_of_all_ranks_are_those_of_one_process() -> None:
+    tokenizer = DnaTokenizer("fold")
+    ids = torch.tensor([list(tokenizer.encode("ACGTTGCA" * 8)) for _ in range(4)])
+    offsets = torch.arange(5, dtype=torch.int32) * ids.shape[1]
+    batch = Batch(ids, ids, offsets, torch.zeros(4, dtype=torch.bool), {})
+    masking = Masking.of(tokenizer, seed=3)
+    want = masking.apply(batch, 7)
+    for size in (1, 2, 4):
+        parts = [masking.apply(rows_of_batch(batch, rank, size), 7, rows=(rank, size)) for rank in range(size)]
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), want.input_ids)
+        assert torch.equal(torch.cat([part.labels for part in parts]), want.labels)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_rows_of_a_rank_have_their_documents(size: int) -> None:
+    """Three rows of five tokens, with documents that begin inside rows; missing rows have no labels."""
+    ids = torch.arange(15).view(3, 5)
+    batch = Batch(
+        ids, ids + 1, torch.tensor([0, 2, 5, 10, 13, 15], dtype=torch.int32), torch.tensor([True, False, True]), {}
+    )
+    parts = [rows_of_batch(batch, rank, size) for rank in range(size)]
+    assert {tuple(part.input_ids.shape) for part in parts} == {(-(-3 // size), 5)}
+    labels = torch.cat([part.labels for part in parts])
+    assert torch.equal(labels[:3], batch.labels) and bool((labels[3:] == -100).all())
+    assert torch.equal(torch.cat([part.carried for part in parts])[:3], batch.carried)
+    starts = [
+        offset + 5 * rank * -(-3 // size) for rank, part in enumerate(parts) for offset in part.cu_seqlens.tolist()
+    ]
+    assert {start for start in starts if start <= 15} == set(batch.cu_seqlens.tolist())
+
+
+def test_adapters_and_a_time_limit_on_several_ranks(pool: Pool, config: TrainConfig, tmp_path: Path, one: Path) -> None:
+    """LoRA trains alike on two ranks; its model is written merged; the clock of rank 0 ends the run on all."""
+    pytest.importorskip("peft")
+    tuned = dataclasses.replace(config, start_from=str(one), lora=2, steps=2)
+    train(tuned, tmp_path / "alone")
+    pool.run(2, cases.run_training, tuned, tmp_path / "tuned")
+    assert losses(tmp_path / "tuned") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    assert (tmp_path / "tuned" / "adapter" / "adapter_model.safetensors").exists()
+    endless = dataclasses.replace(config, steps=10**6, max_minutes=0.01)
+    pool.run(2, cases.run_training, endless, tmp_path / "short")
+    assert load_checkpoint(checkpoints(tmp_path / "short")[-1])[1]["step"] < 10**6

@@ -88,6 +88,11 @@ def _process_group(launch: Launch, kind: str) -> Iterator[None]:
     if kind == "cuda" and launch.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(launch.local_rank)
     if dist.is_initialized():
+        if "cpu" not in str(dist.get_backend_config()):
+            raise ValueError(
+                f"the process group must reduce tensors of the CPU, too, got {dist.get_backend_config()}; make it with "
+                'init_process_group("cpu:gloo,cuda:nccl")'
+            )
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"

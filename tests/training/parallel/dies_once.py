@@ -1,0 +1,27 @@
+"""`anymamba`, whose rank 1 kills itself at step 4 unless torchrun has started it again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from anymamba.cli import main
+from anymamba.training.parallel.processes import SeveralProcesses
+
+clip = SeveralProcesses.clip
+
+
+def deadly_clip(self: Any, *arguments: Any) -> float:
+    deadly_clip.steps += 1
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.rank == 1 and deadly_clip.steps == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(self, *arguments)
+
+
+deadly_clip.steps = 0
+
+if __name__ == "__main__":
+    SeveralProcesses.clip = deadly_clip
+    sys.exit(main())
