@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scan_backends import arguments, check_summaries
 from scan_cases import assert_close, assert_within_budget, offsets, run_scan, scan_inputs, widened
 from test_conv import conv_inputs
 from test_conv import run as run_conv
 from test_conv import widened as widened_conv
 
 from anymamba import selective_scan, selective_scan_step
+from anymamba.kernels.selective_scan import triton as scan_triton
 from anymamba.ops import dispatch
 
 SMALL = {"batch": 1, "length": 6, "d_inner": 3, "d_state": 2}
@@ -32,6 +34,11 @@ SCANS = {
 def test_the_scan_in_float64(options):
     inputs = scan_inputs(**SMALL | options)
     assert_close(run_scan(inputs, "triton"), run_scan(inputs, "reference"), 1e-13)
+
+
+@pytest.mark.parametrize("name", ["all", "constant", "two chunks", "packed", "packed, two chunks", "two slabs"])
+def test_summaries(name):
+    check_summaries(scan_triton, arguments(scan_inputs(**SMALL | SCANS[name])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anymamba.kernels.elementwise import sum_of_steps
 from anymamba.kernels.selective_scan.arguments import ScanArguments
-from anymamba.kernels.selective_scan.chunks import first_sequence, last_sequence
+from anymamba.kernels.selective_scan.chunks import leaving_row
 from anymamba.kernels.selective_scan.triton import plan
 from anymamba.kernels.selective_scan.triton.call import Call
 from anymamba.runtimes import triton
@@ -102,15 +101,35 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
 
 def summary(a: ScanArguments) -> tuple[Tensor, Tensor]:
     """The state (b, d, n) after the last token of each row, and the sum of the row's steps (b, d)."""
-    states = forward(a._replace(C=a.B, D=None, z=None), save=False)[1]
-    states = states if a.cu_seqlens is None else states[last_sequence(a.cu_seqlens)]
-    return states, sum_of_steps(a.delta, a.delta_bias, a.delta_softplus, a.real_dtype)
+    call = Call(a._replace(C=a.B, D=None, z=None))
+    call.n_leaving = call.n_chunks
+    call.new_chunks()
+    unused = {"partial": call.chunk_states, "y": call.chunk_states, "last": call.chunk_states, "saved": None}
+    for slab in call.slabs:
+        call.scan(slab, summary=True, **unused)
+    return _leaving_row(call, None if a.cu_seqlens is not None else a.initial_state), call.chunk_steps.sum(1)
 
 
 def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor:
     """The gradient of the state (b, d, n) before the first token of each row."""
-    if a.initial_state is None:
-        a = a._replace(initial_state=a.u.new_zeros(a.n_sequences, a.d_inner, a.d_state, dtype=a.dtype))
-    gradient = backward(dy, dlast_state, a, forward(a, save=True)[2])[-1]
-    assert gradient is not None
-    return gradient if a.cu_seqlens is None else gradient[first_sequence(a.cu_seqlens)]
+    call = Call(a)
+    call.n_leaving = call.n_chunks
+    call.new_chunks()
+    dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))
+    dlast_state = dlast_state.to(a.dtype).contiguous()
+    call.gradient_of(dy)
+    for slab in call.slabs:
+        call.reverse_summary(slab, dlast_state)
+    return _leaving_row(call, None if a.cu_seqlens is not None else dlast_state, reverse=True)
+
+
+def _leaving_row(call: Call, arriving: Tensor | None, *, reverse: bool = False) -> Tensor:
+    """What leaves each row (b, d, n), from what leaves its chunks if nothing arrives, and what arrives at the row."""
+    a, leaving = call.a, call.chunk_states
+    decays = torch.exp(call.chunk_steps[:, :, None] * a.A.to(a.dtype).T)
+    if arriving is not None:  # as one more chunk
+        given = arriving.to(a.dtype).mT[:, None]
+        pair = (leaving, given) if reverse else (given, leaving)
+        leaving = torch.cat(pair, 1)
+        decays = torch.cat((decays, torch.ones_like(given)) if reverse else (torch.ones_like(given), decays), 1)
+    return leaving_row(leaving, decays, a, call.chunk, reverse=reverse).mT.contiguous()

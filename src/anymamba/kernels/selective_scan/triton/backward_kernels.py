@@ -121,7 +121,7 @@ def reverse_summary(
                 before = before + (exp2(d * rates[n], FAST) * (dh[n] + g * Cs[n]),)
             dh = before
             if sequence_of is not None:
-                if starts:
+                if starts & (t > 0):  # the row's first state has a gradient, too
                     dh = zeros(zero, N)
             steps += d
     at = row * n_chunks + ck

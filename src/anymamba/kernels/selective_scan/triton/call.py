@@ -31,6 +31,7 @@ class Call:
         self.n_blocks = a.n_groups * -(-per_group // self.block)
         self.chunk = plan.chunk(a, self.n_blocks * a.batch, programs)
         self.n_chunks = -(-a.length // self.chunk)
+        self.n_leaving = self.n_chunks - 1  # chunks of which is computed first what leaves them
         self.fast = triton.is_nvidia(a.u) and a.dtype == torch.float32
         self.flags: dict[str, Any] = {
             "BLOCK": self.block,
@@ -109,13 +110,13 @@ class Call:
         several = self.n_chunks > 1
         self._launch(
             scan,
-            self._programs(self.n_chunks - summary),
+            self._programs(self.n_leaving if summary else self.n_chunks),
             **self._rows("u", "delta", "z"),
             **self._forward_matrices(),
             **self.vectors | self.sizes | self._in_groups(plan.forward_tokens(self.a)) | results,
             initial=self.initial_state,
             sequence_of=self.sequence_of,
-            chunk_states=self.chunk_states if several else None,
+            chunk_states=self.chunk_states if several or summary else None,
             chunk_steps=self.chunk_steps if summary else None,
             first_chunk=0,
             first_state=slab.first,
@@ -152,7 +153,7 @@ class Call:
 
         self._launch(
             reverse_summary,
-            self._programs(self.n_chunks - 1),
+            self._programs(self.n_leaving),
             **self._rows("dy", "delta", "z"),
             **self._matrices("C"),
             **self.sizes | self._in_groups(plan.forward_tokens(self.a)),
@@ -162,7 +163,7 @@ class Call:
             sequence_of=self.sequence_of,
             chunk_states=self.chunk_states,
             chunk_steps=self.chunk_steps,
-            first_chunk=1,
+            first_chunk=self.n_chunks - self.n_leaving,
             first_state=slab.first,
             N=slab.n,
         )
