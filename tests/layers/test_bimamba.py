@@ -8,7 +8,9 @@ import pytest
 import torch
 from contract import LENGTHS, close
 
+from anymamba import LanguageModel, ModelConfig
 from anymamba.layers import BiMamba, Mamba
+from anymamba.parts import recipes
 from anymamba.parts.options import MambaOptions
 
 OPTIONS = MambaOptions(d_state=4)
@@ -67,6 +69,24 @@ def test_gradients():
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     parameters = list(both.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: both(x)[0], (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("complement", [(), (0, 2, 1, 3)])
+def test_recomputing_gives_the_same_bits(monkeypatch, complement):
+    """Also with activation checkpointing, in a model of one strand and of both."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        d_model=16, n_layers=2, vocab_size=4, mixers=("bimamba",), mamba=OPTIONS, complement=complement
+    )
+    model, ids = LanguageModel(config), torch.randint(0, 4, (2, 21))
+    found = []
+    for devices, checkpointing in (((), False), (("cpu",), False), ((), True)):
+        monkeypatch.setattr(recipes, "DEVICES", devices)
+        monkeypatch.setattr(recipes, "LEAST_SIZE", 0)
+        model.activation_checkpointing = checkpointing
+        found.append(torch.autograd.grad(model.loss(ids, ids).loss, list(model.parameters())))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_parameters_of_the_projections_count_once():
