@@ -20,15 +20,15 @@ other strand. All species have the same places. The test has the same loci at ev
 the longest length, which shorter windows tile. Slices that are shorter are left out. Intervals are 95 %, by a
 bootstrap over loci.
 
-N would tell the species: the human sequence has 18 and the gorilla's 9,149. At 2^16 bases every test window of some
-species has one, so such windows cannot be dropped. N are cut out of all sequences, and the bases on both sides
-joined.
+N would tell the species: the human sequence has 18 and the gorilla's 9,149. At 2^16 bases every test locus has an N
+in at least one species, so such windows cannot be dropped. N are cut out of all sequences, and the bases on both
+sides joined.
 
-A model of the next base is trained on the training slices first, and all lengths begin from it. The head reads the
-last position, as in the paper. In training it also reads every 1,024th position (256th at the scale cpu), so that a
-step has the same number of answers at every length. The paper has 64 windows a step at every length, which is up to
-32 times as many bases. The rate is the best on the valid loci at one length. The test loci are used once, after
-training.
+A model of the next base is trained on the training slices first, and all lengths begin from it (at the scale toy from
+random weights). The head reads the last position, as in the paper. In training it also reads every 1,024th position
+(256th at the scale cpu), so that a step has the same number of answers at every length. The paper has 64 windows a
+step at every length, which is up to 32 times as many bases. The rate is the best on the valid loci at one length. The
+test loci are used once, after training.
 
 The baseline is a logistic regression on the frequencies of 6-mers, whose penalty is chosen on the valid loci.
 

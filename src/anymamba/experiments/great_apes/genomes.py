@@ -61,8 +61,8 @@ def slices(source: Source, folder: Path | None, split: Split, device: torch.devi
 def read_slices(fasta: Path, splits: Path) -> dict[str, Slices]:
     """The slices of every split but the buffers; N are cut out.
 
-    Windows with N cannot be dropped: at 2^16 bases every test window of some species has one. N are joined over, as the
-    alignment's own gaps are, so that no window of any species has an N.
+    Windows with N cannot be dropped: at 2^16 bases every test locus has one in at least one species. The bases on both
+    sides of an N are joined, as they are at the alignment's own gaps.
     """
     pieces: dict[str, list[list[NDArray[np.uint8]]]] = {}
     cut: dict[str, int] = {}
