@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anymamba.data.dna import COMPLEMENT_IDS, N_ID, DnaTokenizer, Genome
+from anymamba.data.dna import N_ID, DnaTokenizer, Genome
 from anymamba.lab.optimization import Batch
 
 CorpusName = Literal["arabidopsis", "synthetic"]
 A_ID = 7
-"""The id of A; C, G and T follow."""
+"""The id of A; C, G and T follow. An id and that of its complement add up to 2 A_ID + 3."""
 LONG_RUN = 1000
 """Runs of this many N are cut out of a stretch; shorter ones are read, but no N is a label."""
 HELD_OUT_UNIT = 1 << 20
@@ -209,5 +209,6 @@ def as_batch(ids: Tensor) -> Batch:
 
 def on_either_strand(ids: Tensor, flip: Tensor) -> Tensor:
     """Rows of ids, where `flip` says so as their reverse complements."""
-    complement = torch.from_numpy(COMPLEMENT_IDS.astype(np.int64)).to(ids.device)
-    return torch.where(flip[:, None], complement[ids].flip(1), ids)
+    is_base = (ids >= A_ID) & (ids < A_ID + 4)
+    other = torch.where(is_base, 2 * A_ID + 3 - ids, ids).flip(1)
+    return torch.where(flip[:, None], other, ids)
