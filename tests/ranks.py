@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 60  # seconds
+PATIENCE = 300  # seconds
 
 
 class Ranks:

@@ -198,6 +198,11 @@ def test_convolution(ranks, n):
     ranks.run(n, check_convolutions, [*((lengths, None) for lengths in rows[n]), *packed_cases(n)])
 
 
+def test_a_group_of_one(ranks):
+    ranks.run(1, check_scans, [([20], {}), ([20], {"batch": 1, "lengths": [7, 0, 13]})], None)
+    ranks.run(1, check_convolutions, [([8], None), ([8], [3, 5])])
+
+
 # ------------------------------------------------------------------------------------------ what is sent
 
 

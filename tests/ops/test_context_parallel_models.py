@@ -122,6 +122,24 @@ def test_hybrids(ranks, n, name):
     ranks.run(n, check_model, HYBRIDS[name], cases_of(n, padded=False))
 
 
+def check_autocast(group: Any, of: ModelConfig) -> None:
+    """In bfloat16 the loss of the parts is that of one process, within its rounding; also of very short parts."""
+    model = built(of).float()
+    for lengths in ([10] * group.size(), [2, *[1] * (group.size() - 1)]):
+        ids = torch.randint(VOCABULARY, (2, sum(lengths)), generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            want = model.loss(ids, ids).loss
+            with context_parallel(group):
+                part = own(ids, lengths, group.rank())
+                got = model.loss(part, part).loss
+        got.backward()
+        torch.testing.assert_close(summed(got, group), want.detach(), rtol=1e-2, atol=0)
+
+
+def test_autocast(ranks):
+    ranks.run(2, check_autocast, HYBRIDS["rotary"])
+
+
 def check_states(group: Any) -> None:
     """A given state, and the state that is returned, of a layer on rows, packed documents and padded rows."""
     torch.manual_seed(0)

@@ -41,6 +41,6 @@ def shifted(x: Tensor, name: str, rank: int, size: int, by: int) -> Tensor:
         operations.append(dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=rank + by))
     if 0 <= rank - by < size:
         operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=rank - by))
-    for work in dist.batch_isend_irecv(operations) if x.numel() else ():
+    for work in dist.batch_isend_irecv(operations) if operations and x.numel() else ():
         work.wait()
     return received
