@@ -460,3 +460,18 @@ def test_requests_on_a_gpu(mamba, weights):
         logits = model(batch, num_last_logits=n).logits[0, :, :37].float()
         chosen = logits.gather(1, torch.tensor(client.ids[0], device="cuda")[:, None])[:, 0]
         assert (logits.amax(-1) - chosen).max() < 0.05 * logits.std()  # the likeliest, up to rounding
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_seed_gives_the_same_bits_in_generate_and_in_the_engine(mamba, packed):
+    """Prompts of one batch and of one engine are cut in other places, and read beside others."""
+    model = mamba.for_inference(weights="int8") if packed else mamba
+    prompts = prompts_of((1, 2, 7, 7, 64, 65, 150), 37)
+    options = {"max_new_tokens": 6, "sampling": SamplingConfig(1.2, top_p=0.9)}
+    wanted = generate(model, prompts, seed=list(range(7)), prefill_chunk=19, **options)
+    engine = Engine(model, prefix_tree=PrefixTree(10**6, every=16))
+    clients = [Client(engine, prompt=prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]
+    while engine.step():
+        pass
+    for client, ids, scores in zip(clients, wanted.ids, wanted.log_probabilities, strict=True):
+        assert client.ids[0] == ids and [token.score.log_probability for token in client.tokens] == scores

@@ -85,9 +85,10 @@ def beam_search(
     rules = Rules(num_beams, max_new_tokens, length_penalty, early_stopping, end_test(eos_id, tokenizer, stop))
     rows = prompt_rows(prompts)
     searches = [Search(rules) for _ in rows]
+    step = Stepper(model)
     with torch.inference_mode():
-        read = prefill(model, rows, eos_id, state, prefill_chunk)
-        beams = BeamRows(Stepper(model), read, searches, n_ids(model, tokenizer))
+        read = prefill(model, rows, eos_id, state, prefill_chunk, step.native)
+        beams = BeamRows(step, read, searches, n_ids(model, tokenizer))
         while beams.active:
             beams.advance()
     return [[_with_text(h, tokenizer, stop) for h in search.best(n_best)] for search in searches]

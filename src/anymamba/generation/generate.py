@@ -1,7 +1,8 @@
 """Generation of tokens and text, streamed or at once, for one prompt or a batch, from the beginning or from a state.
 
-A row's tokens and its end do not depend on the other rows of its batch, except for rounding. Rows that have ended are
-dropped from the computation. With recurrent layers a token costs the same for any context length.
+A row's tokens and its end do not depend on the other rows of its batch, except for rounding. With a model's compiled
+step, on a CPU, they hold to the bit, and are those of the engine, too. Rows that have ended are dropped from the
+computation. With recurrent layers a token costs the same for any context length.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class TokenStream(Iterator[Step]):
         self._n_ids = n_ids(model, tokenizer)
         self._running = RunningRows[Row](self._speculator or self._step, model.config.vocab_size, self._n_ids)
         with torch.inference_mode():
-            read = prefill(model, rows, self._eos_id, state, prefill_chunk)
+            read = prefill(model, rows, self._eos_id, state, prefill_chunk, self._step.native)
             self._read: GenerationState | None = read  # until the first step
             decoders = [None if tokenizer is None else StoppingDecoder(tokenizer, stop) for _ in rows]
             self._running.add([self._row(number, decoder) for number, decoder in enumerate(decoders)], read)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from anymamba.base.sizes import require_sizes
 from anymamba.data.token_ids import row_of_ids
+from anymamba.models.inference.native_reading import read
+from anymamba.models.inference.native_step import NativeStep
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.state import concatenate_rows, map_state, select_rows
 
@@ -70,11 +72,14 @@ def prefill(
     eos_id: int | None,
     state: GenerationState | None,
     chunk: int,
+    native: NativeStep | None = None,
 ) -> GenerationState:
     """`read_prompts` for callers that are in inference mode.
 
-    Prompts are padded on the left, so that their last tokens, whose logits are needed, are in one column. They are
-    sorted by length, longest first, and a row is computed from the chunk in which its prompt begins.
+    Prompts are sorted by length, longest first. With the compiled step of the model each token is computed as in a
+    step, so that a prompt gives the same bits here, in the engine, and beside any others. Otherwise prompts are padded
+    on the left, so that their last tokens, whose logits are needed, are in one column, and a row is computed from the
+    chunk in which its prompt begins.
     """
     require_sizes(prefill_chunk=chunk)
     rows = check_prompts(prompts, model.config.vocab_size, eos_id, state is not None)
@@ -88,19 +93,43 @@ def prefill(
             f"{model.config.vocab_size}), got {tuple(state.logits.shape)}; select_rows repeats, drops and reorders rows"
         )
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-    state = select_rows(state, torch.tensor(order, device=device))
-    state = _read_sorted(model, [rows[row] for row in order], state, chunk, device)
+    state, ordered = select_rows(state, torch.tensor(order, device=device)), [rows[row] for row in order]
+    for i, row in enumerate(ordered):
+        state.seen[i, torch.from_numpy(np.unique(row)).to(device)] = True
+    if native is not None and native.serves(torch.zeros(len(rows), dtype=torch.int64, device=device), state.model):
+        state = _read_as_steps(native, ordered, state, chunk)
+    else:
+        state = _read_padded(model, ordered, state, chunk, device)
     return select_rows(state, torch.tensor(np.argsort(order), device=device))
 
 
-def _read_sorted(
+def _read_as_steps(
+    native: NativeStep, rows: list[NDArray[np.int64]], state: GenerationState, chunk: int
+) -> GenerationState:
+    """Read prompts that are sorted by length, longest first. In each pass all that have tokens left read as many."""
+    lengths, logits, running = [len(row) for row in rows], state.logits, state.model
+    done, n_left, ended = 0, len(rows), []
+    while n_left:
+        n_going_on = sum(length > done for length in lengths)
+        if n_going_on < n_left:
+            ended.append(map_state(lambda t, a=n_going_on, b=n_left: t[a:b], running))
+            running, n_left = map_state(lambda t, n=n_going_on: t[:n], running), n_going_on
+            continue
+        stop = min(done + chunk, lengths[n_left - 1])
+        ids = torch.from_numpy(np.stack([row[done:stop] for row in rows[:n_left]]))
+        found = read(native, ids, running, num_last_logits=1)
+        running, done = found.state, stop
+        at_end = sum(length > stop for length in lengths)
+        logits[at_end:n_left] = found.logits[at_end:, -1, : logits.shape[1]]
+    return GenerationState(concatenate_rows(ended[::-1]), logits, state.seen)
+
+
+def _read_padded(
     model: LanguageModel, rows: list[NDArray[np.int64]], state: GenerationState, chunk: int, device: torch.device
 ) -> GenerationState:
     """Read prompts that are sorted by length, longest first."""
     longest, lengths = len(rows[0]), np.array([len(row) for row in rows])
-    logits, seen, running = state.logits.clone(), state.seen.clone(), state.model
-    for i, row in enumerate(rows):
-        seen[i, torch.from_numpy(np.unique(row)).to(device)] = True
+    logits, running = state.logits, state.model
     for start in range(-longest, 0, chunk):  # positions are counted from the end, where all prompts are aligned
         stop = min(start + chunk, 0)
         n_active = int((lengths > -stop).sum())
@@ -116,7 +145,7 @@ def _read_sorted(
         running = output.state if whole else concatenate_rows([output.state, rest])
         if stop == 0:
             logits[:n_active] = output.logits[:, -1, : logits.shape[1]].to(logits.dtype)
-    return GenerationState(running, logits, seen)
+    return GenerationState(running, logits, state.seen)
 
 
 def _left_padded(
