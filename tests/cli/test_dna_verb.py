@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +196,8 @@ def test_refusals_of_classify(refused, dna_models, labelled, tmp_path):
     assert "row 61" in refused(2, *given, "--preset", "nano")
     assert "name a model with --model, or sizes of a new one with --preset" in refused(2, *given)
     assert "unknown preset" in refused(2, *given, "--preset", "nono", "--on-bad-row", "skip")
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from anymamba.cli import main; main(['dna', '--help-all']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
