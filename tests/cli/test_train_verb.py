@@ -16,7 +16,7 @@ import pytest
 from anymamba.base.schema import config_to_dict
 from anymamba.cli import train
 from anymamba.models.presets import PRESETS
-from anymamba.training.config import TrainConfig
+from anymamba.training.config import ParallelConfig, TrainConfig
 
 SMALL = ["--model.d-model", "16", "--model.n-layers", "1", "--batch-size", "2", "--context", "32", "--threads", "1"]
 
@@ -104,6 +104,7 @@ def test_every_field_of_the_config_has_a_flag(run):
     short = {"data.paths": "data", "data.text_field": "text-field", "data.tokenizer": "tokenizer"}
     short |= {"data.exclude": "exclude", "data.on_bad_row": "on-bad-row"}
     short |= {"optimizer.learning_rate": "learning-rate", "start_from": "from"}
+    short |= {"parallel.dp_replicate": "dp-replicate", "parallel.dp_shard": "dp-shard", "parallel.cp": "cp"}
     for name in names(config_to_dict(TrainConfig()), ""):
         flag = short.get(name, name.replace("_", "-"))
         group, _, last = flag.rpartition(".")
@@ -409,15 +410,31 @@ def test_an_unknown_device(refused, new, tmp_path):
 def test_disk_errors_are_failures(refused, new, monkeypatch):
     import errno
 
-    from anymamba.training import trainer
+    from anymamba.training.parallel import processes
 
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    monkeypatch.setattr(processes, "save_checkpoint", full)
     assert refused(1, *new, "--steps", 2) == "error: runs/x: No space left on device"
 
 
 def test_parents_of_the_run_folder_are_made(run, texts, tmp_path):
     assert run("train", "--data", texts, "--out", tmp_path / "a" / "b", *SMALL, "--steps", 1)[0] == 0
     assert (tmp_path / "a" / "b" / "config.json").exists()
+
+
+def test_resume_takes_other_degrees_of_parallelism():
+    found = options("--resume", "runs/x", "--dp-shard", "-1", "--cp", "2")
+    assert found.new_parallel == ParallelConfig(cp=2) and found.new_steps is None
+    assert options("--resume", "runs/x").new_parallel is None
+    with pytest.raises(ValueError, match="but for --steps, --max-minutes, --dp-replicate, --dp-shard and --cp"):
+        options("--resume", "runs/x", "--cp", "2", "--batch-size", "4")
+
+
+def test_only_rank_0_prints(monkeypatch, tmp_path, capsys):
+    """Another rank of torchrun says nothing, also when it fails."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        train.command(["--data", str(tmp_path), "--batch-size", "0", "--out", "x"])
+    assert end.value.code == 1 and capsys.readouterr() == ("", "")

@@ -15,8 +15,8 @@ import pytest
 
 from anymamba.base.errors import InUseError
 from anymamba.base.files import LOCK
-from anymamba.training import trainer
 from anymamba.training.config import TrainConfig
+from anymamba.training.parallel import processes
 from anymamba.training.trainer import Silent, read_config, resume, train
 from tests.training.test_trainer import StopAt, assert_same_run
 
@@ -83,7 +83,7 @@ def test_a_run_that_fails_at_the_start_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", full)
+        patch.setattr(processes, "save_checkpoint", full)
         with pytest.raises(OSError, match="No space left"):
             train(short, run)
     assert run.exists() is existing and (not existing or os.listdir(run) == [])

@@ -208,6 +208,7 @@ class _Trainer:
         self.clock = Clock(config.max_minutes, self.progress, processes.from_first)
         if not found:
             self._checkpoint()
+            processes.written()  # an error here leaves no folder
         elif self.progress.step >= config.steps:
             self._save_model()  # a run that was killed after its last checkpoint does not have it yet
 

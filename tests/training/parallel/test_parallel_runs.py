@@ -263,10 +263,10 @@ def test_sigterm_to_one_rank_saves_and_ends_all(config_file: Path, tmp_path: Pat
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(pool: Pool, config: TrainConfig, tmp_path: Path) -> None:
-    """The disk takes 1.5 s; the steps after the first checkpoint do not wait for it."""
-    config = dataclasses.replace(config, checkpoint_every=1000, steps=5, eval_tokens=0)
+    """The disk takes 1.5 s; two steps after the checkpoint do not wait for it."""
+    config = dataclasses.replace(config, checkpoint_every=2, steps=4, eval_tokens=0)
     [written, stepped] = pool.run(2, cases.train_on_a_slow_disk, config, tmp_path / "run")[0]
-    assert stepped < 1.0 < written, f"the steps took {stepped:.2f} s, the checkpoint {written:.2f} s"
+    assert stepped < 1.2 < written, f"the steps took {stepped:.2f} s, the checkpoint {written:.2f} s"
 
 
 def files(run: Path) -> dict[str, bytes]:
