@@ -79,6 +79,16 @@ def test_pieces_of_a_long_file_are_joined(tmp_path, monkeypatch):
             assert_reads(genome, wanted)
 
 
+def test_a_run_over_several_pieces_is_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.fa"
+    path.write_text(">a\nACG" + "n" * 1000 + "ACGT\n")
+    monkeypatch.setattr(packed, "_AT_ONCE", 64)
+    monkeypatch.setattr("anymamba.data.dna.fasta._BLOCK", 64)
+    with Genome.open(path, cache_dir=tmp_path / "cache") as genome:
+        assert genome._reader._odd.tolist() == [[3, 1003, ord("N")]]
+        assert genome._reader._lower[:, :2].tolist() == [[3, 1003]]
+
+
 def test_comments_blank_lines_and_a_mark_at_the_start(tmp_path):
     path = tmp_path / "a.fa"
     path.write_bytes(b"\xef\xbb\xbf;made by hand\n> a first\n\nAC GT\n;more\nNN\n\n>b\nGG")
