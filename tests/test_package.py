@@ -48,6 +48,9 @@ PUBLIC = {
         Attention BiMamba GAU H3 Hyena HyenaFilter LayerNorm LearnedPositions LinearAttention MLP Mamba MambaBlock
         NoGate RMSNorm RWKVChannelMix RWKVTimeMix Retention S4 S4D S6 SequenceLayer SharedStrands ShortConvolution
         StrandEmbedding StrandHead""",
+    "anymamba.parallel": """
+        SequenceGroup clip_gradients context_parallel copy_from_first_rank parallelize reduce_gradients sequence_group
+        sum_over_ranks whole_tensors""",
 }
 """The names that a release promises: a name is deprecated before it is removed."""
 
