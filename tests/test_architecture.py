@@ -58,6 +58,7 @@ SHARED = {
         "training.parallel.agreement",
         "training.parallel.launch",
         "training.parallel.processes",
+        "training.parallel.start",
         "training.run_config",
         "training.interrupts",
         "training.report",

@@ -38,7 +38,8 @@ from anymamba.training.optimizer import build_optimizer, learning_rate, set_lear
 from anymamba.training.outline import outline, unit_of
 from anymamba.training.parallel.agreement import data_values, flat_values
 from anymamba.training.parallel.launch import is_restarted, note_launch
-from anymamba.training.parallel.processes import Processes, processes_of
+from anymamba.training.parallel.processes import Processes
+from anymamba.training.parallel.start import processes_of
 from anymamba.training.report import Report, Silent, TrainResult
 from anymamba.training.run_config import (
     TRAIN_CONFIG,
@@ -73,13 +74,16 @@ def train(
     """
     run = Path(run)
     with processes_of(config, run) as processes:
-        if processes.from_first(lambda: is_restarted(run, processes.launch)):
+        restarted = processes.from_first(lambda: is_restarted(run, processes.launch))
+        if restarted and processes.from_first((run / TRAIN_CONFIG).exists):
             return _resume(processes, read_config(run), run, report, sample)
         require_utf8(run)
         require_possible(config)
         if processes.is_first and run.exists() and not run.is_dir():
             raise FileExistsError(_exists(run))
         with processes.owning(run):
+            if processes.is_first and restarted:
+                _delete_contents(run)  # it was killed before it had a config
             if processes.is_first and contents(run):
                 raise FileExistsError(_exists(run))
             try:
@@ -219,8 +223,8 @@ class _Trainer:
     def note_start(self) -> None:
         """Write the config, and which launcher has started this process."""
         if self.processes.is_first:
-            write_config(self.run, self.config)
             note_launch(self.run, self.processes.launch)
+            write_config(self.run, self.config)
 
     def _build_model(self, device: str) -> LanguageModel:
         config = self.config

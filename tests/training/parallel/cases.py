@@ -38,7 +38,7 @@ from anymamba.training.parallel import (
     whole_tensors,
 )
 from anymamba.training.parallel.launch import read_launch
-from anymamba.training.parallel.processes import SeveralProcesses
+from anymamba.training.parallel.several import SeveralProcesses
 from anymamba.training.parallel.sharding import units
 from anymamba.training.parallel.writer import Writer
 from anymamba.training.report import Silent

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from anymamba.cli import main
-from anymamba.training.parallel.processes import SeveralProcesses
+from anymamba.training.parallel.several import SeveralProcesses
 
 clip = SeveralProcesses.clip
 

@@ -22,7 +22,7 @@ from anymamba.training.config import OptimizerConfig, ParallelConfig, TrainConfi
 from anymamba.training.optimizer import build_optimizer, optimizer_tensors
 from anymamba.training.parallel import clip_gradients, parallelize, sum_over_ranks
 from anymamba.training.parallel.launch import read_launch
-from anymamba.training.parallel.processes import SeveralProcesses
+from anymamba.training.parallel.several import SeveralProcesses
 from anymamba.training.snapshot import Progress, restore, snapshot
 
 CONFIG = ModelConfig(d_model=128, n_layers=3, vocab_size=512)
