@@ -116,14 +116,15 @@ def loss_table(results: Results, base: Base) -> str:
                 f"{four(found[0])} ± {found[1]:.4f}" if found else "",
                 four(log(theirs / PAPER[name][1 << 10])) if theirs else "",
             ]
-        rows.append(cells)
+        if cells[2] or cells[5]:
+            rows.append(cells)
     words = (
         "In nats a base; the change is from the shortest length. ±: the standard error over the held-out blocks, which "
         "says nothing of other seeds."
     )
     slopes = [f"{WORDS[n]} {value:+.5f}" for n in ARCHITECTURES if (value := slope(results, n)) is not None]
     told = f" Nats a base for each doubling of the length: {', '.join(slopes)}." if slopes else ""
-    return f"{table(header, rows)}\n\n{words}{told}" if results.records else ""
+    return f"{table(header, rows)}\n\n{words}{told}" if rows else ""
 
 
 def context_words(results: Results) -> str:
