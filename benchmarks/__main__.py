@@ -39,6 +39,7 @@ ON_A_GPU = {
     "experiment_speed": "How fast the arms of a language experiment train",
     "gpu_token": "A token on a GPU",
     "gpu_throughput": "Throughput beside a Transformer on a GPU",
+    "distributed": "Training on one and two GPUs",
 }
 """Run only when they are named."""
 WITH_ORIGINAL = ("gpu", "gpu_memory_bound", "gpu_models")
