@@ -140,6 +140,29 @@ def test_autocast(ranks):
     ranks.run(2, check_autocast, HYBRIDS["rotary"])
 
 
+def check_compiled_blocks(group: Any, of: ModelConfig) -> None:
+    """Blocks are traced whole, once for each kind of block, not once a call."""
+    ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    part = own(ids, [6, 6], group.rank())
+    found = []
+    for is_compiled in (False, True):
+        model = built(of)
+        for block in model.blocks if is_compiled else ():
+            block.compile(backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            model.zero_grad()
+            with context_parallel(group):
+                loss = model.loss(part, part).loss
+            loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()})
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_compiled_blocks(ranks):
+    ranks.run(2, check_compiled_blocks, HYBRIDS["none"])
+
+
 def check_states(group: Any) -> None:
     """A given state, and the state that is returned, of a layer on rows, packed documents and padded rows."""
     torch.manual_seed(0)
