@@ -65,6 +65,10 @@ class Links:
         bandwidth, latency = (self.inside, self.latency_inside) if inside else (self.between, self.latency_between)
         return n_bytes / bandwidth + messages * latency
 
+    def seconds_of_fsdp(self, step: Step) -> float:
+        """The time of the bytes of FSDP in a step, if nothing ran beside them."""
+        return self.seconds(step.fsdp_bytes, step.size, 3 * step.model.n_layers)
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -164,13 +168,12 @@ class Step:
 
 def seconds(step: Step, rates: Rates, links: Links) -> dict[str, float]:
     """The parts of the time of a step."""
-    sharded = links.seconds(step.fsdp_bytes, step.size, 3 * step.model.n_layers)
     parts = {
         "products": step.operations / rates.products,
         "scan": step.channels / rates.scan * (1 + (rates.state_pass if step.cp > 1 else 0)),
         "optimizer": step.parameters / step.size / rates.optimizer,
         "overhead": rates.overhead,
-        "FSDP": rates.visible * sharded,
+        "FSDP": rates.visible * links.seconds_of_fsdp(step),
         "context": links.seconds(step.context_bytes, step.cp, step.messages),
     }
     return {**parts, "total": sum(parts.values())}
@@ -210,18 +213,28 @@ def fitted(found: dict[str, Any], links: Links) -> Rates:
 
 def with_second(rates: Rates, one: list[tuple[Step, float]], two: list[tuple[Step, float]], links: Links) -> Rates:
     """The rates with what two GPUs add to the steps of the same kind on one, whose errors of the fit are left out."""
-    shares: dict[str, list[float]] = {"visible": [], "state_pass": []}
-    silent = dataclasses.replace(rates, visible=0.0)
-    for (alone, alone_time), (step, time) in zip(one, two, strict=False):
-        error = alone_time / seconds(alone, rates, links)["total"]
-        parts, all_visible = seconds(step, silent, links), seconds(step, rates, links)["FSDP"]
-        extra = time - error * (parts["total"] - parts["context"]) - parts["context"]
-        if step.cp > 1:
-            shares["state_pass"].append(max(0.0, extra / (error * parts["scan"])))
-        else:
-            shares["visible"].append(min(1.0, max(0.0, extra / all_visible)))
-    means = {name: sum(values) / len(values) for name, values in shares.items() if values}
-    return dataclasses.replace(rates, **means)
+    pairs = list(zip(one, two, strict=False))
+    rates = dataclasses.replace(rates, visible=0.0)
+    visible = [
+        min(1.0, max(0.0, extra(rates, alone, step, links) / links.seconds_of_fsdp(step[0])))
+        for alone, step in pairs
+        if step[0].cp == 1
+    ]
+    rates = dataclasses.replace(rates, visible=sum(visible) / len(visible) if visible else 1.0)
+    passes = [
+        max(0.0, extra(rates, alone, step, links) / seconds(step[0], rates, links)["scan"])
+        for alone, step in pairs
+        if step[0].cp > 1
+    ]
+    return dataclasses.replace(rates, state_pass=sum(passes) / len(passes) if passes else 0.0)
+
+
+def extra(rates: Rates, alone: tuple[Step, float], several: tuple[Step, float], links: Links) -> float:
+    """Seconds that a step on several GPUs takes beyond the model, of whose error on one GPU it has its share."""
+    error = alone[1] / seconds(alone[0], rates, links)["total"]
+    parts = seconds(several[0], rates, links)
+    sent = parts["context"] + parts["FSDP"]
+    return (several[1] - sent) / error - (parts["total"] - sent)
 
 
 def nonnegative(terms: np.ndarray, wanted: np.ndarray) -> np.ndarray:

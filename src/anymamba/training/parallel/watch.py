@@ -22,6 +22,8 @@ SETTLE = 1.0
 """Seconds in which rank 0 waits for what else is reported: the death of a rank makes others fail, too."""
 PATIENCE = 5.0
 """Seconds that a rank waits to be told to end, and that rank 0's main thread has to end by itself."""
+HANDSHAKE = 10.0
+"""Seconds that a new connection has to say the word."""
 KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A machine that is gone closes no connection; the system notices it after 20 seconds."""
 END, BYE = b"end", b"bye"
@@ -168,6 +170,7 @@ def _accept(world_size: int) -> dict[int, socket.socket]:
         found: dict[int, socket.socket] = {}
         while len(found) < world_size - 1:
             connection, _ = server.accept()
+            connection.settimeout(HANDSHAKE)
             word, _, rank = _received(connection).decode("utf-8", "replace").partition(" ")
             if secrets.compare_digest(word, secret):
                 found[int(rank)] = _kept_alive(connection)
@@ -180,12 +183,12 @@ def _connect(rank: int, host: str) -> socket.socket:
     told: list = [None, None]
     dist.broadcast_object_list(told, 0)
     connection = socket.create_connection((host, told[0]), timeout=60)
-    connection.settimeout(None)
     connection.sendall(f"{told[1]} {rank}".encode())
     return _kept_alive(connection)
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:
+    connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEP_ALIVE.items():
         if hasattr(socket, name):
