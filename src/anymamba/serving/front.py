@@ -25,7 +25,8 @@ class Front:
         listening: the socket.
         health: answers a request with these headers: status and body, or None to hand it over, too.
         hand_over: takes a connection from which nothing has been read; called in the thread.
-        patience: seconds that a connection may say nothing.
+        patience: seconds that a new connection may say nothing.
+        keep_alive: seconds that it may say nothing after an answer.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class Front:
         health: Callable[[Mapping[str, str]], tuple[int, bytes] | None],
         hand_over: Callable[[socket.socket], None],
         patience: float,
+        keep_alive: float,
     ) -> None:
-        self._listening, self._health, self._hand_over, self._patience = listening, health, hand_over, patience
+        self._listening, self._health, self._hand_over = listening, health, hand_over
+        self._patience, self._keep_alive = patience, keep_alive
         self._selector = selectors.DefaultSelector()
         self._waiting: dict[socket.socket, float] = {}  # until when each connection may say nothing
         self._stopping = False
@@ -93,7 +96,7 @@ class Front:
             else:
                 connection.recv(start.index(b"\r\n\r\n") + 4)
                 connection.send(answer)
-                self._waiting[connection] = time.monotonic() + self._patience
+                self._waiting[connection] = time.monotonic() + self._keep_alive
         except BlockingIOError:
             pass
         except OSError:

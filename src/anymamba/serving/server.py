@@ -196,7 +196,8 @@ class Server:
             loop.call_soon_threadsafe(open_, connection)
 
         application = self._application
-        return Front(self._listening, application.health_alone, hand_over, application.limits.header_seconds)
+        seconds = application.limits.header_seconds, KEEP_ALIVE
+        return Front(self._listening, application.health_alone, hand_over, *seconds)
 
     async def _load_model(self) -> None:
         try:
