@@ -24,6 +24,7 @@ HOLDING = {
     "speed": (6, 6),
     "scaling": (2, 4),
     "language-ablations": (2, 8),
+    "zero-shot": (1, 2),
 }
 """Thresholds that hold, of all."""
 
