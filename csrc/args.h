@@ -22,7 +22,8 @@ struct Rows {
 // written by one task: dB_parts and dC_parts are (batch, n_ranges, length, d_state) for a selective B or C and
 // (batch n_chunks, d_state, d_inner) for a constant one; dA_parts (batch n_chunks, d_state, d_inner); dD_parts and
 // dbias_parts (batch n_chunks, d_inner). Narrow and long shapes are split into chunks of time: chunk_states and
-// chunk_decays (batch, n_chunks, d_inner, d_state) carry states from one chunk to the next.
+// chunk_decays (batch, n_chunks, d_inner, d_state) carry states from one chunk to the next. chunk_steps, or null, gets
+// the sum of delta over each chunk (batch, n_chunks, d_inner).
 struct ScanArgs {
     bool is_double = false, softplus = false, zoh = false, selective_B = true, selective_C = true;
     int64_t batch = 0, length = 0, d_inner = 0, d_state = 0, n_groups = 1;
@@ -31,7 +32,7 @@ struct ScanArgs {
     Rows u, delta, z, B, C, y;
     void *A = nullptr, *D = nullptr, *delta_bias = nullptr, *constant_B = nullptr, *constant_C = nullptr;
     void *initial_state = nullptr, *last_state = nullptr, *saved = nullptr;
-    void *chunk_states = nullptr, *chunk_decays = nullptr;
+    void *chunk_states = nullptr, *chunk_decays = nullptr, *chunk_steps = nullptr;
     void* offsets = nullptr;  // int64 (n_sequences + 1), or null where each row is one sequence
     int64_t n_sequences = 0;
     // backward only

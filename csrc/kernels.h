@@ -9,6 +9,7 @@
     namespace anymamba::ISA {                                    \
     void scan_forward(const ScanArgs& a);                        \
     void scan_backward(const ScanArgs& a);                       \
+    void scan_summary(const ScanArgs& a, bool backward);         \
     void conv_forward(const ConvArgs& a);                        \
     void conv_backward(const ConvArgs& a);                       \
     ANYMAMBA_DECLARE_PRODUCTS                                    \

@@ -32,6 +32,7 @@ struct Kernels {
     bool (*runs_here)();
     void (*scan_forward)(const ScanArgs&);
     void (*scan_backward)(const ScanArgs&);
+    void (*scan_summary)(const ScanArgs&, bool);
     void (*conv_forward)(const ConvArgs&);
     void (*conv_backward)(const ConvArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
@@ -42,11 +43,11 @@ struct Kernels {
     anymamba::RunReplay stack_replay;
 };
 
-#define ANYMAMBA_KERNELS(ISA)                                                                   \
-    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward,     \
-        anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, anymamba::ISA::read_memory, \
-        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights, anymamba::ISA::stack_step,  \
-        anymamba::ISA::stack_replay
+#define ANYMAMBA_KERNELS(ISA)                                                                    \
+    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::scan_summary,      \
+        anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, \
+        anymamba::ISA::read_memory, anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights,  \
+        anymamba::ISA::stack_step, anymamba::ISA::stack_replay
 
 // Best first.
 const Kernels KERNELS[] = {
@@ -119,6 +120,7 @@ void bind_scan(nb::module_& m) {
     bind_pointer(type, "saved", &ScanArgs::saved);
     bind_pointer(type, "chunk_states", &ScanArgs::chunk_states);
     bind_pointer(type, "chunk_decays", &ScanArgs::chunk_decays);
+    bind_pointer(type, "chunk_steps", &ScanArgs::chunk_steps);
     bind_pointer(type, "offsets", &ScanArgs::offsets);
     bind_pointer(type, "dlast_state", &ScanArgs::dlast_state);
     bind_pointer(type, "dinitial_state", &ScanArgs::dinitial_state);
@@ -130,6 +132,9 @@ void bind_scan(nb::module_& m) {
     m.def("scan_forward", [](const ScanArgs& a) { chosen->scan_forward(a); }, nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "scan_backward", [](const ScanArgs& a) { chosen->scan_backward(a); }, nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "scan_summary", [](const ScanArgs& a, bool backward) { chosen->scan_summary(a, backward); },
+        nb::call_guard<nb::gil_scoped_release>());
 }
 
 void bind_conv(nb::module_& m) {

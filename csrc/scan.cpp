@@ -45,16 +45,20 @@ class ForwardTask : Task<T> {
             this->read_matrices(first, int(last - first));
             for (int i = 0; i < this->n_blocks; i++) {
                 Block<T> k = this->block(i);
-                this->fetch_ahead(k, i, first, std::min(last, a.length - 1), a.y);
+                this->fetch_ahead(k, i, first, std::min(last, a.length - 1), a.y.data ? a.y : a.u);
                 if (a.saved && part != Part::summary) save(k, tile);
                 this->template read_rows<false>(k, first, int(last - first));
                 for (const Piece& p : pieces) {
                     if (p.starts()) this->start(k, p.index);
+                    if (part == Part::summary) {
+                        run<T, false, false>(k, int(p.first - first), int(p.last - first));
+                        continue;
+                    }
                     run<T, false>(k, int(p.first - first), int(p.last - first));
                     if (p.ends()) this->scatter(k.h, p.index * a.d_inner + k.channel, k.count, a.last_state);
                 }
                 if (part == Part::summary)
-                    run_decay(k, this->decays(i), 0, int(last - first));
+                    run_decay(k, this->decays(i), this->step_sums(i), 0, int(last - first));
                 else
                     write(k, first, int(last - first));
             }
@@ -172,9 +176,9 @@ class BackwardTask : Task<T> {
                 for (auto p = pieces.rbegin(); p != pieces.rend(); ++p) {
                     if (p->ends()) this->gather(a.dlast_state, p->index * a.d_inner + k.channel, k.count, k.dh);
                     run_dstate(k, int(p->first - first), int(p->last - first));
-                    if (p->starts()) std::fill_n(k.dh, states, T(0));
+                    if (p->starts() && p->first > 0) std::fill_n(k.dh, states, T(0));  // the row's first state has one
                 }
-                run_decay(k, this->decays(i), 0, int(last - first));
+                run_decay(k, this->decays(i), this->step_sums(i), 0, int(last - first));
             }
         }
         for (int i = 0; i < this->n_blocks; i++) this->hand_over(block_back(i), block_back(i).dh, i);
@@ -259,6 +263,16 @@ void work(const ScanArgs& a, bool backward) {
     if (known != end) all(n_chunks - 1, [&](int64_t i) { return nth(i + 1); }, [](int64_t) { return Part::rest; });
 }
 
+// What leaves each chunk if nothing arrives at it, and the decay of what does: the first phase, for all chunks.
+template <typename AnyTask>
+void summarize(const ScanArgs& a) {
+    const int64_t per_group = a.d_inner / a.n_groups, n_ranges = a.n_groups * ((per_group + a.range - 1) / a.range);
+    const int64_t n_chunks = (a.length + a.chunk - 1) / a.chunk;
+    parallel_for(a.batch * n_ranges * n_chunks, a.n_threads, [&](int64_t i) {
+        AnyTask(a, i / n_ranges / n_chunks, i / n_ranges % n_chunks, i % n_ranges).work(Part::summary);
+    });
+}
+
 }  // namespace
 
 void scan_forward(const ScanArgs& a) {
@@ -267,6 +281,13 @@ void scan_forward(const ScanArgs& a) {
 
 void scan_backward(const ScanArgs& a) {
     a.is_double ? work<BackwardTask<double>>(a, true) : work<BackwardTask<float>>(a, true);
+}
+
+void scan_summary(const ScanArgs& a, bool backward) {
+    if (backward)
+        a.is_double ? summarize<BackwardTask<double>>(a) : summarize<BackwardTask<float>>(a);
+    else
+        a.is_double ? summarize<ForwardTask<double>>(a) : summarize<ForwardTask<float>>(a);
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

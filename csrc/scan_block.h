@@ -50,8 +50,8 @@ struct Block {
 // ---------------------------------------------------------------------------------------------- the recurrence
 
 // Runs the first NB states of k over steps [first, last). GENERAL: zero-order hold, or constant B or C. KEEP: store
-// decays and states for backward. INSIDE: no exponent of the tile is too large for exp_product_inside.
-template <typename T, int NB, bool GENERAL, bool KEEP, bool INSIDE>
+// decays and states for backward. INSIDE: no exponent of the tile is too large for exp_product_inside. OUTPUT: compute y.
+template <typename T, int NB, bool GENERAL, bool KEEP, bool INSIDE, bool OUTPUT>
 __attribute__((noinline)) void run_states(const Block<T>& k, int first, int last) {
     constexpr int W = LANES<T>;
     using V = Vector<T>;
@@ -80,13 +80,13 @@ __attribute__((noinline)) void run_states(const Block<T>& k, int first, int last
                 V input = drive * (k.selective_B ? broadcast(b[n]) : load<T>(k.constant_B + n * W));
                 if (k.zoh) input *= expm1_ratio(delta, rate, rest);
                 h[n] = decay * h[n] + input;
-                y[n % 2] += h[n] * (k.selective_C ? broadcast(c[n]) : load<T>(k.constant_C + n * W));
+                if (OUTPUT) y[n % 2] += h[n] * (k.selective_C ? broadcast(c[n]) : load<T>(k.constant_C + n * W));
             } else {
                 h[n] = decay * h[n] + drive * b[n];
-                y[n % 2] += h[n] * c[n];
+                if (OUTPUT) y[n % 2] += h[n] * c[n];
             }
         }
-        store<T>(ys + t * W, load<T>(ys + t * W) + (y[0] + y[1]));
+        if (OUTPUT) store<T>(ys + t * W, load<T>(ys + t * W) + (y[0] + y[1]));
     }
 #pragma GCC unroll 16
     for (int n = 0; n < NB; n++) store<T>(k.h + n * W, h[n]);
@@ -170,37 +170,38 @@ void run_dstate(const Block<T>& k, int first, int last) {
     }
 }
 
-// decays *= exp(A times the sum of delta over steps [first, last)).
+// decays *= exp(A times the sum of delta over steps [first, last)); the sum (lane) is added to sums.
 template <typename T>
-void run_decay(const Block<T>& k, T* decays, int first, int last) {
+void run_decay(const Block<T>& k, T* decays, T* sums, int first, int last) {
     constexpr int W = LANES<T>;
     Vector<T> sum{};
     for (int64_t t = first; t < last; t++) sum += load<T>(k.delta + t * W);
+    store<T>(sums, load<T>(sums) + sum);
     const Powers<T> powers;
     for (int n = 0; n < k.d_state; n++)
         store<T>(decays + n * W,
                  load<T>(decays + n * W) * exp_product(sum, load<T>(k.high + n * W), load<T>(k.low + n * W), powers));
 }
 
-template <typename T, bool KEEP, bool INSIDE>
+template <typename T, bool KEEP, bool INSIDE, bool OUTPUT>
 void run_tile(const Block<T>& k, int first, int last) {
     constexpr int MOST = sizeof(T) == 4 ? REGISTERS / 2 : 4;
     int n = 0;
     if (k.zoh || !k.selective_B || !k.selective_C) {
-        for (; n + 4 <= k.d_state; n += 4) run_states<T, 4, true, KEEP, INSIDE>(k.from(n), first, last);
-        for (; n < k.d_state; n++) run_states<T, 1, true, KEEP, INSIDE>(k.from(n), first, last);
+        for (; n + 4 <= k.d_state; n += 4) run_states<T, 4, true, KEEP, INSIDE, OUTPUT>(k.from(n), first, last);
+        for (; n < k.d_state; n++) run_states<T, 1, true, KEEP, INSIDE, OUTPUT>(k.from(n), first, last);
         return;
     }
-    for (; n + MOST <= k.d_state; n += MOST) run_states<T, MOST, false, KEEP, INSIDE>(k.from(n), first, last);
+    for (; n + MOST <= k.d_state; n += MOST) run_states<T, MOST, false, KEEP, INSIDE, OUTPUT>(k.from(n), first, last);
     if constexpr (MOST > 8)
-        for (; n + 8 <= k.d_state; n += 8) run_states<T, 8, false, KEEP, INSIDE>(k.from(n), first, last);
-    for (; n + 4 <= k.d_state; n += 4) run_states<T, 4, false, KEEP, INSIDE>(k.from(n), first, last);
-    for (; n < k.d_state; n++) run_states<T, 1, false, KEEP, INSIDE>(k.from(n), first, last);
+        for (; n + 8 <= k.d_state; n += 8) run_states<T, 8, false, KEEP, INSIDE, OUTPUT>(k.from(n), first, last);
+    for (; n + 4 <= k.d_state; n += 4) run_states<T, 4, false, KEEP, INSIDE, OUTPUT>(k.from(n), first, last);
+    for (; n < k.d_state; n++) run_states<T, 1, false, KEEP, INSIDE, OUTPUT>(k.from(n), first, last);
 }
 
-template <typename T, bool KEEP>
+template <typename T, bool KEEP, bool OUTPUT = true>
 void run(const Block<T>& k, int first, int last) {
-    k.inside ? run_tile<T, KEEP, true>(k, first, last) : run_tile<T, KEEP, false>(k, first, last);
+    k.inside ? run_tile<T, KEEP, true, OUTPUT>(k, first, last) : run_tile<T, KEEP, false, OUTPUT>(k, first, last);
 }
 
 template <typename T>

@@ -39,7 +39,7 @@ class Task {
           C_(a.tile * a.d_state),
           per_channel_(n_blocks * states * 5),
           h_(n_blocks * states),
-          decays_(n_chunks > 1 ? n_blocks * states : 0),
+          decays_(n_blocks * (states + W)),
           rows_(a.tile * W * N_ROWS) {
         for (int i = 0; i < n_blocks; i++) {
             const int64_t channel = begin + i * W;
@@ -167,14 +167,16 @@ class Task {
         return next < offsets + a.n_sequences && *next < last;
     }
 
-    // The product of a block's decays over the chunk.
-    T* decays(int block) const { return decays_.get() + block * states; }
+    // The product of a block's decays over the chunk, and the sum of its steps.
+    T* decays(int block) const { return decays_.get() + block * (states + W); }
+    T* step_sums(int block) const { return decays(block) + states; }
 
     // Store for the other chunks the state that leaves this one after a start from zero, and its decay over the chunk.
     void hand_over(const Block<T>& k, const T* leaving, int block) const {
         const int64_t channel = (row * n_chunks + chunk) * a.d_inner + k.channel;
         scatter(leaving, channel, k.count, a.chunk_states);
         scatter(decays(block), channel, k.count, a.chunk_decays);
+        if (a.chunk_steps) write_row<T>(a.chunk_steps, OWN_DTYPE<T>, channel, k.count, load<T>(step_sums(block)));
     }
 
     // The state that arrives at this chunk from the chunks `from`, from + direction, and so on.

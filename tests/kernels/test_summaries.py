@@ -8,6 +8,7 @@ from scan_backends import arguments, check_summaries
 from scan_cases import scan_inputs
 
 from anymamba.kernels.backends import BACKENDS
+from anymamba.kernels.selective_scan import cpu
 
 CASES = {
     "one token": {"length": 1},
@@ -29,3 +30,12 @@ def test_summaries(backend, case, dtype, is_complex):
     a = arguments(scan_inputs(**CASES[case], dtype=dtype, is_complex=is_complex))
     if MODULES[backend].refuses(a) is None:
         check_summaries(MODULES[backend], a)
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 90, 0, 107], [200, 0], [170, 30]])
+def test_chunks_of_time(lengths, monkeypatch):
+    """A single task of a long row is split in time."""
+    monkeypatch.setattr(cpu, "LONG", 64)
+    a = arguments(scan_inputs(1, 200, 8, 3, lengths=lengths))
+    assert cpu.task_steps(*a.u.shape, 1) < 100
+    check_summaries(cpu, a)

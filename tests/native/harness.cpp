@@ -101,6 +101,7 @@ struct Kernels {
     const char* name;
     void (*scan_forward)(const ScanArgs&);
     void (*scan_backward)(const ScanArgs&);
+    void (*scan_summary)(const ScanArgs&, bool);
     void (*conv_forward)(const ConvArgs&);
     void (*conv_backward)(const ConvArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
@@ -192,6 +193,18 @@ void scan(const Kernels& kernels) {
     a.dA_parts = dA.data(), a.dB_parts = dB.data(), a.dC_parts = dC.data(), a.dD_parts = dD.data();
     a.dbias_parts = dbias.data();
     kernels.scan_backward(a);
+
+    Tensor steps(own, b * chunks * d);
+    a.chunk_steps = steps.data(), a.y = Rows(), a.last_state = nullptr;
+    kernels.scan_summary(a, false);
+    double total = 0, wanted = 0;
+    for (int64_t i = 0; i < steps.size(); i++) total += steps.get(i);
+    for (int64_t i = 0; i < delta.size(); i++) {
+        const double raw = delta.get(i) + bias.get(i % d);
+        wanted += with_softplus ? softplus(raw) : raw;
+    }
+    compare("sum of steps", kernels.name, total, wanted, 2e-4 * std::sqrt(double(delta.size())));
+    kernels.scan_summary(a, true);
 }
 
 void conv(const Kernels& kernels) {
@@ -392,9 +405,10 @@ void reads(const Kernels& kernels) {
 }
 
 #define KERNELS(ISA)                                                                               \
-    {#ISA, anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::conv_forward, \
-     anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, anymamba::ISA::unpack_row,        \
-     anymamba::ISA::pack_weights, anymamba::ISA::stack_step, anymamba::ISA::stack_replay}
+    {#ISA, anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::scan_summary, \
+     anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::packed_linear,      \
+     anymamba::ISA::unpack_row, anymamba::ISA::pack_weights, anymamba::ISA::stack_step,            \
+     anymamba::ISA::stack_replay}
 
 }  // namespace
 

@@ -39,14 +39,3 @@ def _reached(a: ScanArguments, chunk: int, n_chunks: int, reverse: bool) -> Tens
     if reverse:
         return first < torch.where(offsets[1:] > 0, offsets[1:], a.length).min()
     return first + chunk > torch.where(offsets[:-1] < a.length, offsets[:-1], 0).max()
-
-
-def last_sequence(cu_seqlens: Tensor) -> Tensor:
-    """(1,) the index of the last packed sequence that is not empty."""
-    filled = cu_seqlens.diff() > 0
-    return filled.numel() - 1 - filled.flip(0).long().argmax()[None]
-
-
-def first_sequence(cu_seqlens: Tensor) -> Tensor:
-    """(1,) the index of the first packed sequence that is not empty."""
-    return (cu_seqlens.diff() > 0).long().argmax()[None]

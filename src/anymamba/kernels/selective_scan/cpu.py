@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anymamba.kernels.elementwise import sum_of_steps
 from anymamba.kernels.selective_scan.arguments import ScanArguments
-from anymamba.kernels.selective_scan.chunks import first_sequence, last_sequence
+from anymamba.kernels.selective_scan.chunks import leaving_row
 from anymamba.runtimes import native
 
 NAME = "cpu"
@@ -120,6 +119,22 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
     return y, last_state
 
 
+def summary(a: ScanArguments) -> tuple[Tensor, Tensor]:
+    """The state (b, d, n) after the last token of each row, and the sum of the row's steps (b, d)."""
+    call = _Call(a._replace(C=a.B, D=None, z=None))
+    steps = a.u.new_empty(a.batch, call.n_chunks, a.d_inner, dtype=call.dtype)
+    call.pointers(chunk_steps=steps)
+    return call.leaving_row(a, backward=False), steps.sum(1)
+
+
+def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor:
+    """The gradient of the state (b, d, n) before the first token of each row."""
+    call = _Call(a)
+    call.rows(dy=dy)
+    call.pointers(dlast_state=dlast_state.to(call.dtype).contiguous())
+    return call.leaving_row(a, backward=True)
+
+
 class _Call(native.Call):
     def __init__(self, a: ScanArguments) -> None:
         super().__init__(native.module().ScanArgs(), a.dtype)
@@ -132,9 +147,7 @@ class _Call(native.Call):
         chunk = args.chunk = max(TILE, task_steps(batch, length, d_inner, self.n_groups))
         self.n_chunks = -(-length // chunk)
         if self.n_chunks > 1:
-            shape = (batch, self.n_chunks, *a.A.shape)
-            self.pointers(chunk_states=a.u.new_empty(shape, dtype=self.dtype))
-            self.pointers(chunk_decays=a.u.new_empty(shape, dtype=self.dtype))
+            self._new_chunks(a)
         self.rows(u=a.u, delta=a.delta, z=a.z)
         args.selective_B, args.selective_C = a.B.ndim == 4, a.C.ndim == 4
         for name, M in (("B", a.B), ("C", a.C)):
@@ -144,6 +157,19 @@ class _Call(native.Call):
                 self.vectors(**{f"constant_{name}": M})
         self.vectors(A=a.A, D=a.D, delta_bias=a.delta_bias, initial_state=a.initial_state)
         self.offsets(a.cu_seqlens)
+
+    def _new_chunks(self, a: ScanArguments) -> tuple[Tensor, Tensor]:
+        """Scratch for the state that leaves each chunk, and for the decay of what arrives at it."""
+        shape = (a.batch, self.n_chunks, *a.A.shape)
+        states, decays = (a.u.new_empty(shape, dtype=self.dtype) for _ in range(2))
+        self.pointers(chunk_states=states, chunk_decays=decays)
+        return states, decays
+
+    def leaving_row(self, a: ScanArguments, *, backward: bool) -> Tensor:
+        """What leaves each row: the first phase of a call in chunks, for all chunks."""
+        states, decays = self._new_chunks(a)
+        native.module().scan_summary(self.args, backward)
+        return leaving_row(states, decays, a, self.args.chunk, reverse=backward)
 
 
 def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
@@ -157,18 +183,3 @@ def _sum_of_parts(parts: Tensor, M: Tensor) -> Tensor:
     total = parts[:, :, 0] if parts.shape[2] == 1 else parts.sum(2)
     return _like(total.transpose(1, 2), M)
 
-
-def summary(a: ScanArguments) -> tuple[Tensor, Tensor]:
-    """The state (b, d, n) after the last token of each row, and the sum of the row's steps (b, d)."""
-    states = forward(a._replace(C=a.B, D=None, z=None), save=False)[1]
-    states = states if a.cu_seqlens is None else states[last_sequence(a.cu_seqlens)]
-    return states, sum_of_steps(a.delta, a.delta_bias, a.delta_softplus, a.real_dtype)
-
-
-def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor:
-    """The gradient of the state (b, d, n) before the first token of each row."""
-    if a.initial_state is None:
-        a = a._replace(initial_state=a.u.new_zeros(a.n_sequences, a.d_inner, a.d_state, dtype=a.dtype))
-    gradient = backward(dy, dlast_state, a, forward(a, save=True)[2])[-1]
-    assert gradient is not None
-    return gradient if a.cu_seqlens is None else gradient[first_sequence(a.cu_seqlens)]
