@@ -23,7 +23,7 @@ def call_of(dt_rank: int, d_state: int) -> tuple[Call, torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("dt_rank", [1, 2, 8, 12, 16, 24, 48])
 def test_b_and_c_of_a_layer_of_any_width_reach_the_kernels_aligned(dt_rank):
-    """The fast path of the kernels is for tokens that start at multiples of 16 bytes; dt_rank is 12 for 192 channels."""
+    """The fast path is for tokens that start at multiples of 16 bytes; dt_rank is 12 for 192 channels."""
     call, B, C = call_of(dt_rank, 16)
     assert call["aligned"]
     held = {t.data_ptr() for t in call._alive}

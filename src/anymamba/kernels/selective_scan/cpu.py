@@ -182,4 +182,3 @@ def _sum_of_parts(parts: Tensor, M: Tensor) -> Tensor:
         return _like(parts.sum(0).T, M)
     total = parts[:, :, 0] if parts.shape[2] == 1 else parts.sum(2)
     return _like(total.transpose(1, 2), M)
-
