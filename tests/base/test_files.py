@@ -192,7 +192,8 @@ def written_by(path: Path) -> set[str]:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         module = getattr(getattr(node.func, "value", None), "id", "")
         modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        opened = name == "open" and any(re.fullmatch("[wax]b?", mode) for mode in modes)
+        nowhere = any(getattr(a, "attr", "") == "devnull" for a in node.args)
+        opened = name == "open" and not nowhere and any(re.fullmatch("[wax]b?", mode) for mode in modes)
         if opened or name in WRITERS or (module, name) == ("torch", "save"):
             found.add(name)
     return found

@@ -32,6 +32,6 @@ def test_packed_models_are_loaded_where_they_are_faster(device, flags, in_blocks
     monkeypatch.setattr("anymamba.kernels.packed_linear.cuda.unavailable", lambda device_type: None)
     monkeypatch.setattr(checkpoints, "load_pretrained", lambda *args, **options: plain)
     monkeypatch.setattr(InferenceModel, "from_pretrained", lambda *args: found.append(args))
-    checkpoint: Any = SimpleNamespace(in_blocks=in_blocks)
+    checkpoint: Any = SimpleNamespace(in_blocks=in_blocks, config=SimpleNamespace(is_causal=True))
     load_model(checkpoint, Runtime(device=device, **flags))
     assert found == ([(checkpoint, flags.get("weights"), torch.device(device))] if packed else ["plain"])
