@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import pytest
-from ranks import Ranks
+from gloo_group import Ranks
 
 from anymamba.kernels.backends import BACKENDS
 from anymamba.runtimes import native, triton
