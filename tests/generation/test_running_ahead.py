@@ -1,4 +1,4 @@
-"""Steps that are queued before the CPU knows their tokens, as on a GPU: they change nothing but the time."""
+"""Steps that are queued before their tokens reach the CPU, as on a GPU: they change nothing but the time."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Stepper:
         return self._model.native_step if isinstance(self._model, InferenceModel) else self._native
 
     def runs_ahead(self, n_rows: int) -> bool:
-        """Whether a step of so many rows should be queued before the CPU knows its tokens: a GPU would wait for the
+        """Whether a step of so many rows should be queued before its tokens reach the CPU: a GPU would wait for the
         CPU otherwise."""
         return self._may_reuse and n_rows <= MOST_AHEAD and isinstance(self._model.gpu_step, GpuStep)
 

@@ -35,15 +35,8 @@ from anymamba.parts.strands import (
 )
 
 
-class StrandEmbedding(nn.Module):
-    """Embeds ids on both strands with one table.
-
-    Args:
-        n_ids: rows of the table.
-        width: size of a vector; the output has twice as many channels.
-        complement: the complement of each id; ids that are not listed are their own.
-    Raises ValueError if the complement of a complement is not the id itself.
-    """
+class _OfIds(nn.Module):
+    """A weight with a row for each id, and the complement of each id."""
 
     def __init__(self, n_ids: int, width: int, complement: Sequence[int], device=None, dtype=None) -> None:
         super().__init__()
@@ -53,13 +46,27 @@ class StrandEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table from N(0, 0.02)."""
+        """Draw the weight from N(0, 0.02)."""
         nn.init.normal_(self.weight, std=0.02)
+
+    def table(self, device: torch.device) -> Int[Tensor, "n_ids"]:
+        """The complement of each id."""
+        return complement_table(self.complement, self.weight.shape[0], device)
+
+
+class StrandEmbedding(_OfIds):
+    """Embeds ids on both strands with one table.
+
+    Args:
+        n_ids: rows of the table.
+        width: size of a vector; the output has twice as many channels.
+        complement: the complement of each id; ids that are not listed are their own.
+    Raises ValueError if the complement of a complement is not the id itself.
+    """
 
     def forward(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length twice_width"]:
         """The vectors of both strands."""
-        table = complement_table(self.complement, self.weight.shape[0], ids.device)
-        return side_by_side(F.embedding(both_strands(ids, table), self.weight))
+        return side_by_side(F.embedding(both_strands(ids, self.table(ids.device)), self.weight))
 
 
 class SharedStrands(nn.Module):
@@ -94,7 +101,7 @@ class SharedStrands(nn.Module):
         return side_by_side(y.reshape(2 * x.shape[0], x.shape[1], -1))
 
 
-class StrandHead(nn.Module):
+class StrandHead(_OfIds):
     """Logits from both strands: an id's logit on one strand plus its complement's on the other.
 
     Args:
@@ -103,18 +110,6 @@ class StrandHead(nn.Module):
         complement: as in `StrandEmbedding`.
     """
 
-    def __init__(self, n_ids: int, width: int, complement: Sequence[int], device=None, dtype=None) -> None:
-        super().__init__()
-        require_complement(complement, n_ids)
-        self.complement = tuple(complement)
-        self.weight = nn.Parameter(torch.empty(n_ids, width, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weight from N(0, 0.02)."""
-        nn.init.normal_(self.weight, std=0.02)
-
     def forward(self, x: Float[Tensor, "batch length twice_width"]) -> Float[Tensor, "batch length n_ids"]:
         """The logits at the positions of the given strand."""
-        table = complement_table(self.complement, self.weight.shape[0], x.device)
-        return F.linear(x, head_weight(self.weight, table))
+        return F.linear(x, head_weight(self.weight, self.table(x.device)))

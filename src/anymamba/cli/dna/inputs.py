@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from anymamba.base.files import atomic_file
-from anymamba.console.output import progress_bar, say
+from anymamba.base.sizes import require_at_least
+from anymamba.console.output import print_json, progress_bar, say, told_warnings
 from anymamba.console.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -51,6 +52,27 @@ def require_new(out: Path | None, suffixes: tuple[str, ...]) -> None:
         raise ValueError(f"--out must end with {' or '.join(suffixes)}, got {out}")
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another file (--out), or delete it")
+
+
+def write_results(
+    options: Any, run: Callable[[Any], dict[str, object]], sizes: tuple[str, ...], suffixes: tuple[str, ...], what: str
+) -> None:
+    """Check the options that `score` and `embed` share, run the verb, and print its counts if --json asks for them.
+
+    Args:
+        sizes: options that must be at least 1.
+        suffixes: of the file that `--out` names.
+        what: the results, in words.
+    """
+    for name in sizes:
+        require_at_least(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    require_new(options.out, suffixes)
+    if options.json and options.out is None:
+        raise ValueError(f"--json prints counts in place of the {what}; name a file for these with --out")
+    with told_warnings():
+        counts = run(options)
+    if options.json:
+        print_json(counts)
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 import tyro
 
-from anymamba.base.sizes import require_at_least
-from anymamba.cli.dna.inputs import exact, lines_to, open_genome, require_new, tell_skipped
+from anymamba.cli.dna.inputs import exact, lines_to, open_genome, tell_skipped, write_results
 from anymamba.console.flags import read_flags
-from anymamba.console.output import print_json, progress_bar, say, told_warnings
+from anymamba.console.output import progress_bar, say
 from anymamba.console.runtime import Runtime, load_model, open_model
 
 if TYPE_CHECKING:
@@ -63,15 +62,7 @@ class ScoreOptions:
 def command(arguments: Sequence[str]) -> None:
     """Run `anymamba dna score`."""
     options = read_flags(ScoreOptions, "dna score", arguments)
-    for name in ("context", "batch_size"):
-        require_at_least(f"--{name.replace('_', '-')}", getattr(options, name), 1)
-    require_new(options.out, (".vcf", ".tsv"))
-    if options.json and options.out is None:
-        raise ValueError("--json prints counts in place of the scores; name a file for these with --out")
-    with told_warnings():
-        counts = run(options)
-    if options.json:
-        print_json(counts)
+    write_results(options, run, ("context", "batch_size"), (".vcf", ".tsv"), "scores")
 
 
 def run(options: ScoreOptions) -> dict[str, object]:

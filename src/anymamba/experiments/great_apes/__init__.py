@@ -35,7 +35,7 @@ The baseline is a logistic regression on the frequencies of 6-mers, whose penalt
 Other things than biology may tell the species apart. The assemblies are of different age and quality, and errors of
 sequencing and assembly leave patterns of their own. The orang-utan's sequence may be of either species. The records
 are mosaics of aligned columns with a join every 2.3 kb on average, at which some hundred bases are missing in each
-species. An accuracy above a guess therefore does not show that the model knows the biology of a species.
+species. An accuracy above a guess therefore is no evidence that the model has learned biology.
 """
 
 EXPERIMENT = Experiment(

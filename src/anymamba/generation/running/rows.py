@@ -31,7 +31,7 @@ class Step(Protocol):
         """Logits of the next tokens and the new state, as `LanguageModel.step`."""
 
     def runs_ahead(self, n_rows: int) -> bool:
-        """Whether so many rows should be stepped before the CPU knows their tokens, with `reuse_state=False`."""
+        """Whether so many rows should be stepped before their tokens reach the CPU, with `reuse_state=False`."""
 
 
 class Row:

@@ -49,14 +49,15 @@ def convolve(u: Tensor, kernel: Tensor, adjoint: bool = False) -> Tensor:
         kernel: (width, taps), at most `length` taps.
     Returns (rows, length, width) in u's dtype, computed in float32.
     """
-    call, log = _start(u, kernel), logarithm(u.shape[1])
+    u, log = dense(u), logarithm(u.shape[1])
+    call = _start(u, kernel)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     call.strided(y=y)
     call.dense(filters=kernel.float())
     call.scratch("spectra", u.shape[2], 2 << log, dtype=torch.float32)
     call.launch(variant(log, "spectra"), u.shape[2], threads(log), shared_bytes(log))
     channels = 8 // u.itemsize
-    grouped = u.shape[2] % channels == 0 and all(aligned(t, channels) for t in (dense(u), y))
+    grouped = u.shape[2] % channels == 0 and all(aligned(t, channels) for t in (u, y))
     call.set(adjoint=adjoint, aligned=grouped)
     n_groups = u.shape[2] // (channels if grouped else 1)
     call.launch(variant(log, "convolve"), -(-u.shape[0] // 2) * n_groups, threads(log), shared_bytes(log))
@@ -65,7 +66,7 @@ def convolve(u: Tensor, kernel: Tensor, adjoint: bool = False) -> Tensor:
 
 def correlate(u: Tensor, dy: Tensor, kernel: Tensor) -> Tensor:
     """The gradient of the filters, (width, taps) in float32, from inputs and gradients (rows, length, width)."""
-    call, log = _start(u, kernel), logarithm(u.shape[1])
+    call, log = _start(dense(u), kernel), logarithm(u.shape[1])
     call.strided(g=dense(dy))
     pairs, width = -(-u.shape[0] // 2), u.shape[2]
     of_part = -(-pairs // min(pairs, max(1, BLOCKS * call.n_multiprocessors // width)))
@@ -77,7 +78,7 @@ def correlate(u: Tensor, dy: Tensor, kernel: Tensor) -> Tensor:
 
 def _start(u: Tensor, kernel: Tensor) -> Call:
     call = Call(LAYOUT, u)
-    call.strided(u=dense(u))
+    call.strided(u=u)
     call.set(rows=u.shape[0], length=u.shape[1], width=u.shape[2], taps=kernel.shape[1])
     return call
 
