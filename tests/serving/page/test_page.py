@@ -389,6 +389,38 @@ def test_sessions_are_there_after_a_restart(open_page, writer, tmp_path):
         assert len(server.client.get("/v1/sessions").json()["data"]) == 1
 
 
+@pytest.mark.parametrize("mode", ["chat", "complete"])
+def test_a_message_waits_until_the_page_knows_the_model(open_page, server, mode):
+    page = open_page(server)
+    expect(page.locator("#model")).to_have_text("nano")
+    setting(page, "max_tokens", 4)
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.click(f"#mode-{mode}")
+
+    def ask_early():
+        page.fill("#input", "Quick")
+        page.keyboard.press("Control+Enter")
+        expect(page.locator(SEND)).to_have_text("Stop")
+        held[0].continue_()
+
+    body = sent(page, ask_early)
+    assert len(body["session"]) == 32 and body["model"] == "nano", "else the state would not be kept"
+
+
+def test_a_message_names_its_session_when_the_server_comes_back(open_page, writer, tmp_path):
+    with live(writer, sessions=tmp_path) as server:
+        page = open_page(server)
+        expect(page.locator("#model")).to_have_text("nano")
+        setting(page, "max_tokens", 4)
+        page.route("**/v1/models", lambda route: route.abort())
+        page.reload()
+        expect(page.locator("#notice")).to_contain_text("The server cannot be reached")
+        page.unroute("**/v1/models")
+        assert len(sent(page, lambda: ask(page, "Back again"))["session"]) == 32
+
+
 def test_sessions_of_other_clients_can_be_opened(open_page, writer, tmp_path):
     with live(writer, sessions=tmp_path) as server:
         server.good("/v1/completions", {"prompt": "Elsewhere", "max_tokens": 4, "session": "a/b <i>"})

@@ -52,7 +52,7 @@ export function open(conversation, view, composer, app) {
     const goingOn = start.length ? { continue_final_message: true, add_generation_prompt: false } : {};
     const { max_tokens, seed, ...rest } = fields;
     const first = seed + tree.siblings(chat, nodes[0]).indexOf(nodes[0]);
-    const body = { ...rest, ...app.requestFields(conversation), ...goingOn, messages, max_completion_tokens: max_tokens, logprobs: true, top_logprobs: 5 };
+    const body = { ...rest, ...goingOn, messages, max_completion_tokens: max_tokens, logprobs: true, top_logprobs: 5 };
     if (nodes.length > 1) comparing = question;
     chat.leaf = nodes[0].id;
     draw(true);
@@ -63,7 +63,7 @@ export function open(conversation, view, composer, app) {
       answer: node,
       piece: perFrame(() => update(node)),
     }));
-    const failure = await runs.write(tasks, drawButton);
+    const failure = await runs.write(tasks, app.requestFields(conversation), drawButton);
     for (const node of nodes) if (node.reason === "error" && node.pieces.length === start.length) tree.drop(chat, node);
     if (failure && !closed) app.fail(failure);
     draw(isAtEnd());

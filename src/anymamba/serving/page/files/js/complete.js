@@ -88,7 +88,7 @@ export function open(conversation, view, composer, app) {
     if (runs.isRunning()) return;
     keepEdits();
     const { seed, ...fields } = settings.requestFields();
-    const body = { ...fields, ...app.requestFields(conversation), prompt: string, logprobs: 5 };
+    const body = { ...fields, prompt: string, logprobs: 5 };
     const first = seed + text.versions.filter((version) => version.stats && textOf(version.pieces).slice(0, version.start) === string).length;
     const made = Array.from({ length: settings.nAnswers() }, () => ({ pieces: [...prompt], start: string.length, reason: null, stats: null }));
     text.versions.push(...made);
@@ -105,7 +105,7 @@ export function open(conversation, view, composer, app) {
       answer: version,
       piece: perFrame(() => update(version)),
     }));
-    const failure = await runs.write(tasks, drawBar);
+    const failure = await runs.write(tasks, app.requestFields(conversation), drawBar);
     const failed = made.filter((version) => version.reason === "error" && version.pieces.length === prompt.length);
     text.versions = text.versions.filter((version) => !failed.includes(version));
     text.current = text.versions.length ? Math.min(text.current, text.versions.length - 1) : null;

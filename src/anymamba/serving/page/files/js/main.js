@@ -21,6 +21,7 @@ let current = null;
 let shown = null; // what the view of the current conversation can do
 let kept = []; // the server's sessions
 let model = null; // what the server says of it
+let asking = null; // the question for the model that is under way
 
 const app = { refresh, fail, requestFields };
 
@@ -41,8 +42,12 @@ async function start() {
   await connect();
 }
 
-/** Ask for the model and the sessions. */
-async function connect() {
+/** Ask for the model and the sessions, once at a time. */
+function connect() {
+  return (asking ??= learn().finally(() => (asking = null)));
+}
+
+async function learn() {
   try {
     model = await api.model();
     byId("model").textContent = model.id;
@@ -53,8 +58,9 @@ async function connect() {
   }
 }
 
-/** The fields of every request of a conversation. */
-function requestFields(conversation) {
+/** The fields of every request of a conversation. They wait for the model: without it no session would be named. */
+async function requestFields(conversation) {
+  if (!model) await connect();
   return { model: model?.id, ...(model?.has_sessions && { session: conversation.id }) };
 }
 

@@ -14,17 +14,17 @@ export function stop() {
 }
 
 /**
- * Write answers at once. Each task is {path, body, fromChoice, answer, piece}. Returns after the last one, with the
- * first error or null; an answer that failed has the reason "error".
+ * Write answers at once. Each task is {path, body, fromChoice, answer, piece}; `fields`, or a promise of them, are added
+ * to every body. Returns after the last one, with the first error or null; an answer that failed has the reason "error".
  */
-export async function write(tasks, changed) {
+export async function write(tasks, fields, changed) {
   const own = new AbortController();
   controller = own;
   changed();
   let failure = null;
   const one = async ({ path, body, fromChoice, answer, piece }) => {
     try {
-      await answers.run(path, body, fromChoice, answer, own.signal, piece);
+      await answers.run(path, { ...body, ...(await fields) }, fromChoice, answer, own.signal, piece);
     } catch (error) {
       answer.reason = "error";
       failure ??= error;
