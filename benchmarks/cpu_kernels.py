@@ -1,5 +1,5 @@
-"""The compiled scan and convolution against limits of the same machine: torch.exp of the expanded tensor, a copy of the
-input, and the same kernel on one thread. The two candidates of a pair run in turns.
+"""The compiled scan, convolution and norm against limits of the same machine: torch.exp of the expanded tensor, a copy
+of the input, torch's own operations, and the same kernel on one thread. The two candidates of a pair run in turns.
 
 python -m benchmarks.cpu_kernels
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anymamba import causal_conv1d, selective_scan
+from anymamba.ops.add_norm import add_norm
 from anymamba.runtimes import native
 from benchmarks.timing import interleaved, machine, table
 
@@ -96,6 +99,33 @@ def convolution_row(dtype: torch.dtype, where: str, before: Callable[[], object]
     return [f"{str(dtype).removeprefix('torch.')}, {where}", *(f"{t * 1e3:.3f}" for t in times.values()), *ratios]
 
 
+def gradients(call: Callable[[], Any], tensors: list[Tensor]) -> object:
+    """The gradients of all results, with the results as cotangents."""
+    found = call()
+    return torch.autograd.grad(found, tensors, [t.detach() for t in found])
+
+
+def norm() -> str:
+    """The norm of x + residual against torch's operations, forward and with all gradients."""
+    rows = []
+    for length, subtract_mean in ((512, False), (16384, False), (16384, True)):
+        tensors = [torch.randn(shape).requires_grad_() for shape in ((length, 768), (length, 768), (768,))]
+        x, residual, weight = tensors
+
+        calls = {
+            name: partial(add_norm, x, weight, residual=residual, subtract_mean=subtract_mean, backend=name)
+            for name in ("cpu", "portable")
+        }
+        with torch.no_grad():
+            forward = interleaved(calls, REPEATS)
+        both = interleaved({name: partial(gradients, call, tensors) for name, call in calls.items()}, REPEATS // 2)
+        for what, times in (("forward", forward), ("forward + backward", both)):
+            ratio = f"**{times['portable'] / times['cpu']:.2f}**"
+            name = f"{'layer' if subtract_mean else 'RMS'} norm, {length:,} x 768, {what}"
+            rows.append([name, f"{times['cpu'] * 1e3:.3f}", f"{times['portable'] * 1e3:.3f}", ratio])
+    return table(["", "compiled (ms)", "torch (ms)", "times as fast"], rows)
+
+
 def threads() -> str:
     """The forward scan on one thread and on two."""
     rows = []
@@ -120,7 +150,7 @@ def threads() -> str:
 def run() -> str:
     """Measure and return the Markdown of the results."""
     note = f"(batch, length, d_inner, d_state) = {SHAPE}, float32, with z, D, delta_bias and softplus."
-    return "\n\n".join([note, against_exp(), forward_and_backward(), convolution(), threads()]) + "\n"
+    return "\n\n".join([note, against_exp(), forward_and_backward(), convolution(), norm(), threads()]) + "\n"
 
 
 if __name__ == "__main__":

@@ -58,4 +58,19 @@ struct ConvArgs {
     void *dlast_state = nullptr, *dinitial_state = nullptr, *dweight_parts = nullptr, *dbias_parts = nullptr;
 };
 
+// y = norm(x + residual), over rows (1, rows, size). T is as above; weight and bias (size,) and the statistics are of it:
+// the scales of the rows, then their means if they are subtracted. The parts, one for each chunk of rows, start as zeros.
+struct NormArgs {
+    bool is_double = false, is_plain = false;  // is_plain: all rows are float32
+    bool subtract_mean = false;
+    int64_t rows = 0, size = 0, chunk = 0;  // rows per task
+    double eps = 0;
+    int n_threads = 1, total_dtype = 0;
+    Rows x, residual, total, y;
+    void *weight = nullptr, *bias = nullptr, *statistics = nullptr;
+    // backward only
+    Rows dy, dtotal, dx, dresidual;
+    void *dweight_parts = nullptr, *dbias_parts = nullptr;
+};
+
 }  // namespace anymamba

@@ -12,6 +12,8 @@
     void scan_summary(const ScanArgs& a, bool backward);         \
     void conv_forward(const ConvArgs& a);                        \
     void conv_backward(const ConvArgs& a);                       \
+    void norm_forward(const NormArgs& a);                        \
+    void norm_backward(const NormArgs& a);                       \
     ANYMAMBA_DECLARE_PRODUCTS                                    \
     ANYMAMBA_DECLARE_CONVERSIONS                                 \
     void stack_step(Stack& stack, const StackStep& a);           \

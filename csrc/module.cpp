@@ -20,6 +20,7 @@
 namespace nb = nanobind;
 using anymamba::bind_pointer;
 using anymamba::ConvArgs;
+using anymamba::NormArgs;
 using anymamba::Packed;
 using anymamba::PackedLinearArgs;
 using anymamba::Rows;
@@ -35,6 +36,8 @@ struct Kernels {
     void (*scan_summary)(const ScanArgs&, bool);
     void (*conv_forward)(const ConvArgs&);
     void (*conv_backward)(const ConvArgs&);
+    void (*norm_forward)(const NormArgs&);
+    void (*norm_backward)(const NormArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
     void (*read_memory)(const void*, int64_t, int);
     void (*pack_weights)(const Packed&, const float*, int);
@@ -45,9 +48,10 @@ struct Kernels {
 
 #define ANYMAMBA_KERNELS(ISA)                                                                    \
     anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::scan_summary,      \
-        anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::packed_linear, \
-        anymamba::ISA::read_memory, anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights,  \
-        anymamba::ISA::stack_step, anymamba::ISA::stack_replay
+        anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::norm_forward,  \
+        anymamba::ISA::norm_backward, anymamba::ISA::packed_linear, anymamba::ISA::read_memory,  \
+        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights, anymamba::ISA::stack_step,   \
+        anymamba::ISA::stack_replay
 
 // Best first.
 const Kernels KERNELS[] = {
@@ -159,6 +163,28 @@ void bind_conv(nb::module_& m) {
         "conv_backward", [](const ConvArgs& a) { chosen->conv_backward(a); }, nb::call_guard<nb::gil_scoped_release>());
 }
 
+void bind_norm(nb::module_& m) {
+    auto type = nb::class_<NormArgs>(m, "NormArgs");
+    type.def("__init__", [](NormArgs* args, int64_t rows, int64_t size, int64_t chunk, double eps, bool subtract_mean) {
+        new (args) NormArgs{};
+        args->rows = rows, args->size = size, args->chunk = chunk, args->eps = eps, args->subtract_mean = subtract_mean;
+    });
+    type.def_rw("is_double", &NormArgs::is_double).def_rw("is_plain", &NormArgs::is_plain);
+    type.def_rw("n_threads", &NormArgs::n_threads).def_rw("total_dtype", &NormArgs::total_dtype);
+    type.def_rw("x", &NormArgs::x).def_rw("residual", &NormArgs::residual);
+    type.def_rw("total", &NormArgs::total).def_rw("y", &NormArgs::y);
+    type.def_rw("dy", &NormArgs::dy).def_rw("dtotal", &NormArgs::dtotal);
+    type.def_rw("dx", &NormArgs::dx).def_rw("dresidual", &NormArgs::dresidual);
+    bind_pointer(type, "weight", &NormArgs::weight);
+    bind_pointer(type, "bias", &NormArgs::bias);
+    bind_pointer(type, "statistics", &NormArgs::statistics);
+    bind_pointer(type, "dweight_parts", &NormArgs::dweight_parts);
+    bind_pointer(type, "dbias_parts", &NormArgs::dbias_parts);
+    m.def("norm_forward", [](const NormArgs& a) { chosen->norm_forward(a); }, nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "norm_backward", [](const NormArgs& a) { chosen->norm_backward(a); }, nb::call_guard<nb::gil_scoped_release>());
+}
+
 void bind_products(nb::module_& m) {
     nb::class_<Packed>(m, "Packed").def(
         "__init__", [](Packed* packed, uintptr_t data, int format, int64_t n_out, int64_t n_in, int64_t row_bytes) {
@@ -211,6 +237,7 @@ NB_MODULE(_native, m) {
     });
     bind_scan(m);
     bind_conv(m);
+    bind_norm(m);
     bind_products(m);
     anymamba::bind_stack(
         m, [](anymamba::Stack& s, const anymamba::StackStep& a) { chosen->stack_step(s, a); },

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from anymamba.kernels.add_norm import cpu as norm_cpu
 from anymamba.kernels.add_norm import cuda as norm_cuda
 from anymamba.kernels.add_norm import portable as norm_portable
 from anymamba.kernels.add_norm import reference as norm_reference
@@ -73,7 +74,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, tuple[Any, ...]] = {
     "selective_scan": (scan_cpu, scan_cuda, scan_triton, scan_portable, scan_reference),
     "causal_conv1d": (conv_cpu, conv_cuda, conv_triton, conv_portable, conv_reference),
-    "add_norm": (norm_cuda, norm_portable, norm_reference),
+    "add_norm": (norm_cpu, norm_cuda, norm_portable, norm_reference),
     "linear_cross_entropy": (loss_cuda, loss_portable, loss_reference),
     "packed_linear": (packed_cpu, packed_cuda, packed_reference),
 }

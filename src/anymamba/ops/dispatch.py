@@ -29,7 +29,7 @@ def backend(name: str) -> Iterator[None]:
 
     An op's own `backend` argument takes precedence, and an inner context over an outer one. The setting applies to the
     whole process, like torch's own backend flags. Derivatives that the backend does not have are computed as usual, and
-    so are ops that have no backend of this name: norms and the loss have none in compiled C++.
+    so are ops that have no backend of this name: the loss has none in compiled C++.
 
     Args:
         name: a backend from the list of `anymamba info`, such as "cpu", "portable" or "reference".

@@ -31,6 +31,7 @@ from anymamba.models.language_model import LanguageModel, LanguageModelOutput, L
 from anymamba.models.weight_formats import Weights, format_table
 from anymamba.ops.linear_cross_entropy.chunks import sum_over_chunks
 from anymamba.ops.packed_linear import PackedWeight
+from anymamba.parts.derived import KeptTensors
 from anymamba.parts.packed import PackedEmbedding, PackedLinear, pack_modules
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class InferenceModel(LanguageModel):
         self._gpu: GpuStep | CapturedStep | None = None
         self._reasons: dict[int, str] | None = None
         self._device_type: str | None = None
+        self._derived: KeptTensors | None = None
         device = next(self.parameters()).device
         why = obstacle(config, device) if invariant else None
         if why is not None:
@@ -146,12 +148,20 @@ class InferenceModel(LanguageModel):
 
     def _normed(self, *arguments: Any, **options: Any) -> tuple[Tensor, LanguageModelState]:
         """On a GPU in bfloat16, unless all projections are float32; the residual stream and the result are float32."""
-        with self._precision():
+        with self._precision(), self._keeping():
             return super()._normed(*arguments, **options)
 
     def _precision(self) -> AbstractContextManager[object]:
         is_short = self._is_on_gpu and self._activations == torch.bfloat16
         return torch.autocast("cuda", torch.bfloat16) if is_short else nullcontext()
+
+    def _keeping(self) -> AbstractContextManager[object]:
+        """What is derived from the weights is kept; not on a GPU, where it may be recorded and not computed."""
+        if self._is_on_gpu or torch.compiler.is_compiling():
+            return nullcontext()
+        if self._derived is None:
+            self._derived = KeptTensors(self)
+        return self._derived
 
     def step(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
@@ -252,11 +262,13 @@ class InferenceModel(LanguageModel):
                 "a model for inference computes in float32 and keeps its dtype; choose the format of its weights with "
                 f"for_inference(weights=...), got a conversion to {fn(torch.zeros(0)).dtype}"
             )
-        self._native = self._gpu = self._reasons = self._device_type = None  # they follow from where the weights are
+        self._native = self._gpu = self._reasons = self._device_type = self._derived = (
+            None  # all follow from the weights
+        )
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None, "_gpu": None, "_reasons": None}
+        return {**self.__dict__, "_native": None, "_gpu": None, "_reasons": None, "_derived": None}
 
     # --------------------------------------------------------------------------------------------- files
 
