@@ -137,10 +137,10 @@ def exported(model: LanguageModel, **more) -> torch.export.ExportedProgram:
 
 
 def assert_same_output(got, want) -> None:
+    """Equal but for rounding: the norms of a program are torch's operations."""
     assert type(got) is type(want)
-    assert torch.equal(got.logits, want.logits)
-    for a, b in zip(state_tensors(got.state), state_tensors(want.state), strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(state_tensors((got.logits, got.state)), state_tensors((want.logits, want.state)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -15,7 +15,12 @@ OP = "add_norm"
 
 
 def run(arguments: NormArguments, backend: str) -> tuple[Tensor, Tensor]:
-    """Compute y and x + residual with a backend. Without a residual the second result is undefined."""
+    """Compute y and x + residual with a backend. Without a residual the second result is undefined.
+
+    Compilers and exporters on a CPU see torch's own operations, which they fuse and every runtime has.
+    """
+    if backend == "cpu" and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        backend = dispatch.transparent(OP, "forward", arguments)
     if "forward" in dispatch.kernel(OP, backend).TRANSPARENT:
         y, total, _ = _forward(arguments, False, backend)
         return y, total
