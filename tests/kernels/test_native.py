@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from anymamba import causal_conv1d, selective_scan
 from anymamba.kernels.selective_scan import cpu, portable
 from anymamba.kernels.selective_scan.arguments import ScanArguments
+from anymamba.ops.add_norm import add_norm
 from anymamba.runtimes import native
 
 if native.load() is None:
@@ -281,6 +282,42 @@ def test_fuzz_the_convolution_against_the_reference_in_float64(data, instruction
         results.append([y, last_state, *gradients(leaves)])
     for got, want in zip(*results, strict=True):
         close(got, want, length)
+
+
+@given(data=st.data())
+@FUZZ
+def test_fuzz_the_norm_against_the_reference_in_float64(data, instruction_set):
+    draw = data.draw
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    dtype = st.sampled_from(DTYPES)
+    shape = (draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(st.integers(1, 70)))
+
+    def vector():
+        return torch.randn(shape[2], generator=generator, dtype=torch.float64).to(draw(dtype))
+
+    tensors = {
+        "x": draw(views(shape, draw(dtype), generator)),
+        "residual": draw(views(shape, draw(dtype), generator)) if draw(st.booleans()) else None,
+        "weight": vector() if draw(st.booleans()) else None,
+        "bias": vector() if draw(st.booleans()) else None,
+    }
+    options = {"subtract_mean": draw(st.booleans()), "eps": 0.1}  # a row of few numbers may be nearly constant
+    results = []
+    for backend, wide in (("cpu", False), ("reference", True)):
+        leaves = {
+            k: None if v is None else (v.double() if wide else v).detach().requires_grad_() for k, v in tensors.items()
+        }
+        y, total = add_norm(**leaves, **options, backend=backend)
+        nothing = sum(v.double().sum() for v in leaves.values() if v is not None) * 0
+        (y.double().sin().sum() + total.double().sum() + nothing).backward()
+        results.append([y, total, *gradients(leaves)])
+    shortest = max(torch.finfo(t.dtype).eps for t in (*tensors.values(), results[0][0]) if t is not None)
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape
+        if got.numel():
+            rounding = 8 * max(shortest, 1e-6) * (1 + want.abs().max())
+            summed = shape[0] * shape[1] if got.ndim == 1 else 1
+            assert (got.double() - want).abs().max() <= rounding * summed**0.5
 
 
 def gradients(leaves: dict[str, torch.Tensor | None]) -> list[torch.Tensor]:

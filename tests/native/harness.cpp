@@ -13,6 +13,7 @@
 using anymamba::ConvArgs;
 using anymamba::DType;
 using anymamba::Format;
+using anymamba::NormArgs;
 using anymamba::Packed;
 using anymamba::PackedLinearArgs;
 using anymamba::Rows;
@@ -104,6 +105,8 @@ struct Kernels {
     void (*scan_summary)(const ScanArgs&, bool);
     void (*conv_forward)(const ConvArgs&);
     void (*conv_backward)(const ConvArgs&);
+    void (*norm_forward)(const NormArgs&);
+    void (*norm_backward)(const NormArgs&);
     void (*packed_linear)(const PackedLinearArgs&);
     void (*unpack_row)(const Packed&, int64_t, float*);
     void (*pack_weights)(const Packed&, const float*, int);
@@ -252,6 +255,63 @@ void conv(const Kernels& kernels) {
     a.dinitial_state = with_state ? dinitial.data() : nullptr;
     a.dweight_parts = dweight.data(), a.dbias_parts = dbias.data();
     kernels.conv_backward(a);
+}
+
+// The norm of a sum, and the gradient of the sum for dy = dtotal = 1, by their formulas in double.
+void norm(const Kernels& kernels) {
+    const DType own = pick(0, 4) ? DType::float32 : DType::float64;
+    const auto any = [&] { return own == DType::float64 ? own : pick(0, 1) ? own : DTYPES[pick(2, 3)]; };
+    const int64_t n_rows = pick(1, 40), size = pick(1, 90), chunk = pick(1, 20), parts = (n_rows + chunk - 1) / chunk;
+    const bool subtract_mean = pick(0, 1), with_residual = pick(0, 1), with_weight = pick(0, 1);
+    const DType of_x = any();
+    Tensor x = filled(of_x, n_rows * size), residual = filled(own, n_rows * size), total(own, n_rows * size);
+    Tensor weight = filled(own, size), bias = filled(own, size), y(any(), n_rows * size), statistics(own, 2 * n_rows);
+
+    NormArgs a;
+    a.is_double = own == DType::float64, a.subtract_mean = subtract_mean;
+    a.rows = n_rows, a.size = size, a.chunk = chunk, a.eps = 1e-5, a.n_threads = 3;
+    a.total_dtype = int(with_residual ? own : of_x);
+    a.x = rows(x, n_rows, size), a.y = rows(y, n_rows, size), a.statistics = statistics.data();
+    if (with_residual) a.residual = rows(residual, n_rows, size), a.total = rows(total, n_rows, size);
+    if (with_weight) a.weight = weight.data(), a.bias = bias.data();
+    a.is_plain = of_x == DType::float32 && y.dtype == DType::float32;
+    kernels.norm_forward(a);
+
+    Tensor dx(of_x, x.size()), dresidual(own, x.size());
+    Tensor ones(own, x.size()), dweight(own, parts * size), dbias(own, parts * size);
+    for (int64_t i = 0; i < ones.size(); i++) ones.set(i, 1);
+    a.dy = a.dtotal = rows(ones, n_rows, size), a.dx = rows(dx, n_rows, size);
+    if (with_residual) a.dresidual = rows(dresidual, n_rows, size);
+    if (!with_residual) a.dtotal = Rows();
+    a.dweight_parts = dweight.data(), a.dbias_parts = dbias.data();
+    kernels.norm_backward(a);
+
+    const auto tolerance = [](DType d) { return d == DType::bfloat16 ? 2e-2 : d == DType::float16 ? 4e-3 : 2e-4; };
+    double of_bias = 0;
+    for (int64_t i = 0; i < dbias.size(); i++) of_bias += dbias.get(i);
+    compare("bias of a norm", kernels.name, of_bias, double(n_rows * size), 1e-4);
+    for (int64_t r = 0; r < n_rows; r++) {
+        std::vector<double> v(size), g(size);
+        double mean = 0, squares = 0, common = 0, along = 0;
+        for (int64_t i = 0; i < size; i++) {
+            v[i] = x.get(r * size + i) + (with_residual ? residual.get(r * size + i) : 0);
+            mean += subtract_mean ? v[i] / size : 0;
+        }
+        for (int64_t i = 0; i < size; i++) squares += (v[i] - mean) * (v[i] - mean) / size;
+        const double scale = 1 / std::sqrt(squares + 1e-5);
+        for (int64_t i = 0; i < size; i++) {
+            g[i] = with_weight ? weight.get(i) : 1;
+            common += subtract_mean ? g[i] / size : 0;
+            along += g[i] * (v[i] - mean) * scale / size;
+        }
+        for (int64_t i = 0; i < size; i++) {
+            const double n = (v[i] - mean) * scale, b = with_weight ? bias.get(i) : 0;
+            compare("norm", kernels.name, y.get(r * size + i), n * g[i] + b, tolerance(y.dtype));
+            const double d = scale * (g[i] - common - n * along);
+            const double wide = tolerance(of_x) * (1 + scale);
+            compare("gradient of a norm", kernels.name, dx.get(r * size + i), d + (with_residual ? 1 : 0), wide);
+        }
+    }
 }
 
 // A product in every format, against the sums of the unpacked weights and the activations in double.
@@ -406,9 +466,9 @@ void reads(const Kernels& kernels) {
 
 #define KERNELS(ISA)                                                                               \
     {#ISA, anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::scan_summary, \
-     anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::packed_linear,      \
-     anymamba::ISA::unpack_row, anymamba::ISA::pack_weights, anymamba::ISA::stack_step,            \
-     anymamba::ISA::stack_replay}
+     anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::norm_forward,       \
+     anymamba::ISA::norm_backward, anymamba::ISA::packed_linear, anymamba::ISA::unpack_row,        \
+     anymamba::ISA::pack_weights, anymamba::ISA::stack_step, anymamba::ISA::stack_replay}
 
 }  // namespace
 
@@ -421,7 +481,7 @@ int main(int argc, char** argv) {
 #endif
     for (const Kernels& kernels : all)
         for (int i = 0; i < rounds; i++) {
-            scan(kernels), conv(kernels), products(kernels), steps(kernels), reads(kernels);
+            scan(kernels), conv(kernels), norm(kernels), products(kernels), steps(kernels), reads(kernels);
             anymamba::use_dot_products = i % 2 && anymamba::has_dot_products();
         }
     std::printf("%zu instruction sets, %d rounds each, %d wrong values\n", all.size(), rounds, failures);
