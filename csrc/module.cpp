@@ -180,6 +180,19 @@ void bind_norm(nb::module_& m) {
     bind_pointer(type, "statistics", &NormArgs::statistics);
     bind_pointer(type, "dweight_parts", &NormArgs::dweight_parts);
     bind_pointer(type, "dbias_parts", &NormArgs::dbias_parts);
+    m.def(
+        "norm_of_floats",
+        [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t total, uintptr_t y, int64_t rows,
+           int64_t size, int64_t chunk, double eps, bool subtract_mean, int threads) {
+            const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+            const auto dense = [&](uintptr_t address) { return Rows{pointer(address), 0, 0, size, 0}; };
+            NormArgs a;
+            a.is_plain = true, a.rows = rows, a.size = size, a.chunk = chunk, a.eps = eps, a.n_threads = threads;
+            a.subtract_mean = subtract_mean, a.weight = pointer(weight), a.bias = pointer(bias);
+            a.x = dense(x), a.residual = dense(residual), a.total = dense(total), a.y = dense(y);
+            chosen->norm_forward(a);
+        },
+        nb::call_guard<nb::gil_scoped_release>(), "norm_forward of dense float32, in one call.");
     m.def("norm_forward", [](const NormArgs& a) { chosen->norm_forward(a); }, nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "norm_backward", [](const NormArgs& a) { chosen->norm_backward(a); }, nb::call_guard<nb::gil_scoped_release>());

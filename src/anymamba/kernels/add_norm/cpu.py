@@ -37,12 +37,26 @@ def forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None
     y = native.empty(a.x, dtype=a.y_dtype)
     total = a.x.new_empty(0) if a.residual is None else native.empty(a.x, dtype=a.total_dtype)
     saved = a.x.new_empty(saved_shape(a), dtype=a.dtype) if save else None
-    if a.x.numel():
+    if not save and a.x.numel() and all(map(_is_plain, (*a.tensors, y))):
+        _of_floats(a, y, total)
+    elif a.x.numel():
         call = _Call(a, ROWS)
         call.rows(y=y, total=None if a.residual is None else total)
         call.pointers(statistics=saved)
         native.module().norm_forward(call.args)
     return y, total, saved
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    return tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous())
+
+
+def _of_floats(a: NormArguments, y: Tensor, total: Tensor) -> None:
+    """The same in one call: this runs in every block of every token."""
+    tensors = {"x": a.x, "residual": a.residual, "weight": a.weight, "bias": a.bias, "total": total, "y": y}
+    places = (0 if t is None or not t.numel() else native.address(name, t) for name, t in tensors.items())
+    sizes = (a.n_rows, a.size, ROWS, a.eps, a.subtract_mean)
+    native.module().norm_of_floats(*places, *sizes, torch.get_num_threads())
 
 
 def backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
