@@ -13,7 +13,7 @@ from anymamba.data.tokenizer import Tokenizer
 from anymamba.serving.protocol.errors import ApiError
 
 try:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 except ImportError as error:
     raise ImportError(f'llguidance is needed here ({error}); pip install "anymamba[serve]"') from error
 
@@ -54,6 +54,36 @@ class GrammarMask:
         return GrammarMask(self._matcher.deep_copy(), self._vocab_size, self._param)
 
 
+class _Tokens:
+    """A tokenizer as llguidance takes it where it does not read the file: the text of each token.
+
+    Args:
+        tokenizer: tokens have the same text wherever they are.
+        n_ids: ids in all; those that the tokenizer does not have are empty.
+        eos_id: the id that ends an answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, n_ids: int, eos_id: int) -> None:
+        self.eos_token_id, self.bos_token_id = eos_id, None
+        self.tokens = [tokenizer.decode_bytes([i]) if i < tokenizer.vocab_size else b"" for i in range(n_ids)]
+        self.special_token_ids = [token["id"] for token in json.loads(tokenizer.to_json()).get("added_tokens", ())]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text)
+
+
+def _read_tokenizer(tokenizer: Tokenizer, n_ids: int, eos_id: int) -> LLTokenizer | None:
+    """The tokenizer for llguidance; None if the text of a token depends on those around it."""
+    text = tokenizer.to_json()
+    if json.loads(text).get("decoder") == {"type": "Fuse"}:  # as that of DNA has it
+        return LLTokenizer(TokenizerWrapper(_Tokens(tokenizer, n_ids, eos_id)), n_vocab=n_ids, eos_token=eos_id)
+    try:
+        return LLTokenizer(text, n_vocab=n_ids, eos_token=eos_id)
+    except ValueError:  # of a decoder that it does not know
+        return None
+
+
 class Grammars:
     """Compiles grammars for one tokenizer.
 
@@ -66,7 +96,7 @@ class Grammars:
         self._vocab_size = vocab_size
         eos_id = vocab_size if tokenizer.eos_id is None else tokenizer.eos_id  # one more id, which is never generated
         n_ids = max(vocab_size, eos_id + 1)
-        self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=n_ids, eos_token=eos_id)
+        self._tokenizer = _read_tokenizer(tokenizer, n_ids, eos_id)
         self._limits = LLParserLimits(initial_lexer_fuel=500_000, max_grammar_size=200_000, verbose_errors=False)
 
     def json_schema(self, schema: Mapping[str, Any] | bool, param: str, *, compact: bool = False) -> GrammarMask:
@@ -95,6 +125,8 @@ class Grammars:
         return self._compiled(LLMatcher.grammar_from_lark(lark), param)
 
     def _compiled(self, grammar: str, param: str) -> GrammarMask:
+        if self._tokenizer is None:
+            raise _bad_grammar("llguidance cannot read the tokenizer of this model; leave it out", param)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # some grammars turn out to be too complex only at the first token
