@@ -217,4 +217,5 @@ def test_unknown_fields_and_nulls_are_ignored(server):
 
 
 def test_bias_outside_the_vocabulary_is_refused(server):
-    assert "999" in server.refused(400, PATH, {**GREEDY, "logit_bias": {"999": 1}})["message"]
+    error = server.refused(400, PATH, {**GREEDY, "logit_bias": {"999": 1}})
+    assert "999" in error["message"] and error["param"] == "logit_bias"

@@ -182,6 +182,7 @@ def test_good_json_is_taken():
 def test_a_body_must_be_an_object(server, body):
     answer = server.client.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and "the body must be a JSON object" in answer.text
+    assert answer.json()["error"]["param"] is None
 
 
 def test_large_bodies_are_refused(strict):
@@ -214,6 +215,12 @@ def test_long_prompts_and_answers_are_refused(strict):
     assert strict.refused(400, PATH, {"prompt": "x", "max_tokens": 5001})["param"] == "max_tokens"
 
 
+@pytest.mark.parametrize("name", ["n", "best_of", "num_beams"])
+def test_more_answers_than_the_server_has_rows_are_refused_by_name(strict, name):
+    error = strict.refused(400, PATH, {**BODY, name: 3})
+    assert error["param"] == name and f"{name} must be at most 2" in error["message"]
+
+
 # ------------------------------------------------------------------------------------ paths
 
 
@@ -227,6 +234,9 @@ def test_long_prompts_and_answers_are_refused(strict):
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/chat/completions", 405),
         ("PUT", "/v1/models", 405),
+        ("POST", "/v1/models/nano", 405),
+        ("PUT", "/v1/sessions/mine", 405),
+        ("GET", "/v1/completions/more", 404),
         ("GET", "/tokenize", 405),
         ("GET", "/..%2f..%2fetc/passwd", 404),
         ("GET", "/v1/../../etc/passwd", 404),

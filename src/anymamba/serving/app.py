@@ -63,14 +63,17 @@ class Application:
                 Route("/openapi.json", self.openapi),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.one_model),
+                Route("/v1/models/{name:path}", _Nowhere("GET")),
                 Route("/v1/completions", _Posted(self, self._completion), methods=["POST"]),
                 Route("/v1/chat/completions", _Posted(self, self._chat), methods=["POST"]),
                 Route("/v1/sessions", self.sessions),
                 Route("/v1/sessions/{name:path}", self.one_session, methods=["GET", "DELETE"]),
+                Route("/v1/sessions/{name:path}", _Nowhere("GET or DELETE")),
                 Route("/tokenize", self.tokenize, methods=["POST"]),
                 Route("/detokenize", self.detokenize, methods=["POST"]),
                 Route("/tokenizer_info", self.tokenizer_info),
-                *(Route(path, _Nowhere()) for path in (*ENDPOINTS, "/v1/{rest:path}")),
+                *(Route(path, _Nowhere(method)) for path, method in ENDPOINTS.items()),
+                Route("/v1/{rest:path}", _Nowhere()),
                 Mount("/", StaticFiles(directory=FOLDER, html=True, check_dir=False)),
             ],
             redirect_slashes=False,
@@ -240,14 +243,21 @@ class Application:
 
 
 class _Nowhere:
-    """Paths of the API that do not exist, and methods that its paths do not take."""
+    """Paths of the API that do not exist, and methods that its paths do not take.
+
+    Args:
+        taken: the methods that the path takes; "" if it does not exist.
+    """
+
+    def __init__(self, taken: str = "") -> None:
+        self._taken = taken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application."""
-        method = ENDPOINTS.get(scope["path"])
-        if method is None:
+        if not self._taken:
             raise HTTPException(404)
-        raise HTTPException(405, f"{scope['path']} takes {method}, got {scope['method']}", {"Allow": method})
+        told = f"{scope['path'][:100]} takes {self._taken}, got {scope['method']}"
+        raise HTTPException(405, told, {"Allow": self._taken.replace(" or ", ", ")})
 
 
 class _Posted:

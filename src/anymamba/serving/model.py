@@ -20,7 +20,7 @@ from anymamba.serving.protocol.answers import Answer, CompletionAnswer, Echo, He
 from anymamba.serving.protocol.chat import ChatCall
 from anymamba.serving.protocol.chat_answers import ChatAnswer
 from anymamba.serving.protocol.completions import CompletionCall
-from anymamba.serving.protocol.errors import ApiError
+from anymamba.serving.protocol.errors import ApiError, wrong_value
 from anymamba.serving.protocol.formats import Form
 from anymamba.serving.protocol.options import Options
 from anymamba.serving.protocol.token_texts import TokenTexts
@@ -172,18 +172,24 @@ class ServedModel:
                 code="context_length_exceeded",
             )
         if max_tokens > self.limits.max_new_tokens:
-            raise ApiError(
-                400,
-                f"{most} must be at most {self.limits.max_new_tokens:,}, got {max_tokens:,}",
-                param=most,
-                code="invalid_value",
-            )
+            raise wrong_value(most, f"at most {self.limits.max_new_tokens}", max_tokens)
+
+    def _check_engine(self, options: Options, n: int) -> None:
+        """Raise ApiError for more rows than the engine has, and for a bias of ids that the model does not have."""
+        beams, most, last = options.beams, self.worker.engine.max_rows, self.model.config.vocab_size - 1
+        name, n_rows = ("best_of" if n > options.n else "n", n) if beams is None else ("num_beams", beams.num_beams)
+        if n_rows > most:
+            raise wrong_value(name, f"at most {most}, the answers that this server generates at once", n_rows)
+        if (highest := max(options.logit_bias, default=0)) > last:
+            raise wrong_value("logit_bias", f"for ids from 0 to {last}", highest)
 
     # ------------------------------------------------------------------------------------ parts of a request
 
-    def _request(self, ids: Sequence[int], options: Options, **more: Any) -> Request:
+    def _request(self, ids: Sequence[int], options: Options, *, n: int, **more: Any) -> Request:
+        self._check_engine(options, n)
         return Request(
             prompt=ids,
+            n=n,
             sampling=options.sampling,
             seed=options.seed,
             eos_id=None if options.ignore_eos else self.tokenizer.eos_id,

@@ -225,7 +225,8 @@ def read_fields(table: Mapping[str, Field], body: Any, inside: str = "") -> dict
     Raises ApiError that names the first wrong field.
     """
     if not isinstance(body, dict):
-        raise wrong_value(inside.rstrip(".") or "the body", "a JSON object", body)
+        error = wrong_value(inside.rstrip(".") or "the body", "a JSON object", body)
+        raise ApiError(400, error.message, param=inside.rstrip(".") or None, code=error.code)
     values = {}
     for name, field in table.items():
         value = body.get(name)
