@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from live_server import live
 
+from anymamba.serving.limits import Limits
 from anymamba.serving.protocol.errors import ApiError
 from anymamba.serving.templates import unfinished
 
@@ -158,6 +161,21 @@ def test_other_forms(server):
 def test_what_cannot_be_compiled_is_refused_with_the_reason(server, fields, param):
     error = server.refused(400, PATH, {"messages": [USER], **fields})
     assert error["param"] == param and len(error["message"]) > 30
+
+
+def test_what_takes_too_long_to_compile_is_refused_and_what_waits_for_it_may_try_again(server, monkeypatch):
+    is_over = threading.Event()
+    monkeypatch.setattr(server.served, "limits", Limits(compile_seconds=0.2))
+    monkeypatch.setattr(server.served.grammars, "regex", lambda pattern, param: is_over.wait(20))
+    with ThreadPoolExecutor(3) as pool:
+        fields = {"messages": [USER], "guided_regex": "a+"}
+        answers = list(pool.map(lambda _: server.post(PATH, fields), range(3)))
+    is_over.set()
+    refused = [answer.json()["error"] for answer in answers if answer.status_code == 400]
+    assert [error["param"] for error in refused] == ["guided_regex"] * 2
+    assert all("longer to compile than 0.2 seconds" in error["message"] for error in refused)
+    (waited,) = (answer for answer in answers if answer.status_code == 429)
+    assert waited.headers["retry-after"] == "1"
 
 
 def test_a_required_tool_is_called(server):

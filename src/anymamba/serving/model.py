@@ -257,11 +257,13 @@ class ServedModel:
             "regex": self.grammars.regex,
             "choice": self.grammars.choice,
         }
-        loop, compiler = asyncio.get_running_loop(), compilers[form.kind]
-        work = loop.run_in_executor(self._compilers, compiler, form.value, form.param)
+        work = self._compilers.submit(compilers[form.kind], form.value, form.param)
         try:
-            return await asyncio.wait_for(work, self.limits.compile_seconds)
+            return await asyncio.wait_for(asyncio.wrap_future(work), self.limits.compile_seconds)
         except TimeoutError:
+            if work.cancel():  # it has not begun
+                told = "schemas of other requests are being compiled; try again"
+                raise ApiError(429, told, param=form.param, code="too_many_requests", retry_after=1) from None
             raise ApiError(
                 400,
                 f"{form.param} takes longer to compile than {self.limits.compile_seconds:g} seconds; simplify it",

@@ -72,7 +72,7 @@ def _structured(value: dict[str, Any] | None) -> list[Form]:
 
 
 def _checked(form: Form) -> Form:
-    """A schema may be a string of JSON for vLLM's fields."""
+    """The form. Raises ApiError for a schema that is not an object, true or false."""
     if form.kind != "json" or isinstance(form.value, dict | bool):
         return form
-    raise wrong_value(form.param, "a JSON schema: an object", form.value)
+    raise wrong_value(form.param, "a JSON schema: an object, true or false", form.value)
