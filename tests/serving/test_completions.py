@@ -194,6 +194,7 @@ WRONG = [
     ({"stop_token_ids": [1]}, "stop_token_ids"),
     ({"session": ""}, "session"),
     ({"session": "a\0b"}, "session"),
+    ({"session": "a" * 257}, "session"),
     ({"session": "s", "n": 2}, "n"),
     ({"session": "s", "prompt": ["a", "b"]}, "prompt"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),

@@ -12,6 +12,7 @@ import pytest
 
 from anymamba.serving.protocol.events import encode_in_pieces
 from anymamba.serving.protocol.tables import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from anymamba.serving.sessions.store import LONGEST_NAME
 
 TABLES = {
     "/v1/completions": (COMPLETION, {"prompt": "ab", "max_tokens": 2}),
@@ -94,6 +95,8 @@ def test_the_description_is_openapi_and_has_every_field(server):
     for path, (table, _) in TABLES.items():
         schema = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert set(schema["properties"]) == set(table)
+        named = schema["properties"].get("session")
+        assert named is None or named["anyOf"][0]["maxLength"] == LONGEST_NAME, "as long as the stores take it"
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ MOST_TOP = 20
 """Most log-probabilities of each token, as OpenAI has it."""
 MOST_STOPS = 16
 MOST_TOKENS = 1 << 31
-LONGEST_NAME = 512
+LONGEST_NAME = 256
+"""Characters of a session's name, as the stores have it, and of a cache key."""
 
 _STRINGS = {"type": "array", "items": {"type": "string"}}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
