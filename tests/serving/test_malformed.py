@@ -6,6 +6,7 @@ import json
 import random
 import time
 from itertools import product
+from pathlib import Path
 
 import httpx
 import pytest
@@ -97,6 +98,12 @@ def test_the_description_is_openapi_and_has_every_field(server):
         assert set(schema["properties"]) == set(table)
         named = schema["properties"].get("session")
         assert named is None or named["anyOf"][0]["maxLength"] == LONGEST_NAME, "as long as the stores take it"
+
+
+def test_the_page_of_the_server_tells_every_field():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    missing = {name for table in (COMPLETION, CHAT) for name in table if f"`{name}" not in page}
+    assert not missing
 
 
 @pytest.mark.slow
