@@ -171,6 +171,33 @@ def test_never_two_owners(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / LOCK).exists()
 
 
+@pytest.mark.parametrize("own", [own_folder, lambda run: own_file(run / "file")], ids=["folder", "file"])
+@pytest.mark.parametrize("when", ["before it is seen", "before it is locked"])
+def test_a_folder_that_another_owner_removes_is_made_again(tmp_path: Path, monkeypatch, own, when: str) -> None:
+    run, seen = tmp_path / "run", []
+    mkdir, acquire = Path.mkdir, Lock.acquire
+
+    def mkdir_too_early(self: Path, *arguments: object, **options: object) -> None:
+        seen.append(self)
+        if len(seen) == 1:
+            raise FileExistsError(errno.EEXIST, "File exists", str(self))
+        mkdir(self, *arguments, **options)
+
+    def acquire_too_late(self: Lock, *arguments: object) -> None:
+        seen.append(self.path)
+        if len(seen) == 1:
+            run.rmdir()
+        acquire(self, *arguments)
+
+    if when == "before it is seen":
+        monkeypatch.setattr(Path, "mkdir", mkdir_too_early)
+    else:
+        monkeypatch.setattr(Lock, "acquire", acquire_too_late)
+    with own(run):
+        assert run.is_dir()
+    assert len(seen) >= 2
+
+
 def test_a_new_folder_that_stays_empty_goes_and_others_stay(tmp_path: Path) -> None:
     with own_folder(tmp_path / "a" / "new"):
         assert contents(tmp_path / "a" / "new") == []

@@ -51,16 +51,11 @@ def own_folder(folder: Path, *, wait: float | None = SHORT) -> Iterator[None]:
             without a limit.
     Raises InUseError, naming the owner, if there is another one; OSError if the folder cannot be written.
     """
-    lock, made = Lock(folder / LOCK), False
-    while True:
-        made = _make(folder) or made
-        try:
-            lock.acquire(folder, wait)
-            break
-        except FileNotFoundError:  # the last owner has just removed it
-            continue
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder)) from error
+    lock = Lock(folder / LOCK)
+    try:
+        made = _take(lock, folder, folder, wait)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     try:
         sweep(folder)
         sweep(folder.absolute().parent, folder.absolute().name)
@@ -78,9 +73,8 @@ def own_file(path: Path, *, wait: float | None = SHORT) -> Iterator[None]:
 
     Like `own_folder`, with the lock `.NAME.lock` beside it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(path.with_name(f".{path.name}.lock"))
-    lock.acquire(path, wait)
+    _take(lock, path.parent, path, wait)
     try:
         sweep(path.parent, path.name)
         yield
@@ -93,15 +87,29 @@ def contents(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != LOCK]
 
 
+def _take(lock: Lock, folder: Path, what: Path, wait: float | None) -> bool:
+    """Acquire a lock in a folder, which is made if it does not exist; return whether it was made. Others may remove the
+    folder at any time until the lock is held."""
+    made = False
+    while True:
+        made = _make(folder) or made
+        with suppress(FileNotFoundError):  # the last owner has just removed it
+            lock.acquire(what, wait)
+            return made
+
+
 def _make(folder: Path) -> bool:
     """Make a folder if it does not exist, and return whether it was made."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
-        return False
-    return True
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if folder.is_dir():
+                return False
+            if os.path.lexists(folder):
+                raise
+        else:
+            return True
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
