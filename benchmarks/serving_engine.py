@@ -1,7 +1,7 @@
 """The engine under the server: many clients at once, the second turn of a conversation, and tokens while a long prompt
 is read. The peer is llama.cpp, with a sequence for each client, driven by its own batches.
 
-    python -m benchmarks.serving_engine [--repeats 3] [--only throughput,turns,gaps,tree]
+    python -m benchmarks.serving_engine [--repeats 3] [--only throughput,turns,gaps,tree,bits]
 """
 
 from __future__ import annotations
@@ -226,6 +226,25 @@ def tree_cost(model: InferenceModel, repeats: int) -> str:
     return table(["4,096 new tokens with the tree", "without", "cost (wanted)"], [row])
 
 
+def bits(model: InferenceModel, repeats: int) -> str:
+    """What it costs to read a prompt so that a row has the same bits in any batch, as the engine does for all requests.
+    A step has them in any case."""
+    same = InferenceModel(model.config, model.packed_weights(), other_parameters(model), invariant=True)
+    ids = torch.tensor([prompt_of(512, 0)])
+    with torch.inference_mode():
+        found = interleaved(
+            {name: partial(m, ids, num_last_logits=1) for name, m in (("any", model), ("same", same))}, 3 * repeats
+        )
+    row = [*(f"{1e3 * found[name]:.1f} ms" for name in ("any", "same")), f"{found['same'] / found['any']:.2f}"]
+    return table(["512 tokens", "with the same bits in any batch", "ratio"], [row])
+
+
+def other_parameters(model: InferenceModel) -> dict[str, torch.Tensor]:
+    """All parameters that are not packed."""
+    packed = model.packed_weights()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in packed}
+
+
 def run(repeats: int, only: list[str]) -> str:
     """Measure and return the Markdown of the results."""
     torch.manual_seed(0)
@@ -234,7 +253,8 @@ def run(repeats: int, only: list[str]) -> str:
         "throughput": lambda: throughput(model, repeats),
         "turns": lambda: turns(model, repeats),
         "gaps": lambda: gaps(model),
-        "tree": lambda: tree_cost(model, repeats + 2),
+        "tree": lambda: tree_cost(model, 4 * repeats),
+        "bits": lambda: bits(model, repeats),
     }
     found = [f"**{name}**\n\n{measure()}" for name, measure in parts.items() if name in only]
     return "\n\n".join([machine(), "A model of 130m parameters in int8 with random weights.", *found])
@@ -244,7 +264,7 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="throughput,turns,gaps,tree", help="parts, separated by commas")
+    parser.add_argument("--only", default="throughput,turns,gaps,tree,bits", help="parts, separated by commas")
     arguments = parser.parse_args()
     print(run(arguments.repeats, arguments.only.split(",")))
 

@@ -330,6 +330,17 @@ def test_too_many_requests_wait_or_are_told_to_and_those_that_leave_free_their_s
     assert strict.good(PATH, BODY)
 
 
+def test_all_rows_of_a_beam_search_count(strict):
+    worker = strict.served.worker
+    search = {"prompt": "x", "max_tokens": 5000, "ignore_eos": True, "num_beams": 2}
+    connections = [ask_and_hold(strict, search) for _ in range(2)]
+    wait_for(lambda: worker.n_rows == 4)
+    assert strict.post(PATH, BODY).status_code == 429
+    for connection in connections:
+        connection.close()
+    wait_for(lambda: worker.n_rows == 0 and worker.engine.statistics.n_rows == 0)
+
+
 def test_a_client_that_leaves_without_streaming_frees_its_slot(strict):
     worker = strict.served.worker
     connection = ask_and_hold(strict, {"prompt": "x", "max_tokens": 5000, "ignore_eos": True})

@@ -272,7 +272,7 @@ class _Posted:
         served = application.ready()
         body = await read_json(Request(scope, receive), application.limits)
         task = await self._make_task(served, body, scope["owner"])
-        application.require_room(sum(request.n for request in task.requests), served)
+        application.require_room(sum(request.n_rows for request in task.requests), served)
         await Answering(served, task, application.metrics, receive, send).run()
 
 

@@ -38,6 +38,7 @@ class EventStream:
         self._reader: asyncio.Future[None] | None = None  # who waits for the next event
         self._is_closed = False
         self._left = sum(request.n for request in requests)
+        self._searching = sum(request.n_rows - request.n for request in requests)  # rows of beams that are no answers
         self._ids: list[int] = []
 
     async def __aenter__(self) -> EventStream:
@@ -95,8 +96,8 @@ class EventStream:
 
     @property
     def n_rows(self) -> int:
-        """Rows of its requests that have not ended."""
-        return self._left
+        """Rows of its requests that have not ended; those of a beam search stay until its end."""
+        return self._left and self._left + self._searching
 
 
 class EngineThread:
