@@ -255,13 +255,28 @@ def newer(path: Path) -> None:
     os.utime(path, ns=(0, 0))
 
 
-def test_a_truncated_bgzip(blocks):
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_truncated_bgzip(blocks, indexed):
+    """Also one that is cut between two blocks, which is gzip without an error."""
     data = blocks.read_bytes()
-    for size in (len(data) - 1, len(data) - len(BGZIP_END), len(data) // 2):
+    between = data.index(data[:16], len(data) // 2)
+    for size in (len(data) - 1, len(data) - len(BGZIP_END), len(data) // 2, between):
         blocks.write_bytes(data[:size])
-        newer(blocks)
+        if indexed:
+            newer(blocks)
+        else:
+            Path(f"{blocks}.gzi").unlink(missing_ok=True)
         with pytest.raises(ValueError, match="is truncated: the last block of bgzip is missing"):
             Genome.open(blocks)
+
+
+def test_an_index_of_a_longer_bgzip(blocks):
+    data = blocks.read_bytes()
+    second = data.index(data[:16], 1)
+    blocks.write_bytes(data[:second] + BGZIP_END)
+    newer(blocks)
+    with pytest.raises(ValueError, match=r"a\.fa\.gz\.gzi does not fit .*; make it again with bgzip --reindex"):
+        Genome.open(blocks)
 
 
 def test_a_damaged_block_of_bgzip(blocks):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..documents import require_whole_bgzip
+
 _KEPT = 64  # decompressed blocks, of at most 64 KiB, that are kept
-_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
-"""The empty block that ends a file of bgzip (SAM specification, section 4.1.2)."""
 
 
 class MappedFile:
@@ -41,6 +41,7 @@ class BgzipFile:
     """
 
     def __init__(self, path: Path, index: Path) -> None:
+        require_whole_bgzip(path)
         self._path, self._index = path, index
         self._file = MappedFile(path)
         data = index.read_bytes()
@@ -51,9 +52,9 @@ class BgzipFile:
         if not fits:
             self.close()
             raise ValueError(f"{index} is no index of bgzip; delete it, or make it with bgzip --reindex {path}")
-        if (offsets[0::2] >= size).any() or self._file.read(size - len(_END), size) != _END:
+        if (offsets[0::2] >= size).any():
             self.close()
-            raise ValueError(f"{path} is truncated: the last block of bgzip is missing; copy it again")
+            raise self._misfit()
         self._places = np.concatenate([[0], offsets[0::2], [size]])  # of the blocks in the file
         self._starts = np.concatenate([[0], offsets[1::2]])  # of their contents
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
@@ -76,13 +77,14 @@ class BgzipFile:
             return self._blocks[i]
         data = self._decompressed(i)
         if i + 1 < len(self._starts) and len(data) != self._starts[i + 1] - self._starts[i]:
-            raise ValueError(
-                f"{self._index} does not fit {self._path}; make it again with bgzip --reindex {self._path}"
-            )
+            raise self._misfit()
         self._blocks[i] = data
         if len(self._blocks) > _KEPT:
             self._blocks.popitem(last=False)
         return data
+
+    def _misfit(self) -> ValueError:
+        return ValueError(f"{self._index} does not fit {self._path}; make it again with bgzip --reindex {self._path}")
 
     def _decompressed(self, i: int) -> bytes:
         one = zlib.decompressobj(31)

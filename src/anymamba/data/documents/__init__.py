@@ -5,7 +5,7 @@ from __future__ import annotations
 from .files import COMPRESSION_SUFFIXES, ROW_SUFFIXES, TEXT_SUFFIXES, file_format, find_files
 from .genomes import GENOME_SUFFIXES, format_by_content
 from .readers import DEFAULT_TEXT_FIELD, Document, OnBadRow, document_name, iter_documents, refuse
-from .streams import open_decompressed
+from .streams import open_decompressed, require_whole_bgzip
 
 __all__ = [
     "COMPRESSION_SUFFIXES",
@@ -22,4 +22,5 @@ __all__ = [
     "iter_documents",
     "open_decompressed",
     "refuse",
+    "require_whole_bgzip",
 ]

@@ -15,18 +15,39 @@ from typing import IO, Any, BinaryIO, cast
 from .files import suffixes
 
 BLOCK = 1 << 20  # bytes read at once
+_BGZIP_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+"""The empty block that ends a file of bgzip (SAM specification, section 4.1.2)."""
 
 
 @contextmanager
 def open_decompressed(file: Path, on_read: Callable[[int], None]) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed according to its suffix."""
+    """Open a file for reading, decompressed according to its suffix.
+
+    Raises ValueError, naming the file, if it is one of bgzip without its last block, and while it is read for damaged
+    data.
+    """
     with io.BufferedReader(_CountedFile(file, on_read), BLOCK) as raw:
         compression = suffixes(file)[1]
+        if compression in (".gz", ".bgz"):
+            require_whole_bgzip(file)
         if not compression:
             yield cast(BinaryIO, raw)
             return
         with io.BufferedReader(_Decompressed(file, _decompressor(compression, raw)), BLOCK) as stream:
             yield cast(BinaryIO, stream)
+
+
+def require_whole_bgzip(file: Path) -> None:
+    """Raise ValueError if a file is one of bgzip that lacks its last block.
+
+    Each block is a whole gzip member, so a file that is cut between two blocks is gzip without an error.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(14)
+        is_bgzip = head[:4] == b"\x1f\x8b\x08\x04" and head[12:] == b"BC"  # the extra field of block sizes
+        stream.seek(max(0, file.stat().st_size - len(_BGZIP_END)))
+        if is_bgzip and stream.read() != _BGZIP_END:
+            raise ValueError(f"{file} is truncated: the last block of bgzip is missing; copy it again")
 
 
 def _decompressor(compression: str, raw: Any) -> IO[bytes]:
