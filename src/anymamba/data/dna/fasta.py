@@ -51,14 +51,10 @@ def read_fasta(file: Path, stream: BinaryIO, counts: FastaCounts) -> Iterator[tu
     """
     lines = _Lines(file, stream)
     seen: dict[str, int] = {}
-    name: str | None = None
-    empty = True
 
-    def letters() -> Iterator[NDArray[np.uint8]]:
-        nonlocal empty
-        checked = _Checked(file, name or "")
+    def letters(name: str) -> Iterator[NDArray[np.uint8]]:
+        checked = _Checked(file, name)
         for piece in lines.sequence(counts):
-            empty = False
             yield checked(piece)
         checked.finish()
 
@@ -70,8 +66,7 @@ def read_fasta(file: Path, stream: BinaryIO, counts: FastaCounts) -> Iterator[tu
                 "a position must mean one base"
             )
         seen[name] = lines.number
-        empty = True
-        pieces = letters()
+        pieces = letters(name)
         first = next(pieces, None)
         if first is None:
             counts.empty.append(name)
