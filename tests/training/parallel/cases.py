@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +36,7 @@ from anymamba.training.parallel import (
     parallelize,
     reduce_gradients,
     sum_over_ranks,
+    watch,
     whole_tensors,
 )
 from anymamba.training.parallel.launch import read_launch
@@ -368,6 +370,35 @@ def command(*words: str, patches: dict[str, str] | None = None) -> int:
         return main(words, handler)
 
 
+def late(connection: Any) -> bytes:
+    """What a rank reads that is slower than the others."""
+    time.sleep(0.2)
+    return received(connection)
+
+
+def after_a_stranger(address: tuple[str, int], **options: Any) -> Any:
+    """A connection to rank 0, which a scanner of ports has found first."""
+    with connect(address, **options) as stranger:
+        stranger.sendall(b"\x16\x03\x01\xfe\xff\n")
+    return connect(address, **options)
+
+
+def one_gpu_on_machine_1(*words: str) -> int:
+    """Run `anymamba` on rank 0 as if the machine had two GPUs, and on rank 1 as if it had one."""
+    count = 2 - int(os.environ["RANK"])
+    with (
+        mock.patch("anymamba.ops.devices.usable_device", return_value=torch.device("cuda")),
+        mock.patch.object(torch.cuda, "device_count", return_value=count),
+        mock.patch.object(torch.cuda, "set_device"),
+        mock.patch.object(dist, "init_process_group", functools.partial(without_nccl, dist.init_process_group)),
+    ):
+        return command(*words)
+
+
+def without_nccl(init: Any, backend: str, **options: Any) -> None:
+    init("gloo", **options)
+
+
 def run_text(text: str) -> int:
     torch.set_num_threads(1)
     exec(compile(text, "docs/distributed.md", "exec"), {"__name__": "__main__"})
@@ -400,4 +431,4 @@ def slow_writer(self: Any, folder: Path, tensors: Any) -> None:
     write_parts(self, folder, tensors)
 
 
-write_parts = Writer._write
+write_parts, received, connect = Writer._write, watch._received, socket.create_connection

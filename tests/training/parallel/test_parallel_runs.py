@@ -160,6 +160,24 @@ def test_rows_and_tokens_that_cannot_be_split(config_file: Path, tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_that_is_sent_right_after_the_ranks_have_met(config_file: Path, tmp_path: Path) -> None:
+    """Rank 0 reads it from the stream of bytes that begins with the rank's secret, after a stranger's bytes."""
+    patches = {"anymamba.training.parallel.watch._received": "late", "socket.create_connection": "after_a_stranger"}
+    words = ("--config", config_file, "--out", tmp_path / "run", "--batch-size", 3)
+    line = only_error(start(tmp_path, 2, *words, patches=patches))
+    assert line.startswith("error: batch_size must be a multiple of dp_replicate x dp_shard, got 3 and 1 x 2")
+
+
+def test_a_machine_with_too_few_gpus(config_file: Path, tmp_path: Path) -> None:
+    words = ("train", "--config", str(config_file), "--out", str(tmp_path / "run"))
+    line = only_error(Job(tmp_path / "job", 2, cases.one_gpu_on_machine_1, *words))
+    assert line == (
+        "error: rank 1: this machine has 1 GPUs for 2 processes; start as many as it has GPUs (torchrun "
+        "--nproc-per-node)"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_degrees_for_one_process(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--config", str(config_file), "--out", str(tmp_path / "run"), "--cp", "2"]) == 2
     assert (

@@ -23,9 +23,11 @@ SETTLE = 1.0
 PATIENCE = 5.0
 """Seconds that a rank waits to be told to end, and that rank 0's main thread has to end by itself."""
 HANDSHAKE = 10.0
-"""Seconds that a new connection has to say the word."""
+"""Seconds that a new connection has for each byte of the word."""
 KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A machine that is gone closes no connection; the system notices it after 20 seconds."""
+LONGEST = 4000
+"""Bytes of a line that a rank says."""
 END, BYE = b"end", b"bye"
 
 
@@ -116,7 +118,7 @@ class Watch:
         if message == BYE:
             return True
         if message:
-            self._errors.append(f"rank {rank}: {message.decode('utf-8', 'replace').removesuffix(BYE.decode())}")
+            self._errors.append(f"rank {rank}: {message.decode('utf-8', 'replace')}")
         else:
             self._deaths.append(f"rank {rank} has died; {self.way_out}")
         return True
@@ -128,7 +130,7 @@ class Watch:
         message = _received(self._connections[0])
         if self._over.is_set() or message == BYE:
             return
-        if message.startswith(END):
+        if message == END:
             self._over.set()
             time.sleep(SETTLE)  # the main thread may be on its way out
             _end_process(None)
@@ -138,7 +140,7 @@ class Watch:
         with self._lock:
             for connection in self._connections.values():
                 with suppress(OSError):
-                    connection.sendall(message)
+                    connection.sendall(message + b"\n")
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -148,7 +150,7 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> bytes:
-    return (" ".join(str(error).split()) or type(error).__name__)[:4000].encode()
+    return (" ".join(str(error).split()) or type(error).__name__).encode()[:LONGEST]
 
 
 def _end_process(line: str | None) -> NoReturn:
@@ -171,8 +173,8 @@ def _accept(world_size: int) -> dict[int, socket.socket]:
         while len(found) < world_size - 1:
             connection, _ = server.accept()
             connection.settimeout(HANDSHAKE)
-            word, _, rank = _received(connection).decode("utf-8", "replace").partition(" ")
-            if secrets.compare_digest(word, secret):
+            word, _, rank = _received(connection).partition(b" ")
+            if secrets.compare_digest(word, secret.encode()):
                 found[int(rank)] = _kept_alive(connection)
             else:
                 connection.close()
@@ -183,7 +185,7 @@ def _connect(rank: int, host: str) -> socket.socket:
     told: list = [None, None]
     dist.broadcast_object_list(told, 0)
     connection = socket.create_connection((host, told[0]), timeout=60)
-    connection.sendall(f"{told[1]} {rank}".encode())
+    connection.sendall(f"{told[1]} {rank}\n".encode())
     return _kept_alive(connection)
 
 
@@ -197,8 +199,9 @@ def _kept_alive(connection: socket.socket) -> socket.socket:
 
 
 def _received(connection: socket.socket) -> bytes:
-    """What the other side says next; nothing if it has closed the connection."""
-    try:
-        return connection.recv(4096)
-    except OSError:
-        return b""
+    """The line that the other side says next; nothing, or its beginning, if it has closed the connection."""
+    line = bytearray()
+    with suppress(OSError):
+        while len(line) < LONGEST and (byte := connection.recv(1)) not in (b"", b"\n"):
+            line += byte
+    return bytes(line)
