@@ -10,6 +10,7 @@ fitted to. Without a GPU, tiny models run with gloo, which tries the script and 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -171,7 +172,8 @@ def data(here: Rank) -> Found:
 
 
 def memory(here: Rank) -> Found:
-    """Bytes of weights, gradients and optimizer after a step, beside those computed from the parameters."""
+    """Bytes of weights, gradients and optimizer after a step, beside those computed from the parameters; and the peak,
+    which has gathered weights and their gradients, too."""
     model, optimizer = here.model(DATA_MODEL, "dp_shard", recompute=True)
     parameters = sum(p.numel() for p in model.parameters())
     here.seconds(here.step(model, optimizer, 1, 64, spread=False), 1, 1)
@@ -188,6 +190,7 @@ def memory(here: Rank) -> Found:
         "kept computed": BYTES_KEPT * parameters / here.size,
         "with gradients": with_gradients,
         "with gradients computed": BYTES_PEAK * parameters / here.size,
+        "peak": here.peak(),
     }
 
 
@@ -201,6 +204,7 @@ def work(parts: list[str], path: Path) -> None:
     for name in parts:
         start = time.perf_counter()
         found[name] = PARTS[name](here)
+        gc.collect()  # a sharded model refers to itself, and its memory would count in the next part
         if GPU:
             torch.cuda.empty_cache()
         if here.rank == 0:
@@ -271,9 +275,11 @@ def main() -> None:
     if options.worker:
         work(options.parts, Path(options.worker))
         return
-    found = {size: launched(size, options.parts) for size in options.gpus}
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1))
+    found = {}
+    for size in options.gpus:
+        found[size] = launched(size, options.parts)
+        if options.json:
+            Path(options.json).write_text(json.dumps(found, indent=1))
     print(report(found))
 
 
