@@ -170,6 +170,26 @@ def test_labels_of_a_bed_file_are_splits(config, fasta, tmp_path):
     assert "splits by the labels of the BED files: 2 train, 1 valid, 1 test; test is not read" in training.notes
 
 
+def test_splits_without_one_to_train_on(config, fasta, tmp_path):
+    bed = tmp_path / "splits.bed"
+    bed.write_text("chr1\t0\t2000\tvalid\nchr1\t2600\t2900\ttest\n")
+    with pytest.raises(
+        ValueError, match="no interval to train on: the labels of the BED files are 0 train, 1 valid, 1 test; "
+    ):
+        opened(with_data(config, paths=(str(fasta), str(bed))))
+
+
+def test_intervals_without_a_window_are_counted(config, fasta, tmp_path):
+    bed = tmp_path / "splits.bed"
+    rows = ("0\t2000\ttrain", "2000\t2063\ttrain", "2100\t2200\tvalid", "2300\t2301\tvalid", "2400\t2463\tvalid")
+    bed.write_text("".join(f"chr1\t{row}\n" for row in rows))
+    config = with_data(config, paths=(str(fasta), str(bed)))
+    training, held_out = opened(config)
+    notes = training.run_notes(config, held_out)
+    assert "1 intervals to train on are shorter than 64 bases and have no window" in notes
+    assert "2 held-out intervals are shorter than 64 bases and have no window" in notes
+
+
 def test_a_genome_with_splits_beside_one_without(config, fasta, tmp_path):
     """Nothing with the label test is ever read."""
     bed, other = tmp_path / "splits.bed", tmp_path / "other.fa"

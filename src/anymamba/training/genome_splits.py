@@ -17,7 +17,8 @@ _WINDOWS_TO_CUT = 10  # an interval is cut if it has this many windows; a shorte
 def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:
     """The intervals to train on, those that are held out, and a line about them; None if no label is a split's name.
 
-    Genomes without such labels are trained on as a whole. Raises ValueError for a genome with labels of both kinds.
+    Genomes without such labels are trained on as a whole. Raises ValueError for a genome with labels of both kinds, and
+    if there is nothing to train on.
     """
     splits = [(genome, _splits(genome, intervals)) for genome, intervals in sources]
     counts = Counter(split for _, found in splits for split, _ in found)
@@ -28,6 +29,11 @@ def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], st
         return [(genome, [interval for split, interval in found if split in wanted]) for genome, found in splits]
 
     told = ", ".join(f"{counts[split]:,} {split}" for split in ("train", "valid", "test"))
+    if not counts["train"] + counts[""]:
+        raise ValueError(
+            f"there is no interval to train on: the labels of the BED files are {told}; give intervals with the label "
+            "train, or read the valid ones with --data.eval-paths"
+        )
     return chosen("train", ""), chosen("valid"), f"splits by the labels of the BED files: {told}; test is not read"
 
 

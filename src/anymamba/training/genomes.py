@@ -64,12 +64,13 @@ class GenomeData:
     def _sizes(self) -> list[int]:
         return [interval.end - interval.start for _, intervals in self.sources for interval in intervals]
 
-    def run_notes(self, config: TrainConfig) -> tuple[str, ...]:
-        """What a run reads, one line each."""
+    def run_notes(self, config: TrainConfig, held_out: GenomeData | None) -> tuple[str, ...]:
+        """What a run reads, and which intervals have no window, one line each."""
         lines = [f"DNA: {self.n_documents:,} intervals; {self._rules(config.data)}", *self.notes]
-        short = sum(size < config.context for size in self._sizes())
-        if short:
-            lines.append(f"{short:,} intervals are shorter than {config.context:,} bases and have no window")
+        for which, data in (("intervals to train on", self), ("held-out intervals", held_out)):
+            short = 0 if data is None else sum(size < config.context for size in data._sizes())
+            if short:
+                lines.append(f"{short:,} {which} are shorter than {config.context:,} bases and have no window")
         if config.length_warmup:
             lines.append(f"length warm-up: {described(stages(config, self.n_windows))}")
         return tuple(lines)

@@ -57,6 +57,9 @@ def outline(
 ) -> Outline:
     """The outline of a run that has done `step` steps."""
     device = model.embedding.weight.device
+    notes: tuple[str, ...] = ()
+    if isinstance(training, GenomeData):
+        notes = training.run_notes(config, held_out if isinstance(held_out, GenomeData) else None)
     return Outline(
         n_parameters=model.n_parameters(),
         n_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -70,7 +73,7 @@ def outline(
         needed_bytes=training_bytes(model),
         free_bytes=free_bytes(device),
         unit=unit_of(training),
-        notes=training.run_notes(config) if isinstance(training, GenomeData) else (),
+        notes=notes,
     )
 
 
