@@ -73,8 +73,6 @@ class GenomeWindows:
         self._ends = np.cumsum(counts)
         self.n_windows = int(counts.sum())
         """Windows of an epoch, before any is dropped."""
-        self.n_short = int((counts == 0).sum())
-        """Intervals that are shorter than a window."""
         if not self.n_windows:
             longest = int(self._sizes.max(initial=0))
             raise ValueError(
