@@ -284,7 +284,7 @@ def test_a_damaged_block_of_bgzip(blocks):
     data[40] ^= 0x40
     blocks.write_bytes(data)
     newer(blocks)
-    with Genome.open(blocks) as genome, pytest.raises(ValueError, match=r"damaged|truncated|fit"):
+    with pytest.raises(ValueError, match=r"damaged|truncated|fit"), Genome.open(blocks) as genome:
         for name, length in genome.lengths.items():
             genome.fetch(name, 0, length)
 
@@ -307,6 +307,47 @@ def test_an_index_of_another_file(tmp_path, random_records, change):
     with Genome.open(path) as genome, pytest.raises(ValueError, match=r"a\.fa\.fai does not fit .*a\.fa"):
         for name, length in genome.lengths.items():
             genome.fetch(name, 0, length)
+
+
+def index_without(path: Path, text: bytes, hidden: int) -> None:
+    """Write an index that lacks one of the lines."""
+    index = Path(f"{path}.fai")
+    write_index(index, text)
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join(lines[:hidden] + lines[hidden + 1 :]))
+
+
+@pytest.mark.parametrize("write", [Path.write_bytes, write_bgzip])
+@pytest.mark.parametrize("hidden", [0, 1, 2])
+def test_a_record_that_the_index_does_not_list(tmp_path, random_records, write, hidden):
+    names = list(random_records)
+    wanted = random_records | {names[hidden]: 20 * random_records[names[hidden]]}
+    path, text = tmp_path / "a.fa", fasta_text(wanted)
+    write(path, text)
+    index_without(path, text, hidden)
+    with Genome.open(path) as genome:
+        assert_reads(genome, {name: wanted[name] for name in names if name != names[hidden]})
+        assert genome.notes == (f"skipped records that the index does not list, the first {names[hidden]!r}",)
+
+
+def test_an_index_of_a_file_with_a_mark_at_the_start(tmp_path):
+    path, text = tmp_path / "a.fa", ">chr1 é\nACGT\n>chr2\nGG\n".encode("utf-8-sig")
+    path.write_bytes(text)
+    (tmp_path / "a.fa.fai").write_text("chr1\t4\t12\t4\t5\nchr2\t2\t23\t2\t3\n")
+    with Genome.open(path) as genome:
+        assert_reads(genome, {"chr1": "ACGT", "chr2": "GG"})
+        assert genome.notes == ()
+
+
+@pytest.mark.parametrize("write", [Path.write_bytes, write_bgzip])
+@pytest.mark.parametrize("second", [b"chr2", b"x"])
+def test_an_index_that_lists_one_of_two_records_of_one_name(tmp_path, random_records, write, second):
+    """samtools lists the first and warns."""
+    path, text = tmp_path / "a.fa", fasta_text(random_records).replace(b">" + second, b">chr1")
+    write(path, text)
+    index_without(path, text, 1 if second == b"chr2" else 2)
+    with pytest.raises(ValueError, match=r"has two records named 'chr1', and a\.fa\.fai lists one; rename the other"):
+        Genome.open(path)
 
 
 @pytest.mark.parametrize(

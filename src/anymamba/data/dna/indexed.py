@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from .letters import LETTERS
 
-_LONGEST_HEADER = 8192  # bytes before a record that are looked at for its header
+_LONGEST_HEADER = 8192  # bytes before and after a record that are looked at for a header
+_MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 
 class Content(Protocol):
@@ -40,6 +41,11 @@ class _Entry(NamedTuple):
         """The offset of a letter in the file."""
         return self.offset + base // self.line_bases * self.line_width + base % self.line_bases
 
+    @property
+    def end(self) -> int:
+        """The offset after the last letter."""
+        return self.byte_of(self.length - 1) + 1 if self.length else self.offset
+
 
 class IndexedReader:
     """Reads the records that an index lists from a FASTA file.
@@ -48,7 +54,8 @@ class IndexedReader:
         path: the FASTA file, for messages.
         index: its .fai.
         content: its bytes.
-    Raises ValueError, naming the file, for an index that is no .fai, and when it does not fit what is read.
+    Raises ValueError, naming the file, for an index that is no .fai, for two records of one name, of which samtools
+    lists the first, and when the index does not fit what is read.
     """
 
     def __init__(self, path: Path, index: Path, content: Content) -> None:
@@ -58,6 +65,8 @@ class IndexedReader:
         self.lengths = {name: entry.length for name, entry in self._entries.items()}
         self.empty = [name for name, entry in entries.items() if not entry.length]
         """Names of the records without a letter, which are left out."""
+        self.unlisted = self._find_unlisted(entries)
+        """Names of records that the file has and the index does not list, one for each place; they are left out."""
         self._checked: set[str] = set()
 
     def read(self, name: str, start: int, end: int) -> NDArray[np.uint8]:
@@ -80,13 +89,36 @@ class IndexedReader:
         """Close the file."""
         self._content.close()
 
+    def _find_unlisted(self, entries: dict[str, _Entry]) -> list[str]:
+        """Names of records that are not listed: the header after a listed record is that of the next one.
+
+        Raises ValueError if one has the name of a listed record.
+        """
+        listed = sorted(entries.items(), key=lambda item: item[1].offset)
+        starts = [0, *(entry.end for _, entry in listed)]
+        found = []
+        for start, following in zip(starts, [*(name for name, _ in listed), None], strict=True):
+            after = b"\n" + self._content.read(start, start + _LONGEST_HEADER).removeprefix(_MARK)
+            words = after.partition(b"\n>")[2].partition(b"\n")[0].split(maxsplit=1)
+            name = words[0].decode("utf-8", "surrogateescape") if words else following
+            if name is None or name == following:
+                continue
+            if name in entries:
+                self._check_header(name, entries[name])
+                raise ValueError(
+                    f"{self._path} has two records named {name!r}, and {self._index.name} lists one; rename the other "
+                    "and make the index again: a position must mean one base"
+                )
+            found.append(name)
+        return found
+
     def _check_header(self, name: str, entry: _Entry) -> None:
         """Raise ValueError if the line before a record's letters is not its header."""
         first = max(0, entry.offset - _LONGEST_HEADER)
         before = self._content.read(first, entry.offset)
         line = before.rstrip(b"\r\n").rpartition(b"\n")[2]
-        words = line.removeprefix(b"\xef\xbb\xbf")[1:].split(maxsplit=1)
-        is_header = line.lstrip(b"\xef\xbb\xbf").startswith(b">") and words and words[0] == _encoded(name)
+        words = line.removeprefix(_MARK)[1:].split(maxsplit=1)
+        is_header = line.removeprefix(_MARK).startswith(b">") and words and words[0] == _encoded(name)
         is_longer = len(line) >= _LONGEST_HEADER - 2 and first > 0
         if not before.endswith(b"\n") or not (is_header or is_longer):
             raise self._misfit(f"there is no header of {name!r} before byte {entry.offset:,}")

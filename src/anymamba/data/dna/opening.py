@@ -24,7 +24,7 @@ def open_file(path: Path, cache_dir: Path | None, progress: Progress | None) -> 
         return two_bit, _empty_note(two_bit.empty)
     indexed, notes = _open_indexed(path)
     if indexed is not None:
-        return indexed, notes + _empty_note(indexed.empty)
+        return indexed, notes + _empty_note(indexed.empty) + _unlisted_note(indexed.unlisted)
     packed = open_packed(path, cache_dir, progress)
     return packed, notes + packed_notes(packed)
 
@@ -70,3 +70,7 @@ def packed_notes(reader: PackedReader) -> tuple[str, ...]:
 def _empty_note(names: list[str]) -> tuple[str, ...]:
     plural = "" if len(names) == 1 else "s"
     return (f"skipped {len(names):,} empty record{plural}, the first {names[0]!r}",) if names else ()
+
+
+def _unlisted_note(names: list[str]) -> tuple[str, ...]:
+    return (f"skipped records that the index does not list, the first {names[0]!r}",) if names else ()
