@@ -20,11 +20,15 @@ class PendingSignal:
 
 
 @contextmanager
-def deferred_signals() -> Iterator[PendingSignal]:
+def deferred_signals(*, launched: bool = False) -> Iterator[PendingSignal]:
     """Hold back the first SIGINT or SIGTERM while the body runs; it is delivered again when the body ends.
 
     A second signal takes effect at once. A signal that is ignored stays so. Nothing is held back outside the main
     thread, where Python sets no handlers.
+
+    Args:
+        launched: whether torchrun has started the process. SIGTERM is then held back as often as it comes: schedulers
+            send it to all processes, and torchrun sends it to its own once more.
     """
     pending = PendingSignal()
     if threading.current_thread() is not threading.main_thread():
@@ -38,7 +42,8 @@ def deferred_signals() -> Iterator[PendingSignal]:
 
     def hold(number: int, frame: FrameType | None) -> None:
         pending.number = number
-        restore()
+        if not (launched and number == signal.SIGTERM):
+            restore()
 
     for number in SIGNALS:
         if signal.getsignal(number) is signal.SIG_IGN:  # as SIGINT is in what a script runs with `&`

@@ -246,7 +246,7 @@ class _Trainer:
         loss = self.processes.loss(self.model)
         done, held_out = self.progress.step, self.held_out
         self.report.on_start(outline(self.config, self.model, self.training, held_out, done))
-        with deferred_signals() as pending:
+        with deferred_signals(launched=self.processes.size > 1) as pending:
             stream = self._stream()
             try:
                 self._steps(stream, loss, pending)

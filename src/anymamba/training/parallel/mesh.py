@@ -41,7 +41,7 @@ def require_splittable(config: TrainConfig, sizes: Degrees) -> None:
     if config.batch_size % (sizes.dp_replicate * sizes.dp_shard):
         raise ValueError(
             f"batch_size must be a multiple of dp_replicate x dp_shard, got {config.batch_size} and "
-            f"{sizes.dp_replicate} x {sizes.dp_shard}; change --batch-size"
+            f"{sizes.dp_replicate} x {sizes.dp_shard}; change --batch-size or the number of processes"
         )
     if config.context < sizes.cp:
         raise ValueError(
