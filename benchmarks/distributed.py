@@ -44,8 +44,8 @@ DATA_SHAPE = (16, 2048) if GPU else (2, 64)
 WARM_UP, STEPS = 2, 4
 TARGETS = {"row": 1.6, "longest": 1.9, "data": 1.9}
 """Times one GPU, at least."""
-LIMIT = 0.94
-"""The share of a GPU's memory that the longest row is planned for. The rest is what no plan knows: NCCL's buffers, and
+LIMIT, LOWER = 0.94, 0.88
+"""The share of a GPU's memory that the longest row is planned for, and the one that is tried if that ends the ranks. The rest is what no plan knows: NCCL's buffers, and
 what is left between blocks."""
 BYTES_KEPT, BYTES_PEAK = 12, 16
 """Of each parameter: the weight and AdamW's moments in float32; and its gradient beside them."""
@@ -137,7 +137,7 @@ def row(here: Rank) -> Found:
     return found
 
 
-def longest(here: Rank) -> Found:
+def longest(here: Rank, limit: float = LIMIT) -> Found:
     """The longest row that trains: planned from the memory of two lengths, then trained once."""
     model, optimizer = here.model(ROW_MODEL, "cp", recompute=True)
     peaks = []
@@ -147,7 +147,7 @@ def longest(here: Rank) -> Found:
         here.seconds(here.step(model, optimizer, 1, length, spread=True), 1, 1)
         peaks.append(here.peak())
     slope = max(1.0, (peaks[1] - peaks[0]) / part)
-    memory = LIMIT * torch.cuda.mem_get_info()[1] if GPU else 2 * peaks[1] + 1024.0
+    memory = limit * torch.cuda.mem_get_info()[1] if GPU else 2 * peaks[1] + 1024.0
     length = -int(here.largest(-int((memory - peaks[0]) / slope) - part)) // 1024 * 1024 if GPU else 4 * part
     here.peak()
     seconds = here.seconds(here.step(model, optimizer, 1, length, spread=True), 0, 1)
@@ -194,16 +194,23 @@ def memory(here: Rank) -> Found:
     }
 
 
+def longest_of_less(here: Rank) -> Found:
+    """The same in less memory, after ranks that ran out of it."""
+    return longest(here, LOWER)
+
+
 PARTS: dict[str, Callable[[Rank], Found]] = {"row": row, "data": data, "memory": memory, "longest": longest}
+AGAIN = {"longest": longest_of_less}
+"""What is tried once where a part ended the ranks."""
 
 
-def work(parts: list[str], path: Path) -> None:
+def work(parts: list[str], path: Path, again: bool = False) -> None:
     """Measure the parts on all ranks; rank 0 writes what they found after each."""
     here = Rank()
     found: dict[str, Found] = {"links": links(here)} if here.size > 1 else {}
     for name in parts:
         start = time.perf_counter()
-        found[name] = PARTS[name](here)
+        found[name] = (AGAIN if again else PARTS)[name](here)
         gc.collect()  # a sharded model refers to itself, and its memory would count in the next part
         if GPU:
             torch.cuda.empty_cache()
@@ -228,16 +235,18 @@ def links(here: Rank) -> Found:
 # ------------------------------------------------------------------------------------------ the driver
 
 
-def launched(size: int, parts: list[str]) -> dict[str, Found]:
-    """What `size` ranks find."""
+def launched(size: int, parts: list[str], *, again: bool = False) -> dict[str, Found]:
+    """What `size` ranks find; what ended them is tried once again where there is another way."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        command += ["-m", "benchmarks.distributed", "--worker", str(path), "--parts", *parts]
+        command += ["-m", "benchmarks.distributed", "--worker", str(path), "--parts", *parts, *["--again"] * again]
         done = subprocess.run(command, env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ})
         if done.returncode:
             print(f"{size} ranks ended with exit code {done.returncode}; the parts before are kept", file=sys.stderr)
-        return json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_text()) if path.exists() else {}
+    missing = [name for name in parts if name in AGAIN and name not in found]
+    return found | (launched(size, missing, again=True) if missing and not again else {})
 
 
 def ratio(found: dict[int, dict[str, Found]], part: str) -> float | None:
@@ -271,9 +280,10 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.parts, Path(options.worker))
+        work(options.parts, Path(options.worker), options.again)
         return
     found = {}
     for size in options.gpus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -53,3 +54,22 @@ def test_what_one_gpu_found_is_kept_if_two_do_not_end(monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         distributed.main()
     assert json.loads((tmp_path / "found.json").read_text()) == {"1": {"row": {"length": 1}}}
+
+
+@pytest.mark.parametrize("second", [{"longest": {"length": 1}}, {}], ids=["fits", "does not fit either"])
+def test_the_longest_row_is_tried_once_more_in_less_memory(monkeypatch, second: dict[str, Any]) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        found = second if "--again" in command else {"row": {"length": 2}}
+        Path(command[command.index("--worker") + 1]).write_text(json.dumps(found))
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert distributed.launched(2, ["row", "longest"]) == {"row": {"length": 2}} | second
+    assert [command[command.index("--parts") + 1 :] for command in commands] == [
+        ["row", "longest"],
+        ["longest", "--again"],
+    ]
+    assert distributed.LOWER < distributed.LIMIT
