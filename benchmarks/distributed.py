@@ -45,8 +45,8 @@ WARM_UP, STEPS = 2, 4
 TARGETS = {"row": 1.6, "longest": 1.9, "data": 1.9}
 """Times one GPU, at least."""
 LIMIT, LOWER = 0.94, 0.88
-"""The share of a GPU's memory that the longest row is planned for, and the one that is tried if that ends the ranks. The rest is what no plan knows: NCCL's buffers, and
-what is left between blocks."""
+"""The shares of a GPU's memory that the longest row is planned for: at first, and after ranks that ran out of it. The
+rest is what no plan knows: NCCL's buffers, and what the allocator cannot use."""
 BYTES_KEPT, BYTES_PEAK = 12, 16
 """Of each parameter: the weight and AdamW's moments in float32; and its gradient beside them."""
 
