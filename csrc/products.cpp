@@ -172,9 +172,34 @@ void product(const Packed& w, const void* activations, int64_t rows, float* y, i
     }
 }
 
-void packed_linear(const PackedLinearArgs& a) {
+namespace {
+
+// Outputs [begin, end) of `rows` rows from `first` on, from their packed activations.
+void some_outputs(const PackedLinearArgs& a, const void* activations, int64_t first, int64_t rows, int64_t begin,
+                  int64_t end) {
     const Packed& w = a.weight;
+    float* const y = a.y + first * w.n_out;
+    product(w, activations, rows, y, w.n_out, begin, end);
+    if (a.bias)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t o = begin; o < end; o++) y[r * w.n_out + o] += a.bias[o];
+}
+
+// Each task packs a block of rows, which stays in the second-level cache, and multiplies it by the whole matrix.
+void by_rows(const PackedLinearArgs& a, int64_t block) {
+    const int64_t row_bytes = activation_row_bytes(a.weight.type(), a.weight.n_in);
+    parallel_for((a.rows + block - 1) / block, a.n_threads, [&](int64_t i) {
+        const int64_t first = i * block, n = std::min(block, a.rows - first);
+        const Activations activations(n * row_bytes);
+        pack_activations(a.weight.type(), a.x + first * a.x_stride, a.x_stride, n, a.weight.n_in, activations.get());
+        some_outputs(a, activations.get(), first, n, 0, a.weight.n_out);
+    });
+}
+
+// All rows are packed; then each task reads some of the weights, once, and multiplies all rows by them.
+void by_outputs(const PackedLinearArgs& a) {
     constexpr int64_t SOME_ROWS = 16, MOST_BYTES = 1 << 17;
+    const Packed& w = a.weight;
     const int64_t row_bytes = activation_row_bytes(w.type(), w.n_in);
     const Activations activations(a.rows * row_bytes);
     parallel_for((a.rows + SOME_ROWS - 1) / SOME_ROWS, a.n_threads, [&](int64_t i) {
@@ -185,12 +210,20 @@ void packed_linear(const PackedLinearArgs& a) {
     int64_t span = std::min(w.n_out / (4 * a.n_threads), MOST_BYTES / w.row_bytes);
     span = std::max<int64_t>(32, (span + 31) / 32 * 32);  // whole pairs of panels
     parallel_for((w.n_out + span - 1) / span, a.n_threads, [&](int64_t i) {
-        const int64_t begin = i * span, end = std::min(w.n_out, begin + span);
-        product(w, activations.get(), a.rows, a.y, w.n_out, begin, end);
-        if (a.bias)
-            for (int64_t r = 0; r < a.rows; r++)
-                for (int64_t o = begin; o < end; o++) a.y[r * w.n_out + o] += a.bias[o];
+        const int64_t begin = i * span;
+        some_outputs(a, activations.get(), 0, a.rows, begin, std::min(w.n_out, begin + span));
     });
+}
+
+}  // namespace
+
+void packed_linear(const PackedLinearArgs& a) {
+    const Packed& w = a.weight;
+    constexpr int64_t FEWEST = 48, MOST = 128;  // rows of a block: fewer would not pay for reading the matrix
+    constexpr int64_t CACHED = 1 << 23;         // bytes of a matrix that other levels of the cache hold
+    const int64_t rounds = (a.rows + MOST * a.n_threads - 1) / (MOST * a.n_threads), n_blocks = rounds * a.n_threads;
+    const bool many = a.rows >= FEWEST * a.n_threads, is_cached = w.n_out * w.row_bytes <= CACHED;
+    many && is_cached && w.n_in > FEW_COLUMNS ? by_rows(a, (a.rows + n_blocks - 1) / n_blocks) : by_outputs(a);
 }
 
 void read_memory(const void* data, int64_t size, int n_threads) {

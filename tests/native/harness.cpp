@@ -320,7 +320,8 @@ void products(const Kernels& kernels) {
     const auto format = static_cast<Format>(number);
     const int64_t columns[] = {1, 1, 1, 32, 32, 256, 256, 256}, bytes[] = {4, 2, 2, 34, 18, 144, 176, 210};
     const bool in_blocks = columns[number] > 1;
-    const int64_t n_in = columns[number] * pick(1, in_blocks ? 4 : 150), n_out = pick(1, 40), rows = pick(1, 20);
+    const int64_t n_in = columns[number] * pick(1, in_blocks ? 4 : 150), n_out = pick(1, 40);
+    const int64_t rows = pick(0, 9) ? pick(1, 20) : pick(144, 200);  // many are cut into blocks
     const Tensor x = filled(DType::float32, rows * n_in), bias = filled(DType::float32, n_out);
     const Tensor matrix = filled(DType::float32, n_out * n_in);
     const int64_t row_bytes = n_in / columns[number] * bytes[number];
