@@ -29,7 +29,7 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-constexpr int64_t MOST_ROWS = 64;
+constexpr int64_t MOST_ROWS = 256;
 
 bool is_present(const Packed& matrix) { return matrix.data != nullptr; }
 

@@ -402,7 +402,7 @@ struct Model {
 // Steps of a model give the same bits on one thread and on three, into new memory and over the old state.
 void steps(const Kernels& kernels) {
     Model model;
-    const int64_t rows = pick(1, 9) < 9 ? pick(1, 5) : pick(60, 70), n_logits = model.stack.head.n_out;
+    const int64_t rows = pick(1, 9) < 9 ? pick(1, 5) : pick(250, 260), n_logits = model.stack.head.n_out;
     std::vector<int64_t> ids(rows);
     for (int64_t& id : ids) id = pick(0, int(n_logits) - 1);
     std::vector<Tensor> before, after;
@@ -429,7 +429,7 @@ void steps(const Kernels& kernels) {
 // A text read at once gives the bits of single steps, and so does the state that a replay brings back.
 void reads(const Kernels& kernels) {
     Model model;
-    const int64_t length = pick(1, 9) < 9 ? pick(1, 5) : pick(60, 70), n_logits = model.stack.head.n_out;
+    const int64_t length = pick(1, 9) < 9 ? pick(1, 5) : pick(250, 260), n_logits = model.stack.head.n_out;
     const int64_t count = pick(0, int(length));
     std::vector<int64_t> ids(length);
     for (int64_t& id : ids) id = pick(0, int(n_logits) - 1);
