@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -238,16 +239,8 @@ def test_fuzz_the_scan_against_the_reference_in_float64(data, instruction_set):
         "initial_state": vector(batch, d_inner, d_state) if initial else None,
     }
     rule = draw(st.sampled_from(["euler", "zoh"]))
-    results = []
-    for backend, wide in (("cpu", False), ("reference", True)):
-        leaves = {
-            k: None if v is None else (v.double() if wide else v).detach().requires_grad_() for k, v in tensors.items()
-        }
-        y, last_state = selective_scan(**leaves, delta_softplus=True, b_discretization=rule, backend=backend)
-        nothing = sum(v.double().sum() for v in leaves.values() if v is not None) * 0
-        (y.double().sum() + last_state.double().sum() + nothing).backward()
-        results.append([y, last_state, *gradients(leaves)])
-    for got, want in zip(*results, strict=True):
+    found = on_both(partial(selective_scan, delta_softplus=True, b_discretization=rule), tensors)
+    for got, want in zip(*found, strict=True):
         close(got, want, length)
 
 
@@ -271,16 +264,8 @@ def test_fuzz_the_convolution_against_the_reference_in_float64(data, instruction
         "initial_state": vector(batch, width - 1, d_inner, of=x.dtype) if draw(st.booleans()) else None,
     }
     activation = draw(st.sampled_from([None, "silu"]))
-    results = []
-    for backend, wide in (("cpu", False), ("reference", True)):
-        leaves = {
-            k: None if v is None else (v.double() if wide else v).detach().requires_grad_() for k, v in tensors.items()
-        }
-        y, last_state = causal_conv1d(**leaves, activation=activation, backend=backend)
-        nothing = sum(v.double().sum() for v in leaves.values() if v is not None) * 0
-        (y.double().sum() + last_state.double().sum() + nothing).backward()
-        results.append([y, last_state, *gradients(leaves)])
-    for got, want in zip(*results, strict=True):
+    found = on_both(partial(causal_conv1d, activation=activation), tensors)
+    for got, want in zip(*found, strict=True):
         close(got, want, length)
 
 
@@ -302,17 +287,10 @@ def test_fuzz_the_norm_against_the_reference_in_float64(data, instruction_set):
         "bias": vector() if draw(st.booleans()) else None,
     }
     options = {"subtract_mean": draw(st.booleans()), "eps": 0.1}  # a row of few numbers may be nearly constant
-    results = []
-    for backend, wide in (("cpu", False), ("reference", True)):
-        leaves = {
-            k: None if v is None else (v.double() if wide else v).detach().requires_grad_() for k, v in tensors.items()
-        }
-        y, total = add_norm(**leaves, **options, backend=backend)
-        nothing = sum(v.double().sum() for v in leaves.values() if v is not None) * 0
-        (y.double().sin().sum() + total.double().sum() + nothing).backward()
-        results.append([y, total, *gradients(leaves)])
-    shortest = max(torch.finfo(t.dtype).eps for t in (*tensors.values(), results[0][0]) if t is not None)
-    for got, want in zip(*results, strict=True):
+    curve = torch.sin  # a plain sum has a gradient of zero through a layer norm
+    found = on_both(partial(add_norm, **options), tensors, curve)
+    shortest = max(torch.finfo(t.dtype).eps for t in (*tensors.values(), found[0][0]) if t is not None)
+    for got, want in zip(*found, strict=True):
         assert got.shape == want.shape
         if got.numel():
             rounding = 8 * max(shortest, 1e-6) * (1 + want.abs().max())
@@ -320,9 +298,19 @@ def test_fuzz_the_norm_against_the_reference_in_float64(data, instruction_set):
             assert (got.double() - want).abs().max() <= rounding * summed**0.5
 
 
-def gradients(leaves: dict[str, torch.Tensor | None]) -> list[torch.Tensor]:
-    """Of all tensors there are."""
-    return [v.grad for v in leaves.values() if v is not None]
+def on_both(call, tensors, curve=lambda y: y) -> list[list[torch.Tensor]]:
+    """The two results and all gradients of the compiled kernels, and of the reference in float64."""
+    results = []
+    for backend, wide in (("cpu", False), ("reference", True)):
+        leaves = {
+            k: None if v is None else (v.double() if wide else v).detach().requires_grad_() for k, v in tensors.items()
+        }
+        y, other = call(**leaves, backend=backend)
+        present = [v for v in leaves.values() if v is not None]
+        nothing = sum(v.double().sum() for v in present) * 0
+        (curve(y.double()).sum() + other.double().sum() + nothing).backward()
+        results.append([y, other, *(v.grad for v in present)])
+    return results
 
 
 def close(got: torch.Tensor, want: torch.Tensor, length: int) -> None:

@@ -259,3 +259,21 @@ def test_ids_outside_the_vocabulary(moved):
             packed(torch.tensor([[bad]]))
         with pytest.raises(IndexError):
             packed.step(torch.tensor([bad]), packed.init_state(1))
+
+
+def test_steps_keep_what_blocks_derive_from_their_weights(moved, monkeypatch):
+    model = moved(replace(PLAIN, mixers=("s4d",))).for_inference("int8")
+    kernels = [module for module in model.modules() if hasattr(module, "discretise")]
+    discretise, calls = type(kernels[0]).discretise, []
+    monkeypatch.setattr(type(kernels[0]), "discretise", lambda self: (calls.append(self), discretise(self))[1])
+    ids = torch.tensor([3, 4])
+    with torch.inference_mode():
+        state = model.step(ids, model.init_state(2)).state
+        model.step(ids, state)
+    assert len(calls) == len(kernels), "once for each block"
+    with torch.no_grad():
+        state = model.step(ids, model.init_state(2)).state
+    layer = state.layers[0]
+    layer.h.requires_grad_()
+    model.step(ids, state).logits.sum().backward()  # what inference mode has made cannot be saved for this
+    assert layer.h.grad.abs().sum() > 0

@@ -148,20 +148,12 @@ class InferenceModel(LanguageModel):
 
     def _normed(self, *arguments: Any, **options: Any) -> tuple[Tensor, LanguageModelState]:
         """On a GPU in bfloat16, unless all projections are float32; the residual stream and the result are float32."""
-        with self._precision(), self._keeping():
+        with self._precision():
             return super()._normed(*arguments, **options)
 
     def _precision(self) -> AbstractContextManager[object]:
         is_short = self._is_on_gpu and self._activations == torch.bfloat16
         return torch.autocast("cuda", torch.bfloat16) if is_short else nullcontext()
-
-    def _keeping(self) -> AbstractContextManager[object]:
-        """What is derived from the weights is kept; not on a GPU, where it may be recorded and not computed."""
-        if self._is_on_gpu or torch.compiler.is_compiling():
-            return nullcontext()
-        if self._derived is None:
-            self._derived = KeptTensors(self)
-        return self._derived
 
     def step(
         self, token_ids: Int[Tensor, " batch"], state: LanguageModelState, *, reuse_state: bool = False
@@ -175,8 +167,18 @@ class InferenceModel(LanguageModel):
         """
         compiled = self.gpu_step or self.native_step
         if compiled is None or not compiled.serves(token_ids, state):
-            return super().step(token_ids, state)
+            with self._keeping():
+                return super().step(token_ids, state)
         return compiled.step(token_ids, state, reuse=reuse_state)
+
+    def _keeping(self) -> AbstractContextManager[object]:
+        """Keeps what blocks derive from their weights, such as A. Not on a GPU, where it may be recorded and not
+        computed, and not where gradients may need it."""
+        if self._is_on_gpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nullcontext()
+        if self._derived is None:
+            self._derived = KeptTensors(self)
+        return self._derived
 
     def logits(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... padded_vocab"]:
         """Apply the head to the output of `hidden`."""
