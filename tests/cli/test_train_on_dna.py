@@ -53,6 +53,48 @@ def test_the_command_of_the_readme(run, genome, tmp_path):
     assert code == 0, err
 
 
+WARM = ["--length-warmup", "--length-warmup-epochs", 0.2, "--context", 4096, "--batch-size", 1]
+
+
+def test_a_length_warm_up_without_steps(run, genome, tmp_path):
+    """The steps are those of the epochs, and the run keeps them."""
+    path, _ = genome
+    data, out = ["--data", path, *SMALL, *WARM], tmp_path / "run"
+    code, _, err = run("train", *data, "--out", out)
+    assert code == 0, err
+    assert "no --steps: 11, which are 0.2 epochs at each length, 4,096 included" in err
+    assert "length warm-up: 4 x 1,024 for 4 steps, 2 x 2,048 for 4 steps, then 1 x 4,096" in err
+    assert json.loads((out / "train_config.json").read_text())["steps"] == 11
+    values = {"length_warmup": True, "length_warmup_epochs": 0.2, "context": 4096, "batch_size": 1}
+    (file := tmp_path / "c.json").write_text(json.dumps(values))
+    code, _, err = run("train", "--data", path, *SMALL, "--config", file, "--out", tmp_path / "two")
+    assert code == 0 and "no --steps: 11" in err, err
+
+
+@pytest.mark.parametrize("where", ["flag", "file"])
+def test_too_few_steps_for_a_length_warm_up(refused, genome, tmp_path, where):
+    path, _ = genome
+    (file := tmp_path / "c.json").write_text('{"steps": 7}')
+    steps = ["--steps=7"] if where == "flag" else ["--config", file]
+    line = refused(2, "train", "--data", path, *SMALL, *WARM, *steps, "--out", tmp_path / "run")
+    assert "the length warm-up takes 8 steps before it reaches 4,096 tokens" in line and "(--steps)" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_dropped_and_read_in_place(run, tmp_path):
+    """Held-out windows with N, and ambiguity codes of a file with an index."""
+    path = tmp_path / "g.fa"
+    letters = ("RACG" + "ACGT" * 7) * 75 + "N" * 64 + "ACGT" * 16
+    path.write_text(f">a\n{letters}\n")
+    path.with_name("g.fa.fai").write_text(f"a\t{len(letters)}\t3\t{len(letters)}\t{len(letters) + 1}\n")
+    words = ["--data", path, "--data.held-out-fraction", 0.051, *SMALL, "--context", 64, "--steps", 60]
+    code, out, err = run("train", *words, "--batch-size", 1, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "1 held-out windows have too many N and are dropped" in err
+    assert "0 windows to train on and 1 held-out ones with too many N" in out
+    assert f"{path}: read (counted at each reading) letters other than A, C, G, T and N: " in out
+
+
 def test_a_preset_of_dna_has_its_own_defaults(tmp_path):
     read = lambda *words: train.read_options([*map(str, words), "--data", "a.fa", "--out", "x"]).train  # noqa: E731
     config = read("--preset", "dna-7.0m")

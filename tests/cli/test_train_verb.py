@@ -427,6 +427,7 @@ def test_parents_of_the_run_folder_are_made(run, texts, tmp_path):
 def test_resume_takes_other_degrees_of_parallelism():
     found = options("--resume", "runs/x", "--dp-shard", "-1", "--cp", "2")
     assert found.new_parallel == ParallelConfig(cp=2) and found.new_steps is None
+    assert options("--resume", "runs/x", "--dp_replicate", "2").new_parallel == ParallelConfig(dp_replicate=2)
     assert options("--resume", "runs/x").new_parallel is None
     with pytest.raises(ValueError, match="but for --steps, --max-minutes, --dp-replicate, --dp-shard and --cp"):
         options("--resume", "runs/x", "--cp", "2", "--batch-size", "4")

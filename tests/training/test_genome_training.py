@@ -190,6 +190,17 @@ def test_intervals_without_a_window_are_counted(config, fasta, tmp_path):
     assert "2 held-out intervals are shorter than 64 bases and have no window" in notes
 
 
+@pytest.mark.parametrize("split", ["train", "valid", "test", "Validation"])
+@pytest.mark.parametrize("other", ["gene", ""])
+def test_names_of_splits_and_other_labels(config, fasta, tmp_path, split, other):
+    """What is labelled valid or test is never trained on."""
+    bed = tmp_path / "mixed.bed"
+    bed.write_text(f"chr1\t0\t2000\t{other}\nchr1\t2600\t2900\t{split}\nchr2\t0\t300\t{other}\n")
+    words = f"are names of splits, such as '{split}', and others, such as '{other}'; give all intervals one of train"
+    with pytest.raises(ValueError, match=words):
+        opened(with_data(config, paths=(str(fasta), str(bed))))
+
+
 def test_a_genome_with_splits_beside_one_without(config, fasta, tmp_path):
     """Nothing with the label test is ever read."""
     bed, other = tmp_path / "splits.bed", tmp_path / "other.fa"
@@ -201,14 +212,30 @@ def test_a_genome_with_splits_beside_one_without(config, fasta, tmp_path):
     assert [i[:3] for _, intervals in training.sources for i in intervals] == [("chr1", 0, 2000), ("x", 0, 200)]
     assert held_out.n_tokens == 200
     bed.write_text("chr1\t0\t2000\ttrain\nchr1\t2600\t2900\tgene\n")
-    with pytest.raises(ValueError, match=r"are names of splits \(train, valid, test\) and others, such as 'gene'"):
+    with pytest.raises(ValueError, match="are names of splits, such as 'train', and others, such as 'gene'"):
         opened(mixed)
+
+
+def test_held_out_windows_that_are_dropped_are_counted(config, tmp_path):
+    """Eight windows are held out; the first, the last and those between them alike."""
+    path = tmp_path / "n.fa"
+    held_out = "".join("N" * 64 if i in (0, 2, 3, 7) else "ACGT" * 16 for i in range(8))
+    path.write_text(">a\n" + "ACGT" * 512 + held_out + "\n")
+    config = replace(with_data(config, paths=(str(path),), held_out_fraction=0.2), eval_tokens=10**6, steps=1)
+    training, data = opened(config)
+    assert data.count_held_out(config) == (4, 4) and data.n_dropped == 4
+    assert sum(len(batch.input_ids) for batch in held_out_batches(data, config, None)) == 4
+    assert "4 held-out windows have too many N and are dropped" in training.run_notes(config, data)
+    assert train(config, tmp_path / "run").dropped_held_out_windows == 4
+    _, data = opened(replace(config, eval_tokens=64))
+    assert data.n_dropped == 1, "an evaluation reads the first two windows, and drops one of them"
+    assert train(replace(config, eval_tokens=0), tmp_path / "none").dropped_held_out_windows is None
 
 
 def test_held_out_stretches_of_N_are_none(config, tmp_path):
     path = tmp_path / "n.fa"
     path.write_text(">a\n" + "ACGT" * 500 + "N" * 100 + "\n")
-    with pytest.warns(DataWarning, match="no stretch of 64 bases without N is left"):
+    with pytest.warns(DataWarning, match=r"without N is left for it \(1 windows have too many N\)"):
         _, held_out = opened(with_data(config, paths=(str(path),)))
     assert held_out is None
 
@@ -306,6 +333,27 @@ def test_a_length_warm_up_is_resumed_bit_for_bit_at_any_stage(config, tmp_path):
         assert lines(straight) == lines(run)
         resumed = LanguageModel.from_pretrained(run).state_dict()
         assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+@pytest.mark.parametrize("by_epochs", [True, False])
+def test_steps_of_a_length_warm_up(config, tmp_path, by_epochs):
+    """Epochs at each length, or an error that leaves nothing."""
+    config = replace(config, length_warmup=True, length_warmup_start=16, length_warmup_epochs=0.13, accumulation=2)
+    report, run = Said(), tmp_path / "run"
+    if not by_epochs:
+        with pytest.raises(ValueError, match="the length warm-up takes 6 steps before it reaches 64 tokens"):
+            train(config, run)
+        assert not run.exists()
+        return
+    result = train(config, run, report, by_epochs=True)
+    assert result.steps == read_config(run).steps == 9
+    assert "no --steps: 9, which are 0.13 epochs at each length, 64 included" in report.outline.notes
+    cut_back(run, 4)
+    assert resume(run).steps == 9
+
+
+def test_steps_of_a_run_without_a_length_warm_up(config, tmp_path):
+    assert train(config, tmp_path / "run", by_epochs=True).steps == config.steps
 
 
 def test_a_run_is_not_resumed_with_other_intervals(config, fasta, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from anymamba.training.config import TrainConfig
-from anymamba.training.length_warmup import Stage, described, stage_of, stages
+from anymamba.training.length_warmup import Stage, described, stage_of, stages, steps_of_epochs
 
 SEGMENTS, LENGTH = 34_021, 2**17  # HG38's, of HyenaDNA and the paper
 
@@ -42,6 +42,16 @@ def test_accumulated_batches_are_part_of_a_step():
     assert [(s.start, s.stop) for s in stages(config, in_segments)] == [
         (s.start, s.stop) for s in stages(whole, in_segments)
     ]
+
+
+def test_steps_of_as_many_epochs_at_the_context():
+    config = TrainConfig(context=2**17, batch_size=2**4, accumulation=2**3, length_warmup=True)
+    steps = steps_of_epochs(config, in_segments)
+    assert steps == 8 * 532
+    last = stages(replace(config, steps=steps), in_segments)[-1]
+    assert last.stop - last.start == 532
+    assert steps_of_epochs(replace(config, length_warmup_epochs=4.0), in_segments) == 8 * 1064
+    assert steps_of_epochs(replace(config, length_warmup_epochs=1e-9), in_segments) == 8, "a step at each length"
 
 
 def test_without_a_warm_up_there_is_one_stage():

@@ -75,6 +75,8 @@ class TrainOptions:
     """Print the result as one JSON object."""
     new_steps: tyro.conf.Suppress[int | None] = None
     """The steps that are given together with --resume."""
+    by_epochs: tyro.conf.Suppress[bool] = False
+    """Neither a flag nor the config file gives the steps: a length warm-up then takes as many as its epochs need."""
     new_parallel: tyro.conf.Suppress[ParallelConfig | None] = None
     """The degrees of parallelism that are given together with --resume."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(device=AUTO))
@@ -135,7 +137,9 @@ def read_options(arguments: Sequence[str]) -> TrainOptions:
 
     Raises ValueError for flags that exclude each other and FileNotFoundError if the config file does not exist.
     """
-    start, in_file = default_config(read_basis(arguments))
+    basis = read_basis(arguments)
+    values = {} if basis.config is None else read_config_file(basis.config)
+    start, in_file = default_config(basis, values)
     default = TrainOptions(train=start)
     options = read_flags(TrainOptions, "train", arguments, default, renamed_flags(FLAGS, REPEATABLE))
     if options.resume is not None:
@@ -154,12 +158,13 @@ def read_options(arguments: Sequence[str]) -> TrainOptions:
         )
     if options.out is None:
         raise ValueError("no run folder; name a new one with --out, such as --out runs/x, or resume one with --resume")
-    return dataclasses.replace(options, train=complete(options, in_file))
+    by_epochs = "steps" not in values and not is_given("--steps", arguments)
+    return dataclasses.replace(options, by_epochs=by_epochs, train=complete(options, in_file))
 
 
 def is_given(flag: str, arguments: Sequence[str]) -> bool:
-    """Whether a flag is among the arguments, where its value may be the default."""
-    return any(word.partition("=")[0] == flag for word in arguments)
+    """Whether a flag is among the arguments, where its value may be the default; _ stands for - as for all flags."""
+    return any(word.partition("=")[0].replace("_", "-") == flag for word in arguments)
 
 
 def read_basis(arguments: Sequence[str]) -> Basis:
@@ -176,12 +181,11 @@ def read_basis(arguments: Sequence[str]) -> Basis:
     return Basis(Path(config) if config else None, found.get("preset") or None)
 
 
-def default_config(basis: Basis) -> tuple[TrainConfig, DataConfig]:
+def default_config(basis: Basis, in_file: dict[str, Any]) -> tuple[TrainConfig, DataConfig]:
     """The defaults of the flags (the file's values, with the preset's model and shape), and the file's data.
 
     The defaults lack the values of repeatable flags, which would add to them instead of replacing them.
     """
-    in_file = read_config_file(basis.config) if basis.config is not None else {}
     values = {"device": AUTO} | (DNA_DEFAULTS if is_for_dna(basis.preset) else {}) | in_file
     config = config_from_dict(TrainConfig, values, "" if basis.config is None else str(basis.config))
     if basis.preset is not None:
@@ -255,7 +259,7 @@ def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:
             parallel=options.new_parallel,
         )
     assert options.out is not None
-    return train(options.train, options.out, report, write_sample)
+    return train(options.train, options.out, report, write_sample, by_epochs=options.by_epochs)
 
 
 def write_sample(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig) -> str:
@@ -283,8 +287,11 @@ def readable(result: TrainResult) -> dict[str, str]:
     if result.best_step is not None:
         best = f"{result.best_held_out_bits_per_byte:.3f} bits per {result.unit}"
         lines["best held-out"] = f"{best} at step {result.best_step:,}"
-    if result.dropped_windows:
-        lines["dropped"] = f"{result.dropped_windows:,} windows with too many N"
+    dropped, held_out = result.dropped_windows or 0, result.dropped_held_out_windows or 0
+    if dropped or held_out:
+        lines["dropped"] = f"{dropped:,} windows to train on and {held_out:,} held-out ones with too many N"
+    if result.notes:
+        lines["found"] = "; ".join(result.notes)
     if result.skipped:
         lines["skipped"] = f"{result.skipped} steps with a loss or gradient that was not finite"
     return lines

@@ -152,7 +152,8 @@ class TrainConfig:
     lora_alpha: float | None = None
     """An adapter is scaled by lora_alpha / lora; defaults to twice the rank."""
     steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps. `anymamba train --length-warmup` without --steps takes those of the warm-up, and of as many
+    epochs at the context."""
     max_minutes: float | None = None
     """Stop after this time if the steps are not done by then; the learning rate decays over the steps that fit. The
     result then depends on the speed of the machine."""
@@ -165,7 +166,7 @@ class TrainConfig:
     length_warmup_start: int = 1024
     """The length that the warm-up begins with; the context is this times a power of two."""
     length_warmup_epochs: float = 2.0
-    """Epochs at each length below the context."""
+    """Epochs at each length below the context, and at the context where `anymamba train` has no --steps."""
     accumulation: int = 1
     """Batches whose gradients are added up for one step."""
     carry_state: bool = True

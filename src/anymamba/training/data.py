@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from anymamba.data.tokenizer import Tokenizer
 from anymamba.models.checkpoints import find_tokenizer
 from anymamba.training.config import GenomeConfig, TrainConfig
 from anymamba.training.genomes import GenomeData, open_genomes
+from anymamba.training.length_warmup import stages, steps_of_epochs
 from anymamba.training.tables import open_tables
 
 TrainingData = TokenTable | GenomeData
@@ -54,6 +56,24 @@ def open_data(
     if isinstance(tokenizer, DnaTokenizer) and are_genomes(config.data.paths):
         return open_genomes(config, tokenizer, progress)
     return open_tables(config.data, tokenizer, progress)
+
+
+def with_steps_of_epochs(config: TrainConfig, training: TrainingData) -> tuple[TrainConfig, TrainingData]:
+    """Both with the steps of a length warm-up that has as many epochs at the context as at each length before it.
+
+    Without a length warm-up they stay as they are.
+    """
+    if not isinstance(training, GenomeData) or not config.length_warmup:
+        return config, training
+    steps, epochs = steps_of_epochs(config, training.n_windows), config.length_warmup_epochs
+    said = f"no --steps: {steps:,}, which are {epochs:g} epochs at each length, {config.context:,} included"
+    return replace(config, steps=steps), replace(training, notes=(*training.notes, said))
+
+
+def require_enough_steps(config: TrainConfig, training: TrainingData) -> None:
+    """Raise ValueError if a length warm-up takes all steps before it reaches the context."""
+    if isinstance(training, GenomeData):
+        stages(config, training.n_windows)
 
 
 def training_batches(

@@ -17,8 +17,8 @@ _WINDOWS_TO_CUT = 10  # an interval is cut if it has this many windows; a shorte
 def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:
     """The intervals to train on, those that are held out, and a line about them; None if no label is a split's name.
 
-    Genomes without such labels are trained on as a whole. Raises ValueError for a genome with labels of both kinds, and
-    if there is nothing to train on.
+    Genomes without such labels are trained on as a whole. Raises ValueError for a genome with such labels and others,
+    and if there is nothing to train on.
     """
     splits = [(genome, _splits(genome, intervals)) for genome, intervals in sources]
     counts = Counter(split for _, found in splits for split, _ in found)
@@ -40,14 +40,14 @@ def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], st
 def _splits(genome: Genome, intervals: Sequence[Interval]) -> list[tuple[str, Interval]]:
     """Each interval with the name of its split, which is empty for a genome without splits."""
     found = [(SPLITS.get(interval.label.lower(), ""), interval) for interval in intervals]
-    names = {split for split, _ in found}
-    if "" in names and "train" in names:
-        other = next(interval.label for split, interval in found if not split)
+    named = next((interval.label for split, interval in found if split), None)
+    other = next((interval.label for split, interval in found if not split), None)
+    if named is not None and other is not None:
         raise ValueError(
-            f"the labels of the intervals of {genome.source} are names of splits (train, valid, test) and others, such "
-            f"as {other!r}; give one kind"
+            f"the labels of the intervals of {genome.source} are names of splits, such as {named!r}, and others, such "
+            f"as {other!r}; give all intervals one of train, valid and test, or none of them"
         )
-    return [("", interval) for _, interval in found] if "" in names else found
+    return found
 
 
 def held_out_ends(sources: Sequence[Source], fraction: float, context: int) -> tuple[list[Source], list[Source]]:

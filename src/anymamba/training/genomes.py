@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class GenomeData:
     tokenizer: DnaTokenizer
     notes: tuple[str, ...] = ()
     """What was found and skipped, one line each."""
+    n_dropped: int | None = None
+    """Of held-out data: the windows of an evaluation that are dropped for their N."""
 
     @property
     def n_documents(self) -> int:
@@ -61,6 +63,12 @@ class GenomeData:
         """Windows of a length in an epoch."""
         return sum(size // length for size in self._sizes())
 
+    def reading_notes(self, held_out: GenomeData | None) -> tuple[str, ...]:
+        """What was found while the genomes were read, one line each."""
+        sources = (*self.sources, *(held_out.sources if held_out is not None else ()))
+        genomes = {id(genome): genome for genome, _ in sources}
+        return tuple(f"{genome.source}: {note}" for genome in genomes.values() for note in genome.reading_notes())
+
     def _sizes(self) -> list[int]:
         return [interval.end - interval.start for _, intervals in self.sources for interval in intervals]
 
@@ -71,6 +79,8 @@ class GenomeData:
             short = 0 if data is None else sum(size < config.context for size in data._sizes())
             if short:
                 lines.append(f"{short:,} {which} are shorter than {config.context:,} bases and have no window")
+        if held_out is not None and held_out.n_dropped:
+            lines.append(f"{held_out.n_dropped:,} held-out windows have too many N and are dropped")
         if config.length_warmup:
             lines.append(f"length warm-up: {described(stages(config, self.n_windows))}")
         return tuple(lines)
@@ -117,16 +127,21 @@ class GenomeData:
 
     def held_out_batches(self, config: TrainConfig) -> Iterator[Batch]:
         """The first windows, in order and on their own strands, up to `eval_tokens`; the same ones at every call."""
-        genome = config.data.genome
-        windows = GenomeWindows(
-            self.sources, config.context, shuffle=False, reverse_complement=False, max_unknown=genome.max_unknown
-        )
-        left = max(1, config.eval_tokens // config.context)
-        for some in windows.once(config.batch_size):
-            yield self._batch(some.letters[:left], {})
-            left -= len(some.letters)
-            if left <= 0:
-                return
+        for letters in _evaluated(self._in_order(config), config):
+            yield self._batch(letters, {})
+
+    def count_held_out(self, config: TrainConfig) -> tuple[int, int]:
+        """The number of windows of an evaluation, and of those that it drops for their N."""
+        if not self.n_windows(config.context):
+            return 0, 0
+        windows = self._in_order(config)
+        kept = sum(len(letters) for letters in _evaluated(windows, config))
+        return kept, windows.dropped
+
+    def _in_order(self, config: TrainConfig) -> GenomeWindows:
+        """The windows for evaluations, from the first one on."""
+        unknown = config.data.genome.max_unknown
+        return GenomeWindows(self.sources, config.context, shuffle=False, reverse_complement=False, max_unknown=unknown)
 
     def _windows(self, config: TrainConfig, context: int, position: dict[str, Any] | None) -> GenomeWindows:
         genome = config.data.genome
@@ -148,6 +163,16 @@ class GenomeData:
         labels[:, :-1][torch.from_numpy(is_unknown(letters[:, 1:]))] = NOT_COUNTED
         offsets = torch.arange(rows + 1, dtype=torch.int32) * length
         return Batch(ids, labels, offsets, torch.zeros(rows, dtype=torch.bool), position)
+
+
+def _evaluated(windows: GenomeWindows, config: TrainConfig) -> Iterator[NDArray[np.uint8]]:
+    """The letters of the windows up to `eval_tokens`, at most a batch at once."""
+    left = max(1, config.eval_tokens // config.context)
+    for some in windows.once(config.batch_size):
+        yield some.letters[:left]
+        left -= len(some.letters)
+        if left <= 0:
+            return
 
 
 def open_genomes(
@@ -230,12 +255,14 @@ def _with_windows(
             "intervals"
         )
     training.require_known(config)
-    if held_out.n_windows(config.context) and next(held_out.held_out_batches(config), None) is not None:
-        return training, held_out
+    kept, dropped = held_out.count_held_out(config)
+    if kept:
+        return training, replace(held_out, n_dropped=dropped if config.eval_tokens else None)
     if config.data.held_out_fraction or config.data.eval_paths:
+        because = f" ({dropped:,} windows have too many N)" if dropped else ""
         warnings.warn(
             f"nothing is held out, so there is no evaluation: no stretch of {config.context:,} bases without N is "
-            "left for it; name intervals to evaluate on with eval_paths (--data.eval-paths valid.bed)",
+            f"left for it{because}; name intervals to evaluate on with eval_paths (--data.eval-paths valid.bed)",
             DataWarning,
             stacklevel=3,
         )

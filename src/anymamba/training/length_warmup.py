@@ -35,14 +35,8 @@ def stages(config: TrainConfig, n_windows: Callable[[int], int]) -> tuple[Stage,
     """
     if not config.length_warmup:
         return (Stage(config.context, config.batch_size, 0, config.steps),)
-    found: list[Stage] = []
-    context, start = config.length_warmup_start, 0
-    while context < config.context:
-        batch_size = config.batch_size * (config.context // context)
-        windows = config.length_warmup_epochs * n_windows(context)
-        stop = start + max(1, math.ceil(windows / (batch_size * config.accumulation)))
-        found.append(Stage(context, batch_size, start, stop))
-        context, start = 2 * context, stop
+    found = _short_stages(config, n_windows)
+    start = found[-1].stop
     if start >= config.steps:
         raise ValueError(
             f"the length warm-up takes {start:,} steps before it reaches {config.context:,} tokens: "
@@ -50,6 +44,32 @@ def stages(config: TrainConfig, n_windows: Callable[[int], int]) -> tuple[Stage,
             "raise them (--steps), or take fewer epochs (--length-warmup-epochs)"
         )
     return (*found, Stage(config.context, config.batch_size, start, config.steps))
+
+
+def steps_of_epochs(config: TrainConfig, n_windows: Callable[[int], int]) -> int:
+    """The steps of a length warm-up with as many epochs at the context as at each length before it."""
+    return _short_stages(config, n_windows)[-1].stop + _steps_at(config.context, config, n_windows)
+
+
+def _short_stages(config: TrainConfig, n_windows: Callable[[int], int]) -> list[Stage]:
+    """The stages of a length warm-up before the one with the context."""
+    found: list[Stage] = []
+    context, start = config.length_warmup_start, 0
+    while context < config.context:
+        stop = start + _steps_at(context, config, n_windows)
+        found.append(Stage(context, _batch_size_at(context, config), start, stop))
+        context, start = 2 * context, stop
+    return found
+
+
+def _steps_at(context: int, config: TrainConfig, n_windows: Callable[[int], int]) -> int:
+    """The steps of the epochs at one length."""
+    windows = config.length_warmup_epochs * n_windows(context)
+    return max(1, math.ceil(windows / (_batch_size_at(context, config) * config.accumulation)))
+
+
+def _batch_size_at(context: int, config: TrainConfig) -> int:
+    return config.batch_size * (config.context // context)
 
 
 def stage_of(found: tuple[Stage, ...], step: int) -> Stage:

@@ -70,4 +70,8 @@ class TrainResult:
     unit: str = "byte"
     """What these bits are of: a byte of text, or a base of DNA, which is a byte of FASTA."""
     dropped_windows: int | None = None
-    """Windows of DNA that were dropped for their N; None for text."""
+    """Windows of DNA to train on that were dropped for their N; None for text."""
+    dropped_held_out_windows: int | None = None
+    """Held-out windows of DNA that each evaluation drops for their N; None for text and without evaluations."""
+    notes: tuple[str, ...] = ()
+    """What this process found in the data while it read it, one line each."""

@@ -30,7 +30,16 @@ from anymamba.training import lora
 from anymamba.training.checkpoint import FOLDER, check_files, checkpoints, load_checkpoint
 from anymamba.training.clock import Clock
 from anymamba.training.config import ParallelConfig, TrainConfig
-from anymamba.training.data import TrainingData, held_out_batches, open_data, run_tokenizer, training_batches
+from anymamba.training.data import (
+    TrainingData,
+    held_out_batches,
+    open_data,
+    require_enough_steps,
+    run_tokenizer,
+    training_batches,
+    with_steps_of_epochs,
+)
+from anymamba.training.genomes import GenomeData
 from anymamba.training.interrupts import PendingSignal, deferred_signals
 from anymamba.training.masking import Masking
 from anymamba.training.metrics import MetricsLog, NoLog, plot_loss
@@ -60,7 +69,12 @@ Sample = Callable[[LanguageModel, Tokenizer, TrainConfig], str]
 
 
 def train(
-    config: TrainConfig, run: str | Path, report: Report | None = None, sample: Sample | None = None
+    config: TrainConfig,
+    run: str | Path,
+    report: Report | None = None,
+    sample: Sample | None = None,
+    *,
+    by_epochs: bool = False,
 ) -> TrainResult:
     """Train from the beginning into a new run folder.
 
@@ -68,6 +82,8 @@ def train(
 
     Args:
         sample: generates the text that is reported at each evaluation; None reports none.
+        by_epochs: take, in place of the config's steps, those of a length warm-up with as many epochs at the context
+            as at each length before it. Without a length warm-up the steps are the config's.
     Raises FileExistsError if the folder is not empty, InUseError if another process is writing it, ValueError if the
     carried state would grow from batch to batch. An error before the first checkpoint leaves nothing; after any later
     one the last good checkpoint remains.
@@ -87,7 +103,7 @@ def train(
             if processes.is_first and contents(run):
                 raise FileExistsError(_exists(run))
             try:
-                trainer = _start(processes, config, run, report, sample)
+                trainer = _start(processes, config, run, report, sample, by_epochs)
             except BaseException:
                 if processes.is_first and not checkpoints(run):
                     _delete_contents(run)
@@ -100,11 +116,16 @@ def _exists(run: Path) -> str:
 
 
 def _start(
-    processes: Processes, config: TrainConfig, run: Path, report: Report | None, sample: Sample | None
+    processes: Processes,
+    config: TrainConfig,
+    run: Path,
+    report: Report | None,
+    sample: Sample | None,
+    by_epochs: bool,
 ) -> _Trainer:
     """A new run with its first checkpoint."""
     tokenizer = run_tokenizer(config)
-    return _Trainer(processes, complete(config, tokenizer), run, tokenizer, report, sample)
+    return _Trainer(processes, complete(config, tokenizer), run, tokenizer, report, sample, by_epochs)
 
 
 def _delete_contents(run: Path) -> None:
@@ -185,12 +206,17 @@ class _Trainer:
         tokenizer: Tokenizer,
         report: Report | None,
         sample: Sample | None,
+        by_epochs: bool = False,
     ) -> None:
-        self.processes, self.config, self.run, self.tokenizer, self.sample = processes, config, run, tokenizer, sample
+        self.processes, self.run, self.tokenizer, self.sample = processes, run, tokenizer, sample
         self.report: Report = report if report is not None and processes.is_first else Silent()
         processes.require_equal("configs", flat_values(config))
         self.training, self.held_out = processes.in_turn(lambda: open_data(config, tokenizer, self.report.on_tables))
         processes.require_equal("data", data_values(self.training, self.held_out))
+        if by_epochs:
+            config, self.training = with_steps_of_epochs(config, self.training)
+        require_enough_steps(config, self.training)
+        self.config = config
         found = processes.from_first(self._found)
         if not found:
             self.note_start()
@@ -402,6 +428,8 @@ class _Trainer:
 
     def _result(self) -> TrainResult:
         progress = self.progress
+        genomes = self.training if isinstance(self.training, GenomeData) else None
+        held_out = self.held_out if isinstance(self.held_out, GenomeData) else None
         return TrainResult(
             run=str(self.run),
             steps=progress.step,
@@ -415,6 +443,8 @@ class _Trainer:
             best_held_out_bits_per_byte=progress.best_bits_per_byte,
             unit=unit_of(self.training),
             dropped_windows=None if progress.position is None else progress.position.get("dropped"),
+            dropped_held_out_windows=None if held_out is None else held_out.n_dropped,
+            notes=() if genomes is None else genomes.reading_notes(held_out),
         )
 
     # ------------------------------------------------------------------------------------------ saving

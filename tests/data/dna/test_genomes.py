@@ -97,6 +97,30 @@ def test_comments_blank_lines_and_a_mark_at_the_start(tmp_path):
         assert genome.notes == ("skipped 2 comment lines",)
 
 
+def test_other_letters_are_counted_as_they_are_read_in_place(tmp_path):
+    """A file that is packed has its counts in the notes; N and lower case are not among them."""
+    wanted = {"a": "ACGTNnacgt" * 10 + "RrYU" + "ACGT" * 20, "b": "NNACGTB"}
+    files = write_all(tmp_path, wanted, 60)
+    counted = "letters other than A, C, G, T and N: {}; U is read as T, the others as N"
+    n_in_place = 0
+    for path in files.values():
+        with Genome.open(path, cache_dir=tmp_path / "cache") as genome:
+            assert genome.reading_notes() == ()
+            genome.fetch("a", 0, 103, strand="-")
+            if any("letters" in note for note in genome.notes):
+                assert counted.format("1 B, 2 R, 1 U, 1 Y") in genome.notes
+                assert genome.reading_notes() == ()
+            else:
+                n_in_place += 1
+                assert genome.reading_notes() == (f"read (counted at each reading) {counted.format('2 R, 1 Y')}",)
+    assert n_in_place
+    with Genome.open(wanted) as genome:
+        genome.fetch("b", 2, 6)
+        assert genome.reading_notes() == ()
+        genome.fetch("b", 2, 7)
+        assert genome.others_read == {"B": 1}
+
+
 # ------------------------------------------------------------------------------------------ other libraries
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_genome(fasta: Path) -> Iterator[Genome]:
-    """A genome, with a progress bar while it is packed; what was found in the file goes to stderr."""
+    """A genome, with a progress bar while it is packed; what was found in the file, or read of it, goes to stderr."""
     from anymamba.data.dna import Genome
 
     with progress_bar("reading the genome") as show:
@@ -29,6 +29,8 @@ def open_genome(fasta: Path) -> Iterator[Genome]:
         for note in genome.notes:
             say(f"{fasta}: {note}")
         yield genome
+        for note in genome.reading_notes():
+            say(f"{fasta}: {note}")
 
 
 def exact(runtime: Runtime) -> Runtime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from anymamba.base.errors import DataWarning
 
-from .letters import COMPLEMENT, translated
+from .letters import COMPLEMENT, other_letters, others_in_words, translated
 from .opening import open_file
+from .packed import PackedReader
 from .reader import Reader
 from .wrapping import WrappedReader, is_wrappable
 
@@ -39,6 +41,9 @@ class Genome:
         self._reader, self.source, self.notes = reader, source, notes
         self.lengths: dict[str, int] = reader.lengths
         """Bases of each sequence by its name."""
+        self.others_read: Counter[str] = Counter()
+        """Letters other than A, C, G, T and N that were read so far, counted at each reading; none where the file is
+        packed, whose letters `notes` counts."""
         self._told_of_names = False
 
     @staticmethod
@@ -114,7 +119,13 @@ class Genome:
         if strand not in ("+", "-"):
             raise ValueError(f"strand must be '+' or '-', got {strand!r}")
         letters = self._reader.read(name, int(start), int(end))
+        if not isinstance(self._reader, PackedReader):
+            self.others_read += other_letters(letters)
         return letters if strand == "+" else translated(letters[::-1], COMPLEMENT)
+
+    def reading_notes(self) -> tuple[str, ...]:
+        """What was found while a file that is not packed was read, one line each."""
+        return (f"read (counted at each reading) {others_in_words(self.others_read)}",) if self.others_read else ()
 
     def close(self) -> None:
         """Close the files; an object that was given stays open."""

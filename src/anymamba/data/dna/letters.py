@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +28,20 @@ _UNPACKED_AT_ONCE = np.ascontiguousarray(_UNPACKED).view(np.uint32).ravel()  # f
 
 ODD = bytes(0 if i & ~LOWER in BASES else i & ~LOWER for i in range(256))
 """0 for the four bases in either case, and the upper-case letter for all others."""
+
+
+_USUAL = BASES + b"N" + BASES.lower() + b"n"
+
+
+def other_letters(letters: NDArray[np.uint8]) -> Counter[str]:
+    """How many there are of each letter other than A, C, G, T and N, in upper case."""
+    return Counter(letters.tobytes().translate(None, _USUAL).decode("ascii").upper())
+
+
+def others_in_words(counts: Mapping[str, int]) -> str:
+    """Counts of letters other than A, C, G, T and N, and how they are read."""
+    listed = ", ".join(f"{n:,} {letter}" for letter, n in sorted(counts.items()))
+    return f"letters other than A, C, G, T and N: {listed}; U is read as T, the others as N"
 
 
 def translated(letters: NDArray[np.uint8], table: bytes) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..documents import format_by_content
 from .content import BgzipFile, MappedFile
 from .indexed import IndexedReader
+from .letters import others_in_words
 from .packed import PackedReader, Progress, open_packed
 from .reader import Reader
 from .two_bit import TwoBitReader
@@ -60,8 +61,7 @@ def packed_notes(reader: PackedReader) -> tuple[str, ...]:
     odd = {letter: n for letter, n in counts["letters"].items() if letter not in ("N", "lower")}
     lines = []
     if odd:
-        listed = ", ".join(f"{n:,} {letter}" for letter, n in sorted(odd.items()))
-        lines.append(f"letters other than A, C, G, T and N: {listed}; U is read as T, the others as N")
+        lines.append(others_in_words(odd))
     if counts["comments"]:
         lines.append(f"skipped {counts['comments']:,} comment lines")
     return (*lines, *_empty_note(counts["empty"]))
