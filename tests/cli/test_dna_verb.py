@@ -178,8 +178,9 @@ def test_a_classifier_is_trained_measured_and_used(run, refused, dna_models, lab
     code, text, err = run("dna", "classify", "eval", "--run", out, *given)
     assert code == 0 and f"the run was trained on {result['n_train']} of these 60 sequences" in err and "AUROC" in text
     fasta = tmp_path / "some.fa"
-    fasta.write_text(">one\nACACACACACAC\n>two\nGTGTGTGGTGTG\n")
+    fasta.write_text(">one\nACACACACACACR\n>two\nGTGTGTGGTGTG\n")
     code, text, err = run("dna", "classify", "predict", "--run", out, "--data", fasta)
+    assert f"{fasta}: letters other than A, C, G, T and N: 1 R; U is read as T, the others as N" in err
     rows = [line.split("\t") for line in text.splitlines()]
     assert rows[0] == ["name", "class", "p_0", "p_1"] and [row[:2] for row in rows[1:]] == [["one", "1"], ["two", "0"]]
     assert all(abs(float(row[2]) + float(row[3]) - 1) < 1e-5 for row in rows[1:])

@@ -39,6 +39,13 @@ def test_plain_lines_keep_coming(capsys):
     assert capsys.readouterr().err.splitlines() == ["reading 0", "reading 1", "reading 2"]
 
 
+def test_the_last_plain_line_is_not_repeated(capsys):
+    show = output.PlainProgress("scoring", interval=60)
+    for done in (1, 3, 3, 3):
+        show(done, 3, f"{done} alleles")
+    assert capsys.readouterr().err.splitlines() == ["scoring 33% 1 alleles", "scoring 100% 3 alleles"]
+
+
 def test_bar_on_a_terminal_goes_to_stderr_only(monkeypatch, capsys):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -127,6 +127,10 @@ BAD = {
         bad(">1\n" + "A" * 99, bed="chr1\ta\tx\n1\t1\t2\n1\tb\t2\n"),
         "line 3 is no interval of a BED file: start and end",
     ),
+    "skipped, and short": (
+        bad(">1\n" + "A" * 99, bed="1\t0\t9\n1\t0\t100\n"),
+        "the longest has 9; take a shorter context (--context) or longer intervals; {bed}: skipped intervals beyond",
+    ),
     "short sequences": (bad(">a\nACGT\n"), "no interval to train on has 32 bases"),
     "nothing but N": (bad(">a\n" + "N" * 999), "each window has more than 10% of N"),
 }
@@ -141,7 +145,7 @@ def test_bad_genomes(refused, tmp_path, files, words):
         (tmp_path / "g.bed").write_text(bed)
         paths.append(tmp_path / "g.bed")
     line = refused(2, "train", "--data", *paths, "--out", tmp_path / "run", *SMALL, "--context", 32)
-    assert words in line, line
+    assert words.format(bed=tmp_path / "g.bed") in line, line
     assert not (tmp_path / "run").exists()
 
 
@@ -156,6 +160,7 @@ def test_bad_lines_are_skipped_if_that_is_wanted(run, genome, tmp_path):
 def test_a_preset_of_dna_with_text(refused, texts, tmp_path):
     line = refused(2, "train", "--data", texts, "--preset", "dna-1.4m", "--out", tmp_path / "run")
     assert "the preset dna-1.4m is for DNA, and the data is text; name FASTA or .2bit files with --data" in line
+    assert line.endswith("whose names end with .fa, .fasta, .fna, .ffn, .frn, .2bit")
 
 
 def test_real_two_bit_and_both_strands(run, shared_data, tmp_path):

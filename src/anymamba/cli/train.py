@@ -242,11 +242,13 @@ def make_report(options: TrainOptions, show: ShowProgress) -> Iterator[TrainingR
 def run_training(options: TrainOptions, report: TrainingReport) -> TrainResult:
     """Train or resume. Raises ValueError for a preset of DNA with text."""
     from anymamba.data.dna import are_genomes
+    from anymamba.data.documents import GENOME_SUFFIXES
     from anymamba.training.trainer import resume, train
 
     if is_for_dna(options.preset) and not are_genomes(options.train.data.paths):
         raise ValueError(
-            f"the preset {options.preset} is for DNA, and the data is text; name FASTA or .2bit files with --data"
+            f"the preset {options.preset} is for DNA, and the data is text; name FASTA or .2bit files with --data, "
+            f"whose names end with {', '.join(GENOME_SUFFIXES)}"
         )
     if options.resume is not None:
         minutes = options.train.max_minutes

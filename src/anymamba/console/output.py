@@ -95,7 +95,7 @@ class PlainProgress:
     """Progress as lines: the first report, the last, and one every few seconds between."""
 
     def __init__(self, label: str, interval: float = PLAIN_INTERVAL) -> None:
-        self.label, self.interval, self.next_time = label, interval, 0.0
+        self.label, self.interval, self.next_time, self.said = label, interval, 0.0, ""
 
     def __call__(self, done: float, total: float | None, text: str = "") -> None:
         finished = total is not None and done >= total
@@ -103,7 +103,10 @@ class PlainProgress:
             return
         self.next_time = time.monotonic() + self.interval
         share = f" {100 * done / total:.0f}%" if total else ""
-        say(f"{self.label}{share} {text}".rstrip())
+        line = f"{self.label}{share} {text}".rstrip()
+        if not finished or line != self.said:  # what comes after the end may be nothing new
+            say(line)
+        self.said = line
 
 
 class TrainingReport:

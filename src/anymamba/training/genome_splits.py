@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from anymamba.data.dna import Genome, Interval, Source
+from anymamba.data.dna.labelled import SPLIT_NAMES
 from anymamba.training.tables import is_held_out
 
-SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
-"""The labels of a BED file that are names of splits, in lower case."""
 _WINDOWS_TO_CUT = 10  # an interval is cut if it has this many windows; a shorter one is held out as a whole or not
 
 
@@ -39,7 +38,7 @@ def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], st
 
 def _splits(genome: Genome, intervals: Sequence[Interval]) -> list[tuple[str, Interval]]:
     """Each interval with the name of its split, which is empty for a genome without splits."""
-    found = [(SPLITS.get(interval.label.lower(), ""), interval) for interval in intervals]
+    found = [(SPLIT_NAMES.get(interval.label.lower(), ""), interval) for interval in intervals]
     named = next((interval.label for split, interval in found if split), None)
     other = next((interval.label for split, interval in found if not split), None)
     if named is not None and other is not None:

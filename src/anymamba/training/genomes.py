@@ -250,9 +250,11 @@ def _with_windows(
 ) -> tuple[GenomeData, GenomeData | None]:
     """Both, or None for held-out data without a window. Raises ValueError for training data without one."""
     if not training.n_windows(config.context):
+        longest = max(training._sizes(), default=0)
+        skipped = "".join(f"; {note}" for note in training.notes if "skipped" in note)
         raise ValueError(
-            f"no interval to train on has {config.context:,} bases; take a shorter context (--context) or longer "
-            "intervals"
+            f"no interval to train on has {config.context:,} bases, the longest has {longest:,}; take a shorter "
+            f"context (--context) or longer intervals{skipped}"
         )
     training.require_known(config)
     kept, dropped = held_out.count_held_out(config)

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from anymamba.data.dna.labelled import EMPTY, NO_DNA, NO_LABEL, SHORT, Labelled, Sequence, read_labelled
+from anymamba.data.dna.labelled import (
+    COMMENTS,
+    EMPTY,
+    NO_DNA,
+    NO_LABEL,
+    OTHER_FILES,
+    SHORT,
+    Labelled,
+    Sequence,
+    read_labelled,
+)
 
 
 def write(path: Path, text: str) -> Path:
@@ -64,6 +74,20 @@ def test_fasta(tmp_path):
     assert [(one.name, one.text, one.label) for one in data.sequences[:1]] == [("a", "ACGT", "x")]
     assert data.sequences[-1].label == "x" and data.skipped[NO_LABEL] >= 1
     assert [one.label for one in read_labelled(fasta, label_field="sublabel", on_bad_row="skip").sequences] == ["y"]
+
+
+def test_what_is_left_out_by_rule_is_counted(tmp_path):
+    fasta = write(tmp_path / "a.fa", ";made by hand\n>a label=x\nACRYuu\n;more\n>b label=y\nNNryACGTACGT\n")
+    data = read_labelled(fasta)
+    assert data.skipped == {COMMENTS: 2} and data.others == {"R": 2, "Y": 2, "U": 2}
+    for name in ("train/pos/1.txt", "val/pos/2.txt", "val/pos/3.TXT", "train/pos/deep/4.txt", "README.md"):
+        write(tmp_path / "set" / name, "ACGT\n")
+    data = read_labelled(tmp_path / "set")
+    assert [(one.name, one.split) for one in data.sequences] == [
+        ("train/pos/1.txt", "train"),
+        ("val/pos/2.txt", "valid"),
+    ]
+    assert data.skipped == {OTHER_FILES: 3} and not data.others
 
 
 def test_bad_records(tmp_path):

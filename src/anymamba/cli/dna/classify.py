@@ -199,11 +199,14 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "eval": eva
 def read(options: Data, need_labels: bool = True) -> Labelled:
     """The sequences; what was skipped goes to stderr."""
     from anymamba.data.dna.labelled import read_labelled
+    from anymamba.data.dna.letters import others_in_words
 
     data = read_labelled(
         options.data, label_field=options.label_field, need_labels=need_labels, on_bad_row=options.on_bad_row
     )
     tell_skipped(options.data, data.skipped)
+    if data.others:
+        say(f"{options.data}: {others_in_words(data.others)}")
     return data
 
 

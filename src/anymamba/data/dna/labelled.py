@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from ..documents import open_decompressed
 from .fasta import FastaCounts, read_fasta
-from .letters import letters_of, reverse_complement
+from .letters import letters_of, other_letters, reverse_complement
 
 Split = Literal["train", "valid", "test"]
 SEQUENCE_FIELDS = ("seq", "sequence", "dna")
@@ -23,16 +23,19 @@ SPLIT_NAMES: dict[str, Split] = {
     "training": "train",
     "valid": "valid",
     "validation": "valid",
+    "val": "valid",
     "dev": "valid",
     "test": "test",
 }
-"""Names of splits in files and folders."""
+"""Names of splits in tables, folders and BED files, in lower case."""
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn")
 
 EMPTY = "records without a sequence"
 NO_DNA = "records with letters that DNA does not have"
 NO_LABEL = "records without a label"
 SHORT = "rows with fewer columns than the header"
+COMMENTS = "comment lines"
+OTHER_FILES = "files that are no .txt in the folder of a class"
 
 
 class Sequence(NamedTuple):
@@ -71,6 +74,11 @@ class Labelled(NamedTuple):
         found = {one.label for one in self.sequences if one.label is not None}
         return sorted(found, key=lambda label: (0, float(label), label) if _is_number(label) else (1, 0.0, label))
 
+    @property
+    def others(self) -> Counter[str]:
+        """How many letters other than A, C, G, T and N there are, in upper case."""
+        return sum((other_letters(letters_of(one.text)) for one in self.sequences), Counter())
+
 
 def read_labelled(
     path: str | Path,
@@ -96,7 +104,7 @@ def read_labelled(
     path = Path(path).expanduser()
     bad = _Bad(on_bad_row == "skip")
     if path.is_dir():
-        rows = _folder_rows(path)
+        rows = _folder_rows(path, bad)
     else:
         kind = next((s for s in reversed(path.suffixes) if s not in (".gz", ".bgz", ".bz2", ".xz", ".zst")), "")
         if kind in (".csv", ".tsv"):
@@ -128,6 +136,11 @@ class _Bad:
         if reason is not None:
             self.add(f"{path}, {row.name}", *reason)
         return reason is not None
+
+    def leave_out(self, reason: str, count: int) -> None:
+        """Count what is left out by rule."""
+        if count:
+            self.skipped[reason] += count
 
     def add(self, where: str, reason: str, words: str) -> None:
         """Count a bad record, or raise."""
@@ -207,18 +220,21 @@ def _split_named(path: Path, name: str) -> Split:
     return SPLIT_NAMES[name.lower()]
 
 
-def _folder_rows(folder: Path) -> Iterator[Sequence]:
+def _folder_rows(folder: Path, bad: _Bad) -> Iterator[Sequence]:
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     splits = [path for path in inside if path.name.lower() in SPLIT_NAMES]
     if splits and len(splits) < len(inside):
         others = ", ".join(path.name for path in inside if path not in splits)
         raise ValueError(f"{folder} has folders of splits and others: {others}; move one kind away")
+    read = 0
     for top in splits or [folder]:
         split = SPLIT_NAMES[top.name.lower()] if splits else None
         for label in sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith(".")):
             for file in sorted(label.glob("*.txt")):
                 text = "".join(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split())
+                read += 1
                 yield Sequence(str(file.relative_to(folder)), text, label.name, split)
+    bad.leave_out(OTHER_FILES, sum(file.is_file() for file in folder.rglob("*")) - read)
 
 
 def _fasta_rows(path: Path, label: str, bad: _Bad) -> Iterator[Sequence]:
@@ -235,6 +251,7 @@ def _fasta_rows(path: Path, label: str, bad: _Bad) -> Iterator[Sequence]:
             text = b"".join(piece.tobytes() for piece in pieces).decode("ascii")
             given = found.search(headers.get(name, ""))
             yield Sequence(name, text, given[1] if given else None, None)
+    bad.leave_out(COMMENTS, counts.comments)
     for name in counts.empty:
         bad.add(f"{path}, record {name}", EMPTY, "it has no sequence")
 
