@@ -163,7 +163,7 @@ def test_parts_outside():
 
 def test_labels_of_a_bed_file_are_splits(config, fasta, tmp_path):
     bed = tmp_path / "splits.bed"
-    bed.write_text("chr1\t0\t2000\ttrain\nchr1\t2000\t2500\tvalid\nchr1\t2600\t2900\ttest\nchr2\t0\t300\tTrain\n")
+    bed.write_text("chr1\t0\t2000\ttrain\nchr1\t2000\t2500\tvalid\nchr1\t2600\t2900\ttest\nchr2\t0\t300\tTraining\n")
     training, held_out = opened(with_data(config, paths=(str(fasta), str(bed))))
     assert [i[:3] for i in training.sources[0][1]] == [("chr1", 0, 2000), ("chr2", 0, 300)]
     assert [i[:3] for i in held_out.sources[0][1]] == [("chr1", 2000, 2500)]
