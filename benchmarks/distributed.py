@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -70,24 +70,28 @@ class Rank:
             torch.cuda.set_device(self.device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", timeout=timedelta(minutes=2))
 
-    def model(self, name: str, dimension: str, recompute: bool, **how: Any) -> tuple[Any, Any]:
-        """A model, sharded over more than one rank, and its optimizer."""
+    def model(self, name: str, recompute: bool, cp: int = 1, **how: Any) -> tuple[Any, Any]:
+        """A model, sharded over more than one rank, `cp` of which share a row; and its optimizer."""
         torch.manual_seed(0)
         model: Any = LanguageModel(config_of(name), device=self.device)
         model.activation_checkpointing = recompute
+        self.row_group = None
         if self.size > 1:
-            mesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=(dimension,))
+            sizes = {"dp_shard": self.size // cp, "cp": cp}
+            degrees = {name: n for name, n in sizes.items() if n > 1}
+            mesh = init_device_mesh(self.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+            self.row_group = mesh["cp"].get_group() if cp > 1 else None
             parallelize(model, mesh, param_dtype=BF16, **how)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step(self, model: Any, optimizer: Any, rows: int, length: int, spread: bool) -> Callable[[], None]:
-        """One step on random tokens; of a spread row each rank has a part of the same length."""
+    def step(self, model: Any, optimizer: Any, rows: int, length: int) -> Callable[[], None]:
+        """One step on random tokens, `length` of each row on this rank; ranks that share a row have equal parts."""
         tokens = torch.randint(250 if not GPU else 50000, (2, rows, length), device=self.device)
         count = rows * length * self.size
-        lengths = [length] * self.size
+        group = self.row_group
 
         def step() -> None:
-            context = context_parallel(dist.group.WORLD, lengths) if spread and self.size > 1 else nullcontext()
+            context = nullcontext() if group is None else context_parallel(group, [length] * group.size())
             with context, without_last_states(), torch.autocast(self.device.type, BF16):
                 loss = model.loss(tokens[0], tokens[1]).loss / count
             loss.backward()
@@ -128,38 +132,43 @@ class Rank:
 
 def row(here: Rank) -> Found:
     """The time of a step with one row, at two lengths, and the memory that each takes."""
-    model, optimizer = here.model(ROW_MODEL, "cp", recompute=True)
+    model, optimizer = here.model(ROW_MODEL, recompute=True, cp=here.size)
     found: Found = {"model": ROW_MODEL}
     for name, whole in (("half", ROW_LENGTH // 2), ("whole", ROW_LENGTH)):
         here.peak()
-        seconds = here.seconds(here.step(model, optimizer, 1, whole // here.size, spread=True))
+        seconds = here.seconds(here.step(model, optimizer, 1, whole // here.size))
         found[name] = {"length": whole, "seconds": seconds, "peak": here.peak()}
     return found
 
 
 def longest(here: Rank, limit: float = LIMIT) -> Found:
     """The longest row that trains: planned from the memory of two lengths, then trained once."""
-    model, optimizer = here.model(ROW_MODEL, "cp", recompute=True)
+    model, optimizer = here.model(ROW_MODEL, recompute=True, cp=here.size)
+    return longest_row(here, model, optimizer, limit)
+
+
+def longest_row(here: Rank, model: Any, optimizer: Any, limit: float) -> Found:
+    """The same of a model with recomputation, whose rows all ranks share."""
     peaks = []
     part = ROW_LENGTH // 2
     for length in (part, 2 * part):
         here.peak()
-        here.seconds(here.step(model, optimizer, 1, length, spread=True), 1, 1)
+        here.seconds(here.step(model, optimizer, 1, length), 1, 1)
         peaks.append(here.peak())
     slope = max(1.0, (peaks[1] - peaks[0]) / part)
     memory = limit * torch.cuda.mem_get_info()[1] if GPU else 2 * peaks[1] + 1024.0
     length = -int(here.largest(-int((memory - peaks[0]) / slope) - part)) // 1024 * 1024 if GPU else 4 * part
     here.peak()
-    seconds = here.seconds(here.step(model, optimizer, 1, length, spread=True), 0, 1)
+    seconds = here.seconds(here.step(model, optimizer, 1, length), 0, 1)
     return {"length": length * here.size, "seconds": seconds, "peak": here.peak(), "planned": memory}
 
 
 def data(here: Rank) -> Found:
     """Tokens per second where each GPU has rows of its own."""
-    model, optimizer = here.model(DATA_MODEL, "dp_shard", recompute=False, reshard_after_forward=False)
+    model, optimizer = here.model(DATA_MODEL, recompute=False, reshard_after_forward=False)
     rows, length = DATA_SHAPE
     here.peak()
-    seconds = here.seconds(here.step(model, optimizer, rows, length, spread=False))
+    seconds = here.seconds(here.step(model, optimizer, rows, length))
     tokens = rows * length * here.size
     return {
         "model": DATA_MODEL,
@@ -174,9 +183,9 @@ def data(here: Rank) -> Found:
 def memory(here: Rank) -> Found:
     """Bytes of weights, gradients and optimizer after a step, beside those computed from the parameters; and the peak,
     which has gathered weights and their gradients, too."""
-    model, optimizer = here.model(DATA_MODEL, "dp_shard", recompute=True)
+    model, optimizer = here.model(DATA_MODEL, recompute=True)
     parameters = sum(p.numel() for p in model.parameters())
-    here.seconds(here.step(model, optimizer, 1, 64, spread=False), 1, 1)
+    here.seconds(here.step(model, optimizer, 1, 64), 1, 1)
     here.peak()
     kept = here.largest(torch.cuda.memory_allocated() if GPU else 0)
     tokens = torch.randint(250, (2, 1, 64), device=here.device)
@@ -199,23 +208,25 @@ def longest_of_less(here: Rank) -> Found:
     return longest(here, LOWER)
 
 
-PARTS: dict[str, Callable[[Rank], Found]] = {"row": row, "data": data, "memory": memory, "longest": longest}
-AGAIN = {"longest": longest_of_less}
+Part = Callable[[Rank], Found]
+PARTS: dict[str, Part] = {"row": row, "data": data, "memory": memory, "longest": longest}
+AGAIN: dict[str, Part] = {"longest": longest_of_less}
 """What is tried once where a part ended the ranks."""
 
 
-def work(parts: list[str], path: Path, again: bool = False) -> None:
+def work(functions: Mapping[str, Part], parts: list[str], path: Path) -> None:
     """Measure the parts on all ranks; rank 0 writes what they found after each."""
     here = Rank()
     found: dict[str, Found] = {"links": links(here)} if here.size > 1 else {}
     for name in parts:
         start = time.perf_counter()
-        found[name] = (AGAIN if again else PARTS)[name](here)
+        found[name] = functions[name](here)
         gc.collect()  # a sharded model refers to itself, and its memory would count in the next part
         if GPU:
             torch.cuda.empty_cache()
         if here.rank == 0:
-            print(f"{here.size} ranks, {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+            words = f"{here.size} ranks, {name}: {time.perf_counter() - start:.1f} s, {json.dumps(found[name])}"
+            print(words, file=sys.stderr, flush=True)
             path.write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -235,18 +246,27 @@ def links(here: Rank) -> Found:
 # ------------------------------------------------------------------------------------------ the driver
 
 
-def launched(size: int, parts: list[str], *, again: bool = False) -> dict[str, Found]:
-    """What `size` ranks find; what ended them is tried once again where there is another way."""
+def launched(
+    size: int,
+    parts: list[str],
+    *,
+    again: bool = False,
+    again_of: Collection[str] = AGAIN,
+    module: str = "benchmarks.distributed",
+) -> dict[str, Found]:
+    """What `size` ranks of a module find; what ended them is tried once again where there is another way."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        command += ["-m", "benchmarks.distributed", "--worker", str(path), "--parts", *parts, *["--again"] * again]
+        command += ["-m", module, "--worker", str(path), "--parts", *parts, *["--again"] * again]
         done = subprocess.run(command, env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ})
         if done.returncode:
             print(f"{size} ranks ended with exit code {done.returncode}; the parts before are kept", file=sys.stderr)
         found = json.loads(path.read_text()) if path.exists() else {}
-    missing = [name for name in parts if name in AGAIN and name not in found]
-    return found | (launched(size, missing, again=True) if missing and not again else {})
+    missing = [name for name in parts if name in again_of and name not in found]
+    if missing and not again:
+        found |= launched(size, missing, again=True, module=module)
+    return found
 
 
 def ratio(found: dict[int, dict[str, Found]], part: str) -> float | None:
@@ -283,7 +303,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.parts, Path(options.worker), options.again)
+        work(AGAIN if options.again else PARTS, options.parts, Path(options.worker))
         return
     found = {}
     for size in options.gpus:

@@ -34,10 +34,9 @@ def test_a_part_begins_without_the_models_of_the_others(monkeypatch: pytest.Monk
         models.append(weakref.ref(Model()))
         return {"left": left}
 
-    monkeypatch.setattr(distributed, "PARTS", {"first": part, "second": part})
     gc.disable()
     try:
-        distributed.work(["first", "second"], tmp_path / "found.json")
+        distributed.work({"first": part, "second": part}, ["first", "second"], tmp_path / "found.json")
     finally:
         gc.enable()
     assert json.loads((tmp_path / "found.json").read_text()) == {"first": {"left": 0}, "second": {"left": 0}}
