@@ -10,6 +10,7 @@ import torch
 from emulation import emulate
 from scan_backends import arguments, check_summaries, contract, results, same_bits
 from scan_cases import assert_close, assert_within_budget, scan_inputs, widened
+from scan_parts import check_parts
 
 from anymamba.kernels.selective_scan import cuda, reference
 from anymamba.kernels.selective_scan.arguments import ScanArguments
@@ -108,6 +109,41 @@ def test_fast_summaries(case):
 def test_general_summaries(case):
     options = {"dtype": torch.float64, "is_complex": True, "rule": "zoh"} | GENERAL[case]
     check_summaries(cuda, arguments(scan_inputs(**options)))
+
+
+PARTS = {
+    "three": ((700, 640, 900), {"batch": 1, "d_inner": 8}),
+    "short, empty": ((20, 0, 700, 1), {"batch": 1, "d_inner": 5, "initial": False}),
+    "groups": ((700, 700), {"batch": 1, "d_inner": 40, "B": 2, "C": 2}),
+    "packed": ((640, 700, 700), {"batch": 1, "d_inner": 8, "lengths": [30, 0, 1500, 20, 490]}),
+    "an end at the edge": ((640, 700), {"batch": 1, "d_inner": 8, "lengths": [640, 699, 1]}),
+    "ends near the edges": ((640, 640), {"batch": 1, "d_inner": 8, "lengths": [1, 638, 2, 638, 1]}),
+}
+
+
+@pytest.fixture
+def chunks_everywhere(monkeypatch):
+    """Rows are cut into chunks that would not pay."""
+    monkeypatch.setattr(plan, "START_FORWARD", 1)
+    monkeypatch.setattr(plan, "NARROW_TIME", 100)
+    for forget in (plan.forward_plan.cache_clear, plan.split.cache_clear):
+        forget()
+    yield
+    plan.forward_plan.cache_clear()
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_of_fast_scans(case, chunks_everywhere):
+    """Those of long parts are begun before the state arrives, and go on from there."""
+    lengths, options = PARTS[case]
+    a = arguments(scan_inputs(**{"length": sum(lengths), "d_state": 16, "dtype": torch.float32} | options))
+    had_phases = check_parts(a, lengths, "cuda", 3e-5)
+    assert had_phases == [length >= 600 for length in lengths]
+
+
+def test_parts_of_general_scans():
+    a = arguments(scan_inputs(1, 600, 8, 3, is_complex=True, rule="zoh", dtype=torch.float64))
+    assert not any(check_parts(a, (250, 0, 350), "cuda", 1e-12))
 
 
 STEPS = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anymamba import causal_conv1d, selective_scan
 from anymamba.kernels.selective_scan.arguments import ScanArguments
-from anymamba.ops.groups import exchange
+from anymamba.ops.groups import exchange, transport
 from anymamba.ops.selective_scan import over_group
 from anymamba.parallel import SequenceGroup, sequence_group
 
@@ -220,13 +220,15 @@ def bytes_sent(group: Any, length: int) -> int:
         return call
 
     sends = dist.batch_isend_irecv
+    gathers = transport.all_gather_single
     size, rank = group.size(), group.rank()
     spread = SequenceGroup(group.group_name, rank, tuple(range(0, length * size + 1, length)))
     inputs = part_inputs(length, rank)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather", "batch_isend_irecv"):
-            patch.setattr(dist, name, counting(getattr(dist, name)))
-        for name in ("all_reduce", "reduce_scatter", "broadcast", "all_to_all", "send", "gather"):
+        patch.setattr(dist, "batch_isend_irecv", counting(sends))
+        patch.setattr(transport, "all_gather_single", counting(gathers))
+        patch.setattr(transport, "reduce_scatter_single", None)  # not called
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send", "gather"):
             patch.setattr(dist, name, None)  # not called
         x = causal_conv1d(inputs["u"], inputs.pop("weight"), group=spread).y
         y, _ = selective_scan(**inputs | {"u": x}, group=spread)

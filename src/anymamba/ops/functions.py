@@ -57,7 +57,7 @@ def run(op: Op, arguments: Any, backend: str) -> tuple[Tensor, Tensor]:
     return y, last_state
 
 
-class _Quick(Function):
+class Quick(Function):
     """An autograd function whose `apply` does not inspect the signature of `forward`: that takes as long as a kernel's
     launch."""
 
@@ -67,7 +67,7 @@ class _Quick(Function):
         return super().apply(*args) if plain is None else super(Function, cls).apply(*plain)  # type: ignore[misc]
 
 
-class _Forward(_Quick):
+class _Forward(Quick):
     @staticmethod
     def forward(op: Op, backend: str, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         forward = op.forward if observers.way(*tensors) == "kernel" else op.registered_forward
@@ -106,7 +106,7 @@ class _Forward(_Quick):
         return _each(_Forward, info.batch_size, in_dims, args)
 
 
-class _Backward(_Quick):
+class _Backward(Quick):
     """The gradients of all tensors that can have one."""
 
     @staticmethod

@@ -9,19 +9,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 
+from anymamba.ops import observers
 from anymamba.ops.groups import transport
 from anymamba.ops.groups.group import SequenceGroup
 
 
 def from_previous_rank(x: Tensor, group: SequenceGroup) -> Tensor:
     """The x of the rank before this one; zeros on the first rank. All ranks have tensors of one shape."""
+    if observers.way(x) in ("function", "kernel"):
+        return _EagerShift.apply(x, group.name, group.rank, group.size, 1)
     return _shift(x, group.name, group.rank, group.size, 1)
 
 
 def gathered_parts(x: Tensor, group: SequenceGroup) -> Tensor:
     """The x of all ranks, (size, *shape). All ranks have tensors of one shape."""
     return _gather(x, group.name, group.size)
+
+
+class _EagerShift(Function):
+    """`_shift` in eager code, without torch's wrappers of a registered op: they take longer than the exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, rank: int, size: int, by: int) -> Tensor:
+        ctx.options = name, rank, size, by
+        return transport.shifted(x, name, rank, size, by)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _shift_back(ctx, dy)
 
 
 @torch.library.custom_op("anymamba::shift_over_ranks", mutates_args=())

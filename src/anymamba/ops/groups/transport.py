@@ -12,6 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 has new names for these
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def process_group(name: str) -> Any:
     """The process group of that name, as in `ProcessGroup.group_name`."""
@@ -22,14 +26,14 @@ def process_group(name: str) -> Any:
 def all_gather(x: Tensor, name: str, size: int) -> Tensor:
     """The tensors of all ranks, which have one shape, as (size, *shape)."""
     gathered = x.new_empty(size, *x.shape)
-    dist.all_gather(list(gathered), x.contiguous(), group=process_group(name))
+    all_gather_single(gathered.view(-1), x.contiguous().view(-1), group=process_group(name))
     return gathered
 
 
 def reduce_scatter(x: Tensor, name: str) -> Tensor:
     """The sum over ranks of x[r], on rank r, from (size, *shape)."""
     total = x.new_empty(x.shape[1:])
-    dist.reduce_scatter(total, [part.contiguous() for part in x], group=process_group(name))
+    reduce_scatter_single(total.view(-1), x.contiguous().view(-1), group=process_group(name))
     return total
 
 

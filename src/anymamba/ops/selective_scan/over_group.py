@@ -10,18 +10,22 @@ after, one all-gather follows, and each rank computes the gradient of the state 
 backward pass.
 
 With packed sequences, only the one that crosses an edge between two ranks takes part.
+
+A backend that scans in two phases does not repeat the first one: what that found before the exchange is made right for
+the state that arrives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from anymamba.kernels.selective_scan.arguments import N_TENSORS, ScanArguments
-from anymamba.ops import dispatch, observers
+from anymamba.ops import dispatch, functions, observers
 from anymamba.ops.checks import require_offsets
 from anymamba.ops.groups import SequenceGroup, all_gather
 from anymamba.ops.selective_scan import registration
@@ -39,9 +43,34 @@ def run(arguments: ScanArguments, group: SequenceGroup, backend: str) -> tuple[T
         raise RuntimeError(f"backend {backend!r} cannot serve a scan over a group; leave backend=None")
     if observers.transformed(*arguments.tensors):
         raise RuntimeError("a scan over a group has no forward mode and no torch.func transforms; scan on one process")
+    if observers.way(*arguments.tensors) in ("function", "kernel"):  # skips torch's wrappers of a registered op
+        return _Eager.apply(group, backend, arguments.options, *arguments.tensors)
     save = observers.differentiable(*arguments.tensors)
     y, last_state, *_ = forward_op(*arguments, group.name, group.rank, list(group.starts), save, backend)
     return y, last_state
+
+
+class _Eager(functions.Quick):
+    """The op in eager code."""
+
+    @staticmethod
+    def forward(ctx: Any, group: SequenceGroup, backend: str, options: tuple[Any, ...], *tensors: Any) -> Any:
+        part = _Part(ScanArguments(*tensors, *options), group, backend)
+        with dispatch.without_autocast(tensors[0].device.type):
+            y, last_state, *kept = _forward(part, any(ctx.needs_input_grad))
+        ctx.of_part = options, group, backend
+        ctx.save_for_backward(*tensors, *kept)
+        return y, last_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Any, ...]:
+        *tensors, saved, arriving, steps = ctx.saved_tensors
+        options, group, backend = ctx.of_part
+        part = _Part(ScanArguments(*tensors, *options), group, backend)
+        with dispatch.without_autocast(dy.device.type):
+            grads = _backward(part, dy, dlast_state, saved, arriving, steps)
+        return None, None, None, *(None if t is None else g for t, g in zip(tensors[:-1], grads, strict=True)), None
 
 
 class _Part(NamedTuple):
@@ -67,24 +96,65 @@ class _Part(NamedTuple):
             )
         return a._replace(cu_seqlens=offsets, initial_state=initial)
 
-    def summary(self) -> tuple[Tensor, Tensor]:
-        """What departs from here if nothing arrives (rows, d, n), and the sum of steps (rows, d)."""
-        a = self.local(None)
-        if self.group.rank == self.group.size - 1 or a.length == 0:  # nothing departs, or what is given departs
+    def begin(self) -> tuple[Tensor, Tensor, Any]:
+        """What departs from here if nothing arrives (rows, d, n), the sum of steps (rows, d), and the backend's first
+        phase of the scan, if it has one."""
+        a, kernel = self.local(None), dispatch.kernel(OP, self.backend)
+        is_last = self.group.rank == self.group.size - 1
+        if a.length == 0 or (is_last and not hasattr(kernel, "begin")):  # what is given departs, or nothing
             end = a.u.new_zeros(a.batch, a.d_inner, a.d_state, dtype=a.dtype)
             given = None if a.cu_seqlens is not None else a.initial_state
-            return end if given is None else end.copy_(given), a.u.new_zeros(a.batch, a.d_inner, dtype=a.real_dtype)
+            end = end if given is None else end.copy_(given)
+            return end, a.u.new_zeros(a.batch, a.d_inner, dtype=a.real_dtype), None
         dispatch.count(OP, self.backend, "summary")
-        return dispatch.kernel(OP, self.backend).summary(a)
+        return kernel.begin(a) if hasattr(kernel, "begin") else (*kernel.summary(a), None)
 
-    def reverse_summary(self, dy: Tensor, dlast_state: Tensor) -> Tensor:
-        """The gradient of the state that arrives here (rows, d, n), if that of what departs is zero."""
-        a, offsets = self.local(None), self.arguments.cu_seqlens
-        if self.group.rank == 0 or a.length == 0:  # nothing arrives, or only what departs
-            return a.u.new_zeros(a.batch, a.d_inner, a.d_state, dtype=a.dtype)
+    def finish(self, begun: Any, arriving: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """y, the last states and what the backend saves, from the state that arrives (rows, d, n)."""
+        a = self.local(arriving)
+        if begun is None:
+            return registration._forward(a, save, self.backend)
+        dispatch.count(OP, self.backend, "forward")
+        kernel = dispatch.kernel(OP, self.backend)
+        if self.group.rank > 0:
+            begun = kernel.with_arrival(begun, self.given(arriving, self.group.arriving), a, reverse=False)
+        return kernel.forward(a, save, begun)
+
+    def begin_reverse(self, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor, Any]:
+        """The gradient of the state that arrives here (rows, d, n) if that of what departs is zero, and the backend's
+        first phase of the backward pass, if it has one."""
+        a, kernel, offsets = self.local(None), dispatch.kernel(OP, self.backend), self.arguments.cu_seqlens
+        if a.length == 0 or (self.group.rank == 0 and not hasattr(kernel, "begin_reverse")):  # nothing arrives
+            return a.u.new_zeros(a.batch, a.d_inner, a.d_state, dtype=a.dtype), None
         dispatch.count(OP, self.backend, "reverse summary")
-        gradient = dispatch.kernel(OP, self.backend).reverse_summary(dy, dlast_state, a)
-        return gradient if offsets is None else torch.where(self.group.arriving(offsets).any(), gradient, 0)
+        if hasattr(kernel, "begin_reverse"):
+            gradient, begun = kernel.begin_reverse(dy, dlast_state, a)
+        else:
+            gradient, begun = kernel.reverse_summary(dy, dlast_state, a), None
+        return self.given(gradient, self.group.arriving) if offsets is not None else gradient, begun
+
+    def finish_reverse(
+        self, begun: Any, departing: Tensor, arriving: Tensor, saved: Tensor, dy: Tensor, dlast_state: Tensor
+    ) -> list[Tensor]:
+        """The gradients of the part's tensors, from the gradient of the state that departs (rows, d, n)."""
+        a, group = self.local(arriving), self.group
+        if self.arguments.cu_seqlens is None:
+            dlast_state = dlast_state + departing
+        else:
+            dlast_state = torch.where(_per_state(group.departing(self.arguments.cu_seqlens)), departing, dlast_state)
+        if begun is None:
+            return registration._backward(dy, dlast_state, a, saved, self.backend)
+        dispatch.count(OP, self.backend, "backward")
+        kernel = dispatch.kernel(OP, self.backend)
+        if group.rank < group.size - 1:
+            begun = kernel.with_arrival(begun, self.given(departing, group.departing), a, reverse=True)
+        grads = kernel.backward(dy, dlast_state, a, saved, begun)
+        return [dy.new_empty(0) if g is None else g for g in grads]
+
+    def given(self, states: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:
+        """The states (rows, d, n), or zeros if none of the packed sequences is one of `which`."""
+        offsets = self.arguments.cu_seqlens
+        return states if offsets is None else torch.where(which(offsets).any(), states, 0)
 
     def fold(self, leaving: Tensor, steps: Tensor, ranks: Iterable[int], *, reverse: bool) -> Tensor:
         """The state that reaches the rank after those of `ranks`, or a gradient on the way back.
@@ -126,9 +196,10 @@ def _forward(part: _Part, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     a, group = part.arguments, part.group
     if not dispatch.clamps_offsets(OP, part.backend):
         require_offsets(a.cu_seqlens, group.length)
-    leaving, steps = part.gather(*part.summary())
+    end, sum_of_steps, begun = part.begin()
+    leaving, steps = part.gather(end, sum_of_steps)
     arriving = part.fold(leaving, steps, range(group.rank), reverse=False)
-    y, last_state, saved = registration._forward(part.local(arriving), save, part.backend)
+    y, last_state, saved = part.finish(begun, arriving, save)
     return y, group.only_where_it_ends(last_state, a.cu_seqlens), saved, arriving.contiguous(), steps.contiguous()
 
 
@@ -138,13 +209,10 @@ def _backward(
     """The gradients of the record's floating-point tensors."""
     a, group = part.arguments, part.group
     dlast_state = group.only_where_it_ends(dlast_state, a.cu_seqlens)
-    (leaving,) = part.gather(part.reverse_summary(dy, dlast_state))
+    gradient, begun = part.begin_reverse(dy, dlast_state)
+    (leaving,) = part.gather(gradient)
     departing = part.fold(leaving, steps, range(group.size - 1, group.rank, -1), reverse=True)
-    if a.cu_seqlens is None:
-        dlast_state = dlast_state + departing
-    else:
-        dlast_state = torch.where(_per_state(group.departing(a.cu_seqlens)), departing, dlast_state)
-    grads = registration._backward(dy, dlast_state, part.local(arriving), saved, part.backend)
+    grads = part.finish_reverse(begun, departing, arriving, saved, dy, dlast_state)
     return [*grads[:-1], _of_given(part, grads[-1])]
 
 

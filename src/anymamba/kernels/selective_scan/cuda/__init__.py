@@ -12,7 +12,14 @@ from torch import Tensor
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.cuda import passes, plan
 from anymamba.kernels.selective_scan.cuda.call import Call, real
-from anymamba.kernels.selective_scan.cuda.summary import reverse_summary, summary
+from anymamba.kernels.selective_scan.cuda.summary import (
+    Chunks,
+    begin,
+    begin_reverse,
+    reverse_summary,
+    summary,
+    with_arrival,
+)
 from anymamba.runtimes import nvrtc
 
 __all__ = [
@@ -20,6 +27,8 @@ __all__ = [
     "NAME",
     "TRANSPARENT",
     "backward",
+    "begin",
+    "begin_reverse",
     "description",
     "forward",
     "refuses",
@@ -28,6 +37,7 @@ __all__ = [
     "step",
     "summary",
     "unavailable",
+    "with_arrival",
 ]
 
 NAME = "cuda"
@@ -61,8 +71,12 @@ def saved_shape(a: ScanArguments) -> tuple[int, ...]:
     )
 
 
-def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (b or n_sequences, d, n), and the states before every 64 tokens (or nothing)."""
+def forward(a: ScanArguments, save: bool, chunks: Chunks | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, d), last_state (b or n_sequences, d, n), and the states before every 64 tokens (or nothing).
+
+    Args:
+        chunks: those of `begin`, for these arguments.
+    """
     saved = a.u.new_empty(saved_shape(a) if save else (0,), dtype=a.dtype)
     last_state = a.u.new_empty(a.n_sequences, a.d_inner, a.d_state, dtype=a.dtype)
     if a.u.numel() == 0:
@@ -75,12 +89,18 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     call.dense(last_state=last_state, saved=saved if save else None)
     if a.cu_seqlens is not None:
         passes.between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
-    _fast_forward(call, layouts, dtype) if layouts else _general_forward(call)
+    _fast_forward(call, layouts, dtype, chunks) if layouts else _general_forward(call)
     return y.to(a.u.dtype), last_state, saved
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is None)."""
+def backward(
+    dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor, chunks: Chunks | None = None
+) -> list[Tensor | None]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is None).
+
+    Args:
+        chunks: those of `begin_reverse`, for these arguments.
+    """
     inputs = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_state)
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in inputs)
     if a.u.numel() == 0:
@@ -99,7 +119,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     call.gradients(dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
     if a.cu_seqlens is not None and dinitial is not None:
         passes.between(call, "pass_empty", a.n_sequences * plan.SMALL_THREADS)
-    _fast_backward(call, a, layouts, dtype) if layouts else _general_backward(call, a)
+    _fast_backward(call, a, layouts, dtype, chunks) if layouts else _general_backward(call, a)
     du, ddelta, dz = (None if t is None or w is None else w.to(t.dtype) for t, w in zip(rows, written, strict=True))
     initial = None if dinitial is None or states is None else states.to(dinitial.dtype)
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, initial]
@@ -133,14 +153,16 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype) -> None:
+def _fast_forward(call: Call, layouts: plan.Layouts, dtype: torch.dtype, chunks: Chunks | None) -> None:
     channels = call["batch"] * call["channels"]
     device = nvrtc.device(call.index)
     layout, warps, split = plan.forward_plan(call["length"], channels, layouts.warps, dtype, call["states"], device)
     passes.set_split(call, split)
     if call["saved"]:
         nvrtc.prepare(plan.variants_of_training(layout, layouts, dtype, call["states"], split.n_chunks > 1), call.index)
-    if split.n_chunks > 1:
+    if chunks is not None:
+        call.dense(chunk_states=chunks.states, chunk_decays=chunks.decays)
+    elif split.n_chunks > 1:
         passes.scratch_of_chunks(call)
         passes.fast_scan(call, layout, warps, dtype, plan.SUMMARY, split.n_chunks - 1)
     passes.fast_scan(call, layout, warps, dtype, plan.FORWARD, split.n_chunks)
@@ -187,11 +209,15 @@ def _general_backward(call: Call, a: ScanArguments) -> None:
     passes.between(call, "sum_parts", (a.d_state + 2) * call["channels"])
 
 
-def _fast_backward(call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: torch.dtype) -> None:
+def _fast_backward(
+    call: Call, a: ScanArguments, layouts: plan.Layouts, dtype: torch.dtype, chunks: Chunks | None
+) -> None:
     layout = layouts.backward
+    has_phases = passes.split_backward(call, layout)
     n_blocks = passes.blocks(call, layout.block_channels)
-    passes.split(call, n_blocks, layout.blocks, plan.SUMMARY_BACKWARD)
-    if call["n_chunks"] > 1:
+    if chunks is not None:
+        call.dense(chunk_states=chunks.states, chunk_decays=chunks.decays)
+    elif has_phases:
         passes.scratch_of_chunks(call)
         passes.fast_scan(call, plan.WIDE, layouts.warps, dtype, plan.REVERSE, call["n_chunks"] - 1)
     _scratch_of_parts(call, a)

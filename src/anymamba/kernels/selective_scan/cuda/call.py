@@ -18,7 +18,8 @@ ROWS = ("u", "delta", "z", "B", "C", "y", "dy", "du", "ddelta", "dz")
 
 FIELDS = (
     *("A", "D", "delta_bias", "constant_B", "constant_C", "initial_state", "last_state", "dlast_state"),
-    *("dinitial_state", "saved", "chunk_states", "chunk_decays", "checkpoints", "dA_of_warps"),
+    *("dinitial_state", "saved", "chunk_states", "chunk_decays", "chunk_steps", "leaving"),
+    *("checkpoints", "dA_of_warps"),
     *("dA_parts", "dD_parts", "dbias_parts", "dB_parts", "dC_parts", "dA", "dD", "dbias", "dB", "dC"),
     *("offsets", "sequence_of", "batch", "length", "d_inner", "d_state", "n_groups", "n_sequences"),
     *(

@@ -3,7 +3,7 @@
 // pass.
 //
 // PASS: FORWARD writes y, the last states and the saved ones. SUMMARY writes what leaves a chunk where nothing arrives,
-// and the product of its decays; REVERSE does that for the gradient of the state, with time running backwards (then w
+// the product of its decays, and the sum of d if it is asked for; REVERSE does that for the gradient of the state, with time running backwards (then w
 // is that of y before the gate, and C takes the place of B).
 //
 // Notation. d = delta after the softplus, w = d u, a = exp(d A), h the state; a = 2^(d rate).
@@ -477,6 +477,9 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
             for (int k = 0; k < warps; k++) sum += of_warps[k].d_and_w[c];
             states[n * p.channels + c] = last_groups[g].carry[place];
             decays[n * p.channels + c] = exp2_fast(sum * rates[g * PLANE + place]);
+            if (n == 0 && p.chunk_steps)
+                reinterpret_cast<float*>(p.chunk_steps)[(at.row * p.n_chunks + at.chunk) * p.channels + at.padded + c] =
+                    sum;
         }
     }
 }

@@ -24,6 +24,8 @@ struct Parameters {
     u8* saved;         // states before every 64 tokens
     u8* chunk_states;  // (batch, n_chunks, states, channels): what leaves a chunk, then what arrives at it
     u8* chunk_decays;  // the same: what an arrival is multiplied with on its way through
+    u8* chunk_steps;   // (batch, n_chunks, channels): the sum of d, or null
+    u8* leaving;       // (batch, d_inner, d_state): what leaves a row
     u8* checkpoints;
     u8* dA_of_warps;
     u8 *dA_parts, *dD_parts, *dbias_parts, *dB_parts, *dC_parts;

@@ -64,6 +64,12 @@ def split(call: Call, n_blocks: int, held: int, summary: float = 0.5) -> None:
     set_split(call, plan.split(call["length"], n_blocks, machine))
 
 
+def split_backward(call: Call, layout: plan.Layout) -> bool:
+    """Decide on the chunks of the fast backward scan; whether it has a first phase."""
+    split(call, blocks(call, layout.block_channels), layout.blocks, plan.SUMMARY_BACKWARD)
+    return call["n_chunks"] > 1
+
+
 def set_split(call: Call, split: plan.Split) -> None:
     call.set(chunk=split.chunk, n_chunks=split.n_chunks, n_parts=call["batch"] * split.n_chunks)
 

@@ -1,49 +1,123 @@
 """Only the states that leave a row at its end, or their gradients at its start; for sequences spread over processes.
 
-These are the first phases of a scan in chunks of time, for all chunks.
+These are the first phases of a scan in chunks of time, for all chunks. `begin` and `begin_reverse` choose the chunks of
+`forward` and `backward`, which then need only their second phase: `with_arrival` makes what leaves the chunks right for
+what arrives at the row.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba.kernels.elementwise import sum_of_steps
 from anymamba.kernels.selective_scan.arguments import ScanArguments
-from anymamba.kernels.selective_scan.chunks import leaving_row
 from anymamba.kernels.selective_scan.cuda import passes, plan
 from anymamba.kernels.selective_scan.cuda.call import Call
+from anymamba.runtimes import nvrtc
+
+
+class Chunks(NamedTuple):
+    """What the first phase finds of each chunk: (batch, chunks, padded states, padded channels)."""
+
+    states: Tensor
+    """What leaves it if nothing arrives at the row."""
+    decays: Tensor
+    """What an arrival is multiplied with on its way through."""
+    length: int
+    """Tokens of a chunk."""
 
 
 def summary(a: ScanArguments) -> tuple[Tensor, Tensor]:
-    """The state (b, d, n) after the last token of each row, and the sum of the row's steps (b, d)."""
-    steps = sum_of_steps(a.delta, a.delta_bias, a.delta_softplus, a.real_dtype)
+    """The state (b, d, n) after the last token of each row, and the sum of the row's steps (b, d).
+
+    In a packed row the sum is that of the row's steps only if the row has one sequence.
+    """
+    return begin(a)[:2]
+
+
+def begin(a: ScanArguments) -> tuple[Tensor, Tensor, Chunks | None]:
+    """What `summary` returns, and the chunks with which `forward` leaves out its first phase, if it has one."""
     layouts = plan.layouts(a)
     call, dtype = passes.start(a._replace(z=None, D=None), layouts)
-    return _leaving(call, a, layouts, dtype, plan.SUMMARY), steps
+    if layouts is None:
+        steps = sum_of_steps(a.delta, a.delta_bias, a.delta_softplus, a.real_dtype)
+        _general(call, plan.SUMMARY)
+        return _leaving(call, a), steps, None
+    channels, device = call["batch"] * call["channels"], nvrtc.device(call.index)
+    layout, warps, split = plan.forward_plan(call["length"], channels, layouts.warps, dtype, call["states"], device)
+    if split.n_chunks > 1:
+        passes.set_split(call, split)
+    else:
+        layout, warps = plan.WIDE, layouts.warps
+        _split_alone(call, plan.WIDE.block_channels, plan.WIDE.blocks)
+    states, decays = passes.scratch_of_chunks(call)
+    steps = call.scratch("chunk_steps", call["batch"], call["n_chunks"], call["channels"])
+    passes.fast_scan(call, layout, warps, dtype, plan.SUMMARY, call["n_chunks"])
+    chunks = Chunks(states, decays, call["chunk"]) if split.n_chunks > 1 else None
+    of_groups = steps.sum(1).unflatten(1, (a.n_groups, call.padded))[..., : call.per_group]
+    return _leaving(call, a), of_groups.flatten(1), chunks
 
 
 def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor:
     """The gradient of the state (b, d, n) before the first token of each row."""
+    return begin_reverse(dy, dlast_state, a)[0]
+
+
+def begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> tuple[Tensor, Chunks | None]:
+    """What `reverse_summary` returns, and the chunks with which `backward` leaves out its first phase, if it has
+    one."""
     dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))
     layouts = plan.layouts(a)
     call, dtype = passes.start(a, layouts)
     call.rows(dy=dy.to(dtype))
     call.states(dlast_state=dlast_state)
     call.set(first_chunk=0)
-    return _leaving(call, a, layouts, dtype, plan.REVERSE)
+    if layouts is None:
+        _general(call, plan.REVERSE)
+        return _leaving(call, a), None
+    has_phases = passes.split_backward(call, layouts.backward)
+    if not has_phases:
+        _split_alone(call, plan.WIDE.block_channels, plan.WIDE.blocks)
+    states, decays = passes.scratch_of_chunks(call)
+    passes.fast_scan(call, plan.WIDE, layouts.warps, dtype, plan.REVERSE, call["n_chunks"])
+    return _leaving(call, a), Chunks(states, decays, call["chunk"]) if has_phases else None
 
 
-def _leaving(call: Call, a: ScanArguments, layouts: plan.Layouts | None, dtype: torch.dtype, passage: int) -> Tensor:
+def with_arrival(chunks: Chunks, arriving: Tensor, a: ScanArguments, *, reverse: bool) -> Chunks:
+    """The chunks where `arriving` (b, d, n) arrives at the row's beginning, or at its end in reverse.
+
+    It passes through the first chunk on the way unless one of the packed sequences ends in it. Writes to the chunks.
+    """
+    n, (states, decays) = (-1 if reverse else 0), chunks[:2]
+    per_group = a.d_inner // a.n_groups
+    rows = arriving.to(states.dtype).mT.unflatten(2, (a.n_groups, per_group))
+    padded = F.pad(rows, (0, states.shape[3] // a.n_groups - per_group)).flatten(2)
+    padded = F.pad(padded, (0, 0, 0, states.shape[2] - a.d_state))
+    if a.cu_seqlens is not None:
+        begin = (states.shape[1] - 1) * chunks.length if reverse else 0
+        inside = (a.cu_seqlens > begin) & (a.cu_seqlens < min(a.length, begin + chunks.length))
+        padded = torch.where(inside.any(), 0, padded)
+    states[:, n].addcmul_(decays[:, n], padded)
+    return chunks
+
+
+def _split_alone(call: Call, block_channels: int, blocks: int) -> None:
+    """Chunks for a first phase that no second one follows."""
+    passes.split(call, passes.blocks(call, block_channels), blocks, summary=0)
+
+
+def _general(call: Call, passage: int) -> None:
+    _split_alone(call, 32, 4)
+    passes.scratch_of_chunks(call)
+    passes.general_scan(call, passage, passes.blocks(call, 32) * call["n_chunks"])
+
+
+def _leaving(call: Call, a: ScanArguments) -> Tensor:
     """What leaves each row, (b, d, n)."""
-    n_blocks = passes.blocks(call, plan.WIDE.block_channels if layouts else 32)
-    passes.split(call, n_blocks, plan.WIDE.blocks if layouts else 4, summary=0)
-    n_chunks = call["n_chunks"]
-    leaving, decays = passes.scratch_of_chunks(call)
-    if layouts:
-        passes.fast_scan(call, plan.WIDE, layouts.warps, dtype, passage, n_chunks)
-    else:
-        passes.general_scan(call, passage, n_blocks * n_chunks)
-    states = leaving_row(leaving, decays, a, call["chunk"], reverse=passage == plan.REVERSE)
-    groups = states[:, : a.d_state].unflatten(2, (a.n_groups, call.padded))[..., : call.per_group]
-    return groups.flatten(2).mT.contiguous()
+    leaving = call.scratch("leaving", a.batch, a.d_inner, a.d_state)
+    passes.between(call, "leave", call["batch"] * call["states"] * call["channels"])
+    return leaving
