@@ -150,6 +150,7 @@ STEPS = {
     "fast": {"d_state": 16, "dtype": torch.float32},
     "fast, groups, odd channels": {"d_state": 12, "d_inner": 99, "B": 3, "C": 3, "dtype": torch.float32},
     "fast, bare": {"d_state": 128, "D": False, "z": False, "bias": False, "softplus": False, "dtype": torch.float32},
+    "fast, short": {"d_state": 16, "d_inner": 33, "dtype": torch.bfloat16},
     "no state": {"d_state": 4, "initial": False, "dtype": torch.float32},
     "general": {"d_state": 5, "dtype": torch.float32},
     "many states": {"d_state": 300, "dtype": torch.float32},
@@ -157,7 +158,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 6])
 @pytest.mark.parametrize("case", STEPS)
 def test_a_step(case, batch):
     inputs = scan_inputs(**{"batch": batch, "length": 1} | STEPS[case])
@@ -165,6 +166,24 @@ def test_a_step(case, batch):
     assert (plan.fast_step(a) is None) == (case in ("general", "many states", "complex"))
     pairs = (cuda.step(a), reference.step(a), reference.step(arguments(widened(inputs))))
     assert_within_budget(*({"y": y, "last_state": state} for y, state in pairs))
+
+
+@pytest.mark.parametrize("d_state", [8, 16, 32])
+def test_a_step_is_the_same_in_every_row(d_state):
+    """Rows share a block, and each is summed by lanes of its own."""
+    one = arguments(scan_inputs(1, 1, 5, d_state, dtype=torch.float32))
+    per_row = {k: t for k, t in one._asdict().items() if k in ("u", "delta", "B", "C", "z", "initial_state")}
+    many = one._replace(**{k: t.expand(7, *t.shape[1:]).contiguous() for k, t in per_row.items()})
+    (y, state), (ys, states) = cuda.step(one), cuda.step(many)
+    assert torch.equal(ys, y.expand_as(ys)) and torch.equal(states, state.expand_as(states))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_step_reads_matrices_that_begin_anywhere(offset):
+    a = arguments(scan_inputs(5, 1, 9, 16, dtype=torch.bfloat16))
+    moved = {k: torch.nn.functional.pad(t, (offset, 3))[..., offset : offset + 16] for k, t in (("B", a.B), ("C", a.C))}
+    for got, want in zip(cuda.step(a._replace(**moved)), cuda.step(a), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["delta", "B", "z"])

@@ -135,7 +135,9 @@ def step(a: ScanArguments) -> tuple[Tensor, Tensor]:
     passes.matrices(call, a)
     call.dense(last_state=state)
     threads, fast = plan.GENERAL_THREADS, plan.fast_step(a)
-    lanes = min(32, _power_of_two(-(-a.d_state // plan.STATES_OF_LANE) if fast else a.d_state))
+    lanes = min(32, _power_of_two(a.d_state))
+    if fast:
+        lanes = max(plan.ROWS_OF_BLOCK, _power_of_two(-(-a.d_state // plan.STATES_OF_LANE)))
     call.set(lanes=lanes)
     if fast:
         blocks_of_rows = -(-a.d_inner * lanes // threads)

@@ -344,8 +344,8 @@ def shared_of_general(dtype: torch.dtype, backward: bool) -> int:
 GENERAL_THREADS = 128
 """Of the general kernels and both steps."""
 
-MOST_OF_FAST_STEP, STATES_OF_LANE, ROWS_OF_BLOCK = 128, 4, 2
-"""Of fast_step.cu: states of a channel and of a lane, rows of the batch of a block."""
+MOST_OF_FAST_STEP, STATES_OF_LANE, ROWS_OF_BLOCK = 128, 4, 4
+"""Of fast_step.cu: states of a channel and of a lane; rows of a block, which are the fewest lanes of a channel, too."""
 
 SMALL_THREADS = 256
 """Of the kernels in between.cu."""
