@@ -35,16 +35,37 @@ DEVICE Place place_of_thread(const Parameters& p) {
 #define FOR_EACH_CHUNK(k, at) \
     _Pragma("unroll") for (int k = 0; k < CHUNKS; k++) if ((at).first + k * (at).step < (at).size)
 
-template <int TYPE>
-DEVICE void get_as(Row& out, const u8* data, i64 start, const Place& at) {
-    const auto* from = reinterpret_cast<const typename ElementOf<TYPE>::Type*>(data) + start + at.first;
-    FOR_EACH_CHUNK(k, at) read<TYPE>(out[k], from + k * at.step);
+// A lane's part of a row as it is in memory: what has been asked for and need not have come yet. Of short numbers four
+// take half of the words. Widening waits for them, so all tensors are asked for before any is widened.
+struct Packed {
+    uint4 of[CHUNKS];
+};
+DEVICE void ask(Packed& out, const u8* data, i64 start, i64 dtype, const Place& at) {
+    if (dtype == FLOAT32) {
+        const float* from = reinterpret_cast<const float*>(data) + start + at.first;
+        FOR_EACH_CHUNK(k, at) out.of[k] = *reinterpret_cast<const uint4*>(from + k * at.step);
+    } else {
+        const u16* from = reinterpret_cast<const u16*>(data) + start + at.first;
+        FOR_EACH_CHUNK(k, at) {
+            const uint2 words = *reinterpret_cast<const uint2*>(from + k * at.step);
+            out.of[k].x = words.x, out.of[k].y = words.y;
+        }
+    }
 }
-DEVICE void get(Row& out, const u8* data, i64 start, i64 dtype, const Place& at) {
+DEVICE void ask_for_row(Packed& out, const Rows& rows, i64 row, const Place& at) {
+    ask(out, rows.data, row * rows.stride, rows.dtype, at);
+}
+template <int TYPE>
+DEVICE void widen_as(Row& out, const Packed& in) {
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++)
+        read<TYPE>(out[k], reinterpret_cast<const typename ElementOf<TYPE>::Type*>(&in.of[k]));
+}
+DEVICE void widen(Row& out, const Packed& in, i64 dtype) {
     switch (dtype) {
-        case FLOAT32: return get_as<FLOAT32>(out, data, start, at);
-        case BFLOAT16: return get_as<BFLOAT16>(out, data, start, at);
-        default: return get_as<FLOAT16>(out, data, start, at);
+        case FLOAT32: return widen_as<FLOAT32>(out, in);
+        case BFLOAT16: return widen_as<BFLOAT16>(out, in);
+        default: return widen_as<FLOAT16>(out, in);
     }
 }
 template <int TYPE>
@@ -59,28 +80,36 @@ DEVICE void put(u8* data, i64 start, i64 dtype, const Row& values, const Place& 
         default: return put_as<FLOAT16>(data, start, values, at);
     }
 }
-DEVICE void get_row(Row& out, const Rows& rows, i64 row, const Place& at) {
-    get(out, rows.data, row * rows.stride, rows.dtype, at);
-}
 DEVICE void put_row(const Rows& rows, i64 row, const Row& values, const Place& at) {
     put(rows.data, row * rows.stride, rows.dtype, values, at);
 }
 
-DEVICE float rounded(float x, i64 dtype) {
-    if (dtype == FLOAT32) return x;
-    return dtype == BFLOAT16 ? bits_as_float(floats_as_bfloats(0.f, x) & 0xffff0000u) : half_as_float(float_as_half(x));
-}
-
-// x + residual, in the dtype that the sum has.
-DEVICE void get_total(Row& total, const Parameters& p, i64 row, const Place& at) {
-    get_row(total, p.x, row, at);
-    if (!p.residual.data) return;
-    Row residual = {};
-    get_row(residual, p.residual, row, at);
+template <int TYPE>
+DEVICE void round_as(Row& values) {
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++)
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) total[k][i] = rounded(total[k][i] + residual[k][i], p.total_dtype);
+        for (int i = 0; i < WIDTH; i += 2) {
+            const float pair[2] = {values[k][i], values[k][i + 1]};
+            alignas(4) u16 rounded[2];
+            float back[2];
+            write<TYPE>(rounded, pair), read<TYPE>(back, rounded);
+            values[k][i] = back[0], values[k][i + 1] = back[1];
+        }
+}
+
+// x + residual, in the dtype that the sum has.
+DEVICE void add_up(Row& total, const Packed& x, const Packed& residual, const Parameters& p) {
+    widen(total, x, p.x.dtype);
+    if (!p.residual.data) return;
+    Row more;
+    widen(more, residual, p.residual.dtype);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++)
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) total[k][i] += more[k][i];
+    if (p.total_dtype == BFLOAT16) round_as<BFLOAT16>(total);
+    if (p.total_dtype == FLOAT16) round_as<FLOAT16>(total);
 }
 
 // The sum over the threads of a row, for all of them. All threads of the block call it; `slots` alternates between
@@ -132,13 +161,18 @@ KERNEL(MOST_THREADS, 2) forward(PARAMETER Parameters p) {
     const Place at = place_of_thread(p);
     const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps;
     const i64 own = i64(blockIdx.x) * rows_of_block + int(threadIdx.x) / 32 / warps, row = min(own, p.rows - 1);
-    Row total = {}, weight = {}, bias = {};
-    get_total(total, p, row, at);
-    if (p.weight) get(weight, p.weight, 0, p.weight_dtype, at);
-    if (p.bias) get(bias, p.bias, 0, p.bias_dtype, at);
+    Packed x = {}, residual = {}, weights = {}, biases = {};
+    ask_for_row(x, p.x, row, at);
+    if (p.residual.data) ask_for_row(residual, p.residual, row, at);
+    Row total, weight, bias = {};
+    add_up(total, x, residual, p);
+    if (p.total.data && own < p.rows) put_row(p.total, row, total, at);
+    if (p.weight) ask(weights, p.weight, 0, p.weight_dtype, at);
+    if (p.bias) ask(biases, p.bias, 0, p.bias_dtype, at);
     const Statistics s = statistics_of(total, p, at);
     if (own >= p.rows) return;
-    if (p.total.data) put_row(p.total, row, total, at);
+    widen(weight, weights, p.weight_dtype);
+    if (p.bias) widen(bias, biases, p.bias_dtype);
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++)
 #pragma unroll
@@ -184,12 +218,16 @@ KERNEL(MOST_THREADS, 1) backward(PARAMETER Parameters p) {
     int slots = 0;
     for (i64 first = i64(blockIdx.x) * rows_of_block; first < p.rows; first += i64(gridDim.x) * rows_of_block) {
         const i64 own = first + group, row = min(own, p.rows - 1);
-        Row n = {}, g = {}, more = {}, weight = {};
-        get_total(n, p, row, at);
-        get_row(g, p.dy, row, at);
-        if (p.dtotal.data) get_row(more, p.dtotal, row, at);
-        if (p.weight) get(weight, p.weight, 0, p.weight_dtype, at);
+        Packed x = {}, residual = {}, dy = {}, dtotal = {}, weights = {};
+        ask_for_row(x, p.x, row, at);
+        if (p.residual.data) ask_for_row(residual, p.residual, row, at);
+        ask_for_row(dy, p.dy, row, at);
+        if (p.dtotal.data) ask_for_row(dtotal, p.dtotal, row, at);
         const float scale = statistics[row], mean = SUBTRACT_MEAN ? statistics[p.rows + row] : 0.f;
+        Row n, g, weight, more;
+        add_up(n, x, residual, p);
+        if (p.weight) ask(weights, p.weight, 0, p.weight_dtype, at);
+        widen(g, dy, p.dy.dtype), widen(weight, weights, p.weight_dtype);
         float sums[2] = {0.f, 0.f};
         FOR_EACH_CHUNK(k, at) {
 #pragma unroll
@@ -205,6 +243,7 @@ KERNEL(MOST_THREADS, 1) backward(PARAMETER Parameters p) {
         }
         sum_over_row(sums, p, slots);
         slots = 1 - slots;
+        widen(more, dtotal, p.dtotal.dtype);
         const float of_n = sums[0] / float(at.size), of_g = SUBTRACT_MEAN ? sums[1] / float(at.size) : 0.f;
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++)
