@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "odd channels": {"length": 19, "d_inner": 131},
     "one token": {"length": 1, "d_inner": 8},
     "packed": {"batch": 1, "length": 70, "d_inner": 12, "lengths": [0, 1, 3, 0, 2, 38, 26, 0, 0]},
+    "packed, wide": {"batch": 1, "length": 9, "d_inner": 520, "lengths": [4, 0, 5]},
     "packed, no state": {"batch": 1, "length": 40, "d_inner": 5, "lengths": [1] * 20 + [20], "initial": False},
     "many sequences": {"batch": 1, "length": 150, "d_inner": 4, "lengths": [0, 1, 2, 1] * 37 + [2]},
 }

@@ -13,8 +13,8 @@
 // Where sequences are packed a piece is cut where one begins. Sums over time are added warp by warp in a block, then
 // block by block in `sum_parts`.
 //
-// Launch: 128 threads. Blocks after p.n_blocks write states: the last ones of packed sequences, or the gradients of
-// initial ones.
+// Launch: 128 threads. Blocks after p.n_blocks write states: the last ones of a packed sequence each, or the gradients
+// of initial ones.
 //
 // Needs DTYPE.
 #include "parameters.cuh"
@@ -323,12 +323,46 @@ DEVICE void forward_piece(const Parameters& p, const Place& at) {
     }
 }
 
+// The last inputs of a packed sequence, by one block: four channels of a thread at a time, all taps of which are asked
+// for before one is written.
+template <bool ALIGNED>
+DEVICE void put_last_inputs(const Parameters& p, i64 sequence) {
+    const Sequence s = sequence_by(p, sequence);
+    const int n_states = int(p.width) - 1;
+    const Element* before = reinterpret_cast<const Element*>(p.initial_state);
+    for (i64 channel = threadIdx.x * CHANNELS; channel < p.d_inner; channel += THREADS * CHANNELS) {
+        const int count = int(min(i64(CHANNELS), p.d_inner - channel));
+        Packed found[TAPS - 1];
+#pragma unroll
+        for (int k = 0; k < TAPS - 1; k++) {
+            const i64 t = s.end - n_states + k;
+            found[k] = nothing();
+            if (k >= n_states) continue;
+            if (t >= s.start) {
+                found[k] = ask<ALIGNED>(reinterpret_cast<const Element*>(p.x.data) + t * p.x.length + channel, count);
+            } else if (p.initial_state) {
+                found[k] = ask<ALIGNED>(before + state_index(p, sequence, t - s.start + n_states, channel), count);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < TAPS - 1; k++) {
+            Four values;
+            unpack(values, found[k]);
+            Element* state = reinterpret_cast<Element*>(p.last_state) + state_index(p, sequence, k, channel);
+            if (k < n_states) put<ALIGNED>(state, values, count);
+        }
+    }
+}
+
 KERNEL(THREADS, 5) forward(PARAMETER Parameters p) {
     const Place at = place_of_warp(p);
     wait_for_previous();
     let_next_start();
-    if (i64(blockIdx.x) >= p.n_blocks) {
-        put_last_state(p, (i64(blockIdx.x) - p.n_blocks) * THREADS + threadIdx.x);
+    const i64 sequence = i64(blockIdx.x) - p.n_blocks;  // of the blocks after those with pieces
+    if (sequence >= 0 && p.aligned) {
+        put_last_inputs<true>(p, sequence);
+    } else if (sequence >= 0) {
+        put_last_inputs<false>(p, sequence);
     } else if (p.aligned) {
         forward_piece<true>(p, at);
     } else {
