@@ -33,7 +33,7 @@ SLOTS = 4 * MOST_WARPS * 4
 """Bytes of shared memory in which warps add, of fast.cu."""
 ROWS_OF_PART = 64
 """Of the general kernels."""
-WAYS = 8
+WAYS = 16
 """Of `sum_parts`: see runtimes/cuda/parts.cuh."""
 
 

@@ -29,7 +29,7 @@ TAPS = 4
 """Of the fast kernels."""
 THREADS, WARPS, CHANNELS, BLOCK_CHANNELS = 128, 4, 4, 128
 """Of a block; channels of a lane and of a block of the fast kernels."""
-WAYS = 8
+WAYS = 16
 """Of `sum_parts`: see parameters.cuh."""
 SHARED_OF_WEIGHTS = 4 * (TAPS + 1) * BLOCK_CHANNELS
 SLOTS_OF_SHORT, SLOTS_OF_FLOATS = 12, 8

@@ -20,7 +20,7 @@
 #include "parameters.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, CHANNELS = 4, LANES = 32, BLOCK_CHANNELS = LANES * CHANNELS, TAPS = 4;
-constexpr int GROUP = 4;                         // tokens that are copied at once
+constexpr int GROUP = 4;                         // tokens that are copied at once, as many as taps
 constexpr int AHEAD = DTYPE == FLOAT32 ? 1 : 2;  // groups that are on their way while one is worked on
 constexpr int SLOTS = (AHEAD + 1) * GROUP;       // of a tensor: tokens that a lane has in shared memory
 
@@ -114,35 +114,32 @@ DEVICE i64 lane_state(const Parameters& p, const Place& at, i64 sequence, i64 k)
 struct Weights {
     Four of[TAPS], bias;
 };
-template <int TYPE>
-DEVICE void get_taps(float (&taps)[TAPS], const Parameters& p, i64 channel) {
-    const auto* from =
-        reinterpret_cast<const typename ElementOf<TYPE>::Type*>(p.weight.data) + channel * p.weight.batch;
-#pragma unroll
-    for (int i = 0; i < TAPS; i++) {
-        const int tap = i - (TAPS - int(p.width));
-        float value[1] = {0.f};
-        if (tap >= 0) read<TYPE>(value, from + tap * p.weight.length);
-        taps[i] = value[0];
-    }
+// A number as it is in memory: widening waits for it, so all of a channel are asked for before one is widened.
+DEVICE u32 ask_for_bits(const u8* data, i64 index, i64 dtype) {
+    return dtype == FLOAT32 ? reinterpret_cast<const u32*>(data)[index] : reinterpret_cast<const u16*>(data)[index];
+}
+DEVICE float widened(u32 bits, i64 dtype) {
+    if (dtype == FLOAT32) return bits_as_float(bits);
+    return dtype == BFLOAT16 ? bits_as_float(bits << 16) : half_as_float(u16(bits));
 }
 // One thread a channel. All warps of a block call it at the same place, since it has a barrier.
 DEVICE void put_weights_in_shared(const Parameters& p, const Place& at) {
     static_assert(THREADS == BLOCK_CHANNELS, "");
     float* shared = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
     const i64 channel = at.channel - threadIdx.x % LANES * CHANNELS + threadIdx.x;
-    float taps[TAPS] = {}, bias = 0.f;
+    u32 taps[TAPS] = {}, bias = 0;
     if (channel < p.d_inner) {
-        bias = bias_at<float>(p, channel);
-        switch (p.weight.dtype) {
-            case FLOAT32: get_taps<FLOAT32>(taps, p, channel); break;
-            case BFLOAT16: get_taps<BFLOAT16>(taps, p, channel); break;
-            default: get_taps<FLOAT16>(taps, p, channel);
+#pragma unroll
+        for (int i = 0; i < TAPS; i++) {
+            const int tap = i - (TAPS - int(p.width));
+            const i64 index = channel * p.weight.batch + tap * p.weight.length;
+            if (tap >= 0) taps[i] = ask_for_bits(p.weight.data, index, p.weight.dtype);
         }
+        if (p.bias) bias = ask_for_bits(p.bias, channel, p.bias_dtype);
     }
 #pragma unroll
-    for (int i = 0; i < TAPS; i++) shared[i * BLOCK_CHANNELS] = taps[i];
-    shared[TAPS * BLOCK_CHANNELS] = bias;
+    for (int i = 0; i < TAPS; i++) shared[i * BLOCK_CHANNELS] = widened(taps[i], p.weight.dtype);
+    shared[TAPS * BLOCK_CHANNELS] = widened(bias, p.bias_dtype);
     sync_block();
 }
 DEVICE Weights weights_of_lane() {
@@ -453,7 +450,8 @@ DEVICE void backward_group(Sums& sums, Four (&window)[TAPS - 1], const Tokens& x
         xs.get(x, slot + i), dys.get(slope, slot + i);
         add_token<PLAIN>(sums, finished, w, window, x, slope, int(p.width), p.silu, done + i < span.tokens);
         const int t = done + i - (TAPS - 1);
-        if (PLAIN || t >= 0) write_gradient<ALIGNED, PLAIN>(p, at, s, span, dx, t, finished);
+        if (PLAIN ? i == TAPS - 1 || done > 0 : t >= 0)
+            write_gradient<ALIGNED, PLAIN>(p, at, s, span, dx, t, finished);
     }
 }
 
@@ -501,7 +499,7 @@ DEVICE void backward_span(Sums& sums, OfSpan& read, const Weights& w, const Para
     for (int done = 0; done < end; done += GROUP) {
         wait_for_copies<AHEAD - 1>();
         read.copy_group<ALIGNED>(slot == 0 ? SLOTS - GROUP : slot - GROUP);
-        if (plain && done > 0 && done + GROUP <= span.tokens && done + GROUP - TAPS < span.last_state) {
+        if (plain && done + GROUP <= span.tokens && done + GROUP - TAPS < span.last_state) {
             backward_group<ALIGNED, true>(sums, window, read.xs, read.dys, slot, w, p, at, s, span, dx, done, end);
         } else {
             backward_group<ALIGNED, false>(sums, window, read.xs, read.dys, slot, w, p, at, s, span, dx, done, end);
