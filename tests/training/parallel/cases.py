@@ -36,6 +36,7 @@ from anymamba.training.parallel import (
     copy_from_first_rank,
     parallelize,
     reduce_gradients,
+    sharding,
     sum_over_ranks,
     watch,
     whole_tensors,
@@ -112,9 +113,10 @@ def compare_gradients(
     return abs(loss - want_loss) / want_loss, worst, abs(norm - want_norm) / want_norm
 
 
-def count_reductions(batches: int) -> list[int]:
+def count_reductions(batches: int, blocks_per_unit: int | None) -> list[int]:
     """The numbers of gradient reductions after each of several batches, of which only the last needs them."""
-    sharded = parallelize(model(), init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",)))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    sharded = parallelize(model(), mesh, blocks_per_unit=blocks_per_unit)
     counts = []
     name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # before 2.13
     with mock.patch.object(dist, name, wraps=getattr(dist, name)) as reduce:
@@ -123,6 +125,15 @@ def count_reductions(batches: int) -> list[int]:
             sharded.loss(ids, labels).loss.backward()
             counts.append(reduce.call_count)
     return counts
+
+
+def blocks_of_units(width: int) -> list[int]:
+    """How many of four blocks are in each unit, where two blocks of two bytes a number just fit."""
+    four = model(torch.float32, n_layers=4)
+    of_block = sum(p.numel() for p in sharding.narrow_parameters(four.blocks[0]))
+    with mock.patch.object(sharding, "UNIT_BYTES", 2 * 2 * of_block):
+        dtype = torch.bfloat16 if width == 2 else None
+        return [len(blocks) for blocks in sharding._together(four.blocks, dtype, None)]
 
 
 def dtypes_in_bfloat16() -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], torch.dtype]:

@@ -50,9 +50,12 @@ HYBRID = {"mixers": ("attention", "mamba", "mlp")}
     [
         ({"n_layers": 3}, {"reshard_after_forward": False}),
         ({}, {"activation_checkpointing": True}),
+        ({"n_layers": 3}, {"activation_checkpointing": True, "blocks_per_unit": 2}),
+        ({"n_layers": 3}, {"blocks_per_unit": 2}),
+        ({}, {"blocks_per_unit": 1}),
         ({"tie_embeddings": False, "norm": "layernorm"}, {}),
     ],
-    ids=["kept after forward", "recomputed", "head of its own"],
+    ids=["kept after forward", "recomputed", "two blocks, recomputed", "two blocks", "a block", "head of its own"],
 )
 def test_options_do_not_change_gradients(pool: Pool, options: dict, how: dict) -> None:
     for found in pool.run(2, cases.compare_gradients, {"dp_shard": 2}, torch.float64, options, how):
@@ -60,10 +63,17 @@ def test_options_do_not_change_gradients(pool: Pool, options: dict, how: dict) -
 
 
 def test_accumulated_gradients_are_reduced_once(pool: Pool) -> None:
-    """One reduction a unit, two blocks and the rest, after the last batch."""
+    """One reduction a unit, after the last batch: blocks of a unit share one, and the rest has one."""
     for found in pool.run(2, cases.compare_gradients, {"dp_shard": 2}, torch.float64, {}, {}, 3):
         assert max(found) < 1e-10, f"errors of loss, gradients and norm: {found}"
-    assert pool.run(2, cases.count_reductions, 3) == [[0, 0, 3]] * 2
+    assert pool.run(2, cases.count_reductions, 3, None) == [[0, 0, 2]] * 2
+    assert pool.run(2, cases.count_reductions, 3, 1) == [[0, 0, 3]] * 2
+
+
+def test_large_blocks_are_gathered_alone(pool: Pool) -> None:
+    """Units have at most UNIT_BYTES of weights as they are gathered."""
+    assert pool.run(1, cases.blocks_of_units, 4) == [[1, 1, 1, 1]]
+    assert pool.run(1, cases.blocks_of_units, 2) == [[2, 2]]
 
 
 def test_param_dtype_narrows_projections_only(pool: Pool) -> None:
