@@ -24,6 +24,7 @@ from anymamba.experiments.associative_recall.arms import (
 from anymamba.experiments.associative_recall.measure import bytes_after_a_row, measure, mixed_batch
 from anymamba.lab.experiment import SCALES, Context, Results
 from anymamba.lab.learning import build_model, evaluate
+from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
 from anymamba.models.mixers import MIXERS
 from tests.experiments.conftest import made_up, measured, rows, verdicts
 
@@ -155,6 +156,35 @@ def test_the_best_rate_counts_and_a_good_one_ends_the_search(monkeypatch):
     reached[4e-3] = 0.05
     reached[5e-3] = 0.15
     assert measure(settings, CONTEXT)["learning_rate"] == 3e-3
+
+
+def test_an_interrupted_search_goes_on_with_the_rate_at_which_it_stopped(tmp_path, monkeypatch):
+    base = EXPERIMENT.arms("toy")[0].settings
+    settings = replace(base, more_learning_rates=(2e-3, 4e-3))
+
+    def with_saving(folder, **more):
+        return replace(CONTEXT, saving=Saving(folder / f"arm-seed0{SUFFIX}", {}, **more))
+
+    def numbers(values):
+        differs = {"training_seconds", "tokens_per_second"}
+        return {key: value for key, value in values.items() if key not in differs}
+
+    straight = with_saving(tmp_path)
+    wanted = numbers(measure(settings, straight))
+    assert len(list(tmp_path.iterdir())) == 3
+    straight.saving.delete()
+    assert not list(tmp_path.iterdir())
+    starts, module = [], importlib.import_module("anymamba.lab.learning")
+    step = module.TrainingStep.__call__
+    monkeypatch.setattr(
+        module.TrainingStep, "__call__", lambda self, batch, n: (starts.append(n), step(self, batch, n))[1]
+    )
+    late = with_saving(tmp_path, deadline=0.0)
+    for _ in range(3):
+        with pytest.raises(OutOfTime):
+            measure(settings, late)
+    assert numbers(measure(settings, late)) == wanted
+    assert starts == [1, 2] * 3  # no step is taken twice
 
 
 # --------------------------------------------------------------------------------------------------- results

@@ -13,7 +13,7 @@ import torch
 from anymamba.data.synthetic.induction import induction_sequences
 from anymamba.experiments.induction_heads import EXPERIMENT, measure
 from anymamba.experiments.induction_heads.arms import PAPER, arms_at
-from anymamba.experiments.induction_heads.measure import count_right, last_predictions, learn_growing, perfect_in_a_row
+from anymamba.experiments.induction_heads.measure import count_right, last_predictions, learn_growing
 from anymamba.lab.experiment import SCALES, Context, Results
 from anymamba.lab.learning import Score
 from anymamba.models.language_model import LanguageModel
@@ -87,19 +87,12 @@ def test_pieces_and_rows_do_not_change_the_answers(name):
     assert torch.equal(ask(24 * 5), whole)
 
 
-def test_training_ends_after_judgements_without_a_mistake_in_a_row():
-    enough = perfect_in_a_row(2)
-    shares = [1.0, 0.99, 1.0, 1.0]
-    assert [enough(Score(s, s, 0.0, 100, 100)) for s in shares] == [False, False, False, True]
-
-
 def test_a_shorter_length_is_left_when_enough_is_right_and_the_last_one_is_not(monkeypatch):
-    told = []
+    told, rates, in_a_row = [], [], []
 
-    rates = []
-
-    def learn(model, optimization, make, validation, context, *, every, enough, generator, resumable):
+    def learn(model, optimization, make, validation, context, *, every, enough, perfect_in_a_row, generator, resumable):
         assert not resumable  # it has several rounds
+        in_a_row.append(perfect_in_a_row)
         length = validation[0].shape[1]
         rates.append((optimization.learning_rate, make(generator, 3)[0].sum().item()))
         told.append((length, enough(Score(0.94, 0.94, 0, 1, 1)), enough(Score(0.95, 0.95, 0, 1, 1))))
@@ -116,6 +109,7 @@ def test_a_shorter_length_is_left_when_enough_is_right_and_the_last_one_is_not(m
     )
     values = learn_growing(None, settings, Context(CPU, 0, lambda *_: None))  # type: ignore[arg-type]
     assert told == [(4, False, True), (8, False, True), (16, False, False), (16, False, False)]
+    assert in_a_row == [None, None, settings.perfect_in_a_row, settings.perfect_in_a_row]
     assert [2 * rate / how.learning_rate for rate, _ in rates] == [1, 1, 2, 2]
     assert rates[2] != rates[3]  # the second round sees other rows
     assert values["stages"] == [[4, 4], [8, 8], [16, 16], [16, 16]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,9 +13,9 @@ import torch
 from torch import nn
 
 from anymamba.lab.experiment import Context
-from anymamba.lab.learning import build_model, evaluate, finite, fixed_set, learn
+from anymamba.lab.learning import Score, build_model, evaluate, finite, fixed_set, learn
 from anymamba.lab.optimization import Optimization, build_optimizer, set_rates
-from anymamba.lab.saving import OutOfTime, Saving
+from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
 from anymamba.models.config import ModelConfig
 
 SYMBOLS = 6
@@ -144,6 +146,22 @@ def test_enough_ends_the_learning():
     assert values["steps"] == 5 and len(values["curve"]) == 1
 
 
+@pytest.mark.parametrize("stops", [(), (6,), (3, 2, 2)])
+def test_evaluations_without_a_mistake_in_a_row_end_the_learning_also_across_a_stop(tmp_path, monkeypatch, stops):
+    shares = iter([1.0, 0.99, 1.0, 1.0, 1.0])
+    module = sys.modules[learn.__module__]
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: Score(*[next(shares)] * 2, 0.0, 100, 100))
+    how, values = Optimization(50, 2, 1e-3), None
+    for steps in (*stops, None):
+        model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+        path = tmp_path / "arm"
+        saving = Saving(path, {}) if steps is None else Stopping(path, {}).due_after(steps)
+        on = replace(context(), saving=saving)
+        with suppress(OutOfTime):
+            values = learn(model, how, make, fixed_set(make, 4, CPU), on, every=2, perfect_in_a_row=2, resumable=True)
+    assert values["steps"] == 8 and [point[2] for point in values["curve"]] == [1.0, 0.99, 1.0, 1.0]
+
+
 def test_a_loss_that_is_not_finite_is_none():
     assert [finite(x) for x in (1.5, math.inf, math.nan)] == [1.5, None, None]
     model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
@@ -248,6 +266,31 @@ def test_a_training_that_goes_on_equals_one_without_a_stop(tmp_path, stops):
         k: v for k, v in resumed.items() if k not in differs
     }
     assert all(map(torch.equal, weights, same))
+
+
+@pytest.mark.parametrize("enough", [False, True])
+def test_a_training_that_had_ended_is_not_trained_again(tmp_path, enough):
+    def values_and_weights():
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+        on, many = replace(context(), saving=Saving(tmp_path / "arm", {})), Optimization(12, 2, 1e-2)
+        ends = {"enough": lambda score: enough, "resumable": True}
+        return learn(model, many, make, fixed_set(make, 4, CPU), on, every=6, **ends), list(model.parameters())
+
+    first, weights = values_and_weights()
+    assert first["steps"] == (6 if enough else 12)
+    again, same = values_and_weights()
+    assert first == again and all(map(torch.equal, weights, same))
+
+
+def test_parts_of_a_saving_have_files_of_their_own(tmp_path):
+    saving = Saving(tmp_path / f"arm-seed0{SUFFIX}", {"a": 1}, deadline=5.0)
+    parts = [saving.part(name) for name in ("rate0", "rate1")]
+    assert [part.path.name for part in parts] == [f"arm-seed0.rate{i}{SUFFIX}" for i in (0, 1)]
+    assert all((part.settings, part.deadline) == ({"a": 1}, 5.0) for part in parts)
+    parts[0].path.write_text("state")
+    saving.delete()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_saved_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):

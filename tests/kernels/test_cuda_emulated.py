@@ -132,7 +132,12 @@ def chunks_everywhere(monkeypatch):
     plan.forward_plan.cache_clear()
 
 
-@pytest.mark.parametrize("case", PARTS)
+QUICK = ("three", "packed")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in PARTS]
+)
 def test_parts_of_fast_scans(case, chunks_everywhere):
     """Those of long parts are begun before the state arrives, and go on from there."""
     lengths, options = PARTS[case]
@@ -141,6 +146,7 @@ def test_parts_of_fast_scans(case, chunks_everywhere):
     assert had_phases == [length >= 600 for length in lengths]
 
 
+@pytest.mark.slow
 def test_parts_of_general_scans():
     a = arguments(scan_inputs(1, 600, 8, 3, is_complex=True, rule="zoh", dtype=torch.float64))
     assert not any(check_parts(a, (250, 0, 350), "cuda", 1e-12))

@@ -53,6 +53,8 @@ class Course:
     """What changes during a training, besides the model, the optimiser and the generator; JSON can hold it."""
 
     step: int = 0
+    tokens: int = 0
+    """Tokens of a step."""
     curve: list[list[float | None]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     """Losses since the last evaluation."""
@@ -61,6 +63,10 @@ class Course:
     timed_steps: int = 0
     timed_seconds: float = 0.0
     """Steps and seconds that the speed is computed from, without evaluations."""
+    perfect: int = 0
+    """Evaluations in a row, up to the last one, in which every sequence was right."""
+    ended: bool = False
+    """Whether the training ended: with its last step, or with an evaluation that was good enough."""
 
 
 def build_model(config: ModelConfig, context: Context) -> LanguageModel:
@@ -89,6 +95,7 @@ def learn(
     *,
     every: int,
     enough: Callable[[Score], bool] = lambda score: False,
+    perfect_in_a_row: int | None = None,
     generator: torch.Generator | None = None,
     resumable: bool = False,
 ) -> dict[str, Any]:
@@ -99,10 +106,11 @@ def learn(
         validation: the fixed set that the model is evaluated on.
         every: steps between two evaluations; the model is also evaluated after the last step.
         enough: called with the score of each evaluation; True stops the training.
+        perfect_in_a_row: so many evaluations in a row without a mistake stop it, too; None means they do not.
         generator: source of the batches. Pass one if this training continues another and needs fresh rows. By default
             it is made from the context's seed, so that all arms get the same batches.
-        resumable: save the state where the context says, and go on from a saved one. Only for an arm's only training.
-            An `enough` that counts evaluations begins anew then.
+        resumable: save the state where the context says, also the last one, and go on from a saved one. Only for an
+            arm's only training, or with a part of the arm's saving for each.
     Returns a dictionary that JSON can hold: `accuracy` (tokens), `sequence_accuracy` and `validation_loss` at the end,
     `steps` and `training_seconds` (evaluations included), `parameters`, `curve`, a list of [step, mean training
     loss since the previous evaluation, token accuracy], `tokens_per_second` without evaluations (None if there were too
@@ -114,11 +122,12 @@ def learn(
     take_step, saving = TrainingStep(model, how), context.saving if resumable else None
     found = saving.read(model, take_step.optimizer, generator) if saving else None
     course = Course(**found) if found else Course()
-    watch, losses, score = Stopwatch(context.device, course), list[Tensor](), None
+    had_ended, losses, score = course.ended, list[Tensor](), None
+    watch = Stopwatch(context.device, course)
     model.train()
-    while course.step < how.steps:
+    while not course.ended:
         ids, labels = make(generator, how.batch_size)
-        course.step += 1
+        course.step, course.tokens = course.step + 1, ids.numel()
         losses.append(take_step((ids.to(context.device), labels.to(context.device)), course.step))
         watch.step()
         reads = context.device.type == "cpu" or course.step % READ_EVERY == 0
@@ -131,18 +140,19 @@ def learn(
             score = evaluate(model, validation, how=how)
             course.curve.append([course.step, finite(sum(course.losses) / len(course.losses)), score.tokens])
             course.losses.clear()
-            if enough(score):
-                break
+            course.perfect = course.perfect + 1 if score.sequences == 1 else 0
+            course.ended = course.step == how.steps or enough(score) or course.perfect == perfect_in_a_row
             watch.go_on()
-        if saving and reads and saving.is_due() and course.step < how.steps:
+        if saving and not course.ended and reads and saving.is_due():
             course.losses += read(losses)
             watch.pause()
             saving.write(model, take_step.optimizer, generator, vars(course))
             if saving.is_late():
                 raise OutOfTime
             watch.go_on()
-    assert score is not None, "an optimization has at least one step"
-    tokens = ids.numel()
+    if saving and not had_ended:
+        saving.write(model, take_step.optimizer, generator, vars(course))
+    score = score or evaluate(model, validation, how=how)  # of a training that had ended when it was saved
     return {
         "accuracy": score.tokens,
         "sequence_accuracy": score.sequences,
@@ -151,7 +161,7 @@ def learn(
         "training_seconds": round(course.seconds, 1),
         "parameters": model.n_parameters(),
         "curve": course.curve,
-        "tokens_per_second": tokens * course.timed_steps / course.timed_seconds if course.timed_steps else None,
+        "tokens_per_second": course.tokens * course.timed_steps / course.timed_seconds if course.timed_steps else None,
         "recorded": take_step.not_recorded is None,
         "peak_gib": torch.cuda.max_memory_allocated(context.device) / 2**30 if context.device.type == "cuda" else None,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,13 @@ class Saving:
     deadline: float = math.inf
     """Of `time.monotonic`: a training that reaches it is saved and ends with `OutOfTime`."""
     _written: float = field(default_factory=time.monotonic)
+    _parts: list[Saving] = field(default_factory=list)
+
+    def part(self, name: str) -> Saving:
+        """The saving of one of several trainings of the arm, in a file of its own."""
+        path = self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.{name}{SUFFIX}")
+        self._parts.append(replace(self, path=path, _written=time.monotonic(), _parts=[]))
+        return self._parts[-1]
 
     def is_due(self) -> bool:
         """Whether it is time to write the state."""
@@ -90,5 +97,6 @@ class Saving:
         return stored["values"]
 
     def delete(self) -> None:
-        """Delete the file, if there is one."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file and those of the parts, where they exist."""
+        for saving in (*self._parts, self):
+            saving.path.unlink(missing_ok=True)

@@ -24,13 +24,15 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
 
     `tests`, the score of each task on its test rows; `state_bytes`, the bytes of state of one sequence after a row;
     `learning_rate`, the best rate; `sweep`, [rate, recall on the validation set] for each rate that was tried.
+    Each rate's training is saved in a part of its own, also when it has ended, so that an interrupted search goes on.
     """
     tried: list[tuple[dict[str, Any], LanguageModel]] = []
     sweep: list[list[float]] = []
     for rate in (settings.optimization.learning_rate, *settings.more_learning_rates):
         torch.manual_seed(context.seed)  # every rate starts from the same weights
         model = build_model(settings.model, context)
-        tried.append((learn_at_rate(model, rate, settings, context), model))
+        saving = context.saving and context.saving.part(f"rate{len(tried)}")
+        tried.append((learn_at_rate(model, rate, settings, replace(context, saving=saving)), model))
         sweep.append([rate, tried[-1][0]["accuracy"]])
         if sweep[-1][1] >= settings.enough:
             break
@@ -52,6 +54,7 @@ def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context
         context,
         every=settings.judge_every,
         enough=lambda score: score.tokens >= settings.enough,
+        resumable=True,
     )
 
 

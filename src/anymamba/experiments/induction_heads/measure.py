@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from anymamba.data.synthetic.induction import InductionSequences, induction_batch, induction_sequences
 from anymamba.experiments.induction_heads.arms import Settings
 from anymamba.lab.experiment import Context
-from anymamba.lab.learning import Score, batch_generator, build_model, fixed_set, learn
+from anymamba.lab.learning import batch_generator, build_model, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
 
 TEST_SEED = 1 << 31
@@ -55,9 +54,9 @@ def learn_at(
     """Train one round at a length on the next rows of the generator; returns the values of `learn`."""
     make = partial(induction_batch, length=length, n_tokens=settings.n_tokens, placement=settings.placement)
     validation = fixed_set(make, settings.validation_rows, context.device)
-    how, enough = settings.optimization, perfect_in_a_row(settings.perfect_in_a_row)
-    if length < settings.train_length:
-        how, enough = settings.optimization_before or how, lambda score: score.sequences >= settings.grow_at
+    is_before, how = length < settings.train_length, settings.optimization
+    if is_before:
+        how = settings.optimization_before or how
     return learn(
         model,
         how,
@@ -65,25 +64,11 @@ def learn_at(
         validation,
         context,
         every=settings.judge_every,
-        enough=enough,
+        enough=lambda score: is_before and score.sequences >= settings.grow_at,
+        perfect_in_a_row=None if is_before else settings.perfect_in_a_row,
         generator=generator,
         resumable=settings.cycles == 1 and not settings.lengths_before,
     )
-
-
-def perfect_in_a_row(wanted: int | None) -> Callable[[Score], bool]:
-    """A function that stops training after that many evaluations in a row without a mistake; None never stops.
-
-    It counts anew when a training goes on from a saved state, which then ends some evaluations later.
-    """
-    in_a_row = 0
-
-    def enough(score: Score) -> bool:
-        nonlocal in_a_row
-        in_a_row = in_a_row + 1 if score.sequences == 1 else 0
-        return wanted is not None and in_a_row >= wanted
-
-    return enough
 
 
 def ask_at_all_lengths(model: LanguageModel, settings: Settings, context: Context) -> list[dict[str, Any]]:
