@@ -40,6 +40,7 @@ ON_A_GPU = {
     "gpu_token": "A token on a GPU",
     "gpu_throughput": "Throughput beside a Transformer on a GPU",
     "distributed": "Training on one and two GPUs",
+    "several_gpus": "Training on up to eight GPUs",
 }
 """Run only when they are named."""
 WITH_ORIGINAL = ("gpu", "gpu_memory_bound", "gpu_models")

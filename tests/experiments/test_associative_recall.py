@@ -279,6 +279,15 @@ def test_arms_of_several_widths_and_sizes():
     assert [len(figure.axes) for figure in panels] == [4, 3]
 
 
+def test_the_most_pairs_and_the_widths_are_those_of_the_plan():
+    results = results_of(GOOD | {"mamba-n4": [0.99]}, scale="gpu")
+    few = replace(results, records=tuple(r for r in results.records if r.arm.endswith("-d64-4")))
+    assert len(few.records) == len(SYSTEMS)
+    judged = verdicts(EXPERIMENT, few)
+    assert judged[:8] == ["holds", "not judged", "holds", "holds", *["not judged"] * 4]
+    assert judged[8:] == ["not judged"] * 16
+
+
 def test_the_charts_show_what_was_measured():
     state, pairs = (draw(results_of(GOOD)) for draw in EXPERIMENT.figures.values())
     (lines,) = pairs.axes

@@ -163,6 +163,7 @@ def test_a_model_begins_from_the_pretrained_one_of_its_seed(tmp_path):
     EXPERIMENT.measure(replace(arms["pretrain"], keep=True), first)
     assert (tmp_path / "pretrain-seed0" / "tokenizer.json").is_file()
     own = EXPERIMENT.measure(settings, context)["validation_loss"]
+    context.saving.delete()
     assert own != EXPERIMENT.measure(replace(settings, start=None), context)["validation_loss"]
     with pytest.raises(ValueError, match="needs the folder of the results"):
         EXPERIMENT.measure(settings, CONTEXT)

@@ -156,7 +156,10 @@ def test_thresholds_of_half_a_run_and_of_all_eight_cells():
     half = results_of({"s4": [0.2], "mamba": [0.5]})
     assert verdicts(EXPERIMENT, half) == ["not judged"] * 4 + ["fails"]
     whole = results_of({cell.mixer: [cell.paper] for cell in CELLS}, scale="gpu")
-    assert verdicts(EXPERIMENT, whole) == ["holds"] * 8
+    assert verdicts(EXPERIMENT, whole) == ["holds"] * 8 + ["not judged"] * 2
+    long = results_of({"long-mamba": [0.96], "long-mamba-s4": [0.72], "mamba": [0.5]}, scale="gpu")
+    assert verdicts(EXPERIMENT, long)[-2:] == ["holds", "fails"] and measured(EXPERIMENT, long)[-2] == [0.96]
+    assert "noise of 4,096" in EXPERIMENT.thresholds(long)[-1].what
 
 
 def test_the_table_has_both_accuracies_and_the_papers():

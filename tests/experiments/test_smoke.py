@@ -11,8 +11,9 @@ import torch
 
 from anymamba.cli import main
 from anymamba.experiments import EXPERIMENTS, load_experiment
-from anymamba.lab.experiment import SCALES, Context
-from anymamba.lab.results import as_json
+from anymamba.lab.experiment import SCALES, Context, Results
+from anymamba.lab.report import report
+from anymamba.lab.results import as_json, read_results
 from anymamba.lab.running import measure
 
 
@@ -22,6 +23,7 @@ def test_an_experiment_at_toy_size(name, tmp_path, capsys, monkeypatch):
     assert main([*command, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     files_are_whole(name, tmp_path, results)
+    a_report_of_each_arm_alone(name, tmp_path)
     resumption(name, tmp_path, command, monkeypatch)
 
 
@@ -38,6 +40,32 @@ def files_are_whole(name, folder, results) -> None:
     for chart in charts:
         assert f"![{chart}]({chart}.svg)" in report
         assert "</svg>" in (folder / f"{chart}.svg").read_text()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_report_before_anything_is_measured(name, tmp_path, capsys):
+    command = ["experiment", name, "--scale", "toy", "--device", "cpu", "--max-minutes", "0", "--out", str(tmp_path)]
+    assert main(command) == 0
+    text, first = (tmp_path / "report.md").read_text(), load_experiment(name).arms("toy")[0].name
+    assert f"Not measured yet: {first}-seed0" in text and "## Thresholds" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md"}
+    assert [t.verdict for t in load_experiment(name).thresholds(results_in(tmp_path))].count("not judged") > 0
+
+
+def a_report_of_each_arm_alone(name, folder) -> None:
+    """Tables and thresholds of one record, and the charts of the last one."""
+    experiment, results = load_experiment(name), results_in(folder)
+    for record in results.records:
+        alone = replace(results, records=(record,))
+        assert "Not measured yet" in report(experiment, alone)
+    for draw in experiment.figures.values():
+        draw(alone)
+
+
+def results_in(folder) -> Results:
+    found = read_results(folder)
+    assert found is not None
+    return found
 
 
 def resumption(name, folder, command, monkeypatch) -> None:

@@ -470,6 +470,9 @@ def with_rows(throughput: dict[str, list[float | None]], memory: dict[str, list[
     return made_up(EXPERIMENT, "gpu", values)
 
 
+OF_ROWS: dict[str, list[float | None]] = {"mamba": [6.0] * 8, "transformer": [6.0] * 8}
+
+
 def published_rows():
     memory = {name: [*own, None, None] for name, own in PAPER_MEMORY.items()}
     return with_rows({name: list(own) for name, own in PAPER_THROUGHPUT.items()}, memory)
@@ -483,6 +486,21 @@ def test_many_rows_of_the_paper_hold_and_are_shown():
     assert throughput[5] == ["32", "1,445", "364", "3.97", "1445", "364"]
     assert throughput[7] == ["128", "1,814", "out of memory", "", "1814", ""]
     assert memory[-1] == ["32", "38.2", "34.5", "38.2", "34.5"] and len(memory) == 6
+
+
+def test_crossings_name_the_larger_models_and_the_rows_also_where_mamba_loses():
+    larger = results_of(GOOD, scale="gpu", only="large-", speeds=(1.0,))
+    (crossing,) = [text for name, text in EXPERIMENT.sections(larger).items() if name == "Where curves cross"]
+    assert [row[:3] for row in rows(crossing)] == [
+        ["reading a prompt, larger models: Transformer++ / Mamba", "0.0128 at 128", "10,000"],
+        ["a training step, larger models: Transformer++ / Mamba", "0.500 at 128", "none"],
+        ["a token after a context, larger models: Transformer++ / Mamba", "0.485 at 128", "316"],
+    ]
+    slower = with_rows(
+        {"mamba": [50.0 * 4**i for i in range(8)], "transformer": [100.0 * 2**i for i in range(8)]}, OF_ROWS
+    )
+    crossing = rows(EXPERIMENT.sections(slower)["Where curves cross"])
+    assert crossing == [["tokens a second by rows: Mamba / Transformer++", "0.500 at 1", "2.00", "64.0 at 128", ""]]
 
 
 def test_many_rows_fail_when_mamba_is_slow_or_large():

@@ -23,8 +23,9 @@ UNJUDGED = (
 
 
 def write_report(folder: Path, experiment: Experiment, results: Results) -> None:
-    """Write the charts and report.md."""
-    figures = {name: figure for name, draw in experiment.figures.items() if (figure := draw(results)) is not None}
+    """Write the charts and report.md; before anything is measured there are no charts and no sections."""
+    drawn = {name: draw(results) for name, draw in experiment.figures.items() if results.records}
+    figures = {name: figure for name, figure in drawn.items() if figure is not None}
     for name, figure in figures.items():
         save_figure(figure, folder, name)
     text = report(experiment, results, list(figures), with_notes=(folder / NOTES).exists())
@@ -37,7 +38,7 @@ def report(experiment: Experiment, results: Results, charts: Sequence[str] = (),
     parts = [f"# {experiment.title}", verdicts(thresholds) if judged else UNJUDGED, experiment.protocol.strip()]
     if with_notes:
         parts.append(f"How the settings were chosen, and what else was tried, is in the [notes]({NOTES}).")
-    for heading, text in experiment.sections(results).items():
+    for heading, text in experiment.sections(results).items() if results.records else ():
         parts += [f"## {heading}", text] if text else []
     rule = "Set before running. Of several seeds each must hold." if judged else "Set for the larger scales."
     parts += ["## Thresholds", rule, thresholds_table(thresholds, judged)]

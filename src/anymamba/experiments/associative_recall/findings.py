@@ -11,6 +11,8 @@ from anymamba.experiments.associative_recall.arms import (
     SYSTEMS,
     TIME_INVARIANT,
     WITHOUT_ATTENTION,
+    Settings,
+    arms_at,
 )
 from anymamba.lab.charts import percent, spread, table
 from anymamba.lab.experiment import Record, Results, Threshold
@@ -59,6 +61,11 @@ def pairs(results: Results) -> list[int]:
     return sorted({point.n_pairs for point in points(results)})
 
 
+def planned(results: Results) -> list[Settings]:
+    """The settings of all arms of the scale, measured or not."""
+    return [arm.settings for arm in arms_at(results.scale)]
+
+
 def by_system(results: Results, width: int) -> dict[str, dict[int, Point]]:
     """The points of a width by system and number of pairs; every system has an entry."""
     found: dict[str, dict[int, Point]] = {system: {} for system in SYSTEMS}
@@ -77,39 +84,40 @@ def label(system: str) -> str:
 
 
 def thresholds(results: Results) -> list[Threshold]:
-    """The thresholds of every width, for the worst seeds."""
-    found = []
-    for width in widths(results):
-        prefix = f"width {width}: " if len(widths(results)) > 1 else ""
-        found += [replace(t, what=prefix + t.what) for t in thresholds_at(by_system(results, width))]
+    """The thresholds of every planned width, for the worst seeds; the most pairs are those of the plan."""
+    settings, found = planned(results), []
+    all_widths = sorted({own.model.d_model for own in settings})
+    most = max(task.n_pairs for own in settings for task in own.tasks)
+    for width in all_widths:
+        prefix = f"width {width}: " if len(all_widths) > 1 else ""
+        found += [replace(t, what=prefix + t.what) for t in thresholds_at(by_system(results, width), most)]
     return found
 
 
-def thresholds_at(of: dict[str, dict[int, Point]]) -> list[Threshold]:
+def thresholds_at(of: dict[str, dict[int, Point]], most: int) -> list[Threshold]:
     """Attention recalls all, hybrids nearly all, small states and time-invariant layers less; a larger state helps."""
     top = of["attention"]
     worst = min((min(point.recall) for point in top.values()), default=None)
     found = [Threshold("attention: recall at its worst, %", [worst], at_least=0.99, show=percent)]
-    found.append(below_attention(of, MAMBA_BY_STATE[0], 0.10))
+    found.append(below_attention(of, MAMBA_BY_STATE[0], 0.10, most))
     for hybrid in WITHOUT_ATTENTION:
         gaps = [max(top[n].recall) - min(of[hybrid][n].recall) for n in top if n in of[hybrid]]
         what = f"{label(hybrid)}: recall below attention at its worst, points"
         found.append(Threshold(what, [max(gaps, default=None)], at_most=0.02, show=percent))
-    found += [below_attention(of, system, 0.25) for system in TIME_INVARIANT]
-    return found + state_thresholds(of)
+    found += [below_attention(of, system, 0.25, most) for system in TIME_INVARIANT]
+    return found + state_thresholds(of, most)
 
 
-def below_attention(of: dict[str, dict[int, Point]], system: str, gap: float) -> Threshold:
+def below_attention(of: dict[str, dict[int, Point]], system: str, gap: float, most: int) -> Threshold:
     """How far a system is below attention at the largest number of pairs."""
-    most = max(of["attention"], default=0)
-    got = [min(of["attention"][most].recall) - max(of[system][most].recall)] if most in of[system] else []
+    both = most in of["attention"] and most in of[system]
+    got = [min(of["attention"][most].recall) - max(of[system][most].recall)] if both else []
     what = f"{label(system)}: recall below attention at the most pairs, points"
     return Threshold(what, got, at_least=gap, show=percent)
 
 
-def state_thresholds(of: dict[str, dict[int, Point]]) -> list[Threshold]:
+def state_thresholds(of: dict[str, dict[int, Point]], most: int) -> list[Threshold]:
     """Mamba's recall grows with its state: means over the seeds, at the largest number of pairs."""
-    most = max(n for found in of.values() for n in found)
     means = [of[system][most].mean for system in MAMBA_BY_STATE if most in of[system]]
     whole = len(means) == len(MAMBA_BY_STATE)
     step = min(b - a for a, b in itertools.pairwise(means)) if whole else None

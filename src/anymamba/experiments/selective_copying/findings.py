@@ -7,6 +7,7 @@ from anymamba.experiments.selective_copying.arms import (
     CELL,
     CELLS,
     CONTROLS,
+    LONG_CELLS,
     Cell,
     cell_of,
     task_words,
@@ -22,23 +23,26 @@ def label(arm: str) -> str:
 
 
 def task_of(results: Results) -> Copying:
-    """The task of the first record; all records have the same sizes."""
+    """The task of the first record; all records have the same tokens, whatever their noise."""
     return Copying(**results.records[0].settings["task"])
 
 
 def thresholds(results: Results) -> list[Threshold]:
-    """The thresholds: cells with S6 learn the task, the others stay below them."""
-    return [threshold(cell, results) for cell in CELLS if cell.mixer in results.planned_arms]
+    """The thresholds: cells with S6 learn the task, the others stay below them, also with the paper's noise."""
+    planned = [threshold(cell, results) for cell in CELLS if cell.mixer in results.planned_arms]
+    long = [CELL[mixer] for mixer in LONG_CELLS if f"long-{mixer}" in results.planned_arms]
+    return planned + [threshold(cell, results, "long-") for cell in long]
 
 
-def threshold(cell: Cell, results: Results) -> Threshold:
+def threshold(cell: Cell, results: Results, prefix: str = "") -> Threshold:
     """The threshold of one cell; a gap is the smallest between any two seeds."""
-    own = results.values(cell.mixer, "accuracy")
-    if cell.mixer == cell.selective:
-        return Threshold(f"accuracy of {label(cell.mixer)}, %", own, at_least=0.95, show=percent)
-    other = results.values(cell.selective, "accuracy")
+    arm, selective = prefix + cell.mixer, prefix + cell.selective
+    own = results.values(arm, "accuracy")
+    if arm == selective:
+        return Threshold(f"accuracy of {label(arm)}, %", own, at_least=0.95, show=percent)
+    other = results.values(selective, "accuracy")
     gap = [min(other) - max(own)] if own and other else []
-    what = f"how far {label(cell.mixer)} is below {label(cell.selective)}, points"
+    what = f"how far {label(arm)} is below {label(selective)}, points"
     return Threshold(what, gap, at_least=0.25, show=percent)
 
 

@@ -10,7 +10,7 @@ from anymamba.experiments.speed.arms import (
     PAPER,
     PASSES,
 )
-from anymamba.experiments.speed.many_rows import memory_table, row_thresholds, throughput_table
+from anymamba.experiments.speed.many_rows import memory_table, row_thresholds, throughput_ratio, throughput_table
 from anymamba.experiments.speed.reading import (
     Series,
     above_from,
@@ -184,10 +184,12 @@ def crossing_table(results: Results) -> str:
     for name in OTHERS:
         found = medians(ratios(results, Series("operators", name), SCAN))
         rows.append(crossing_row(f"{WORDS[name]} / scan", found, passes_1(paper_ratios(name))))
-    for name in PASSES:
-        mamba, transformer = (Series("models", model, name) for model in MODELS)
-        found = medians(ratios(results, transformer, mamba))
-        rows.append(crossing_row(f"{PASS_WORDS[name]}: Transformer++ / Mamba", found, ""))
+    for kind, larger in (("models", ""), ("large", ", larger models")):
+        for name in PASSES:
+            mamba, transformer = (Series(kind, model, name) for model in MODELS)
+            found = medians(ratios(results, transformer, mamba))
+            rows.append(crossing_row(f"{PASS_WORDS[name]}{larger}: Transformer++ / Mamba", found, ""))
+    rows.append(crossing_row("tokens a second by rows: Mamba / Transformer++", throughput_ratio(results), ""))
     header = ("time over time", "at the shortest", "passes 1 at", "at the longest", "paper: passes 1 at")
     return table(header, [row for row in rows if row])
 

@@ -44,6 +44,12 @@ def throughputs(results: Results, model: str) -> dict[int, float]:
     return found
 
 
+def throughput_ratio(results: Results) -> dict[int, float]:
+    """Mamba's tokens a second over Transformer++'s, by number of rows."""
+    mamba, transformer = (throughputs(results, model) for model in MODELS)
+    return {n: mamba[n] / transformer[n] for n in mamba if n in transformer}
+
+
 def memories(results: Results, model: str) -> dict[int, float]:
     """GiB of a training step by number of rows, where it was measured."""
     records = records_by_size(results, "rows")
@@ -52,11 +58,11 @@ def memories(results: Results, model: str) -> dict[int, float]:
 
 def throughput_table(results: Results) -> str:
     """Tokens a second by number of rows, and the paper's."""
-    own = {model: throughputs(results, model) for model in MODELS}
+    own, ratios = {model: throughputs(results, model) for model in MODELS}, throughput_ratio(results)
     rows = []
     for n in records_by_size(results, "rows"):
         cells = [number(own[m][n]) if n in own[m] else FULL for m in MODELS]
-        ratio = number(own["mamba"][n] / own["transformer"][n]) if all(n in own[m] for m in MODELS) else ""
+        ratio = number(ratios[n]) if n in ratios else ""
         rows.append([f"{n:,}", *cells, ratio, *(paper_cell(PAPER_THROUGHPUT[m], n) for m in MODELS)])
     words = (
         "Tokens a second of all rows; the time includes reading the prompts. Each token is a call of `step` from "
