@@ -14,7 +14,7 @@ from torch import nn
 
 from anymamba.lab.experiment import Context
 from anymamba.lab.learning import Score, build_model, evaluate, finite, fixed_set, learn
-from anymamba.lab.optimization import Optimization, build_optimizer, set_rates
+from anymamba.lab.optimization import Optimization, TrainingStep, build_optimizer, set_rates
 from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
 from anymamba.models.config import ModelConfig
 
@@ -312,6 +312,23 @@ def test_a_saving_is_due_after_its_interval_and_late_after_its_deadline(tmp_path
     assert not Saving(tmp_path / "arm", {}).is_due() and Saving(tmp_path / "arm", {}, every=0).is_due()
     late = Saving(tmp_path / "arm", {}, deadline=0.0)
     assert late.is_late() and late.is_due() and not Saving(tmp_path / "arm", {}).is_late()
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_logits_at_the_labels_alone_give_the_same_loss_and_gradients(count):
+    ids, labels = fixed_set(make, 6, CPU)
+    labels[0, 6] = -100
+    found = []
+    for of in (None, count):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+        asked, logits = [], model.logits
+        model.logits = lambda x, asked=asked, logits=logits: (asked.append(x.shape), logits(x))[1]
+        loss = TrainingStep(model, Optimization(1, 6, 1e-3), of)((ids, labels), 1)
+        assert asked == ([] if of is None else [(6, count, 8)])
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_bfloat16_runs_products_under_autocast():

@@ -96,6 +96,7 @@ def learn(
     every: int,
     enough: Callable[[Score], bool] = lambda score: False,
     perfect_in_a_row: int | None = None,
+    labels_a_row: int | None = None,
     generator: torch.Generator | None = None,
     resumable: bool = False,
 ) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def learn(
         every: steps between two evaluations; the model is also evaluated after the last step.
         enough: called with the score of each evaluation; True stops the training.
         perfect_in_a_row: so many evaluations in a row without a mistake stop it, too; None means they do not.
+        labels_a_row: as in `TrainingStep`.
         generator: source of the batches. Pass one if this training continues another and needs fresh rows. By default
             it is made from the context's seed, so that all arms get the same batches.
         resumable: save the state where the context says, also the last one, and go on from a saved one. Only for an
@@ -119,7 +121,7 @@ def learn(
     Raises OutOfTime when a saved training reaches the context's deadline.
     """
     generator = generator or batch_generator(context)
-    take_step, saving = TrainingStep(model, how), context.saving if resumable else None
+    take_step, saving = TrainingStep(model, how, labels_a_row), context.saving if resumable else None
     found = saving.read(model, take_step.optimizer, generator) if saving else None
     course = Course(**found) if found else Course()
     had_ended, losses, score = course.ended, list[Tensor](), None

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymamba.lab.classifiers import Classifier
-from anymamba.models.language_model import LanguageModel
+from anymamba.models.language_model import LanguageModel, LossOutput
 from anymamba.parts.state import without_last_states
 from anymamba.training import optimizer as adamw
 from anymamba.training.config import OptimizerConfig
@@ -92,10 +93,14 @@ class TrainingStep:
 
     On an NVIDIA GPU one step is recorded in a CUDA graph after WARM_UP steps, and replayed from then on. A small model
     spends most of its time on launching kernels otherwise. A replayed step computes what a plain one does.
+
+    Args:
+        labels_a_row: the most labels of a row; then other positions get no logits, which saves most of the time of a
+            small model with a large vocabulary. None: all positions get them.
     """
 
-    def __init__(self, model: LanguageModel | Classifier, how: Optimization) -> None:
-        self.model, self.how = model, how
+    def __init__(self, model: LanguageModel | Classifier, how: Optimization, labels_a_row: int | None = None) -> None:
+        self.model, self.how, self.labels_a_row = model, how, labels_a_row
         self.optimizer = build_optimizer(model, how)
         self.device = model.embedding.weight.device
         self.not_recorded: str | None = None if self.device.type == "cuda" else "it is no NVIDIA GPU"
@@ -121,7 +126,10 @@ class TrainingStep:
 
     def _take(self, ids: Tensor, labels: Tensor) -> Tensor:
         with autocast(self.how, self.device), without_last_states():
-            out = self.model.loss(ids, labels)
+            if self.labels_a_row is None:
+                out = self.model.loss(ids, labels)
+            else:
+                out = loss_at_labels(self.model, ids, labels, self.labels_a_row)
         loss = out.loss / out.n_tokens
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -158,6 +166,19 @@ class TrainingStep:
             torch.cuda.synchronize(self.device)
             return
         self._graph = graph
+
+
+def loss_at_labels(model: LanguageModel | Classifier, ids: Tensor, labels: Tensor, count: int) -> LossOutput:
+    """The loss of a model whose rows have at most `count` labels, with logits of so many positions of a row.
+
+    Which positions these are does not change a shape, so a GPU need not be waited for.
+    """
+    places = (labels != -100).int().topk(count, dim=1).indices
+    x = model.hidden(ids)[0]
+    logits = model.logits(x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))).float()
+    wanted = labels.gather(1, places)
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
+    return LossOutput(loss, (wanted != -100).sum(), None)  # type: ignore[arg-type]
 
 
 def autocast(how: Optimization, device: torch.device) -> torch.autocast:

@@ -54,6 +54,7 @@ def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context
         context,
         every=settings.judge_every,
         enough=lambda score: score.tokens >= settings.enough,
+        labels_a_row=settings.tasks[0].n_pairs if len(settings.tasks) == 1 else None,
         resumable=True,
     )
 
