@@ -1,9 +1,10 @@
-"""How fast the arms of an experiment on language or DNA train on this machine, before a budget is fixed.
+"""How fast the arms of an experiment train on this machine, before a budget is fixed.
 
-Prints for each arm the bytes or bases per second, the share of the card's bfloat16 peak, whether its step is recorded
-in a CUDA graph, the minutes that the whole arm takes without evaluations, and on a GPU the share of each group of
-kernels in a plain step. Arms that differ in rate and seed alone are measured once, and arms without a language model
-not at all.
+Prints for each arm the bytes, bases or tokens per second, the share of the card's bfloat16 peak, whether its step is
+recorded in a CUDA graph, the minutes that the whole arm takes without evaluations, and on a GPU the share of each group
+of kernels in a plain step. Arms that differ in rate and seed alone are measured once, and arms without a language model
+not at all. The minutes are those of all steps at one rate: training on a task may end earlier, and associative recall
+may try more rates.
 
 python -m benchmarks.experiment_speed scaling --scale gpu [--arms NAME ...] [--steps 40] [--device cuda] [--no-shares]
 """
@@ -17,15 +18,20 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anymamba.experiments import load_experiment
+from anymamba.experiments.associative_recall import arms as associative_recall
+from anymamba.experiments.associative_recall.measure import labels_a_row
+from anymamba.experiments.induction_heads import arms as induction_heads
+from anymamba.experiments.selective_copying import arms as selective_copying
+from anymamba.experiments.selective_copying.measure import model_config
 from anymamba.lab.experiment import SCALES, Arm
-from anymamba.lab.language import PEAKS, LanguageSettings, training_flops
-from anymamba.lab.optimization import WARM_UP, TrainingStep
+from anymamba.lab.language import PEAKS, training_flops
+from anymamba.lab.optimization import WARM_UP, Optimization, TrainingStep
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.ops.devices import usable_device
@@ -36,32 +42,56 @@ SHARE_LIMIT = 15
 """Percent of a step that anything but products and scans may take."""
 
 
-def has_language_model(arm: Arm) -> bool:
-    """Whether an arm trains a language model on rows of one length."""
-    return isinstance(getattr(arm.settings, "model", None), ModelConfig) and hasattr(arm.settings, "window")
+class Training(NamedTuple):
+    """What the speed of an arm depends on."""
+
+    model: ModelConfig
+    how: Optimization
+    window: int
+    """Tokens of a row."""
+    labels_a_row: int | None = None
+    """As in `TrainingStep`."""
+    checkpointing: bool = False
+
+
+def training_of(arm: Arm) -> Training | None:
+    """The training of an arm; None if it does not train a language model on rows of one length."""
+    settings = arm.settings
+    if isinstance(settings, selective_copying.Settings):
+        return Training(model_config(settings), settings.optimization, settings.task.length)
+    if isinstance(settings, associative_recall.Settings):
+        return Training(settings.model, settings.optimization, settings.tasks[0].length, labels_a_row(settings))
+    if isinstance(settings, induction_heads.Settings):
+        return Training(settings.model, settings.optimization, settings.train_length)
+    if isinstance(getattr(settings, "model", None), ModelConfig) and hasattr(settings, "window"):
+        checkpointing = getattr(settings, "checkpointing", False)
+        return Training(settings.model, settings.optimization, settings.window, checkpointing=checkpointing)
+    return None
 
 
 def different(arms: list[Arm]) -> Iterator[tuple[Arm, int]]:
-    """Arms that differ in more than rate and seed, and how often each is run."""
+    """Arms that train and differ in more than rate and seed, and how often each is run."""
     seen: dict[str, list[Any]] = {}
     for arm in arms:
-        settings: LanguageSettings = arm.settings
-        how = replace(settings.optimization, learning_rate=0.0)
-        key = repr((settings.model, how, settings.window))
-        seen.setdefault(key, [arm, 0])[1] += arm.seeds
+        training = training_of(arm)
+        if training is not None:
+            key = repr(training._replace(how=replace(training.how, learning_rate=0.0)))
+            seen.setdefault(key, [arm, 0])[1] += arm.seeds
     yield from ((arm, runs) for arm, runs in seen.values())
 
 
 def measured(arm: Arm, device: torch.device, steps: int, shares: bool) -> dict[str, Any]:
     """The speed of an arm on random bytes."""
-    settings: LanguageSettings = arm.settings
+    training = training_of(arm)
+    assert training is not None, "different() has left out the others"
     torch.manual_seed(0)
-    model = LanguageModel(settings.model).to(device)
-    how, window = settings.optimization, settings.window
-    model.activation_checkpointing = getattr(settings, "checkpointing", False)
-    rows = torch.randint(min(256, settings.model.vocab_size), (how.batch_size, window + 1), device=device)
+    model = LanguageModel(training.model).to(device)
+    how, window, labels = training.how, training.window, training.labels_a_row
+    model.activation_checkpointing = training.checkpointing
+    rows = torch.randint(min(256, training.model.vocab_size), (how.batch_size, window + 1), device=device)
     batch = (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-    take = TrainingStep(model, how)
+    take = TrainingStep(model, how, labels)
+    flops = training_flops(training.model, window, 1.0 if labels is None else labels / window)
     start = time.perf_counter()
     seconds = seconds_a_step(take, batch, steps, device)
     rate = how.batch_size * window / seconds
@@ -70,12 +100,12 @@ def measured(arm: Arm, device: torch.device, steps: int, shares: bool) -> dict[s
     )
     return {
         "bytes_per_second": rate,
-        "of_peak": rate * training_flops(settings.model, window) / peak if peak else None,
+        "of_peak": rate * flops / peak if peak else None,
         "recorded": take.not_recorded is None or take.not_recorded,
         "minutes": seconds * how.steps / 60,
         "first_seconds": time.perf_counter() - start - seconds * steps,
         "gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        "shares": shares_of(model, how, batch) if shares and device.type == "cuda" else None,
+        "shares": shares_of(model, training, batch) if shares and device.type == "cuda" else None,
     }
 
 
@@ -93,9 +123,9 @@ def seconds_a_step(take: TrainingStep, batch: tuple[Tensor, Tensor], steps: int,
     return (time.perf_counter() - start) / steps
 
 
-def shares_of(model: LanguageModel, how: Any, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
+def shares_of(model: LanguageModel, training: Training, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Percent of the kernels' time of a plain step in each group."""
-    take = TrainingStep(model, how)
+    take = TrainingStep(model, training.how, training.labels_a_row)
     take.not_recorded = "it is profiled"
     times = profile(lambda: take(batch, 1), 0.0)
     whole = sum(times[group] for group in GROUPS)
@@ -116,7 +146,7 @@ def main() -> None:
     arms = [
         arm
         for arm in load_experiment(options.experiment).arms(options.scale)
-        if (not options.arms or arm.name in options.arms) and has_language_model(arm)
+        if not options.arms or arm.name in options.arms
     ]
     found, rows, total = {}, [], 0.0
     for arm, runs in different(arms):
@@ -150,7 +180,7 @@ def main() -> None:
                 json.dump(found, file, indent=1)
     header = [
         "arm",
-        "bytes a second",
+        "tokens a second",
         "of peak, %",
         "recorded",
         "minutes",

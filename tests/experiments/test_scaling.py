@@ -62,6 +62,8 @@ def test_operations_of_a_training_are_six_for_each_parameter_of_a_product():
     config = ModelConfig(d_model=64, n_layers=4, vocab_size=256, mixers=("mlp",))
     products = 6 * n_parameters(config)
     assert products <= training_flops(config, 32) <= 1.05 * products
+    logits = 6 * config.d_model * config.padded_vocab_size
+    assert training_flops(config, 32, 0.25) == pytest.approx(training_flops(config, 32) - 0.75 * logits)
 
 
 def test_the_rate_is_that_of_the_best_arm():

@@ -180,6 +180,17 @@ def test_differences_are_of_means_and_beside_the_papers():
     assert EXPERIMENT.sections(results_of({"mamba": [1.0]}))["Differences"] == ""
 
 
+def test_the_speed_is_shown_with_its_share_of_the_cards_peak():
+    results = results_of({"mamba": [1.0], "s4": [0.2]}, scale="gpu")
+    assert "Speed" not in EXPERIMENT.sections(results)
+    counted = {"flops_per_token": 989e3, "tokens_per_second": 2e7, "steps": 1250}
+    records = [replace(r, machine="NVIDIA H200, Linux", values=r.values | counted) for r in results.records]
+    shown = rows(EXPERIMENT.sections(replace(results, records=tuple(records)))["Speed"])
+    assert shown == [[arm, "1,250", "20,000,000", "2.0"] for arm in ("s4", "mamba")]
+    on_a_cpu = replace(results, records=tuple(replace(r, machine="abacus") for r in records[:1]))
+    assert rows(EXPERIMENT.sections(on_a_cpu)["Speed"]) == [["s4", "1,250", "20,000,000", ""]]
+
+
 def test_the_charts_show_every_seed():
     figures = {name: draw(results_of(GOOD)) for name, draw in EXPERIMENT.figures.items()}
     (bars,) = figures["accuracy"].axes

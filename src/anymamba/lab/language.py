@@ -148,11 +148,14 @@ def with_parameters(config: ModelConfig, wanted: int) -> ModelConfig:
 
 
 @cache
-def training_flops(config: ModelConfig, length: int) -> float:
-    """Operations of forward and backward per token, counted in a run of each layer; backward is twice forward."""
+def training_flops(config: ModelConfig, length: int, labelled: float = 1.0) -> float:
+    """Operations of forward and backward per token, counted in a run of each layer; backward is twice forward.
+
+    `labelled` is the share of positions that get logits.
+    """
     names = config.layer_mixers
     layers = sum(names.count(name) * layer_cost(name, config, length).flops_per_token for name in set(names))
-    return 3 * (layers + 2 * config.d_model * config.padded_vocab_size)
+    return 3 * (layers + 2 * labelled * config.d_model * config.padded_vocab_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ reports
@@ -176,11 +179,27 @@ def gap(results: Results, above: Sequence[str], below: Sequence[str]) -> float |
     return a - b if isfinite(a) and isfinite(b) else None
 
 
-def share_of_peak(record: Record) -> float | None:
-    """The operations of a training over the card's bfloat16 peak; None for an unknown card."""
+def share_of_peak(record: Record, operations: str = "flops_per_byte") -> float | None:
+    """The operations of a training over the card's bfloat16 peak; None for an unknown card.
+
+    `operations` is the name of the value that has those of a byte or token.
+    """
     peak = next((peak for name, peak in PEAKS.items() if name in record.machine), None)
     rate = record.values["tokens_per_second"]
-    return None if peak is None or rate is None else rate * record.values["flops_per_byte"] / peak
+    return None if peak is None or rate is None else rate * record.values[operations] / peak
+
+
+def task_speeds(results: Results) -> dict[str, str]:
+    """The section of a report with the speed of arms that learn a task; none if their operations were not counted."""
+    rows = []
+    for arm in results.arms:
+        record = results.of(arm)[0]
+        if "flops_per_token" in record.values:
+            rate, share = record.values["tokens_per_second"], share_of_peak(record, "flops_per_token")
+            own = ["" if rate is None else f"{rate:,.0f}", "" if share is None else f"{100 * share:.1f}"]
+            rows.append([arm, f"{record.values['steps']:,}", *own])
+    header = ("arm", "steps", "tokens a second", "of the card's bfloat16 peak, %")
+    return {"Speed": table(header, rows)} if rows else {}
 
 
 def speed_table(results: Results) -> str:

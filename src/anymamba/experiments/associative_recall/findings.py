@@ -16,6 +16,7 @@ from anymamba.experiments.associative_recall.arms import (
 )
 from anymamba.lab.charts import percent, spread, table
 from anymamba.lab.experiment import Record, Results, Threshold
+from anymamba.lab.language import task_speeds
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ def state_thresholds(of: dict[str, dict[int, Point]], most: int) -> list[Thresho
 
 
 def sections(results: Results) -> dict[str, str]:
-    """The sections of the report: recall at each width, and the effect of a larger state and of attention."""
+    """The sections of the report: recall at each width, the effect of a larger state and of attention, and speed."""
     tables = {f"Recall, %, width {width}": recall_table(results, width) for width in widths(results)}
-    return {**tables, "Differences at the most pairs": differences(results)}
+    return {**tables, "Differences at the most pairs": differences(results), **task_speeds(results)}
 
 
 def recall_table(results: Results, width: int) -> str:

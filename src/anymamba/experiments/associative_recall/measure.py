@@ -11,6 +11,7 @@ import torch
 from anymamba.data.synthetic.recall import Recall, recall_batch
 from anymamba.experiments.associative_recall.arms import Settings
 from anymamba.lab.experiment import Context
+from anymamba.lab.language import training_flops
 from anymamba.lab.learning import Batch, build_model, evaluate, finite, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import state_bytes
@@ -23,7 +24,8 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
     """Train at each learning rate; returns the values of `learn` for the best rate, and
 
     `tests`, the score of each task on its test rows; `state_bytes`, the bytes of state of one sequence after a row;
-    `learning_rate`, the best rate; `sweep`, [rate, recall on the validation set] for each rate that was tried.
+    `learning_rate`, the best rate; `sweep`, [rate, recall on the validation set] for each rate that was tried;
+    `flops_per_token`, the operations of a training step.
     Each rate's training is saved in a part of its own, also when it has ended, so that an interrupted search goes on.
     """
     tried: list[tuple[dict[str, Any], LanguageModel]] = []
@@ -39,8 +41,21 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
     best = max(range(len(sweep)), key=lambda i: sweep[i][1])
     learned, model = tried[best]
     tests = [test_values(model, task, settings, context) for task in settings.tasks]
-    size = bytes_after_a_row(model, settings.tasks[0], context)
-    return {**learned, "tests": tests, "state_bytes": size, "learning_rate": sweep[best][0], "sweep": sweep}
+    size, n = bytes_after_a_row(model, settings.tasks[0], context), labels_a_row(settings)
+    length = settings.tasks[0].length
+    return {
+        **learned,
+        "tests": tests,
+        "state_bytes": size,
+        "learning_rate": sweep[best][0],
+        "sweep": sweep,
+        "flops_per_token": training_flops(settings.model, length, 1.0 if n is None else n / length),
+    }
+
+
+def labels_a_row(settings: Settings) -> int | None:
+    """The labels of every row, where all rows have as many."""
+    return settings.tasks[0].n_pairs if len(settings.tasks) == 1 else None
 
 
 def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context: Context) -> dict[str, Any]:
@@ -54,7 +69,7 @@ def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context
         context,
         every=settings.judge_every,
         enough=lambda score: score.tokens >= settings.enough,
-        labels_a_row=settings.tasks[0].n_pairs if len(settings.tasks) == 1 else None,
+        labels_a_row=labels_a_row(settings),
         resumable=True,
     )
 

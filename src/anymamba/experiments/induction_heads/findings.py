@@ -5,6 +5,7 @@ from __future__ import annotations
 from anymamba.experiments.induction_heads.arms import PAPER, PAPER_FIRST
 from anymamba.lab.charts import percent, spread, table
 from anymamba.lab.experiment import Record, Results, Threshold
+from anymamba.lab.language import task_speeds
 
 
 def label(arm: str) -> str:
@@ -86,8 +87,12 @@ def beyond(record: Record, times: int) -> list[float]:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """The sections of the report: the training of each arm, and its accuracy at each length."""
-    return {"Training and reach": arms_table(results), "Accuracy at each length, %": lengths_table(results)}
+    """The sections of the report: the training of each arm, its accuracy at each length, and the speed of training."""
+    return {
+        "Training and reach": arms_table(results),
+        "Accuracy at each length, %": lengths_table(results),
+        **task_speeds(results),
+    }
 
 
 def arms_table(results: Results) -> str:

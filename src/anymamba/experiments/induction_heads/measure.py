@@ -12,6 +12,7 @@ from torch import Tensor
 from anymamba.data.synthetic.induction import InductionSequences, induction_batch, induction_sequences
 from anymamba.experiments.induction_heads.arms import Settings
 from anymamba.lab.experiment import Context
+from anymamba.lab.language import training_flops
 from anymamba.lab.learning import batch_generator, build_model, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
 
@@ -20,10 +21,12 @@ TEST_SEED = 1 << 31
 
 
 def measure(settings: Settings, context: Context) -> dict[str, Any]:
-    """The values of `learn_growing`, and `tests`: for each length the sequences, the correct ones and the seconds."""
+    """The values of `learn_growing`; `tests`: for each length the sequences, the correct ones and the seconds; and
+    `flops_per_token`, the operations of a training step at the training length."""
     model = build_model(settings.model, context)
     learned = learn_growing(model, settings, context)
-    return {**learned, "tests": ask_at_all_lengths(model, settings, context)}
+    tests = ask_at_all_lengths(model, settings, context)
+    return {**learned, "tests": tests, "flops_per_token": training_flops(settings.model, settings.train_length)}
 
 
 def learn_growing(model: LanguageModel, settings: Settings, context: Context) -> dict[str, Any]:

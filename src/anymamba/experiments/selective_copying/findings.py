@@ -14,6 +14,7 @@ from anymamba.experiments.selective_copying.arms import (
 )
 from anymamba.lab.charts import percent, spread, table
 from anymamba.lab.experiment import Results, Threshold
+from anymamba.lab.language import task_speeds
 
 
 def label(arm: str) -> str:
@@ -47,8 +48,8 @@ def threshold(cell: Cell, results: Results, prefix: str = "") -> Threshold:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """The sections of the report: table 1 and the differences between its cells."""
-    return {"Table 1": table_1(results), "Differences": differences(results)}
+    """The sections of the report: table 1, the differences between its cells, and the speed of training."""
+    return {"Table 1": table_1(results), "Differences": differences(results), **task_speeds(results)}
 
 
 def table_1(results: Results) -> str:

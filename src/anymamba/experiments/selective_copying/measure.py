@@ -8,17 +8,19 @@ from typing import Any
 from anymamba.data.synthetic.copying import copying_batch
 from anymamba.experiments.selective_copying.arms import Settings
 from anymamba.lab.experiment import Context
+from anymamba.lab.language import training_flops
 from anymamba.lab.learning import build_model, fixed_set, learn
 from anymamba.models.config import ModelConfig
 from anymamba.parts.options import HyenaOptions
 
 
 def measure(settings: Settings, context: Context) -> dict[str, Any]:
-    """Train an arm; returns the values of `learn`."""
+    """Train an arm; returns the values of `learn`, and `flops_per_token`, the operations of a training step."""
     make = partial(copying_batch, settings.task)
     validation = fixed_set(make, settings.validation_rows, context.device)
-    model = build_model(model_config(settings), context)
-    return learn(
+    config = model_config(settings)
+    model = build_model(config, context)
+    learned = learn(
         model,
         settings.optimization,
         make,
@@ -28,6 +30,7 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
         enough=lambda score: settings.enough is not None and score.tokens >= settings.enough,
         resumable=True,
     )
+    return {**learned, "flops_per_token": training_flops(config, settings.task.length)}
 
 
 def model_config(settings: Settings) -> ModelConfig:
