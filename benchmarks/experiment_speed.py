@@ -7,6 +7,7 @@ not at all. The minutes are those of all steps at one rate: training on a task m
 may try more rates.
 
 python -m benchmarks.experiment_speed scaling --scale gpu [--arms NAME ...] [--steps 40] [--device cuda] [--no-shares]
+    [--backend triton]
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import anymamba
 from anymamba.experiments import load_experiment
 from anymamba.experiments.associative_recall import arms as associative_recall
 from anymamba.experiments.associative_recall.measure import labels_a_row
@@ -140,6 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-shares", action="store_true", help="do not profile")
+    parser.add_argument("--backend", help="of every op that has it; defaults to the one that serves")
     parser.add_argument("--json", help="a file for all numbers")
     options = parser.parse_args()
     device = torch.device(usable_device(options.device))
@@ -151,7 +155,8 @@ def main() -> None:
     found, rows, total = {}, [], 0.0
     for arm, runs in different(arms):
         try:
-            values = measured(arm, device, options.steps, not options.no_shares)
+            with anymamba.backend(options.backend) if options.backend else nullcontext():
+                values = measured(arm, device, options.steps, not options.no_shares)
         except Exception as error:  # the other arms go on
             print(f"{arm.name} failed: {type(error).__name__}: {error}"[:500], file=sys.stderr, flush=True)
             continue
