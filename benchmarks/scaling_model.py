@@ -10,11 +10,14 @@ FOUND.json is what `benchmarks.distributed --json` writes. A step of a model is
     overhead      seconds                  what does not depend on the length: launches, Python
     links         bytes / bandwidth + messages * latency, less what runs beside the products
 
-Parameters that a fit finds: the rate of the scan, the overhead, the share of a scan that the state-only pass adds under
-context parallelism, and the share of FSDP's bytes that is not hidden. Parameters that are assumed: the rate of products
-(PRODUCTS), that of the optimizer, and `Links`. The model is
-a sum of these terms, so it leaves out stragglers, congestion between machines, and kernels that are slower on short
-parts; its predictions are best cases.
+or, if that is more, the time of Python, which launches the kernels: for each layer and pass, and for each exchange of
+context parallelism.
+
+Parameters that a fit finds: the rate of the scan, the overhead, the share of a scan that context parallelism adds, the
+share of FSDP's bytes that is not hidden, and the times of Python with several GPUs, where a step is bound by it.
+Parameters that are assumed: the rate of products (PRODUCTS), that of the optimizer, and `Links`. The model is a sum of
+these terms, so it leaves out stragglers, congestion between machines, and kernels that are slower on short parts; its
+predictions are best cases.
 """
 
 from __future__ import annotations
@@ -86,6 +89,10 @@ class Rates:
     """What the state-only passes of context parallelism add, as a share of the scan."""
     visible: float = 1.0
     """The share of the bytes of FSDP that does not run beside the products."""
+    host: float = 0.0
+    """Seconds of Python for a layer and pass."""
+    host_exchange: float = 0.0
+    """The same for an exchange of context parallelism."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,11 @@ class Step:
         return int(self.model.mamba.expand * self.model.d_model)
 
     @property
+    def passes(self) -> int:
+        """Over the layers, in units of a forward pass."""
+        return RECOMPUTED if self.recompute else FORWARD_AND_BACKWARD
+
+    @property
     def projections(self) -> int:
         """Numbers in the projections of a block."""
         d, d_inner, n = self.model.d_model, self.d_inner, self.model.mamba.d_state
@@ -130,15 +142,13 @@ class Step:
     @property
     def operations(self) -> float:
         """Of the products of one GPU. The head is never recomputed as a block."""
-        passes = RECOMPUTED if self.recompute else FORWARD_AND_BACKWARD
-        each = 2 * (passes * self.model.n_layers * self.projections + RECOMPUTED * self.head)
+        each = 2 * (self.passes * self.model.n_layers * self.projections + RECOMPUTED * self.head)
         return each * self.tokens / self.size
 
     @property
     def channels(self) -> float:
         """Tokens * channels * layers * passes of one GPU."""
-        passes = RECOMPUTED if self.recompute else FORWARD_AND_BACKWARD
-        return passes * self.tokens / self.size * self.d_inner * self.model.n_layers
+        return self.passes * self.tokens / self.size * self.d_inner * self.model.n_layers
 
     @property
     def fsdp_bytes(self) -> float:
@@ -176,7 +186,15 @@ def seconds(step: Step, rates: Rates, links: Links) -> dict[str, float]:
         "FSDP": rates.visible * links.seconds_of_fsdp(step),
         "context": links.seconds(step.context_bytes, step.cp, step.messages),
     }
+    parts["Python"] = max(0.0, host_seconds(step, rates) - sum(parts.values()))
     return {**parts, "total": sum(parts.values())}
+
+
+def host_seconds(step: Step, rates: Rates) -> float:
+    """The time of Python with several GPUs, of which the GPU's work hides all or a part. One GPU's is always hidden."""
+    if step.size == 1:
+        return 0.0
+    return rates.host * step.model.n_layers * step.passes + rates.host_exchange * step.messages
 
 
 # ------------------------------------------------------------------------------------------ fitting
@@ -211,20 +229,40 @@ def fitted(found: dict[str, Any], links: Links) -> Rates:
     return with_second(rates, one, measured_steps(found, 2), links)
 
 
+Pair = tuple[tuple[Step, float], tuple[Step, float]]
+"""A step of a kind with its seconds, on one GPU and on two."""
+BOUND = 0.75
+"""A step is bound by Python if a longer one of its kind takes less than this of the time that its length asks for."""
+
+
 def with_second(rates: Rates, one: list[tuple[Step, float]], two: list[tuple[Step, float]], links: Links) -> Rates:
     """The rates with what two GPUs add to the steps of the same kind on one, whose errors of the fit are left out."""
-    pairs = list(zip(one, two, strict=False))
-    rates = dataclasses.replace(rates, visible=0.0)
-    visible = [
-        min(1.0, max(0.0, extra(rates, alone, step, links) / links.seconds_of_fsdp(step[0])))
-        for alone, step in pairs
-        if step[0].cp == 1
-    ]
-    rates = dataclasses.replace(rates, visible=sum(visible) / len(visible) if visible else 1.0)
+    pairs: list[Pair] = list(zip(one, two, strict=False))
+    rates = with_sharding(rates, [pair for pair in pairs if pair[1][0].cp == 1], links)
+    return with_context(rates, [pair for pair in pairs if pair[1][0].cp > 1], links)
+
+
+def with_sharding(rates: Rates, pairs: list[Pair], links: Links) -> Rates:
+    """The visible share of FSDP's bytes; what is more than all of them is Python's."""
+    hidden = dataclasses.replace(rates, visible=0.0)
+    for alone, (step, time) in pairs:
+        share = extra(hidden, alone, (step, time), links) / links.seconds_of_fsdp(step)
+        host = time / (step.model.n_layers * step.passes) if share > 1 else 0.0
+        rates = dataclasses.replace(rates, visible=min(1.0, max(0.0, share)), host=host)
+    return rates
+
+
+def with_context(rates: Rates, pairs: list[Pair], links: Links) -> Rates:
+    """What exchanges take in Python, from a row that is bound by it; and what the scan of a part takes more."""
+    if len(pairs) > 1:
+        (_, (short, fast)), (_, (long, slow)) = pairs[0], pairs[-1]
+        if slow / fast < BOUND * long.tokens / short.tokens:
+            left = fast - host_seconds(short, rates)
+            rates = dataclasses.replace(rates, host_exchange=max(0.0, left / short.messages))
+            pairs = pairs[-1:]
+    quick = dataclasses.replace(rates, host=0.0, host_exchange=0.0)
     passes = [
-        max(0.0, extra(rates, alone, step, links) / seconds(step[0], rates, links)["scan"])
-        for alone, step in pairs
-        if step[0].cp > 1
+        max(0.0, extra(quick, alone, step, links) / seconds(step[0], quick, links)["scan"]) for alone, step in pairs
     ]
     return dataclasses.replace(rates, state_pass=sum(passes) / len(passes) if passes else 0.0)
 

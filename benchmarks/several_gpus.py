@@ -32,11 +32,13 @@ from benchmarks.timing import table
 
 ROW_MODELS = ("mamba-130m", "mamba-370m") if GPU else ("nano",)
 ROW_LENGTHS = (1 << 17, 1 << 20) if GPU else (1 << 8, 1 << 10)
-SHARDED = {"mamba-370m": False, "mamba-1.4b": True, "mamba-2.8b": True} if GPU else {"nano": True}
-"""The models whose weights are sharded, and whether blocks are computed again in the backward pass."""
+SHARDED = ("mamba-370m", "mamba-1.4b", "mamba-2.8b") if GPU else ("nano",)
+"""The models whose weights are sharded."""
+RECOMPUTED = ("mamba-1.4b", "mamba-2.8b", "nano")
+"""Of those, the ones whose blocks are computed again in the backward pass."""
 SHAPE = (16, 2048) if GPU else (2, 64)
 """Rows for each GPU, and their length."""
-BOTH_MODEL, BOTH_LENGTH = ("mamba-370m", 1 << 17) if GPU else ("nano", 1 << 8)
+BOTH_MODEL, BOTH_LENGTH = "mamba-370m" if GPU else "nano", 1 << 17 if GPU else 1 << 8
 """Of rows that are split, of which there are as many as GPUs."""
 
 
@@ -102,8 +104,9 @@ def free() -> None:
 def shards(here: Rank) -> Found:
     """Tokens per second and memory of sharded models."""
     found: Found = {}
-    for name, recompute in SHARDED.items():
-        model, optimizer = here.model(name, recompute=recompute, reshard_after_forward=recompute)
+    for name in SHARDED:
+        again = name in RECOMPUTED
+        model, optimizer = here.model(name, recompute=again, reshard_after_forward=again)
         found[name] = timed(here, model, optimizer, *SHAPE)
         del model, optimizer
         free()
@@ -160,19 +163,18 @@ def of_part(found: dict[int, dict[str, Found]], part: str) -> Iterator[tuple[int
 
 def row_table(found: dict[int, dict[str, Found]], predicted: Model) -> str:
     """One row: its time beside that on the fewest GPUs where it fits."""
-    lines = []
-    for length in ROW_LENGTHS:
-        for model in ROW_MODELS:
-            base = None
-            for size, name, values in of_part(found, "rows"):
-                own = values.get(str(length))
-                if name == model and own:
-                    base = base or (size, own["seconds"])
-                    share = base[0] * base[1] / size / own["seconds"]
-                    step = Step(preset(model), length, cp=size, recompute=True)
-                    lines.append(
-                        [model, f"{length:,}", f"{size}", *numbers(own), predicted(step), f"{100 * share:.0f} %"]
-                    )
+    measured = [
+        (int(length), model, size, own)
+        for size, model, values in of_part(found, "rows")
+        for length, own in values.items()
+        if length.isdigit()
+    ]
+    lines, base = [], dict[tuple[int, str], float]()
+    for length, model, size, own in sorted(measured, key=lambda m: m[:3]):
+        cost = size * own["seconds"]
+        share = base.setdefault((length, model), cost) / cost
+        step = Step(preset(model), length, cp=size, recompute=True)
+        lines.append([model, f"{length:,}", f"{size}", *numbers(own), predicted(step), f"{100 * share:.0f} %"])
     head = ["model", "tokens", "GPUs", *HEAD, "predicted ms", "of the fewest GPUs' speed"]
     return f"One row over all GPUs\n\n{table(head, lines)}"
 
@@ -192,43 +194,44 @@ def numbers(own: Found) -> list[str]:
 
 def longest_table(found: dict[int, dict[str, Found]]) -> str:
     """The longest rows."""
-    lines = []
-    for model in ROW_MODELS:
-        base = None
-        for size, name, values in of_part(found, "rows"):
-            if name == model:
-                own = values["longest"]
-                base = base or own["length"] / size
-                times = own["length"] / size / base
-                length, peak = f"{own['length']:,}", f"{own['peak'] / 2**30:.1f}"
-                lines.append([model, f"{size}", length, f"{own['seconds']:.1f}", peak, f"{times:.2f}"])
+    lines, base = [], dict[str, float]()
+    rows = sorted(of_part(found, "rows"), key=lambda row: (row[1], row[0]))
+    for size, model, values in rows:
+        own = values["longest"]
+        each = own["length"] / size
+        length, peak = f"{own['length']:,}", f"{own['peak'] / 2**30:.1f}"
+        times = each / base.setdefault(model, each)
+        lines.append([model, f"{size}", length, f"{own['seconds']:.1f}", peak, f"{times:.2f}"])
     head = ["model", "GPUs", "tokens", "seconds of the step", "peak GiB", "for each GPU, times the fewest"]
     return f"The longest row that trains\n\n{table(head, lines)}"
 
 
+def tokens_of(own: Found) -> int:
+    """The tokens of a step."""
+    return round(own["tokens_per_second"] * own["seconds"])
+
+
 def shard_table(found: dict[int, dict[str, Found]], predicted: Model) -> str:
     """Rows for each GPU, with sharded weights."""
-    lines = []
-    base: dict[str, float] = {}
-    rows, length = SHAPE
-    for size, name, own in of_part(found, "shards"):
+    lines, base = [], dict[str, float]()
+    for size, name, own in sorted(of_part(found, "shards"), key=lambda row: (row[1], row[0])):
         speed = own["tokens_per_second"] / size
-        step = Step(preset(name), rows * length * size, rows * size, dp=size, recompute=SHARDED[name])
+        step = Step(preset(name), tokens_of(own), dp=size, recompute=name in RECOMPUTED)
         share = speed / base.setdefault(name, speed)
         lines.append([name, f"{size}", *numbers(own), predicted(step), f"{100 * share:.0f} %"])
     head = ["model", "GPUs", *HEAD, "predicted ms", "of linear"]
-    return f"{rows} rows of {length:,} tokens for each GPU\n\n{table(head, lines)}"
+    return f"Rows of every GPU's own, weights sharded\n\n{table(head, lines)}"
 
 
 def both_table(found: dict[int, dict[str, Found]], predicted: Model) -> str:
-    """Rows that are split, with each number of GPUs for a row."""
+    """As many rows as GPUs, with each number of GPUs for a row."""
     lines = []
     for size, name, own in of_part(found, "both"):
         dp, cp = map(int, name.split(" x "))
-        step = Step(preset(BOTH_MODEL), BOTH_LENGTH * size, size, dp=dp, cp=cp, recompute=True)
+        step = Step(preset(BOTH_MODEL), tokens_of(own), size, dp=dp, cp=cp, recompute=True)
         lines.append([f"{size}", name, *numbers(own), predicted(step)])
     head = ["GPUs", "dp x cp", *HEAD, "predicted ms"]
-    return f"{BOTH_MODEL}, a row of {BOTH_LENGTH:,} tokens for each GPU\n\n{table(head, lines)}"
+    return f"As many rows of {BOTH_MODEL} as GPUs\n\n{table(head, lines)}"
 
 
 def main() -> None:

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, found {GPUS}"
 
 
 def torchrun(size: int, *words: str | Path, restarts: int = 0) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     command += [f"--max-restarts={restarts}", "--monitor-interval=0.2", "-m", "anymamba", "train", *map(str, words)]
     return subprocess.Popen(command, env=environment, cwd=ROOT)

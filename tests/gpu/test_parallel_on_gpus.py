@@ -21,7 +21,10 @@ pytestmark = pytest.mark.skipif(
 
 def found_by(module: str, *words: str, size: int = 2) -> dict[str, Any]:
     """The last JSON line that a module prints under torchrun."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m", module]
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -43,6 +43,15 @@ def test_a_fit_finds_the_rates() -> None:
     assert dataclasses.asdict(got) == pytest.approx(dataclasses.asdict(RATES), rel=1e-6)
 
 
+def test_a_fit_sees_steps_that_are_bound_by_python() -> None:
+    """Half a row takes as long as a whole one on two GPUs, and sharded rows take longer than all of their bytes."""
+    rates = dataclasses.replace(RATES, visible=1.0, host=0.0028, host_exchange=0.0002)
+    given = found(rates)
+    assert given["2"]["row"]["whole"]["seconds"] < 1.3 * given["2"]["row"]["half"]["seconds"]
+    got = fitted(given, links_of(given, Links()))
+    assert dataclasses.asdict(got) == pytest.approx(dataclasses.asdict(rates), rel=1e-6)
+
+
 def test_a_fit_without_one_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="a fit needs the parts row and data on one GPU, got \\['row'\\]; run both"):
         fitted({"1": {"row": found(RATES)["1"]["row"]}}, LINKS)

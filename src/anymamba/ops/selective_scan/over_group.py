@@ -118,7 +118,7 @@ class _Part(NamedTuple):
         kernel = dispatch.kernel(OP, self.backend)
         if self.group.rank > 0:
             begun = kernel.with_arrival(begun, self.given(arriving, self.group.arriving), a, reverse=False)
-        return kernel.forward(a, save, begun)
+        return kernel.finish(a, save, begun)
 
     def begin_reverse(self, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor, Any]:
         """The gradient of the state that arrives here (rows, d, n) if that of what departs is zero, and the backend's
@@ -148,7 +148,7 @@ class _Part(NamedTuple):
         kernel = dispatch.kernel(OP, self.backend)
         if group.rank < group.size - 1:
             begun = kernel.with_arrival(begun, self.given(departing, group.departing), a, reverse=True)
-        grads = kernel.backward(dy, dlast_state, a, saved, begun)
+        grads = kernel.finish_reverse(dy, dlast_state, a, saved, begun)
         return [dy.new_empty(0) if g is None else g for g in grads]
 
     def given(self, states: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:

@@ -30,6 +30,8 @@ __all__ = [
     "begin",
     "begin_reverse",
     "description",
+    "finish",
+    "finish_reverse",
     "forward",
     "refuses",
     "reverse_summary",
@@ -71,12 +73,13 @@ def saved_shape(a: ScanArguments) -> tuple[int, ...]:
     )
 
 
-def forward(a: ScanArguments, save: bool, chunks: Chunks | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, d), last_state (b or n_sequences, d, n), and the states before every 64 tokens (or nothing).
+def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, d), last_state (b or n_sequences, d, n), and the states before every 64 tokens (or nothing)."""
+    return finish(a, save, None)
 
-    Args:
-        chunks: those of `begin`, for these arguments.
-    """
+
+def finish(a: ScanArguments, save: bool, chunks: Chunks | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `forward` returns, from the chunks of `begin` for these arguments."""
     saved = a.u.new_empty(saved_shape(a) if save else (0,), dtype=a.dtype)
     last_state = a.u.new_empty(a.n_sequences, a.d_inner, a.d_state, dtype=a.dtype)
     if a.u.numel() == 0:
@@ -93,14 +96,15 @@ def forward(a: ScanArguments, save: bool, chunks: Chunks | None = None) -> tuple
     return y.to(a.u.dtype), last_state, saved
 
 
-def backward(
-    dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor, chunks: Chunks | None = None
-) -> list[Tensor | None]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is None).
+def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is None)."""
+    return finish_reverse(dy, dlast_state, a, saved, None)
 
-    Args:
-        chunks: those of `begin_reverse`, for these arguments.
-    """
+
+def finish_reverse(
+    dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor, chunks: Chunks | None
+) -> list[Tensor | None]:
+    """What `backward` returns, from the chunks of `begin_reverse` for these arguments."""
     inputs = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_state)
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in inputs)
     if a.u.numel() == 0:

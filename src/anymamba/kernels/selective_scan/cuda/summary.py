@@ -1,8 +1,8 @@
 """Only the states that leave a row at its end, or their gradients at its start; for sequences spread over processes.
 
 These are the first phases of a scan in chunks of time, for all chunks. `begin` and `begin_reverse` choose the chunks of
-`forward` and `backward`, which then need only their second phase: `with_arrival` makes what leaves the chunks right for
-what arrives at the row.
+`forward` and `backward`, whose second phases are `finish` and `finish_reverse`. In between, `with_arrival` makes what
+leaves the chunks right for what arrives at the row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def summary(a: ScanArguments) -> tuple[Tensor, Tensor]:
 
 
 def begin(a: ScanArguments) -> tuple[Tensor, Tensor, Chunks | None]:
-    """What `summary` returns, and the chunks with which `forward` leaves out its first phase, if it has one."""
+    """What `summary` returns, and the chunks for `finish`, if the scan has two phases."""
     layouts = plan.layouts(a)
     call, dtype = passes.start(a._replace(z=None, D=None), layouts)
     if layouts is None:
@@ -68,8 +68,7 @@ def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor
 
 
 def begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> tuple[Tensor, Chunks | None]:
-    """What `reverse_summary` returns, and the chunks with which `backward` leaves out its first phase, if it has
-    one."""
+    """What `reverse_summary` returns, and the chunks for `finish_reverse`, if the pass has two phases."""
     dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))
     layouts = plan.layouts(a)
     call, dtype = passes.start(a, layouts)
