@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from emulation import emulate
 
 from anymamba import backend
+from anymamba.kernels.model_step import cuda as kernels
+from anymamba.kernels.model_step.cuda import call as calls
 from anymamba.models.config import ModelConfig
 from anymamba.models.inference import InferenceModel, gpu_step
 from anymamba.models.inference.captured_step import CapturedStep
@@ -103,6 +106,50 @@ def test_many_rows_multiply_by_dt_proj_in_the_recurrence(rank, rows, monkeypatch
     want = LanguageModel.step(model, ids, state)
     for a, b in zip((got.logits, *state_tensors(got.state)), (want.logits, *state_tensors(want.state)), strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-2
+
+
+Outcome = tuple[torch.Tensor, torch.Tensor]
+
+
+def recurrence_of_rows(rows: int, d_state: int, delta: torch.Tensor | None) -> tuple[Outcome, Outcome]:
+    """y and the states of the first `rows` of the same 70 rows by the kernel, which multiplies by dt_proj if delta is
+    None, and by the formula."""
+    torch.manual_seed(0)
+    d_inner, rank = 72, 40
+    ssm, u, z = torch.randn(1, 70, d_inner, d_state), torch.randn(70, d_inner), torch.randn(70, d_inner)
+    dt, B, C = torch.randn(70, rank), torch.randn(70, d_state), torch.randn(70, d_state)
+    matrix = kernels.Matrix(torch.randn(d_inner, rank).bfloat16(), None, rank)
+    A, D, bias = -torch.rand(d_inner, d_state), torch.randn(d_inner), torch.randn(d_inner)
+    weights = kernels.Recurrence(matrix, A, D, bias, B=None, C=None, zoh=False, norms=None, eps=0.0)
+    record, residual, new = kernels.new_record(ssm.device), torch.zeros(rows, 8), torch.zeros(1, rows, d_inner, d_state)
+    old = ssm[:, :rows].contiguous()
+    ids = torch.zeros(rows, dtype=torch.int64)
+    kernels.Start(record, None, residual)(ids, (0, old.data_ptr()), (0, new.data_ptr()), None)
+    u, z, dt, B, C = (t[:rows].bfloat16() for t in (u, z, dt, B, C))
+    y = torch.zeros_like(u)
+    given = None if delta is None else delta[:rows]
+    kernels.recur_rows(record, 0, weights, u, z, dt if delta is None else None, given, B, C, y)
+    u, z, dt, B, C = (t.float() for t in (u, z, dt, B, C))
+    step = F.softplus((dt @ matrix.weight.float().T if given is None else given.float()) + bias)
+    h = torch.exp(step[..., None] * A) * old[0] + (step * u)[..., None] * B[:, None]
+    return (y, new[0]), (((h * C[:, None]).sum(-1) + D * u) * F.silu(z), h)
+
+
+@pytest.mark.parametrize("d_state", [4, 16, 128])
+def test_a_row_of_the_recurrence_has_the_same_bits_in_any_batch(d_state):
+    """Rows share threads, two, four or eight of them by the size of the batch."""
+    delta = None if d_state > 4 else torch.randn(70, 72).bfloat16()
+    all_rows, (y, h) = recurrence_of_rows(70, d_state, delta)
+    torch.testing.assert_close(all_rows[1], h, rtol=1e-4, atol=1e-4)
+    assert float((all_rows[0] - y).norm() / y.norm()) < 4e-3  # it is rounded to bfloat16
+    for rows in (3, 40):
+        for got, want in zip(recurrence_of_rows(rows, d_state, delta)[0], all_rows, strict=True):
+            assert torch.equal(got, want[:rows])
+
+
+def test_the_recurrence_takes_as_many_rows_a_thread_as_keep_the_gpu_full():
+    taken = [calls.rows_of_recurrence(rows, 128, d_state, 132) for d_state in (16, 128) for rows in (9, 24, 64, 256)]
+    assert taken == [2, 4, 8, 8, 2, 4, 4, 4]
 
 
 @pytest.mark.parametrize(("weights", "rows"), [("int8", 1), ("int4", 3)])

@@ -272,6 +272,8 @@ inline float4 read_fresh(const float* from) {
     need(reinterpret_cast<u64>(from) % 16 == 0, "a load not aligned");
     return *reinterpret_cast<const float4*>(from);
 }
+inline float4 read_streamed(const float* from) { return read_fresh(from); }
+inline void write_streamed(float* to, float4 v) { write_16_bytes(to, v); }
 inline float read_one_fresh(const float* from) { return *from; }
 inline uint4 read_once(const void* from) {
     need(reinterpret_cast<u64>(from) % 16 == 0, "a load not aligned");

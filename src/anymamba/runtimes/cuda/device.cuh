@@ -133,6 +133,26 @@ DEVICE float read_one_fresh(const float* global) {
     asm volatile("ld.global.L1::no_allocate.f32 %0, [%1];" : "=f"(v) : "l"(global) : "memory");
     return v;
 }
+// The same, of what is read and written once a step and is more than the GPU's cache holds: it leaves that cache first,
+// and what else is there stays.
+DEVICE u64 leaves_first() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+DEVICE float4 read_streamed(const float* global) {
+    float4 v;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(global), "l"(leaves_first())
+                 : "memory");
+    return v;
+}
+DEVICE void write_streamed(float* global, float4 v) {
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "f"(v.x), "f"(v.y),
+                 "f"(v.z), "f"(v.w), "l"(leaves_first())
+                 : "memory");
+}
 // What an earlier kernel wrote, past the cache of the multiprocessor as well; the compiler may move it up to the wait.
 template <typename T>
 DEVICE T read_ahead(const T* global) {

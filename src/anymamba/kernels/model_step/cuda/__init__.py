@@ -204,19 +204,24 @@ def recur_rows(
         assert weights.dt_proj is not None
         call.set(weight=weights.dt_proj.weight.data_ptr(), n_in=dt.shape[1])
     blocks = _blocks_of_row(call, "recur_rows")
-    rows = calls.rows_of_recurrence(len(u), blocks, call.n_multiprocessors)
-    call.set(rows_of_block=rows)
-    variant = calls.recurrence("recur_rows", u.dtype, call["d_state"], weights.zoh, _copied_by_16(u, z, delta, B, C))
-    shared = calls.shared_of_recurrence(u.dtype, rows, call["d_state"], call["n_in"])
-    call.launch(variant, -(-len(u) // rows) * blocks, calls.RECURRENCE_THREADS, shared, early=True)
+    d_state = call["d_state"]
+    rows = calls.rows_of_recurrence(len(u), blocks, d_state, call.n_multiprocessors)
+    is_aligned = _copied_by_16(u, z, delta, B, C)
+    variant = calls.recurrence("recur_rows", u.dtype, d_state, weights.zoh, is_aligned, rows)
+    shared, threads = calls.shared_of_recurrence(u.dtype, rows, d_state, call["n_in"]), calls.RECURRENCE_THREADS
+    n_blocks = -(-len(u) // (calls.SETS * rows)) * blocks
+    call.launch(variant, n_blocks, calls.SETS * threads, shared, early=True)
 
 
 def projects(weights: Recurrence, u: Tensor, z: Tensor, dt: Tensor, B: Tensor | None, C: Tensor | None) -> bool:
     """Whether `recur_rows` can compute dt_proj, too; arguments as there."""
     if weights.dt_proj is None or weights.A.shape[1] % calls.WIDTH:
         return False
-    dtypes = {u.dtype, weights.dt_proj.weight.dtype}
-    return dtypes == {torch.bfloat16} and _copied_by_16(u, z, dt, B, C)
+    dtypes, most = {u.dtype, weights.dt_proj.weight.dtype}, calls.ROWS_OF_THREAD[0]
+    if dtypes != {torch.bfloat16} or not _copied_by_16(u, z, dt, B, C):
+        return False
+    shared = calls.shared_of_recurrence(u.dtype, most, weights.A.shape[1], dt.shape[1])
+    return shared <= nvrtc.device(u.device.index or 0).shared_of_block
 
 
 def _copied_by_16(*tensors: Tensor | None) -> bool:

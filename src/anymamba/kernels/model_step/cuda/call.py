@@ -21,7 +21,7 @@ FIELDS = (
     *("weight", "bias", "n_in", "size", "n_out", "ways", "target"),
     *("has_norm", "subtract_mean", "norm_weight", "norm_bias", "eps"),
     *("conv_weight", "conv_bias", "taps", "d_inner", "A", "D", "delta_bias", "constant_B", "constant_C"),
-    *("d_state", "dt_rank", "inner_norms", "dt_norm", "B_norm", "C_norm", "rows_of_block"),
+    *("d_state", "dt_rank", "inner_norms", "dt_norm", "B_norm", "C_norm"),
     *("row_bytes", "x_stride"),
 )
 
@@ -45,8 +45,11 @@ LEAST_WARPS = 4
 THREADS, WARPS = 256, 8
 """Of products, `embed` and `convolve_rows`."""
 RECURRENCE_THREADS, WIDTH = 128, 4
-RECURRENCE_BLOCKS, RECURRENCE_STAGES, MOST_RECURRENCE_ROWS = 4, 4, 64
-"""Of `recur_rows`: blocks of a multiprocessor, rows of states under way, and rows of a block."""
+"""Of `recur`, and of each set of `recur_rows`; neighbouring states of a lane."""
+SETS, LEAST_LANES, MOST_STATES_OF_ONE_GROUP = 2, 4, 64
+"""Of `recur_rows`: sets of threads in a block, lanes of a channel, and states where a lane has four."""
+ROWS_OF_THREAD, ENOUGH_BLOCKS = (8, 4, 2), 2
+"""Of `recur_rows`: the most rows with which a multiprocessor has this many blocks."""
 BLOCKS_OF_MULTIPROCESSOR = 2
 """Of products."""
 
@@ -83,23 +86,28 @@ def rows(kernel: str, dtype: torch.dtype, taps: int = 4) -> nvrtc.Variant:
 
 
 @cache
-def recurrence(kernel: str, dtype: torch.dtype, d_state: int, zoh: bool, aligned: bool = True) -> nvrtc.Variant:
-    """`recur` or `recur_rows`, with Euler's rule or zero-order hold; see recurrence_rows.cu for `aligned`."""
+def recurrence(
+    kernel: str, dtype: torch.dtype, d_state: int, zoh: bool, aligned: bool = True, rows: int = 8
+) -> nvrtc.Variant:
+    """`recur` or `recur_rows`, with Euler's rule or zero-order hold; recurrence_rows.cu has `aligned` and `rows`."""
     options = {"DTYPE": nvrtc.DTYPES[dtype], "D_STATE": d_state, "LANES": lanes(kernel, d_state)}
     options |= {"GROUPS": groups_of(kernel, d_state), "ZOH": int(zoh)}
     options["WHOLE"] = int(aligned and d_state % WIDTH == 0)
+    if kernel == "recur_rows":
+        options["ROWS"] = rows
     file = "recurrence.cu" if kernel == "recur" else "recurrence_rows.cu"
     return nvrtc.Variant(nvrtc.source(HERE / file), kernel, tuple(options.items()))
 
 
 def lanes(kernel: str, d_state: int) -> int:
     """How many share a channel."""
-    return 1 << (-(-d_state // (groups_of(kernel, d_state) * WIDTH)) - 1).bit_length()
+    wanted = 1 << (-(-d_state // (groups_of(kernel, d_state) * WIDTH)) - 1).bit_length()
+    return max(LEAST_LANES, wanted) if kernel == "recur_rows" else wanted
 
 
 def groups_of(kernel: str, d_state: int) -> int:
-    """How many times four states a lane has: two where many rows make enough threads, which then execute less."""
-    return 2 if kernel == "recur_rows" and d_state > WIDTH else 1
+    """How many times four states a lane has: two where a block would have too few channels for copies of 16 bytes."""
+    return 2 if kernel == "recur_rows" and d_state > MOST_STATES_OF_ONE_GROUP else 1
 
 
 def outputs(rows: int) -> int:
@@ -127,24 +135,27 @@ def dt_stride(channels: int, n_in: int) -> int:
     return max(channels, n_in + (0 if n_in % 64 else 32))
 
 
-def rows_of_recurrence(rows: int, blocks_of_row: int, n_multiprocessors: int) -> int:
-    """Rows of a block of `recur_rows`: so many that all blocks run at once."""
-    at_once = max(1, n_multiprocessors * RECURRENCE_BLOCKS // blocks_of_row)
-    return min(MOST_RECURRENCE_ROWS, -(-rows // at_once))
+def rows_of_recurrence(rows: int, blocks_of_row: int, d_state: int, n_multiprocessors: int) -> int:
+    """Rows of a thread of `recur_rows`: all are under way at once, and fewer make more blocks."""
+    most = ROWS_OF_THREAD[0] // groups_of("recur_rows", d_state)
+    fitting = [n for n in ROWS_OF_THREAD if n <= most]
+    wanted = ENOUGH_BLOCKS * n_multiprocessors
+    return next((n for n in fitting if -(-rows // (SETS * n)) * blocks_of_row >= wanted), fitting[-1])
 
 
 def shared_of_recurrence(dtype: torch.dtype, rows: int, d_state: int, n_in: int) -> int:
-    """Bytes of shared memory of `recur_rows`: the record, states under way, delta, and activations."""
-    channels = RECURRENCE_THREADS // lanes("recur_rows", d_state)
-    states = RECURRENCE_STAGES * groups_of("recur_rows", d_state) * RECURRENCE_THREADS * 16
-    numbers = 2 * channels + dt_stride(channels, n_in) + 2 * d_state
-    return STEP_BYTES + states + rows * (4 * channels + numbers * dtype.itemsize)
+    """Bytes of shared memory of `recur_rows`: the record, bias, D, delta, activations, and dt_proj's weight."""
+    channels, rows = RECURRENCE_THREADS // lanes("recur_rows", d_state), SETS * rows
+    of_row, stride = channels + 8, dt_stride(channels, n_in)
+    numbers = rows * (2 * of_row + stride + 2 * d_state) + (channels * stride if n_in else 0)
+    return STEP_BYTES + 4 * (2 * channels + rows * of_row) + numbers * dtype.itemsize
 
 
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call for a published shape needs on some GPU."""
     dtypes = (torch.float32, torch.bfloat16)
     products = [product("product", dtype, n) for dtype in dtypes for n in BUCKETS]
-    recurrences = [recurrence(kernel, dtype, 16, False) for dtype in dtypes for kernel in ("recur", "recur_rows")]
+    recurrences = [recurrence("recur", dtype, 16, False) for dtype in dtypes]
+    recurrences += [recurrence("recur_rows", dtype, 16, False, rows=n) for dtype in dtypes for n in ROWS_OF_THREAD]
     packed = [packed_product("product", format, 256) for format in PACKED]
     return products + recurrences + packed + [rows("embed", dtype) for dtype in dtypes]

@@ -57,7 +57,6 @@ struct Parameters {
     const u8* dt_norm;
     const u8* B_norm;
     const u8* C_norm;
-    i64 rows_of_block;
     i64 row_bytes, x_stride;  // of weights in blocks; see products.cuh
 };
 

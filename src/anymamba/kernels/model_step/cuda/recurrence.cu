@@ -87,9 +87,10 @@ KERNEL(THREADS, 4) recur(PARAMETER Parameters p) {
     const Place at = place_of(p, blockIdx.x % blocks);
     float* shared = reinterpret_cast<float*>(shared_memory() + sizeof(Step));
     uint4 w[AHEAD];
-    States h = {}, B, C;
+    States h = {}, A = {}, B, C;
     load_weights(w, p, at, 0);
-    const Channel c = channel_of(p, at);
+    read_A(A, p, at);
+    const float bias = at.inside ? bias_of(p, at.channel) : 0.f, D = at.inside ? D_of(p, at.channel) : 0.f;
     const Step step = shared_step(p, shared_memory());
     const i64 place = offset_of(p, step, row, at);
     if (at.inside && row < step.rows) read_states(h, step.ssm + place, at);
@@ -105,9 +106,9 @@ KERNEL(THREADS, 4) recur(PARAMETER Parameters p) {
     const float* selected = shared + p.n_in;
     read_selected(B, p.constant_B, selected, p, at);
     read_selected(C, p.constant_C, selected + (p.constant_B ? 0 : D_STATE), p, at);
-    const float delta = softplus_fast<true>(project(w, shared, p, at) + c.bias);
-    const float y = advance_states(h, delta, u, B, C, c);
+    const float delta = softplus_fast<true>(project(w, shared, p, at) + bias);
+    const float y = sum_over_lanes(advance_own_states(h, delta, u, A, B, C));
     if (!at.inside) return;
     write_states(step.new_ssm + place, h, at);
-    if (at.part == 0) floats(p.y.data)[row * p.y.stride + at.channel] = fmaf(c.D, u, y) * z;
+    if (at.part == 0) floats(p.y.data)[row * p.y.stride + at.channel] = fmaf(D, u, y) * z;
 }
