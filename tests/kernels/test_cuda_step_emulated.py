@@ -192,6 +192,24 @@ def test_rows_come_and_go():
     torch.testing.assert_close(more, whole.repeat(2, 1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("d_model", "width"), [(24, 4), (21, 1)])
+def test_the_convolution_of_many_rows_shares_a_thread_between_rows_and_channels(d_model, width, monkeypatch):
+    """The last thread has one row of two, and channels that are no multiple of four have a thread each."""
+    calls, logits, widths = gpu_step.kernels.calls, [], set()
+    for rows_of_thread in (1, 2):
+
+        def chosen(*sizes: int, rows: int = rows_of_thread) -> int:
+            widths.add(sizes[2])
+            return rows
+
+        monkeypatch.setattr(calls, "rows_of_convolution", chosen)
+        model = model_of(d_model=d_model)
+        check(model, 9, 2e-6)
+        torch.manual_seed(1)
+        logits.append(GpuStep(model).step(torch.arange(9), random_state(model, 9)).logits)
+    assert torch.equal(*logits) and widths == {width}
+
+
 def test_an_unknown_id_gives_no_number():
     model = model_of()
     logits = GpuStep(model).step(torch.tensor([1, 37 + 11]), random_state(model, 2)).logits

@@ -172,8 +172,11 @@ def convolve_rows(record: Tensor, layer: int, x: Tensor, short: Short, u: Tensor
     call.set(step=record.data_ptr())
     _set_convolution(call, layer, short)
     call.strided(x=x, u=u)
-    variant = calls.rows("convolve_rows", x.dtype, call["taps"])
-    n_blocks = -(-x.shape[0] * call["d_inner"] // calls.THREADS)
+    n_rows, d_inner = x.shape[0], call["d_inner"]
+    width = 4 if d_inner % 4 == 0 and aligned(x, 4) and aligned(u, 4) else 1
+    rows = calls.rows_of_convolution(n_rows, d_inner, width, call.n_multiprocessors)
+    variant = calls.rows("convolve_rows", x.dtype, call["taps"], width, rows)
+    n_blocks = -(-(-(-n_rows // rows) * d_inner // width) // calls.THREADS)
     call.launch(variant, n_blocks, calls.THREADS, calls.STEP_BYTES, early=True)
 
 

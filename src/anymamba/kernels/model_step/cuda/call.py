@@ -39,6 +39,8 @@ ALIGNMENT = 8
 """Columns of matrices and of activations are padded with zeros to a multiple of this."""
 PACKED = ("q8_0", "q4_0")
 """Formats with blocks that products here read."""
+BLOCKS_OF_CONVOLUTION = 4
+"""Of a multiprocessor, of `convolve_rows`."""
 STORE, ADD, LOGITS = 0, 1, 2
 LEAST_WARPS = 4
 """Of products with weights in blocks."""
@@ -79,9 +81,9 @@ def packed_launch(format: str, rows: int, n_in: int, n_out: int) -> packed_linea
 
 
 @cache
-def rows(kernel: str, dtype: torch.dtype, taps: int = 4) -> nvrtc.Variant:
-    """`embed`, or `convolve_rows` with the taps of the convolution."""
-    options = (("DTYPE", nvrtc.DTYPES[dtype]), ("TAPS", taps))
+def rows(kernel: str, dtype: torch.dtype, taps: int = 4, width: int = 4, rows_of_thread: int = 2) -> nvrtc.Variant:
+    """`embed`, or `convolve_rows` with the taps of the convolution, and channels and rows of a thread."""
+    options = (("DTYPE", nvrtc.DTYPES[dtype]), ("TAPS", taps), ("WIDTH", width), ("ROWS", rows_of_thread))
     return nvrtc.Variant(nvrtc.source(HERE / "rows.cu"), kernel, options)
 
 
@@ -113,6 +115,12 @@ def groups_of(kernel: str, d_state: int) -> int:
 def outputs(rows: int) -> int:
     """Rows of the matrix that a warp works on at once."""
     return 2 if rows <= 2 else 4
+
+
+def rows_of_convolution(rows: int, d_inner: int, width: int, n_multiprocessors: int) -> int:
+    """Rows of a thread of `convolve_rows`: two share weights, where one would make more blocks than run at once."""
+    n_blocks = rows * d_inner // (width * THREADS)
+    return 2 if n_blocks >= BLOCKS_OF_CONVOLUTION * n_multiprocessors else 1
 
 
 def shared_of_product(dtype: torch.dtype, rows: int, n_in: int) -> int:

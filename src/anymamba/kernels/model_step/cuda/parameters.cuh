@@ -103,17 +103,26 @@ DEVICE void read_inputs(Inputs& old, const Parameters& p, const Step& step, i64 
     for (int j = 0; j < MOST_TAPS - 1; j++) old[j] = j < before ? read_one_fresh(from + j * channels) : 0.f;
 }
 
-// silu of the convolution of `old` and x; writes the inputs that the next token needs.
-DEVICE float convolve(const Inputs& old, float x, const Parameters& p, const Step& step, i64 row, int channel) {
-    const int before = inputs_before(p), channels = int(p.d_inner);
-    const float* weight = floats(p.conv_weight) + channel;
-    float* to = step.new_conv + place_of_inputs(p, step, row, channel);
-    float sum = fmaf(weight[before * channels], x, p.conv_bias ? floats(p.conv_bias)[channel] : 0.f);
+// silu of the convolution of `old` and x by a channel's weights, of which `last` is that of x.
+DEVICE float convolved(const Inputs& old, float x, const Inputs& weights, float last, float bias, int before) {
+    float sum = fmaf(last, x, bias);
 #pragma unroll
     for (int j = 0; j < MOST_TAPS - 1; j++)
-        if (j < before) sum = fmaf(weight[j * channels], old[j], sum);
+        if (j < before) sum = fmaf(weights[j], old[j], sum);
+    return silu(sum);
+}
+
+// The same for a channel of a row; writes the inputs that the next token needs.
+DEVICE float convolve(const Inputs& old, float x, const Parameters& p, const Step& step, i64 row, int channel) {
+    const int before = inputs_before(p), channels = int(p.d_inner);
+    const float* from = floats(p.conv_weight) + channel;
+    float* to = step.new_conv + place_of_inputs(p, step, row, channel);
+    Inputs weights;
+#pragma unroll
+    for (int j = 0; j < MOST_TAPS - 1; j++) weights[j] = j < before ? from[j * channels] : 0.f;
 #pragma unroll
     for (int j = 0; j < MOST_TAPS - 1; j++)
         if (j < before) to[j * channels] = j + 1 < before ? old[j + 1 < MOST_TAPS - 1 ? j + 1 : j] : x;
-    return silu(sum);
+    const float bias = p.conv_bias ? floats(p.conv_bias)[channel] : 0.f;
+    return convolved(old, x, weights, from[before * channels], bias, before);
 }
