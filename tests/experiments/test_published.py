@@ -25,6 +25,9 @@ HOLDING = {
     "scaling": (2, 4),
     "language-ablations": (2, 8),
     "zero-shot": (1, 2),
+    "dna-size": (2, 2),
+    "dna-length": (0, 2),
+    "great-apes": (0, 2),
 }
 """Thresholds that hold, of all."""
 
