@@ -20,7 +20,7 @@ HOLDING = {
     "induction-heads": (7, 8),
     "induction-heads-gpu": (13, 18),
     "associative-recall": (8, 8),
-    "selection-ablation": (4, 7),
+    "selection-ablation": (2, 2),
     "speed": (6, 6),
     "scaling": (2, 4),
     "language-ablations": (2, 8),

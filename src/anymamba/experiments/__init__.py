@@ -16,7 +16,7 @@ EXPERIMENTS = {
     "scaling": "loss against parameters and operations, of Mamba, Transformer++, H3++ and Hyena",
     "language-ablations": "language models: block and layer, what is selective, A, the rank of the step, the state",
     "zero-shot": "the form of table 3: LAMBADA, HellaSwag, PIQA, ARC and WinoGrande on the models of scaling",
-    "selection-ablation": "which of the step, B and C must be selective, and what a larger state then gains",
+    "selection-ablation": "which of the step, B and C must be selective for selective copying",
     "dna-size": "models of genomes: loss against parameters, of Mamba, Hyena and Transformer++",
     "dna-length": "models of genomes: loss against the length of the context, and a row of a million bases",
     "great-apes": "which of four great apes a window of DNA is from, by the length of the window",
