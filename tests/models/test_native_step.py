@@ -99,7 +99,7 @@ def test_every_option_equals_block_by_block(moved, instruction_set, name):
     native.module().choose_instruction_set(instruction_set)
     try:
         model = build(moved, OPTIONS[name])
-        assert_same_steps(compiled(model), model, 3, 2e-5)
+        assert_same_steps(compiled(model), model, 3, 5e-5)
     finally:
         native.module().choose_instruction_set(before)
 
@@ -124,7 +124,7 @@ def test_every_format_and_batch_equals_block_by_block(moved, format):
     model = packed(build(moved, config), format)
     exact = format in ("float32", "float16")
     for rows in (1, 3, 64):
-        assert_same_steps(compiled(model), model, rows, 2e-5 if exact else 2e-2, n_steps=2)
+        assert_same_steps(compiled(model), model, rows, 5e-5 if exact else 2e-2, n_steps=2)
 
 
 def test_rows_do_not_depend_on_their_batch(moved):
@@ -191,7 +191,7 @@ def test_a_changed_weight_is_seen(moved):
             model.blocks[0].mixer.conv.weight.add_(0.1)
             model.blocks[0].mixer.out_proj.weight = nn.Parameter(2 * model.blocks[0].mixer.out_proj.weight)
             wanted = LanguageModel.step(model, ids, state)
-        assert difference(step.step(ids, state).logits, wanted.logits) < 2e-5
+        assert difference(step.step(ids, state).logits, wanted.logits) < 5e-5
 
 
 def test_not_finite_numbers_stay_so(moved):
