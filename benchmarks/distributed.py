@@ -274,6 +274,18 @@ def launched(
     return found
 
 
+def measured(
+    sizes: list[int], path: str | None, launch: Callable[[int], dict[str, Found]]
+) -> dict[int, dict[str, Found]]:
+    """What each number of GPUs finds; written to the file after each."""
+    found = {}
+    for size in sizes:
+        found[size] = launch(size)
+        if path:
+            Path(path).write_text(json.dumps(found, indent=1))
+    return found
+
+
 def ratio(found: dict[int, dict[str, Found]], part: str) -> float | None:
     """How many times one GPU the largest number of GPUs is, in the number that the part's target is about."""
     one, several = (found[size].get(part) for size in (min(found), max(found)))
@@ -310,12 +322,7 @@ def main() -> None:
     if options.worker:
         work(AGAIN if options.again else PARTS, options.parts, Path(options.worker))
         return
-    found = {}
-    for size in options.gpus:
-        found[size] = launched(size, options.parts)
-        if options.json:
-            Path(options.json).write_text(json.dumps(found, indent=1))
-    print(report(found))
+    print(report(measured(options.gpus, options.json, lambda size: launched(size, options.parts))))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from anymamba.models.presets import preset
 from anymamba.ops.groups import transport
-from benchmarks.distributed import GPU, LIMIT, LOWER, Found, Part, Rank, launched, longest_row, work
+from benchmarks.distributed import GPU, LIMIT, LOWER, Found, Part, Rank, launched, longest_row, measured, work
 from benchmarks.scaling_model import Links, Rates, Step, fitted, links_of, seconds
 from benchmarks.timing import table
 
@@ -163,14 +163,14 @@ def of_part(found: dict[int, dict[str, Found]], part: str) -> Iterator[tuple[int
 
 def row_table(found: dict[int, dict[str, Found]], predicted: Model) -> str:
     """One row: its time beside that on the fewest GPUs where it fits."""
-    measured = [
+    rows = [
         (int(length), model, size, own)
         for size, model, values in of_part(found, "rows")
         for length, own in values.items()
         if length.isdigit()
     ]
     lines, base = [], dict[tuple[int, str], float]()
-    for length, model, size, own in sorted(measured, key=lambda m: m[:3]):
+    for length, model, size, own in sorted(rows, key=lambda row: row[:3]):
         cost = size * own["seconds"]
         share = base.setdefault((length, model), cost) / cost
         step = Step(preset(model), length, cp=size, recompute=True)
@@ -248,13 +248,16 @@ def main() -> None:
         work(AGAIN if options.again else PARTS, options.parts, Path(options.worker))
         return
     found: dict[int, dict[str, Found]] = {}
-    for path in options.read or ():
-        for size, values in json.loads(path.read_text()).items():
-            found.setdefault(int(size), {}).update(values)
-    for size in [] if options.read else options.gpus:
-        found[size] = launched(size, options.parts, again_of=AGAIN, module="benchmarks.several_gpus")
-        if options.json:
-            Path(options.json).write_text(json.dumps(found, indent=1))
+    if options.read:
+        for path in options.read:
+            for size, values in json.loads(path.read_text()).items():
+                found.setdefault(int(size), {}).update(values)
+    else:
+
+        def launch(size: int) -> dict[str, Found]:
+            return launched(size, options.parts, again_of=AGAIN, module="benchmarks.several_gpus")
+
+        found = measured(options.gpus, options.json, launch)
     print(report(found, predictor(options.fit)))
 
 

@@ -42,7 +42,7 @@ class NextByte(torch.nn.Module):
 
     def hidden(self, ids):
         right = torch.nn.functional.one_hot((ids + 1) % 256, 256)
-        return torch.where(right == 1, log(self.p), log((1 - self.p) / 255)).float(), None
+        return right * log(255 * self.p / (1 - self.p)), None  # the sum of exponentials is nearly exact
 
     def logits(self, x):
         return x
@@ -53,5 +53,5 @@ def test_the_loss_is_nats_a_byte():
     assert evaluate(NextByte(0.5), rows).loss == pytest.approx(
         log(2), rel=1e-5
     )  # exponentials of 256 logits, in float32
-    assert evaluate(NextByte(1 / 256), rows).loss == pytest.approx(log(256), rel=1e-5)
+    assert evaluate(NextByte(1 / 256), rows).loss == pytest.approx(log(256))
     assert evaluate(NextByte(0.999), rows).tokens == 1 and evaluate(NextByte(0.001), rows).tokens == 0

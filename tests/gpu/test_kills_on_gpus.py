@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -18,22 +16,17 @@ import torch
 
 from anymamba.training.checkpoint import checkpoints, load_checkpoint
 from anymamba.training.metrics import read_metrics
+from tests.gpu.processes import ROOT, environment, torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 GPUS = torch.cuda.device_count()
 STEPS, MORE, KILLS = 240, 20, 10
 
 pytestmark = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, found {GPUS}")
 
 
-def torchrun(size: int, *words: str | Path, restarts: int = 0) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    command += [f"--max-restarts={restarts}", "--monitor-interval=0.2", "-m", "anymamba", "train", *map(str, words)]
-    return subprocess.Popen(command, env=environment, cwd=ROOT)
+def started(size: int, *words: str | Path, restarts: int = 0) -> subprocess.Popen[bytes]:
+    how = [f"--max-restarts={restarts}", "--monitor-interval=0.2", "-m", "anymamba", "train"]
+    return subprocess.Popen(torchrun(size, *how, *map(str, words)), env=environment(), cwd=ROOT)
 
 
 def flags(text: Path, run: Path) -> list[str | Path]:
@@ -75,8 +68,8 @@ def losses(run: Path) -> dict[int, float]:
 
 def test_ten_kills_and_equal_bits_then_half_of_the_gpus(text: Path, tmp_path: Path) -> None:
     want, got = tmp_path / "straight", tmp_path / "killed"
-    assert torchrun(GPUS, *flags(text, want)).wait(300) == 0
-    job = torchrun(GPUS, *flags(text, got), restarts=KILLS)
+    assert started(GPUS, *flags(text, want)).wait(300) == 0
+    job = started(GPUS, *flags(text, got), restarts=KILLS)
     killed_after = list(kills(job, got, seed=0))
     assert job.wait(300) == 0 and len(killed_after) == KILLS
     print(f"{GPUS} GPUs, killed after the checkpoints of steps {killed_after}")
@@ -86,7 +79,7 @@ def test_ten_kills_and_equal_bits_then_half_of_the_gpus(text: Path, tmp_path: Pa
     assert losses(got) == losses(want)
     assert (got / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
 
-    assert torchrun(GPUS // 2, "--resume", got, "--steps", str(STEPS + MORE)).wait(300) == 0
-    assert torchrun(GPUS, "--resume", want, "--steps", str(STEPS + MORE)).wait(300) == 0
+    assert started(GPUS // 2, "--resume", got, "--steps", str(STEPS + MORE)).wait(300) == 0
+    assert started(GPUS, "--resume", want, "--steps", str(STEPS + MORE)).wait(300) == 0
     assert losses(got) == pytest.approx(losses(want), rel=1e-2)
     assert max(losses(got)) == STEPS + MORE

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.gpu.processes import ROOT, environment, torchrun
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason=f"needs two GPUs, found {torch.cuda.device_count()}"
@@ -21,12 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 def found_by(module: str, *words: str, size: int = 2) -> dict[str, Any]:
     """The last JSON line that a module prints under torchrun."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m", module]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
+    command = torchrun(size, "-m", module, *words)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 

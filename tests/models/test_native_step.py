@@ -99,7 +99,7 @@ def test_every_option_equals_block_by_block(moved, instruction_set, name):
     native.module().choose_instruction_set(instruction_set)
     try:
         model = build(moved, OPTIONS[name])
-        assert_same_steps(compiled(model), model, 3, 5e-5)
+        assert_same_steps(compiled(model), model, 3, 2e-5)
     finally:
         native.module().choose_instruction_set(before)
 
@@ -117,14 +117,47 @@ def packed(model: LanguageModel, format: str) -> LanguageModel:
     return result
 
 
-@pytest.mark.parametrize("format", [name for name in FORMATS if name != "q5_k"])
+ONE_BLOCK = ModelConfig(d_model=256, n_layers=1, vocab_size=70, tie_embeddings=False)
+EXACT = ("float32", "float16")
+"""Formats of numbers that float32 holds."""
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in ("q5_k", *EXACT)])
 def test_every_format_and_batch_equals_block_by_block(moved, format):
     """Rounding to bfloat16 or int8 turns differences in the last digit into differences of one unit of those."""
-    config = ModelConfig(d_model=256, n_layers=1, vocab_size=70, tie_embeddings=False)
-    model = packed(build(moved, config), format)
-    exact = format in ("float32", "float16")
+    model = packed(build(moved, ONE_BLOCK), format)
     for rows in (1, 3, 64):
-        assert_same_steps(compiled(model), model, rows, 5e-5 if exact else 2e-2, n_steps=2)
+        assert_same_steps(compiled(model), model, rows, 2e-2, n_steps=2)
+
+
+@pytest.mark.parametrize("format", EXACT)
+def test_errors_are_those_of_block_by_block(moved, format):
+    """Steps and decays of this model are so far apart that the last digit of a product shows in the fifth of a logit,
+    by the order of sums of a processor. So each way is held against float64."""
+    whole = build(moved, ONE_BLOCK)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(parameter.to(getattr(torch, format)))
+    model, exact = packed(whole, format), copy.deepcopy(whole).double()
+    step = compiled(model)
+    for rows in (1, 3, 64):
+        ours, theirs = errors_of_steps(step.step, exact, model, rows), errors_of_steps(model.step, exact, model, rows)
+        assert ours <= 2 * theirs + 1e-6, f"{rows} rows: {ours:.1e} of the largest, block by block {theirs:.1e}"
+
+
+def errors_of_steps(step, exact: LanguageModel, model: LanguageModel, rows: int) -> float:
+    """The largest difference from steps in float64, relative to the largest value of each tensor."""
+    ours = state_after_some(model, rows)
+    wanted = map_state(torch.Tensor.double, ours)
+    generator, errors = torch.Generator().manual_seed(4), []
+    for _ in range(2):
+        ids = torch.randint(0, model.config.vocab_size, (rows,), generator=generator)
+        with torch.no_grad():
+            got, true = step(ids, ours), exact.step(ids, wanted)
+        ours, wanted = got.state, true.state
+        pairs = zip([got.logits, *state_tensors(ours)], [true.logits, *state_tensors(wanted)], strict=True)
+        errors += [difference(one.double(), other) for one, other in pairs]
+    return max(errors)
 
 
 def test_rows_do_not_depend_on_their_batch(moved):
@@ -191,7 +224,7 @@ def test_a_changed_weight_is_seen(moved):
             model.blocks[0].mixer.conv.weight.add_(0.1)
             model.blocks[0].mixer.out_proj.weight = nn.Parameter(2 * model.blocks[0].mixer.out_proj.weight)
             wanted = LanguageModel.step(model, ids, state)
-        assert difference(step.step(ids, state).logits, wanted.logits) < 5e-5
+        assert difference(step.step(ids, state).logits, wanted.logits) < 2e-5
 
 
 def test_not_finite_numbers_stay_so(moved):

@@ -98,7 +98,7 @@ def test_comments_blank_lines_and_a_mark_at_the_start(tmp_path):
 
 
 def test_other_letters_are_counted_as_they_are_read_in_place(tmp_path):
-    """A file that is packed has its counts in the notes; N and lower case are not among them."""
+    """The notes of a packed file already have its counts. N and lower case are not counted."""
     wanted = {"a": "ACGTNnacgt" * 10 + "RrYU" + "ACGT" * 20, "b": "NNACGTB"}
     files = write_all(tmp_path, wanted, 60)
     counted = "letters other than A, C, G, T and N: {}; U is read as T, the others as N"

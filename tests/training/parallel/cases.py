@@ -136,6 +136,14 @@ def blocks_of_units(width: int) -> list[int]:
         return [len(blocks) for blocks in sharding._together(four.blocks, dtype, None)]
 
 
+def unit_error() -> str:
+    try:
+        parallelize(model(), init_device_mesh("cpu", (1,), mesh_dim_names=("dp_shard",)), blocks_per_unit=0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def dtypes_in_bfloat16() -> tuple[dict[str, torch.dtype], dict[str, torch.dtype], torch.dtype]:
     """The dtypes of the parameters inside a forward pass with param_dtype, those of their storage, and that of A."""
     sharded = model(torch.float32)

@@ -74,6 +74,7 @@ def test_large_blocks_are_gathered_alone(pool: Pool) -> None:
     """Units have at most UNIT_BYTES of weights as they are gathered."""
     assert pool.run(1, cases.blocks_of_units, 4) == [[1, 1, 1, 1]]
     assert pool.run(1, cases.blocks_of_units, 2) == [[2, 2]]
+    assert pool.run(1, cases.unit_error) == ["blocks_per_unit must be at least 1, got 0"]
 
 
 def test_param_dtype_narrows_projections_only(pool: Pool) -> None:

@@ -205,8 +205,8 @@ def read(options: Data, need_labels: bool = True) -> Labelled:
         options.data, label_field=options.label_field, need_labels=need_labels, on_bad_row=options.on_bad_row
     )
     tell_skipped(options.data, data.skipped)
-    if data.others:
-        say(f"{options.data}: {others_in_words(data.others)}")
+    if others := data.others:
+        say(f"{options.data}: {others_in_words(others)}")
     return data
 
 

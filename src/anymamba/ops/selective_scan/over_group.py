@@ -81,6 +81,15 @@ class _Part(NamedTuple):
     group: SequenceGroup
     backend: str
 
+    @property
+    def kernel(self) -> Any:
+        return dispatch.kernel(OP, self.backend)
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether the backend scans in two phases, of which `begin` runs the first one."""
+        return hasattr(self.kernel, "begin")
+
     def local(self, arriving: Tensor | None) -> ScanArguments:
         """The arguments of the part alone. Its first sequence starts from an arriving state (rows, d, n), or from zero
         if that is None."""
@@ -99,15 +108,14 @@ class _Part(NamedTuple):
     def begin(self) -> tuple[Tensor, Tensor, Any]:
         """What departs from here if nothing arrives (rows, d, n), the sum of steps (rows, d), and the backend's first
         phase of the scan, if it has one."""
-        a, kernel = self.local(None), dispatch.kernel(OP, self.backend)
-        is_last = self.group.rank == self.group.size - 1
-        if a.length == 0 or (is_last and not hasattr(kernel, "begin")):  # what is given departs, or nothing
+        a, is_last = self.local(None), self.group.rank == self.group.size - 1
+        if a.length == 0 or (is_last and not self.has_phases):  # what is given departs, or nothing
             end = a.u.new_zeros(a.batch, a.d_inner, a.d_state, dtype=a.dtype)
             given = None if a.cu_seqlens is not None else a.initial_state
             end = end if given is None else end.copy_(given)
             return end, a.u.new_zeros(a.batch, a.d_inner, dtype=a.real_dtype), None
         dispatch.count(OP, self.backend, "summary")
-        return kernel.begin(a) if hasattr(kernel, "begin") else (*kernel.summary(a), None)
+        return self.kernel.begin(a) if self.has_phases else (*self.kernel.summary(a), None)
 
     def finish(self, begun: Any, arriving: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """y, the last states and what the backend saves, from the state that arrives (rows, d, n)."""
@@ -115,23 +123,22 @@ class _Part(NamedTuple):
         if begun is None:
             return registration._forward(a, save, self.backend)
         dispatch.count(OP, self.backend, "forward")
-        kernel = dispatch.kernel(OP, self.backend)
         if self.group.rank > 0:
-            begun = kernel.with_arrival(begun, self.given(arriving, self.group.arriving), a, reverse=False)
-        return kernel.finish(a, save, begun)
+            begun = self.kernel.with_arrival(begun, self.given(arriving, self.group.arriving), a, reverse=False)
+        return self.kernel.finish(a, save, begun)
 
     def begin_reverse(self, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor, Any]:
         """The gradient of the state that arrives here (rows, d, n) if that of what departs is zero, and the backend's
         first phase of the backward pass, if it has one."""
-        a, kernel, offsets = self.local(None), dispatch.kernel(OP, self.backend), self.arguments.cu_seqlens
-        if a.length == 0 or (self.group.rank == 0 and not hasattr(kernel, "begin_reverse")):  # nothing arrives
+        a = self.local(None)
+        if a.length == 0 or (self.group.rank == 0 and not self.has_phases):  # nothing arrives
             return a.u.new_zeros(a.batch, a.d_inner, a.d_state, dtype=a.dtype), None
         dispatch.count(OP, self.backend, "reverse summary")
-        if hasattr(kernel, "begin_reverse"):
-            gradient, begun = kernel.begin_reverse(dy, dlast_state, a)
+        if self.has_phases:
+            gradient, begun = self.kernel.begin_reverse(dy, dlast_state, a)
         else:
-            gradient, begun = kernel.reverse_summary(dy, dlast_state, a), None
-        return self.given(gradient, self.group.arriving) if offsets is not None else gradient, begun
+            gradient, begun = self.kernel.reverse_summary(dy, dlast_state, a), None
+        return self.given(gradient, self.group.arriving), begun
 
     def finish_reverse(
         self, begun: Any, departing: Tensor, arriving: Tensor, saved: Tensor, dy: Tensor, dlast_state: Tensor
@@ -145,10 +152,9 @@ class _Part(NamedTuple):
         if begun is None:
             return registration._backward(dy, dlast_state, a, saved, self.backend)
         dispatch.count(OP, self.backend, "backward")
-        kernel = dispatch.kernel(OP, self.backend)
         if group.rank < group.size - 1:
-            begun = kernel.with_arrival(begun, self.given(departing, group.departing), a, reverse=True)
-        grads = kernel.finish_reverse(dy, dlast_state, a, saved, begun)
+            begun = self.kernel.with_arrival(begun, self.given(departing, group.departing), a, reverse=True)
+        grads = self.kernel.finish_reverse(dy, dlast_state, a, saved, begun)
         return [dy.new_empty(0) if g is None else g for g in grads]
 
     def given(self, states: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:

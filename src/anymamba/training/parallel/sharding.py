@@ -69,16 +69,17 @@ def parallelize(
             backward pass. False keeps them: faster, and takes more memory.
         blocks_per_unit: how many blocks are gathered together. By default as many as have 128 MiB of gathered weights,
             at least one: 10 at 370m, 2 at 1.4b, 1 at 2.8b.
-    Raises ValueError for a mesh without names or with other ones, TypeError for a model without blocks.
+    Raises ValueError for a mesh without names or with other ones and for blocks_per_unit below 1, TypeError for a model
+    without blocks.
     """
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         raise TypeError(f"parallelize needs a model with blocks, got {type(model).__name__}; give a LanguageModel")
-    group = context_group(mesh)
+    together, group = list(_together(blocks, param_dtype, blocks_per_unit)), context_group(mesh)
     if group is not None:
         _split_sequences(model, group)
     over = fsdp_mesh(mesh)
-    _shard_blocks(list(_together(blocks, param_dtype, blocks_per_unit)), over, param_dtype, reshard_after_forward)
+    _shard_blocks(together, over, param_dtype, reshard_after_forward)
     _shard_rest(model, blocks, over)
     for method in METHODS:
         if hasattr(model, method):

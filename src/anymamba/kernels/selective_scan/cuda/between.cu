@@ -33,48 +33,11 @@ KERNEL(THREADS, 1) pass_empty(PARAMETER Parameters p) {
     for (i64 i = threadIdx.x; i < size; i += THREADS) to[s * size + i] = from ? from[s * size + i] : number(R(0));
 }
 
-// In place of what leaves each chunk (from nothing) what arrives at it; one thread a row, state and channel.
-KERNEL(THREADS, 1) carry(PARAMETER Parameters p) {
+// What leaves a row of chunks for a state and channel, whose numbers of the first chunk are at `first`, and of the others
+// `size` further on. `visit` is called with each chunk on the way and what arrives at it; `used` chunks hand something on.
+template <typename Visit>
+DEVICE T through_chunks(const Parameters& p, i64 first, i64 size, i64 used, Visit visit) {
     constexpr int AHEAD = 8;  // chunks whose numbers are asked for at once
-    const i64 size = p.states * p.channels, i = index_of_thread();
-    if (i >= p.batch * size) return;
-    const i64 first = i / size * p.n_chunks * size + i % size;
-    T* states = reinterpret_cast<T*>(p.chunk_states) + first;
-    const T* decays = reinterpret_cast<const T*>(p.chunk_decays) + first;
-    const bool reverse = p.passage == REVERSE;
-    T h = number(R(0));
-    for (i64 k0 = 0; k0 < p.n_chunks; k0 += AHEAD) {
-        T leaving[AHEAD], decay[AHEAD];
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            if (k0 + k >= p.n_chunks - 1) continue;  // the last chunk on the way hands nothing over
-            const i64 chunk = reverse ? p.n_chunks - 1 - k0 - k : k0 + k;
-            leaving[k] = states[chunk * size], decay[k] = decays[chunk * size];
-        }
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            if (k0 + k >= p.n_chunks) continue;
-            const i64 chunk = reverse ? p.n_chunks - 1 - k0 - k : k0 + k;
-            states[chunk * size] = h;
-            if (k0 + k >= p.n_chunks - 1) continue;
-            const bool through = reverse ? passes_through<true>(p, chunk) : passes_through<false>(p, chunk);
-            h = through ? leaving[k] + (reverse ? conjugate(decay[k]) : decay[k]) * h : leaving[k];
-        }
-    }
-}
-
-// What leaves each row, from what leaves its chunks: the state after its last token or, in reverse, the gradient of the
-// one before its first token. Of packed rows that of the last sequence, or of the first. One thread a row, state and
-// channel.
-KERNEL(THREADS, 1) leave(PARAMETER Parameters p) {
-    constexpr int AHEAD = 8;  // as in carry
-    const i64 size = p.states * p.channels, i = index_of_thread();
-    if (i >= p.batch * size) return;
-    const i64 row = i / size, n = i % size / p.channels, padded = i % p.channels;
-    const i64 of_group = p.channels / p.n_groups, per_group = p.d_inner / p.n_groups;
-    const i64 channel = padded / of_group * per_group + padded % of_group;
-    if (n >= p.d_state || padded % of_group >= per_group) return;
-    const i64 first = row * p.n_chunks * size + i % size;
     const T* states = reinterpret_cast<const T*>(p.chunk_states) + first;
     const T* decays = reinterpret_cast<const T*>(p.chunk_decays) + first;
     const bool reverse = p.passage == REVERSE;
@@ -83,7 +46,7 @@ KERNEL(THREADS, 1) leave(PARAMETER Parameters p) {
         T leaving[AHEAD], decay[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
-            if (k0 + k >= p.n_chunks) continue;
+            if (k0 + k >= used) continue;
             const i64 chunk = reverse ? p.n_chunks - 1 - k0 - k : k0 + k;
             leaving[k] = states[chunk * size], decay[k] = decays[chunk * size];
         }
@@ -91,12 +54,39 @@ KERNEL(THREADS, 1) leave(PARAMETER Parameters p) {
         for (int k = 0; k < AHEAD; k++) {
             if (k0 + k >= p.n_chunks) continue;
             const i64 chunk = reverse ? p.n_chunks - 1 - k0 - k : k0 + k;
+            visit(chunk, h);
+            if (k0 + k >= used) continue;
             bool through = reverse ? passes_through<true>(p, chunk) : passes_through<false>(p, chunk);
             if (!reverse && chunk > 0 && chunk == p.n_chunks - 1)  // on to the end of the row
                 through = !p.sequence_of || p.sequence_of[chunk * p.chunk - 1] == p.sequence_of[p.length - 1];
             h = through ? leaving[k] + (reverse ? conjugate(decay[k]) : decay[k]) * h : leaving[k];
         }
     }
+    return h;
+}
+
+// In place of what leaves each chunk (from nothing) what arrives at it; one thread a row, state and channel.
+KERNEL(THREADS, 1) carry(PARAMETER Parameters p) {
+    const i64 size = p.states * p.channels, i = index_of_thread();
+    if (i >= p.batch * size) return;
+    const i64 first = i / size * p.n_chunks * size + i % size;
+    T* states = reinterpret_cast<T*>(p.chunk_states) + first;
+    // the last chunk on the way hands nothing over
+    through_chunks(p, first, size, p.n_chunks - 1, [&](i64 chunk, T h) { states[chunk * size] = h; });
+}
+
+// What leaves each row, from what leaves its chunks: the state after its last token or, in reverse, the gradient of the
+// one before its first token. Of packed rows that of the last sequence, or of the first. One thread a row, state and
+// channel.
+KERNEL(THREADS, 1) leave(PARAMETER Parameters p) {
+    const i64 size = p.states * p.channels, i = index_of_thread();
+    if (i >= p.batch * size) return;
+    const i64 row = i / size, n = i % size / p.channels, padded = i % p.channels;
+    const i64 of_group = p.channels / p.n_groups, per_group = p.d_inner / p.n_groups;
+    const i64 channel = padded / of_group * per_group + padded % of_group;
+    if (n >= p.d_state || padded % of_group >= per_group) return;
+    const i64 first = row * p.n_chunks * size + i % size;
+    const T h = through_chunks(p, first, size, p.n_chunks, [](i64, T) {});
     reinterpret_cast<T*>(p.leaving)[(row * p.d_inner + channel) * p.d_state + n] = h;
 }
 
