@@ -258,12 +258,12 @@ def test_an_unknown_model_is_named(server):
 
 def test_health_is_answered_while_the_event_loop_is_busy(server):
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
-    server.served.worker._loop.call_soon_threadsafe(time.sleep, 2)
+    server.served.worker._loop.call_soon_threadsafe(time.sleep, 4)
     start = time.monotonic()
     for _ in range(3):
         connection.request("GET", "/health")
         assert connection.getresponse().read() == b'{"status": "ok"}'
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 3
     connection.close()
 
 

@@ -1,4 +1,4 @@
-"""Errors and warnings about files, and the check of a file's format version."""
+"""Errors and warnings about files, how an error is told in one line, and the check of a file's format version."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ class CheckpointWarning(UserWarning):
 
 class DataWarning(UserWarning):
     """Data was read, but not all of it, or not used as asked."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; for an OSError `file: reason`."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"the name {error.object!r} is not valid UTF-8, which is needed here; rename it"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def require_format_version(values: Mapping[str, Any], newest: int, where: Path | str) -> None:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from anymamba.base.errors import one_line
 from anymamba.console.output import say
 from anymamba.console.signals import SignalHandler, end_message
 
@@ -115,12 +116,3 @@ def complain(error: BaseException, code: int) -> int:
         traceback.print_exception(error)
     say(f"error: {one_line(error)}")
     return code
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line; for an OSError `file: reason`."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
-        return f"the name {error.object!r} is not valid UTF-8, which is needed here; rename it"
-    return " ".join(str(error).split()) or type(error).__name__

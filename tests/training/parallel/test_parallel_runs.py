@@ -240,14 +240,19 @@ def test_a_checkpoint_of_another_model(config: TrainConfig, tmp_path: Path) -> N
     assert files(run) == before
 
 
-def test_a_full_disk_on_one_rank(config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reports", [0, 1])
+def test_a_full_disk_on_one_rank(config_file: Path, tmp_path: Path, reports: int) -> None:
+    """All ranks are told by the one that could not write; the first that has time for it reports it."""
     run = tmp_path / "run"
     patches = {"anymamba.training.parallel.writer.Writer._write": "full_disk"}
+    if reports == 1:
+        patches["anymamba.training.parallel.writer.Writer.poll"] = "poll_on_rank_1"
     line = only_error(start(tmp_path, 2, "--config", config_file, "--out", run, patches=patches))
-    assert line == (
-        f"error: {run}: the checkpoint could not be written (No space left on device); the earlier ones are complete: "
+    reason = (
+        f"{run}: the checkpoint could not be written (No space left on device); the earlier ones are complete: "
         "make room, then resume"
     )
+    assert line in ([f"error: {reason}"] if reports == 0 else []) + [f"error: rank 1: {reason}"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000000"]
     resume(run)
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from anymamba.cli.app import FAILURES, MISUSED, one_line
+from anymamba.base.errors import one_line
+from anymamba.cli.app import FAILURES, MISUSED
 from anymamba.cli.chat.terminal import CtrlC, handled_ctrl_c, read_messages
 from anymamba.console.flags import read_flags
 from anymamba.console.output import printable, say

@@ -18,6 +18,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from anymamba.base.errors import one_line
+
 SETTLE = 1.0
 """Seconds in which rank 0 waits for what else is reported: the death of a rank makes others fail, too."""
 PATIENCE = 5.0
@@ -150,7 +152,7 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> bytes:
-    return (" ".join(str(error).split()) or type(error).__name__).encode()[:LONGEST]
+    return one_line(error).encode()[:LONGEST]
 
 
 def _end_process(line: str | None) -> NoReturn:
