@@ -15,7 +15,7 @@ from scan_parts import check_parts
 from anymamba.kernels.selective_scan import cuda, reference
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.cuda import call, plan
-from anymamba.runtimes import nvrtc
+from anymamba.runtimes import nvrtc, replaying
 
 if emulate.missing():
     pytest.skip(f"kernels cannot be emulated: {emulate.missing()}", allow_module_level=True)
@@ -144,6 +144,10 @@ def test_parts_of_fast_scans(case, chunks_everywhere):
     a = arguments(scan_inputs(**{"length": sum(lengths), "d_state": 16, "dtype": torch.float32} | options))
     had_phases = check_parts(a, lengths, "cuda", 3e-5)
     assert had_phases == [length >= 600 for length in lengths]
+    if case == "three":  # once more, by the plans of the calls before
+        known = len(replaying._plans)
+        check_parts(a._replace(u=a.u * 0.5), lengths, "cuda", 3e-5)
+        assert len(replaying._plans) == known and None not in replaying._plans.values()
 
 
 @pytest.mark.slow

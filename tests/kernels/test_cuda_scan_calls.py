@@ -26,7 +26,7 @@ def test_b_and_c_of_a_layer_of_any_width_reach_the_kernels_aligned(dt_rank):
     """The fast path is for tokens that start at multiples of 16 bytes; dt_rank is 12 for 192 channels."""
     call, B, C = call_of(dt_rank, 16)
     assert call["aligned"]
-    held = {t.data_ptr() for t in call._alive}
+    held = {t.data_ptr() for t in call._held.values()}
     copied = {t.data_ptr() for t in (B, C)} - held
     assert bool(copied) == bool(dt_rank % 8), "aligned ones are read where they lie"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anymamba.runtimes import nvrtc
+from anymamba.runtimes import nvrtc, replaying
 
 MISSING = 0
 """The address for a tensor that is not given."""
@@ -51,7 +51,8 @@ class Call:
         self._like = like
         self._index: int = like.device.index or 0
         self._values = [0] * (max(layout.place.values()) + 1)
-        self._alive: list[Tensor] = []
+        self._held: dict[int, Tensor] = {}
+        self._scratch: list[Tensor] = []
 
     @property
     def n_multiprocessors(self) -> int:
@@ -72,9 +73,9 @@ class Call:
             if tensor is None:
                 continue
             tensor = tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-            self._alive.append(tensor)
             strides = [0 if size == 1 else s for size, s in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)]
             at = self._layout.place[name]
+            self._held[at] = tensor
             values = (tensor.data_ptr(), *strides, nvrtc.DTYPES[tensor.dtype])
             self._values[at : at + len(values)] = values
 
@@ -84,8 +85,9 @@ class Call:
             if tensor is not None:
                 tensor = tensor.contiguous()
                 tensor = tensor.clone() if tensor.data_ptr() % 16 else tensor
-                self._alive.append(tensor)
-                self.set(**{name: tensor.data_ptr()})
+                at = self._layout.place[name]
+                self._held[at] = tensor
+                self._values[at] = tensor.data_ptr()
 
     def typed(self, **tensors: Tensor | None) -> None:
         """The same as `dense`, and set the field NAME_dtype to each tensor's dtype."""
@@ -98,20 +100,27 @@ class Call:
         """Pass and return a new uninitialised tensor."""
         tensor = self._like.new_empty(shape, dtype=dtype)
         self.dense(**{name: tensor})
+        self._scratch.append(tensor)
         return tensor
 
     def launch(
         self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0, *, early: bool = False
     ) -> None:
         """Queue a kernel; `early` as in `nvrtc.Kernel.launch`."""
-        content = self._layout.pack(*self._values)
-        nvrtc.kernel(variant, self._index).launch(n_blocks, threads, shared, content, early)
+        pack, values = self._layout.pack, self._values
+        kernel = nvrtc.kernel(variant, self._index)
+        replaying.record(
+            replaying.Launch(kernel, n_blocks, threads, shared, early, pack, values, self._held, self._scratch)
+        )
+        kernel.launch(n_blocks, threads, shared, pack(*values), early)
 
 
 def aligned(tensor: Tensor | None, elements: int) -> bool:
     """Whether the start and the length of every row are multiples of this many elements."""
     if tensor is None:
         return True
-    steps = (*tensor.stride()[:-1], tensor.shape[-1])
-    fits = all(s % elements == 0 for s, size in zip(steps, (*tensor.shape[:-1], 2), strict=True) if size > 1)
-    return fits and tensor.stride(-1) == 1 and tensor.data_ptr() % (elements * tensor.element_size()) == 0
+    *sizes, last = tensor.shape
+    *steps, one = tensor.stride()
+    if one != 1 or last % elements or tensor.data_ptr() % (elements * tensor.element_size()):
+        return False
+    return not any(step % elements for size, step in zip(sizes, steps, strict=True) if size > 1)

@@ -11,7 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from anymamba.runtimes import nvrtc
+from anymamba.runtimes import nvrtc, replaying
 
 HERE = Path(__file__).parent
 
@@ -85,3 +85,4 @@ def patch(monkeypatch, n_multiprocessors: int = 4) -> None:
     monkeypatch.setattr(nvrtc, "kernel", lambda variant, index: Kernel(variant))
     monkeypatch.setattr(nvrtc, "prepare", lambda variants, index: None)
     monkeypatch.setattr(nvrtc, "device", lambda index: device)
+    monkeypatch.setattr(replaying, "_plans", {})  # those of other kernels and devices

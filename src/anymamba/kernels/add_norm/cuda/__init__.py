@@ -14,6 +14,7 @@ from anymamba.kernels.add_norm.arguments import NormArguments
 from anymamba.kernels.add_norm.cuda import call as calls
 from anymamba.runtimes import nvrtc
 from anymamba.runtimes.launching import Call, aligned
+from anymamba.runtimes.replaying import replayed
 
 NAME = "cuda"
 TRANSPARENT: frozenset[str] = frozenset()
@@ -40,6 +41,11 @@ def saved_shape(a: NormArguments) -> tuple[int, ...]:
 
 def forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, x + residual (nothing where there is no residual), and the statistics of the rows (or nothing)."""
+    y, total, saved = replayed("norm", a.tensors, (*a.options, save), lambda: _forward(a, save))
+    return y, total, saved
+
+
+def _forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = a.x.new_empty(a.x.shape, dtype=a.y_dtype)
     total = a.x.new_empty((0,) if a.residual is None else a.x.shape, dtype=a.total_dtype)
     saved = a.x.new_empty(saved_shape(a) if save else (0,), dtype=a.dtype)
@@ -57,10 +63,15 @@ def forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None
 
 def backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of x, residual, weight and bias (None where the input is absent)."""
+    dy, dtotal = (t.resolve_conj().resolve_neg() for t in (dy, dtotal))
+    tensors = (dy, dtotal, saved, *a.tensors)
+    return list(replayed("norm backward", tensors, a.options, lambda: _backward(dy, dtotal, a, saved)))
+
+
+def _backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
     dx, dresidual, dweight, dbias = (None if t is None else t.new_empty(t.shape) for t in a.tensors)
     if a.x.numel() == 0:
         return [dx, dresidual, *(None if t is None else t.zero_() for t in (dweight, dbias))]
-    dy, dtotal = (t.resolve_conj().resolve_neg() for t in (dy, dtotal))
     call = _start(a)
     _rows(call, a, dy=dy.to(a.y_dtype), dtotal=None if a.residual is None else dtotal.to(a.total_dtype))
     _rows(call, a, dx=dx, dresidual=dresidual)

@@ -12,6 +12,7 @@ from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.causal_conv1d.cuda import call as calls
 from anymamba.runtimes import nvrtc
 from anymamba.runtimes.launching import Call, aligned
+from anymamba.runtimes.replaying import replayed
 
 NAME = "cuda"
 TRANSPARENT: frozenset[str] = frozenset()
@@ -34,6 +35,11 @@ def description() -> str:
 
 def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     """y (b, l, d) and the last width - 1 inputs of each sequence."""
+    y, last_state = replayed("convolution", a.tensors, a.options, lambda: _forward(a))
+    return y, last_state
+
+
+def _forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     y, last_state = a.x.new_empty(a.x.shape), a.x.new_empty(a.state_shape)
     if a.x.numel() == 0:
         return y, last_state.zero_() if a.initial_state is None else last_state.copy_(a.initial_state)
@@ -53,13 +59,19 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
 
 def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None where the input is absent)."""
+    dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))
+    tensors = (dy, dlast_state, *a.tensors)
+    return list(replayed("convolution backward", tensors, a.options, lambda: _backward(dy, dlast_state, a)))
+
+
+def _backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
     inputs = (a.x, a.weight, a.bias, a.initial_state)
     dx, dweight, dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in inputs)
     assert dx is not None and dweight is not None
     if a.x.numel() == 0:
         summed = None if dbias is None else dbias.zero_()
         return [dx, dweight.zero_(), summed, None if dinitial is None else dinitial.copy_(dlast_state)]
-    dy, dlast_state = (t.resolve_conj().resolve_neg().to(a.x.dtype) for t in (dy, dlast_state))
+    dy, dlast_state = (t.to(a.x.dtype) for t in (dy, dlast_state))
     call = _start(a, dy=dy, dx=dx)
     states = None if dinitial is None else a.x.new_empty(dinitial.shape)
     call.dense(dlast_state=dlast_state, dinitial_state=states)

@@ -21,6 +21,7 @@ from anymamba.kernels.selective_scan.cuda.summary import (
     with_arrival,
 )
 from anymamba.runtimes import nvrtc
+from anymamba.runtimes.replaying import replayed
 
 __all__ = [
     "CLAMPS_OFFSETS",
@@ -80,6 +81,13 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def finish(a: ScanArguments, save: bool, chunks: Chunks | None) -> tuple[Tensor, Tensor, Tensor]:
     """What `forward` returns, from the chunks of `begin` for these arguments."""
+    a = passes.with_aligned_matrices(a)
+    tensors = a.tensors if chunks is None else (*a.tensors, chunks.states, chunks.decays)
+    y, last_state, saved = replayed("scan", tensors, (*a.options, save), lambda: _forward(a, save, chunks))
+    return y, last_state, saved
+
+
+def _forward(a: ScanArguments, save: bool, chunks: Chunks | None) -> tuple[Tensor, Tensor, Tensor]:
     saved = a.u.new_empty(saved_shape(a) if save else (0,), dtype=a.dtype)
     last_state = a.u.new_empty(a.n_sequences, a.d_inner, a.d_state, dtype=a.dtype)
     if a.u.numel() == 0:
@@ -105,13 +113,22 @@ def finish_reverse(
     dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor, chunks: Chunks | None
 ) -> list[Tensor | None]:
     """What `backward` returns, from the chunks of `begin_reverse` for these arguments."""
+    dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))  # autograd hands over lazy ones
+    a = passes.with_aligned_matrices(a)
+    tensors = (dy, dlast_state, saved, *a.tensors, *(() if chunks is None else chunks[:2]))
+    grads = replayed("scan backward", tensors, a.options, lambda: _backward(dy, dlast_state, a, saved, chunks))
+    return list(grads)
+
+
+def _backward(
+    dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor, chunks: Chunks | None
+) -> list[Tensor | None]:
     inputs = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_state)
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in inputs)
     if a.u.numel() == 0:
         summed = [None if t is None else t.zero_() for t in (dA, dB, dC, dD, dbias)]
         passed = None if dinitial is None else dinitial.copy_(dlast_state)
         return [du, ddelta, *summed[:4], dz, summed[4], passed]
-    dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))  # autograd hands over lazy ones
     layouts = plan.layouts(a)
     call, dtype = passes.start(a, layouts)
     rows = (du, ddelta, dz)

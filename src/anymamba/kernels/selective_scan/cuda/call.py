@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anymamba.runtimes import nvrtc
+from anymamba.runtimes import nvrtc, replaying
 
 if TYPE_CHECKING:
     from anymamba.kernels.selective_scan.arguments import ScanArguments
@@ -65,7 +65,8 @@ class Call:
         self._device = a.u.device
         self.index: int = a.u.device.index or 0
         self.values = [0] * N_VALUES
-        self._alive: list[Tensor] = []
+        self._held: dict[int, Tensor] = {}
+        self._scratch: list[Tensor] = []
         self.set(
             batch=a.batch,
             length=a.length,
@@ -132,7 +133,7 @@ class Call:
             raise ValueError(
                 f"the scan wants its tensors on one device, got u on {self._device}, {name} on {tensor.device}"
             )
-        self._alive.append(tensor)
+        self._held[PLACE[name]] = tensor
 
     def states(self, **tensors: Tensor | None) -> None:
         """Tensors as dense ones of the state's dtype."""
@@ -156,13 +157,18 @@ class Call:
         """A new tensor that is written before it is read, of the state's dtype unless one is given."""
         tensor = self.like.new_empty(shape, dtype=dtype or self.dtype)
         self.dense(**{name: tensor})
+        self._scratch.append(tensor)
         return tensor
 
     def launch(
         self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0, *, early: bool = False
     ) -> None:
         """Queue a kernel; `early` as in `nvrtc.Kernel.launch`."""
-        nvrtc.kernel(variant, self.index).launch(n_blocks, threads, shared, PACK(*self.values), early)
+        kernel = nvrtc.kernel(variant, self.index)
+        replaying.record(
+            replaying.Launch(kernel, n_blocks, threads, shared, early, PACK, self.values, self._held, self._scratch)
+        )
+        kernel.launch(n_blocks, threads, shared, PACK(*self.values), early)
 
 
 def readable(tensor: Tensor) -> Tensor:

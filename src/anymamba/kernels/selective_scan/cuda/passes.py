@@ -29,21 +29,30 @@ def start(a: ScanArguments, layouts: plan.Layouts | None) -> tuple[Call, torch.d
 
 
 def matrices(call: Call, a: ScanArguments, dtype: torch.dtype | None = None) -> None:
-    """B, C, and what has no time; `dtype` is that of the fast kernels.
-
-    Those take B and C whose tokens do not start at multiples of 16 bytes as a dense copy. They are slices of a product
-    (dt_rank + 2 d_state columns, 44 for a d_model of 192), a fraction of u, and a scan takes 3 times as long without.
-    """
+    """B, C, and what has no time; `dtype` is that of the fast kernels."""
     for name, matrix in (("B", a.B), ("C", a.C)):
         if matrix.ndim == 4:
             if dtype is not None:
-                matrix = matrix.to(dtype)
-                matrix = matrix if aligned(matrix, 16 // dtype.itemsize) else matrix.contiguous()
+                matrix = _aligned(matrix.to(dtype))
             call.rows(**{name: matrix})
         else:
             call.states(**{f"constant_{name}": matrix})
     call.states(A=a.A, initial_state=a.initial_state)
     call.vectors(D=a.D, delta_bias=a.delta_bias)
+
+
+def with_aligned_matrices(a: ScanArguments) -> ScanArguments:
+    """The arguments with B and C as the fast kernels take them: tokens begin at multiples of 16 bytes.
+
+    They are slices of a product (dt_rank + 2 d_state columns, 44 for a d_model of 192), a fraction of u, and a scan
+    takes 3 times as long without.
+    """
+    B, C = (_aligned(M) if M.ndim == 4 and M.dtype in plan.FAST_DTYPES else M for M in (a.B, a.C))
+    return a if B is a.B and C is a.C else a._replace(B=B, C=C)
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    return matrix if aligned(matrix, 16 // matrix.dtype.itemsize) else matrix.contiguous()
 
 
 def between(call: Call, kernel: str, n_threads: int) -> None:

@@ -7,7 +7,7 @@ leaves the chunks right for what arrives at the row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.cuda import passes, plan
 from anymamba.kernels.selective_scan.cuda.call import Call
 from anymamba.runtimes import nvrtc
+from anymamba.runtimes.replaying import replayed
 
 
 class Chunks(NamedTuple):
@@ -41,15 +42,26 @@ def summary(a: ScanArguments) -> tuple[Tensor, Tensor]:
 
 def begin(a: ScanArguments) -> tuple[Tensor, Tensor, Chunks | None]:
     """What `summary` returns, and the chunks for `finish`, if the scan has two phases."""
+    a = passes.with_aligned_matrices(a._replace(z=None, D=None))
+    leaving, steps, *chunks = replayed("scan begin", a.tensors, a.options, lambda: _begin(a))
+    if steps is None:
+        return leaving, sum_of_steps(a.delta, a.delta_bias, a.delta_softplus, a.real_dtype), None
+    of_groups = steps.sum(1).unflatten(1, (a.n_groups, -1))[..., : a.d_inner // a.n_groups]
+    return leaving, of_groups.flatten(1), Chunks(*chunks) if chunks else None
+
+
+def _begin(a: ScanArguments) -> list[Any]:
+    """What leaves each row, the sum of the steps of each chunk (nothing from the general kernels), and the fields of
+    Chunks, if there are two phases."""
     layouts = plan.layouts(a)
-    call, dtype = passes.start(a._replace(z=None, D=None), layouts)
+    call, dtype = passes.start(a, layouts)
     if layouts is None:
-        steps = sum_of_steps(a.delta, a.delta_bias, a.delta_softplus, a.real_dtype)
         _general(call, plan.SUMMARY)
-        return _leaving(call, a), steps, None
+        return [_leaving(call, a), None]
     channels, device = call["batch"] * call["channels"], nvrtc.device(call.index)
     layout, warps, split = plan.forward_plan(call["length"], channels, layouts.warps, dtype, call["states"], device)
-    if split.n_chunks > 1:
+    has_phases = split.n_chunks > 1
+    if has_phases:
         passes.set_split(call, split)
     else:
         layout, warps = plan.WIDE, layouts.warps
@@ -57,9 +69,7 @@ def begin(a: ScanArguments) -> tuple[Tensor, Tensor, Chunks | None]:
     states, decays = passes.scratch_of_chunks(call)
     steps = call.scratch("chunk_steps", call["batch"], call["n_chunks"], call["channels"])
     passes.fast_scan(call, layout, warps, dtype, plan.SUMMARY, call["n_chunks"])
-    chunks = Chunks(states, decays, call["chunk"]) if split.n_chunks > 1 else None
-    of_groups = steps.sum(1).unflatten(1, (a.n_groups, call.padded))[..., : call.per_group]
-    return _leaving(call, a), of_groups.flatten(1), chunks
+    return [_leaving(call, a), steps, *((states, decays, call["chunk"]) if has_phases else ())]
 
 
 def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor:
@@ -70,6 +80,14 @@ def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor
 def begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> tuple[Tensor, Chunks | None]:
     """What `reverse_summary` returns, and the chunks for `finish_reverse`, if the pass has two phases."""
     dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))
+    a = passes.with_aligned_matrices(a)
+    tensors = (dy, dlast_state, *a.tensors)
+    leaving, *chunks = replayed("scan begin reverse", tensors, a.options, lambda: _begin_reverse(dy, dlast_state, a))
+    return leaving, Chunks(*chunks) if chunks else None
+
+
+def _begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> list[Any]:
+    """What leaves each row, and the fields of Chunks, if there are two phases."""
     layouts = plan.layouts(a)
     call, dtype = passes.start(a, layouts)
     call.rows(dy=dy.to(dtype))
@@ -77,13 +95,13 @@ def begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> tuple[Te
     call.set(first_chunk=0)
     if layouts is None:
         _general(call, plan.REVERSE)
-        return _leaving(call, a), None
+        return [_leaving(call, a)]
     has_phases = passes.split_backward(call, layouts.backward)
     if not has_phases:
         _split_alone(call, plan.WIDE.block_channels, plan.WIDE.blocks)
     states, decays = passes.scratch_of_chunks(call)
     passes.fast_scan(call, plan.WIDE, layouts.warps, dtype, plan.REVERSE, call["n_chunks"])
-    return _leaving(call, a), Chunks(states, decays, call["chunk"]) if has_phases else None
+    return [_leaving(call, a), *((states, decays, call["chunk"]) if has_phases else ())]
 
 
 def with_arrival(chunks: Chunks, arriving: Tensor, a: ScanArguments, *, reverse: bool) -> Chunks:
