@@ -192,3 +192,11 @@ def test_backends_have_the_same_functions():
 
 def test_variants_are_found_by_dtype():
     assert len(call.variants()) == 5 and all(isinstance(v, nvrtc.Variant) for v in call.variants())
+
+
+@pytest.mark.parametrize("options", [{"length": 19, "d_inner": 131}, {"width": 6}, {"lengths": [0, 1, 8], "batch": 1}])
+def test_none_in_place_of_a_gradient_of_zeros(options):
+    a = arguments(**{"length": 9, "d_inner": 8} | options)
+    y, last_state = cuda.forward(a)
+    want, got = (cuda.backward(torch.ones_like(y), d, a) for d in (torch.zeros_like(last_state), None))
+    assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True) if w is not None)

@@ -156,6 +156,15 @@ def test_parts_of_general_scans():
     assert not any(check_parts(a, (250, 0, 350), "cuda", 1e-12))
 
 
+@pytest.mark.parametrize("case", ["chunks", "packed", "one token", "constant B"])
+def test_none_in_place_of_a_gradient_of_zeros(case):
+    options = {"d_state": 16, **FAST[case]} if case in FAST else {"d_state": 3, "is_complex": True, **GENERAL[case]}
+    a = arguments(scan_inputs(**{"dtype": torch.float32} | options))
+    y, last_state, saved = cuda.forward(a, True)
+    want, got = (cuda.backward(torch.ones_like(y), d, a, saved) for d in (torch.zeros_like(last_state), None))
+    assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True) if w is not None)
+
+
 STEPS = {
     "fast": {"d_state": 16, "dtype": torch.float32},
     "fast, groups, odd channels": {"d_state": 12, "d_inner": 99, "B": 3, "C": 3, "dtype": torch.float32},

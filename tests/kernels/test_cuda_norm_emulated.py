@@ -173,3 +173,11 @@ def test_python_and_cuda_agree_about_the_parameters():
 def test_backends_have_the_same_functions():
     for name in ("unavailable", "refuses", "description"):
         assert getattr(cuda, name).__annotations__ == getattr(reference, name).__annotations__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_none_in_place_of_a_gradient_of_zeros(dtype):
+    a = arguments(dtype=dtype)
+    y, total, saved = cuda.forward(a, True)
+    want, got = (cuda.backward(torch.ones_like(y), d, a, saved) for d in (torch.zeros_like(total), None))
+    assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True) if w is not None)

@@ -149,10 +149,10 @@ class Opaque:
 
     @staticmethod
     @torch.enable_grad()
-    def backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
+    def backward(dy: Tensor, dtotal: Tensor | None, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
         leaves = [None if t is None else t.detach().requires_grad_() for t in a.tensors]
         y, total, _ = reference.forward(NormArguments(*leaves, *a.options), False)
-        outputs, cotangents = ((y, total), (dy, dtotal)) if a.residual is not None else ((y,), (dy,))
+        outputs, cotangents = ((y, total), (dy, a.total_gradient(dtotal))) if a.residual is not None else ((y,), (dy,))
         found = iter(torch.autograd.grad(outputs, [t for t in leaves if t is not None], cotangents))
         return [None if t is None else next(found) for t in leaves]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from scan_cases import HERE, run_scan, scan_inputs
+from test_conv import conv_inputs
 
 from anymamba import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 from anymamba.kernels.backends import BACKENDS
@@ -138,6 +139,25 @@ def test_backends_of_an_op_have_the_same_signatures(op, name):
     if not have:
         return
     assert len(set(signatures.values())) == 1, signatures
+
+
+USABLE = [(op, m.NAME) for op in WHOLE for m in BACKENDS[op] if m.unavailable(HERE.type) is None]
+
+
+@pytest.mark.parametrize(("op", "name"), USABLE)
+def test_a_last_state_that_is_not_used_has_a_gradient_of_zeros(op, name):
+    """Backends are not given zeros then, but None."""
+
+    make, function = (scan_inputs, selective_scan) if op == "selective_scan" else (conv_inputs, causal_conv1d)
+    inputs = make(dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in inputs.values() if isinstance(t, torch.Tensor)]
+
+    def gradients(use: bool) -> list[torch.Tensor]:
+        y, last_state = function(**inputs, backend=name)
+        return list(torch.autograd.grad(y.square().sum() + (0 * last_state.sum() if use else 0), leaves))
+
+    for got, want in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_every_fast_backend_of_the_scan_has_summaries():

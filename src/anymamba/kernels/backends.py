@@ -55,8 +55,8 @@ class Backend(Protocol):
 
     backward: Callable[..., list[Tensor | None]]
     """Takes the gradients of the outputs, the record and what forward saved; returns the gradients of the record's
-    floating-point tensors in their order, with None for tensors that are not given. Not called where `forward` is
-    transparent."""
+    floating-point tensors in their order, with None for tensors that are not given. None in place of the second
+    output's gradient stands for zeros. Not called where `forward` is transparent."""
 
     step: Callable[..., tuple[Tensor, Tensor]]
     """`forward` at length one, from `initial_state`; for ops that have one."""

@@ -29,11 +29,11 @@ class Op(NamedTuple):
     """Runs a kernel: (arguments, save, backend)."""
     registered_forward: Callable[[Any, bool, str], Outputs]
     """The same through the op registered with torch."""
-    backward: Callable[[Tensor, Tensor, Any, Tensor, str], list[Tensor]]
+    backward: Callable[[Tensor, Any, Any, Tensor, str], list[Tensor | None]]
     """Gradients of the record's tensors: (dy, dlast_state, arguments, saved, backend). Entries of tensors that are not
-    given are undefined."""
+    given are undefined. dlast_state is None where it would be zeros."""
     registered_backward: Callable[[Tensor, Tensor, Any, Tensor, str], list[Tensor]]
-    """The same through the op registered with torch."""
+    """The same through the op registered with torch, which cannot return None."""
     operations: Callable[[Any], tuple[Tensor, Tensor]]
     """y and the last state, computed by differentiable torch operations."""
     kept: Callable[[Tensors, Tensor, Tensor], Tensors] | None = None
@@ -86,16 +86,19 @@ class _Forward(Quick):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, saved = ctx.saved_tensors
-        dy, dlast_state = (
-            tensors[0].new_zeros(shape, dtype=dtype) if given is None else given
-            for given, shape, dtype in zip(cotangents, ctx.shapes, ctx.dtypes, strict=False)
-        )
-        grads: Sequence[Tensor]
-        if observers.way(dy, dlast_state, saved, *tensors) == "kernel":  # nothing differentiates this pass
+        dy, dlast_state = cotangents[:2]
+        is_plain = observers.way(dy, dlast_state, saved, *tensors) == "kernel"  # nothing differentiates this pass
+        if dy is None:
+            dy = tensors[0].new_zeros(ctx.shapes[0], dtype=ctx.dtypes[0])
+        if dlast_state is None and not is_plain:
+            dlast_state = tensors[0].new_zeros(ctx.shapes[1], dtype=ctx.dtypes[1])
+        grads: Sequence[Any]
+        if is_plain:
             record = ctx.op.record(*tensors, *ctx.options)
             found = ctx.op.backward(dy, dlast_state, record, saved, ctx.backend)
             grads = [found[i] for i in _differentiable(tensors)]
         elif observers.has_tangent(dy, dlast_state):
+            assert dlast_state is not None
             grads = _pull_operations(ctx.op, ctx.options, tensors, dy, dlast_state)
         else:
             grads = _Backward.apply(ctx.op, ctx.backend, ctx.options, dy, dlast_state, saved, *tensors)
@@ -121,7 +124,7 @@ class _Backward(Quick):
     ) -> tuple[Tensor, ...]:
         plain = observers.way(dy, dlast_state, saved, *tensors) == "kernel"
         backward = op.backward if plain else op.registered_backward
-        grads = backward(dy, dlast_state, op.record(*tensors, *options), saved, backend)
+        grads: Sequence[Any] = backward(dy, dlast_state, op.record(*tensors, *options), saved, backend)
         return tuple(grads[i] for i in _differentiable(tensors))
 
     @staticmethod
@@ -158,6 +161,11 @@ def _pull_operations(
 
     pull: Any = torch.func.vjp(operations, *(tensors[i] for i in wanted))[1]
     return pull((dy, dlast_state), create_graph=True)  # otherwise torch uses fused backwards without a forward mode
+
+
+def filled(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Gradients with an empty tensor in the place of None, as ops registered with torch return them."""
+    return [like.new_empty(0) if g is None else g for g in grads]
 
 
 def _differentiable(tensors: Tensors) -> list[int]:

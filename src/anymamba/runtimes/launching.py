@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,19 @@ class Call:
             replaying.Launch(kernel, n_blocks, threads, shared, early, pack, values, self._held, self._scratch)
         )
         kernel.launch(n_blocks, threads, shared, pack(*values), early)
+
+
+TensorT = TypeVar("TensorT", Tensor, Tensor | None)
+
+
+def resolved(tensor: TensorT) -> TensorT:
+    """The tensor as its memory has it: autograd hands over lazily conjugated and negated ones."""
+    return tensor if tensor is None else tensor.resolve_conj().resolve_neg()
+
+
+def copied(target: Tensor, tensor: Tensor | None) -> Tensor:
+    """Write a tensor, or zeros, into `target`."""
+    return target.zero_() if tensor is None else target.copy_(tensor)
 
 
 def aligned(tensor: Tensor | None, elements: int) -> bool:

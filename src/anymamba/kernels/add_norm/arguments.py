@@ -52,6 +52,10 @@ class NormArguments(NamedTuple):
         total = self.total_dtype
         return total if total == torch.float32 else torch.promote_types(total, torch.float32)
 
+    def total_gradient(self, given: Tensor | None) -> Tensor:
+        """The gradient of x + residual; zeros in place of None."""
+        return self.x.new_zeros(self.x.shape, dtype=self.total_dtype) if given is None else given
+
     @property
     def y_dtype(self) -> torch.dtype:
         """The dtype in which y is returned."""

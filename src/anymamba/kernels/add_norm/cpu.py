@@ -59,7 +59,7 @@ def _of_floats(a: NormArguments, y: Tensor, total: Tensor) -> None:
     native.module().norm_of_floats(*places, *sizes, torch.get_num_threads())
 
 
-def backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
+def backward(dy: Tensor, dtotal: Tensor | None, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of x, residual, weight and bias (None where the input is absent)."""
     dx = native.empty(a.x)
     dresidual = None if a.residual is None else native.empty(a.residual)
@@ -71,7 +71,7 @@ def backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> lis
         call = _Call(a, ROWS_BACKWARD)
         call.rows(dy=_plain(dy), dx=dx)
         if dresidual is not None:
-            call.rows(dtotal=_plain(dtotal), dresidual=dresidual)
+            call.rows(dtotal=_plain(a.total_gradient(dtotal)), dresidual=dresidual)
         call.pointers(statistics=saved, dweight_parts=dweight, dbias_parts=dbias)
         native.module().norm_backward(call.args)
     sums = (None if t is None else t.sum(0) for t in (dweight, dbias))

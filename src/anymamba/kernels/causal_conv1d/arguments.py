@@ -47,6 +47,10 @@ class ConvArguments(NamedTuple):
     def state_shape(self) -> tuple[int, int, int]:
         return self.n_sequences, self.weight.shape[1] - 1, self.x.shape[2]
 
+    def state_gradient(self, given: Tensor | None) -> Tensor:
+        """The gradient of the last state; zeros in place of None."""
+        return self.x.new_zeros(self.state_shape) if given is None else given
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of sums and of weight gradients: float64 if x or the weights are, otherwise float32."""

@@ -46,14 +46,14 @@ def _last_state(a: ConvArguments) -> Tensor:
     return states if a.initial_state is None else states.copy_(a.initial_state)
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ConvArguments) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None for an input that is not given)."""
     call = _Call(a, STEPS_BACKWARD)
     dx = native.empty(a.x)
     (d_inner, width), n_parts = a.weight.shape, a.x.shape[0] * -(-a.x.shape[1] // STEPS_BACKWARD)
     dweight = a.x.new_zeros((n_parts, width, d_inner), dtype=a.dtype)
     dbias = a.x.new_zeros((n_parts, d_inner), dtype=a.dtype)
-    dlast_state = dlast_state.to(a.dtype).contiguous()
+    dlast_state = a.state_gradient(dlast_state).to(a.dtype).contiguous()
     dinitial = None if a.initial_state is None else dlast_state.clone()  # as an empty sequence needs it
     if a.x.numel():
         call.rows(dy=dy, dx=dx)

@@ -39,7 +39,7 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     return layout.tokens_of_outputs(y).to(a.x.dtype).contiguous(), layout.last_state(padded)
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ConvArguments) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None for an input that is not given)."""
     layout, dtype = _Layout(a), a.dtype
     padded = layout.pad(a.x, a.initial_state)
@@ -55,7 +55,8 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor |
     for i in range(a.width):
         dpadded[:, i : i + n_outputs].addcmul_(dtaps, taps[i])
         dweight[i] = (dtaps * padded[:, i : i + n_outputs].to(dtype)).sum((0, 1))
-    layout.add_last_state_(dpadded, dlast_state.to(dtype))
+    if dlast_state is not None:
+        layout.add_last_state_(dpadded, dlast_state.to(dtype))
     dx, dinitial = layout.unpad(dpadded)
     return [
         dx.to(a.x.dtype),

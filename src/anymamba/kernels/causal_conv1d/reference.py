@@ -36,13 +36,13 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     return torch.cat(ys, 1), torch.cat(states)
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ConvArguments) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state, by automatic differentiation of `forward`."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in a.tensors[:-1]]
     fields: Any = (*leaves, a.cu_seqlens, *a.options)
     with torch.enable_grad():
         y, last_state = forward(ConvArguments(*fields))
-    pairs = [pair for pair in ((y, dy), (last_state, dlast_state)) if pair[0].requires_grad]
+    pairs = [pair for pair in ((y, dy), (last_state, a.state_gradient(dlast_state))) if pair[0].requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)
     present = [t for t in leaves if t is not None]
     grads = iter(torch.autograd.grad(outputs, present, cotangents, materialize_grads=True))

@@ -99,6 +99,11 @@ class ScanArguments(NamedTuple):
         real = self.real_dtype
         return real if self.A.dtype == real else torch.promote_types(real, self.A.dtype)
 
+    def state_gradient(self, given: Tensor | None) -> Tensor:
+        """The gradient of the last state; zeros in place of None."""
+        shape = (self.n_sequences, self.d_inner, self.d_state)
+        return self.u.new_zeros(shape, dtype=self.dtype) if given is None else given
+
     def range_of(self, token: int) -> tuple[int, int, int]:
         """The index, start and stop of the packed sequence that has a token. It reads the offsets."""
         assert self.cu_seqlens is not None

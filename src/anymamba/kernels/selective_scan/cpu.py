@@ -73,7 +73,7 @@ def _initial_states(a: ScanArguments, dtype: torch.dtype) -> Tensor:
     return states if a.initial_state is None else states.copy_(a.initial_state)
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None for an input that is not given)."""
     call = _Call(a)
     (batch, length, d_inner), d_state = a.u.shape, a.d_state
@@ -93,7 +93,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
 
     dA, dB, dC = parts(n_parts, d_state, d_inner), matrix_parts(a.B), matrix_parts(a.C)
     dD, dbias = parts(n_parts, d_inner), parts(n_parts, d_inner)
-    dlast_state = dlast_state.to(call.dtype).contiguous()
+    dlast_state = a.state_gradient(dlast_state).to(call.dtype).contiguous()
     dinitial = None if a.initial_state is None else dlast_state.clone()  # as an empty sequence needs it
     if a.u.numel():
         call.rows(dy=dy, du=du, ddelta=ddelta, dz=dz)

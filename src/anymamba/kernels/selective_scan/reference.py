@@ -38,7 +38,7 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y, last_state, last_state.new_empty(0)
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, by automatic differentiation of `forward`."""
     inputs = a.tensors[:-1]
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
@@ -46,7 +46,7 @@ def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -
     with torch.enable_grad():
         y, last_state, _ = forward(ScanArguments(*fields), save=False)
     present = [t for t in leaves if t is not None]
-    pairs = [pair for pair in ((y, dy), (last_state, dlast_state)) if pair[0].requires_grad]
+    pairs = [pair for pair in ((y, dy), (last_state, a.state_gradient(dlast_state))) if pair[0].requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)
     grads = iter(torch.autograd.grad(outputs, present, cotangents, materialize_grads=True))
     return [None if t is None else next(grads) for t in leaves]

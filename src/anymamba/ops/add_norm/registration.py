@@ -40,10 +40,11 @@ def _forward(arguments: NormArguments, save: bool, backend: str) -> tuple[Tensor
     return dispatch.kernel(OP, backend).forward(arguments, save)
 
 
-def _backward(dy: Tensor, dtotal: Tensor, arguments: NormArguments, saved: Tensor, backend: str) -> list[Tensor]:
+def _backward(
+    dy: Tensor, dtotal: Tensor | None, arguments: NormArguments, saved: Tensor, backend: str
+) -> list[Tensor | None]:
     dispatch.count(OP, backend, "backward")
-    grads = dispatch.kernel(OP, backend).backward(dy, dtotal, arguments, saved)
-    return [dy.new_empty(0) if g is None else g for g in grads]
+    return dispatch.kernel(OP, backend).backward(dy, dtotal, arguments, saved)
 
 
 # ------------------------------------------------------------------------------------------ torch's op
@@ -78,7 +79,8 @@ def backward_op(
     saved: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    return _backward(dy, dtotal, NormArguments(x, residual, weight, bias, eps, subtract_mean, dtype), saved, backend)
+    arguments = NormArguments(x, residual, weight, bias, eps, subtract_mean, dtype)
+    return functions.filled(_backward(dy, dtotal, arguments, saved, backend), dy)
 
 
 @forward_op.register_fake

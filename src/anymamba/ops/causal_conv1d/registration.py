@@ -33,10 +33,9 @@ def _forward(arguments: ConvArguments, backend: str) -> tuple[Tensor, Tensor]:
     return dispatch.kernel(OP, backend).forward(arguments)
 
 
-def _backward(dy: Tensor, dlast_state: Tensor, arguments: ConvArguments, backend: str) -> list[Tensor]:
+def _backward(dy: Tensor, dlast_state: Tensor | None, arguments: ConvArguments, backend: str) -> list[Tensor | None]:
     dispatch.count(OP, backend, "backward")
-    grads = dispatch.kernel(OP, backend).backward(dy, dlast_state, arguments)
-    return [dy.new_empty(0) if g is None else g for g in grads]
+    return dispatch.kernel(OP, backend).backward(dy, dlast_state, arguments)
 
 
 # ------------------------------------------------------------------------------------------ torch's op
@@ -67,7 +66,8 @@ def backward_op(
     silu: bool,
     backend: str,
 ) -> list[Tensor]:
-    return _backward(dy, dlast_state, ConvArguments(x, weight, bias, initial_state, cu_seqlens, silu), backend)
+    arguments = ConvArguments(x, weight, bias, initial_state, cu_seqlens, silu)
+    return functions.filled(_backward(dy, dlast_state, arguments, backend), dy)
 
 
 @forward_op.register_fake

@@ -45,11 +45,12 @@ def _kernel(arguments: LossArguments, save: bool, backend: str) -> tuple[Tensor,
         return _forward(arguments, save, backend)
 
 
-def _backward(dy: Tensor, nothing: Tensor, arguments: LossArguments, saved: Tensor, backend: str) -> list[Tensor]:
+def _backward(
+    dy: Tensor, nothing: Tensor | None, arguments: LossArguments, saved: Tensor, backend: str
+) -> list[Tensor | None]:
     dispatch.count(OP, backend, "backward")
     with dispatch.without_autocast(arguments.x.device.type):
-        grads = dispatch.kernel(OP, backend).backward(dy, nothing, arguments, saved)
-    return [dy.new_empty(0) if g is None else g for g in grads]
+        return dispatch.kernel(OP, backend).backward(dy, nothing, arguments, saved)
 
 
 # ------------------------------------------------------------------------------------------ torch's op
@@ -73,7 +74,8 @@ def backward_op(
     saved: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    return _backward(dy, nothing, LossArguments(x, weight, labels, dtype), saved, backend)
+    arguments = LossArguments(x, weight, labels, dtype)
+    return functions.filled(_backward(dy, nothing, arguments, saved, backend), dy)
 
 
 @forward_op.register_fake

@@ -142,7 +142,7 @@ class _Part(NamedTuple):
 
     def finish_reverse(
         self, begun: Any, departing: Tensor, arriving: Tensor, saved: Tensor, dy: Tensor, dlast_state: Tensor
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """The gradients of the part's tensors, from the gradient of the state that departs (rows, d, n)."""
         a, group = self.local(arriving), self.group
         if self.arguments.cu_seqlens is None:
@@ -154,8 +154,7 @@ class _Part(NamedTuple):
         dispatch.count(OP, self.backend, "backward")
         if group.rank < group.size - 1:
             begun = self.kernel.with_arrival(begun, self.given(departing, group.departing), a, reverse=True)
-        grads = self.kernel.finish_reverse(dy, dlast_state, a, saved, begun)
-        return [dy.new_empty(0) if g is None else g for g in grads]
+        return self.kernel.finish_reverse(dy, dlast_state, a, saved, begun)
 
     def given(self, states: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:
         """The states (rows, d, n), or zeros if none of the packed sequences is one of `which`."""
@@ -211,7 +210,7 @@ def _forward(part: _Part, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 def _backward(
     part: _Part, dy: Tensor, dlast_state: Tensor, saved: Tensor, arriving: Tensor, steps: Tensor
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """The gradients of the record's floating-point tensors."""
     a, group = part.arguments, part.group
     dlast_state = group.only_where_it_ends(dlast_state, a.cu_seqlens)
@@ -222,11 +221,11 @@ def _backward(
     return [*grads[:-1], _of_given(part, grads[-1])]
 
 
-def _of_given(part: _Part, dinitial: Tensor) -> Tensor:
+def _of_given(part: _Part, dinitial: Tensor | None) -> Tensor | None:
     """The gradient of the initial states that the caller gave; that of the arriving one belongs to other ranks."""
     a, group = part.arguments, part.group
-    if a.initial_state is None:
-        return dinitial.new_empty(0)
+    if a.initial_state is None or dinitial is None:
+        return None
     if a.cu_seqlens is not None:
         return torch.where(_per_state(group.arriving(a.cu_seqlens)), 0, dinitial).to(a.initial_state.dtype)
     return dinitial if group.rank == 0 else torch.zeros_like(a.initial_state)
@@ -294,7 +293,7 @@ def backward_op(
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     part = _part((*tensors, delta_softplus, b_discretization, group, rank, starts), backend)
     with dispatch.without_autocast(u.device.type):
-        return _backward(part, dy, dlast_state, saved, arriving, steps)
+        return functions.filled(_backward(part, dy, dlast_state, saved, arriving, steps), dy)
 
 
 @forward_op.register_fake

@@ -36,11 +36,12 @@ def _forward(arguments: ScanArguments, save: bool, backend: str) -> tuple[Tensor
         return dispatch.kernel(OP, backend).forward(arguments, save)
 
 
-def _backward(dy: Tensor, dlast_state: Tensor, arguments: ScanArguments, saved: Tensor, backend: str) -> list[Tensor]:
+def _backward(
+    dy: Tensor, dlast_state: Tensor | None, arguments: ScanArguments, saved: Tensor, backend: str
+) -> list[Tensor | None]:
     dispatch.count(OP, backend, "backward")
     with dispatch.without_autocast(arguments.u.device.type):
-        grads = dispatch.kernel(OP, backend).backward(dy, dlast_state, arguments, saved)
-    return [dy.new_empty(0) if g is None else g for g in grads]
+        return dispatch.kernel(OP, backend).backward(dy, dlast_state, arguments, saved)
 
 
 # ------------------------------------------------------------------------------------------ torch's op
@@ -87,7 +88,8 @@ def backward_op(
     backend: str,
 ) -> list[Tensor]:
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    return _backward(dy, dlast_state, ScanArguments(*tensors, delta_softplus, b_discretization), saved, backend)
+    arguments = ScanArguments(*tensors, delta_softplus, b_discretization)
+    return functions.filled(_backward(dy, dlast_state, arguments, saved, backend), dy)
 
 
 @forward_op.register_fake

@@ -13,7 +13,7 @@ from torch import Tensor
 from anymamba.kernels.add_norm.arguments import NormArguments
 from anymamba.kernels.add_norm.cuda import call as calls
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, aligned
+from anymamba.runtimes.launching import Call, aligned, resolved
 from anymamba.runtimes.replaying import replayed
 
 NAME = "cuda"
@@ -61,19 +61,20 @@ def _forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y, total, saved
 
 
-def backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
+def backward(dy: Tensor, dtotal: Tensor | None, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of x, residual, weight and bias (None where the input is absent)."""
-    dy, dtotal = (t.resolve_conj().resolve_neg() for t in (dy, dtotal))
+    dy, dtotal = resolved(dy), resolved(dtotal)
     tensors = (dy, dtotal, saved, *a.tensors)
     return list(replayed("norm backward", tensors, a.options, lambda: _backward(dy, dtotal, a, saved)))
 
 
-def _backward(dy: Tensor, dtotal: Tensor, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
+def _backward(dy: Tensor, dtotal: Tensor | None, a: NormArguments, saved: Tensor) -> list[Tensor | None]:
     dx, dresidual, dweight, dbias = (None if t is None else t.new_empty(t.shape) for t in a.tensors)
     if a.x.numel() == 0:
         return [dx, dresidual, *(None if t is None else t.zero_() for t in (dweight, dbias))]
     call = _start(a)
-    _rows(call, a, dy=dy.to(a.y_dtype), dtotal=None if a.residual is None else dtotal.to(a.total_dtype))
+    dtotal = None if a.residual is None or dtotal is None else dtotal.to(a.total_dtype)
+    _rows(call, a, dy=dy.to(a.y_dtype), dtotal=dtotal)
     _rows(call, a, dx=dx, dresidual=dresidual)
     call.dense(statistics=saved)
     call.typed(dweight=dweight, dbias=dbias)

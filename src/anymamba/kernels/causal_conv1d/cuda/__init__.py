@@ -11,7 +11,7 @@ from torch import Tensor
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.causal_conv1d.cuda import call as calls
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, aligned
+from anymamba.runtimes.launching import Call, aligned, copied, resolved
 from anymamba.runtimes.replaying import replayed
 
 NAME = "cuda"
@@ -57,24 +57,23 @@ def _forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     return y, last_state
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ConvArguments) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None where the input is absent)."""
-    dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))
+    dy, dlast_state = resolved(dy), resolved(dlast_state)
     tensors = (dy, dlast_state, *a.tensors)
     return list(replayed("convolution backward", tensors, a.options, lambda: _backward(dy, dlast_state, a)))
 
 
-def _backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
+def _backward(dy: Tensor, dlast_state: Tensor | None, a: ConvArguments) -> list[Tensor | None]:
     inputs = (a.x, a.weight, a.bias, a.initial_state)
     dx, dweight, dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in inputs)
     assert dx is not None and dweight is not None
     if a.x.numel() == 0:
         summed = None if dbias is None else dbias.zero_()
-        return [dx, dweight.zero_(), summed, None if dinitial is None else dinitial.copy_(dlast_state)]
-    dy, dlast_state = (t.to(a.x.dtype) for t in (dy, dlast_state))
-    call = _start(a, dy=dy, dx=dx)
+        return [dx, dweight.zero_(), summed, None if dinitial is None else copied(dinitial, dlast_state)]
+    call = _start(a, dy=dy.to(a.x.dtype), dx=dx)
     states = None if dinitial is None else a.x.new_empty(dinitial.shape)
-    call.dense(dlast_state=dlast_state, dinitial_state=states)
+    call.dense(dlast_state=None if dlast_state is None else dlast_state.to(a.x.dtype), dinitial_state=states)
     call.typed(dweight=dweight, dbias=dbias)
     _fast_backward(call, a) if calls.is_fast(a) else _general_backward(call, a)
     initial = None if dinitial is None or states is None else states.to(dinitial.dtype)

@@ -121,7 +121,7 @@ DEVICE void put_last_state(const Parameters& p, i64 index) {
 template <typename R>
 DEVICE R from_last_state(const Parameters& p, const Sequence& s, i64 t, i64 channel) {
     const i64 k = t - s.end + p.width - 1;
-    const bool inside = k >= 0 && k < p.width - 1;
+    const bool inside = p.dlast_state && k >= 0 && k < p.width - 1;
     return inside ? read_as<R>(p.dlast_state, state_index(p, s.index, k, channel), int(p.x.dtype)) : R(0);
 }
 

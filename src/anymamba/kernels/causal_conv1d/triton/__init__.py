@@ -54,9 +54,10 @@ def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     return y, last_state
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ConvArguments) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ConvArguments) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None where the input is None)."""
     inputs = (a.x, a.weight, a.bias, a.initial_state)
+    dlast_state = a.state_gradient(dlast_state)
     if a.x.numel() == 0:
         found = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
         return [*found[:3], None if found[3] is None else found[3].copy_(dlast_state)]

@@ -72,7 +72,7 @@ def forward(a: LossArguments, save: bool) -> tuple[Tensor, Tensor, Tensor | None
     return loss, loss.new_empty(0), saved
 
 
-def backward(dy: Tensor, _: Tensor, a: LossArguments, saved: Tensor) -> list[Tensor | None]:
+def backward(dy: Tensor, _: Tensor | None, a: LossArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of x and weight; labels have none."""
     of_x, of_weight = saved.split([a.x.shape[0], a.weight.shape[0]])
     dx, dweight = a.x.new_empty(a.x.shape), a.weight.new_empty(a.weight.shape)

@@ -21,6 +21,7 @@ from anymamba.kernels.selective_scan.cuda.summary import (
     with_arrival,
 )
 from anymamba.runtimes import nvrtc
+from anymamba.runtimes.launching import copied, resolved
 from anymamba.runtimes.replaying import replayed
 
 __all__ = [
@@ -104,16 +105,16 @@ def _forward(a: ScanArguments, save: bool, chunks: Chunks | None) -> tuple[Tenso
     return y.to(a.u.dtype), last_state, saved
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is None)."""
     return finish_reverse(dy, dlast_state, a, saved, None)
 
 
 def finish_reverse(
-    dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor, chunks: Chunks | None
+    dy: Tensor, dlast_state: Tensor | None, a: ScanArguments, saved: Tensor, chunks: Chunks | None
 ) -> list[Tensor | None]:
     """What `backward` returns, from the chunks of `begin_reverse` for these arguments."""
-    dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))  # autograd hands over lazy ones
+    dy, dlast_state = resolved(dy), resolved(dlast_state)
     a = passes.with_aligned_matrices(a)
     tensors = (dy, dlast_state, saved, *a.tensors, *(() if chunks is None else chunks[:2]))
     grads = replayed("scan backward", tensors, a.options, lambda: _backward(dy, dlast_state, a, saved, chunks))
@@ -121,13 +122,13 @@ def finish_reverse(
 
 
 def _backward(
-    dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor, chunks: Chunks | None
+    dy: Tensor, dlast_state: Tensor | None, a: ScanArguments, saved: Tensor, chunks: Chunks | None
 ) -> list[Tensor | None]:
     inputs = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_state)
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (None if t is None else t.new_empty(t.shape) for t in inputs)
     if a.u.numel() == 0:
         summed = [None if t is None else t.zero_() for t in (dA, dB, dC, dD, dbias)]
-        passed = None if dinitial is None else dinitial.copy_(dlast_state)
+        passed = None if dinitial is None else copied(dinitial, dlast_state)
         return [du, ddelta, *summed[:4], dz, summed[4], passed]
     layouts = plan.layouts(a)
     call, dtype = passes.start(a, layouts)

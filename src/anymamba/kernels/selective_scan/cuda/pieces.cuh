@@ -158,7 +158,7 @@ struct States {
 template <int width>
 DEVICE States<width> states_of(const u8* states, const Parameters& p, i64 sequence, i64 channel, int count, int n) {
     float* first = reinterpret_cast<float*>(const_cast<u8*>(states)) + (sequence * p.d_inner + channel) * p.d_state + n;
-    return {first, p.d_state, n < p.d_state ? count : 0};
+    return {first, p.d_state, states && n < p.d_state ? count : 0};
 }
 
 // The same where it is rare.

@@ -18,6 +18,7 @@ from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.kernels.selective_scan.cuda import passes, plan
 from anymamba.kernels.selective_scan.cuda.call import Call
 from anymamba.runtimes import nvrtc
+from anymamba.runtimes.launching import resolved
 from anymamba.runtimes.replaying import replayed
 
 
@@ -79,7 +80,7 @@ def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor
 
 def begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> tuple[Tensor, Chunks | None]:
     """What `reverse_summary` returns, and the chunks for `finish_reverse`, if the pass has two phases."""
-    dy, dlast_state = (t.resolve_conj().resolve_neg() for t in (dy, dlast_state))
+    dy, dlast_state = resolved(dy), resolved(dlast_state)
     a = passes.with_aligned_matrices(a)
     tensors = (dy, dlast_state, *a.tensors)
     leaving, *chunks = replayed("scan begin reverse", tensors, a.options, lambda: _begin_reverse(dy, dlast_state, a))

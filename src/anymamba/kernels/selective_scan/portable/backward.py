@@ -32,12 +32,14 @@ class _Gradients:
     dinitial: Tensor | None
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None for an input that is not given)."""
     inputs = prepare(a)
     packed = a.cu_seqlens is not None
     plan = Plan(a.batch, a.length, inputs, a.cu_seqlens)
-    dlast = rearrange(dlast_state.to(inputs.dtype), "b (g p) n -> b g n p", g=inputs.n_groups).contiguous()
+    dlast = rearrange(
+        a.state_gradient(dlast_state).to(inputs.dtype), "b (g p) n -> b g n p", g=inputs.n_groups
+    ).contiguous()
     grads = _Gradients(
         du=contiguous_like(a.u),
         ddelta=contiguous_like(a.delta),

@@ -61,8 +61,9 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y, last_state, saved
 
 
-def backward(dy: Tensor, dlast_state: Tensor, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
+def backward(dy: Tensor, dlast_state: Tensor | None, a: ScanArguments, saved: Tensor) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and initial_state (None where the input is None)."""
+    dlast_state = a.state_gradient(dlast_state)
     if a.u.numel() == 0:
         return _gradients_of_nothing(dlast_state, a)
     call = Call(a, plan.BACKWARD_PROGRAMS)
