@@ -31,7 +31,7 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 # Inside a level, only these modules may be imported by siblings.
 SHARED = {
     *("base.errors", "base.files", "base.locks"),
-    *("runtimes.nvrtc", "runtimes.cubins", "kernels.elementwise"),
+    *("runtimes.nvrtc", "runtimes.cubins", "runtimes.replaying", "kernels.elementwise"),
     *("kernels.selective_scan.arguments", "kernels.causal_conv1d.arguments"),
     "kernels.selective_scan.chunks",
     *("kernels.add_norm.arguments", "kernels.linear_cross_entropy.arguments"),
@@ -96,6 +96,7 @@ SHARED = {
         "lab.charts",
         "lab.optimization",
         "lab.saving",
+        "lab.running",
         "lab.learning",
         "lab.byte_windows",
         "lab.zero_shot",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -41,8 +42,11 @@ class ExperimentOptions:
     """Stop after this time; the same command goes on. Long arms are saved and continue where they were."""
     device: str = "auto"
     """cpu, cuda, cuda:1, xpu, mps; auto takes the first of cuda, xpu, mps and cpu that can be used here."""
+    jobs: int = 1
+    """Arms measured at a time, each by a process of its own. Several GPUs are used in turn; small models can share
+    one."""
     threads: int | None = None
-    """CPU threads; defaults to torch's choice."""
+    """CPU threads of each job; defaults to torch's choice, or to an equal part of the cores."""
     json: bool = False
     """Print the results as one JSON object."""
 
@@ -57,19 +61,25 @@ def command(arguments: Sequence[str]) -> None:
             print(f"{name:<20} {shows}")
         return
     experiment = load_experiment(options.name)
+    from anymamba.base.sizes import require_sizes
     from anymamba.console.runtime import set_threads
+    from anymamba.lab.jobs import run_in_jobs
     from anymamba.lab.results import results_as_json
     from anymamba.lab.running import run_experiment
     from anymamba.ops.devices import usable_device
 
+    require_sizes(jobs=options.jobs)
     set_threads(options.threads)
     folder = options.out or Path("runs/experiments") / f"{options.name}-{options.scale}"
+    run: Callable[..., Any] = partial(run_experiment, experiment)
+    if options.jobs > 1:
+        load = partial(load_experiment, options.name)
+        run = partial(run_in_jobs, load, n_jobs=options.jobs, threads=options.threads)
     with progress_bar(options.name) as show:
         try:
-            results = run_experiment(
-                experiment,
-                options.scale,
-                folder,
+            results = run(
+                scale=options.scale,
+                folder=folder,
                 seeds=options.seeds,
                 only=options.arms,
                 device=usable_device(options.device),

@@ -26,9 +26,15 @@ class Arm:
     name: str
     """Unique in its experiment; letters, digits and hyphens."""
     settings: Any
-    """A frozen dataclass; with the seed, it determines the result."""
+    """A frozen dataclass; with the seed, it determines the result. It may name arms that are measured before this one:
+    in `rate_of` those of which it takes the best one's rate, in `start` the one whose model it begins from."""
     seeds: int = 1
     """The number of seeds that are measured by default."""
+
+    def needs(self, seed: int) -> list[str]:
+        """The keys of the records that must be there before this one is measured."""
+        rates, start = getattr(self.settings, "rate_of", ()), getattr(self.settings, "start", None)
+        return [*(record_key(name, 0) for name in rates), *([record_key(start, seed)] if start else [])]
 
 
 @dataclass(frozen=True)

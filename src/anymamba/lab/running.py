@@ -60,15 +60,18 @@ def run_experiment(
     def with_file(*records: Record) -> Results:
         return arranged(experiment, scale, counts, [*read_checked(folder, experiment.name, scale, arms), *records])
 
+    def finished() -> set[str]:
+        return {record.key for record in with_file().records}
+
     def missing(pairs: Iterable[tuple[Arm, int]]) -> list[tuple[Arm, int]]:
-        finished = {record.key for record in with_file().records}
-        return [(arm, seed) for arm, seed in pairs if record_key(arm.name, seed) not in finished]
+        known = finished()
+        return [(arm, seed) for arm, seed in pairs if record_key(arm.name, seed) not in known]
 
     todo = missing((arm, seed) for arm in chosen(arms, only) for seed in range(counts[arm.name]))
     if todo:
         new_figure()
     deadline = time.monotonic() + max_seconds
-    with closing(one_by_one(folder, todo)) as turns, suppress(OutOfTime):
+    with closing(one_by_one(folder, todo, finished)) as turns, suppress(OutOfTime):
         for i, (arm, seed) in turns:
             if missing([(arm, seed)]):  # else another process has measured it meanwhile
                 if time.monotonic() >= deadline:
@@ -89,21 +92,42 @@ def run_experiment(
     return results
 
 
-def one_by_one(folder: Path, todo: Sequence[tuple[Arm, int]]) -> Generator[tuple[int, tuple[Arm, int]], None, None]:
+def one_by_one(
+    folder: Path, todo: Sequence[tuple[Arm, int]], finished: Callable[[], set[str]]
+) -> Generator[tuple[int, tuple[Arm, int]], None, None]:
     """Number, arm and seed of what is to be measured, each while no other process measures it in this folder.
 
-    What another process is measuring comes last, when that is finished.
+    What another process is measuring comes last, when that is finished, and so does what needs it. An arm that needs
+    what nobody measures comes all the same.
+
+    Args:
+        finished: returns the keys of the records that the folder has by now.
     """
     left = list(enumerate(todo))
-    for wait in (0.0, None):
-        for i, (arm, seed) in tuple(left):
+    while left:
+        known = finished()
+        ready = [(i, (arm, seed)) for i, (arm, seed) in left if known.issuperset(arm.needs(seed))]
+        for i, (arm, seed) in ready:
             with ExitStack() as turn:
                 try:
-                    turn.enter_context(own_file(folder / record_key(arm.name, seed), wait=wait))
+                    turn.enter_context(own_file(folder / record_key(arm.name, seed), wait=0.0))
                 except InUseError:
                     continue
                 left.remove((i, (arm, seed)))
                 yield i, (arm, seed)
+        if left:
+            arm, seed = left[0][1]
+            awaited = [record_key(arm.name, seed)] if left[0] in ready else arm.needs(seed)
+            for key in awaited:
+                wait_for(folder, key)
+            if left[0] not in ready and not finished().issuperset(awaited):
+                yield left.pop(0)
+
+
+def wait_for(folder: Path, key: str) -> None:
+    """Wait until no other process measures an arm."""
+    with own_file(folder / key, wait=None):
+        pass
 
 
 def arranged(experiment: Experiment, scale: Scale, counts: dict[str, int], records: Sequence[Record]) -> Results:
