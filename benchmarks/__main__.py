@@ -30,6 +30,7 @@ BENCHMARKS = {
     "serving_engine": "Many requests at once",
     "serving": "The server",
     "busy": "Beside another busy process",
+    "planning": "What calls of GPU kernels cost in Python",
     "experiment_times": "How long the experiments take",
 }
 ON_A_GPU = {

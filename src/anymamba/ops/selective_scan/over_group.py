@@ -59,13 +59,16 @@ class _Eager(functions.Quick):
         with dispatch.without_autocast(tensors[0].device.type):
             y, last_state, *kept = _forward(part, any(ctx.needs_input_grad))
         ctx.of_part = options, group, backend
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *kept)
         return y, last_state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dlast_state: Tensor | None) -> tuple[Any, ...]:
         *tensors, saved, arriving, steps = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
         options, group, backend = ctx.of_part
         part = _Part(ScanArguments(*tensors, *options), group, backend)
         with dispatch.without_autocast(dy.device.type):
@@ -127,7 +130,7 @@ class _Part(NamedTuple):
             begun = self.kernel.with_arrival(begun, self.given(arriving, self.group.arriving), a, reverse=False)
         return self.kernel.finish(a, save, begun)
 
-    def begin_reverse(self, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor, Any]:
+    def begin_reverse(self, dy: Tensor, dlast_state: Tensor | None) -> tuple[Tensor, Any]:
         """The gradient of the state that arrives here (rows, d, n) if that of what departs is zero, and the backend's
         first phase of the backward pass, if it has one."""
         a = self.local(None)
@@ -137,17 +140,18 @@ class _Part(NamedTuple):
         if self.has_phases:
             gradient, begun = self.kernel.begin_reverse(dy, dlast_state, a)
         else:
-            gradient, begun = self.kernel.reverse_summary(dy, dlast_state, a), None
+            gradient, begun = self.kernel.reverse_summary(dy, a.state_gradient(dlast_state), a), None
         return self.given(gradient, self.group.arriving), begun
 
     def finish_reverse(
-        self, begun: Any, departing: Tensor, arriving: Tensor, saved: Tensor, dy: Tensor, dlast_state: Tensor
+        self, begun: Any, departing: Tensor, arriving: Tensor, saved: Tensor, dy: Tensor, dlast_state: Tensor | None
     ) -> list[Tensor | None]:
         """The gradients of the part's tensors, from the gradient of the state that departs (rows, d, n)."""
         a, group = self.local(arriving), self.group
         if self.arguments.cu_seqlens is None:
-            dlast_state = dlast_state + departing
+            dlast_state = departing if dlast_state is None else dlast_state + departing
         else:
+            dlast_state = a.state_gradient(dlast_state)
             dlast_state = torch.where(_per_state(group.departing(self.arguments.cu_seqlens)), departing, dlast_state)
         if begun is None:
             return registration._backward(dy, dlast_state, a, saved, self.backend)
@@ -155,6 +159,12 @@ class _Part(NamedTuple):
         if group.rank < group.size - 1:
             begun = self.kernel.with_arrival(begun, self.given(departing, group.departing), a, reverse=True)
         return self.kernel.finish_reverse(dy, dlast_state, a, saved, begun)
+
+    def ended(self, states: Tensor) -> Tensor:
+        """Last states (n_sequences, d, n), with zeros for sequences whose last token is on another rank."""
+        if self.arguments.cu_seqlens is not None:
+            return self.group.only_where_it_ends(states, self.arguments.cu_seqlens)
+        return states if self.group.has_end else torch.zeros_like(states)
 
     def given(self, states: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:
         """The states (rows, d, n), or zeros if none of the packed sequences is one of `which`."""
@@ -205,15 +215,16 @@ def _forward(part: _Part, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     leaving, steps = part.gather(end, sum_of_steps)
     arriving = part.fold(leaving, steps, range(group.rank), reverse=False)
     y, last_state, saved = part.finish(begun, arriving, save)
-    return y, group.only_where_it_ends(last_state, a.cu_seqlens), saved, arriving.contiguous(), steps.contiguous()
+    return y, part.ended(last_state), saved, arriving.contiguous(), steps.contiguous()
 
 
 def _backward(
-    part: _Part, dy: Tensor, dlast_state: Tensor, saved: Tensor, arriving: Tensor, steps: Tensor
+    part: _Part, dy: Tensor, dlast_state: Tensor | None, saved: Tensor, arriving: Tensor, steps: Tensor
 ) -> list[Tensor | None]:
     """The gradients of the record's floating-point tensors."""
-    a, group = part.arguments, part.group
-    dlast_state = group.only_where_it_ends(dlast_state, a.cu_seqlens)
+    group = part.group
+    if dlast_state is not None:
+        dlast_state = part.ended(dlast_state)
     gradient, begun = part.begin_reverse(dy, dlast_state)
     (leaving,) = part.gather(gradient)
     departing = part.fold(leaving, steps, range(group.size - 1, group.rank, -1), reverse=True)

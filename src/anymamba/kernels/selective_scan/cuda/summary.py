@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba.kernels.elementwise import sum_of_steps
@@ -78,7 +77,7 @@ def reverse_summary(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> Tensor
     return begin_reverse(dy, dlast_state, a)[0]
 
 
-def begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> tuple[Tensor, Chunks | None]:
+def begin_reverse(dy: Tensor, dlast_state: Tensor | None, a: ScanArguments) -> tuple[Tensor, Chunks | None]:
     """What `reverse_summary` returns, and the chunks for `finish_reverse`, if the pass has two phases."""
     dy, dlast_state = resolved(dy), resolved(dlast_state)
     a = passes.with_aligned_matrices(a)
@@ -87,7 +86,7 @@ def begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> tuple[Te
     return leaving, Chunks(*chunks) if chunks else None
 
 
-def _begin_reverse(dy: Tensor, dlast_state: Tensor, a: ScanArguments) -> list[Any]:
+def _begin_reverse(dy: Tensor, dlast_state: Tensor | None, a: ScanArguments) -> list[Any]:
     """What leaves each row, and the fields of Chunks, if there are two phases."""
     layouts = plan.layouts(a)
     call, dtype = passes.start(a, layouts)
@@ -110,16 +109,16 @@ def with_arrival(chunks: Chunks, arriving: Tensor, a: ScanArguments, *, reverse:
 
     It passes through the first chunk on the way unless one of the packed sequences ends in it. Writes to the chunks.
     """
-    n, (states, decays) = (-1 if reverse else 0), chunks[:2]
-    per_group = a.d_inner // a.n_groups
-    rows = arriving.to(states.dtype).mT.unflatten(2, (a.n_groups, per_group))
-    padded = F.pad(rows, (0, states.shape[3] // a.n_groups - per_group)).flatten(2)
-    padded = F.pad(padded, (0, 0, 0, states.shape[2] - a.d_state))
+    n, n_chunks, per_group = (-1 if reverse else 0), chunks.states.shape[1], a.d_inner // a.n_groups
+    rows = arriving.to(chunks.states.dtype).mT.unflatten(2, (a.n_groups, per_group))
     if a.cu_seqlens is not None:
-        begin = (states.shape[1] - 1) * chunks.length if reverse else 0
+        begin = (n_chunks - 1) * chunks.length if reverse else 0
         inside = (a.cu_seqlens > begin) & (a.cu_seqlens < min(a.length, begin + chunks.length))
-        padded = torch.where(inside.any(), 0, padded)
-    states[:, n].addcmul_(decays[:, n], padded)
+        rows = torch.where(inside.any(), 0, rows)
+    leaving, decays = (  # (b, n, groups, channels of a group), without padding
+        t[:, n, : a.d_state].unflatten(2, (a.n_groups, -1))[..., :per_group] for t in chunks[:2]
+    )
+    leaving.addcmul_(decays, rows)
     return chunks
 
 
