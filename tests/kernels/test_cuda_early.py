@@ -10,7 +10,10 @@ import pytest
 from anymamba import kernels
 
 FOLDER = Path(kernels.__file__).parent
-EARLY = {"causal_conv1d/cuda/fast.cu": ["forward", "step"], "selective_scan/cuda/fast_step.cu": ["step"]}
+EARLY = {
+    "causal_conv1d/cuda/fast.cu": ["forward", "backward", "sum_parts", "step"],
+    "selective_scan/cuda/fast_step.cu": ["step"],
+}
 """The kernels that these ops launch with `early=True`. Those of model_step read weights before they wait."""
 
 

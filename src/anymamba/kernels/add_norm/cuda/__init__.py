@@ -55,7 +55,10 @@ def _forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         call.dense(statistics=saved if save else None)
         if calls.is_fast(a):
             threads, rows_of_block = _block(a)
-            call.launch(calls.fast("forward", a.subtract_mean), -(-a.n_rows // rows_of_block), threads, calls.SLOTS)
+            n_blocks = -(-a.n_rows // rows_of_block)
+            if a.subtract_mean:  # a block takes many rows
+                n_blocks = min(n_blocks, _places(call))
+            call.launch(calls.fast("forward", a.subtract_mean), n_blocks, threads, calls.SLOTS)
         else:
             call.launch(calls.general("forward", a.dtype), a.n_rows, calls.THREADS, _shared_of_sums(a))
     return y, total, saved
@@ -81,8 +84,7 @@ def _backward(dy: Tensor, dtotal: Tensor | None, a: NormArguments, saved: Tensor
     sums = dweight is not None or dbias is not None
     if calls.is_fast(a):
         threads, rows_of_block = _block(a)
-        places = call.n_multiprocessors * calls.BLOCKS_OF_MULTIPROCESSOR
-        n_parts, shared = min(-(-a.n_rows // rows_of_block), places), calls.SLOTS + 8 * a.size * sums
+        n_parts, shared = min(-(-a.n_rows // rows_of_block), _places(call)), calls.SLOTS + 8 * a.size * sums
         _parts(call, a, n_parts, torch.float32) if sums else None
         call.launch(calls.fast("backward", a.subtract_mean), n_parts, threads, shared)
         variant = calls.fast("sum_parts", a.subtract_mean)
@@ -122,6 +124,11 @@ def _block(a: NormArguments) -> tuple[int, int]:
     warps = calls.warps_of_row(a.size)
     threads = max(calls.THREADS, 32 * warps)
     return threads, threads // 32 // warps
+
+
+def _places(call: Call) -> int:
+    """Blocks of many rows that the device works on at a time."""
+    return call.n_multiprocessors * calls.BLOCKS_OF_MULTIPROCESSOR
 
 
 def _parts(call: Call, a: NormArguments, n_parts: int, dtype: torch.dtype) -> None:

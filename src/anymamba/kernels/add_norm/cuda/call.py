@@ -28,7 +28,7 @@ WIDTH, NUMBERS_OF_WARP, MOST_WARPS = 4, 512, 16
 """Of fast.cu: numbers of a lane that are read at once, and of a row's warps."""
 THREADS = 256
 BLOCKS_OF_MULTIPROCESSOR = 2
-"""Of the fast backward kernel."""
+"""Of the fast kernels whose blocks take many rows."""
 SLOTS = 4 * MOST_WARPS * 4
 """Bytes of shared memory in which warps add, of fast.cu."""
 ROWS_OF_PART = 64

@@ -14,7 +14,7 @@
 // and adds dy n and dy over the rows of a block, then block by block in `sum_parts`.
 //
 // Launch: 256 threads, so that 256 / 32 / p.warps rows are worked on at a time, or 512 where 16 warps share one.
-// Backward has as many blocks as the machine holds at once, each with many rows.
+// Backward and the forward layer norm have as many blocks as the machine holds at once, each with many rows.
 //
 // Needs SUBTRACT_MEAN, 0 or 1.
 #include "parameters.cuh"
@@ -157,20 +157,12 @@ DEVICE Statistics statistics_of(const Row& total, const Parameters& p, const Pla
     return {1.f / sqrtf(squares[0] / float(at.size) + float(p.eps)), mean[0]};
 }
 
-KERNEL(MOST_THREADS, 2) forward(PARAMETER Parameters p) {
-    const Place at = place_of_thread(p);
-    const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps;
-    const i64 own = i64(blockIdx.x) * rows_of_block + int(threadIdx.x) / 32 / warps, row = min(own, p.rows - 1);
-    Packed x = {}, residual = {}, weights = {}, biases = {};
-    ask_for_row(x, p.x, row, at);
-    if (p.residual.data) ask_for_row(residual, p.residual, row, at);
-    Row total, weight, bias = {};
-    add_up(total, x, residual, p);
-    if (p.total.data && own < p.rows) put_row(p.total, row, total, at);
-    if (p.weight) ask(weights, p.weight, 0, p.weight_dtype, at);
-    if (p.bias) ask(biases, p.bias, 0, p.bias_dtype, at);
+// What follows once x + residual of a row is known. All threads of the block call it.
+DEVICE void norm_row(Row& total, const Packed& weights, const Packed& biases, i64 row, const Parameters& p,
+                     const Place& at) {
     const Statistics s = statistics_of(total, p, at);
-    if (own >= p.rows) return;
+    if (row >= p.rows) return;
+    Row weight, bias = {};
     widen(weight, weights, p.weight_dtype);
     if (p.bias) widen(bias, biases, p.bias_dtype);
 #pragma unroll
@@ -186,6 +178,43 @@ KERNEL(MOST_THREADS, 2) forward(PARAMETER Parameters p) {
         float* to = reinterpret_cast<float*>(p.statistics);
         to[row] = s.scale;
         if (SUBTRACT_MEAN) to[p.rows + row] = s.mean;
+    }
+}
+
+// A layer norm waits twice for sums over a row. Its blocks take many rows and ask for the next one before these sums;
+// those of the RMS norm take one, so that more of them are at work.
+constexpr bool MANY_ROWS = SUBTRACT_MEAN;
+
+KERNEL(MOST_THREADS, MANY_ROWS ? 1 : 2) forward(PARAMETER Parameters p) {
+    const Place at = place_of_thread(p);
+    const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps, group = int(threadIdx.x) / 32 / warps;
+    Packed x = {}, residual = {}, weights = {}, biases = {};
+    const auto ask_for = [&](i64 own) {
+        const i64 row = min(own, p.rows - 1);
+        ask_for_row(x, p.x, row, at);
+        if (p.residual.data) ask_for_row(residual, p.residual, row, at);
+    };
+    i64 first = i64(blockIdx.x) * rows_of_block;
+    ask_for(first + group);
+    const auto ask_for_weights = [&] {
+        if (p.weight) ask(weights, p.weight, 0, p.weight_dtype, at);
+        if (p.bias) ask(biases, p.bias, 0, p.bias_dtype, at);
+    };
+    Row total;
+    if constexpr (MANY_ROWS) {
+        ask_for_weights();
+        for (i64 next; first < p.rows; first = next) {
+            next = first + i64(gridDim.x) * rows_of_block;
+            add_up(total, x, residual, p);
+            if (next < p.rows) ask_for(next + group);
+            if (p.total.data && first + group < p.rows) put_row(p.total, first + group, total, at);
+            norm_row(total, weights, biases, first + group, p, at);
+        }
+    } else {
+        add_up(total, x, residual, p);
+        if (p.total.data && first + group < p.rows) put_row(p.total, first + group, total, at);
+        ask_for_weights();
+        norm_row(total, weights, biases, first + group, p, at);
     }
 }
 

@@ -132,8 +132,8 @@ def _fast_backward(call: Call, a: ConvArguments) -> None:
     call.set(taps=calls.TAPS)
     call.scratch("parts", call["n_parts"], calls.TAPS + 1, a.x.shape[2], dtype=torch.float32)
     shared = calls.SHARED_OF_WEIGHTS * calls.WARPS + calls.shared_of_slots(a.x.dtype, 2)
-    call.launch(calls.fast("backward", a.x.dtype), n_blocks, calls.THREADS, shared)
-    _sum_parts(call, calls.fast("sum_parts", a.x.dtype), 4)
+    call.launch(calls.fast("backward", a.x.dtype), n_blocks, calls.THREADS, shared, early=True)
+    _sum_parts(call, calls.fast("sum_parts", a.x.dtype), 4, early=True)
 
 
 def _general_backward(call: Call, a: ConvArguments) -> None:
@@ -149,6 +149,6 @@ def _general_backward(call: Call, a: ConvArguments) -> None:
     _sum_parts(call, calls.general("sum_parts", a.dtype), a.dtype.itemsize)
 
 
-def _sum_parts(call: Call, variant: nvrtc.Variant, width: int) -> None:
+def _sum_parts(call: Call, variant: nvrtc.Variant, width: int, early: bool = False) -> None:
     threads = 32 * calls.WAYS
-    call.launch(variant, (call["taps"] + 1) * -(-call["d_inner"] // 32), threads, threads * width)
+    call.launch(variant, (call["taps"] + 1) * -(-call["d_inner"] // 32), threads, threads * width, early=early)

@@ -587,6 +587,8 @@ CALLED void put_initial_state(const Parameters& p, i64 index) {
 
 KERNEL(THREADS, 3) backward(PARAMETER Parameters p) {
     const Place at = place_of_warp(p);
+    wait_for_previous();
+    let_next_start();
     if (i64(blockIdx.x) >= p.n_blocks) {
         put_initial_state(p, (i64(blockIdx.x) - p.n_blocks) * THREADS + threadIdx.x);
     } else if (p.aligned) {
@@ -596,7 +598,10 @@ KERNEL(THREADS, 3) backward(PARAMETER Parameters p) {
     }
 }
 
-KERNEL(32 * WAYS, 1) sum_parts(PARAMETER Parameters p) { sum_parts_of_block<float>(p); }
+KERNEL(32 * WAYS, 1) sum_parts(PARAMETER Parameters p) {
+    wait_for_previous();
+    sum_parts_of_block<float>(p);
+}
 
 // ------------------------------------------------------------------------------------------------ step
 
