@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from anymamba.base.errors import one_line
 from anymamba.lab.experiment import Experiment, Results, Scale
-from anymamba.lab.running import Progress, run_experiment
-
-LOOK = 0.5
-"""Seconds between two looks at whether a process has died."""
+from anymamba.lab.running import Failures, Progress, run_experiment
 
 
 def run_in_jobs(
@@ -30,102 +32,147 @@ def run_in_jobs(
     folder: Path,
     n_jobs: int,
     *,
+    only: Sequence[str] = (),
     device: torch.device | str = "cpu",
     threads: int | None = None,
     progress: Progress = lambda arm, done, total, text: None,
     **options: Any,
 ) -> Results:
-    """`run_experiment` with `n_jobs` arms at a time.
+    """`run_experiment` with up to `n_jobs` arms at a time.
 
     Args:
         load: makes the experiment in each process; it must be picklable.
         device: "cuda" without a number means all GPUs, job by job in turn.
         threads: CPU threads of each process; defaults to an equal part of the cores, or on a GPU to torch's choice.
-        options: of `run_experiment`.
-    Raises what `run_experiment` raises before anything is measured, and RuntimeError if a process fails. Another one
-    has tried its arm by then, and what is measured is kept.
+        only, options: of `run_experiment`.
+    Raises what `run_experiment` raises before anything is measured. An arm that fails does not keep the others from
+    being measured, and one whose process is killed is tried by another process; then RuntimeError says which and why.
     """
-    device, nothing = torch.device(device), {**options, "max_seconds": 0.0}
-    before = run_experiment(load(), scale, folder, **nothing)
-    n_jobs = min(n_jobs, max(1, len(before.planned) - len(before.records)))
+    device = torch.device(device)
+    report = partial(run_experiment, load(), scale, folder, **{**options, "only": only, "max_seconds": 0.0})
+    results, failures = report(), Failures(folder)
+    finished = {record.key for record in results.records}
+    missing = [key for key in results.planned if key not in finished]
+    todo = [key for key in missing if not only or key.rpartition("-seed")[0] in only]
+    if not todo:
+        return results
+    n_jobs = min(n_jobs, len(todo))
     if threads is None and device.type == "cpu":
-        threads = max(1, (os.cpu_count() or 1) // n_jobs)
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    said: Any = context.Queue()
-    jobs = [
-        context.Process(
-            target=_job,
-            args=(i, said, load, scale, folder, str(_device_of(i, device)), threads, options),
-            name=f"job {i + 1}",
-            daemon=True,
-        )
-        for i in range(n_jobs)
-    ]
+        threads = max(1, n_cores() // n_jobs)
+    failures.forget()
     try:
-        for job in jobs:
-            job.start()
-        errors = _follow(jobs, said, progress)
+        options = {**options, "only": only, "failures": failures}
+        devices = [device_of(i, device) for i in range(n_jobs)]
+        errors = _run(partial(_measure, load, scale, folder, threads, options), devices, progress)
+        errors += [f"{key}: {why}" for key, why in failures.found().items()]
     finally:
-        for job in jobs:
-            if job.is_alive():
-                job.terminate()
-        for job in jobs:
-            if job.pid is not None:
-                job.join()
+        failures.forget()
+    results = report()
     if errors:
-        raise RuntimeError("; ".join(errors))
-    return run_experiment(load(), scale, folder, **nothing)
+        raise RuntimeError(f"not all arms were measured; the others are in {folder}: {'; '.join(errors)}")
+    return results
 
 
-def _device_of(job: int, device: torch.device) -> torch.device:
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_of(job: int, device: torch.device) -> str:
+    """The device of a job by its number."""
     if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", job % max(1, torch.cuda.device_count()))
+        return str(device)
+    return f"cuda:{job % max(1, torch.cuda.device_count())}"
 
 
-def _follow(jobs: Sequence[BaseProcess], said: Any, progress: Progress) -> list[str]:
-    """Pass on what the processes say until all have ended; returns why some have failed."""
-    errors, ended = dict[int, str](), set[int]()
-    while len(ended) < len(jobs):
-        died = {i for i, job in enumerate(jobs) if i not in ended and not job.is_alive()}
-        try:
-            i, what = said.get(timeout=LOOK)
-        except queue.Empty:  # what a process said before it died has been read
-            errors |= {i: f"exit code {jobs[i].exitcode}" for i in died if jobs[i].exitcode}
-            ended |= died
-            continue
-        if isinstance(what, tuple):
-            progress(*what)
-            continue
-        ended.add(i)
-        if what is not None:
-            errors[i] = what
-    first = {why: i for i, why in sorted(errors.items(), reverse=True)}
-    return [f"job {i + 1} failed: {why}" for why, i in first.items()]
-
-
-def _job(
-    i: int,
-    said: Any,
+def _measure(
     load: Callable[[], Experiment],
     scale: Scale,
     folder: Path,
-    device: str,
     threads: int | None,
     options: dict[str, Any],
+    device: str,
+    progress: Progress,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the first one ends the others
+    """What a job does."""
     if threads is not None:
         torch.set_num_threads(threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    run_experiment(load(), scale, folder, device=device, progress=progress, **options)
 
-    def progress(*what: Any) -> None:
-        said.put((i, what))
 
+# ------------------------------------------------------------------------------------------ processes
+
+
+def _run(work: Callable[[str, Progress], None], devices: Sequence[str], progress: Progress) -> list[str]:
+    """Do the work in a process for each device, and return what has gone wrong. All end with this one."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    jobs, readers = list[BaseProcess](), dict[Connection, int]()
     try:
-        run_experiment(load(), scale, folder, device=device, progress=progress, **options)
+        with _without_ctrl_c():
+            for i, device in enumerate(devices):
+                reader, writer = context.Pipe(duplex=False)
+                readers[reader] = i
+                jobs.append(context.Process(target=_job, args=(work, device, writer), name=f"job {i + 1}", daemon=True))
+                jobs[-1].start()
+                writer.close()
+        return _follow(jobs, readers, progress)
+    finally:
+        started = [job for job in jobs if job.pid is not None]
+        for job in started:
+            job.terminate()
+        for job in started:
+            job.join()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that start meanwhile never get SIGINT, which a terminal sends to all: the first one ends the others."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _follow(jobs: Sequence[BaseProcess], readers: dict[Connection, int], progress: Progress) -> list[str]:
+    """Pass on what the processes say until all have ended."""
+    errors = dict[int, str]()
+    while readers:
+        for reader in wait(list(readers)):
+            assert isinstance(reader, Connection)
+            try:
+                said = reader.recv()
+            except EOFError:
+                i = readers.pop(reader)
+                jobs[i].join()
+                if jobs[i].exitcode:
+                    errors.setdefault(i, f"its process has died with exit code {jobs[i].exitcode}")
+                continue
+            if isinstance(said, tuple):
+                progress(*said)
+            else:
+                errors[readers[reader]] = said
+    return [f"job {i + 1}: {why}" for i, why in sorted(errors.items())]
+
+
+def _job(work: Callable[[str, Progress], None], device: str, writer: Connection) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    try:
+        work(device, lambda *what: writer.send(what))
     except Exception as error:
-        said.put((i, " ".join(f"{type(error).__name__}: {error}".split())))
-    else:
-        said.put((i, None))
+        if os.environ.get("ANYMAMBA_DEBUG") == "1":
+            traceback.print_exception(error)
+        writer.send(f"{type(error).__name__}: {one_line(error)}")
+
+
+def _end_with(sentinel: Any) -> None:
+    """End this process when another one ends, however it does."""
+    wait([sentinel])
+    os._exit(1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from anymamba.base.errors import InUseError
+from anymamba.base.errors import InUseError, one_line
 from anymamba.base.files import own_file, own_folder
 from anymamba.base.sizes import require_sizes
 from anymamba.lab.charts import new_figure
@@ -20,8 +20,34 @@ from anymamba.lab.report import write_report
 from anymamba.lab.results import as_json, machine, read_checked, today, write_results
 from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
 
+FAILED = ".failed"
+"""Ends the name of a file that says why an arm has failed."""
+LOOK = 0.5
+"""Seconds between two looks at what other processes are measuring."""
+
 Progress = Callable[[str, float, float, str], None]
 """Called now and then with the arm, the work done, the total work, and a text."""
+
+
+class Failures:
+    """Arms that have failed, in files beside the results, so that all processes of a run leave them alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, key: str, error: Exception) -> None:
+        """Note why an arm has failed."""
+        (self.folder / f"{key}{FAILED}").write_text(f"{type(error).__name__}: {one_line(error)}", encoding="utf-8")
+
+    def found(self) -> dict[str, str]:
+        """Why each arm has failed, by its key."""
+        files = sorted(self.folder.glob(f"*{FAILED}"))
+        return {file.name.removesuffix(FAILED): file.read_text("utf-8") for file in files}
+
+    def forget(self) -> None:
+        """Delete the files."""
+        for file in self.folder.glob(f"*{FAILED}"):
+            file.unlink(missing_ok=True)
 
 
 def run_experiment(
@@ -35,6 +61,7 @@ def run_experiment(
     progress: Progress = lambda arm, done, total, text: None,
     data: Path | None = None,
     max_seconds: float = math.inf,
+    failures: Failures | None = None,
 ) -> Results:
     """Measure what is missing in the folder and write results.json, the charts and report.md there.
 
@@ -49,6 +76,7 @@ def run_experiment(
         data: a folder with data that an experiment needs and that do not belong to the package.
         max_seconds: stop after this time. An arm that saves its state goes on from there with the next call; of others
             what is not finished is lost.
+        failures: where an arm that fails is noted; the others are measured all the same. None: its error is raised.
     Before anything is measured, raises ValueError for an unknown arm or if the folder holds results of other settings,
     ImportError if matplotlib is missing, and OSError if the folder cannot be written.
     """
@@ -63,28 +91,34 @@ def run_experiment(
     def finished() -> set[str]:
         return {record.key for record in with_file().records}
 
-    def missing(pairs: Iterable[tuple[Arm, int]]) -> list[tuple[Arm, int]]:
-        known = finished()
-        return [(arm, seed) for arm, seed in pairs if record_key(arm.name, seed) not in known]
+    def through() -> set[str]:
+        return finished() | (failures.found().keys() if failures else set())
 
-    todo = missing((arm, seed) for arm in chosen(arms, only) for seed in range(counts[arm.name]))
+    known = finished()
+    turns = [(arm, seed) for arm in chosen(arms, only) for seed in range(counts[arm.name])]
+    todo = [(arm, seed) for arm, seed in turns if record_key(arm.name, seed) not in known]
     if todo:
         new_figure()
     deadline = time.monotonic() + max_seconds
-    with closing(one_by_one(folder, todo, finished)) as turns, suppress(OutOfTime):
-        for i, (arm, seed) in turns:
-            if missing([(arm, seed)]):  # else another process has measured it meanwhile
-                if time.monotonic() >= deadline:
-                    break
-                label = f"{arm.name}, seed {seed} ({i + 1} of {len(todo)})"
-                saving = Saving(folder / f"{record_key(arm.name, seed)}{SUFFIX}", as_json(arm.settings))
-                saving.deadline = deadline
-                told = partial(progress, label)
-                context = Context(device, seed, told, saving, data, with_file)
+    with closing(one_by_one(folder, todo, through, deadline)) as turn, suppress(OutOfTime):
+        for i, (arm, seed) in turn:
+            key = record_key(arm.name, seed)
+            saving = Saving(folder / f"{key}{SUFFIX}", as_json(arm.settings))
+            saving.deadline = deadline
+            told = partial(progress, f"{arm.name}, seed {seed} ({i + 1} of {len(todo)})")
+            context = Context(device, seed, told, saving, data, with_file)
+            try:
                 record = measure(experiment, arm, context)
-                with own_folder(folder, wait=None):
-                    write_results(folder, with_file(record))
-                saving.delete()
+            except OutOfTime:
+                raise
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures.add(key, error)
+                continue
+            with own_folder(folder, wait=None):
+                write_results(folder, with_file(record))
+            saving.delete()
     with own_folder(folder, wait=None):
         results = with_file()
         write_results(folder, results)
@@ -93,41 +127,51 @@ def run_experiment(
 
 
 def one_by_one(
-    folder: Path, todo: Sequence[tuple[Arm, int]], finished: Callable[[], set[str]]
+    folder: Path,
+    todo: Sequence[tuple[Arm, int]],
+    through: Callable[[], set[str]],
+    deadline: float,
 ) -> Generator[tuple[int, tuple[Arm, int]], None, None]:
     """Number, arm and seed of what is to be measured, each while no other process measures it in this folder.
 
-    What another process is measuring comes last, when that is finished, and so does what needs it. An arm that needs
-    what nobody measures comes all the same.
+    What another process is measuring comes last, if that does not finish it, and so does what needs it. An arm that
+    needs what nobody measures comes all the same.
 
     Args:
-        finished: returns the keys of the records that the folder has by now.
+        through: returns the keys of what the folder has by now: records, and arms that have failed.
+        deadline: of `time.monotonic`; nothing comes after it.
     """
-    left = list(enumerate(todo))
+    left = {record_key(arm.name, seed): (i, (arm, seed)) for i, (arm, seed) in enumerate(todo)}
     while left:
-        known = finished()
-        ready = [(i, (arm, seed)) for i, (arm, seed) in left if known.issuperset(arm.needs(seed))]
-        for i, (arm, seed) in ready:
+        took, known = False, through()
+        for key, (i, (arm, seed)) in tuple(left.items()):
+            if time.monotonic() >= deadline:
+                return
+            if key in known:
+                left.pop(key)
+                continue
+            if any(need in left or is_owned(folder / need) for need in set(arm.needs(seed)) - known):
+                continue
             with ExitStack() as turn:
                 try:
-                    turn.enter_context(own_file(folder / record_key(arm.name, seed), wait=0.0))
+                    turn.enter_context(own_file(folder / key, wait=0.0))
                 except InUseError:
                     continue
-                left.remove((i, (arm, seed)))
-                yield i, (arm, seed)
-        if left:
-            arm, seed = left[0][1]
-            awaited = [record_key(arm.name, seed)] if left[0] in ready else arm.needs(seed)
-            for key in awaited:
-                wait_for(folder, key)
-            if left[0] not in ready and not finished().issuperset(awaited):
-                yield left.pop(0)
+                left.pop(key)
+                took = True
+                if key not in through():  # else another process has just done it
+                    yield i, (arm, seed)
+        if left and not took:
+            time.sleep(LOOK)
 
 
-def wait_for(folder: Path, key: str) -> None:
-    """Wait until no other process measures an arm."""
-    with own_file(folder / key, wait=None):
-        pass
+def is_owned(path: Path) -> bool:
+    """Whether another process owns a file."""
+    try:
+        with own_file(path, wait=0.0):
+            return False
+    except InUseError:
+        return True
 
 
 def arranged(experiment: Experiment, scale: Scale, counts: dict[str, int], records: Sequence[Record]) -> Results:

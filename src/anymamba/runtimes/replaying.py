@@ -23,7 +23,7 @@ Results = Sequence[Any]
 """Tensors, None where there is none, and numbers, which are the same for all calls of a kind."""
 
 MOST_PLANS = 4096
-"""Calls of different kinds that are kept; then all are forgotten."""
+"""Calls of different kinds that are kept; then the older half is forgotten."""
 SCRATCH_ALIGNMENT = 256
 """Bytes at whose multiples scratch tensors begin in their common allocation."""
 
@@ -106,7 +106,7 @@ def replayed(
 
     Args:
         name: of what is computed.
-        tensors: all that `compute` reads; the first is not None.
+        tensors: all that `compute` reads; the first is not None, and none is lazily conjugated or negated.
         options: what else it depends on.
     """
     key = (name, options, *(_kind(t) for t in tensors))
@@ -115,16 +115,18 @@ def replayed(
         return plan.run(tensors)
     if key in _plans:
         return compute()
+    if _are_ambiguous(tensors):
+        return compute()
     launches: list[Launch] = []
     _thread.launches = launches
     try:
         results = compute()
     finally:
         _thread.launches = None
-    if not _are_ambiguous(tensors):
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        _plans[key] = _plan(tensors, results, launches)
+    if len(_plans) >= MOST_PLANS:
+        for oldest in list(_plans)[: MOST_PLANS // 2]:
+            _plans.pop(oldest, None)
+    _plans[key] = _plan(tensors, results, launches)
     return results
 
 

@@ -55,10 +55,10 @@ def _forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         call.dense(statistics=saved if save else None)
         if calls.is_fast(a):
             threads, rows_of_block = _block(a)
-            n_blocks = -(-a.n_rows // rows_of_block)
-            if a.subtract_mean:  # a block takes many rows
-                n_blocks = min(n_blocks, _places(call))
-            call.launch(calls.fast("forward", a.subtract_mean), n_blocks, threads, calls.SLOTS)
+            n_blocks, kernel = -(-a.n_rows // rows_of_block), "forward"
+            if a.subtract_mean and threads // rows_of_block > 32:  # a warp alone waits little
+                n_blocks, kernel = min(n_blocks, _places(call, threads)), "forward_many"
+            call.launch(calls.fast(kernel, a.subtract_mean), n_blocks, threads, calls.SLOTS)
         else:
             call.launch(calls.general("forward", a.dtype), a.n_rows, calls.THREADS, _shared_of_sums(a))
     return y, total, saved
@@ -84,7 +84,7 @@ def _backward(dy: Tensor, dtotal: Tensor | None, a: NormArguments, saved: Tensor
     sums = dweight is not None or dbias is not None
     if calls.is_fast(a):
         threads, rows_of_block = _block(a)
-        n_parts, shared = min(-(-a.n_rows // rows_of_block), _places(call)), calls.SLOTS + 8 * a.size * sums
+        n_parts, shared = min(-(-a.n_rows // rows_of_block), _places(call, threads)), calls.SLOTS + 8 * a.size * sums
         _parts(call, a, n_parts, torch.float32) if sums else None
         call.launch(calls.fast("backward", a.subtract_mean), n_parts, threads, shared)
         variant = calls.fast("sum_parts", a.subtract_mean)
@@ -126,9 +126,9 @@ def _block(a: NormArguments) -> tuple[int, int]:
     return threads, threads // 32 // warps
 
 
-def _places(call: Call) -> int:
+def _places(call: Call, threads: int) -> int:
     """Blocks of many rows that the device works on at a time."""
-    return call.n_multiprocessors * calls.BLOCKS_OF_MULTIPROCESSOR
+    return call.n_multiprocessors * calls.THREADS_OF_MULTIPROCESSOR // threads
 
 
 def _parts(call: Call, a: NormArguments, n_parts: int, dtype: torch.dtype) -> None:

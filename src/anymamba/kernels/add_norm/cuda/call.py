@@ -27,8 +27,8 @@ FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH, NUMBERS_OF_WARP, MOST_WARPS = 4, 512, 16
 """Of fast.cu: numbers of a lane that are read at once, and of a row's warps."""
 THREADS = 256
-BLOCKS_OF_MULTIPROCESSOR = 2
-"""Of the fast kernels whose blocks take many rows."""
+THREADS_OF_MULTIPROCESSOR = 512
+"""Of the fast kernels whose blocks take many rows: they have 128 registers each."""
 SLOTS = 4 * MOST_WARPS * 4
 """Bytes of shared memory in which warps add, of fast.cu."""
 ROWS_OF_PART = 64

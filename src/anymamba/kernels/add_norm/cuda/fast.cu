@@ -14,7 +14,7 @@
 // and adds dy n and dy over the rows of a block, then block by block in `sum_parts`.
 //
 // Launch: 256 threads, so that 256 / 32 / p.warps rows are worked on at a time, or 512 where 16 warps share one.
-// Backward and the forward layer norm have as many blocks as the machine holds at once, each with many rows.
+// Backward and forward_many have as many blocks as the machine holds at once, each with many rows.
 //
 // Needs SUBTRACT_MEAN, 0 or 1.
 #include "parameters.cuh"
@@ -181,40 +181,48 @@ DEVICE void norm_row(Row& total, const Packed& weights, const Packed& biases, i6
     }
 }
 
-// A layer norm waits twice for sums over a row. Its blocks take many rows and ask for the next one before these sums;
-// those of the RMS norm take one, so that more of them are at work.
-constexpr bool MANY_ROWS = SUBTRACT_MEAN;
+struct Inputs {
+    Packed x, residual, weights, biases;
+};
+DEVICE void ask_for_inputs(Inputs& in, const Parameters& p, i64 own, const Place& at) {
+    const i64 row = min(own, p.rows - 1);
+    ask_for_row(in.x, p.x, row, at);
+    if (p.residual.data) ask_for_row(in.residual, p.residual, row, at);
+}
+DEVICE void ask_for_weights(Inputs& in, const Parameters& p, const Place& at) {
+    if (p.weight) ask(in.weights, p.weight, 0, p.weight_dtype, at);
+    if (p.bias) ask(in.biases, p.bias, 0, p.bias_dtype, at);
+}
 
-KERNEL(MOST_THREADS, MANY_ROWS ? 1 : 2) forward(PARAMETER Parameters p) {
+// A block has as many rows as its threads hold, so that many blocks are at work.
+KERNEL(MOST_THREADS, 2) forward(PARAMETER Parameters p) {
+    const Place at = place_of_thread(p);
+    const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps;
+    const i64 row = i64(blockIdx.x) * rows_of_block + int(threadIdx.x) / 32 / warps;
+    Inputs in = {};
+    ask_for_inputs(in, p, row, at);
+    Row total;
+    add_up(total, in.x, in.residual, p);
+    if (p.total.data && row < p.rows) put_row(p.total, row, total, at);
+    ask_for_weights(in, p, at);
+    norm_row(total, in.weights, in.biases, row, p, at);
+}
+
+// A block has many rows. It asks for the next ones before it waits for the sums over these: a layer norm waits twice.
+KERNEL(MOST_THREADS, 1) forward_many(PARAMETER Parameters p) {
     const Place at = place_of_thread(p);
     const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps, group = int(threadIdx.x) / 32 / warps;
-    Packed x = {}, residual = {}, weights = {}, biases = {};
-    const auto ask_for = [&](i64 own) {
-        const i64 row = min(own, p.rows - 1);
-        ask_for_row(x, p.x, row, at);
-        if (p.residual.data) ask_for_row(residual, p.residual, row, at);
-    };
     i64 first = i64(blockIdx.x) * rows_of_block;
-    ask_for(first + group);
-    const auto ask_for_weights = [&] {
-        if (p.weight) ask(weights, p.weight, 0, p.weight_dtype, at);
-        if (p.bias) ask(biases, p.bias, 0, p.bias_dtype, at);
-    };
-    Row total;
-    if constexpr (MANY_ROWS) {
-        ask_for_weights();
-        for (i64 next; first < p.rows; first = next) {
-            next = first + i64(gridDim.x) * rows_of_block;
-            add_up(total, x, residual, p);
-            if (next < p.rows) ask_for(next + group);
-            if (p.total.data && first + group < p.rows) put_row(p.total, first + group, total, at);
-            norm_row(total, weights, biases, first + group, p, at);
-        }
-    } else {
-        add_up(total, x, residual, p);
+    Inputs in = {};
+    ask_for_inputs(in, p, first + group, at);
+    ask_for_weights(in, p, at);
+    for (i64 next; first < p.rows; first = next) {
+        next = first + i64(gridDim.x) * rows_of_block;
+        Row total;
+        add_up(total, in.x, in.residual, p);
+        if (next < p.rows) ask_for_inputs(in, p, next + group, at);
         if (p.total.data && first + group < p.rows) put_row(p.total, first + group, total, at);
-        ask_for_weights();
-        norm_row(total, weights, biases, first + group, p, at);
+        norm_row(total, in.weights, in.biases, first + group, p, at);
     }
 }
 
