@@ -28,6 +28,7 @@ HOLDING = {
     "dna-size": (2, 2),
     "dna-length": (0, 2),
     "great-apes": (0, 2),
+    "promoters": (3, 4),
 }
 """Thresholds that hold, of all."""
 

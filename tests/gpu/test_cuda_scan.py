@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anymamba.kernels.selective_scan import cuda, reference
 from anymamba.kernels.selective_scan.arguments import ScanArguments
-from anymamba.runtimes import nvrtc
+from anymamba.runtimes import nvrtc, replaying
 
 if nvrtc.reason():
     pytest.skip(f"the CUDA kernels do not run here: {nvrtc.reason()}", allow_module_level=True)
@@ -200,6 +200,7 @@ def test_nothing_waits_for_the_gpu_and_a_graph_holds_it(call):
 
 def test_a_graph_may_be_captured_with_the_first_call(call, monkeypatch):
     monkeypatch.setattr(nvrtc, "_kernels", {})
+    monkeypatch.setattr(replaying, "_plans", {})
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = cuda.forward(call, False)
