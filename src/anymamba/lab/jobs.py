@@ -69,7 +69,8 @@ def run_in_jobs(
         failures.forget()
     results = report()
     if errors:
-        raise RuntimeError(f"not all arms were measured; the others are in {folder}: {'; '.join(errors)}")
+        found = f"those that were are in {folder}, and the same command goes on from there"
+        raise RuntimeError(f"not all arms were measured; {found}: {'; '.join(errors)}")
     return results
 
 

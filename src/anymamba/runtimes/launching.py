@@ -11,6 +11,8 @@ from torch import Tensor
 
 from anymamba.runtimes import nvrtc, replaying
 
+TensorT = TypeVar("TensorT", Tensor, Tensor | None)
+
 MISSING = 0
 """The address for a tensor that is not given."""
 
@@ -107,15 +109,8 @@ class Call:
         self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0, *, early: bool = False
     ) -> None:
         """Queue a kernel; `early` as in `nvrtc.Kernel.launch`."""
-        pack, values = self._layout.pack, self._values
-        kernel = nvrtc.kernel(variant, self._index)
-        replaying.record(
-            replaying.Launch(kernel, n_blocks, threads, shared, early, pack, values, self._held, self._scratch)
-        )
-        kernel.launch(n_blocks, threads, shared, pack(*values), early)
-
-
-TensorT = TypeVar("TensorT", Tensor, Tensor | None)
+        how = (nvrtc.kernel(variant, self._index), n_blocks, threads, shared, early)
+        replaying.queue(replaying.Launch(*how, self._layout.pack, self._values, self._held, self._scratch))
 
 
 def resolved(tensor: TensorT) -> TensorT:

@@ -33,7 +33,7 @@ _plans: dict[Any, Plan | None] = {}
 
 
 class Launch(NamedTuple):
-    """A kernel that a call has launched."""
+    """A kernel that a call launches."""
 
     kernel: nvrtc.Kernel
     n_blocks: int
@@ -108,14 +108,13 @@ def replayed(
         name: of what is computed.
         tensors: all that `compute` reads; the first is not None, and none is lazily conjugated or negated.
         options: what else it depends on.
+        compute: writes its results with kernels alone. Apart from them it may convert or copy what the kernels get.
     """
     key = (name, options, *(_kind(t) for t in tensors))
     plan = _plans.get(key)
     if plan is not None:
         return plan.run(tensors)
-    if key in _plans:
-        return compute()
-    if _are_ambiguous(tensors):
+    if key in _plans or _are_ambiguous(tensors):
         return compute()
     launches: list[Launch] = []
     _thread.launches = launches
@@ -130,11 +129,13 @@ def replayed(
     return results
 
 
-def record(launch: Launch) -> None:
-    """Note what the call of this thread launches, if it is being recorded."""
+def queue(launch: Launch) -> None:
+    """Queue a kernel, and note it if the call of this thread is being recorded."""
     launches = getattr(_thread, "launches", None)
     if launches is not None:
         launches.append(launch._replace(values=launch.values.copy(), held=launch.held.copy()))
+    content = launch.pack(*launch.values)
+    launch.kernel.launch(launch.n_blocks, launch.threads, launch.shared, content, launch.early)
 
 
 def _kind(tensor: Tensor | None) -> Any:

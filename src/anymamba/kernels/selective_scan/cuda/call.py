@@ -164,11 +164,8 @@ class Call:
         self, variant: nvrtc.Variant, n_blocks: int, threads: int, shared: int = 0, *, early: bool = False
     ) -> None:
         """Queue a kernel; `early` as in `nvrtc.Kernel.launch`."""
-        kernel = nvrtc.kernel(variant, self.index)
-        replaying.record(
-            replaying.Launch(kernel, n_blocks, threads, shared, early, PACK, self.values, self._held, self._scratch)
-        )
-        kernel.launch(n_blocks, threads, shared, PACK(*self.values), early)
+        how = (nvrtc.kernel(variant, self.index), n_blocks, threads, shared, early)
+        replaying.queue(replaying.Launch(*how, PACK, self.values, self._held, self._scratch))
 
 
 def readable(tensor: Tensor) -> Tensor:
