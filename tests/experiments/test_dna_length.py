@@ -73,4 +73,6 @@ def test_tables_and_the_longest_row():
     assert [row[:2] for row in table][::4] == [["2^10", "128"], ["2^17", "1"]]
     assert table[3][3].startswith("-0.0060 ± ") and table[3][4] == "-0.0090" and table[0][3] == ""
     assert "64 steps in 90 seconds" in sections["The longest row"] and "3.0 GiB" in sections["The longest row"]
-    assert len(rows(sections["Rates"])) == 3 * len(ARCHITECTURES)
+    assert len(rows(sections["Rates"])) == len(rows(sections["Rates of longer rows"])) == 3 * len(ARCHITECTURES)
+    assert {"mamba-65536-rate2", "hyena-65536-rate1"} < {arm.name for arm in EXPERIMENT.arms("gpu")}
+    assert EXPERIMENT.sections(made_up(EXPERIMENT, "gpu", {}))["Rates of longer rows"] == ""

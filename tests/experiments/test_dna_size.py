@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anymamba.experiments import load_experiment
-from anymamba.experiments.dna_size.arms import ARCHITECTURES, BASES, sweep
+from anymamba.experiments.dna_size.arms import ARCHITECTURES, BASES, sweep, sweep_again
 from anymamba.experiments.dna_size.findings import arms_of
 from anymamba.lab.genome_models import config_of, paired
 from anymamba.lab.language import n_parameters
@@ -34,7 +34,8 @@ def with_gaps(behind=BEHIND, scale="gpu"):
     """Mamba on a line of its sizes, the others some nats above it, the best rate the second."""
     base, values = BASES[scale], {}
     for arm in EXPERIMENT.arms(scale):
-        name, size, *rate = arm.name.split("-")
+        name, size, *more = arm.name.split("-")
+        rate = [word for word in more if word.startswith("rate")]
         index = [one.name for one in base.sizes].index(size)
         worse = 0.1 if rate and arm.name != list(sweep(base, name))[1] else 0.0
         values[arm.name] = [values_of(arm, 1.3 - 0.02 * index + behind[name] + worse)]
@@ -57,7 +58,8 @@ def test_sizes_are_the_papers():
 def test_every_run_on_a_gpu_reads_64_million_bases():
     for arm in EXPERIMENT.arms("gpu"):
         how = arm.settings.optimization
-        assert how.steps * how.batch_size * arm.settings.window == 1 << 26
+        longer = 4 if arm.name.endswith("-longer") else 1
+        assert how.steps * how.batch_size * arm.settings.window == longer << 26
         assert how.betas == (0.9, 0.95) and how.weight_decay == 0.1 and how.warmup_steps == how.steps // 10
 
 
@@ -66,6 +68,21 @@ def test_the_smallest_size_has_the_best_rate_and_a_second_seed():
     assert arms_of(with_gaps(), "mamba", 0) == ["mamba-1400k-rate4", "mamba-1400k"]
     assert arms["mamba-1400k"].settings.seed_offset == 1 and arms["mamba-3500k"].settings.seed_offset == 0
     assert set(arms["hyena-7000k"].settings.rate_of) == set(sweep(BASES["gpu"], "hyena"))
+
+
+def test_the_largest_size_is_tried_at_other_rates_and_with_more_bases():
+    arms, base = {arm.name: arm.settings for arm in EXPERIMENT.arms("gpu")}, BASES["gpu"]
+    for name in ("mamba", "hyena"):
+        rates = sweep_again(base, name)
+        assert list(rates) == [f"{name}-7000k-rate1", f"{name}-7000k-rate4"]
+        assert all(arms[arm].optimization.learning_rate == rate for arm, rate in rates.items())
+        assert not any(arms[arm].rate_of for arm in rates) and arms[f"{name}-7000k-longer"].rate_of
+    sections = EXPERIMENT.sections(with_gaps())
+    assert len(rows(sections["Rates at the largest size"])) == 6
+    table = rows(sections["With more bases"])
+    assert [row[0] for row in table] == ["as above", "4 times as many"] and table[1][3] == "+0.0120 ± 0.0000"
+    without = EXPERIMENT.sections(made_up(EXPERIMENT, "gpu", {}))
+    assert without["Rates at the largest size"] == without["With more bases"] == ""
 
 
 def test_thresholds():

@@ -165,6 +165,11 @@ def rate_table(results: Results, sweeps: Mapping[str, Mapping[str, float]], word
     return f"{table(('', 'peak rate', 'nats a base'), rows)}\n\n{words}" if rows else ""
 
 
+def measured_rates(results: Results, arms: Sequence[str]) -> dict[str, float]:
+    """The rates of those arms that are measured."""
+    return {arm: results.of(arm)[0].values["learning_rate"] for arm in arms if results.of(arm)}
+
+
 def speed_table(results: Results, arms: Sequence[str] | None = None) -> str:
     """Parameters, rate, bases read, bases a second, memory and time of each arm."""
     header = ("arm", "parameters", "rate", "bases read", "bases a second", "GPU memory, GiB", "minutes", "recorded")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from anymamba.lab.experiment import Arm, Scale
@@ -32,11 +32,23 @@ class Base:
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     block: int = 1 << 17
     held_out: int | None = None
+    again: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Rates that are tried at the length `again_at`, too, by architecture: does the best of the shortest hold there?"""
+    again_at: int = 1 << 16
 
 
 RATES: dict[str, tuple[float, ...]] = {"mamba": (2e-3, 4e-3, 8e-3), "hyena": (1e-3, 2e-3, 4e-3)}
 """The paper has 8e-3 for Mamba and 1e-3 for Hyena, in 20,000 steps of 2^24 bases."""
-GPU = Base(12, 128, (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 17), RATES, 1 << 26, 1 << 17, longest=1 << 20)
+GPU = Base(
+    12,
+    128,
+    (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 17),
+    RATES,
+    1 << 26,
+    1 << 17,
+    longest=1 << 20,
+    again={"mamba": (2e-3, 4e-3), "hyena": (1e-3, 2e-3)},
+)
 BASES: dict[Scale, Base] = {
     "toy": Base(
         4,
@@ -70,6 +82,7 @@ BASES: dict[Scale, Base] = {
         n_bases=20_000 << 24,
         bases_a_step=1 << 24,
         longest=None,
+        again={},
     ),
 }
 
@@ -92,11 +105,21 @@ def settings_of(base: Base, architecture: str, length: int, rate: float) -> Geno
 
 def sweep(base: Base, architecture: str) -> dict[str, float]:
     """The rates of an architecture that are tried, by arm."""
-    return {f"{architecture}-{base.lengths[0]}-rate{round(1e3 * rate)}": rate for rate in base.rates[architecture]}
+    return _by_arm(f"{architecture}-{base.lengths[0]}", base.rates[architecture])
+
+
+def sweep_again(base: Base, architecture: str) -> dict[str, float]:
+    """The rates that are tried at a longer length, by arm."""
+    return _by_arm(f"{architecture}-{base.again_at}", base.again.get(architecture, ()))
+
+
+def _by_arm(name: str, rates: tuple[float, ...]) -> dict[str, float]:
+    return {f"{name}-rate{round(1e3 * rate)}": rate for rate in rates}
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """The rates at the shortest length, then the longer ones at the best rate, and the demonstration."""
+    """The rates at the shortest length, then the longer ones at the best rate, the demonstration, and the rates at a
+    longer length."""
     base = BASES[scale]
     arms = []
     for name in ARCHITECTURES:
@@ -108,4 +131,7 @@ def arms_at(scale: Scale) -> list[Arm]:
     for name, length in pairs:
         settings = settings_of(base, name, length, base.rates[name][0])
         arms.append(Arm(f"{name}-{length}", replace(settings, rate_of=tuple(sweep(base, name)))))
+    for name in base.again:
+        tried = sweep_again(base, name)
+        arms += [Arm(arm, settings_of(base, name, base.again_at, rate)) for arm, rate in tried.items()]
     return arms

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from math import inf, isfinite, log, log2
 
-from anymamba.experiments.dna_length.arms import ARCHITECTURES, BASES, Base, sweep
+from anymamba.experiments.dna_length.arms import ARCHITECTURES, BASES, Base, sweep, sweep_again
 from anymamba.lab.charts import signed, spread, table
 from anymamba.lab.experiment import Results, Scale, Threshold
-from anymamba.lab.genome_models import WORDS, paired, rate_table, speed_table
+from anymamba.lab.genome_models import WORDS, measured_rates, paired, rate_table, speed_table
 from anymamba.lab.language import gap, loss, losses
 
 MOST_ABOVE = 0.002
@@ -96,8 +96,18 @@ def sections(results: Results) -> dict[str, str]:
         "Is context used?": context_words(results),
         "The longest row": longest_words(results, base),
         "Rates": rate_table(results, sweeps, f"At {power(base.lengths[0])}; all lengths have the best one."),
+        "Rates of longer rows": again_table(results, base),
         "Speed": speed_table(results),
     }
+
+
+def again_table(results: Results, base: Base) -> str:
+    """The loss of long rows at other rates than the best one of the shortest."""
+    sweeps = {}
+    for name in base.again:
+        if any(map(results.of, sweep_again(base, name))):
+            sweeps[name] = measured_rates(results, [f"{name}-{base.again_at}"]) | sweep_again(base, name)
+    return rate_table(results, sweeps, f"At {power(base.again_at)}, the first one as in the tables above.")
 
 
 def loss_table(results: Results, base: Base) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from anymamba.lab.experiment import Arm, Scale
@@ -40,6 +40,10 @@ class Base:
     held_out: int | None = None
     seeds: int = 2
     """Seeds of the smallest size."""
+    again: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Rates that are tried at the largest size, too, by architecture: does the best one of the smallest hold there?"""
+    longer: int = 1
+    """Times the bases that the architectures of `again` read once more at the largest size."""
 
 
 RATES: dict[str, tuple[float, ...]] = {
@@ -73,7 +77,7 @@ BASES: dict[Scale, Base] = {
         held_out=1 << 16,
         seeds=1,
     ),
-    "gpu": Base(SIZES, RATES, 1024, 1 << 26, 1 << 16),
+    "gpu": Base(SIZES, RATES, 1024, 1 << 26, 1 << 16, again=dict.fromkeys(("mamba", "hyena"), (1e-3, 4e-3)), longer=4),
     "paper": Base(
         (Size("250k", 8, 64), Size("700k", 10, 96), *SIZES, Size("19300k", 20, 384), Size("40700k", 24, 512)),
         RATES,
@@ -100,12 +104,21 @@ def settings_of(base: Base, architecture: str, size: Size, rate: float) -> Genom
 
 def sweep(base: Base, architecture: str) -> dict[str, float]:
     """The rates of an architecture that are tried, by arm."""
-    size = base.sizes[0].name
-    return {f"{architecture}-{size}-rate{round(1e3 * rate)}": rate for rate in base.rates[architecture]}
+    return _by_arm(f"{architecture}-{base.sizes[0].name}", base.rates[architecture])
+
+
+def sweep_again(base: Base, architecture: str) -> dict[str, float]:
+    """The rates that are tried at the largest size, by arm."""
+    return _by_arm(f"{architecture}-{base.sizes[-1].name}", base.again.get(architecture, ()))
+
+
+def _by_arm(name: str, rates: tuple[float, ...]) -> dict[str, float]:
+    return {f"{name}-rate{round(1e3 * rate)}": rate for rate in rates}
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """The rates at the smallest size, its second seed, then the larger sizes at the best rate."""
+    """The rates at the smallest size, its second seed, the larger sizes at the best rate; then what is tried at the
+    largest."""
     base = BASES[scale]
     smallest, arms = base.sizes[0], []
     for name in ARCHITECTURES:
@@ -119,4 +132,9 @@ def arms_at(scale: Scale) -> list[Arm]:
                     seed_offset=1 if size is smallest else 0,
                 )
                 arms.append(Arm(f"{name}-{size.name}", settings))
+    largest = base.sizes[-1]
+    for name in base.again:
+        arms += [Arm(arm, settings_of(base, name, largest, rate)) for arm, rate in sweep_again(base, name).items()]
+        settings = settings_of(replace(base, n_bases=base.longer * base.n_bases), name, largest, base.rates[name][0])
+        arms.append(Arm(f"{name}-{largest.name}-longer", replace(settings, rate_of=tuple(sweep(base, name)))))
     return arms

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from math import isfinite, log
 
-from anymamba.experiments.dna_size.arms import ARCHITECTURES, BASES, sweep
+from anymamba.experiments.dna_size.arms import ARCHITECTURES, BASES, sweep, sweep_again
 from anymamba.lab.charts import signed, spread, table
 from anymamba.lab.experiment import Results, Threshold
-from anymamba.lab.genome_models import WORDS, paired, rate_table, speed_table
+from anymamba.lab.genome_models import WORDS, measured_rates, paired, rate_table, speed_table
 from anymamba.lab.language import gap, loss, losses
 
 LEAST_AHEAD = 0.005
@@ -64,6 +64,8 @@ def sections(results: Results) -> dict[str, str]:
     return {
         "Loss by size": loss_table(results),
         "Rates": rate_table(results, sweeps, f"At the size {base.sizes[0].name}; all sizes have the best one."),
+        "Rates at the largest size": again_table(results),
+        "With more bases": longer_table(results),
         "Speed": speed_table(results),
     }
 
@@ -86,6 +88,30 @@ def loss_table(results: Results) -> str:
         "which says nothing of other seeds. The paper's models read another genome, and 150 times as many bases."
     )
     return f"{table(header, rows)}\n\n{words}" if rows else ""
+
+
+def again_table(results: Results) -> str:
+    """The loss of the largest size at other rates than the best one of the smallest."""
+    base = BASES[results.scale]
+    size, sweeps = base.sizes[-1].name, {}
+    for name in base.again:
+        if any(map(results.of, sweep_again(base, name))):
+            sweeps[name] = measured_rates(results, [f"{name}-{size}"]) | sweep_again(base, name)
+    return rate_table(results, sweeps, f"At the size {size}, the first one as in the tables above.")
+
+
+def longer_table(results: Results) -> str:
+    """How far the others are above Mamba at the largest size, with the usual bases and with more."""
+    base = BASES[results.scale]
+    size, rows = base.sizes[-1].name, []
+    for words, end in (("as above", ""), (f"{base.longer} times as many", "-longer")):
+        arms = {name: f"{name}-{size}{end}" for name in base.again}
+        own = [spread(losses(results, [arm]), 4) for arm in arms.values()]
+        found = [paired(results, [arms[name]], [arms["mamba"]]) for name in arms if name != "mamba"]
+        rows.append([words, *own, *(f"{signed(f[0], 4)} ± {f[1]:.4f}" if f else "" for f in found)])
+    others = [f"{WORDS[name]} minus Mamba" for name in base.again if name != "mamba"]
+    header = ["bases", *(WORDS[name] for name in base.again), *others]
+    return f"{table(header, rows)}\n\nAt the size {size}, in nats a base." if rows and all(rows[-1][1:]) else ""
 
 
 def with_error(results: Results, name: str, index: int) -> str:
