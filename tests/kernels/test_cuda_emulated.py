@@ -100,6 +100,20 @@ def test_general_kernels_of_every_variant(case, rule, is_complex, dtype):
     check(**{"rule": rule, "is_complex": is_complex, "dtype": dtype} | GENERAL[case])
 
 
+@pytest.mark.parametrize("largest", [1.0, 700.0, 1e6])
+def test_complex_decays(largest):
+    """One step of a state of ones leaves exp(delta A), to a few units in the last place at any phase."""
+    n = 64
+    delta = torch.linspace(-largest, largest, 32 * n).reshape(1, n, 32).float()  # of either sign, without softplus
+    A, none = torch.full((32, 1), 0.7j, dtype=torch.complex64), torch.zeros(n, 1, 1, 1, dtype=torch.complex64)
+    ones = torch.ones(n, 32, 1, dtype=torch.complex64)
+    step = delta.reshape(n, 1, 32)
+    a = arguments({"u": torch.zeros(n, 1, 32), "delta": step, "A": A, "B": none, "C": none, "initial_state": ones})
+    got = cuda.forward(a, False)[1][..., 0].to(torch.complex128)
+    want = torch.exp(1j * (step[:, 0] * A.imag.flatten()).double())
+    assert (got - want).abs().max() < 2e-7
+
+
 @pytest.mark.parametrize("case", ["bare", "groups", "packed", "packed chunks"])
 def test_fast_summaries(case):
     check_summaries(cuda, arguments(scan_inputs(**{"d_state": 16, "dtype": torch.float32} | FAST[case])))

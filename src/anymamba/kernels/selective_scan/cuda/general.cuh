@@ -8,6 +8,12 @@ constexpr int WARPS = 4, THREADS = 32 * WARPS, TILE = 16;
 constexpr int SLAB = DOUBLE && COMPLEX ? 2 : 4;
 constexpr R PAIR = COMPLEX ? 2 : 1;  // conjugate partners are implied: y = 2 Re(C . h)
 
+// A number that is known to the compiler.
+template <int number>
+struct Is {
+    static constexpr int value = number;
+};
+
 DEVICE i64 index_of(const Rows& rows, const Place& at, i64 token, int lane) {
     return at.row * rows.batch + token * rows.length + at.channel + lane;
 }
@@ -43,7 +49,10 @@ DEVICE R dscan_at(const Parameters& p, const Place& at, i64 token, int lane) {
 }
 
 // What multiplies B u: delta, or (exp(delta A) - 1) / A for the zero-order hold.
-DEVICE T weight(const Parameters& p, R d, T A, T a) { return p.zoh ? d * expm1_ratio(d * A, a) : number(d); }
+template <bool ZOH>
+DEVICE T weight(R d, T A, T a) {
+    return ZOH ? d * expm1_ratio(d * A, a) : number(d);
+}
 
 // A, and B and C where they are constant, of a slab; zeros for what is padded.
 struct States {
@@ -62,16 +71,32 @@ DEVICE States states_of(const Parameters& p, const Place& at, i64 slab, int lane
     return own;
 }
 
-// B or C of a slab at a token: the constant one, or what all channels of the group share.
-DEVICE void matrix_at(T (&out)[SLAB], const T (&constant)[SLAB], const Rows& rows, const Parameters& p, const Place& at,
-                      i64 token, i64 slab) {
-    const i64 index = at.row * rows.batch + token * rows.length + at.group * rows.group + slab;
-#pragma unroll
-    for (int i = 0; i < SLAB; i++) {
-        out[i] = constant[i];
-        if (rows.data)
-            out[i] = slab + i < p.d_state ? read_number(rows.data, index + i, int(rows.dtype)) : number(R(0));
+// B and C of a warp's slab at the tokens of a tile, in shared memory, where all channels of the group share them.
+struct OfSlab {
+    T B[TILE][SLAB], C[TILE][SLAB];
+};
+DEVICE void put_matrix(T (&to)[TILE][SLAB], const Rows& rows, const Parameters& p, const Place& at, i64 first,
+                       int tokens, i64 slab, int lane) {
+    if (!rows.data) return;
+    const i64 start = at.row * rows.batch + first * rows.length + at.group * rows.group + slab;
+    for (int i = lane; i < TILE * SLAB; i += 32) {
+        const int t = i / SLAB, n = i % SLAB;
+        const bool ok = t < tokens && slab + n < p.d_state;
+        to[t][n] = ok ? read_number(rows.data, start + t * rows.length + n, int(rows.dtype)) : number(R(0));
     }
+}
+// All lanes call it; what they have read of another tile or slab is overwritten.
+DEVICE void put_matrices(OfSlab& shared, bool with_B, bool with_C, const Parameters& p, const Place& at, i64 first,
+                         int tokens, i64 slab, int lane) {
+    sync_warp();
+    if (with_B) put_matrix(shared.B, p.B, p, at, first, tokens, slab, lane);
+    if (with_C) put_matrix(shared.C, p.C, p, at, first, tokens, slab, lane);
+    sync_warp();
+}
+// B or C at a token: the constant one, or that of the token.
+DEVICE void matrix_at(T (&out)[SLAB], const T (&constant)[SLAB], const T (&of_token)[SLAB], bool is_constant) {
+#pragma unroll
+    for (int i = 0; i < SLAB; i++) out[i] = is_constant ? constant[i] : of_token[i];
 }
 
 // A slab of (state, channel) in scratch memory; `first` is the lane's channel of state 0.

@@ -17,6 +17,7 @@ struct OfBlock {
     R d[TILE][32], u[TILE][32], g[TILE][32];
     R y[WARPS][TILE][32], du[WARPS][TILE][32], dd[WARPS][TILE][32];  // sums over the states of a warp
     T before[WARPS][TILE][SLAB][32];                                 // each lane's states before each token
+    OfSlab of_slab[WARPS];
 };
 
 constexpr int TILES = SAVED_EVERY / TILE;
@@ -32,25 +33,84 @@ DEVICE void prepare(OfBlock& block, const Parameters& p, const Place& at, i64 fi
 }
 
 // Run a slab over a tile; KEEP its states before each token and y.
-template <bool KEEP>
-DEVICE void run(T (&h)[SLAB], const States& own, OfBlock& block, const Parameters& p, const Place& at, i64 first,
-                int tokens, const Boundaries& edges, int around, i64 slab, int lane, int warp) {
+template <bool KEEP, bool ZOH>
+DEVICE void run(T (&h)[SLAB], const States& own, OfBlock& block, const Parameters& p, const Place& at, int tokens,
+                const Boundaries& edges, int around, i64 slab, int lane, int warp) {
+    const bool constant_B = !p.B.data, constant_C = !p.C.data;
     for (int t = 0; t < tokens; t++) {
         if (edges.starts >> t & 1)
             get_of_sequence(h, p.initial_state, p, at, sequence_at(p, at, around, t), slab, lane);
         const R d = block.d[t][lane], u = block.u[t][lane];
         T B[SLAB], C[SLAB];
-        matrix_at(B, own.B, p.B, p, at, first + t, slab);
-        if (KEEP) matrix_at(C, own.C, p.C, p, at, first + t, slab);
+        matrix_at(B, own.B, block.of_slab[warp].B[t], constant_B);
+        if (KEEP) matrix_at(C, own.C, block.of_slab[warp].C[t], constant_C);
         R y = R(0);
 #pragma unroll
         for (int i = 0; i < SLAB; i++) {
             const T a = exponential(d * own.A[i]);
             if (KEEP) block.before[warp][t][i][lane] = h[i];
-            h[i] = a * h[i] + u * (weight(p, d, own.A[i], a) * B[i]);
+            h[i] = a * h[i] + u * (weight<ZOH>(d, own.A[i], a) * B[i]);
             if (KEEP) y += PAIR * real_part(C[i] * h[i]);
         }
         if (KEEP) block.y[warp][t][lane] += y;
+    }
+}
+
+// Write the sums over lanes of a slab's numbers; the first `count` states exist.
+DEVICE void put_sums(u8* parts, i64 index, const T (&values)[SLAB], i64 count, int lane) {
+    constexpr int NUMBERS = sizeof(T) / sizeof(R) * SLAB, LANES = 32 / NUMBERS;
+    R numbers[NUMBERS];
+#pragma unroll
+    for (int i = 0; i < SLAB; i++) split(numbers + i * (NUMBERS / SLAB), values[i]);
+    const R sum = sums_of_warp(numbers, lane);
+    const int i = lane / LANES;
+    if (lane % LANES == 0 && i / (NUMBERS / SLAB) < count)
+        reinterpret_cast<R*>(parts)[index * (NUMBERS / SLAB) + i] = sum;
+}
+
+// Run the gradients of a slab back over a tile, with what `run` kept. Sums of selective B and C are written, those over
+// time added up.
+template <bool ZOH>
+DEVICE void run_back(T (&dh)[SLAB], States& sums, const States& own, OfBlock& block, const Parameters& p,
+                     const Place& at, i64 first, int tokens, const Boundaries& edges, int around, i64 slab, int lane,
+                     int warp) {
+    const bool constant_B = !p.B.data, constant_C = !p.C.data;
+    for (int t = tokens - 1; t >= 0; t--) {
+        const bool starts = edges.starts >> t & 1, ends = edges.ends >> t & 1;
+        i64 sequence = 0;
+        if (starts | ends) sequence = sequence_at(p, at, around, t);
+        if (ends) get_of_sequence(dh, p.dlast_state, p, at, sequence, slab, lane);
+        const R d = block.d[t][lane], u = block.u[t][lane], g = PAIR * block.g[t][lane];
+        T B[SLAB], C[SLAB];
+        matrix_at(B, own.B, block.of_slab[warp].B[t], constant_B);
+        matrix_at(C, own.C, block.of_slab[warp].C[t], constant_C);
+        R du = R(0), dd = R(0);
+#pragma unroll
+        for (int i = 0; i < SLAB; i++) {
+            const T a = exponential(d * own.A[i]), before = block.before[warp][t][i][lane];
+            const T scale = weight<ZOH>(d, own.A[i], a), after = a * before + u * (scale * B[i]);
+            const T e = dh[i] + g * conjugate(C[i]);
+            sums.C[i] = g * conjugate(after) + (constant_C ? sums.C[i] : number(R(0)));
+            sums.B[i] = u * (conjugate(scale) * e) + (constant_B ? sums.B[i] : number(R(0)));
+            dh[i] = conjugate(a) * e;
+            const T x = dh[i] * conjugate(before), drive = e * conjugate(B[i]);
+            sums.A[i] = sums.A[i] + d * x;
+            if constexpr (ZOH) {
+                const T slope = expm1_ratio_slope(d * own.A[i], a, expm1_ratio(d * own.A[i], a));
+                sums.A[i] = sums.A[i] + (u * d * d) * (conjugate(slope) * drive);
+            }
+            du += real_part(conjugate(scale) * drive);
+            dd += real_part(conjugate(own.A[i]) * x) + u * real_part((ZOH ? conjugate(a) : number(R(1))) * drive);
+        }
+        block.du[warp][t][lane] += du, block.dd[warp][t][lane] += dd;
+        const i64 part = ((at.block * p.batch + at.row) * p.length + first + t) * p.d_state + slab;
+        if (!constant_B) put_sums(p.dB_parts, part, sums.B, p.d_state - slab, lane);
+        if (!constant_C) put_sums(p.dC_parts, part, sums.C, p.d_state - slab, lane);
+        if (starts) {
+            if (p.dinitial_state) put_of_sequence(p.dinitial_state, dh, p, at, sequence, slab, lane);
+#pragma unroll
+            for (int i = 0; i < SLAB; i++) dh[i] = number(R(0));
+        }
     }
 }
 
@@ -60,7 +120,7 @@ DEVICE void add(u8* parts, i64 index, T value, bool first) {
     *to = first ? value : *to + value;
 }
 
-KERNEL(THREADS, 1) scan_backward(PARAMETER Parameters p) {
+KERNEL(THREADS, DOUBLE ? 1 : COMPLEX ? 2 : 3) scan_backward(PARAMETER Parameters p) {
     const Place at = place_of_block(p, 32, 0);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     OfBlock& block = *reinterpret_cast<OfBlock*>(shared_memory());
@@ -89,7 +149,9 @@ KERNEL(THREADS, 1) scan_backward(PARAMETER Parameters p) {
                 get(h, k == 0 ? saved : checkpoints + k * size, p, slab);
                 if (k == 0) put(checkpoints, h, p, slab);
                 if (k + 1 == n_tiles) continue;
-                run<false>(h, own, block, p, at, first, tokens, edges, around, slab, lane, warp);
+                put_matrices(block.of_slab[warp], true, false, p, at, first, tokens, slab, lane);
+                p.zoh ? run<false, true>(h, own, block, p, at, tokens, edges, around, slab, lane, warp)
+                      : run<false, false>(h, own, block, p, at, tokens, edges, around, slab, lane, warp);
                 put(checkpoints + (k + 1) * size, h, p, slab);
             }
             sync_block();
@@ -104,68 +166,28 @@ KERNEL(THREADS, 1) scan_backward(PARAMETER Parameters p) {
             const Boundaries edges = boundaries_of_tile(p, around, first, tokens, lane);
             for (i64 slab = warp * SLAB; slab < p.d_state; slab += WARPS * SLAB) {
                 const States own = states_of(p, at, slab, lane);
-                T h[SLAB], dh[SLAB], dA[SLAB], dB[SLAB], dC[SLAB];
+                T h[SLAB], dh[SLAB];
+                States sums;
                 get(h, checkpoints + k * size, p, slab);
-                run<true>(h, own, block, p, at, first, tokens, edges, around, slab, lane, warp);
+                put_matrices(block.of_slab[warp], true, true, p, at, first, tokens, slab, lane);
+                p.zoh ? run<true, true>(h, own, block, p, at, tokens, edges, around, slab, lane, warp)
+                      : run<true, false>(h, own, block, p, at, tokens, edges, around, slab, lane, warp);
 #pragma unroll
-                for (int i = 0; i < SLAB; i++) dA[i] = dB[i] = dC[i] = dh[i] = number(R(0));
+                for (int i = 0; i < SLAB; i++) sums.A[i] = sums.B[i] = sums.C[i] = dh[i] = number(R(0));
                 if (!is_first || p.n_chunks > 1) get(dh, running, p, slab);
-                for (int t = tokens - 1; t >= 0; t--) {
-                    const bool starts = edges.starts >> t & 1, ends = edges.ends >> t & 1;
-                    i64 sequence = 0;
-                    if (starts | ends) sequence = sequence_at(p, at, around, t);
-                    if (ends) get_of_sequence(dh, p.dlast_state, p, at, sequence, slab, lane);
-                    const R d = block.d[t][lane], u = block.u[t][lane], g = PAIR * block.g[t][lane];
-                    T B[SLAB], C[SLAB];
-                    matrix_at(B, own.B, p.B, p, at, first + t, slab);
-                    matrix_at(C, own.C, p.C, p, at, first + t, slab);
-                    R du = R(0), dd = R(0);
-#pragma unroll
-                    for (int i = 0; i < SLAB; i++) {
-                        const T a = exponential(d * own.A[i]), before = block.before[warp][t][i][lane];
-                        const T scale = weight(p, d, own.A[i], a), after = a * before + u * (scale * B[i]);
-                        const T e = dh[i] + g * conjugate(C[i]);
-                        dC[i] = g * conjugate(after) + (p.C.data ? number(R(0)) : dC[i]);
-                        dB[i] = u * (conjugate(scale) * e) + (p.B.data ? number(R(0)) : dB[i]);
-                        dh[i] = conjugate(a) * e;
-                        const T x = dh[i] * conjugate(before), drive = e * conjugate(B[i]);
-                        dA[i] = dA[i] + d * x;
-                        if (p.zoh) {
-                            const T slope = expm1_ratio_slope(d * own.A[i], a, expm1_ratio(d * own.A[i], a));
-                            dA[i] = dA[i] + (u * d * d) * (conjugate(slope) * drive);
-                        }
-                        du += real_part(conjugate(scale) * drive);
-                        dd += real_part(conjugate(own.A[i]) * x) +
-                              u * real_part((p.zoh ? conjugate(a) : number(R(1))) * drive);
-                    }
-                    block.du[warp][t][lane] += du, block.dd[warp][t][lane] += dd;
-                    const i64 part = ((at.block * p.batch + at.row) * p.length + first + t) * p.d_state + slab;
-#pragma unroll
-                    for (int i = 0; i < SLAB; i++) {
-                        if (slab + i >= p.d_state) continue;
-                        if (p.B.data) {
-                            const T sum = sum_of_warp(dB[i]);
-                            if (lane == 0) reinterpret_cast<T*>(p.dB_parts)[part + i] = sum;
-                        }
-                        if (p.C.data) {
-                            const T sum = sum_of_warp(dC[i]);
-                            if (lane == 0) reinterpret_cast<T*>(p.dC_parts)[part + i] = sum;
-                        }
-                    }
-                    if (starts) {
-                        if (p.dinitial_state) put_of_sequence(p.dinitial_state, dh, p, at, sequence, slab, lane);
-#pragma unroll
-                        for (int i = 0; i < SLAB; i++) dh[i] = number(R(0));
-                    }
+                if (p.zoh) {
+                    run_back<true>(dh, sums, own, block, p, at, first, tokens, edges, around, slab, lane, warp);
+                } else {
+                    run_back<false>(dh, sums, own, block, p, at, first, tokens, edges, around, slab, lane, warp);
                 }
                 put(running, dh, p, slab);
 #pragma unroll
                 for (int i = 0; i < SLAB; i++) {
                     if (slab + i >= p.d_state) continue;
                     const i64 part = of_chunk * size + (slab + i) * p.channels + place;
-                    add(p.dA_parts, part, dA[i], is_first);
-                    if (!p.B.data) add(p.dB_parts, part, dB[i], is_first);
-                    if (!p.C.data) add(p.dC_parts, part, dC[i], is_first);
+                    add(p.dA_parts, part, sums.A[i], is_first);
+                    if (!p.B.data) add(p.dB_parts, part, sums.B[i], is_first);
+                    if (!p.C.data) add(p.dC_parts, part, sums.C[i], is_first);
                 }
             }
             sync_block();

@@ -9,9 +9,45 @@
 struct OfBlock {
     R d[TILE][32], x[TILE][32];  // delta after the softplus; u, or the gradient of the scan's own output
     R y[WARPS][TILE][32];
+    OfSlab of_slab[WARPS];
 };
 
-KERNEL(THREADS, 1) scan(PARAMETER Parameters p) {
+// Run a slab over a tile. d and x of its tokens, B, C and the sums for y are in shared memory.
+template <int PASSAGE, bool ZOH>
+DEVICE void run(T (&h)[SLAB], T (&decay)[SLAB], const States& own, OfBlock& block, const Parameters& p, const Place& at,
+                int tokens, const Boundaries& edges, int around, i64 slab, int lane, int warp) {
+    constexpr bool reverse = PASSAGE == REVERSE, forward = PASSAGE == FORWARD;
+    const bool constant_B = !p.B.data, constant_C = !p.C.data;
+    for (int s = 0; s < tokens; s++) {
+        const int t = reverse ? tokens - 1 - s : s;
+        const bool starts = edges.starts >> t & 1, ends = edges.ends >> t & 1;
+        i64 sequence = 0;
+        if (starts | ends) sequence = sequence_at(p, at, around, t);
+        if (!reverse && starts) get_of_sequence(h, p.initial_state, p, at, sequence, slab, lane);
+        if (reverse && ends) get_of_sequence(h, p.dlast_state, p, at, sequence, slab, lane);
+        const R d = block.d[t][lane], x = block.x[t][lane];
+        R y = R(0);
+        T B[SLAB], C[SLAB];
+        if (!reverse) matrix_at(B, own.B, block.of_slab[warp].B[t], constant_B);
+        if (PASSAGE != SUMMARY) matrix_at(C, own.C, block.of_slab[warp].C[t], constant_C);
+#pragma unroll
+        for (int i = 0; i < SLAB; i++) {
+            const T a = exponential(d * own.A[i]);
+            if (reverse) {
+                h[i] = conjugate(a) * (PAIR * x * conjugate(C[i]) + h[i]);
+                if (starts) h[i] = number(R(0));
+            } else {
+                h[i] = a * h[i] + x * (weight<ZOH>(d, own.A[i], a) * B[i]);
+                if (forward) y += PAIR * real_part(C[i] * h[i]);
+            }
+            if (!forward) decay[i] = a * decay[i];
+        }
+        if (forward) block.y[warp][t][lane] += y;
+        if (forward && ends) put_of_sequence(p.last_state, h, p, at, sequence, slab, lane);
+    }
+}
+
+KERNEL(THREADS, DOUBLE ? 1 : COMPLEX ? 3 : 4) scan(PARAMETER Parameters p) {
     const bool reverse = p.passage == REVERSE, forward = p.passage == FORWARD;
     const Place at = place_of_block(p, 32, reverse ? int(p.first_chunk) : 0);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -52,32 +88,17 @@ KERNEL(THREADS, 1) scan(PARAMETER Parameters p) {
                            (at.row * n_saved + first / SAVED_EVERY) * p.states * p.channels;
                 put(saved, h, p, slab);
             }
-            for (int s = 0; s < tokens; s++) {
-                const int t = reverse ? tokens - 1 - s : s;
-                const bool starts = edges.starts >> t & 1, ends = edges.ends >> t & 1;
-                i64 sequence = 0;
-                if (starts | ends) sequence = sequence_at(p, at, around, t);
-                if (!reverse && starts) get_of_sequence(h, p.initial_state, p, at, sequence, slab, lane);
-                if (reverse && ends) get_of_sequence(h, p.dlast_state, p, at, sequence, slab, lane);
-                const R d = block.d[t][lane], x = block.x[t][lane];
-                R y = R(0);
-                T B[SLAB], C[SLAB];
-                if (!reverse) matrix_at(B, own.B, p.B, p, at, first + t, slab);
-                if (p.passage != SUMMARY) matrix_at(C, own.C, p.C, p, at, first + t, slab);
-#pragma unroll
-                for (int i = 0; i < SLAB; i++) {
-                    const T a = exponential(d * own.A[i]);
-                    if (reverse) {
-                        h[i] = conjugate(a) * (PAIR * x * conjugate(C[i]) + h[i]);
-                        if (starts) h[i] = number(R(0));
-                    } else {
-                        h[i] = a * h[i] + x * (weight(p, d, own.A[i], a) * B[i]);
-                        if (forward) y += PAIR * real_part(C[i] * h[i]);
-                    }
-                    decay[i] = a * decay[i];
-                }
-                if (forward) block.y[warp][t][lane] += y;
-                if (forward && ends) put_of_sequence(p.last_state, h, p, at, sequence, slab, lane);
+            put_matrices(block.of_slab[warp], !reverse, p.passage != SUMMARY, p, at, first, tokens, slab, lane);
+            const auto work = [&](auto passage, auto zoh) {
+                run<passage.value, zoh.value>(h, decay, own, block, p, at, tokens, edges, around, slab, lane, warp);
+            };
+            const auto work_by = [&](auto passage) { p.zoh ? work(passage, Is<1>()) : work(passage, Is<0>()); };
+            if (forward) {
+                work_by(Is<FORWARD>());
+            } else if (reverse) {
+                work(Is<REVERSE>(), Is<0>());  // u has no part in it
+            } else {
+                work_by(Is<SUMMARY>());
             }
             put(running, h, p, slab);
             if (!forward) put(decays, decay, p, slab);
@@ -120,7 +141,8 @@ KERNEL(THREADS, 1) step(PARAMETER Parameters p) {
                              : reinterpret_cast<const T*>(p.constant_B)[matrix + n];
         const T C = p.C.data ? read_number(p.C.data, row_C + n, int(p.C.dtype))
                              : reinterpret_cast<const T*>(p.constant_C)[matrix + n];
-        const T h = a * (before ? before[state + n] : number(R(0))) + u * (weight(p, d, rate, a) * B);
+        const T h = a * (before ? before[state + n] : number(R(0))) +
+                    u * ((p.zoh ? weight<true>(d, rate, a) : weight<false>(d, rate, a)) * B);
         y += PAIR * real_part(C * h);
         after[n] = h;
     }

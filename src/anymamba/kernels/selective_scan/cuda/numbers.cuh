@@ -20,7 +20,11 @@ typedef ComplexNumber T;
 typedef R T;
 #endif
 
+#if DOUBLE
 DEVICE R exponential(R x) { return exp(x); }
+#else
+DEVICE R exponential(R x) { return exp2_fast(LOG2_E * x); }
+#endif
 DEVICE R sigmoid(R x) { return R(1) / (R(1) + exp(-x)); }
 DEVICE R softplus(R x) { return x > R(20) ? x : log1p(exp(x > R(0) ? -x : x)) + (x > R(0) ? x : R(0)); }
 
@@ -33,12 +37,48 @@ DEVICE ComplexNumber conjugate(ComplexNumber a) { return {a.re, -a.im}; }
 DEVICE R conjugate(R a) { return a; }
 DEVICE R real_part(ComplexNumber a) { return a.re; }
 DEVICE R real_part(R a) { return a; }
+DEVICE void split(R* out, R a) { out[0] = a; }
+DEVICE void split(R* out, ComplexNumber a) { out[0] = a.re, out[1] = a.im; }
 DEVICE R size(R a) { return fabs(a); }
 DEVICE R size(ComplexNumber a) { return fabs(a.re) + fabs(a.im); }
+#if DOUBLE
 CALLED ComplexNumber exponential(ComplexNumber x) {
+    R sine, cosine;
+    sincos(x.im, &sine, &cosine);
     const R r = exp(x.re);
-    return {r * cos(x.im), r * sin(x.im)};
+    return {r * cosine, r * sine};
 }
+#else
+// e^ix of a large x, or one that is not finite.
+CALLED ComplexNumber turn_far(R x) {
+    R sine, cosine;
+    sincosf(x, &sine, &cosine);
+    return {cosine, sine};
+}
+// e^ix. x is brought to [-pi/4, pi/4] by a multiple of pi/2, whose parts below are those of three floats; then sine and
+// cosine are polynomials of the least error there, and the multiple says which is which, and their signs.
+DEVICE ComplexNumber turn(R x) {
+    constexpr R FAR = 3e4f;
+    if (!(fabsf(x) < FAR)) return turn_far(x);
+    const R quarters = rintf(0.636619772f * x);
+    R r = fmaf(quarters, -1.57079625f, x);
+    r = fmaf(quarters, -7.54978942e-8f, r);
+    r = fmaf(quarters, -5.39030253e-15f, r);
+    const R q = r * r;
+    R sine = fmaf(fmaf(-1.9515296e-4f, q, 8.3321609e-3f), q, -1.6666655e-1f);
+    sine = fmaf(sine * q, r, r);
+    R cosine = fmaf(fmaf(2.4433157e-5f, q, -1.3887316e-3f), q, 4.1666646e-2f);
+    cosine = fmaf(fmaf(cosine, q, -0.5f), q, 1.f);
+    const int of = int(quarters);
+    const R re = of & 1 ? sine : cosine, im = of & 1 ? cosine : sine;
+    return {(of + 1) & 2 ? -re : re, of & 2 ? -im : im};
+}
+DEVICE ComplexNumber exponential(ComplexNumber x) {
+    const R r = exponential(x.re);
+    const ComplexNumber turned = turn(x.im);
+    return {r * turned.re, r * turned.im};
+}
+#endif
 DEVICE R quotient(R a, R b) { return a / b; }
 DEVICE ComplexNumber quotient(ComplexNumber a, ComplexNumber b) {
     const R n = R(1) / (b.re * b.re + b.im * b.im);
@@ -87,10 +127,24 @@ DEVICE void write_number(void* data, i64 index, int dtype, T value) {
 #endif
 }
 
-// Over the lanes of a warp, in an order of its own.
-DEVICE R sum_of_warp(R x) {
+// Sums over the lanes of a warp of several numbers, in an order of its own: the i-th goes to the lanes from
+// i * lanes / count on.
+template <int count, int lanes = 32>
+DEVICE R sums_of_warp(const R (&values)[count], int lane) {
+    if constexpr (count == 1) {
+        R sum = values[0];
 #pragma unroll
-    for (int m = 16; m > 0; m /= 2) x += shuffle_xor(x, m);
-    return x;
+        for (int m = lanes / 2; m > 0; m /= 2) sum += shuffle_xor(sum, m);
+        return sum;
+    } else {
+        constexpr int half = count / 2;
+        const bool upper = lane & (lanes / 2);
+        R kept[half];
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const R given = upper ? values[i] : values[i + half];
+            kept[i] = (upper ? values[i + half] : values[i]) + shuffle_xor(given, lanes / 2);
+        }
+        return sums_of_warp<half, lanes / 2>(kept, lane);
+    }
 }
-DEVICE ComplexNumber sum_of_warp(ComplexNumber x) { return {sum_of_warp(x.re), sum_of_warp(x.im)}; }

@@ -333,12 +333,12 @@ def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: b
 
 def shared_of_general(dtype: torch.dtype, backward: bool) -> int:
     """Bytes of shared memory of general_forward.cu and general_backward.cu: OfBlock."""
-    warps, tile = 4, 16
+    warps, tile, slab = 4, 16, 2 if dtype == torch.complex128 else 4
     width = 8 if dtype in (torch.float64, torch.complex128) else 4
+    of_slabs = warps * 2 * tile * slab * dtype.itemsize
     if not backward:
-        return tile * 32 * width * (2 + warps)
-    slab = 2 if dtype == torch.complex128 else 4
-    return tile * 32 * (width * (3 + 3 * warps) + dtype.itemsize * slab * warps)
+        return tile * 32 * width * (2 + warps) + of_slabs
+    return tile * 32 * (width * (3 + 3 * warps) + dtype.itemsize * slab * warps) + of_slabs
 
 
 GENERAL_THREADS = 128
