@@ -43,6 +43,7 @@ D_STATE = 16
 DOCUMENTS = 1000
 PACKED_TARGET = 1.15
 TRITON_TARGETS = (1.2, 0.9)
+GENERAL_SHAPE = (8, 2048, 384, torch.bfloat16)
 STEPS = ((1536, 1), (1536, 64), (1536, 256), (5120, 1), (5120, 256))
 
 STEPS_OF_GRAPH = 32
@@ -218,6 +219,29 @@ def packed() -> str:
     return table(["pass", "one sequence (ms)", f"{DOCUMENTS} documents (ms)", "ratio"], rows)
 
 
+def general() -> str:
+    """What the general kernels take, beside the fast ones of the same shape."""
+    a = inputs(*GENERAL_SHAPE)
+    constant = torch.randn(a.d_inner, D_STATE, device="cuda")
+    wide: dict[str, Any] = {k: t.double() for k, t in a._asdict().items() if isinstance(t, Tensor)}
+    cases = {
+        "selective B and C (the fast kernels)": a,
+        "constant B": a._replace(B=constant),
+        "constant B and C": a._replace(B=constant, C=constant),
+        "zero-order hold": a._replace(b_discretization="zoh"),
+        "complex A, B and C": a._replace(A=torch.complex(a.A, 3 * a.A), B=a.B.cfloat(), C=a.C.cfloat()),
+        "float64": a._replace(**wide),
+    }
+    fast, rows = [time_of(run) for run in both_passes(a)], []
+    for name, case in cases.items():
+        found = [time_of(run) for run in both_passes(case)]
+        pairs = zip(found, fast, strict=True)
+        rows.append([name, *(cell for ms, own in pairs for cell in (f"{ms:.3f}", f"{ms / own:.1f}"))])
+        print(*rows[-1], file=sys.stderr)
+    passes = ("forward (ms)", "times the fast kernels", "forward + backward (ms)", "times the fast kernels")
+    return table([" x ".join(map(str, GENERAL_SHAPE[:3])), *passes], rows)
+
+
 def steps() -> str:
     """One token, in a graph of many, against a kernel that copies as many bytes and against the bandwidth."""
     copied, _ = limits()
@@ -273,7 +297,7 @@ def main() -> None:
         sys.path.insert(0, folder)
         module = importlib.import_module("selective_scan_cuda")
     print(machine())
-    print("\n\n".join(["", against_original(module), of_triton(module), packed(), steps(), first_calls()]))
+    print("\n\n".join(["", against_original(module), of_triton(module), packed(), general(), steps(), first_calls()]))
 
 
 if __name__ == "__main__":
