@@ -24,8 +24,10 @@ def check(u: torch.Tensor, kernel: torch.Tensor, tolerance: float) -> None:
     wide, filters = (t.detach().double().requires_grad_() for t in (u, kernel))
     y = fft_conv(wide, filters)
     du, dkernel = torch.autograd.grad(y, (wide, filters), dy.double())
-    found = (cuda.convolve(u, kernel), cuda.convolve(dy, kernel, adjoint=True), cuda.correlate(u, dy, kernel))
-    for name, got, want in zip(("y", "du", "dkernel"), found, (y, du, dkernel), strict=True):
+    alone = cuda.convolve(dy, kernel, adjoint=True), cuda.correlate(u, dy, kernel)
+    found = (cuda.convolve(u, kernel), *alone, *cuda.gradients(u, dy, kernel))
+    names = ("y", "du", "dkernel", "du", "dkernel")
+    for name, got, want in zip(names, found, (y, du, dkernel, du, dkernel), strict=True):
         assert got.shape == want.shape, name
         assert got.dtype == (torch.float32 if name == "dkernel" else u.dtype), name
         error = (got.double() - want).abs().max() / want.abs().max()
@@ -60,7 +62,18 @@ def test_strided_inputs():
         check(view, numbers(view.shape[2], 5), 5e-3)
 
 
-def test_the_gradient_of_filters_is_split_over_rows(monkeypatch):
-    whole = cuda.correlate(numbers(9, 50, 2), numbers(9, 50, 2) + 1, numbers(2, 50))
-    monkeypatch.setattr(cuda, "BLOCKS", 0)
-    torch.testing.assert_close(cuda.correlate(numbers(9, 50, 2), numbers(9, 50, 2) + 1, numbers(2, 50)), whole)
+@pytest.mark.parametrize("of_part", [1, 2, 5])
+def test_gradients_of_filters_are_sums_over_parts(of_part, monkeypatch):
+    inputs = numbers(9, 50, 2), numbers(9, 50, 2) + 1, numbers(2, 50)
+    du, dkernel = cuda.gradients(*inputs)
+    monkeypatch.setattr(cuda, "pairs_of_part", lambda *call: of_part)
+    again = cuda.gradients(*inputs)
+    assert torch.equal(again[0], du)
+    torch.testing.assert_close(again[1], dkernel)
+    torch.testing.assert_close(cuda.correlate(*inputs), dkernel)
+
+
+def test_parts_fill_a_gpu():
+    """Blocks come in waves; in the last one of two parts half of the places would be empty."""
+    assert cuda.pairs_of_part(8, 192, 264, 2) == cuda.pairs_of_part(8, 192, 264, 3) == 2
+    assert cuda.pairs_of_part(8, 1 << 20, 264, 2) == 8 and cuda.pairs_of_part(1, 5, 264, 2) == 1

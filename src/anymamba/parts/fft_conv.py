@@ -101,8 +101,7 @@ class _FFTConv(torch.autograd.Function):
         if in_operations(dy, u, kernel):
             return gradients_in_operations(dy, u, kernel)
         if _in_shared_memory(u, kernel):
-            du = cuda.convolve(dy, kernel, adjoint=True) if ctx.needs_input_grad[0] else None
-            return du, cuda.correlate(u, dy, kernel).to(kernel.dtype) if ctx.needs_input_grad[1] else None
+            return _gradients_in_shared_memory(dy, u, kernel, ctx.needs_input_grad)
         length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
         kernel_spectrum = torch.fft.rfft(kernel.to(wide), size, norm="forward").conj_physical()
         du = torch.empty_like(u, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
@@ -131,6 +130,17 @@ def gradients_in_operations(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tens
     dkernel = fft_conv(reversed_dy.transpose(1, 2).flatten(0, 1).T[None], channels)[0].flip(0)
     dkernel = dkernel[: kernel.shape[1]].T.unflatten(0, (u.shape[0], -1)).sum(0)
     return du.to(u.dtype), dkernel.to(kernel.dtype)
+
+
+def _gradients_in_shared_memory(
+    dy: Tensor, u: Tensor, kernel: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    if not wanted[1]:
+        return cuda.convolve(dy, kernel, adjoint=True), None
+    if not wanted[0]:
+        return None, cuda.correlate(u, dy, kernel).to(kernel.dtype)
+    du, dkernel = cuda.gradients(u, dy, kernel)
+    return du, dkernel.to(kernel.dtype)
 
 
 def _in_shared_memory(u: Tensor, kernel: Tensor) -> bool:

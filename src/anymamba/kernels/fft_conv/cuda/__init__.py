@@ -27,8 +27,8 @@ LOGARITHMS = range(9, 14)
 """Of the numbers of an FFT, to base 2. With more, a block's threads have too few registers, and cuFFT is as fast."""
 POINTS = 16
 """Numbers of a thread."""
-BLOCKS = 4
-"""Blocks of a multiprocessor at which the gradient of the filters is split no further."""
+BLOCK_THREADS = 512
+"""Threads of a multiprocessor at a time: what the kernels leave each other registers for (BLOCKS of fft.cuh)."""
 
 
 def serves(u: Tensor, kernel: Tensor) -> bool:
@@ -49,16 +49,14 @@ def convolve(u: Tensor, kernel: Tensor, adjoint: bool = False) -> Tensor:
         kernel: (width, taps), at most `length` taps.
     Returns (rows, length, width) in u's dtype, computed in float32.
     """
-    u, log = dense(u), logarithm(u.shape[1])
-    call = _start(u, kernel)
+    u = dense(u)
+    call, log = _start(u, kernel), logarithm(u.shape[1])
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     call.strided(y=y)
-    call.dense(filters=kernel.float())
-    call.scratch("spectra", u.shape[2], 2 << log, dtype=torch.float32)
-    call.launch(variant(log, "spectra"), u.shape[2], threads(log), shared_bytes(log))
+    _spectra(call, kernel, adjoint)
     channels = 8 // u.itemsize
     grouped = u.shape[2] % channels == 0 and all(aligned(t, channels) for t in (u, y))
-    call.set(adjoint=adjoint, aligned=grouped)
+    call.set(aligned=grouped)
     n_groups = u.shape[2] // (channels if grouped else 1)
     call.launch(variant(log, "convolve"), -(-u.shape[0] // 2) * n_groups, threads(log), shared_bytes(log))
     return y
@@ -66,14 +64,49 @@ def convolve(u: Tensor, kernel: Tensor, adjoint: bool = False) -> Tensor:
 
 def correlate(u: Tensor, dy: Tensor, kernel: Tensor) -> Tensor:
     """The gradient of the filters, (width, taps) in float32, from inputs and gradients (rows, length, width)."""
-    call, log = _start(dense(u), kernel), logarithm(u.shape[1])
+    call = _start(dense(u), kernel)
     call.strided(g=dense(dy))
-    pairs, width = -(-u.shape[0] // 2), u.shape[2]
-    of_part = -(-pairs // min(pairs, max(1, BLOCKS * call.n_multiprocessors // width)))
+    return _correlate(call, kernel)
+
+
+def gradients(u: Tensor, dy: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the inputs, in their dtype, and of the filters, as `correlate`: three FFTs for four."""
+    call, du = _start(dense(u), kernel), torch.empty_like(u, memory_format=torch.contiguous_format)
+    call.strided(g=dense(dy), y=du)
+    _spectra(call, kernel, adjoint=True)
+    return du, _correlate(call, kernel)
+
+
+def _spectra(call: Call, kernel: Tensor, adjoint: bool) -> None:
+    """Compute those of the filters."""
+    log = logarithm(call["length"])
+    call.dense(filters=kernel.float())
+    call.scratch("spectra", call["width"], 2 << log, dtype=torch.float32)
+    call.set(adjoint=adjoint)
+    call.launch(variant(log, "spectra"), call["width"], threads(log), shared_bytes(log))
+
+
+def _correlate(call: Call, kernel: Tensor) -> Tensor:
+    log, pairs, width = logarithm(call["length"]), -(-call["rows"] // 2), call["width"]
+    ffts = 3 if call["y"] else 2
+    of_part = pairs_of_part(pairs, width, call.n_multiprocessors * (BLOCK_THREADS // threads(log) or 1), ffts)
     call.set(pairs_of_part=of_part, n_parts=-(-pairs // of_part))
     parts = call.scratch("parts", call["n_parts"], *kernel.shape, dtype=torch.float32)
     call.launch(variant(log, "correlate"), width * call["n_parts"], threads(log), shared_bytes(log))
     return parts.sum(0)
+
+
+@cache
+def pairs_of_part(pairs: int, width: int, places: int, ffts: int) -> int:
+    """The pairs of rows that a block takes so that all are done soonest; a GPU has `places` blocks at a time.
+
+    A pair takes so many FFTs, and a block one more.
+    """
+
+    def time(n: int) -> int:
+        return -(-width * -(-pairs // n) // places) * (ffts * n + 1)
+
+    return min(range(1, pairs + 1), key=time)
 
 
 def _start(u: Tensor, kernel: Tensor) -> Call:
@@ -98,8 +131,8 @@ def threads(log: int) -> int:
 
 
 def shared_bytes(log: int) -> int:
-    """Of a block: fft.cuh has the numbers with one of padding for every 16."""
-    return ((1 << log) + threads(log)) * 8
+    """Of a block: fft.cuh has the numbers with one of padding for every 16, and a thread keeps 8 bytes for a point."""
+    return ((1 << log) + threads(log)) * 8 + threads(log) * POINTS * 8
 
 
 @cache
