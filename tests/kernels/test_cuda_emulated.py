@@ -91,6 +91,13 @@ def test_general_kernels(case):
     check(**{"dtype": torch.float32, "is_complex": True, "rule": "zoh"} | GENERAL[case])
 
 
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_general_kernels_on_a_gpu_with_less_shared_memory(dtype, is_complex, monkeypatch):
+    monkeypatch.setattr(nvrtc, "device", lambda index: SMALL)
+    check(dtype=dtype, is_complex=is_complex, length=70, d_inner=5, rule="zoh")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GENERAL)
 @pytest.mark.parametrize("rule", ["euler", "zoh"])

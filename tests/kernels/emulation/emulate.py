@@ -66,6 +66,7 @@ class Kernel:
         self._variant = variant
 
     def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes, early: bool = False) -> None:
+        assert shared <= nvrtc.device(0).shared_of_block, f"a block of this GPU has no {shared} bytes of shared memory"
         compiled = library(self._variant)
         compiled.size_of_parameters.restype = ctypes.c_uint64
         assert compiled.size_of_parameters() == len(parameters), "call.py and the header disagree about Parameters"

@@ -220,7 +220,8 @@ def _general_backward(call: Call, a: ScanArguments) -> None:
         passes.general_scan(call, plan.REVERSE, n_blocks * (call["n_chunks"] - 1))
         passes.carry(call)
     _scratch_of_parts(call, a)
-    call.scratch("checkpoints", call["n_parts"], 4, call["states"], call["channels"])
+    n_tiles = plan.SAVED_EVERY // plan.general_tile(call.dtype)
+    call.scratch("checkpoints", call["n_parts"], n_tiles, call["states"], call["channels"])
     for name, matrix in (("dB_parts", a.B), ("dC_parts", a.C)):
         if matrix.ndim == 4:
             call.scratch(name, n_blocks // a.batch, a.batch, a.length, a.d_state)

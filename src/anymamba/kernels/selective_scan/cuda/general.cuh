@@ -4,7 +4,8 @@
 #include "numbers.cuh"
 #include "parameters.cuh"
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS, TILE = 16;
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr int TILE = DOUBLE ? 8 : 16;  // tokens; a block must fit into 99 KB of shared memory
 constexpr int SLAB = DOUBLE && COMPLEX ? 2 : 4;
 constexpr R PAIR = COMPLEX ? 2 : 1;  // conjugate partners are implied: y = 2 Re(C . h)
 

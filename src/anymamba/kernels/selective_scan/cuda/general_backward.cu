@@ -1,6 +1,6 @@
 // The gradients of the selective scan for everything; see general_forward.cu.
 //
-// From the state saved before 64 tokens the states before each tile of 16 are computed once more (`checkpoints`), then
+// From the state saved before 64 tokens the states before each tile are computed once more (`checkpoints`), then
 // the tiles are worked on backwards: states inside one are recomputed and kept in shared memory. For a state
 //
 //     e = dh + C g         gradient of h, g that of the scan's own output

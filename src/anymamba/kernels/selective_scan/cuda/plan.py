@@ -331,9 +331,14 @@ def shared_of_backward(layout: Layout, dtype: torch.dtype, states: int, ahead: b
     return of_block + groups * of_group + (4 * 3 * SAVED_EVERY * channels if groups > 1 else 0)
 
 
+def general_tile(dtype: torch.dtype) -> int:
+    """Tokens that the general kernels have in shared memory."""
+    return 8 if dtype in (torch.float64, torch.complex128) else 16
+
+
 def shared_of_general(dtype: torch.dtype, backward: bool) -> int:
     """Bytes of shared memory of general_forward.cu and general_backward.cu: OfBlock."""
-    warps, tile, slab = 4, 16, 2 if dtype == torch.complex128 else 4
+    warps, tile, slab = 4, general_tile(dtype), 2 if dtype == torch.complex128 else 4
     width = 8 if dtype in (torch.float64, torch.complex128) else 4
     of_slabs = warps * 2 * tile * slab * dtype.itemsize
     if not backward:
