@@ -33,6 +33,7 @@ from anymamba.models.presets import preset
 from anymamba.ops.groups import context_parallel
 from anymamba.parts.state import without_last_states
 from anymamba.training.parallel import parallelize
+from anymamba.training.parallel.sharding import narrow_parameters, units
 from benchmarks.timing import table
 
 GPU = torch.cuda.is_available()
@@ -49,6 +50,9 @@ LIMIT, LOWER = 0.94, 0.88
 rest is what no plan knows: NCCL's buffers, and what the allocator cannot use."""
 BYTES_KEPT, BYTES_PEAK = 12, 16
 """Of each parameter: the weight and AdamW's moments in float32; and its gradient beside them."""
+BYTES_OF_UNIT, BYTES_OF_REST = 10, 8
+"""Of each gathered parameter at most: two units in bfloat16 (the next one is on its way) with the gradients of one in
+bfloat16 and float32; and what is gathered in float32 for the whole step, with its gradient."""
 
 Found = dict[str, Any]
 
@@ -205,7 +209,17 @@ def memory(here: Rank) -> Found:
         "with gradients": with_gradients,
         "with gradients computed": BYTES_PEAK * parameters / here.size,
         "peak": here.peak(),
+        "peak computed": BYTES_PEAK * parameters / here.size + gathered_bytes(model, parameters),
     }
+
+
+def gathered_bytes(model: Any, parameters: int) -> float:
+    """What a sharded model gathers at a time at most; activations are not counted."""
+    n_units = sum(1 for _ in units(model)) - 1  # and the model itself
+    if n_units < 1:
+        return 0.0
+    narrow = sum(p.numel() for block in model.blocks for p in narrow_parameters(block))
+    return BYTES_OF_UNIT * narrow / n_units + BYTES_OF_REST * (parameters - narrow)
 
 
 def longest_of_less(here: Rank) -> Found:

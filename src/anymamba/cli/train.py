@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import tomllib
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from anymamba.base.errors import one_line
 from anymamba.base.schema import config_from_dict
 from anymamba.cli.train_help import short_help
 from anymamba.console.flags import HELP, read_flags, renamed_flags
@@ -101,14 +103,31 @@ def command(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Print nothing while the body runs, also when it fails: rank 0 is told of errors, and says them."""
-    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+    """Print nothing while the body runs, also when it fails: rank 0 is told of errors, and says them.
+
+    An error before the ranks have met is printed.
+    """
+    said = io.StringIO()
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(said):
         try:
             yield
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        except Exception:
+        except SystemExit as end:
+            if end.code:
+                _say_alone(said.getvalue().strip().rpartition("\n")[2])
+            raise
+        except Exception as error:
+            _say_alone(f"error: {one_line(error)}")
             raise SystemExit(1) from None
+
+
+def _say_alone(line: str) -> None:
+    """Print a line of this rank if rank 0 cannot be told of it."""
+    from anymamba.training.parallel.watch import is_watched
+
+    if line and not is_watched():
+        os.write(2, f"rank {os.environ.get('RANK')}: {line}\n".encode())
 
 
 def run_command(arguments: Sequence[str]) -> None:

@@ -72,6 +72,20 @@ class GenomeData:
     def _sizes(self) -> list[int]:
         return [interval.end - interval.start for _, intervals in self.sources for interval in intervals]
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Bases of each interval."""
+        return np.array(self._sizes(), np.int64)
+
+    def read(self, number: int, start: int, stop: int) -> NDArray[np.uint8]:
+        """The letters [start, stop) of an interval, on the plus strand; `reading_notes` does not count them."""
+        for genome, intervals in self.sources:
+            if number < len(intervals):
+                interval = intervals[number]
+                return genome.peek(interval.name, interval.start + start, interval.start + stop)
+            number -= len(intervals)
+        raise IndexError(f"there are only {self.n_documents} intervals")
+
     def run_notes(self, config: TrainConfig, held_out: GenomeData | None) -> tuple[str, ...]:
         """What a run reads, and which intervals have no window, one line each."""
         lines = [f"DNA: {self.n_documents:,} intervals; {self._rules(config.data)}", *self.notes]

@@ -45,7 +45,7 @@ from anymamba.training.masking import Masking
 from anymamba.training.metrics import MetricsLog, NoLog, plot_loss
 from anymamba.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from anymamba.training.outline import outline, unit_of
-from anymamba.training.parallel.agreement import data_values, flat_values
+from anymamba.training.parallel.agreement import data_values, flat_values, of_data
 from anymamba.training.parallel.launch import is_restarted, note_launch
 from anymamba.training.parallel.processes import Processes
 from anymamba.training.parallel.start import processes_of
@@ -89,7 +89,7 @@ def train(
     one the last good checkpoint remains.
     """
     run = Path(run)
-    with processes_of(config, run) as processes:
+    with processes_of(config, run, "train") as processes:
         restarted = processes.from_first(lambda: is_restarted(run, processes.launch))
         if restarted and processes.from_first((run / TRAIN_CONFIG).exists):
             return _resume(processes, read_config(run), run, report, sample)
@@ -172,7 +172,9 @@ def resume(
         parallel=parallel or stored.parallel,
     )
     longer = steps is not None or max_minutes is not None
-    with processes_of(config, run) as processes:
+    with processes_of(config, run, "resume") as processes:
+        # what torchrun starts again may have done all steps before a rank died
+        longer = longer and not processes.from_first(lambda: is_restarted(run, processes.launch))
         return _resume(processes, config, run, report, sample, longer)
 
 
@@ -478,9 +480,10 @@ class _Trainer:
             raise
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model in {TRAIN_CONFIG}: {error}") from error
-        if values["data"] != self._data_identity():
+        had, now = values["data"], self._data_identity()
+        if any(now[name] != value for name, value in had.items() if name in now):
             raise CheckpointError(
-                f"the training data has changed since {folder}: it had {values['data']}, now {self._data_identity()}; "
+                f"the training data has changed since {folder}: it had {had}, now {now}; "
                 f"restore it, or fine-tune from the run's weights (--from {self.run})"
             )
         if values.get("base") != self.base:
@@ -494,5 +497,5 @@ class _Trainer:
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model in {TRAIN_CONFIG}: {error}") from error
 
-    def _data_identity(self) -> dict[str, int]:
-        return {"documents": self.training.n_documents, "tokens": self.training.n_tokens}
+    def _data_identity(self) -> dict[str, Any]:
+        return of_data(self.training)

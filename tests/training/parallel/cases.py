@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from anymamba.cli.app import main
 from anymamba.console.signals import SignalHandler
+from anymamba.data.table import TokenTable
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.parts.options import MambaOptions
@@ -30,6 +32,7 @@ from anymamba.parts.state import map_state, state_tensors
 from anymamba.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from anymamba.training.config import OptimizerConfig, ParallelConfig, TrainConfig
 from anymamba.training.data import open_data
+from anymamba.training.lora import save_model
 from anymamba.training.optimizer import build_optimizer, optimizer_tensors
 from anymamba.training.parallel import (
     clip_gradients,
@@ -364,7 +367,7 @@ def train_on_a_slow_disk(config: TrainConfig, run: Path) -> tuple[float, float]:
         def on_checkpoint(self, step: int, folder: Path) -> None:
             times[f"checkpoint {step}"] = time.perf_counter()
 
-    with mock.patch.object(Writer, "_write", slow_writer):
+    with mock.patch.object(Writer, "_write", slow_writer), mock.patch("anymamba.training.lora.save_model", slow_save):
         train(config, run, Times())
     if dist.get_rank() != 0:
         return 0.0, 0.0
@@ -373,6 +376,16 @@ def train_on_a_slow_disk(config: TrainConfig, run: Path) -> tuple[float, float]:
 
 def other_seed_on_rank_1(*words: str) -> int:
     return command(*words, "--seed", os.environ["RANK"])
+
+
+def resume_on_rank_1(config_file: str, folder: str) -> int:
+    """Train on rank 0 into a new folder, and resume another run on rank 1."""
+    old = ("--resume", f"{folder}/old", "--steps", "20")
+    return command("train", *(("--config", config_file, "--out", f"{folder}/run"), old)[int(os.environ["RANK"])])
+
+
+def no_config_on_rank_1(config_file: str, run: str) -> int:
+    return command("train", "--config", (config_file, "absent.json")[int(os.environ["RANK"])], "--out", run)
 
 
 def command(*words: str, patches: dict[str, str] | None = None) -> int:
@@ -441,6 +454,31 @@ def full_disk(self: Any, folder: Path, tensors: Any) -> None:
     return write_parts(self, folder, tensors)
 
 
+def other_text_on_rank_1(*arguments: Any, **options: Any) -> Any:
+    """Data whose lengths are the same on rank 1, and of which one letter in the middle is another."""
+    training, held_out = open_data(*arguments, **options)
+    documents = [np.array(training.read(i, 0, int(n))) for i, n in enumerate(training.lengths)]
+    longest = max(documents, key=len)
+    longest[len(longest) // 2 :] += np.uint8(os.environ["RANK"] == "1")
+    return TokenTable.from_arrays(documents, training.byte_lengths), held_out
+
+
+def elsewhere(self: Any) -> Path:
+    """What rank 0 tells of a folder that this rank's machine does not have."""
+    return Path("/nowhere") / told(self).name
+
+
+def slow_save(model: Any, folder: Path, tokenizer: Any) -> None:
+    """A disk that takes a second and a half for a model."""
+    time.sleep(1.5)
+    save_model(model, folder, tokenizer)
+
+
+def train_with_slow_models(config: TrainConfig, run: Path) -> None:
+    with mock.patch("anymamba.training.lora.save_model", slow_save):
+        train(config, run)
+
+
 def poll_on_rank_1(self: Any) -> None:
     """Rank 0 is inside a step when rank 1 reports that its disk is full."""
     if os.environ["RANK"] == "1":
@@ -467,3 +505,4 @@ def slow_writer(self: Any, folder: Path, tensors: Any) -> None:
 
 clip, poll = SeveralProcesses.clip, Writer.poll
 write_parts, received, connect = Writer._write, watch._received, socket.create_connection
+told = Writer._told

@@ -1,4 +1,4 @@
-"""`anymamba`, whose rank 1 kills itself at step 4 unless torchrun has started it again."""
+"""`anymamba`, one rank of which (1, or VICTIM) kills itself at step 4 unless torchrun has started it again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ clip = SeveralProcesses.clip
 
 def deadly_clip(self: Any, *arguments: Any) -> float:
     deadly_clip.steps += 1
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.rank == 1 and deadly_clip.steps == 4:
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and not self.launch.begun
+    victim = int(os.environ.get("VICTIM", 1))
+    if is_first and self.rank == victim and deadly_clip.steps == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return clip(self, *arguments)
 

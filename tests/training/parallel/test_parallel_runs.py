@@ -31,7 +31,7 @@ from anymamba.training.metrics import read_metrics
 from anymamba.training.parallel.rows import rows_of_batch
 from anymamba.training.trainer import resume, train
 from tests.training.parallel import cases
-from tests.training.parallel.ranks import Job, Pool
+from tests.training.parallel.ranks import Job, Pool, free_port
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -187,8 +187,9 @@ def test_degrees_for_one_process(config_file: Path, tmp_path: Path, capsys: pyte
     )
 
 
-def test_ranks_with_different_data(config_file: Path, tmp_path: Path) -> None:
-    patches = {"anymamba.training.trainer.open_data": "different_rows"}
+@pytest.mark.parametrize("data", ["different_rows", "other_text_on_rank_1"])
+def test_ranks_with_different_data(config_file: Path, tmp_path: Path, data: str) -> None:
+    patches = {"anymamba.training.trainer.open_data": data}
     line = only_error(start(tmp_path, 2, "--config", config_file, "--out", tmp_path / "run", patches=patches))
     assert line.startswith("error: the ranks have different data: training digest is ")
     assert line.endswith(" on rank 1; start all of them with the same command and files")
@@ -213,6 +214,26 @@ def test_ranks_with_different_configs(config_file: Path, tmp_path: Path) -> None
         "command and files"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_are_told_to_do_different_things(config_file: Path, config: TrainConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "old")
+    line = only_error(Job(tmp_path / "job", 2, cases.resume_on_rank_1, str(config_file), str(tmp_path)))
+    assert line.startswith("error: the ranks have different commands: command is train on rank 0 and resume on rank 1;")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_before_the_ranks_have_met_is_said_by_its_rank(config_file: Path, tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", 2, cases.no_config_on_rank_1, str(config_file), str(tmp_path / "run"))
+    codes = job.codes(60)
+    assert codes[1] and job.text(1).startswith("rank 1: error: ") and "absent.json" in job.text(1), job.text(1)
+
+
+def test_a_rank_that_does_not_see_the_folder_of_the_run(config_file: Path, tmp_path: Path) -> None:
+    patches = {"anymamba.training.parallel.writer.Writer._told": "elsewhere"}
+    line = only_error(start(tmp_path, 2, "--config", config_file, "--out", tmp_path / "run", patches=patches))
+    assert "rank 1 does not see" in line and "on a disk that all machines share (--out)" in line
+    assert not (tmp_path / "run").exists() or not checkpoints(tmp_path / "run")
 
 
 def test_a_folder_that_exists(config_file: Path, tmp_path: Path) -> None:
@@ -286,10 +307,20 @@ def test_sigterm_to_one_rank_saves_and_ends_all(config_file: Path, tmp_path: Pat
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(pool: Pool, config: TrainConfig, tmp_path: Path) -> None:
-    """The disk takes 1.5 s; two steps after the checkpoint do not wait for it."""
-    config = dataclasses.replace(config, checkpoint_every=2, steps=4, eval_tokens=0)
+    """The disk takes 1.5 s, and as long for each model; two steps after the checkpoint do not wait for it."""
+    config = dataclasses.replace(config, checkpoint_every=2, eval_every=2, steps=4)
     [written, stepped] = pool.run(2, cases.train_on_a_slow_disk, config, tmp_path / "run")[0]
     assert stepped < 1.2 < written, f"the steps took {stepped:.2f} s, the checkpoint {written:.2f} s"
+
+
+def test_the_best_model_is_that_of_its_step(pool: Pool, config: TrainConfig, tmp_path: Path) -> None:
+    """Also where later steps are done before it is written."""
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=0.5, warmup_steps=1)
+    config = dataclasses.replace(config, optimizer=optimizer, eval_every=2, checkpoint_every=100, steps=6)
+    pool.run(2, cases.run_training, config, tmp_path / "fast")
+    pool.run(2, cases.train_with_slow_models, config, tmp_path / "slow")
+    best = [LanguageModel.from_pretrained(tmp_path / name / "best").state_dict() for name in ("fast", "slow")]
+    torch.testing.assert_close(best[1], best[0], rtol=0, atol=0)
 
 
 def files(run: Path) -> dict[str, bytes]:
@@ -368,6 +399,15 @@ def assert_same_several(want: Path, got: Path, steps: int) -> None:
     assert not list((got / "checkpoints").glob(".*"))
 
 
+def test_a_run_that_was_done_before_a_rank_died_is_done(config: TrainConfig, tmp_path: Path, monkeypatch) -> None:
+    """torchrun starts `--resume RUN --steps 6` again, and nothing is left to do."""
+    train(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="has done 6 steps; give more than that"):
+        resume(tmp_path / "run", steps=6)
+    monkeypatch.setattr("anymamba.training.trainer.is_restarted", lambda run, launch: True)
+    assert resume(tmp_path / "run", steps=6).steps == 6
+
+
 @pytest.mark.slow
 def test_torchrun_starts_a_run_again(config_file: Path, tmp_path: Path) -> None:
     """A rank that kills itself at step 4 of the first attempt: torchrun goes on from step 3."""
@@ -387,6 +427,34 @@ def test_torchrun_starts_a_run_again(config_file: Path, tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert again.returncode != 0
     assert again.stderr.count(f"error: {run} exists; resume it (--resume {run}) or choose another folder") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_a_run_again_on_two_machines(config_file: Path, tmp_path: Path, victim: int) -> None:
+    """Two agents, whose counts of restarts differ afterwards; the rank dies at step 4."""
+    run, port = tmp_path / "run", free_port()
+    root = str(Path(__file__).resolve().parents[3])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "VICTIM": str(victim)}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1"),
+        *("--rdzv-backend=c10d", "--rdzv-id=one", f"--rdzv-endpoint=localhost:{port}"),
+        *("-m", "tests.training.parallel.dies_once", "train", "--config", str(config_file), "--out", str(run)),
+        *("--steps", "6", "--eval-every", "40"),
+    ]
+    agents = []
+    for i in range(2):
+        with (tmp_path / f"agent-{i}.txt").open("w") as output:
+            agents.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
+        time.sleep(1)
+    try:
+        codes = [agent.wait(120) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    said = "".join((tmp_path / f"agent-{i}.txt").read_text() for i in range(2))
+    assert codes == [0, 0], said
+    assert_same_several(straight(config_file, tmp_path, 6), run, 6)
 
 
 # --------------------------------------------------------------------------------------------------- rows of a rank

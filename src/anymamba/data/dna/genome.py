@@ -123,6 +123,10 @@ class Genome:
             self.others_read += other_letters(letters)
         return letters if strand == "+" else translated(letters[::-1], COMPLEMENT)
 
+    def peek(self, name: str, start: int, end: int) -> NDArray[np.uint8]:
+        """The letters of a range of a sequence that is known to exist; they do not count in `reading_notes`."""
+        return self._reader.read(self.resolve(name), start, end)
+
     def reading_notes(self) -> tuple[str, ...]:
         """What was found while a file that is not packed was read, one line each."""
         return (f"read (counted at each reading) {others_in_words(self.others_read)}",) if self.others_read else ()

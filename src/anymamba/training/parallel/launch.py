@@ -26,7 +26,11 @@ class Launch(NamedTuple):
     host: str
     """The machine of rank 0."""
     restarts: int
-    """How often torchrun has started the processes again."""
+    """How often torchrun has started the processes of this machine again."""
+    job: str = ""
+    """What torchrun's store names the job; nothing if it is not known."""
+    begun: bool = False
+    """Whether other processes of the job have been here before."""
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -47,7 +51,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 def note_launch(run: Path, launch: Launch) -> None:
     """Note in a run's folder which launcher has started the processes that write it."""
     if launch.world_size > 1:
-        write_json(run / LAUNCH, _launcher())
+        write_json(run / LAUNCH, {"job": launch.job, "launcher": _launcher()})
 
 
 def is_restarted(run: Path, launch: Launch) -> bool:
@@ -55,11 +59,12 @@ def is_restarted(run: Path, launch: Launch) -> bool:
 
     A command that names the folder of an older run is started again, too. That run must not be resumed.
     """
-    if not launch.restarts:
-        return False
     try:
-        return json.loads((run / LAUNCH).read_text(encoding="utf-8")) == _launcher()
-    except (OSError, ValueError):
+        noted = json.loads((run / LAUNCH).read_text(encoding="utf-8"))
+        if launch.job:
+            return launch.begun and noted["job"] == launch.job
+        return launch.restarts > 0 and noted["launcher"] == _launcher()
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from anymamba.data.batches import Batch
 from anymamba.training.checkpoint import Empty, checkpoint_folder
 from anymamba.training.config import TrainConfig
+from anymamba.training.parallel.agreement import require_equal
 from anymamba.training.parallel.launch import Launch
 from anymamba.training.parallel.mesh import (
     context_group,
@@ -57,7 +58,7 @@ class SeveralProcesses(Processes):
         self.dp_size, self.cp_size = sizes.dp_replicate * sizes.dp_shard, sizes.cp
         self.dp_rank = self.rank // sizes.cp
         self._writer = Writer(self.rank, kind)
-        self._whole: Any = None
+        self._make: Callable[[], Any] | None = None
 
     def owning(self, run: Path) -> AbstractContextManager[None]:
         return self._writer.owning(run) if self.is_first else nullcontext()
@@ -74,15 +75,7 @@ class SeveralProcesses(Processes):
         return value if first else compute()  # type: ignore[return-value]
 
     def require_equal(self, what: str, values: dict[str, Any]) -> None:
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, values)
-        for rank, others in enumerate(everyone):
-            for name in sorted(values.keys() | others.keys()):
-                if others.get(name) != everyone[0].get(name):
-                    raise ValueError(
-                        f"the ranks have different {what}: {name} is {everyone[0].get(name)} on rank 0 and "
-                        f"{others.get(name)} on rank {rank}; start all of them with the same command and files"
-                    )
+        require_equal(what, values)
 
     def sums(self, *values: float) -> list[float]:
         return sum_over_ranks(*values)
@@ -106,7 +99,7 @@ class SeveralProcesses(Processes):
             compile=config.compile,
         )
         copy_from_first_rank(model, source)
-        self._whole = make() if self.is_first else None
+        self._make = make
         return model
 
     def loss(self, model: Any) -> Callable[..., Any]:
@@ -114,9 +107,12 @@ class SeveralProcesses(Processes):
 
     def whole(self, model: Any) -> Any:
         tensors = whole_tensors(model)
-        if tensors is not None:
-            self._whole.load_state_dict(tensors, assign=True)
-        return self._whole
+        if tensors is None:
+            return None
+        assert self._make is not None, "the model has been spread"
+        whole = self._make()  # a new one: those before it may still be written
+        whole.load_state_dict(tensors, assign=True)
+        return whole
 
     def reduce_gradients(self, model: nn.Module, wanted: bool) -> None:
         reduce_gradients(model, wanted)
@@ -137,7 +133,7 @@ class SeveralProcesses(Processes):
         self._writer.save(run, step, tensors, values, keep, lambda: done(checkpoint_folder(run, step)))
 
     def write(self, job: Callable[[], None]) -> None:
-        self._writer.submit(job)
+        self._writer.write(job)
 
     def poll(self) -> None:
         self._writer.poll()

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from anymamba.training.config import TrainConfig
+from anymamba.training.parallel.agreement import flat_values, require_equal
 from anymamba.training.parallel.launch import Launch, read_launch
+from anymamba.training.parallel.meeting import job, meet
 from anymamba.training.parallel.mesh import degrees
 from anymamba.training.parallel.processes import Processes
 from anymamba.training.parallel.several import SeveralProcesses
@@ -25,9 +27,11 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
-def processes_of(config: TrainConfig, run: Path) -> Iterator[Processes]:
+def processes_of(config: TrainConfig, run: Path, command: str) -> Iterator[Processes]:
     """The processes of a run while the block runs. If one fails, all end, and rank 0 says why.
 
+    Args:
+        command: what they are about to do, which all must agree on.
     Raises ValueError if the degrees of parallelism do not fit them, or if a machine has too few devices.
     """
     launch = read_launch()
@@ -38,9 +42,11 @@ def processes_of(config: TrainConfig, run: Path) -> Iterator[Processes]:
     way_out = f"resume the run with the same torchrun command and --resume {run}"
     with ExitStack() as stack:
         with _ended_by_sigterm():
-            stack.enter_context(_process_group(launch, torch.device(config.device).type))
+            launch = stack.enter_context(_process_group(launch, torch.device(config.device).type))
             watch = Watch(launch.rank, launch.world_size, launch.host, way_out)
         stack.enter_context(watch.ending_together())
+        require_equal("commands", {"command": command, "run": str(run)})
+        require_equal("configs", flat_values(config))
         yield SeveralProcesses(launch, config)
 
 
@@ -61,8 +67,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _process_group(launch: Launch, kind: str) -> Iterator[None]:
-    """torch's process group, unless the caller has made it."""
+def _process_group(launch: Launch, kind: str) -> Iterator[Launch]:
+    """torch's process group, unless the caller has made it; the launch with what is known of its job."""
     if kind == "cuda" and launch.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(launch.local_rank)
     if dist.is_initialized():
@@ -71,15 +77,17 @@ def _process_group(launch: Launch, kind: str) -> Iterator[None]:
                 f"the process group must reduce tensors of the CPU, too, got {dist.get_backend_config()}; make it with "
                 'init_process_group("cpu:gloo,cuda:nccl")'
             )
-        yield
+        yield launch
         return
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    ours = dist.PrefixStore("anymamba", store)
     # torchrun's store outlives a restart, with the addresses of the processes before it
-    store = dist.PrefixStore(f"anymamba-{launch.restarts}", store)
+    store = dist.PrefixStore(meet(ours, rank, size), ours)
+    name, begun = job(ours) if rank == 0 else ("", False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        yield
+        yield launch._replace(job=name, begun=begun)
     except BaseException:
         raise  # other ranks may be gone, and destroying the group would wait for them
     else:

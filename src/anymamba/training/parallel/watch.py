@@ -33,6 +33,14 @@ LONGEST = 4000
 END, BYE = b"end", b"bye"
 
 
+_watched = False
+
+
+def is_watched() -> bool:
+    """Whether rank 0 is told of an error of this process."""
+    return _watched
+
+
 class OtherRankError(RuntimeError):
     """What another rank failed with, or that it has died."""
 
@@ -59,6 +67,8 @@ class Watch:
             self._connections = {0: _connect(rank, host)}
             thread = threading.Thread(target=self._wait_for_rank_0, daemon=True)
         thread.start()
+        global _watched
+        _watched = True
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:

@@ -26,6 +26,8 @@ from anymamba.training.checkpoint import as_os_error, checkpoint_folder, quiet, 
 from anymamba.training.parallel.rows import RANDOM, random_name
 from anymamba.training.parallel.watch import OtherRankError
 
+MODELS = 2
+"""Jobs that hold a whole model and wait for the disk, at most: training waits where it is slower than that."""
 LEAVE = 5.0
 """Seconds that the thread has to give the folder back when a run fails. It may wait for a rank that has died."""
 
@@ -45,6 +47,9 @@ class Writer:
         self._buffers: dict[str, Tensor] = {}
         self._jobs: queue.Queue[tuple[Callable[[], None], bool]] = queue.Queue()
         self._done: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._staging = threading.Event()  # whether the buffers may be filled
+        self._staging.set()
+        self._room = threading.Semaphore(MODELS)
         self._error: BaseException | None = None
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -68,6 +73,12 @@ class Writer:
                 self._done.put(done)
 
         self._jobs.put((run, False))
+
+    def write(self, job: Callable[[], None]) -> None:
+        """`submit` a job that holds a whole model."""
+        self._room.acquire()
+        self.submit(job)
+        self._jobs.put((self._room.release, True))
 
     def poll(self) -> None:
         """Tell of what is done. Raises the error of a job; no job after it is run."""
@@ -122,7 +133,9 @@ class Writer:
             values: those of rank 0 are saved.
             done: called by `poll` when the checkpoint is complete.
         """
-        self.wait()  # the buffers are in use until then
+        self._staging.wait()  # for the checkpoint before this one, and not for models that are written after it
+        self.poll()
+        self._staging.clear()
         staged = {name: self._staged(name, tensor) for name, tensor in tensors.items()}
         if self.device_type != "cpu":
             getattr(torch, self.device_type).synchronize()
@@ -135,6 +148,7 @@ class Writer:
         }
         values = {**values, "tensors": sorted(names)}
         self.submit(lambda: self._save(run, step, staged, values, keep), done)
+        self._jobs.put((self._staging.set, True))
 
     def _staged(self, name: str, tensor: Tensor) -> Tensor:
         """A copy in host memory."""
@@ -161,7 +175,9 @@ class Writer:
     def _save(self, run: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> None:
         try:
             if self.rank:
-                self._write(self._told(), tensors)
+                folder = self._told()
+                self._require_seen(folder)
+                self._write(folder, tensors)
                 self._told()
             else:
                 self._save_as_first(run, step, tensors, values)
@@ -176,8 +192,9 @@ class Writer:
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(target, replace=True) as temporary:
                 temporary.mkdir()
-                self._tell(temporary)
+                self._tell(temporary.absolute())
                 others_wait = False
+                self._require_seen(temporary)
                 self._write(temporary, tensors)  # an error here is raised on all ranks
                 others_wait = True
                 write_values(temporary, values)
@@ -191,6 +208,17 @@ class Writer:
         with quiet():
             storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
             dcp.save(dict(tensors), storage_writer=storage, process_group=self._group)
+
+    def _require_seen(self, folder: Path) -> None:
+        """Raise ValueError on all ranks if one does not see the folder that rank 0 has made: its part would be lost."""
+        seen: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(seen, folder.is_dir(), group=self._group)
+        if not all(seen):
+            rank = seen.index(False)
+            raise ValueError(
+                f"rank {rank} does not see {folder.absolute()}, where all ranks write the checkpoint; give a run "
+                "folder on a disk that all machines share (--out)"
+            )
 
     def _tell(self, folder: Path | None) -> None:
         """Rank 0: where the others write next; None if it has failed."""
