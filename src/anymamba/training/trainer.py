@@ -218,6 +218,7 @@ class _Trainer:
         if by_epochs:
             config, self.training = with_steps_of_epochs(config, self.training)
         require_enough_steps(config, self.training)
+        self.data = of_data(self.training)
         self.config = config
         found = processes.from_first(self._found)
         if not found:
@@ -455,7 +456,7 @@ class _Trainer:
         self.log.flush()
         step = self.progress.step
         tensors, values = snapshot(self.model, self.optimizer, self.carried, self.progress)
-        values |= {"data": self._data_identity(), "base": self.base}
+        values |= {"data": self.data, "base": self.base}
         keep = self.config.keep_checkpoints
         self.processes.save(self.run, step, tensors, values, keep, lambda to: self.report.on_checkpoint(step, to))
         self._save_model()
@@ -480,7 +481,7 @@ class _Trainer:
             raise
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model in {TRAIN_CONFIG}: {error}") from error
-        had, now = values["data"], self._data_identity()
+        had, now = values["data"], self.data
         if any(now[name] != value for name, value in had.items() if name in now):
             raise CheckpointError(
                 f"the training data has changed since {folder}: it had {had}, now {now}; "
@@ -496,6 +497,3 @@ class _Trainer:
             self.carried, self.progress = restore(tensors, values, self.model, self.optimizer)
         except RuntimeError as error:
             raise CheckpointError(f"{folder} does not fit the model in {TRAIN_CONFIG}: {error}") from error
-
-    def _data_identity(self) -> dict[str, Any]:
-        return of_data(self.training)
