@@ -55,7 +55,7 @@ DEVICE T weight(R d, T A, T a) {
     return ZOH ? d * expm1_ratio(d * A, a) : number(d);
 }
 
-// A, and B and C where they are constant, of a slab; zeros for what is padded.
+// A, and B and C where they are constant, of a slab, with zeros for what is padded; or sums of their gradients.
 struct States {
     T A[SLAB], B[SLAB], C[SLAB];
 };
