@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,3 +39,17 @@ def test_accelerate_shards_a_wrapped_model(precision: str) -> None:
     two = found_by("tests.compat.fsdp2", precision)
     assert two["sharded"] > 0
     assert two["losses"] == pytest.approx(one["losses"], rel=2e-2 if precision == "bf16" else 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_trainer_shards_a_wrapped_model(precision: str, tmp_path: Path) -> None:
+    """Its losses are those of one GPU; checkpoints, resumed runs and saved models hold the weights of all ranks."""
+    pytest.importorskip("accelerate")
+    one = found_by("tests.compat.fsdp2_trainer", precision, str(tmp_path / "one"), size=1)
+    two = found_by("tests.compat.fsdp2_trainer", precision, str(tmp_path / "two"))
+    assert two["sharded"] > 0 == one["sharded"]
+    assert one["evaluated"] < one["losses"][0] - 0.3
+    close = {"rel": 2e-2 if precision == "bf16" else 1e-3}
+    assert two["losses"] == pytest.approx(one["losses"], **close)
+    assert two["evaluated"] == pytest.approx(one["evaluated"], **close)
+    assert two["resumed differ"] == two["saved differ"] == []
