@@ -98,6 +98,19 @@ def test_general_kernels_on_a_gpu_with_less_shared_memory(dtype, is_complex, mon
     check(dtype=dtype, is_complex=is_complex, length=70, d_inner=5, rule="zoh")
 
 
+def test_errors_of_general_kernels_do_not_add_up_over_time():
+    """They would with an exponential that errs to one side, as a GPU's own does."""
+    inputs = scan_inputs(batch=1, length=2048, d_inner=16, d_state=4, B="constant", C="constant", dtype=torch.float32)
+    inputs["delta"] = 1e-3 * 100 ** torch.rand(1, 2048, 16, generator=torch.Generator().manual_seed(0))
+    inputs |= {"A": -torch.arange(1.0, 5.0).repeat(16, 1), "delta_softplus": False}
+    a = arguments(inputs)
+    exact = results(reference, ScanArguments(**widened(a._asdict())))
+    got, peer = results(cuda, a), results(reference, a)
+    for name in ("y", "last_state", "du", "ddelta", "dA", "dB", "dC"):
+        error, of_peer = ((found[name] - exact[name]).square().mean().sqrt() for found in (got, peer))
+        assert error < 2 * of_peer, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GENERAL)
 @pytest.mark.parametrize("rule", ["euler", "zoh"])
