@@ -17,13 +17,17 @@ from anymamba.lab.results import read_results
 DOCS = Path(__file__).parents[2] / "docs" / "experiments"
 HOLDING = {
     "selective-copying": (4, 5),
+    "selective-copying-gpu": (1, 10),
     "induction-heads": (7, 8),
     "induction-heads-gpu": (13, 18),
+    "induction-heads-paper": (3, 18),
     "associative-recall": (8, 8),
+    "associative-recall-gpu": (3, 24),
     "selection-ablation": (2, 2),
     "speed": (6, 6),
+    "speed-gpu": (4, 8),
     "scaling": (4, 4),
-    "language-ablations": (2, 8),
+    "language-ablations": (3, 8),
     "zero-shot": (1, 2),
     "dna-size": (1, 2),
     "dna-length": (1, 2),

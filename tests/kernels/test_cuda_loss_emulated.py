@@ -59,7 +59,7 @@ def test_values(tokens, vocab, dtype, products):
         assert value.dtype == peer[name].dtype and value.shape == peer[name].shape, name
         error, peer_error = (rms(t.double() - exact[name]) for t in (value, peer[name]))
         rounding = torch.finfo(a.logits_dtype).eps * max(rms(exact[name]), 1e-3)
-        rounding *= vocab**0.5 if dtype == torch.float64 else 1  # torch's own has no error against itself
+        rounding *= vocab**0.5 if dtype.itemsize >= 4 else 1  # torch adds up in another order on each processor
         assert error <= 2 * peer_error + 2 * rounding, f"{name}: {error:.3e}, torch {peer_error:.3e}, {rounding:.3e}"
 
 
