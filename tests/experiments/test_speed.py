@@ -230,8 +230,8 @@ def test_decoding_starts_at_the_stated_context_each_turn(monkeypatch):
             return step(ids, state)
 
         monkeypatch.setattr(model, "step", spied)
-        turn = whole_models.decoding_turn(prompt, 3, CPU)
-        assert turn() > 0 and turn() > 0
+        tokens = whole_models.Tokens(prompt, 3)
+        assert tokens.turn(None) > 0 and tokens.turn(None) > 0
     assert seen == [12, 13, 14, 15] * 2
 
 
@@ -373,6 +373,21 @@ BAD = {
     ("decoding", "mamba"): power(1e-3, 0.1),
     ("decoding", "transformer"): power(1e-3, 0.05),
 }
+
+
+def test_a_report_of_a_gpu_says_which_calls_came_from_python():
+    results = results_of(GOOD, "gpu", only="operators", speeds=(1.0,))
+    assert "Called from" not in EXPERIMENT.sections(results)["Operators"]
+    for record in results.records:
+        record.values["backend"] = "cuda"
+    words = (
+        "Called from Python, whose time is most of that of short rows: attention, FFT convolution, scan, unfused scan."
+    )
+    assert words in EXPERIMENT.sections(results)["Operators"]
+    for record in results.records:
+        for timing_of in record.values["times"].values():
+            timing_of["recorded"] = True
+    assert "Calls were replays of CUDA graphs" in EXPERIMENT.sections(results)["Operators"]
 
 
 def test_thresholds_of_a_success():

@@ -12,7 +12,10 @@ import anymamba
 from anymamba.data.synthetic.copying import Copying, copying_batch
 from anymamba.data.synthetic.induction import induction_batch
 from anymamba.data.synthetic.recall import Recall, recall_batch
+from anymamba.experiments import speed
 from anymamba.experiments.scaling.arms import ARCHITECTURES, Size, config_of
+from anymamba.experiments.speed import arms as speed_arms
+from anymamba.experiments.speed import timing, whole_models
 from anymamba.lab.byte_windows import fixed_windows, random_windows
 from anymamba.lab.experiment import Context
 from anymamba.lab.language import optimization
@@ -136,3 +139,38 @@ def test_long_convolutions_in_shared_memory_are_those_by_cufft(rows, length, wid
     for got, want in zip(*found, strict=True):
         tolerance = 1e-5 if got.dtype == torch.float32 else 1e-2
         assert (got.double() - want.double()).norm() < tolerance * want.double().norm()
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+TOY = speed_arms.SCALES["toy"]
+
+
+@pytest.mark.parametrize(
+    "settings", [replace(TOY.operators, length=64), replace(TOY.models, context=32), replace(TOY.batches, batch=2)]
+)
+def test_what_is_timed_is_recorded(settings):
+    values = speed.measure(settings, Context(torch.device("cuda"), 0, lambda *_: None))
+    times = values.get("throughput") or values["times"]
+    timings = [own for found in times.values() for own in (found.values() if "mamba" in found else [found])]
+    assert timings and all(own["recorded"] for own in timings), values
+
+
+@pytest.mark.parametrize("name", ["mamba", "transformer"])
+def test_recorded_tokens_end_in_the_state_of_plain_ones(name):
+    model = LanguageModel(getattr(TOY.models, name)).cuda()
+    with torch.no_grad():
+        prompt = whole_models.prompt_of(model, 12)
+        prompt()
+        tokens, ends = whole_models.Tokens(prompt, 5), []
+
+        def write(state):
+            tokens.write(state)
+            ends.append(state[0])
+
+        replay = timing.recorded(write, torch.device("cuda"), tokens.begin)
+        assert replay is not None
+        for _ in range(3):
+            replay()
+        plain, replayed = (model.step(tokens.ids[:1], state).logits for state in (ends[0], ends[-1]))
+    torch.testing.assert_close(replayed, plain)

@@ -30,8 +30,8 @@ the paper's.
 
 Models are a Mamba and a Transformer++ (attention and MLP in turn) of equal width and about as many parameters, with one
 row. Reading a prompt gives the logits of the last position. A training step is forward and backward, without an
-optimiser. A token is the mean of `tokens` that follow the context, each a call of the model's step from Python, with
-keys and values in a cache that is appended to in place.
+optimiser. A token is the mean of `tokens` that follow the context, each a call of the model's step, with keys and
+values in a cache that is appended to in place.
 
 One length is one arm. Its candidates take turns in one run, and each has the time of its fastest turn; every ratio is
 of one run, and of several runs the median is shown, in brackets the least and the most. Before a candidate runs, its

@@ -23,6 +23,7 @@ from anymamba.experiments.speed.reading import (
     runs,
     seconds,
     slope,
+    timings,
 )
 from anymamba.lab.charts import table
 from anymamba.lab.experiment import Record, Results, Threshold
@@ -138,7 +139,7 @@ def model_table(results: Results, kind: str = "models") -> str:
 def large_words(results: Results) -> str:
     """The table of the larger models, and their parameters."""
     records = records_by_size(results, "large")
-    return f"{model_table(results, 'large')}\n\n{parameter_words(records)}" if records else ""
+    return f"{model_table(results, 'large')}\n\n{parameter_words(records)} {backend_words(records)}" if records else ""
 
 
 def cell(results: Results, series: Series, size: int) -> str:
@@ -208,9 +209,24 @@ def passes_1(ratio: dict[int, float]) -> str:
 
 
 def backend_words(records: dict[int, list[Record]]) -> str:
-    """A sentence that says which backend ran the scan."""
+    """Which backend ran the scan, and of a GPU, whether Python's time is in the times."""
     backends = sorted({record.values["backend"] for several in records.values() for record in several})
-    return f"The scan ran in the backend {' and '.join(map(repr, backends))}."
+    found = f"The scan ran in the backend {' and '.join(map(repr, backends))}."
+    return f"{found} {calls_words(records)}" if backends == ["cuda"] else found
+
+
+def calls_words(records: dict[int, list[Record]]) -> str:
+    """How the calls came to a GPU."""
+    from_python = [WORDS.get(name) or MODEL_WORDS[name] for name in sorted(names_from_python(records))]
+    if not from_python:
+        return "Calls were replays of CUDA graphs, so the time of Python is not in them."
+    return f"Called from Python, whose time is most of that of short rows: {', '.join(from_python)}."
+
+
+def names_from_python(records: dict[int, list[Record]]) -> set[str]:
+    """The candidates of which some calls were not replays of CUDA graphs."""
+    each = [timing for several in records.values() for record in several for timing in timings(record)]
+    return {name for name, timing in each if timing["seconds"] is not None and not timing.get("recorded")}
 
 
 def parameter_words(records: dict[int, list[Record]]) -> str:

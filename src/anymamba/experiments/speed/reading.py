@@ -27,6 +27,12 @@ class Series:
         return (times if self.within is None else times[self.within])[self.candidate]
 
 
+def timings(record: Record) -> list[tuple[str, dict[str, Any]]]:
+    """All timings of a record, with the name of the candidate; those of models are in several passes."""
+    times = record.values["times"]
+    return [pair for own in ([times] if "scan" in times else times.values()) for pair in own.items()]
+
+
 def runs(results: Results) -> list[Results]:
     """The results of each run separately."""
     seeds = sorted({record.seed for record in results.records})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 from torch import Tensor
 
 from anymamba.experiments.speed.arms import ModelSettings
-from anymamba.experiments.speed.timing import Call, Candidate, Timing, as_values, compare, seconds_of, take_turns
+from anymamba.experiments.speed.timing import (
+    Call,
+    Candidate,
+    Timing,
+    as_values,
+    compare,
+    recorded,
+    seconds_of,
+    take_turns,
+)
 from anymamba.lab.experiment import Context
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel, LanguageModelState
@@ -28,10 +38,9 @@ def measure_models(settings: ModelSettings, context: Context) -> dict[str, Any]:
     models = {name: LanguageModel(config, dtype=dtype).to(device) for name, config in configs.items()}
     with torch.no_grad():  # caches are appended to in place
         found, prompts = compare(candidates(models, prompt_of), settings.context, settings.limits, context)
-        turns = {name: decoding_turn(prompt, settings.tokens, device) for name, prompt in prompts.items()}
         decoding = {name: Timing(None, 0, timing.missing) for name, timing in found.items()}
-        decoding |= take_turns(turns, settings.limits, context)
-    del prompts, turns  # frees the states
+        decoding |= decoding_times(prompts, settings, context)
+    del prompts  # frees the states
     training, _ = compare(candidates(models, training_step_of), settings.context, settings.limits, context)
     times = {"prefill": as_values(found), "training": as_values(training), "decoding": as_values(decoding)}
     return {
@@ -39,6 +48,15 @@ def measure_models(settings: ModelSettings, context: Context) -> dict[str, Any]:
         "parameters": {name: model.n_parameters() for name, model in models.items()},
         "backend": dispatch.resolve("selective_scan", device.type, None),
     }
+
+
+def decoding_times(prompts: dict[str, Any], settings: ModelSettings, context: Context) -> dict[str, Timing]:
+    """Seconds per token after the prompts, which have been read."""
+    tokens = {name: Tokens(prompt, settings.tokens) for name, prompt in prompts.items()}
+    replays = {name: recorded(own.write, context.device, own.begin) for name, own in tokens.items()}
+    turns: dict[str, Callable[[], float]] = {name: partial(own.turn, replays[name]) for name, own in tokens.items()}
+    found = take_turns(turns, settings.limits, context)
+    return {name: replace(timing, recorded=replays[name] is not None) for name, timing in found.items()}
 
 
 def candidates(models: dict[str, LanguageModel], make: Callable[[LanguageModel, int], Call]) -> dict[str, Candidate]:
@@ -94,22 +112,27 @@ def random_ids(model: LanguageModel, length: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (1, length)).to(model.embedding.weight.device)
 
 
-def decoding_turn(prompt: Prompt, tokens: int, device: torch.device) -> Callable[[], float]:
-    """A function that returns the seconds per token over `tokens` tokens after the prompt.
+class Tokens:
+    """Generates so many tokens after a prompt.
 
     Every turn starts from the state after the prompt, so the context always has the stated length. The first token is
     not timed: it copies the cache into one with spare room, and the others are appended in place.
     """
-    token = random_ids(prompt.model, tokens + 1)[0]
 
-    def turn() -> float:
-        assert prompt.state is not None
-        state = [prompt.model.step(token[:1], prompt.state).state]
+    def __init__(self, prompt: Prompt, count: int) -> None:
+        self.prompt, self.count = prompt, count
+        self.ids = random_ids(prompt.model, count + 1)[0]
 
-        def write() -> None:
-            for i in range(1, tokens + 1):
-                state[0] = prompt.model.step(token[i : i + 1], state[0]).state
+    def begin(self) -> list[LanguageModelState]:
+        """The state after the first token, in a list that `write` puts later ones into."""
+        assert self.prompt.state is not None
+        return [self.prompt.model.step(self.ids[:1], self.prompt.state).state]
 
-        return seconds_of(write, 1, device) / tokens
+    def write(self, state: list[LanguageModelState]) -> None:
+        for i in range(1, self.count + 1):
+            state[0] = self.prompt.model.step(self.ids[i : i + 1], state[0]).state
 
-    return turn
+    def turn(self, replay: Call | None) -> float:
+        """Seconds per token."""
+        call = replay or partial(self.write, self.begin())
+        return seconds_of(call, 1, self.ids.device) / self.count
