@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from anymamba.data.dna.labelled import Sequence
 from anymamba.evaluation.dna.splits import make_split
 from anymamba.experiments import load_experiment
 from anymamba.experiments.promoters.arms import ARCHITECTURES, BASES, arms_of, build, model_of
-from anymamba.experiments.promoters.data import FILE, labelled, synthetic, training_batches
+from anymamba.experiments.promoters.data import FILE, held_out, labelled, synthetic, training_batches
 from anymamba.lab.classifiers import Classes, Classifier, ConvOptions
 from anymamba.lab.experiment import Context
 from anymamba.lab.learning import batch_generator
@@ -91,6 +93,33 @@ def test_the_mean_over_all_positions(body):
     torch.testing.assert_close(x[:, 0], model.body.hidden(ids)[0].mean(1))
 
 
+def write_csv(file, sequences):
+    lines = "".join(f"{one.text},{one.label}\n" for one in sequences)
+    file.write_text(f"sequence,label\n{lines}", encoding="utf-8")
+
+
+def test_arms_are_judged_on_files_beside_the_one_of_training(tmp_path):
+    """Sequences that the file of training has on either strand are left out and counted."""
+    known, new = synthetic()[:60], synthetic()[60:]
+    with gzip.open(tmp_path / FILE, "wt", encoding="utf-8") as file:
+        file.write("sequence,label\n" + "".join(f"{one.text},{one.label}\n" for one in known))
+    other = Sequence("other", reverse_complement(known[0].text), known[0].label, None)
+    name = "human_nontata_promoters_heldout.csv"
+    write_csv(tmp_path / name, [*new, other, known[1]])
+    settings = replace(EXPERIMENT.arms("toy")[0].settings, source="promoters")
+    context = replace(CONTEXT, data=tmp_path)
+    found = EXPERIMENT.measure(settings, context)["held_out"]
+    assert found.keys() == {name}
+    assert found[name]["sequences"] == 20 and found[name]["left_out"] == 2
+    assert 0 <= found[name]["accuracy"] <= 1 and found[name]["auroc"] is not None
+    write_csv(tmp_path / "known.csv", known)
+    with pytest.raises(ValueError, match=r"known.csv has no sequence that .* does not have"):
+        held_out(tmp_path / "known.csv", tmp_path, CONTEXT.device)
+    write_csv(tmp_path / "short.csv", [one._replace(text=one.text[1:]) for one in new])
+    with pytest.raises(ValueError, match=r"has sequences of 31 bases, those of .* have 32"):
+        held_out(tmp_path / "short.csv", tmp_path, CONTEXT.device)
+
+
 def scored(auroc=None, accuracy=None):
     auroc, accuracy = auroc or {}, accuracy or {}
     values = {}
@@ -115,7 +144,18 @@ def test_thresholds():
 
 def test_tables():
     sections = EXPERIMENT.sections(scored())
+    assert not sections["Held-out files"]
     table = rows(sections["Test sequences"])
     assert [row[0] for row in table] == ["CNN", "Hyena", "Mamba"] and table[0][2] == "0.850 (0.850 to 0.850)"
     assert "70 train, 10 valid, 20 test; digest of the split abc" in sections["Test sequences"]
     assert len(rows(sections["Rates"])) == 2 * len(ARCHITECTURES)
+
+
+def test_a_table_of_held_out_files():
+    results = scored()
+    for record in results.records:
+        own = {"accuracy": 0.8, "mcc": 0.6, "auroc": None, "sequences": 1234, "left_out": 5}
+        record.values["held_out"] = {"b.csv": own, "a.csv": own}
+    table = rows(EXPERIMENT.sections(results)["Held-out files"])
+    assert [row[0] for row in table] == ["`a.csv`"] * 3 + ["`b.csv`"] * 3
+    assert table[0][1:] == ["1,234 (5)", "CNN", "0.800 (0.800 to 0.800)", "0.600 (0.600 to 0.600)", ""]

@@ -19,7 +19,9 @@ Three models with about as many parameters begin from random weights: a convolut
 head of each reads the mean over all positions. All have the same number of steps, batches and seeds; half of the
 sequences of training are read on the other strand. The rate is the one with the lowest loss on the valid sequences.
 
-`anymamba dna classify` makes the same split of the same file, and applies a trained classifier to other files.
+Other files `human_nontata_promoters_*.csv` beside it, compressed or not, are held-out sets: after its training every
+arm is judged on them, too. `anymamba dna classify` makes the same split of the same file for models of its own, and
+applies them to other files.
 """
 
 EXPERIMENT = Experiment(

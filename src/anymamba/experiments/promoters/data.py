@@ -18,6 +18,8 @@ from anymamba.lab.learning import MakeBatch
 from anymamba.lab.optimization import Batch
 
 FILE = "human_nontata_promoters_test.csv.gz"
+HELD_OUT = "human_nontata_promoters_*.csv*"
+"""Other files beside FILE: every arm is judged on them after its training."""
 Source = Literal["promoters", "synthetic"]
 SPLIT_SEED, VALID, TEST = 0, 0.1, 0.2
 """The rule of the split. A hash of a sequence, or of its reverse complement, decides; 20 % are test, 10 % valid."""
@@ -56,15 +58,39 @@ def read(file: Path) -> tuple[Sequence, ...]:
     return tuple(found)
 
 
+def held_out_files(source: Source, folder: Path | None) -> list[Path]:
+    """The files beside FILE that arms are judged on, by name."""
+    if source == "synthetic":
+        return []
+    file = find_file(folder, FILE)
+    return [path for path in sorted(file.parent.glob(HELD_OUT)) if path.name != FILE]
+
+
+def held_out(file: Path, folder: Path | None, device: torch.device) -> tuple[Labelled, int]:
+    """The sequences of a held-out file, and how many are left out: those that FILE has, too, on either strand.
+
+    Raises ValueError if none is left, or if they are not as long as those of FILE.
+    """
+    known, found = read(find_file(folder, FILE)), read(file)
+    seen = {one.canonical for one in known}
+    new = [one for one in found if one.canonical not in seen]
+    if not new:
+        raise ValueError(f"{file} has no sequence that {FILE} does not have")
+    if len(new[0].text) != len(known[0].text):
+        raise ValueError(f"{file} has sequences of {len(new[0].text)} bases, those of {FILE} have {len(known[0].text)}")
+    return tensors(new).to(device), len(found) - len(new)
+
+
+def tensors(some: list[Sequence]) -> Labelled:
+    """Sequences of one length as ids and labels."""
+    ids = np.stack([DnaTokenizer().encode_array(one.text) for one in some])
+    return Labelled(torch.from_numpy(ids).long(), torch.tensor([int(one.label == "1") for one in some]))
+
+
 @cache
 def split(sequences: tuple[Sequence, ...]) -> tuple[dict[Split, Labelled], str]:
     """The sequences of each split, and the digest of the split."""
-    frozen, tokenizer = make_split(list(sequences), seed=SPLIT_SEED, valid=VALID, test=TEST), DnaTokenizer()
-
-    def tensors(some: list[Sequence]) -> Labelled:
-        ids = np.stack([tokenizer.encode_array(one.text) for one in some])
-        return Labelled(torch.from_numpy(ids).long(), torch.tensor([int(one.label == "1") for one in some]))
-
+    frozen = make_split(list(sequences), seed=SPLIT_SEED, valid=VALID, test=TEST)
     return {name: tensors(some) for name, some in frozen.parts(list(sequences)).items()}, frozen.digest
 
 

@@ -53,7 +53,12 @@ def thresholds(results: Results) -> list[Threshold]:
 
 def sections(results: Results) -> dict[str, str]:
     """The sections of the report."""
-    return {"Test sequences": score_table(results), "Rates": rate_table(results), "Speed": speed_table(results)}
+    return {
+        "Test sequences": score_table(results),
+        "Held-out files": held_out_table(results),
+        "Rates": rate_table(results),
+        "Speed": speed_table(results),
+    }
 
 
 def score_table(results: Results) -> str:
@@ -71,6 +76,22 @@ def score_table(results: Results) -> str:
     header = ("", "parameters", *(METRIC_WORDS[m] for m in METRICS))
     words = f"In brackets the 95 % interval over seeds. Sequences: {counts}; digest of the split {values['split']}."
     return f"{table(header, rows)}\n\n{words}"
+
+
+def held_out_table(results: Results) -> str:
+    """Each metric of the arms with the best rate on the held-out files; "" if there was none."""
+    rows = []
+    for name in ARCHITECTURES:
+        arm = best_arm(results, name)
+        own = [r.values["held_out"] for r in results.of(arm) if "held_out" in r.values] if arm else []
+        for file in sorted({file for found in own for file in found}):
+            scores = [found[file] for found in own if file in found]
+            known = f"{scores[0]['sequences']:,} ({scores[0]['left_out']:,})"
+            cells = (with_interval([one[m] for one in scores if one[m] is not None]) for m in METRICS)
+            rows.append([f"`{file}`", known, WORDS[name], *cells])
+    header = ("file", "sequences (left out)", "", *(METRIC_WORDS[m] for m in METRICS))
+    words = "Left out are sequences that the file of the experiment has, too, on either strand."
+    return f"{table(header, sorted(rows, key=lambda row: row[0]))}\n\n{words}" if rows else ""
 
 
 def with_interval(values: list[float]) -> str:

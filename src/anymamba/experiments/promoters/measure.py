@@ -8,7 +8,7 @@ import torch
 
 from anymamba.evaluation.dna.metrics import classification_metrics
 from anymamba.experiments.promoters.arms import PromoterSettings, build
-from anymamba.experiments.promoters.data import Labelled, labelled, training_batches
+from anymamba.experiments.promoters.data import Labelled, held_out, held_out_files, labelled, training_batches
 from anymamba.lab.classifiers import Classifier
 from anymamba.lab.experiment import Context
 from anymamba.lab.learning import learn
@@ -16,8 +16,9 @@ from anymamba.lab.optimization import Optimization, autocast
 
 
 def measure(settings: PromoterSettings, context: Context) -> dict[str, Any]:
-    """Train an arm. Returns the values of `learn` on the valid sequences; accuracy, MCC and AUROC on `valid` and
-    `test`; the rate, the bases that were read, the digest of the split and the sequences of each part."""
+    """Train an arm. Returns the values of `learn` on the valid sequences; accuracy, MCC and AUROC on `valid`, `test`
+    and each held-out file; the rate, the bases that were read, the digest of the split and the sequences of each part.
+    """
     parts, digest = labelled(settings.source, context.data, context.device)
     model, how = build(settings).to(context.device), settings.optimization
     if context.device.type == "cuda":
@@ -31,8 +32,10 @@ def measure(settings: PromoterSettings, context: Context) -> dict[str, Any]:
         every=settings.judge_every,
         resumable=True,
     )
+    on_files = on_held_out_files(model, settings, context)
     return {
         **values,
+        **({"held_out": on_files} if on_files else {}),
         "learning_rate": how.learning_rate,
         "read_bases": values["steps"] * how.batch_size * parts["train"].ids.shape[1],
         "valid": measured(model, parts["valid"], how),
@@ -40,6 +43,16 @@ def measure(settings: PromoterSettings, context: Context) -> dict[str, Any]:
         "split": digest,
         "sequences": {name: len(own.ids) for name, own in parts.items()},
     }
+
+
+def on_held_out_files(model: Classifier, settings: PromoterSettings, context: Context) -> dict[str, dict[str, Any]]:
+    """By the file's name: the metrics, the number of sequences, and how many were left out."""
+    found = {}
+    for file in held_out_files(settings.source, context.data):
+        new, left_out = held_out(file, context.data, context.device)
+        scores = measured(model, new, settings.optimization)
+        found[file.name] = {**scores, "sequences": len(new.ids), "left_out": left_out}
+    return found
 
 
 def measured(model: Classifier, some: Labelled, how: Optimization, rows: int = 512) -> dict[str, float | None]:
