@@ -295,6 +295,43 @@ def test_a_run(config, tmp_path):
     assert model.config.vocab_size == 12 and model.config.padded_vocab_size == 16
 
 
+@pytest.mark.parametrize("kind", ["pyfaidx", "mapping", "intervals"])
+def test_genomes_that_are_given(config, fasta, tmp_path, kind):
+    """The run is that of their file, and goes on with them; without them an error names the way out."""
+    if kind == "pyfaidx":
+        genomes = [pytest.importorskip("pyfaidx").Fasta(str(fasta))]
+    else:
+        with Genome.open(fasta) as genome:
+            letters = {name: genome.fetch(name, 0, n) for name, n in genome.lengths.items()}
+        whole = [Interval(name, 0, len(text)) for name, text in letters.items()]
+        genomes = [letters if kind == "mapping" else (Genome.open(letters), whole)]
+    of_file, run = tmp_path / "file", tmp_path / "run"
+    train(config, of_file)
+    given = with_data(config, paths=())
+    train(given, run, genomes=genomes)
+    assert lines(run) == lines(of_file) and not read_config(run).carry_state
+    cut_back(run, 4)
+    with pytest.raises(ValueError, match=r"no training data.*resume\(run, genomes=\.\.\.\)"):
+        resume(run)
+    resume(run, genomes=genomes)
+    assert lines(run) == lines(of_file)
+    a, b = (LanguageModel.from_pretrained(folder).state_dict() for folder in (run, of_file))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(CheckpointError, match="data"):
+        resume(run, steps=7, genomes=[{"chr1": "ACGT" * 500}])
+    with pytest.raises(ValueError, match=r"genomes are given, and data\.paths"):
+        train(config, tmp_path / "both", genomes=genomes)
+
+
+def test_what_is_given_must_be_genomes(config, tmp_path):
+    config = with_data(config, paths=())
+    with pytest.raises(TypeError, match="a pair in genomes must be of a genome and its intervals"):
+        train(config, tmp_path / "run", genomes=[({"chr1": "ACGT" * 500}, ["chr1:0-100"])])
+    with pytest.raises(ValueError, match="no interval to train on has 64 bases"):
+        train(config, tmp_path / "run", genomes=[{"chr1": "ACGT"}])
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
 def lines(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(run)]
 

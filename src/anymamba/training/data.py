@@ -16,22 +16,29 @@ from anymamba.data.tokenizer import Tokenizer
 from anymamba.models.checkpoints import find_tokenizer
 from anymamba.training.config import GenomeConfig, TrainConfig
 from anymamba.training.genomes import GenomeData, open_genomes
+from anymamba.training.given_genomes import Given, given_genomes
 from anymamba.training.length_warmup import stages, steps_of_epochs
 from anymamba.training.tables import open_tables
 
 TrainingData = TokenTable | GenomeData
 
 
-def run_tokenizer(config: TrainConfig, own: str | Path | None = None) -> Tokenizer:
+def is_dna(config: TrainConfig, genomes: Given | None = None) -> bool:
+    """Whether a run reads genomes: those that are given, or files."""
+    return genomes is not None or are_genomes(config.data.paths)
+
+
+def run_tokenizer(config: TrainConfig, own: str | Path | None = None, genomes: Given | None = None) -> Tokenizer:
     """The tokenizer of a run.
 
     Args:
         own: the folder that holds it; None: that of the config, of the model to start from, or of the kind of data.
+        genomes: those that are given in place of files.
     Raises ValueError for options of DNA where the data is text.
     """
     given = config.data.tokenizer if own is None else own
-    if not are_genomes(config.data.paths):
-        if config.data.genome != GenomeConfig() or config.length_warmup:
+    if not is_dna(config, genomes):
+        if config.data.paths and (config.data.genome != GenomeConfig() or config.length_warmup):
             raise ValueError(
                 "length_warmup and the options of data.genome are for DNA, and the data is text; leave them out"
             )
@@ -50,9 +57,24 @@ def run_tokenizer(config: TrainConfig, own: str | Path | None = None) -> Tokeniz
 
 
 def open_data(
-    config: TrainConfig, tokenizer: Tokenizer, progress: Callable[[int, int | None], None] | None = None
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    progress: Callable[[int, int | None], None] | None = None,
+    genomes: Given | None = None,
 ) -> tuple[TrainingData, TrainingData | None]:
-    """The training data, and what is held out (None if nothing is)."""
+    """The training data, and what is held out (None if nothing is).
+
+    Args:
+        genomes: those that are given in place of files.
+    Raises ValueError if there is nothing to train on.
+    """
+    if isinstance(tokenizer, DnaTokenizer) and genomes is not None:
+        return given_genomes(config, tokenizer, genomes)
+    if isinstance(tokenizer, DnaTokenizer) and not config.data.paths:
+        raise ValueError(
+            "no training data: name files in data.paths (--data PATH); a run that was started with genomes from Python "
+            "goes on with anymamba.training.resume(run, genomes=...)"
+        )
     if isinstance(tokenizer, DnaTokenizer) and are_genomes(config.data.paths):
         return open_genomes(config, tokenizer, progress)
     return open_tables(config.data, tokenizer, progress)

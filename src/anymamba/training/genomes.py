@@ -214,7 +214,7 @@ def open_genomes(
     elif labelled is None:
         training, held_out = held_out_ends(training, data.held_out_fraction, config.context)
     _warn_of_shared(n_shared(training, held_out))
-    return _with_windows(
+    return with_windows(
         GenomeData(tuple(training), tokenizer, tuple(opening.notes)), GenomeData(tuple(held_out), tokenizer), config
     )
 
@@ -259,7 +259,7 @@ def _warn_of_shared(n_bases: int) -> None:
         )
 
 
-def _with_windows(
+def with_windows(
     training: GenomeData, held_out: GenomeData, config: TrainConfig
 ) -> tuple[GenomeData, GenomeData | None]:
     """Both, or None for held-out data without a window. Raises ValueError for training data without one."""

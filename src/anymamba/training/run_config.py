@@ -9,7 +9,7 @@ from pathlib import Path
 from anymamba.base.errors import CheckpointError
 from anymamba.base.files import write_json
 from anymamba.base.schema import config_from_dict
-from anymamba.data.dna import COMPLEMENT_IDS, DnaTokenizer, are_genomes
+from anymamba.data.dna import COMPLEMENT_IDS, DnaTokenizer
 from anymamba.data.tokenizer import ByteTokenizer, Tokenizer
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
@@ -51,9 +51,13 @@ def _require_causal(config: TrainConfig, model: ModelConfig) -> None:
         )
 
 
-def complete(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """The config with the values that the tokenizer, the given weights and the kind of data decide."""
-    if are_genomes(config.data.paths):
+def complete(config: TrainConfig, tokenizer: Tokenizer, *, dna: bool) -> TrainConfig:
+    """The config with the values that the tokenizer, the given weights and the kind of data decide.
+
+    Args:
+        dna: whether the data is genomes.
+    """
+    if dna:
         config = dataclasses.replace(config, carry_state=False)  # windows do not continue each other
     if config.start_from is None:
         model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)

@@ -33,6 +33,7 @@ from anymamba.training.config import ParallelConfig, TrainConfig
 from anymamba.training.data import (
     TrainingData,
     held_out_batches,
+    is_dna,
     open_data,
     require_enough_steps,
     run_tokenizer,
@@ -40,6 +41,7 @@ from anymamba.training.data import (
     with_steps_of_epochs,
 )
 from anymamba.training.genomes import GenomeData
+from anymamba.training.given_genomes import Given
 from anymamba.training.interrupts import PendingSignal, deferred_signals
 from anymamba.training.masking import Masking
 from anymamba.training.metrics import MetricsLog, NoLog, plot_loss
@@ -75,6 +77,7 @@ def train(
     sample: Sample | None = None,
     *,
     by_epochs: bool = False,
+    genomes: Given | None = None,
 ) -> TrainResult:
     """Train from the beginning into a new run folder.
 
@@ -84,6 +87,8 @@ def train(
         sample: generates the text that is reported at each evaluation; None reports none.
         by_epochs: take, in place of the config's steps, those of a length warm-up with as many epochs at the context
             as at each length before it. Without a length warm-up the steps are the config's.
+        genomes: open genomes to train on in place of files: `Genome`, `pyfaidx.Fasta` or another mapping from names to
+            sequences, each alone or in a pair with its intervals. To resume the run they are given again.
     Raises FileExistsError if the folder is not empty, InUseError if another process is writing it, ValueError if the
     carried state would grow from batch to batch. An error before the first checkpoint leaves nothing; after any later
     one the last good checkpoint remains.
@@ -92,7 +97,7 @@ def train(
     with processes_of(config, run, "train") as processes:
         restarted = processes.from_first(lambda: is_restarted(run, processes.launch))
         if restarted and processes.from_first((run / TRAIN_CONFIG).exists):
-            return _resume(processes, read_config(run), run, report, sample)
+            return _resume(processes, read_config(run), run, report, sample, genomes=genomes)
         require_utf8(run)
         require_possible(config)
         if processes.is_first and run.exists() and not run.is_dir():
@@ -103,7 +108,7 @@ def train(
             if processes.is_first and contents(run):
                 raise FileExistsError(_exists(run))
             try:
-                trainer = _start(processes, config, run, report, sample, by_epochs)
+                trainer = _start(processes, config, run, report, sample, by_epochs, genomes)
             except BaseException:
                 if processes.is_first and not checkpoints(run):
                     _delete_contents(run)
@@ -122,10 +127,12 @@ def _start(
     report: Report | None,
     sample: Sample | None,
     by_epochs: bool,
+    genomes: Given | None,
 ) -> _Trainer:
     """A new run with its first checkpoint."""
-    tokenizer = run_tokenizer(config)
-    return _Trainer(processes, complete(config, tokenizer), run, tokenizer, report, sample, by_epochs)
+    tokenizer = run_tokenizer(config, genomes=genomes)
+    config = complete(config, tokenizer, dna=is_dna(config, genomes))
+    return _Trainer(processes, config, run, tokenizer, report, sample, by_epochs, genomes)
 
 
 def _delete_contents(run: Path) -> None:
@@ -145,6 +152,7 @@ def resume(
     steps: int | None = None,
     max_minutes: float | None = None,
     parallel: ParallelConfig | None = None,
+    genomes: Given | None = None,
 ) -> TrainResult:
     """Resume a run from its newest checkpoint, or from its beginning if it has none yet.
 
@@ -157,6 +165,7 @@ def resume(
         max_minutes: a new limit of the time in all; defaults to the run's own.
         parallel: other degrees of parallelism, for another number of processes; defaults to the run's own. Results are
             then equal but for rounding.
+        genomes: those that the run was started with.
     Raises ValueError if the run has done that many steps or has used that time, FileNotFoundError if the folder is not
     a run, InUseError if another process is writing it, CheckpointError if the checkpoint is broken or the data has
     changed.
@@ -175,7 +184,7 @@ def resume(
     with processes_of(config, run, "resume") as processes:
         # what torchrun starts again may have done all steps before a rank died
         longer = longer and not processes.from_first(lambda: is_restarted(run, processes.launch))
-        return _resume(processes, config, run, report, sample, longer)
+        return _resume(processes, config, run, report, sample, longer, genomes)
 
 
 def _resume(
@@ -185,12 +194,14 @@ def _resume(
     report: Report | None,
     sample: Sample | None,
     longer: bool = False,
+    genomes: Given | None = None,
 ) -> TrainResult:
     """Resume a run with a config that may differ from its own in what `resume` changes."""
     require_possible(config)
     with processes.owning(run):
-        tokenizer = run_tokenizer(config, run if (run / FILE_NAME).is_file() else None)  # since the first checkpoint
-        trainer = _Trainer(processes, config, run, tokenizer, report, sample)
+        own = run if (run / FILE_NAME).is_file() else None  # since the first checkpoint
+        tokenizer = run_tokenizer(config, own, genomes)
+        trainer = _Trainer(processes, config, run, tokenizer, report, sample, genomes=genomes)
         if longer:
             trainer.require_more_to_do()
         trainer.note_start()
@@ -209,11 +220,14 @@ class _Trainer:
         report: Report | None,
         sample: Sample | None,
         by_epochs: bool = False,
+        genomes: Given | None = None,
     ) -> None:
         self.processes, self.run, self.tokenizer, self.sample = processes, run, tokenizer, sample
         self.report: Report = report if report is not None and processes.is_first else Silent()
         processes.require_equal("configs", flat_values(config))
-        self.training, self.held_out = processes.in_turn(lambda: open_data(config, tokenizer, self.report.on_tables))
+        self.training, self.held_out = processes.in_turn(
+            lambda: open_data(config, tokenizer, self.report.on_tables, genomes)
+        )
         processes.require_equal("data", data_values(self.training, self.held_out))
         if by_epochs:
             config, self.training = with_steps_of_epochs(config, self.training)
