@@ -68,6 +68,7 @@ SHARED = {
         "training.data",
         "training.genomes",
         "training.genome_splits",
+        "training.given_genomes",
         "training.length_warmup",
     ),
     *("serving.limits", "serving.security", "serving.metrics", "serving.structured", "serving.templates"),

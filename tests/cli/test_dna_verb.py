@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from anymamba.data.dna import DnaTokenizer, Genome, Interval
+from anymamba.data.dna import DnaTokenizer, Genome, Interval, reverse_complement
 from anymamba.evaluation.dna import embed, score
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
@@ -99,6 +100,27 @@ def test_a_masked_model_leaves_insertions_out(run, dna_models, genome_file, vari
     assert [line.split("\t")[5] != "." for line in out.splitlines()[1:]] == [True, False, False, True, False, False]
 
 
+def test_the_objective_is_that_of_the_training(run, dna_models, genome_file, variants, tmp_path):
+    """A causal model may have been trained with masks; its run says so, and --objective wins."""
+    model = tmp_path / "run"
+    shutil.copytree(dna_models["mamba"], model)
+    given = ("dna", "score", "--model", model, "--fasta", genome_file, "--vcf", variants)
+    scores = {name: run(*given, "--objective", name) for name in ("causal", "mlm")}
+    assert scores["causal"][1] != scores["mlm"][1]
+    code, out, err = run(*given)
+    assert code == 0 and out == scores["causal"][1]
+    assert "objective causal: the model is causal, and its folder does not say how it was trained" in err
+    (model / "train_config.json").write_text('{"objective": "mlm"}')
+    code, out, err = run(*given)
+    assert code == 0 and out == scores["mlm"][1] and "objective mlm: the model was trained with it" in err
+    file = tmp_path / "counts.TSV"
+    code, counts, err = run(*given, "--out", file, "--json")
+    assert code == 0 and json.loads(counts)["objective"] == "mlm" and file.read_text() == out, err
+    code, out, err = run(*given, "--objective", "causal")
+    assert code == 0 and out == scores["causal"][1]
+    assert "objective causal: chosen with --objective; the model was trained with mlm" in err
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last", "positions"])
 def test_vectors_as_npz_and_tsv(run, dna_models, genome_file, tmp_path, pooling):
     bed = tmp_path / "regions.bed"
@@ -141,6 +163,17 @@ def test_refusals(refused, dna_models, genome_file, variants, model_folder, tmp_
     words = refused(2, *score_, "--objective", "mlm", "--tokenizer", model_folder)
     assert "vocabulary" in words
     assert "No such file" in refused(2, "dna", "score", *given, "--vcf", tmp_path / "none.vcf")
+    text = ("--model", model_folder, "--fasta", genome_file)
+    for words in (refused(2, "dna", "embed", *text), refused(2, "dna", "score", *text, "--vcf", variants)):
+        assert "the tokenizer bytes is one of text, not of DNA" in words and "anymamba train --data genome.fa" in words
+
+
+def test_results_end_with_a_suffix_in_any_case(run, dna_models, genome_file, variants, tmp_path):
+    given = ("--model", dna_models["mamba"], "--fasta", genome_file)
+    code, _, err = run("dna", "score", *given, "--vcf", variants, "--out", tmp_path / "a.VCF")
+    assert code == 0 and (tmp_path / "a.VCF").read_text().startswith("##fileformat"), err
+    code, _, err = run("dna", "embed", *given, "--out", tmp_path / "a.NPZ")
+    assert code == 0 and np.load(tmp_path / "a.NPZ")["vectors"].shape == (1, 16), err
 
 
 def test_help_of_all(run):
@@ -189,6 +222,34 @@ def test_a_classifier_is_trained_measured_and_used(run, refused, dna_models, lab
     assert "the data is not what was split" in refused(
         2, "dna", "classify", "eval", "--run", out, "--data", other, "--split", "test"
     )
+
+
+def test_what_was_trained_on_is_told_whatever_its_split_and_strand(run, dna_models, labelled, tmp_path):
+    out = tmp_path / "run"
+    rows = [line.split(",") for line in labelled.read_text().splitlines()[1:-1]]
+    draw = random.Random(1)
+    splits = [draw.choice(("train", "train", "test")) for _ in rows]
+    labelled.write_text("seq,label,split\n" + "".join(f"{t},{y},{s}\n" for (t, y), s in zip(rows, splits, strict=True)))
+    train = ("--model", dna_models["mamba"], "--method", "probe", "--seeds", 1, "--json")
+    code, text, err = run("dna", "classify", "train", "--data", labelled, "--out", out, *train)
+    assert code == 0, err
+    n = json.loads(text)["n_train"]
+    other = tmp_path / "other.csv"
+    other.write_text("seq,label\n" + "".join(f"{reverse_complement(t).lower()},{y}\n" for t, y in rows))
+    code, _, err = run("dna", "classify", "eval", "--run", out, "--data", other)
+    assert code == 0 and f"the run was trained on {n} of these 60 sequences" in err
+
+
+def test_a_wrong_model_leaves_no_run(run, refused, dna_models, labelled, model_folder, tmp_path):
+    out, split = tmp_path / "run", tmp_path / "split.json"
+    train = ("dna", "classify", "train", "--data", labelled, "--on-bad-row", "skip", "--method", "probe")
+    train = (*train, "--seeds", 1, "--out", out, "--split-file", split)
+    assert "is one of text, not of DNA" in refused(2, *train, "--model", model_folder)
+    assert "none" in refused(2, *train, "--model", tmp_path / "none")
+    assert "none" in refused(2, *train, "--model", dna_models["mamba"], "--device", "none")
+    assert not out.exists() and not split.exists()
+    code, _, err = run(*train, "--model", dna_models["mamba"])
+    assert code == 0 and split.exists(), err
 
 
 def test_refusals_of_classify(refused, dna_models, labelled, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from anymamba.training.config import DataConfig, GenomeConfig, TrainConfig
 from anymamba.training.data import held_out_batches, open_data, run_tokenizer, training_batches
 from anymamba.training.genome_splits import held_out_ends, without
 from anymamba.training.genomes import GenomeData
+from anymamba.training.length_warmup import steps_of_epochs
 from anymamba.training.metrics import read_metrics
 from anymamba.training.trainer import read_config, resume, train
 
@@ -190,6 +192,52 @@ def test_intervals_without_a_window_are_counted(config, fasta, tmp_path):
     assert "2 held-out intervals are shorter than 64 bases and have no window" in notes
 
 
+def test_intervals_with_windows_in_the_first_stages_only(config, fasta, tmp_path):
+    bed = tmp_path / "splits.bed"
+    bed.write_text("".join(f"chr1\t{row}\ttrain\n" for row in ("0\t2000", "2000\t2015", "2100\t2163", "2200\t2216")))
+    config = with_data(config, paths=(str(fasta), str(bed)))
+    config = replace(config, length_warmup=True, length_warmup_start=16, steps=1000)
+    training, _ = opened(config)
+    notes = training.run_notes(config, None)
+    assert "1 intervals to train on are shorter than 16 bases and have no window" in notes
+    assert "2 intervals to train on are shorter than 64 bases and have windows only in stages of shorter ones" in notes
+    assert not any("shorter than 64 bases and have no window" in note for note in notes)
+
+
+def test_valid_is_not_read_where_eval_paths_are_given(config, fasta, tmp_path):
+    splits, other = tmp_path / "splits.bed", tmp_path / "w.bed"
+    splits.write_text("chr1\t0\t2000\ttrain\nchr1\t2000\t2500\tvalid\nchr1\t2600\t2900\ttest\n")
+    other.write_text("chr2\t0\t300\n")
+    training, held_out = opened(with_data(config, paths=(str(fasta), str(splits)), eval_paths=(str(other),)))
+    assert [i[:3] for i in held_out.sources[0][1]] == [("chr2", 0, 300)]
+    told = "splits by the labels of the BED files: 1 train, 1 valid, 1 test; test is not read, nor is valid: "
+    assert f"{told}what eval_paths names (--data.eval-paths) is held out" in training.notes
+
+
+@pytest.mark.parametrize("kind", ["packed", "indexed", ".2bit"])
+def test_epochs_of_a_length_warm_up_are_of_the_windows_that_remain(config, tmp_path, kind):
+    """4,096 bases and 8,192 N: two epochs are two passes over the bases, whatever the format."""
+    letters = "".join(random.Random(1).choices("ACGT", k=4096)) + "N" * 8192
+    path = tmp_path / ("half.2bit" if kind == ".2bit" else "half.fa")
+    record = struct.pack("<6I", 12288, 1, 4096, 8192, 0, 0) + random.Random(2).randbytes(3072)
+    two_bit = struct.pack("<4I", 0x1A412743, 0, 1, 0) + b"\1a" + struct.pack("<I", 22) + record
+    path.write_bytes(two_bit if kind == ".2bit" else f">a\n{letters}\n".encode())
+    if kind == "indexed":
+        Path(f"{path}.fai").write_text("a\t12288\t3\t12288\t12289\n")
+    config = with_data(config, paths=(str(path),), held_out_fraction=0.0)
+    config = replace(config, context=256, batch_size=2, length_warmup=True, length_warmup_start=64, steps=100)
+    training, _ = opened(config)
+    assert [training.n_windows(length) for length in (64, 128, 256)] == [64, 32, 16]
+    assert steps_of_epochs(config, training.n_windows) == 3 * 16
+    notes = training.run_notes(config, None)
+    assert (
+        "length warm-up: 8 x 64 for 16 steps, 4 x 128 for 16 steps, then 2 x 256; windows that the first epoch "
+        "keeps, the others have too many N: 64 of 192, 32 of 96, 16 of 48"
+    ) in notes
+    seen = [batch.input_ids for batch in islice(training_batches(training, config, None, None), 16)]
+    assert sum(ids.numel() for ids in seen) == 2 * 4096
+
+
 @pytest.mark.parametrize("split", ["train", "valid", "test", "Validation"])
 @pytest.mark.parametrize("other", ["gene", ""])
 def test_names_of_splits_and_other_labels(config, fasta, tmp_path, split, other):
@@ -277,7 +325,7 @@ class Said:
         self.outline = outline
 
 
-def test_a_run(config, tmp_path):
+def test_a_run(config, fasta, tmp_path):
     report = Said()
     result = train(config, tmp_path / "run", report)
     assert result.unit == "base" and result.steps == 5 and result.tokens == 5 * 128
@@ -288,6 +336,7 @@ def test_a_run(config, tmp_path):
     assert report.outline.notes == (
         "DNA: 2 intervals; both strands, upper and lower case are one, windows with more than 10% of N are dropped, "
         "other N are not predicted",
+        f"{fasta}: 40 N",
     )
     assert isinstance(load_tokenizer(tmp_path / "run"), DnaTokenizer)
     assert not read_config(tmp_path / "run").carry_state, "windows do not continue each other"

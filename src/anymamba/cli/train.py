@@ -310,7 +310,8 @@ def readable(result: TrainResult) -> dict[str, str]:
         lines["best held-out"] = f"{best} at step {result.best_step:,}"
     dropped, held_out = result.dropped_windows or 0, result.dropped_held_out_windows or 0
     if dropped or held_out:
-        lines["dropped"] = f"{dropped:,} windows to train on and {held_out:,} held-out ones with too many N"
+        drawn = f"{dropped:,} windows to train on (each time that one is drawn)"
+        lines["dropped"] = f"{drawn} and {held_out:,} held-out ones with too many N"
     if result.notes:
         lines["found"] = "; ".join(result.notes)
     if result.skipped:

@@ -13,10 +13,16 @@ from anymamba.training.tables import is_held_out
 _WINDOWS_TO_CUT = 10  # an interval is cut if it has this many windows; a shorter one is held out as a whole or not
 
 
-def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:
+def by_labels(
+    sources: Sequence[Source], *, others_held_out: bool = False
+) -> tuple[list[Source], list[Source], str] | None:
     """The intervals to train on, those that are held out, and a line about them; None if no label is a split's name.
 
-    Genomes without such labels are trained on as a whole. Raises ValueError for a genome with such labels and others,
+    Genomes without such labels are trained on as a whole.
+
+    Args:
+        others_held_out: whether other files are held out (eval_paths), so that the valid intervals are not read.
+    Raises ValueError for a genome with such labels and others,
     and if there is nothing to train on.
     """
     splits = [(genome, _splits(genome, intervals)) for genome, intervals in sources]
@@ -33,7 +39,10 @@ def by_labels(sources: Sequence[Source]) -> tuple[list[Source], list[Source], st
             f"there is no interval to train on: the labels of the BED files are {told}; give intervals with the label "
             "train, or read the valid ones with --data.eval-paths"
         )
-    return chosen("train", ""), chosen("valid"), f"splits by the labels of the BED files: {told}; test is not read"
+    said = f"splits by the labels of the BED files: {told}; test is not read"
+    if others_held_out:
+        return chosen("train", ""), [], f"{said}, nor is valid: what eval_paths names (--data.eval-paths) is held out"
+    return chosen("train", ""), chosen("valid"), said
 
 
 def _splits(genome: Genome, intervals: Sequence[Interval]) -> list[tuple[str, Interval]]:

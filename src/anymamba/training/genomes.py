@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from anymamba.data.dna import (
     read_bed,
     whole_sequences,
 )
-from anymamba.training.config import DataConfig, TrainConfig
+from anymamba.training.config import DataConfig, GenomeConfig, TrainConfig
 from anymamba.training.genome_splits import by_labels, held_out_ends, n_shared
 from anymamba.training.length_warmup import described, stage_of, stages
 
@@ -43,6 +43,12 @@ class GenomeData:
     """What was found and skipped, one line each."""
     n_dropped: int | None = None
     """Of held-out data: the windows of an evaluation that are dropped for their N."""
+    seed: int = 0
+    """Of the windows to train on."""
+    options: GenomeConfig = field(default_factory=GenomeConfig)
+    """How the windows are read, and which are dropped."""
+    _counted: dict[tuple[int, int, float], int] = field(default_factory=dict, repr=False, compare=False)
+    """What `n_windows` has counted."""
 
     @property
     def n_documents(self) -> int:
@@ -60,7 +66,20 @@ class GenomeData:
         return self.n_tokens
 
     def n_windows(self, length: int) -> int:
-        """Windows of a length in an epoch."""
+        """Windows to train on of a length in the first epoch; those with too many N are left out.
+
+        Later epochs begin at other offsets, so their numbers may differ by a few. A genome that is read in place is
+        read once, to count its N.
+        """
+        key = (length, self.seed, self.options.max_unknown)
+        if key not in self._counted:
+            drawn = self._n_drawn(length)
+            may_drop = drawn > 0 and self.options.max_unknown < 1
+            self._counted[key] = self._windows(length, None).count_kept() if may_drop else drawn
+        return self._counted[key]
+
+    def _n_drawn(self, length: int) -> int:
+        """Windows of a length in an epoch, with those that are dropped."""
         return sum(size // length for size in self._sizes())
 
     def reading_notes(self, held_out: GenomeData | None) -> tuple[str, ...]:
@@ -88,22 +107,47 @@ class GenomeData:
 
     def run_notes(self, config: TrainConfig, held_out: GenomeData | None) -> tuple[str, ...]:
         """What a run reads, and which intervals have no window, one line each."""
-        lines = [f"DNA: {self.n_documents:,} intervals; {self._rules(config.data)}", *self.notes]
-        for which, data in (("intervals to train on", self), ("held-out intervals", held_out)):
-            short = 0 if data is None else sum(size < config.context for size in data._sizes())
-            if short:
-                lines.append(f"{short:,} {which} are shorter than {config.context:,} bases and have no window")
+        lines = [f"DNA: {self.n_documents:,} intervals; {self._rules()}", *self.notes, *self._short_notes(config)]
+        short = 0 if held_out is None else held_out._n_shorter(config.context)
+        if short:
+            lines.append(f"{short:,} held-out intervals are shorter than {config.context:,} bases and have no window")
         if held_out is not None and held_out.n_dropped:
             lines.append(f"{held_out.n_dropped:,} held-out windows have too many N and are dropped")
         if config.length_warmup:
-            lines.append(f"length warm-up: {described(stages(config, self.n_windows))}")
+            lines.append(f"length warm-up: {described(stages(config, self.n_windows))}{self._kept_in_words(config)}")
         return tuple(lines)
 
-    def _rules(self, data: DataConfig) -> str:
-        strands = "both strands" if data.genome.reverse_complement else "their own strands"
+    def _short_notes(self, config: TrainConfig) -> list[str]:
+        """Which intervals to train on have no window, or none in the later stages of a length warm-up."""
+        first = config.length_warmup_start if config.length_warmup else config.context
+        without, short = self._n_shorter(first), self._n_shorter(config.context)
+        lines = []
+        if without:
+            lines.append(f"{without:,} intervals to train on are shorter than {first:,} bases and have no window")
+        if short > without:
+            lines.append(
+                f"{short - without:,} intervals to train on are shorter than {config.context:,} bases and have windows "
+                "only in stages of shorter ones"
+            )
+        return lines
+
+    def _n_shorter(self, length: int) -> int:
+        return sum(size < length for size in self._sizes())
+
+    def _kept_in_words(self, config: TrainConfig) -> str:
+        """How many windows an epoch of each stage has, if some are dropped."""
+        lengths = [stage.context for stage in stages(config, self.n_windows)]
+        counts = [(self.n_windows(length), self._n_drawn(length)) for length in lengths]
+        if all(kept == drawn for kept, drawn in counts):
+            return ""
+        told = ", ".join(f"{kept:,} of {drawn:,}" for kept, drawn in counts)
+        return f"; windows that the first epoch keeps, the others have too many N: {told}"
+
+    def _rules(self) -> str:
+        strands = "both strands" if self.options.reverse_complement else "their own strands"
         case = "upper and lower case are one" if self.tokenizer.case == "fold" else "lower case is kept"
         return (
-            f"{strands}, {case}, windows with more than {data.genome.max_unknown:.0%} of N are dropped, other N are "
+            f"{strands}, {case}, windows with more than {self.options.max_unknown:.0%} of N are dropped, other N are "
             "not predicted"
         )
 
@@ -123,7 +167,7 @@ class GenomeData:
             stage = stage_of(found, here["batch"] // config.accumulation)
             if windows is None or windows.length != stage.context:
                 goes_on = here["context"] == stage.context
-                windows = self._windows(config, stage.context, here["windows"] if goes_on else None)
+                windows = self._windows(stage.context, here["windows"] if goes_on else None)
             before = windows.dropped
             letters = windows.take(stage.batch_size).letters
             here = {
@@ -137,7 +181,7 @@ class GenomeData:
 
     def require_known(self, config: TrainConfig) -> None:
         """Raise ValueError if all windows have too many N."""
-        self._windows(config, config.context, None).take(1)
+        self._windows(config.context, None).take(1)
 
     def held_out_batches(self, config: TrainConfig) -> Iterator[Batch]:
         """The first windows, in order and on their own strands, up to `eval_tokens`; the same ones at every call."""
@@ -146,7 +190,7 @@ class GenomeData:
 
     def count_held_out(self, config: TrainConfig) -> tuple[int, int]:
         """The number of windows of an evaluation, and of those that it drops for their N."""
-        if not self.n_windows(config.context):
+        if not self._n_drawn(config.context):
             return 0, 0
         windows = self._in_order(config)
         kept = sum(len(letters) for letters in _evaluated(windows, config))
@@ -154,17 +198,16 @@ class GenomeData:
 
     def _in_order(self, config: TrainConfig) -> GenomeWindows:
         """The windows for evaluations, from the first one on."""
-        unknown = config.data.genome.max_unknown
+        unknown = self.options.max_unknown
         return GenomeWindows(self.sources, config.context, shuffle=False, reverse_complement=False, max_unknown=unknown)
 
-    def _windows(self, config: TrainConfig, context: int, position: dict[str, Any] | None) -> GenomeWindows:
-        genome = config.data.genome
+    def _windows(self, context: int, position: dict[str, Any] | None) -> GenomeWindows:
         return GenomeWindows(
             self.sources,
             context,
-            seed=config.seed,
-            reverse_complement=genome.reverse_complement,
-            max_unknown=genome.max_unknown,
+            seed=self.seed,
+            reverse_complement=self.options.reverse_complement,
+            max_unknown=self.options.max_unknown,
             position=position,
         )
 
@@ -204,7 +247,7 @@ def open_genomes(
     files = find_genomes(data.paths, data.exclude)
     training = opening.sources(files)
     held_out: list[Source] = []
-    labelled = by_labels(training)
+    labelled = by_labels(training, others_held_out=bool(data.eval_paths))
     if labelled is not None:
         training, held_out, said = labelled
         opening.notes.append(said)
@@ -263,7 +306,8 @@ def with_windows(
     training: GenomeData, held_out: GenomeData, config: TrainConfig
 ) -> tuple[GenomeData, GenomeData | None]:
     """Both, or None for held-out data without a window. Raises ValueError for training data without one."""
-    if not training.n_windows(config.context):
+    training, held_out = (replace(d, seed=config.seed, options=config.data.genome) for d in (training, held_out))
+    if not training._n_drawn(config.context):
         longest = max(training._sizes(), default=0)
         skipped = "".join(f"; {note}" for note in training.notes if "skipped" in note)
         raise ValueError(

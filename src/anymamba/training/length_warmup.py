@@ -30,7 +30,7 @@ def stages(config: TrainConfig, n_windows: Callable[[int], int]) -> tuple[Stage,
     """The stages of a run: one for each length from the first to the context, which takes all steps that are left.
 
     Args:
-        n_windows: the number of windows in an epoch for a length.
+        n_windows: the number of windows in an epoch for a length, without those that are dropped.
     Raises ValueError if the stages before the last one take all steps.
     """
     if not config.length_warmup:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from anymamba.base.errors import DataWarning
 from anymamba.data.cache import cached_tables
-from anymamba.data.dna import Genome, packed, reverse_complement
+from anymamba.data.dna import Genome, packed, reverse_complement, whole_sequences
 from anymamba.data.dna.letters import LETTERS
 
 NAMES = st.text("abcXYZ0189._|-", min_size=1, max_size=12)
@@ -94,31 +94,62 @@ def test_comments_blank_lines_and_a_mark_at_the_start(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf;made by hand\n> a first\n\nAC GT\n;more\nNN\n\n>b\nGG")
     with Genome.open(path) as genome:
         assert_reads(genome, {"a": "ACGTNN", "b": "GG"})
-        assert genome.notes == ("skipped 2 comment lines",)
+        assert genome.notes == ("2 N", "skipped 2 comment lines")
 
 
 def test_other_letters_are_counted_as_they_are_read_in_place(tmp_path):
-    """The notes of a packed file already have its counts. N and lower case are not counted."""
+    """The notes of a packed file already have its counts. Lower case is not counted."""
     wanted = {"a": "ACGTNnacgt" * 10 + "RrYU" + "ACGT" * 20, "b": "NNACGTB"}
     files = write_all(tmp_path, wanted, 60)
-    counted = "letters other than A, C, G, T and N: {}; U is read as T, the others as N"
+    counted = "{} N; letters other than A, C, G, T and N: {}; U is read as T, the others as N, which makes {}"
     n_in_place = 0
     for path in files.values():
         with Genome.open(path, cache_dir=tmp_path / "cache") as genome:
             assert genome.reading_notes() == ()
             genome.fetch("a", 0, 103, strand="-")
             if any("letters" in note for note in genome.notes):
-                assert counted.format("1 B, 2 R, 1 U, 1 Y") in genome.notes
+                assert genome.notes == (counted.format(22, "1 B, 2 R, 1 U, 1 Y", 26),)
                 assert genome.reading_notes() == ()
             else:
                 n_in_place += 1
-                assert genome.reading_notes() == (f"read (counted at each reading) {counted.format('2 R, 1 Y')}",)
+                told = counted.format(20, "2 R, 1 Y", 23)
+                assert genome.reading_notes() == (f"read (counted at each reading) {told}",)
     assert n_in_place
     with Genome.open(wanted) as genome:
         genome.fetch("b", 2, 6)
         assert genome.reading_notes() == ()
-        genome.fetch("b", 2, 7)
-        assert genome.others_read == {"B": 1}
+        genome.fetch("b", 1, 7)
+        assert genome.others_read == {"B": 1, "N": 1}
+
+
+def test_the_runs_of_N_and_ambiguity_codes_are_those_of_the_letters(tmp_path):
+    """In every format; U is no unknown letter."""
+    wanted = {"a": "nNACGTUNRYuNNA", "b": "ACGT", "c": "NNNN", "d": "AN"}
+    runs = {"a": [[0, 2], [7, 10], [11, 13]], "b": [], "c": [[0, 4]], "d": [[1, 2]]}
+    two_bit = {name: letters.translate(str.maketrans("URYu", "TNNt")) for name, letters in wanted.items()}
+    made = [*write_all(tmp_path, wanted).values(), *write_all(tmp_path / "2", two_bit).values(), wanted]
+    for source in made:
+        with Genome.open(source) as genome:
+            for name in wanted:
+                found = genome.unknown_runs(name)
+                assert found.shape == (len(found), 2)
+                covered = [i for start, end in found.tolist() for i in range(start, end)]
+                assert covered == [i for start, end in runs[name] for i in range(start, end)]
+            assert genome.reading_notes() == ()
+
+
+def test_the_N_of_two_bit_are_counted_at_the_start(tmp_path):
+    """Also where its stretches overlap."""
+    (tmp_path / "a.2bit").write_bytes(two_bit_bytes({"a": "ANNCn", "b": "", "c": "NA"}))
+    with Genome.open(tmp_path / "a.2bit") as genome:
+        assert genome.notes == ("4 N", "skipped 1 empty record, the first 'b'")
+        genome.fetch("a", 0, 5)
+        assert genome.reading_notes() == ()
+    record = struct.pack("<8I", 20, 3, 0, 5, 5, 10, 10, 10) + struct.pack("<2I", 0, 0) + bytes(5)
+    (tmp_path / "o.2bit").write_bytes(two_bit_bytes({"a": ""})[:16] + b"\1a" + struct.pack("<I", 22) + record)
+    with Genome.open(tmp_path / "o.2bit") as genome:
+        assert genome.notes == ("15 N",)
+        assert genome.fetch("a", 0, 20) == "N" * 15 + "T" * 5
 
 
 # ------------------------------------------------------------------------------------------ other libraries
@@ -225,7 +256,9 @@ BAD_FASTA = {
     "two of one name": (b">a x\nAC\n>b\nGG\n>a y\nGT\n", "two records named 'a', in lines 1 and 5"),
     "no name": (b">a\nAC\n>\nGT\n", "line 3: a record has no name"),
     "only empty records": (b">a\n>b\n\n", "all of its 2 records are empty"),
-    "line ends of an old Mac": (b">a" + b"\rACGT" * 600_000, "a header of more than a million characters"),
+    "line ends of an old Mac": (b">a\rACGT\r>b\rACGT\r", "its lines end with CR alone, as on an old Mac; turn CR into"),
+    "many line ends of an old Mac": (b">a" + b"\rACGT" * 600_000, "its lines end with CR alone"),
+    "a header that does not end": (b">a" + b"x" * 3_000_000, "a header of more than a million characters"),
 }
 
 
@@ -251,10 +284,107 @@ def test_empty_records_are_skipped_and_counted(tmp_path):
 
 
 def test_other_letters_are_counted(tmp_path):
-    (tmp_path / "a.fa").write_text(">a\nACGTNRRyU\n>b\nACGTu\n")
+    (tmp_path / "a.fa").write_text(">a\nACGTNRRyU\n>b\nACGTun\n")
+    others = "letters other than A, C, G, T and N: 2 R, 2 U, 1 Y; U is read as T, the others as N"
     with Genome.open(tmp_path / "a.fa") as genome:
-        (note,) = genome.notes
-        assert note.startswith("letters other than A, C, G, T and N: 2 R, 2 U, 1 Y; U is read as T")
+        assert genome.notes == (f"2 N; {others}, which makes 5",)
+    (tmp_path / "b.fa").write_text(">a\nACGTRRyUu\n")
+    with Genome.open(tmp_path / "b.fa") as genome:
+        assert genome.notes == (others,)
+    (tmp_path / "c.fa").write_text(">a\nACGTacgt\n")
+    with Genome.open(tmp_path / "c.fa") as genome:
+        assert genome.notes == ()
+
+
+PROTEINS = {
+    "a protein": ("MVLSPADKTNVKAAWGKVGA" * 5, "record 'p' has 'L' at base 3, which is no base .*; is it a protein"),
+    "a protein of ambiguity codes": ("MKVDHRSYWG" * 9, "more than half of record 'p' are ambiguity codes"),
+    "a gap": ("ACGTACGT" * 9 + "AC-GT", "record 'p' has '-' at base 75, which is a gap"),
+    "a stop": ("ACGT" * 17 + "*", r"record 'p' has '\*' at base 69, which is a gap of an alignment or a stop"),
+}
+
+
+@pytest.mark.parametrize(("letters", "words"), PROTEINS.values(), ids=PROTEINS)
+def test_an_index_does_not_hide_a_protein(tmp_path, letters, words):
+    """The errors are those of the reader without an index, for each format, mapping and part that is read first."""
+    records = {"d": "ACGT" * 9, "p": letters}
+    made = write_all(tmp_path, records)
+    for path in (made["plain.fa"], made["zip.fa.gz"]):
+        with pytest.raises(ValueError, match=f"^{path}: {words}"):
+            Genome.open(path, cache_dir=tmp_path / "cache")
+    for source in (made["in_place.fa"], made["blocks.fa.gz"], records):
+        for start, end in ((0, len(letters)), (0, 2), (len(letters) - 2, len(letters))):
+            with Genome.open(source) as genome:
+                assert genome.fetch("d", 0, 36) == records["d"]
+                with pytest.raises(ValueError, match=f"^{genome.source}: {words}") as error:
+                    genome.fetch("p", start, end)
+                assert "does not fit" not in str(error.value)
+
+
+def test_pyfaidx_makes_an_index_of_a_protein(tmp_path):
+    pyfaidx = pytest.importorskip("pyfaidx", reason="needs pyfaidx: pip install 'anymamba[test]'")
+    path = tmp_path / "p.fa"
+    path.write_text(">p\n" + "MKVDHRSYWG" * 9 + "\n")
+    with pyfaidx.Fasta(str(path)) as fasta, pytest.raises(ValueError, match=r"^Fasta: more than half of record 'p'"):
+        Genome.open(fasta).fetch("p", 0, 10)
+    with Genome.open(path) as genome, pytest.raises(ValueError, match=f"^{path}: more than half of record 'p'"):
+        genome.fetch("p", 0, 10)
+
+
+@pytest.mark.parametrize("n_bases", [99_999, 100_001])
+def test_a_long_record_is_no_protein_because_of_its_start(tmp_path, n_bases):
+    """100,000 ambiguity codes and then bases: as without an index, the whole record decides."""
+    records = {"a": "RY" * 50_000 + "A" * n_bases}
+    made = write_all(tmp_path, records)
+    for source in (made["in_place.fa"], made["blocks.fa.gz"], records):
+        with Genome.open(source) as genome:
+            if n_bases > 100_000:
+                assert genome.fetch("a", 99_998, 100_002) == "RYAA"
+            else:
+                with pytest.raises(ValueError, match="more than half of record 'a' are ambiguity codes"):
+                    genome.fetch("a", 150_000, 150_001)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b">a\nACGTACGTAC\nACGTAC\n>b x\nGGGG\n",  # a shorter record: the next header is among the letters
+        b">a\nACGTACGTAC\nACLTA\nGTACGT\n>b\nGGGG\n",  # other line ends
+        b">a\nACGTACGTAC\nAC GTACGTAC\n>b\nGGGG\n",  # a space, which the reader without an index skips
+        b">a\nACGTACGTAC\n;CGTACGTAC\n>b\nGGGG\n",  # a comment
+        b">a\nACGTACGTAC\nACLTACGTACGT\n>b\nGGGG\n",  # a longer last line
+    ],
+)
+def test_an_index_that_misfits_is_told_as_such(tmp_path, text):
+    path = tmp_path / "a.fa"
+    write_index(tmp_path / "a.fa.fai", b">a\nACGTACGTAC\nACGTACGTAC\n")
+    path.write_bytes(text)
+    newer(path)
+    words = r"a\.fa\.fai does not fit .*a\.fa: .*; delete the index"
+    with Genome.open(path) as genome, pytest.raises(ValueError, match=words):
+        genome.fetch("a", 0, 20)
+
+
+def test_letters_that_a_mapping_may_not_have_are_named():
+    with pytest.raises(ValueError, match=r"^dict: record 'b' has 'F' at base 70,002, which is no base"):
+        Genome.open({"a": "ACGT", "b": "AC" * 35_000 + "AF"}).fetch("b", 70_000, 70_002)
+    with pytest.raises(ValueError, match=r"^dict: record 'a' has '1' at base 1; a sequence has letters only"):
+        Genome.open({"a": "1ACGT"}).fetch("a", 2, 3)
+
+
+def test_empty_records_of_a_mapping_are_skipped_and_counted(tmp_path):
+    genome = Genome.open({"e1": "", "chr1": "ACGT" * 5, "e2": ""})
+    assert genome.lengths == {"chr1": 20} and genome.notes == ("skipped 2 empty records, the first 'e1'",)
+    assert [(i.name, i.end) for i in whole_sequences(genome)] == [("chr1", 20)]
+    with pytest.raises(ValueError, match="dict has no sequence: all of its 1 records are empty"):
+        Genome.open({"e1": ""})
+    with pytest.raises(ValueError, match=r"dict has no sequence$"):
+        Genome.open({})
+    pyfaidx = pytest.importorskip("pyfaidx", reason="needs pyfaidx: pip install 'anymamba[test]'")
+    (tmp_path / "a.fa").write_text(">e1\n>chr1\n" + "ACGT" * 5 + "\n")
+    with pyfaidx.Fasta(str(tmp_path / "a.fa")) as fasta:
+        genome = Genome.open(fasta)
+        assert genome.lengths == {"chr1": 20} and genome.notes == ("skipped 1 empty record, the first 'e1'",)
 
 
 @pytest.mark.parametrize("keep", [10, 100, -1, -9])
@@ -317,7 +447,7 @@ def test_an_index_that_is_older_is_not_used(blocks, random_records):
     os.utime(f"{blocks}.gzi", ns=(0, 0))
     with Genome.open(blocks) as genome:
         assert_reads(genome, random_records)
-        assert genome.notes == (f"{blocks}.gzi is older than a.fa.gz and is not used",)
+        assert genome.notes[0] == f"{blocks}.gzi is older than a.fa.gz and is not used"
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,49 @@ def test_a_bad_line_is_an_error_or_is_counted(tmp_path, line, words):
     assert read_bed(path, GENOME, on_bad_line="skip") == ([Interval("chr1", 0, 10)], {"lines that are no intervals": 1})
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["chrom\tchromStart\tchromEnd", "seq start end name", "Sequence\t_from\t_to", "contig\tStart (bp)\tEnd (bp)"],
+)
+def test_names_of_columns_are_a_header(tmp_path, line):
+    path = bed(tmp_path, f"track x\n{line}\nchr1\t0\t10\n")
+    assert read_bed(path, GENOME) == ([Interval("chr1", 0, 10)], {"header and comment lines": 2})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "chr1\t1,000\t2,000",
+        "chr1\t1_000\t2_000",
+        "chr1\t1e3\t2e3",
+        "chr1\t1.0\t2.0",
+        "chr1\t+1\t+2",
+        "chr1\t.\t.",
+        "chr1\t\t",
+        "chr1\tNA\tNA",
+        "1\tstart\tend",
+        "chrom\t1,000\tend",
+        "chr9\t1 000\t2 000",
+    ],
+)
+def test_a_first_line_with_wrong_positions_is_no_header(tmp_path, line):
+    path = bed(tmp_path, f"#x\n{line}\nchr1\t0\t10\n")
+    with pytest.raises(ValueError, match=r"line 2 is no interval of a BED file: start and end must be whole numbers"):
+        read_bed(path, GENOME)
+    assert read_bed(path, GENOME, on_bad_line="skip")[1]["lines that are no intervals"] == 1
+
+
+def test_only_one_line_may_have_names_of_columns(tmp_path):
+    with pytest.raises(ValueError, match="line 2 is no interval"):
+        read_bed(bed(tmp_path, "chrom\tstart\tend\nseq\tfrom\tto\nchr1\t0\t10\n"), GENOME)
+
+
+def test_line_ends_of_an_old_mac(tmp_path):
+    for text in ("chr1\t0\t10\rchr1\t20\t30\r", "chrom\tstart\tend\rchr1\t20\t30\r"):
+        with pytest.raises(ValueError, match="its lines end with CR alone, as on an old Mac; turn CR into LF"):
+            read_bed(bed(tmp_path, text), GENOME, on_bad_line="skip")
+
+
 def test_names_with_and_without_chr(tmp_path):
     with pytest.warns(DataWarning, match="with and without chr are taken as the same") as told:
         intervals, skipped = read_bed(

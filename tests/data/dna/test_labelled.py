@@ -80,12 +80,12 @@ def test_what_is_left_out_by_rule_is_counted(tmp_path):
     fasta = write(tmp_path / "a.fa", ";made by hand\n>a label=x\nACRYuu\n;more\n>b label=y\nNNryACGTACGT\n")
     data = read_labelled(fasta)
     assert data.skipped == {COMMENTS: 2} and data.others == {"R": 2, "Y": 2, "U": 2}
-    for name in ("train/pos/1.txt", "val/pos/2.txt", "val/pos/3.TXT", "train/pos/deep/4.txt", "README.md"):
+    for name in ("train/pos/1.txt", "val/pos/2.TXT", "val/pos/3.text", "train/pos/deep/4.txt", "README.md"):
         write(tmp_path / "set" / name, "ACGT\n")
     data = read_labelled(tmp_path / "set")
     assert [(one.name, one.split) for one in data.sequences] == [
         ("train/pos/1.txt", "train"),
-        ("val/pos/2.txt", "valid"),
+        ("val/pos/2.TXT", "valid"),
     ]
     assert data.skipped == {OTHER_FILES: 3} and not data.others
 
@@ -97,6 +97,33 @@ def test_bad_records(tmp_path):
     data = read_labelled(csv, on_bad_row="skip")
     assert [one.text for one in data.sequences] == ["ACGT", "GG"]
     assert data.skipped == {EMPTY: 1, NO_DNA: 1, NO_LABEL: 1, SHORT: 1}
+
+
+def test_bad_letters_in_fasta_are_skipped_and_counted(tmp_path):
+    protein = "RYKMSWHVDBN" * 3
+    text = f">a label=x\nACGT\n>b label=y\nACGT\nAEC\n>c label=y\nA-C\n>d label=y\n{protein}\n>e label=y\nGG\n"
+    fasta = write(tmp_path / "a.fa", text)
+    with pytest.raises(ValueError, match=r"a\.fa, b: .*got 'E' at position 5; .*--on-bad-row skip"):
+        read_labelled(fasta)
+    data = read_labelled(fasta, on_bad_row="skip")
+    assert [(one.name, one.text, one.label) for one in data.sequences] == [("a", "ACGT", "x"), ("e", "GG", "y")]
+    assert data.skipped == {NO_DNA: 3}
+    with pytest.raises(ValueError, match=r"d: .*ambiguity codes, as in a protein.*; .*--on-bad-row skip"):
+        read_labelled(write(tmp_path / "d.fa", f">d label=y\n{protein}\n"))
+
+
+def test_a_byte_order_mark_does_not_hide_the_first_label(tmp_path):
+    data = read_labelled(write(tmp_path / "a.fa", "\ufeff>a label=x\r\nAC\r\n>b label=y\r\nGT\r\n"))
+    assert [(one.name, one.text, one.label) for one in data.sequences] == [("a", "AC", "x"), ("b", "GT", "y")]
+
+
+@pytest.mark.parametrize("name", ["a.FA", "a.Fasta.GZ", "a.CSV", "a.TSV.gz", "a.FNA", "a.frn"])
+def test_suffixes_in_any_case(tmp_path, name):
+    delimiter = "," if "CSV" in name else "\t"
+    text = f"seq{delimiter}label\nAC{delimiter}x\n" if "SV" in name else ">a label=x\nAC\n"
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
+    assert [(one.text, one.label) for one in read_labelled(tmp_path / name).sequences] == [("AC", "x")]
 
 
 @pytest.mark.parametrize(
@@ -118,5 +145,7 @@ def test_classes_are_ordered_and_digests_tell_what_matters():
     one = Sequence("a", "ACgg", "x", None)
     assert one.digest == Sequence("b", "acgg", "x", None).digest != Sequence("a", "ACgg", "y", None).digest
     assert one.canonical == Sequence("c", "CCGT", "x", None).canonical == "ACGG"
+    rna, dna = (Sequence("d", text, "x", None) for text in ("UUGCU", "TTGCT"))
+    assert rna.canonical == dna.canonical == dna._replace(text="AGCAA").canonical  # U is read as T
     rows = [Sequence("a", "A", label, None) for label in ("10", "9", "b", "a")]
     assert Labelled(rows, {}).classes == ["9", "10", "a", "b"]

@@ -88,6 +88,16 @@ def test_names_without_chr_crlf_a_byte_order_mark_and_gzip(vcf_of, genome, tmp_p
         list(Vcf(packed, genome).records())
 
 
+def test_u_is_read_as_t_on_both_sides(tmp_path):
+    (tmp_path / "rna.fa").write_text(">r\nACGUacgu\n")
+    (tmp_path / "v.vcf").write_text(HEADER + "r\t4\t.\tT\tC\nr\t7\t.\tGU\tG,gu,TT\nr\t4\t.\tG\tC\n")
+    with Genome.open(tmp_path / "rna.fa", cache_dir=tmp_path / "cache") as genome:
+        vcf = Vcf(tmp_path / "v.vcf", genome)
+        records = list(vcf.records())
+    assert [r.variant for r in records] == [Variant("r", 3, "T", ("C",)), Variant("r", 6, "GT", ("G", "TT")), None]
+    assert records[1].columns[3:5] == ("GU", "G,gu,TT") and vcf.skipped == {MISMATCH: 1, SAME: 1}
+
+
 def test_another_assembly(vcf_of):
     vcf = vcf_of("chr1\t1\t.\tA\tC", "chr1\t2\t.\tG\tA", "chr1\t3\t.\tA\tC")
     with pytest.raises(

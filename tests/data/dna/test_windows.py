@@ -116,6 +116,24 @@ def test_windows_with_too_many_N_are_dropped_and_counted(max_unknown, kept):
     assert in_order.dropped == 5 - len(kept)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("ACNRUn"), st.integers(1, 20)), min_size=5, max_size=30),
+    st.integers(1, 20),
+    st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 1.0]),
+    st.integers(0, 9),
+)
+def test_the_windows_of_an_epoch_that_are_kept_are_counted_by_runs(runs, length, max_unknown, seed):
+    """The number is that of the windows that an epoch gives, whatever its offsets are."""
+    letters = "ACGT" * 5 + "".join(letter * n for letter, n in runs)
+    n = len(letters)
+    genomes = [Genome.open({"a": letters}), Genome.open({"b": letters[::-1]})]
+    sources = [(genomes[0], [Interval("a", 0, n), Interval("a", 3, n, "-")]), (genomes[1], [Interval("b", 1, n - 1)])]
+    windows = GenomeWindows(sources, length, seed=seed, max_unknown=max_unknown)
+    counted = windows.count_kept()
+    assert counted == sum(len(some.places) for some in windows.once(4)) == windows.n_windows - windows.dropped
+
+
 def test_nothing_but_N():
     windows = GenomeWindows([(Genome.open({"a": "N" * 100}), [Interval("a", 0, 100)])], 10)
     with pytest.raises(ValueError, match="each window has more than 10% of N and ambiguity codes; raise max_unknown"):

@@ -13,11 +13,14 @@ import torch
 
 from anymamba.data.dna import DnaTokenizer, reverse_complement
 from anymamba.data.dna.labelled import Labelled, Sequence, read_labelled
+from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.evaluation.dna import classifier_runs
 from anymamba.evaluation.dna.classifier_config import ClassifierTraining
 from anymamba.evaluation.dna.classifier_runs import ClassifierRun, Source, train_run
 from anymamba.evaluation.dna.classifying import predict, train_classifier
-from anymamba.evaluation.dna.splits import make_split
+from anymamba.evaluation.dna.splits import FrozenSplit, make_split
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
 
 CPU = torch.device("cpu")
 PROMOTERS = Path(__file__).resolve().parents[4] / "shared/data/genomic_benchmarks/human_nontata_promoters_test.csv.gz"
@@ -133,6 +136,47 @@ def test_what_is_no_run(tmp_path):
     same = Labelled([one._replace(label="0") for one in data.sequences], {})
     with pytest.raises(ValueError, match="all sequences have the label '0'"):
         train_run(tmp_path / "run", same, make_split(same.sequences), *arguments[1:])
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_wrong_source_leaves_nothing(tmp_path):
+    data, config = labelled(60), ClassifierTraining(epochs=1, seeds=1, batch_size=40)
+    split = make_split(data.sequences)
+    text = tmp_path / "text"
+    LanguageModel(ModelConfig(d_model=16, n_layers=1, vocab_size=257)).save_pretrained(text, ByteTokenizer())
+    before = files_below(tmp_path)
+    wrong = {Source("none"): FileNotFoundError, Source(str(text)): ValueError, Source(preset="nono"): ValueError}
+    for source, kind in wrong.items():
+        with pytest.raises(kind):
+            train_run(tmp_path / "run", data, split, source, config, CPU, split_file=tmp_path / "split.json")
+        assert files_below(tmp_path) == before
+    with pytest.raises(OSError, match="none"):
+        train_run(tmp_path / "run", data, split, Source(preset="nano"), config, CPU, split_file=Path("none/x/s.json"))
+    assert files_below(tmp_path) == before
+
+
+def test_a_folder_without_a_trained_seed_is_taken_over(tmp_path, monkeypatch):
+    data, out = labelled(60), tmp_path / "run"
+    split, config = make_split(data.sequences), ClassifierTraining(epochs=1, seeds=1, batch_size=40)
+    original = classifier_runs.train_classifier
+
+    def stops(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classifier_runs, "train_classifier", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(out, data, split, Source(preset="nano"), dataclasses.replace(config, epochs=9), CPU)
+    monkeypatch.setattr(classifier_runs, "train_classifier", original)
+    new = make_split(data.sequences, seed=1)
+    train_run(out, data, new, Source(preset="nano"), config, CPU, split_file=tmp_path / "split.json")
+    run = ClassifierRun(out)
+    assert run.config.epochs == 1 and run.split == new == FrozenSplit.load(tmp_path / "split.json")
+    with pytest.raises(FileExistsError, match="holds a run with another split"):
+        train_run(out, data, split, Source(preset="nano"), config, CPU)
+    assert ClassifierRun(out).split == new
 
 
 @pytest.mark.slow

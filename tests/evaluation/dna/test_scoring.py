@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from anymamba.data.dna import DnaTokenizer, Genome, reverse_complement
+from anymamba.base.errors import DataWarning
+from anymamba.data.dna import DnaTokenizer, Genome, Interval, reverse_complement
 from anymamba.data.dna.vcf import Variant
 from anymamba.data.tokenizer import ByteTokenizer
-from anymamba.evaluation.dna import score
+from anymamba.evaluation.dna import embed, score, trained_with_masks
+from anymamba.models.checkpoints import open_checkpoint
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
 
 COMPLEMENT = (0, 1, 2, 3, 4, 5, 6, 10, 9, 8, 7, 11)
 
@@ -128,6 +134,83 @@ def test_masked_scores(genome, tokenizer, model_of, complement):
                 strands.append(a - b)
             assert (got.plus, got.minus) == pytest.approx(tuple(strands), abs=1e-9)
             assert got.score == pytest.approx(sum(strands) / 2, abs=1e-9)
+
+
+@torch.no_grad()
+def test_names_with_and_without_chr(genome, tokenizer, model_of):
+    ref = genome.fetch("chr2", 9, 10)
+    variants = [Variant(name, 9, ref, ("A" if ref != "A" else "C",)) for name in ("chr2", "2")]
+    with pytest.warns(DataWarning, match="names with and without chr are taken as the same sequence"):
+        first, second = score(model_of("mamba"), tokenizer, genome, variants, context=10)
+    assert first == second
+    with pytest.raises(ValueError, match=r"has no sequence 'chr9'"):
+        list(score(model_of("mamba"), tokenizer, genome, [variants[0]._replace(name="chr9")]))
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "bimamba"])
+@pytest.mark.parametrize(
+    ("ref", "alts", "bad"), [(None, ("N",), "N"), (None, ("A", "C", "aEc"), "aEc"), ("R", ("A",), "R")]
+)
+def test_letters_that_are_no_bases_are_refused(genome, tokenizer, model_of, mixer, ref, alts, bad):
+    variant = Variant("chr2", 9, ref or genome.fetch("chr2", 9, 10), alts)
+    with pytest.raises(ValueError, match=f"the allele '{bad}' of chr2:10 has letters other than A, C, G and T"):
+        list(score(model_of(mixer), tokenizer, genome, [variant]))
+
+
+@torch.no_grad()
+def test_u_is_read_as_t(tmp_path, genome, tokenizer, model_of):
+    text = genome.fetch("chr2", 0, 40)
+    (tmp_path / "rna.fa").write_text(f">chr2\n{text.replace('T', 'U')}\n")
+    at = text.index("T", 5)
+    with Genome.open(tmp_path / "rna.fa", cache_dir=tmp_path / "cache") as rna:
+        variants = [Variant("chr2", at, ref, ("C",)) for ref in ("T", "U", "u")]
+        found = list(score(model_of("mamba"), tokenizer, rna, variants))
+    assert found == list(score(model_of("mamba"), tokenizer, genome, variants))
+    assert found[0] == found[1] == found[2]
+
+
+def test_how_a_model_was_trained(tmp_path, tokenizer, model_of):
+    """A run folder says so, and so do the folders in it."""
+    run = tmp_path / "run"
+    for folder in (run, run / "best"):
+        model_of("mamba").save_pretrained(folder, tokenizer)
+    checkpoint = run / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    for objective, masked in (("mlm", True), ("causal", False), ("other", None)):
+        (run / "train_config.json").write_text(json.dumps({"objective": objective}))
+        for folder in (run, run / "best", checkpoint, str(run)):
+            assert trained_with_masks(folder) is masked, folder
+        assert trained_with_masks(open_checkpoint(run / "best")) is masked
+    (run / "train_config.json").unlink()
+    assert trained_with_masks(run) is trained_with_masks(run / "best") is None
+
+
+class Folding:
+    """A tokenizer of DNA that is not ours: one token a base, and all other letters are unknown."""
+
+    name, vocab_size, eos_id, fingerprint = "hub", 7, None, "hub"
+
+    def encode(self, text):
+        return ["ACGTN".find(letter) + 1 for letter in text]
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+
+def test_a_model_of_text_is_refused(genome, tokenizer):
+    """A vocabulary that is large enough does not make a model of bytes one of DNA."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(d_model=16, n_layers=1, vocab_size=257)).eval()
+    ref = genome.fetch("chr2", 9, 10)
+    variants = [Variant("chr2", 9, ref, ("A" if ref != "A" else "C",))]
+    for ask in (
+        lambda tokenizer: score(model, tokenizer, genome, variants),
+        lambda tokenizer: embed(model, tokenizer, genome, [Interval("chr2", 0, 9)]),
+    ):
+        with pytest.raises(ValueError, match=r"the tokenizer bytes is one of text, not of DNA.*--data genome\.fa"):
+            list(ask(ByteTokenizer()))
+        assert len(list(ask(Folding()))) == len(list(ask(tokenizer))) == 1
 
 
 def test_refusals(genome, tokenizer, model_of):

@@ -48,6 +48,22 @@ def test_splits_of_the_data_are_kept():
     assert {one.split for one in make_split(given).parts(given)["valid"]} == {"valid"}
 
 
+def test_what_was_trained_on_is_found_whatever_its_label_split_and_strand():
+    rows = [*sequences(200, "train"), *sequences(50, "test", 1)]
+    rows[0] = rows[0]._replace(text="UUGCUUAACG", label="0")
+    split = make_split(rows)
+    trained = split.parts(rows)["train"]
+    assert split.n_trained(rows, ["0", "1"]) == len(trained) < 200
+    other = [one._replace(text=reverse_complement(one.text).lower(), label="9", split=None) for one in rows]
+    assert split.n_trained(other, ["0", "1"]) == len(trained)
+    assert split.n_trained([one._replace(text=one.text.replace("T", "U")) for one in other], ["0", "1"]) == len(trained)
+    assert split.n_trained(sequences(100, None, 5), ["0", "1"]) == 0
+    bare = [one._replace(split=None) for one in rows]
+    fresh = make_split(bare)
+    wanted = len(fresh.digests["train"])
+    assert fresh.n_trained([one._replace(split="test") for one in bare], ["0", "1"]) == wanted
+
+
 def test_a_file_is_read_again_and_notices_changes(tmp_path):
     rows, path = sequences(200), tmp_path / "split.json"
     split = make_split(rows)

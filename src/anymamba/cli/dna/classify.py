@@ -131,7 +131,9 @@ def train(arguments: Sequence[str]) -> None:
 
     source = Source(options.model, options.preset)
     with progress_bar("training") as show:
-        results = train_run(options.out, data, split, source, options.training, device, show)
+        results = train_run(
+            options.out, data, split, source, options.training, device, show, split_file=options.split_file
+        )
     if options.json:
         print_json({"run": str(options.out), **results})
         return
@@ -140,15 +142,13 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def frozen_split(options: TrainOptions, data: Labelled) -> FrozenSplit:
-    """The split of a file that exists, or a new one, which is written to the file that is named."""
+    """The split of a file that exists, or a new one."""
     from anymamba.evaluation.dna.splits import FrozenSplit, make_split, n_shared
 
     if options.split_file is not None and options.split_file.exists():
         split = FrozenSplit.load(options.split_file)
     else:
         split = make_split(data.sequences, seed=options.split_seed, valid=options.valid, test=options.test)
-        if options.split_file is not None:
-            split.save(options.split_file)
     shared = n_shared(split.parts(data.sequences))
     if shared:
         say(f"{options.data.data}: {shared:,} test sequences are also in train, perhaps on the other strand")
@@ -165,8 +165,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     if options.split != "all":
         sequences = run.split.parts(sequences)[options.split]
     else:
-        trained = set(run.split.digests["train"])
-        known = sum(one.digest in trained for one in sequences)
+        known = run.split.n_trained(sequences, run.classes)
         if known:
             say(f"{options.data.data}: the run was trained on {known:,} of these {len(sequences):,} sequences")
     with progress_bar("evaluating") as show:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from anymamba.cli.dna.inputs import exact, lines_to, open_genome, tell_skipped, write_results
+from anymamba.cli.dna.inputs import exact, has_suffix, lines_to, open_genome, tell_skipped, write_results
 from anymamba.console.flags import read_flags
 from anymamba.console.output import progress_bar, say
 from anymamba.console.runtime import Runtime, load_model, open_model
@@ -80,7 +80,7 @@ def run(options: EmbedOptions) -> dict[str, object]:
         )
         with progress_bar("embedding") as show:
             told = _told(vectors, len(intervals), show)
-            if options.out is not None and options.out.suffix == ".npz":
+            if options.out is not None and has_suffix(options.out, ".npz"):
                 _write_npz(options.out, intervals, list(told), options.pooling == "positions")
             else:
                 _write_tsv(options.out, intervals, told)

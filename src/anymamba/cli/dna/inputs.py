@@ -50,10 +50,15 @@ def require_new(out: Path | None, suffixes: tuple[str, ...]) -> None:
     """Raise unless a file to write has one of the suffixes and does not exist yet."""
     if out is None:
         return
-    if out.suffix not in suffixes:
+    if not has_suffix(out, *suffixes):
         raise ValueError(f"--out must end with {' or '.join(suffixes)}, got {out}")
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another file (--out), or delete it")
+
+
+def has_suffix(out: Path | None, *suffixes: str) -> bool:
+    """Whether a file to write has one of the suffixes, in any case; False for stdout."""
+    return out is not None and out.suffix.lower() in suffixes
 
 
 def write_results(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 import tyro
 
-from anymamba.cli.dna.inputs import exact, lines_to, open_genome, tell_skipped, write_results
+from anymamba.cli.dna.inputs import exact, has_suffix, lines_to, open_genome, tell_skipped, write_results
 from anymamba.console.flags import read_flags
 from anymamba.console.output import progress_bar, say
 from anymamba.console.runtime import Runtime, load_model, open_model
@@ -17,6 +17,7 @@ from anymamba.console.runtime import Runtime, load_model, open_model
 if TYPE_CHECKING:
     from anymamba.data.dna.vcf import Record, Vcf
     from anymamba.evaluation.dna import AlleleScore
+    from anymamba.models.checkpoints import Checkpoint
 
 LENGTH = "insertions and deletions, which a model trained with masks does not score"
 COLUMNS = ("chrom", "pos", "id", "ref", "alt", "score", "plus", "minus", "skipped")
@@ -49,7 +50,7 @@ class ScoreOptions:
     batch_size: int = 16
     """Variants that are read at once."""
     objective: Literal["causal", "mlm"] | None = None
-    """How the model was trained; defaults to causal for a causal model, else to mlm."""
+    """How the model was trained; defaults to what its run says, else to causal for a causal model, mlm for others."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a line of the VCF that is no record."""
     tokenizer: Path | None = None
@@ -77,9 +78,9 @@ def run(options: ScoreOptions) -> dict[str, object]:
         checkpoint, tokenizer = open_model(options.model, options.tokenizer, runtime)
         from anymamba.evaluation.dna import score
 
+        objective = chosen_objective(options, checkpoint)
         model = load_model(checkpoint, runtime)
         records = _Following(vcf)
-        masked = None if options.objective is None else options.objective == "mlm"
         scores = score(
             model,
             tokenizer,
@@ -87,13 +88,11 @@ def run(options: ScoreOptions) -> dict[str, object]:
             (record.variant for record in records.with_variants() if record.variant is not None),
             context=options.context,
             batch_size=options.batch_size,
-            masked=masked,
+            masked=objective == "mlm",
         )
         n_scored, n_of_length = 0, 0
         with progress_bar("scoring") as show, lines_to(options.out) as stream:
-            writer = (
-                _VcfWriter(stream, vcf) if options.out is not None and options.out.suffix == ".vcf" else _Tsv(stream)
-            )
+            writer = _VcfWriter(stream, vcf) if has_suffix(options.out, ".vcf") else _Tsv(stream)
             for record, found in records.joined(scores):
                 writer.write(record, found)
                 known = sum(one is not None and one.score is not None for one in found)
@@ -104,7 +103,29 @@ def run(options: ScoreOptions) -> dict[str, object]:
     skipped = dict(vcf.skipped) | ({LENGTH: n_of_length} if n_of_length else {})
     tell_skipped(options.vcf, skipped)
     say(f"scored {n_scored:,} alleles")
-    return {"scored": n_scored, "skipped": skipped, "out": str(options.out)}
+    return {"objective": objective, "scored": n_scored, "skipped": skipped, "out": str(options.out)}
+
+
+def chosen_objective(options: ScoreOptions, checkpoint: Checkpoint) -> Literal["causal", "mlm"]:
+    """The objective of the flag, else that of the model's training; one line says which and why."""
+    from anymamba.evaluation.dna import trained_with_masks
+
+    names: dict[bool, Literal["causal", "mlm"]] = {False: "causal", True: "mlm"}
+    adapter = options.runtime.adapter
+    trained = None if adapter is None else trained_with_masks(adapter)
+    trained = trained_with_masks(checkpoint) if trained is None else trained
+    if options.objective is not None:
+        objective, why = options.objective, "chosen with --objective"
+        if trained is not None and names[trained] != objective:
+            why += f"; the model was trained with {names[trained]}"
+    elif trained is not None:
+        objective, why = names[trained], "the model was trained with it"
+    else:
+        causal = checkpoint.config.is_causal
+        objective = names[not causal]
+        why = f"the model is {'' if causal else 'not '}causal, and its folder does not say how it was trained"
+    say(f"objective {objective}: {why}")
+    return objective
 
 
 class _Following:

@@ -6,6 +6,7 @@ from .bed import Interval, read_bed, whole_sequences
 from .files import GenomeFile, are_genomes, find_genomes
 from .genome import Genome, Strand
 from .letters import reverse_complement
+from .runs import is_unknown
 from .tokenizer import (
     COMPLEMENT_IDS,
     MASK_ID,
@@ -15,7 +16,7 @@ from .tokenizer import (
     case_of_specification,
     reverse_complement_ids,
 )
-from .windows import GenomeWindows, Source, Windows, is_unknown, unknown_share
+from .windows import GenomeWindows, Source, Windows, unknown_share
 
 __all__ = [
     "COMPLEMENT_IDS",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..documents import open_decompressed
+from .checks import OLD_LINE_ENDS
 from .genome import Genome, Strand
 
 
@@ -36,13 +37,14 @@ def read_bed(
 
     Columns are separated by tabs, or by spaces in a line without a tab: the sequence (with or without "chr"), start,
     end, and, where there are more, label, score (not used) and strand ("." is "+"). Further columns are not used.
-    Skipped are: header lines (browser, track, #, and a first line with names of columns), intervals of unknown
-    sequences, and those that are empty or end beyond their sequence.
+    Skipped are: header lines (browser, track, #, and one first line with names of columns, which begin with letters),
+    intervals of unknown sequences, and those that are empty or end beyond their sequence.
 
     Args:
         on_bad_line: what to do with a line that is no interval: fewer than three columns, positions that are no numbers
             or are negative, an end before the start, or an unknown strand.
-    Raises ValueError, naming the line, for a bad line, and for a file without an interval in the genome.
+    Raises ValueError, naming the line, for a bad line, for line ends of CR alone, and for a file without an interval in
+    the genome.
     """
     reading = _BedLines(Path(path), genome, on_bad_line == "skip")
     intervals = reading.intervals()
@@ -67,33 +69,40 @@ class _BedLines:
         self._path, self._genome, self._skip = path, genome, skip
         self.skipped: Counter[str] = Counter()
         self.first = ""
+        self._may_be_names = True
         self._own_name: dict[str, str | None] = {}
 
     def intervals(self) -> list[Interval]:
         """The intervals that the genome has."""
         found = []
-        lines = 0
         with open_decompressed(self._path, lambda count: None) as stream:
             for number, raw in enumerate(stream, 1):
                 line = raw.decode("utf-8", "surrogateescape").strip("\r\n")
                 if number == 1:
                     line = line.removeprefix("\ufeff")
+                if "\r" in line:
+                    raise ValueError(f"{self._path}: {OLD_LINE_ENDS}")
                 columns = line.split("\t") if "\t" in line else line.split()
-                if self._is_header(line, columns, lines):
+                if self._is_header(line, columns):
                     self.skipped[HEADER] += bool(line.strip())
                     continue
-                lines += 1
                 interval = self._interval(columns, number)
                 if interval is not None:
                     found.append(interval)
         self.skipped += Counter()  # drops reasons with a count of 0
         return found
 
-    @staticmethod
-    def _is_header(line: str, columns: list[str], lines: int) -> bool:
+    def _is_header(self, line: str, columns: list[str]) -> bool:
         if not line.strip() or line.startswith("#") or columns[0] in ("browser", "track"):
             return True
-        return not lines and len(columns) >= 3 and not any(c.strip().lstrip("-").isdigit() for c in columns[1:3])
+        is_first, self._may_be_names = self._may_be_names, False
+        return is_first and len(columns) >= 3 and self._are_names([column.strip() for column in columns[:3]])
+
+    def _are_names(self, columns: list[str]) -> bool:
+        """Whether three columns name sequence, start and end, as in "chrom start end"."""
+        first = columns[0]
+        own = {first, f"chr{first}", first.removeprefix("chr")} & self._genome.lengths.keys()
+        return not own and all(column[:1].isalpha() or column.startswith("_") for column in columns)
 
     def _interval(self, columns: list[str], number: int) -> Interval | None:
         """The interval of a line, or None where it is skipped."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .letters import AMBIGUOUS, LETTERS
+from .checks import OLD_LINE_ENDS, Checked
 
 _BLOCK = 1 << 18  # bytes read at once
 _LONGEST_HEADER = 1 << 20
 _HEADER = re.compile(rb"\n[>;]")
 _SPACE = b"\n\r \t\v\f"
-_UNAMBIGUOUS = bytes(set(LETTERS) - set(AMBIGUOUS + AMBIGUOUS.lower()))
 _OTHER_FORMATS = {
     b"@": "FASTQ, whose reads are not read; give sequences as FASTA",
     b"\x1f\x8b": "compressed with gzip; let its name end with .gz",
@@ -25,7 +25,6 @@ _OTHER_FORMATS = {
     b"\x1aA'C": "compressed .2bit, which is not read; decompress it",
 }
 """What files of other formats begin with, and what is said of them."""
-_PROTEIN_FROM = 20  # letters of a record from which on its share of ambiguity codes is looked at
 
 
 @dataclass
@@ -41,23 +40,28 @@ class FastaCounts:
 def read_fasta(file: Path, stream: BinaryIO, counts: FastaCounts) -> Iterator[tuple[str, Iterator[NDArray[np.uint8]]]]:
     """The records of a FASTA file: the name and the letters, in pieces. Read each to its end before the next one.
 
-    A name is the first word of its header. Lines may be of any length and end with CR LF. Letters are the bases, U, N
-    and the IUPAC codes in either case.
+    A name is the first word of its header. Lines may be of any length and end with LF or CR LF. Letters are the
+    bases, U, N and the IUPAC codes in either case.
 
     Args:
         counts: gets what is skipped.
-    Raises ValueError, naming file, line and record, for what is no FASTA, for proteins, gaps and other letters, and for
-    two records of one name.
+    Raises ValueError, naming file, line and record, for what is no FASTA, for line ends of CR alone, for proteins,
+    gaps and other letters, and for two records of one name.
+    """
+    for name, _, pieces in read_records(file, stream, counts):
+        letters = _checked(file, name, pieces)
+        yield name, letters
+        for _ in letters:
+            pass
+
+
+def read_records(file: Path, stream: BinaryIO, counts: FastaCounts) -> Iterator[tuple[str, str, Iterator[bytes]]]:
+    """`read_fasta` with letters that are not checked: the name, the header after >, and the letters, in pieces.
+
+    Raises ValueError, naming file and line, for what is no FASTA and for two records of one name.
     """
     lines = _Lines(file, stream)
     seen: dict[str, int] = {}
-
-    def letters(name: str) -> Iterator[NDArray[np.uint8]]:
-        checked = _Checked(file, name)
-        for piece in lines.sequence(counts):
-            yield checked(piece)
-        checked.finish()
-
     while (header := lines.header(counts)) is not None:
         name = _name(file, header, lines.number)
         if name in seen:
@@ -66,60 +70,34 @@ def read_fasta(file: Path, stream: BinaryIO, counts: FastaCounts) -> Iterator[tu
                 "a position must mean one base"
             )
         seen[name] = lines.number
-        pieces = letters(name)
+        pieces = lines.sequence(counts)
         first = next(pieces, None)
         if first is None:
             counts.empty.append(name)
             continue
-        yield name, _chain(first, pieces)
+        yield name, _decoded(header[1:]), chain([first], pieces)
         for _ in pieces:
             pass
     if not seen:
         raise ValueError(f"{file} is not FASTA: it has no line that begins with >")
 
 
-def _chain(first: NDArray[np.uint8], rest: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-    yield first
-    yield from rest
+def _checked(file: Path, name: str, pieces: Iterator[bytes]) -> Iterator[NDArray[np.uint8]]:
+    checked = Checked(str(file), name)
+    for piece in pieces:
+        yield checked(piece)
+    checked.finish()
 
 
 def _name(file: Path, header: bytes, line: int) -> str:
     words = header[1:].split(maxsplit=1)
     if not words:
         raise ValueError(f"{file}, line {line:,}: a record has no name; write one after >")
-    return words[0].decode("utf-8", "surrogateescape")
+    return _decoded(words[0])
 
 
-class _Checked:
-    """Checks the letters of one record."""
-
-    def __init__(self, file: Path, name: str) -> None:
-        self._file, self._name, self._n, self._n_ambiguous = file, name, 0, 0
-
-    def __call__(self, piece: bytes) -> NDArray[np.uint8]:
-        wrong = piece.translate(None, LETTERS)
-        if wrong:
-            raise ValueError(self._complaint(chr(wrong[0]), self._n + piece.index(wrong[:1])))
-        letters = np.frombuffer(piece, np.uint8)
-        self._n += len(letters)
-        self._n_ambiguous += len(piece.translate(None, _UNAMBIGUOUS))
-        return letters
-
-    def finish(self) -> None:
-        """Raise ValueError if the record looks like a protein."""
-        if self._n >= _PROTEIN_FROM and 2 * self._n_ambiguous > self._n:
-            raise ValueError(
-                f"{self._file}: more than half of record {self._name!r} are ambiguity codes, as in a protein; only DNA "
-                "and RNA are read"
-            )
-
-    def _complaint(self, letter: str, position: int) -> str:
-        where = f"{self._file}: record {self._name!r} has {letter!r} at base {position + 1:,}"
-        if letter in "-.*~":
-            return f"{where}, which is a gap of an alignment or a stop of a protein; give sequences without them"
-        if letter.isalpha() and letter.isascii():
-            return f"{where}, which is no base or ambiguity code; is it a protein? Only DNA and RNA are read"
-        return f"{where}; a sequence has letters only"
+def _decoded(header: bytes) -> str:
+    return header.decode("utf-8", "surrogateescape")
 
 
 class _Lines:
@@ -140,7 +118,10 @@ class _Lines:
             raise ValueError(f"{self._file} is not FASTA: it begins with {_shown(piece)} and not with >")
         if not self._have():
             return None
-        return self._line()
+        line = self._line()
+        if b"\r" in line:
+            raise ValueError(self._old_line_ends())
+        return line
 
     def sequence(self, counts: FastaCounts) -> Iterator[bytes]:
         """The letters up to the next line that begins with >, without white space."""
@@ -174,11 +155,16 @@ class _Lines:
                 end = len(self._data)
                 break
             if len(self._data) > _LONGEST_HEADER + _BLOCK:
+                if b"\r" in self._data:
+                    raise ValueError(self._old_line_ends())
                 raise ValueError(f"{self._file} is not FASTA: a header of more than a million characters does not end")
         self.number = self._lines_before + 1
         line = self._data[self._at : end].rstrip(b"\r")
         self._advance(min(end + 1, len(self._data)))
         return line
+
+    def _old_line_ends(self) -> str:
+        return f"{self._file}: {OLD_LINE_ENDS}"
 
     def _advance(self, end: int) -> None:
         self._lines_before += self._data.count(b"\n", self._at, end)

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from anymamba.base.errors import DataWarning
 
-from .letters import COMPLEMENT, other_letters, others_in_words, translated
-from .opening import open_file
+from .letters import COMPLEMENT, odd_in_words, odd_letters, translated
+from .opening import empty_note, open_file
 from .packed import PackedReader
 from .reader import Reader
+from .two_bit import TwoBitReader
 from .wrapping import WrappedReader, is_wrappable
 
 Strand = Literal["+", "-"]
@@ -42,8 +43,8 @@ class Genome:
         self.lengths: dict[str, int] = reader.lengths
         """Bases of each sequence by its name."""
         self.others_read: Counter[str] = Counter()
-        """Letters other than A, C, G, T and N that were read so far, counted at each reading; none where the file is
-        packed, whose letters `notes` counts."""
+        """Letters other than A, C, G and T that were read so far, counted at each reading; none where the file is
+        packed or .2bit, whose letters `notes` counts."""
         self._told_of_names = False
 
     @staticmethod
@@ -62,7 +63,8 @@ class Genome:
         Raises FileNotFoundError if there is no such file, ValueError for a file that is damaged or is no DNA.
         """
         if is_wrappable(source):
-            return Genome(WrappedReader(source), type(source).__name__)
+            wrapped = WrappedReader(source)
+            return Genome(wrapped, type(source).__name__, empty_note(wrapped.empty))
         path = Path(source).expanduser()
         reader, notes = open_file(path, None if cache_dir is None else Path(cache_dir), progress)
         return Genome(reader, str(path), notes)
@@ -119,17 +121,24 @@ class Genome:
         if strand not in ("+", "-"):
             raise ValueError(f"strand must be '+' or '-', got {strand!r}")
         letters = self._reader.read(name, int(start), int(end))
-        if not isinstance(self._reader, PackedReader):
-            self.others_read += other_letters(letters)
+        if not isinstance(self._reader, PackedReader | TwoBitReader):
+            self.others_read += odd_letters(letters)
         return letters if strand == "+" else translated(letters[::-1], COMPLEMENT)
 
     def peek(self, name: str, start: int, end: int) -> NDArray[np.uint8]:
         """The letters of a range of a sequence that is known to exist; they do not count in `reading_notes`."""
         return self._reader.read(self.resolve(name), start, end)
 
+    def unknown_runs(self, name: str) -> NDArray[np.int64]:
+        """Where a sequence has N or an ambiguity code: (n_runs, 2) starts and ends, sorted; runs may touch.
+
+        A sequence that is read in place is read to its end the first time; this does not count in `reading_notes`.
+        """
+        return self._reader.unknown_runs(self.resolve(name))
+
     def reading_notes(self) -> tuple[str, ...]:
-        """What was found while a file that is not packed was read, one line each."""
-        return (f"read (counted at each reading) {others_in_words(self.others_read)}",) if self.others_read else ()
+        """What was found while a genome was read in place, one line each."""
+        return (f"read (counted at each reading) {odd_in_words(self.others_read)}",) if self.others_read else ()
 
     def close(self) -> None:
         """Close the files; an object that was given stays open."""

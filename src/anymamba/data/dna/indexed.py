@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import Checked, require_dna
 from .letters import LETTERS
+from .runs import scan_unknown
 
 _LONGEST_HEADER = 8192  # bytes before and after a record that are looked at for a header
+_AT_ONCE = 1 << 20  # bytes of a record whose line ends are looked at together
+_NO_LETTERS = b">; \t\v\f"  # signs of headers and comments, and white space, which the reader without an index skips
 _MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 
@@ -55,7 +60,8 @@ class IndexedReader:
         index: its .fai.
         content: its bytes.
     Raises ValueError, naming the file, for an index that is no .fai, for two records of one name, of which samtools
-    lists the first, and when the index does not fit what is read.
+    lists the first, and when the index does not fit what is read. What is read of a record, and its start, is checked
+    as `read_fasta` does.
     """
 
     def __init__(self, path: Path, index: Path, content: Content) -> None:
@@ -68,26 +74,53 @@ class IndexedReader:
         self.unlisted = self._find_unlisted(entries)
         """Names of records that the file has and the index does not list, one for each place; they are left out."""
         self._checked: set[str] = set()
+        self._unknown: dict[str, NDArray[np.int64]] = {}
 
     def read(self, name: str, start: int, end: int) -> NDArray[np.uint8]:
         """The letters [start, end) of a record as ASCII codes."""
         if start == end:
             return np.zeros(0, np.uint8)
-        entry = self._entries[name]
         if name not in self._checked:
-            self._check_header(name, entry)
+            self._check_header(name, self._entries[name])
+            require_dna(str(self._path), name, self.lengths[name], partial(self._letters, name))
             self._checked.add(name)
-        lines = self._content.read(entry.byte_of(start), entry.byte_of(end - 1) + 1)
-        letters = lines.translate(None, b"\r\n")
-        wrong = letters.translate(None, LETTERS)
-        if len(letters) != end - start or wrong:
-            found = f"{chr(wrong[0])!r}" if wrong else f"{len(letters):,} letters"
-            raise self._misfit(f"at {name}:{start:,}-{end:,} there is {found}")
-        return np.frombuffer(bytearray(letters), np.uint8)
+        letters = Checked(str(self._path), name, start)(self._letters(name, start, end))
+        return letters.copy()
+
+    def unknown_runs(self, name: str) -> NDArray[np.int64]:
+        """Where a record has N or an ambiguity code, (n_runs, 2); the first time the record is read to its end."""
+        if name not in self._unknown:
+            self._unknown[name] = scan_unknown(partial(self.read, name), self.lengths[name])
+        return self._unknown[name]
 
     def close(self) -> None:
         """Close the file."""
         self._content.close()
+
+    def _letters(self, name: str, start: int, end: int) -> bytes:
+        """The letters [start, end) of a record, which may be of a protein. Raises ValueError if the index misfits."""
+        entry = self._entries[name]
+        lines = self._content.read(entry.byte_of(start), entry.byte_of(end - 1) + 1)
+        letters = lines.translate(None, b"\r\n")
+        wrong = letters.translate(None, LETTERS)
+        if len(letters) != end - start or (wrong and not self._fits(entry)):
+            found = f"{chr(wrong[0])!r}" if wrong else f"{len(letters):,} letters"
+            raise self._misfit(f"at {name}:{start:,}-{end:,} there is {found}")
+        return letters
+
+    def _fits(self, entry: _Entry) -> bool:
+        """Whether a record has its line ends where the index has them, and nothing that an index does not count."""
+        n_lines = max(1, _AT_ONCE // entry.line_width)
+        for start in range(0, entry.length, n_lines * entry.line_bases):
+            first, last = entry.byte_of(start), entry.byte_of(min(start + n_lines * entry.line_bases, entry.length) - 1)
+            lines = self._content.read(first, last + 1)
+            if len(lines) != last + 1 - first or len(lines) != len(lines.translate(None, _NO_LETTERS)):
+                return False
+            found = np.frombuffer(lines, np.uint8)
+            is_end = (found == ord("\n")) | (found == ord("\r"))
+            if not np.array_equal(is_end, np.arange(len(lines)) % entry.line_width >= entry.line_bases):
+                return False
+        return self._content.read(entry.end, entry.end + 1) in (b"", b"\n", b"\r")
 
     def _find_unlisted(self, entries: dict[str, _Entry]) -> list[str]:
         """Names of records that are not listed: the header after a listed record is that of the next one.

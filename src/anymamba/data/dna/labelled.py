@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..documents import open_decompressed
-from .fasta import FastaCounts, read_fasta
-from .letters import letters_of, other_letters, reverse_complement
+from ..documents import GENOME_SUFFIXES, file_format, open_decompressed
+from .checks import Checked
+from .fasta import FastaCounts, read_records
+from .letters import as_dna, letters_of, other_letters, reverse_complement
 
 Split = Literal["train", "valid", "test"]
 SEQUENCE_FIELDS = ("seq", "sequence", "dna")
@@ -28,7 +29,7 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
 }
 """Names of splits in tables, folders and BED files, in lower case."""
-FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn")
+FASTA_SUFFIXES = tuple(suffix for suffix in GENOME_SUFFIXES if suffix != ".2bit")
 
 EMPTY = "records without a sequence"
 NO_DNA = "records with letters that DNA does not have"
@@ -56,8 +57,8 @@ class Sequence(NamedTuple):
 
     @property
     def canonical(self) -> str:
-        """The same text for a sequence and its reverse complement."""
-        upper = self.text.upper()
+        """The same text for a sequence and its reverse complement, as DNA or RNA."""
+        upper = as_dna(self.text.upper())
         return min(upper, reverse_complement(upper))
 
 
@@ -106,7 +107,7 @@ def read_labelled(
     if path.is_dir():
         rows = _folder_rows(path, bad)
     else:
-        kind = next((s for s in reversed(path.suffixes) if s not in (".gz", ".bgz", ".bz2", ".xz", ".zst")), "")
+        kind = file_format(path)
         if kind in (".csv", ".tsv"):
             rows = _table_rows(path, "," if kind == ".csv" else "\t", label_field, need_labels, bad)
         elif kind in FASTA_SUFFIXES:
@@ -157,6 +158,10 @@ def _problem(row: Sequence, need_labels: bool) -> tuple[str, str] | None:
         letters_of(row.text)
     except ValueError as error:
         return NO_DNA, str(error)
+    checked = Checked("", row.name)
+    checked(row.text.encode("ascii"))
+    if checked.is_protein:
+        return NO_DNA, "more than half of its letters are ambiguity codes, as in a protein; only DNA and RNA are read"
     if need_labels and not row.label:
         return NO_LABEL, "it has no label"
     return None
@@ -230,7 +235,7 @@ def _folder_rows(folder: Path, bad: _Bad) -> Iterator[Sequence]:
     for top in splits or [folder]:
         split = SPLIT_NAMES[top.name.lower()] if splits else None
         for label in sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith(".")):
-            for file in sorted(label.glob("*.txt")):
+            for file in sorted(path for path in label.iterdir() if path.suffix.lower() == ".txt"):
                 text = "".join(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split())
                 read += 1
                 yield Sequence(str(file.relative_to(folder)), text, label.name, split)
@@ -239,17 +244,11 @@ def _folder_rows(folder: Path, bad: _Bad) -> Iterator[Sequence]:
 
 def _fasta_rows(path: Path, label: str, bad: _Bad) -> Iterator[Sequence]:
     found = re.compile(rf"(?:^|[\s;|]){re.escape(label)}=([^\s;|]+)")
-    headers = {}  # the reader below gives names only
-    with open_decompressed(path, lambda count: None) as stream:
-        for line in stream:
-            header = line[1:].decode("utf-8", "surrogateescape") if line.startswith(b">") else ""
-            if header.strip():
-                headers[header.split(maxsplit=1)[0]] = header
     counts = FastaCounts()
     with open_decompressed(path, lambda count: None) as stream:
-        for name, pieces in read_fasta(path, stream, counts):
-            text = b"".join(piece.tobytes() for piece in pieces).decode("ascii")
-            given = found.search(headers.get(name, ""))
+        for name, header, pieces in read_records(path, stream, counts):
+            text = b"".join(pieces).decode("utf-8", "surrogateescape")
+            given = found.search(header)
             yield Sequence(name, text, given[1] if given else None, None)
     bad.leave_out(COMMENTS, counts.comments)
     for name in counts.empty:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..documents import format_by_content
 from .content import BgzipFile, MappedFile
 from .indexed import IndexedReader
-from .letters import others_in_words
+from .letters import odd_in_words
 from .packed import PackedReader, Progress, open_packed
 from .reader import Reader
 from .two_bit import TwoBitReader
@@ -22,10 +22,10 @@ def open_file(path: Path, cache_dir: Path | None, progress: Progress | None) -> 
         two_bit = TwoBitReader(path)
         if not two_bit.lengths:
             raise ValueError(f"{path} has no sequence: all of its {len(two_bit.empty)} are empty")
-        return two_bit, _empty_note(two_bit.empty)
+        return two_bit, _two_bit_notes(two_bit)
     indexed, notes = _open_indexed(path)
     if indexed is not None:
-        return indexed, notes + _empty_note(indexed.empty) + _unlisted_note(indexed.unlisted)
+        return indexed, notes + empty_note(indexed.empty) + _unlisted_note(indexed.unlisted)
     packed = open_packed(path, cache_dir, progress)
     return packed, notes + packed_notes(packed)
 
@@ -58,16 +58,21 @@ def _open_indexed(path: Path) -> tuple[IndexedReader | None, tuple[str, ...]]:
 def packed_notes(reader: PackedReader) -> tuple[str, ...]:
     """What a packed file had beside the bases."""
     counts = reader.counts
-    odd = {letter: n for letter, n in counts["letters"].items() if letter not in ("N", "lower")}
-    lines = []
-    if odd:
-        lines.append(others_in_words(odd))
+    odd = {letter: n for letter, n in counts["letters"].items() if letter != "lower"}
+    lines = [odd_in_words(odd)] if odd else []
     if counts["comments"]:
         lines.append(f"skipped {counts['comments']:,} comment lines")
-    return (*lines, *_empty_note(counts["empty"]))
+    return (*lines, *empty_note(counts["empty"]))
 
 
-def _empty_note(names: list[str]) -> tuple[str, ...]:
+def _two_bit_notes(reader: TwoBitReader) -> tuple[str, ...]:
+    """What a .2bit file had beside the bases."""
+    unknown = reader.n_unknown
+    return (*([odd_in_words({"N": unknown})] if unknown else []), *empty_note(reader.empty))
+
+
+def empty_note(names: list[str]) -> tuple[str, ...]:
+    """A line about records without a letter, if there are any."""
     plural = "" if len(names) == 1 else "s"
     return (f"skipped {len(names):,} empty record{plural}, the first {names[0]!r}",) if names else ()
 

@@ -21,7 +21,7 @@ from anymamba.data.cache import FORMAT, Sources, default_cache, mark_used, table
 
 from ..documents import open_decompressed
 from .fasta import FastaCounts, read_fasta
-from .letters import LOWER, ODD, pack, translated, unpack
+from .letters import LOWER, ODD, U, pack, translated, unpack
 from .runs import RunList, find_runs, overlapping
 
 _FORMAT = 1  # of the files below; part of the key
@@ -75,6 +75,12 @@ class PackedReader:
         for first, last, _ in self._runs(self._lower, self._lower_at, record, start, end):
             letters[max(first - start, 0) : last - start] |= LOWER
         return letters
+
+    def unknown_runs(self, name: str) -> NDArray[np.int64]:
+        """Where a sequence has N or an ambiguity code, (n_runs, 2)."""
+        at = self._first[name]
+        mine = self._odd[self._odd_at[at] : self._odd_at[at + 1]]
+        return np.asarray(mine[mine[:, 2] != U][:, :2])
 
     @staticmethod
     def _runs(runs: NDArray[np.int64], at: list[int], record: int, start: int, end: int) -> list[list[int]]:

@@ -18,6 +18,10 @@ class Reader(Protocol):
         """The letters [start, end) as ASCII codes, in an array that the caller may change."""
         ...
 
+    def unknown_runs(self, name: str) -> NDArray[np.int64]:
+        """Where a sequence has N or an ambiguity code: (n_runs, 2) starts and ends, sorted, without overlaps."""
+        ...
+
     def close(self) -> None:
         """Close the files."""
         ...

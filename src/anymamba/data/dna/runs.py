@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
+
+from .letters import ODD, U, translated
+
+_AT_ONCE = 1 << 20  # letters read at once
 
 
 def find_runs(marks: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -47,3 +53,37 @@ class RunList:
 def overlapping(starts: NDArray, ends: NDArray, start: int, end: int) -> slice:
     """Which of some sorted runs, which do not overlap each other, have letters in [start, end)."""
     return slice(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(starts, end, side="left")))
+
+
+def scan_unknown(read: Callable[[int, int], NDArray[np.uint8]], length: int) -> NDArray[np.int64]:
+    """The runs of N and ambiguity codes of a sequence, which is read to its end: (n_runs, 2), start and end.
+
+    Args:
+        read: gives its letters [start, end).
+        length: of the sequence.
+    """
+    found = RunList()
+    for start in range(0, length, _AT_ONCE):
+        letters = read(start, min(length, start + _AT_ONCE))
+        found.add(find_runs(is_unknown(letters).view(np.uint8)), start)
+    return found.take()[:, :2]
+
+
+def is_unknown(letters: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which letters are N or an ambiguity code; U is not."""
+    odd = translated(letters, ODD)
+    return (odd != 0) & (odd != U)
+
+
+def n_before(runs: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many letters of some runs are before each position.
+
+    Args:
+        runs: (n_runs, 2) sorted starts and ends, which do not overlap.
+        positions: (n,) offsets in the sequence.
+    """
+    starts, ends = runs[:, 0], runs[:, 1]
+    total = np.concatenate([[0], np.cumsum(ends - starts)])
+    k = np.searchsorted(starts, positions, side="right")
+    last_end = np.concatenate([[0], ends])[k]
+    return total[k] - np.maximum(last_end - positions, 0)

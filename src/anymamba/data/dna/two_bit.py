@@ -77,6 +77,18 @@ class TwoBitReader:
             letters[first:last] |= LOWER
         return letters
 
+    def unknown_runs(self, name: str) -> NDArray[np.int64]:
+        """Where a sequence has N, (n_runs, 2)."""
+        record = self._records[name]
+        starts, ends = self._block_list(name, record.offset + 8, record.n_unknown)
+        starts = np.maximum(starts, np.concatenate([[0], ends])[:-1])  # stretches may overlap; both ends are sorted
+        return np.stack([starts, ends], axis=1)[starts < ends]
+
+    @property
+    def n_unknown(self) -> int:
+        """The number of N in all sequences."""
+        return sum(int(np.diff(self.unknown_runs(name)).sum()) for name in self.lengths)
+
     def close(self) -> None:
         """Close the mapped file."""
         self._map.close()

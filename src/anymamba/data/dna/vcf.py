@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from ..documents import open_decompressed
 from .genome import Genome
+from .letters import as_dna
 
 BASES = frozenset("ACGT")
 
@@ -56,7 +57,7 @@ class Vcf:
 
     Positions count from 1. Skipped, by allele, are: those of sequences that the genome does not have (a name may have
     or lack "chr"), beyond its ends, with a REF that is not there, symbolic ones (<DEL>), breakends and *, those with
-    letters other than A, C, G and T, and those equal to REF. Case does not count.
+    letters other than A, C, G and T, and those equal to REF. Case does not count, and U is read as T.
 
     Args:
         path: of the file.
@@ -128,12 +129,12 @@ class Vcf:
 
     def _checked(self, columns: tuple[str, ...]) -> Record:
         """The record with the alleles that can be scored."""
-        name, start, ref = self._resolved(columns[0]), int(columns[1]) - 1, columns[3].upper()
+        name, start, ref = self._resolved(columns[0]), int(columns[1]) - 1, read_allele(columns[3])
         whole = self._reason_of_place(name, start, ref, columns)
-        alts = columns[4].split(",")
-        reasons = tuple(whole or _reason_of_allele(alt.upper(), ref) for alt in alts)
+        alts = [read_allele(alt) for alt in columns[4].split(",")]
+        reasons = tuple(whole or _reason_of_allele(alt, ref) for alt in alts)
         self.skipped.update(reason for reason in reasons if reason is not None)
-        kept = tuple(alt.upper() for alt, reason in zip(alts, reasons, strict=True) if reason is None)
+        kept = tuple(alt for alt, reason in zip(alts, reasons, strict=True) if reason is None)
         self.n_alleles += len(kept)
         variant = Variant(name, start, ref, kept) if kept and name is not None else None
         return Record(columns, variant, reasons)
@@ -148,7 +149,7 @@ class Vcf:
             return LETTERS
         if start < 0 or start + len(ref) > self._genome.lengths[name]:
             return BEYOND
-        there = self._genome.fetch(name, start, start + len(ref)).upper()
+        there = read_allele(self._genome.fetch(name, start, start + len(ref)))
         if there == ref:
             return None
         self.first_mismatch = self.first_mismatch or (
@@ -164,6 +165,11 @@ class Vcf:
             except ValueError:
                 self._own_name[name] = None
         return self._own_name[name]
+
+
+def read_allele(letters: str) -> str:
+    """An allele, or what the genome has there, as they are compared: in upper case, with T for U."""
+    return as_dna(letters.upper())
 
 
 def _reason_of_allele(alt: str, ref: str) -> str | None:

@@ -14,7 +14,7 @@ from anymamba.base.sizes import require_at_least
 
 from .bed import Interval
 from .genome import Genome, Strand
-from .letters import ODD, U, translated
+from .runs import is_unknown, n_before
 
 Source = tuple[Genome, Sequence[Interval]]
 _OTHER_STRAND: dict[Strand, Strand] = {"+": "-", "-": "+"}
@@ -123,6 +123,20 @@ class GenomeWindows:
                 source, found, letters = zip(*kept, strict=True)
                 yield Windows(np.stack(letters), list(source), list(found))
 
+    def count_kept(self) -> int:
+        """The windows of this epoch that are not dropped.
+
+        They are counted by the runs of N and ambiguity codes; a genome that is read in place is read once for them.
+        """
+        kept = 0
+        for (i, interval), offset, size in zip(
+            self._intervals, self._offsets.tolist(), self._sizes.tolist(), strict=True
+        ):
+            bounds = interval.start + offset + self.length * np.arange(size // self.length + 1)
+            unknown = np.diff(n_before(self._genomes[i].unknown_runs(interval.name), bounds))
+            kept += int((unknown / self.length <= self.max_unknown).sum())
+        return kept
+
     def _read(self, source: int, place: Interval) -> NDArray[np.uint8]:
         return self._genomes[source].letters(place.name, place.start, place.end, strand=place.strand)
 
@@ -169,9 +183,3 @@ class GenomeWindows:
 def unknown_share(letters: NDArray[np.uint8]) -> float:
     """The share of N and ambiguity codes among letters."""
     return float(is_unknown(letters).mean()) if letters.size else 0.0
-
-
-def is_unknown(letters: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which letters are N or an ambiguity code; U is not."""
-    odd = translated(letters, ODD)
-    return (odd != 0) & (odd != U)

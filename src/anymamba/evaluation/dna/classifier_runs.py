@@ -28,8 +28,9 @@ from anymamba.evaluation.dna.classifying import predict, train_classifier
 from anymamba.evaluation.dna.metrics import METRICS, classification_metrics, interval
 from anymamba.evaluation.dna.sequences import require_bases
 from anymamba.evaluation.dna.splits import FrozenSplit
-from anymamba.models.checkpoints import find_tokenizer
+from anymamba.models.checkpoints import Checkpoint, find_tokenizer, load_pretrained, open_checkpoint
 from anymamba.models.classifier import SequenceClassifier
+from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.presets import preset
 
@@ -55,12 +56,18 @@ def train_run(
     config: ClassifierTraining,
     device: torch.device,
     progress: Progress = lambda done, total, text: None,
+    *,
+    split_file: Path | None = None,
 ) -> dict[str, Any]:
     """Train a classifier for each seed and measure each on the test sequences; return what results.json holds.
 
-    A folder with the same config, split and source goes on with the seeds that it lacks.
+    A folder with the same config, split and source goes on with the seeds that it lacks; one without a trained seed is
+    taken over. Nothing is written before data and source are checked.
 
-    Raises FileExistsError if the folder holds something else, ValueError for data of one class or another split.
+    Args:
+        split_file: gets the split, too, if there is no such file.
+    Raises FileExistsError if the folder holds something else, ValueError for data of one class or another split, and
+    what `open_source` raises.
     """
     parts, classes = split.parts(data.sequences), data.classes
     if len(classes) < 2:
@@ -72,27 +79,32 @@ def train_run(
         "source": dict(source._asdict()),
         "training": config_to_dict(config),
     }
+    lacking = [seed for seed in range(config.seeds) if not (out / f"seed-{seed}" / RESULT).is_file()]
+    opened = open_source(source) if lacking else None
     with own_folder(out, wait=0):
-        _begin(out, identity)
+        _require_same(out, identity)
+        if split_file is not None and not split_file.exists():
+            split.save(split_file)
+        write_json(out / RUN, identity)
         split.save(out / SPLIT)
-        for seed in range(config.seeds):
+        for seed in lacking:
+            assert opened is not None, "the source is open if a seed lacks"
             folder = out / f"seed-{seed}"
-            if not (folder / RESULT).is_file():
-                _train_seed(folder, parts, classes, source, config, seed, device, progress)
+            _train_seed(folder, parts, classes, opened, config, seed, device, progress)
         results = _summary(out, config.seeds) | {"n_" + name: len(some) for name, some in parts.items()}
         write_json(out / RESULTS, results)
     return results
 
 
-def _begin(out: Path, identity: dict[str, Any]) -> None:
+def _require_same(out: Path, identity: dict[str, Any]) -> None:
+    """Raise FileExistsError unless a folder is empty, of the same run, or of a run without a trained seed."""
     if not contents(out):
-        write_json(out / RUN, identity)
         return
     before = json.loads((out / RUN).read_text(encoding="utf-8")) if (out / RUN).is_file() else None
     if before is None:
         raise FileExistsError(f"{out} exists and is no run of classifiers; choose another folder (--out)")
     changed = [name for name in identity if before.get(name) != identity[name]]
-    if changed:
+    if changed and any(out.glob(f"seed-*/{RESULT}")):
         raise FileExistsError(
             f"{out} holds a run with another {changed[0]}; choose another folder (--out), or repeat its options"
         )
@@ -102,13 +114,13 @@ def _train_seed(
     folder: Path,
     parts: dict[Any, list[Record]],
     classes: list[str],
-    source: Source,
+    source: OpenSource,
     config: ClassifierTraining,
     seed: int,
     device: torch.device,
     progress: Progress,
 ) -> None:
-    backbone, tokenizer = open_backbone(source, device, seed)
+    backbone, tokenizer = source.backbone(device, seed), source.tokenizer
     index = {label: k for k, label in enumerate(classes)}
     texts = {name: [one.text for one in some] for name, some in parts.items()}
     labels = {name: np.array([index[str(one.label)] for one in some], np.int64) for name, some in parts.items()}
@@ -131,19 +143,38 @@ def _train_seed(
     write_json(folder / RESULT, {"seed": seed, **found})
 
 
-def open_backbone(source: Source, device: torch.device, seed: int) -> tuple[LanguageModel, Tokenizer]:
-    """A model and its tokenizer. Raises ValueError for a tokenizer without one token a base."""
+class OpenSource(NamedTuple):
+    """A source that was checked. The weights are not loaded yet."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint | None
+    """Where the weights are; None for random ones."""
+
+    def backbone(self, device: torch.device, seed: int) -> LanguageModel:
+        """A new model; the seed draws random weights."""
+        if self.checkpoint is not None:
+            return load_pretrained(self.checkpoint, device=device, dtype=torch.float32)
+        torch.manual_seed(seed)
+        return LanguageModel(self.config, device=device)
+
+
+def open_source(source: Source) -> OpenSource:
+    """Open a model and its tokenizer, or make them for a preset.
+
+    Raises FileNotFoundError if there is no such model, CheckpointError if it cannot be read, ValueError for an unknown
+    preset and for a tokenizer that is not one of DNA.
+    """
     if source.model is not None:
-        model = LanguageModel.from_pretrained(source.model, device=device, dtype=torch.float32)
-        tokenizer: Tokenizer = find_tokenizer(source.model, None)
+        checkpoint = open_checkpoint(source.model)
+        opened = OpenSource(checkpoint.config, find_tokenizer(checkpoint), checkpoint)
     else:
         assert source.preset is not None, "a source has a model or a preset"
         tokenizer = DnaTokenizer()
-        torch.manual_seed(seed)
         config = dataclasses.replace(preset(source.preset), vocab_size=tokenizer.vocab_size)
-        model = LanguageModel(config, device=device)
-    require_bases(tokenizer, model)
-    return model, tokenizer
+        opened = OpenSource(config, tokenizer, None)
+    require_bases(opened.tokenizer, opened.config)
+    return opened
 
 
 def _summary(out: Path, seeds: int) -> dict[str, Any]:

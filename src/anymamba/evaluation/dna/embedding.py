@@ -43,12 +43,12 @@ def embed(
         chunk: bases of a region that a causal model reads at once, with its state carried; other models read regions
             whole.
     Returns an iterator over the regions, with (d_model,) numbers each, or (length, d_model) for positions.
-    Raises ValueError for a tokenizer without one token a base and, where it comes, for an empty region.
+    Raises ValueError for a tokenizer that is not one of DNA and, where it comes, for an empty region.
     """
     if pooling not in get_args(Pooling):
         raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
     require_sizes(batch_size=batch_size, chunk=chunk)
-    require_bases(tokenizer, model)
+    require_bases(tokenizer, model.config)
     return _vectors(model, tokenizer, genome, intervals, pooling, batch_size, chunk)
 
 

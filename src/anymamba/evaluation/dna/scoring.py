@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +27,12 @@ from torch import Tensor
 
 from anymamba.base.sizes import require_sizes
 from anymamba.data.dna import Genome, is_unknown, reverse_complement
-from anymamba.data.dna.vcf import Variant
+from anymamba.data.dna.letters import as_dna
+from anymamba.data.dna.vcf import BASES, Variant, read_allele
 from anymamba.data.tokenizer import Tokenizer
 from anymamba.evaluation.dna.sequences import device_of, encoded, in_rows, require_bases
+from anymamba.models.checkpoints import Checkpoint, local_path
+from anymamba.models.checkpoints.runs import trained_objective
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import select_rows
 from anymamba.training.masking import Masking
@@ -72,22 +76,37 @@ def score(
         model: a language model of DNA.
         tokenizer: its own, with one token a base.
         genome: the reference.
-        variants: places and alleles; `data.dna.vcf` reads them from a file and checks them.
+        variants: places and alleles; `data.dna.vcf` reads them from a file. Names may have or lack "chr", and U is
+            read as T.
         context: bases that are read on each side of the alleles.
         batch_size: variants that are read at once.
-        masked: whether the model was trained with masks; defaults to whether it is not causal.
+        masked: whether the model was trained with masks, as `trained_with_masks` finds it for a folder; defaults to
+            whether it is not causal.
     Returns an iterator over the variants, with the scores of the alternative alleles of each. N and other letters in
     the context are read, but not counted.
-    Raises ValueError if a model that is not causal is to be read as one, if the tokenizer has no token a base, or, for
-    masks, no mask token.
+    Raises ValueError if a model that is not causal is to be read as one, if the tokenizer is not one of DNA or, for
+    masks, has no mask token. Where the variant comes, for a sequence or a range that the genome does not have, a REF
+    that is not there, and alleles with letters other than A, C, G and T.
     """
     require_sizes(context=context, batch_size=batch_size)
-    require_bases(tokenizer, model)
+    require_bases(tokenizer, model.config)
     masked = not model.config.is_causal if masked is None else masked
     if not masked and not model.config.is_causal:
         raise ValueError("the model is not causal, so it is scored with masks; leave masked=False (--objective) out")
     mask_id = Masking.of(tokenizer, 0).mask_id if masked else None
     return _scores(model, tokenizer, genome, variants, context, batch_size, mask_id)
+
+
+def trained_with_masks(model: str | Path | Checkpoint) -> bool | None:
+    """Whether the run that made a model trained it with masks; None if no run says so.
+
+    Args:
+        model: a run folder, `best` or a checkpoint in it, a name on the hub, or an opened checkpoint.
+    Raises FileNotFoundError if there is no such model, CheckpointError for a run whose config cannot be read.
+    """
+    path = model.path if isinstance(model, Checkpoint) else local_path(model, weights=False)
+    objective = trained_objective(path)
+    return None if objective is None else objective == "mlm"
 
 
 @torch.inference_mode()
@@ -110,18 +129,28 @@ def _scores(
 
 
 def _window(genome: Genome, variant: Variant, context: int) -> _Window:
-    start, end = variant.start, variant.start + len(variant.ref)
-    first, last = max(0, start - context), min(genome.lengths[variant.name], end + context)
-    there = genome.fetch(variant.name, start, end)
-    if there.upper() != variant.ref.upper():
+    name, start, end = genome.resolve(variant.name), variant.start, variant.start + len(variant.ref)
+    _require_letters(variant)
+    there = as_dna(genome.fetch(name, start, end))
+    if there.upper() != read_allele(variant.ref):
         raise ValueError(
-            f"REF of {variant.name}:{start + 1:,} is {variant.ref}, and {genome.source} has {there}; is it another "
-            "assembly?"
+            f"REF of {name}:{start + 1:,} is {variant.ref}, and {genome.source} has {there}; is it another assembly?"
         )
     # a soft-masked place stays so in all alleles, for tokenizers that keep the case
-    alts = [alt.lower() if there.islower() else alt.upper() for alt in variant.alts]
-    before, after = genome.fetch(variant.name, first, start), genome.fetch(variant.name, end, last)
+    alts = [alt.lower() if there.islower() else alt for alt in map(read_allele, variant.alts)]
+    first, last = max(0, start - context), min(genome.lengths[name], end + context)
+    before, after = genome.fetch(name, first, start), genome.fetch(name, end, last)
     return _Window(before, after, (there, *alts))
+
+
+def _require_letters(variant: Variant) -> None:
+    """Raise ValueError for an allele with other letters than bases, which a model would score as it reads them."""
+    wrong = next((allele for allele in (variant.ref, *variant.alts) if set(read_allele(allele)) - BASES), None)
+    if wrong is not None:
+        raise ValueError(
+            f"the allele {wrong!r} of {variant.name}:{variant.start + 1:,} has letters other than A, C, G and T; leave "
+            "it out"
+        )
 
 
 def _reversed(window: _Window) -> _Window:

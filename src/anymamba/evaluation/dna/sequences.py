@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from anymamba.data.tokenizer import Tokenizer
-from anymamba.models.language_model import LanguageModel
+from anymamba.models.config import ModelConfig
 
 
 class Rows(NamedTuple):
@@ -22,18 +22,32 @@ class Rows(NamedTuple):
     """True at the tokens; None if all rows are full."""
 
 
-def require_bases(tokenizer: Tokenizer, model: LanguageModel) -> None:
-    """Raise ValueError unless the tokenizer has one token a base, of the model's vocabulary."""
+NO_BASES = "EFIJLOPQXZ"
+"""Letters that are no base or ambiguity code."""
+
+
+def require_bases(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raise ValueError unless the tokenizer is one of DNA: one token a base, of the model's vocabulary, and none for
+    the letters of other text.
+
+    A tokenizer of text may have one token a letter, too, and then its model knows nothing of DNA.
+    """
     if len(tokenizer.encode("ACGTN")) != 5:
         raise ValueError(
             f"the tokenizer {tokenizer.name} does not have one token a base; take a model that was trained on DNA "
             "(anymamba train --data genome.fa)"
         )
     largest = max(tokenizer.encode("ACGTNacgtn"))
-    if largest >= model.config.padded_vocab_size:
+    if largest >= config.padded_vocab_size:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has the id {largest}, and the model a vocabulary of "
-            f"{model.config.vocab_size}; give the model's own tokenizer"
+            f"{config.vocab_size}; give the model's own tokenizer"
+        )
+    if len({tuple(ids) for ids in tokenizer.encode_batch(list(NO_BASES))}) > 1:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} is one of text, not of DNA: it has different tokens for {NO_BASES[0]} and "
+            f"{NO_BASES[1]}; take a model that was trained on a genome (anymamba train --data genome.fa), or give the "
+            "tokenizer of DNA that it was trained with (--tokenizer)"
         )
 
 

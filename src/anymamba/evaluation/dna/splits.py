@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anymamba.base.errors import FORMAT_VERSION, require_format_version
 from anymamba.base.files import write_json
+from anymamba.data.dna import reverse_complement
 from anymamba.data.dna.labelled import Sequence, Split
+from anymamba.data.dna.letters import as_dna
 
 VERSION = 1
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -57,6 +60,15 @@ class FrozenSplit:
         for one in sequences:
             found[where[one.digest]].append(one)
         return found
+
+    def n_trained(self, sequences: list[Sequence], labels: list[str]) -> int:
+        """How many sequences are in train, whatever their own label and split, as they are or as reverse complements.
+
+        Args:
+            labels: all labels of the data that was split.
+        """
+        trained = set(self.digests["train"])
+        return sum(any(one.digest in trained for one in _rows_of_train(sequence, labels)) for sequence in sequences)
 
     def save(self, path: Path) -> None:
         """Write the file."""
@@ -116,6 +128,16 @@ def _split_of(one: Sequence, given: set[Split | None], seed: int, valid: float, 
     if draw < test:
         return "test"
     return "valid" if draw < test + valid else "train"
+
+
+def _rows_of_train(one: Sequence, labels: list[str]) -> Iterator[Sequence]:
+    """The rows of train that have the bases of a sequence, on either strand, as DNA or RNA."""
+    plus = as_dna(one.text.upper())
+    strands = {plus, reverse_complement(plus)}
+    for text in strands | {strand.replace("T", "U") for strand in strands}:
+        for label in labels:
+            for split in (None, "train"):
+                yield Sequence(one.name, text, label, split)
 
 
 def n_shared(parts: dict[Split, list[Sequence]]) -> int:

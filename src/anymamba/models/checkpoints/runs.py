@@ -19,6 +19,8 @@ from anymamba.models.config import ModelConfig
 from anymamba.ops.packed_linear import PackedWeight
 
 STATE, RUN_CONFIG, PREFIX = "state.json", "train_config.json", "model."
+PARTS = ("best", "adapter")
+"""Folders in a run's folder that hold a model, or an adapter of one."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -40,6 +42,20 @@ def run_folder(checkpoint: Path) -> Path:
 def run_config(checkpoint: Path) -> dict[str, Any]:
     """The config of a checkpoint's run."""
     return read_json(run_folder(checkpoint) / RUN_CONFIG)
+
+
+def trained_objective(model: Path) -> str | None:
+    """The objective of the run that made a model, "causal" or "mlm"; None if no run says so.
+
+    Args:
+        model: the run's folder, one in it that holds a model or an adapter, or one of its checkpoints.
+    Raises CheckpointError if the run's config cannot be read.
+    """
+    model = model.resolve()
+    run = model.parent.parent if is_run_checkpoint(model) else model.parent if model.name in PARTS else model
+    config = next((folder / RUN_CONFIG for folder in (model, run) if (folder / RUN_CONFIG).is_file()), None)
+    objective = None if config is None else read_json(config).get("objective")
+    return objective if objective in ("causal", "mlm") else None
 
 
 def model_config(checkpoint: Path) -> ModelConfig:
