@@ -14,7 +14,7 @@ from anymamba.data.dna.labelled import Sequence
 from anymamba.evaluation.dna.splits import make_split
 from anymamba.experiments import load_experiment
 from anymamba.experiments.promoters.arms import ARCHITECTURES, BASES, arms_of, build, model_of
-from anymamba.experiments.promoters.data import FILE, held_out, labelled, synthetic, training_batches
+from anymamba.experiments.promoters.data import FILE, held_out, held_out_files, labelled, synthetic, training_batches
 from anymamba.lab.classifiers import Classes, Classifier, ConvOptions
 from anymamba.lab.experiment import Context
 from anymamba.lab.learning import batch_generator
@@ -118,6 +118,26 @@ def test_arms_are_judged_on_files_beside_the_one_of_training(tmp_path):
     write_csv(tmp_path / "short.csv", [one._replace(text=one.text[1:]) for one in new])
     with pytest.raises(ValueError, match=r"has sequences of 31 bases, those of .* have 32"):
         held_out(tmp_path / "short.csv", tmp_path, CONTEXT.device)
+    write_csv(tmp_path / "words.csv", [one._replace(label="positive") for one in new])
+    with pytest.raises(ValueError, match=r"words.csv has the label 'positive'; 1 is a promoter"):
+        held_out(tmp_path / "words.csv", tmp_path, CONTEXT.device)
+
+
+def test_names_of_held_out_files(tmp_path):
+    """Copies of the file of training, backups, checksums and folders are none."""
+    stem = "human_nontata_promoters"
+    for name in (
+        FILE,
+        f"{stem}_test.csv",
+        f"{stem}_x.csv~",
+        f"{stem}_x.csv.sha256",
+        f"{stem}_b.csv",
+        f"{stem}_a.csv.xz",
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / f"{stem}_folder.csv").mkdir()
+    found = held_out_files("promoters", tmp_path)
+    assert [file.name for file in found] == [f"{stem}_a.csv.xz", f"{stem}_b.csv"]
 
 
 def scored(auroc=None, accuracy=None):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -372,13 +373,45 @@ def test_genomes_that_are_given(config, fasta, tmp_path, kind):
         train(config, tmp_path / "both", genomes=genomes)
 
 
-def test_what_is_given_must_be_genomes(config, tmp_path):
-    config = with_data(config, paths=())
-    with pytest.raises(TypeError, match="a pair in genomes must be of a genome and its intervals"):
-        train(config, tmp_path / "run", genomes=[({"chr1": "ACGT" * 500}, ["chr1:0-100"])])
-    with pytest.raises(ValueError, match="no interval to train on has 64 bases"):
-        train(config, tmp_path / "run", genomes=[{"chr1": "ACGT"}])
+SEQUENCE = {"chr1": "ACGT" * 500}
+
+
+@pytest.mark.parametrize(
+    ("genomes", "error", "match"),
+    [
+        ([(SEQUENCE, ["chr1:0-100"])], TypeError, "a pair in genomes must be of a genome and its intervals"),
+        ([{"chr1": "ACGT"}], ValueError, "no interval to train on has 64 bases"),
+        ([], ValueError, "genomes is empty"),
+        (SEQUENCE, TypeError, "genomes must be a list"),
+        ("genome.fa", TypeError, "genomes must be a list"),
+        ([(SEQUENCE, [Interval("chr1", 0, 2001)])], ValueError, "chr1:0-2,001 is no interval of .* has 2,000 bases"),
+        ([(SEQUENCE, [Interval("chr1", -5, 100)])], ValueError, "chr1:-5-100 is no interval"),
+        ([(SEQUENCE, [Interval("chr1", 100, 5)])], ValueError, "chr1:100-5 is no interval"),
+        ([(SEQUENCE, [Interval("chr2", 0, 100)])], ValueError, "has no sequence 'chr2'"),
+    ],
+)
+def test_what_is_given_must_be_genomes(config, tmp_path, genomes, error, match):
+    with pytest.raises(error, match=match):
+        train(with_data(config, paths=()), tmp_path / "run", genomes=genomes)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_intervals_of_a_table_and_names_that_are_numbers(config, tmp_path):
+    letters = "".join(random.Random(0).choices("ACGT", k=2000))
+    given = Interval("1", np.int64(0), np.int64(1900))  # type: ignore[arg-type]
+    train(with_data(config, paths=()), tmp_path / "run", genomes=[({1: letters}, [given])])
+    assert len(lines(tmp_path / "run")) >= 5
+
+
+@pytest.mark.parametrize("labels", [("train", "valid"), ("", "")])
+def test_bases_of_given_intervals_that_are_held_out_too(config, tmp_path, labels):
+    letters = {"chr1": "".join(random.Random(0).choices("ACGT", k=3000))}
+    intervals = [
+        Interval("chr1", start, start + 2000, label=label) for start, label in zip((0, 1000), labels, strict=True)
+    ]
+    config = with_data(config, paths=(), held_out_fraction=0.3)
+    with pytest.warns(DataWarning, match="bases are in intervals to train on and in held-out ones"):
+        train(config, tmp_path / "run", genomes=[(letters, [interval]) for interval in intervals])
 
 
 def lines(run: Path) -> list[dict]:

@@ -256,7 +256,7 @@ def open_genomes(
         held_out = opening.sources(find_genomes(data.eval_paths, data.exclude, only))
     elif labelled is None:
         training, held_out = held_out_ends(training, data.held_out_fraction, config.context)
-    _warn_of_shared(n_shared(training, held_out))
+    warn_of_shared(n_shared(training, held_out))
     return with_windows(
         GenomeData(tuple(training), tokenizer, tuple(opening.notes)), GenomeData(tuple(held_out), tokenizer), config
     )
@@ -292,7 +292,7 @@ class _Opening:
         return found
 
 
-def _warn_of_shared(n_bases: int) -> None:
+def warn_of_shared(n_bases: int) -> None:
     if n_bases:
         warnings.warn(
             f"{n_bases:,} bases are in intervals to train on and in held-out ones, so the held-out loss is too low; "

@@ -98,6 +98,7 @@ def test_names_of_columns_are_a_header(tmp_path, line):
         "1\tstart\tend",
         "chrom\t1,000\tend",
         "chr9\t1 000\t2 000",
+        "unknown\tabc\tdef",
     ],
 )
 def test_a_first_line_with_wrong_positions_is_no_header(tmp_path, line):

@@ -28,6 +28,8 @@ UNKNOWN = "intervals of sequences that the genome does not have"
 BEYOND = "intervals beyond the end of their sequence"
 EMPTY = "intervals without a base"
 BAD = "lines that are no intervals"
+WORDS_OF_NAMES = (("start", "begin", "from", "pos", "left"), ("end", "stop", "to", "right"))
+"""Of which the names of the columns of starts and ends have one."""
 
 
 def read_bed(
@@ -37,8 +39,8 @@ def read_bed(
 
     Columns are separated by tabs, or by spaces in a line without a tab: the sequence (with or without "chr"), start,
     end, and, where there are more, label, score (not used) and strand ("." is "+"). Further columns are not used.
-    Skipped are: header lines (browser, track, #, and one first line with names of columns, which begin with letters),
-    intervals of unknown sequences, and those that are empty or end beyond their sequence.
+    Skipped are: header lines (browser, track, #, and one first line with names of columns, such as chrom, start and
+    end), intervals of unknown sequences, and those that are empty or end beyond their sequence.
 
     Args:
         on_bad_line: what to do with a line that is no interval: fewer than three columns, positions that are no numbers
@@ -102,7 +104,8 @@ class _BedLines:
         """Whether three columns name sequence, start and end, as in "chrom start end"."""
         first = columns[0]
         own = {first, f"chr{first}", first.removeprefix("chr")} & self._genome.lengths.keys()
-        return not own and all(column[:1].isalpha() or column.startswith("_") for column in columns)
+        pairs = zip(columns[1:], WORDS_OF_NAMES, strict=True)
+        return not own and all(any(word in column.lower() for word in words) for column, words in pairs)
 
     def _interval(self, columns: list[str], number: int) -> Interval | None:
         """The interval of a line, or None where it is skipped."""

@@ -29,7 +29,8 @@ class WrappedReader:
 
     def __init__(self, source: Any) -> None:
         self._source, self._kind = source, type(source).__name__
-        lengths = {str(name): len(source[name]) for name in source.keys()}  # noqa: SIM118
+        self._keys = {str(name): name for name in source.keys()}  # noqa: SIM118
+        lengths = {name: len(source[key]) for name, key in self._keys.items()}
         self.lengths = {name: length for name, length in lengths.items() if length}
         self.empty = [name for name, length in lengths.items() if not length]
         """Names of the sequences without a letter, which are left out."""
@@ -56,7 +57,7 @@ class WrappedReader:
 
     def _text(self, name: str, start: int, end: int) -> bytes:
         """What the object gives for a slice. Raises ValueError for a number of letters that was not asked for."""
-        text = str(self._source[name][start:end])
+        text = str(self._source[self._keys[name]][start:end])
         if len(text) != end - start:
             raise ValueError(
                 f"{self._kind} gave {len(text):,} letters for {name}:{start:,}-{end:,}; open it without options that "

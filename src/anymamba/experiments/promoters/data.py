@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,8 +19,8 @@ from anymamba.lab.learning import MakeBatch
 from anymamba.lab.optimization import Batch
 
 FILE = "human_nontata_promoters_test.csv.gz"
-HELD_OUT = "human_nontata_promoters_*.csv*"
-"""Other files beside FILE: every arm is judged on them after its training."""
+HELD_OUT = re.compile(r"(human_nontata_promoters_.+\.csv)(\.gz|\.bz2|\.xz|\.zst)?")
+"""The names of other files beside FILE: every arm is judged on them after its training."""
 Source = Literal["promoters", "synthetic"]
 SPLIT_SEED, VALID, TEST = 0, 0.1, 0.2
 """The rule of the split. A hash of a sequence, or of its reverse complement, decides; 20 % are test, 10 % valid."""
@@ -50,8 +51,10 @@ def labelled(source: Source, folder: Path | None, device: torch.device) -> tuple
 
 @cache
 def read(file: Path) -> tuple[Sequence, ...]:
-    """The sequences of the file. Raises ValueError if they are not of one length."""
+    """The sequences of the file. Raises ValueError if they are not of one length, or have other labels than 0 and 1."""
     found = read_labelled(file).sequences
+    if others := sorted({str(one.label) for one in found} - {"0", "1"}):
+        raise ValueError(f"{file} has the label {others[0]!r}; 1 is a promoter, and 0 is none")
     lengths = {len(one.text) for one in found}
     if len(lengths) > 1:
         raise ValueError(f"{file} has sequences of {min(lengths)} to {max(lengths)} bases; they must have one length")
@@ -59,11 +62,15 @@ def read(file: Path) -> tuple[Sequence, ...]:
 
 
 def held_out_files(source: Source, folder: Path | None) -> list[Path]:
-    """The files beside FILE that arms are judged on, by name."""
+    """The files beside FILE that arms are judged on, by name; a copy of FILE with another compression is none."""
     if source == "synthetic":
         return []
-    file = find_file(folder, FILE)
-    return [path for path in sorted(file.parent.glob(HELD_OUT)) if path.name != FILE]
+    found = []
+    for path in sorted(find_file(folder, FILE).parent.iterdir()):
+        match = HELD_OUT.fullmatch(path.name)
+        if match and path.is_file() and not FILE.startswith(match[1]):
+            found.append(path)
+    return found
 
 
 def held_out(file: Path, folder: Path | None, device: torch.device) -> tuple[Labelled, int]:

@@ -20,6 +20,8 @@ def measure(settings: PromoterSettings, context: Context) -> dict[str, Any]:
     and each held-out file; the rate, the bases that were read, the digest of the split and the sequences of each part.
     """
     parts, digest = labelled(settings.source, context.data, context.device)
+    files = held_out_files(settings.source, context.data)
+    held_out_sets = {file.name: held_out(file, context.data, context.device) for file in files}
     model, how = build(settings).to(context.device), settings.optimization
     if context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(context.device)
@@ -32,7 +34,10 @@ def measure(settings: PromoterSettings, context: Context) -> dict[str, Any]:
         every=settings.judge_every,
         resumable=True,
     )
-    on_files = on_held_out_files(model, settings, context)
+    on_files = {
+        name: {**measured(model, new, how), "sequences": len(new.ids), "left_out": left_out}
+        for name, (new, left_out) in held_out_sets.items()
+    }
     return {
         **values,
         **({"held_out": on_files} if on_files else {}),
@@ -43,16 +48,6 @@ def measure(settings: PromoterSettings, context: Context) -> dict[str, Any]:
         "split": digest,
         "sequences": {name: len(own.ids) for name, own in parts.items()},
     }
-
-
-def on_held_out_files(model: Classifier, settings: PromoterSettings, context: Context) -> dict[str, dict[str, Any]]:
-    """By the file's name: the metrics, the number of sequences, and how many were left out."""
-    found = {}
-    for file in held_out_files(settings.source, context.data):
-        new, left_out = held_out(file, context.data, context.device)
-        scores = measured(model, new, settings.optimization)
-        found[file.name] = {**scores, "sequences": len(new.ids), "left_out": left_out}
-    return found
 
 
 def measured(model: Classifier, some: Labelled, how: Optimization, rows: int = 512) -> dict[str, float | None]:
