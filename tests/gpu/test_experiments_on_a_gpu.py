@@ -165,8 +165,7 @@ def test_recorded_tokens_end_in_the_state_of_plain_ones(name):
         tokens, ends = whole_models.Tokens(prompt, 5), []
 
         def write(state):
-            tokens.write(state)
-            ends.append(state[0])
+            ends.append(tokens.write(state))
 
         replay = timing.recorded(write, torch.device("cuda"), tokens.begin)
         assert replay is not None

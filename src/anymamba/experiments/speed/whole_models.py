@@ -123,14 +123,16 @@ class Tokens:
         self.prompt, self.count = prompt, count
         self.ids = random_ids(prompt.model, count + 1)[0]
 
-    def begin(self) -> list[LanguageModelState]:
-        """The state after the first token, in a list that `write` puts later ones into."""
+    def begin(self) -> LanguageModelState:
+        """The state after the first token."""
         assert self.prompt.state is not None
-        return [self.prompt.model.step(self.ids[:1], self.prompt.state).state]
+        return self.prompt.model.step(self.ids[:1], self.prompt.state).state
 
-    def write(self, state: list[LanguageModelState]) -> None:
+    def write(self, state: LanguageModelState) -> LanguageModelState:
+        """The state after the others."""
         for i in range(1, self.count + 1):
-            state[0] = self.prompt.model.step(self.ids[i : i + 1], state[0]).state
+            state = self.prompt.model.step(self.ids[i : i + 1], state).state
+        return state
 
     def turn(self, replay: Call | None) -> float:
         """Seconds per token."""
