@@ -125,7 +125,7 @@ BAD = {
     ),
     "beyond the end": (bad(">1\n" + "A" * 99, bed="chr1\t0\t100\n"), "intervals beyond the end of their sequence: 1"),
     "a BED line": (
-        bad(">1\n" + "A" * 99, bed="chrom\ta\tx\n1\t1\t2\n1\tb\t2\n"),
+        bad(">1\n" + "A" * 99, bed="chrom\tstart\tend\n1\t1\t2\n1\tb\t2\n"),
         "line 3 is no interval of a BED file: start and end",
     ),
     "skipped, and short": (

@@ -117,7 +117,7 @@ def assert_within_budget(
 
     Errors are root mean squares over a tensor. A rounding is that of the precision in which the work is done; what is
     summed over all tokens rounds once a token, as a random walk; what cancels in the sum of ddelta, that of delta_bias,
-    has been rounded. The mean over few numbers scatters, and that of the
+    has been rounded, and the errors that ddelta has are in it, too. The mean over few numbers scatters, and that of the
     reference may be near zero by luck: n numbers may err by 1 + 2 / sqrt(n) roundings, a single one by three.
     """
     assert got.keys() == peer.keys() == exact.keys()
@@ -127,7 +127,11 @@ def assert_within_budget(
         assert value.dtype == peer[name].dtype and value.shape == peer[name].shape, name
         truth = exact[name].to(torch.complex128 if value.is_complex() else torch.float64)
         error, peer_error = (rms(t.to(truth.dtype) - truth) for t in (value, peer[name]))
-        scale = max(rms(truth), rms(exact["ddelta"])) if name == "ddelta_bias" else rms(truth)
+        scale = rms(truth)
+        if name == "ddelta_bias":
+            scale = max(scale, rms(exact["ddelta"]))
+            of_ddelta = rms(peer["ddelta"].to(truth.dtype) - exact["ddelta"].to(truth.dtype))
+            peer_error = max(peer_error, of_ddelta * n_tokens**0.5)
         rounding = max(working, torch.finfo(value.dtype).eps) * scale
         rounding *= 1 + 2 / max(value.numel(), 1) ** 0.5
         if value.ndim <= 2:

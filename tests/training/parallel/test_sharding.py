@@ -126,7 +126,7 @@ def test_a_mesh_with_other_names_is_refused(pool: Pool) -> None:
 
 def test_the_loop_of_the_page_runs(tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "distributed.md").read_text(encoding="utf-8")
-    [block, _] = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    block, *_ = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     job = Job(tmp_path, 2, cases.run_text, block)
     assert job.codes() == [0, 0], job.text(0) + job.text(1)
     assert job.text(0).splitlines()[-1] == job.text(1).splitlines()[-1], "the norm is that of all ranks"
