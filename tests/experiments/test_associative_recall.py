@@ -295,5 +295,5 @@ def test_the_charts_show_what_was_measured():
     assert [[round(y / 100, 3) for y in line.get_ydata()] for line in curves] == list(GOOD.values())
     assert lines.get_xlabel() and lines.get_ylabel()
     marks = [axes.get_lines() for axes in state.axes]
-    assert all(len(found) == len(SYSTEMS) + 1 for found in marks)  # and what knows the values, not whose
+    assert all(len(found) == len(SYSTEMS) + 1 for found in marks)  # and guesses among the row's values
     assert all(axes.get_xscale() == "log" and axes.get_xlabel() for axes in state.axes)

@@ -49,3 +49,33 @@ def config(corpus: Path, tmp_path: Path) -> TrainConfig:
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no loss.png, which takes longer than the steps of these models."""
     monkeypatch.setattr("anymamba.training.trainer.plot_loss", lambda run: None)
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    """Two sequences with repeats in lower case and N."""
+    draw = random.Random(0)
+    path = tmp_path / "genome.fa"
+    one = "".join(draw.choices("ACGTacgt", k=5000))
+    path.write_text(f">chr1\n{one[:3000]}{'N' * 40}{one[3000:]}\n>chr2\n{one[:700]}\n")
+    return path
+
+
+@pytest.fixture
+def dna_config(fasta: Path, tmp_path: Path) -> TrainConfig:
+    data = DataConfig(paths=(str(fasta),), cache_dir=str(tmp_path / "cache"))
+    model = ModelConfig(d_model=8, n_layers=1, vocab_size=12, mamba=MambaOptions(d_state=4))
+    return TrainConfig(
+        data=data,
+        model=model,
+        steps=5,
+        batch_size=2,
+        context=64,
+        log=(),
+        log_every=1,
+        eval_every=4,
+        eval_tokens=128,
+        checkpoint_every=4,
+        keep_checkpoints=9,
+        threads=1,
+    )

@@ -9,61 +9,29 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from anymamba.base.errors import CheckpointError, DataWarning
 from anymamba.data.dna import DnaTokenizer, Genome, Interval, reverse_complement_ids
 from anymamba.data.tokenizer import ByteTokenizer, load_tokenizer
-from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.presets import PRESETS
-from anymamba.parts.options import MambaOptions
-from anymamba.training.checkpoint import checkpoint_folder
-from anymamba.training.config import DataConfig, GenomeConfig, TrainConfig
+from anymamba.training.config import GenomeConfig, TrainConfig
 from anymamba.training.data import held_out_batches, open_data, run_tokenizer, training_batches
 from anymamba.training.genome_splits import held_out_ends, without
 from anymamba.training.genomes import GenomeData
 from anymamba.training.length_warmup import steps_of_epochs
 from anymamba.training.metrics import read_metrics
 from anymamba.training.trainer import read_config, resume, train
+from tests.training.dna_runs import cut_back, lines, with_data
 
 A, N = 7, 11
 
 
 @pytest.fixture
-def fasta(tmp_path: Path) -> Path:
-    """Two sequences with repeats in lower case and N."""
-    draw = random.Random(0)
-    path = tmp_path / "genome.fa"
-    one = "".join(draw.choices("ACGTacgt", k=5000))
-    path.write_text(f">chr1\n{one[:3000]}{'N' * 40}{one[3000:]}\n>chr2\n{one[:700]}\n")
-    return path
-
-
-@pytest.fixture
-def config(fasta: Path, tmp_path: Path) -> TrainConfig:
-    data = DataConfig(paths=(str(fasta),), cache_dir=str(tmp_path / "cache"))
-    model = ModelConfig(d_model=8, n_layers=1, vocab_size=12, mamba=MambaOptions(d_state=4))
-    return TrainConfig(
-        data=data,
-        model=model,
-        steps=5,
-        batch_size=2,
-        context=64,
-        log=(),
-        log_every=1,
-        eval_every=4,
-        eval_tokens=128,
-        checkpoint_every=4,
-        keep_checkpoints=9,
-        threads=1,
-    )
-
-
-def with_data(config: TrainConfig, **values) -> TrainConfig:
-    return replace(config, data=replace(config.data, **values))
+def config(dna_config: TrainConfig) -> TrainConfig:
+    return dna_config
 
 
 def opened(config: TrainConfig) -> tuple[GenomeData, GenomeData | None]:
@@ -343,86 +311,6 @@ def test_a_run(config, fasta, tmp_path):
     assert not read_config(tmp_path / "run").carry_state, "windows do not continue each other"
     model = LanguageModel.from_pretrained(tmp_path / "run")
     assert model.config.vocab_size == 12 and model.config.padded_vocab_size == 16
-
-
-@pytest.mark.parametrize("kind", ["pyfaidx", "mapping", "intervals"])
-def test_genomes_that_are_given(config, fasta, tmp_path, kind):
-    """The run is that of their file, and goes on with them; without them an error names the way out."""
-    if kind == "pyfaidx":
-        genomes = [pytest.importorskip("pyfaidx").Fasta(str(fasta))]
-    else:
-        with Genome.open(fasta) as genome:
-            letters = {name: genome.fetch(name, 0, n) for name, n in genome.lengths.items()}
-        whole = [Interval(name, 0, len(text)) for name, text in letters.items()]
-        genomes = [letters if kind == "mapping" else (Genome.open(letters), whole)]
-    of_file, run = tmp_path / "file", tmp_path / "run"
-    train(config, of_file)
-    given = with_data(config, paths=())
-    train(given, run, genomes=genomes)
-    assert lines(run) == lines(of_file) and not read_config(run).carry_state
-    cut_back(run, 4)
-    with pytest.raises(ValueError, match=r"no training data.*resume\(run, genomes=\.\.\.\)"):
-        resume(run)
-    resume(run, genomes=genomes)
-    assert lines(run) == lines(of_file)
-    a, b = (LanguageModel.from_pretrained(folder).state_dict() for folder in (run, of_file))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(CheckpointError, match="data"):
-        resume(run, steps=7, genomes=[{"chr1": "ACGT" * 500}])
-    with pytest.raises(ValueError, match=r"genomes are given, and data\.paths"):
-        train(config, tmp_path / "both", genomes=genomes)
-
-
-SEQUENCE = {"chr1": "ACGT" * 500}
-
-
-@pytest.mark.parametrize(
-    ("genomes", "error", "match"),
-    [
-        ([(SEQUENCE, ["chr1:0-100"])], TypeError, "a pair in genomes must be of a genome and its intervals"),
-        ([{"chr1": "ACGT"}], ValueError, "no interval to train on has 64 bases"),
-        ([], ValueError, "genomes is empty"),
-        (SEQUENCE, TypeError, "genomes must be a list"),
-        ("genome.fa", TypeError, "genomes must be a list"),
-        ([(SEQUENCE, [Interval("chr1", 0, 2001)])], ValueError, "chr1:0-2,001 is no interval of .* has 2,000 bases"),
-        ([(SEQUENCE, [Interval("chr1", -5, 100)])], ValueError, "chr1:-5-100 is no interval"),
-        ([(SEQUENCE, [Interval("chr1", 100, 5)])], ValueError, "chr1:100-5 is no interval"),
-        ([(SEQUENCE, [Interval("chr2", 0, 100)])], ValueError, "has no sequence 'chr2'"),
-    ],
-)
-def test_what_is_given_must_be_genomes(config, tmp_path, genomes, error, match):
-    with pytest.raises(error, match=match):
-        train(with_data(config, paths=()), tmp_path / "run", genomes=genomes)
-    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
-
-
-def test_intervals_of_a_table_and_names_that_are_numbers(config, tmp_path):
-    letters = "".join(random.Random(0).choices("ACGT", k=2000))
-    given = Interval("1", np.int64(0), np.int64(1900))  # type: ignore[arg-type]
-    train(with_data(config, paths=()), tmp_path / "run", genomes=[({1: letters}, [given])])
-    assert len(lines(tmp_path / "run")) >= 5
-
-
-@pytest.mark.parametrize("labels", [("train", "valid"), ("", "")])
-def test_bases_of_given_intervals_that_are_held_out_too(config, tmp_path, labels):
-    letters = {"chr1": "".join(random.Random(0).choices("ACGT", k=3000))}
-    intervals = [
-        Interval("chr1", start, start + 2000, label=label) for start, label in zip((0, 1000), labels, strict=True)
-    ]
-    config = with_data(config, paths=(), held_out_fraction=0.3)
-    with pytest.warns(DataWarning, match="bases are in intervals to train on and in held-out ones"):
-        train(config, tmp_path / "run", genomes=[(letters, [interval]) for interval in intervals])
-
-
-def lines(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(run)]
-
-
-def cut_back(run: Path, step: int) -> None:
-    """Make a run look as if it had been killed after the checkpoint of a step."""
-    for folder in (run / "checkpoints").iterdir():
-        if folder.name > checkpoint_folder(run, step).name:
-            shutil.rmtree(folder)
 
 
 def test_a_length_warm_up_is_resumed_bit_for_bit_at_any_stage(config, tmp_path):

@@ -73,7 +73,7 @@ def open_data(
     if isinstance(tokenizer, DnaTokenizer) and not config.data.paths:
         raise ValueError(
             "no training data: name files in data.paths (--data PATH); a run that was started with genomes from Python "
-            "goes on with anymamba.training.resume(run, genomes=...)"
+            "goes on with anymamba.training.trainer.resume(run, genomes=...)"
         )
     if isinstance(tokenizer, DnaTokenizer) and are_genomes(config.data.paths):
         return open_genomes(config, tokenizer, progress)

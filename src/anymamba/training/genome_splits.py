@@ -22,8 +22,7 @@ def by_labels(
 
     Args:
         others_held_out: whether other files are held out (eval_paths), so that the valid intervals are not read.
-    Raises ValueError for a genome with such labels and others,
-    and if there is nothing to train on.
+    Raises ValueError for a genome with such labels and others, and if there is nothing to train on.
     """
     splits = [(genome, _splits(genome, intervals)) for genome, intervals in sources]
     counts = Counter(split for _, found in splits for split, _ in found)

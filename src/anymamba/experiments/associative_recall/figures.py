@@ -33,7 +33,7 @@ def against_state(results: Results) -> Figure:
                 alpha=0.8,
                 label=label(point.system) if point.width == widths(results)[0] else None,
             )
-        axes.axhline(100 / n, color="gray", linestyle="--", linewidth=1, label="knows the values, not whose")
+        axes.axhline(100 / n, color="gray", linestyle="--", linewidth=1, label="guesses among the row's values")
         axes.set(xscale="log", xlabel="bytes of state", title=f"{n} pairs", ylim=(-3, 103))
         axes.tick_params(axis="x", which="minor", labelbottom=False)
     row[0].set_ylabel("answers that are right, %")
@@ -52,7 +52,7 @@ def against_pairs(results: Results) -> Figure:
                 values = [100 * own[n].mean for n in sorted(own)]
                 style = {"marker": MARKS[i % len(MARKS)], "color": COLORS[system], "label": label(system)}
                 axes.plot(sorted(own), values, alpha=0.8, **style)
-        axes.plot(asked, [100 / n for n in asked], "--", color="gray", label="knows the values, not whose")
+        axes.plot(asked, [100 / n for n in asked], "--", color="gray", label="guesses among the row's values")
         axes.set_xscale("log", base=2)
         axes.set_xticks(asked, [str(n) for n in asked])
         axes.set(xlabel="pairs to remember", title=f"width {width}", ylim=(-3, 103))

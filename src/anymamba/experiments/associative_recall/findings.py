@@ -152,7 +152,7 @@ def recall_table(results: Results, width: int) -> str:
             rates = ", ".join(f"{rate:g}" for rate in sorted({v["learning_rate"] for v in values}))
             recall = [spread(found[n].recall, scale=100) if n in found else "" for n in asked]
             rows.append([label(system), parameters, state, rates, steps, *recall])
-    rows.append(["knows the values of a row, not whose", *[""] * 4, *(percent(1 / n) for n in asked)])
+    rows.append(["guesses among the row's values", *[""] * 4, *(percent(1 / n) for n in asked)])
     rows.append(["guesses among all values", *[""] * 4, *(f"{100 / n_values:.2f}" for _ in asked)])
     return table(header, rows)
 
