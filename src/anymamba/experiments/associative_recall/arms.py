@@ -127,9 +127,9 @@ def cpu_arms() -> list[Arm]:
 
 
 def gpu_arms() -> list[Arm]:
-    """The published sizes and widths at one rate, without the systems of four blocks."""
-    how = Optimization(steps=3000, batch_size=128, learning_rate=3e-3, warmup_steps=150, cosine=True)
-    return one_by_one((64, 128, 256), how, tuple(name for name in SYSTEMS if len(SYSTEMS[name].mixers) == 2))
+    """The published sizes and widths at two rates."""
+    how = Optimization(steps=10_000, batch_size=128, learning_rate=3e-3, warmup_steps=500, cosine=True)
+    return one_by_one((64, 128, 256), how, more_learning_rates=(1e-3,))
 
 
 def paper_arms() -> list[Arm]:
@@ -137,17 +137,15 @@ def paper_arms() -> list[Arm]:
     how = Optimization(
         steps=100_000, batch_size=64, learning_rate=2.15e-3, weight_decay=0.1, warmup_steps=1000, cosine=True
     )
-    return one_by_one((64, 128, 256), how, tuple(SYSTEMS), more_learning_rates=(4.64e-4, 1e-2, 1e-4))
+    return one_by_one((64, 128, 256), how, more_learning_rates=(4.64e-4, 1e-2, 1e-4))
 
 
-def one_by_one(
-    widths: tuple[int, ...], how: Optimization, systems: tuple[str, ...], more_learning_rates: tuple[float, ...] = ()
-) -> list[Arm]:
+def one_by_one(widths: tuple[int, ...], how: Optimization, more_learning_rates: tuple[float, ...]) -> list[Arm]:
     """An arm for each width, size and system, with the default initialisation of the layers."""
     more: dict[str, Any] = {"more_learning_rates": more_learning_rates, "validation_rows": 256, "judge_every": 500}
     return [
         Arm(f"{name}-d{width}-{task.n_pairs}", settings_of(name, width, (task,), how, **more))
         for width in widths
         for task in PAPER_SIZES
-        for name in systems
+        for name in SYSTEMS
     ]

@@ -87,22 +87,21 @@ def label(system: str) -> str:
 def thresholds(results: Results) -> list[Threshold]:
     """The thresholds of every planned width, for the worst seeds; the most pairs are those of the plan."""
     settings, found = planned(results), []
-    hybrids = [name for name in WITHOUT_ATTENTION if any(own.system == name for own in settings)]
     all_widths = sorted({own.model.d_model for own in settings})
     most = max(task.n_pairs for own in settings for task in own.tasks)
     for width in all_widths:
         prefix = f"width {width}: " if len(all_widths) > 1 else ""
-        found += [replace(t, what=prefix + t.what) for t in thresholds_at(by_system(results, width), most, hybrids)]
+        found += [replace(t, what=prefix + t.what) for t in thresholds_at(by_system(results, width), most)]
     return found
 
 
-def thresholds_at(of: dict[str, dict[int, Point]], most: int, hybrids: list[str]) -> list[Threshold]:
+def thresholds_at(of: dict[str, dict[int, Point]], most: int) -> list[Threshold]:
     """Attention recalls all, hybrids nearly all, small states and time-invariant layers less; a larger state helps."""
     top = of["attention"]
     worst = min((min(point.recall) for point in top.values()), default=None)
     found = [Threshold("attention: recall at its worst, %", [worst], at_least=0.99, show=percent)]
     found.append(below_attention(of, MAMBA_BY_STATE[0], 0.10, most))
-    for hybrid in hybrids:
+    for hybrid in WITHOUT_ATTENTION:
         gaps = [max(top[n].recall) - min(of[hybrid][n].recall) for n in top if n in of[hybrid]]
         what = f"{label(hybrid)}: recall below attention at its worst, points"
         found.append(Threshold(what, [max(gaps, default=None)], at_most=0.02, show=percent))
