@@ -18,6 +18,7 @@ from test_conv import conv_inputs
 from anymamba.kernels.causal_conv1d import triton as conv_triton
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.selective_scan import triton as scan_triton
+from anymamba.kernels.selective_scan.triton import plan
 from anymamba.runtimes import triton
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,47 @@ def test_the_scan_compiles_without_a_gpu(launches, target):
     for kernel, given in launches:
         fast = {"FAST": target[0] == "cuda" and given["A"].dtype == torch.float32}
         assert compile_for(kernel, given | fast, target).asm
+
+
+SPLIT = {"batch": 1, "length": 12, "d_inner": 32, "d_state": 16, "dtype": torch.bfloat16}
+"""A scan for the kernel that splits the states of a channel over lanes."""
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("length", [12, 16])
+def test_lanes_exchange_without_shared_memory(launches, dtype, length):
+    scan_triton.forward(arguments(scan_inputs(**SPLIT | {"dtype": dtype, "length": length})), True)
+    [(kernel, given)] = launches
+    found = compile_for(kernel, given | {"FAST": True}, TARGETS["sm_80"])
+    assert "shfl.sync.idx" in found.asm["ptx"] and "shfl.sync.bfly" in found.asm["ptx"]
+    assert "convert_layout" not in found.asm["ttgir"] and found.metadata.shared == 0
+
+
+@compiles
+def test_the_split_scan_compiles_for_amd(launches):
+    scan_triton.forward(arguments(scan_inputs(**SPLIT)), False)
+    [(kernel, given)] = launches
+    found = compile_for(kernel, given | {"BLOCK": 16}, TARGETS["gfx942"])
+    assert "convert_layout" not in found.asm["ttgir"] and found.metadata.shared == 0
+
+
+def test_which_scans_split_their_states(monkeypatch):
+    a = arguments(scan_inputs(**SPLIT))
+    assert plan.splits(a) and plan.splits(arguments(scan_inputs(**SPLIT | {"B": 2, "C": 2, "dtype": torch.float32})))
+    others: list[dict[str, Any]] = [
+        {"rule": "zoh"},
+        {"lengths": [5, 7]},
+        {"B": "constant"},
+        {"C": "constant"},
+        {"d_state": 15},
+        {"d_inner": 36},
+        {"dtype": torch.float64},
+        {"B": 8, "C": 8},
+    ]
+    assert not any(plan.splits(arguments(scan_inputs(**SPLIT | other))) for other in others)
+    monkeypatch.setattr(triton, "n_multiprocessors", lambda device: 1)
+    assert not plan.splits(a) and plan.splits(arguments(scan_inputs(**SPLIT | {"batch": 2})))
 
 
 @compiles

@@ -12,6 +12,7 @@ from test_conv import widened as widened_conv
 
 from anymamba import selective_scan, selective_scan_step
 from anymamba.kernels.selective_scan import triton as scan_triton
+from anymamba.kernels.selective_scan.triton import plan
 from anymamba.ops import dispatch
 
 SMALL = {"batch": 1, "length": 6, "d_inner": 3, "d_state": 2}
@@ -47,6 +48,42 @@ def test_the_scan_in_other_dtypes(dtype, lengths):
     inputs = scan_inputs(1, 7, 3, 4, lengths=lengths, dtype=dtype)
     exact = run_scan(widened(inputs), "reference")
     assert_within_budget(run_scan(inputs, "triton"), run_scan(inputs, "reference"), exact)
+
+
+SPLIT = {"batch": 1, "length": 5, "d_inner": 8, "d_state": 16, "dtype": torch.float32}
+
+SPLIT_SCANS = {
+    "all": {"batch": 2},
+    "plain": {"D": False, "z": False, "bias": False, "softplus": False, "initial": False},
+    "no gate": {"z": False, "d_inner": 16},
+    "one token": {"length": 1, "initial": False},
+    "groups": {"B": 2, "C": 2, "d_inner": 16, "length": 9},
+    "bfloat16": {"batch": 2, "dtype": torch.bfloat16, "D": False},
+    "bfloat16, groups of two tiles": {"dtype": torch.bfloat16, "length": 17, "B": 2, "C": 2, "d_inner": 16},
+    "one number a word": {"dtype": torch.float16, "bias": False},
+    "two saved states": {"length": 67},
+}
+
+
+@pytest.mark.parametrize("options", SPLIT_SCANS.values(), ids=SPLIT_SCANS)
+def test_states_split_over_lanes(options):
+    inputs = scan_inputs(**SPLIT | options)
+    assert plan.splits(arguments(inputs))
+    exact = run_scan(widened(inputs), "reference")
+    assert_within_budget(run_scan(inputs, "triton"), run_scan(inputs, "reference"), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [64, 130])
+def test_states_split_over_lanes_and_long(dtype, length):
+    """Both forward kernels save the same states, but for roundings."""
+    a = arguments(scan_inputs(**SPLIT | {"length": length, "dtype": dtype}))
+    y, *states = scan_triton.forward(a, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "splits", lambda a: False)
+        y_of_other, *states_of_other = scan_triton.forward(a, True)
+    assert_close({"y": y}, {"y": y_of_other}, 4 * torch.finfo(dtype).eps)
+    assert_close(dict(enumerate(states)), dict(enumerate(states_of_other)), 1e-6)
 
 
 @pytest.mark.parametrize("rule", ["euler", "zoh"])

@@ -49,8 +49,11 @@ def forward(a: ScanArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if a.u.numel() == 0:
         return y, last_state, saved
     call = Call(a)
-    partial = a.u.new_empty(a.u.shape, dtype=a.dtype) if len(call.slabs) > 1 else None
-    results = {"partial": partial, "y": y, "last": last_state, "saved": saved if save else None}
+    results = {"y": y, "last": last_state, "saved": saved if save else None}
+    if plan.splits(a):
+        call.scan_split(**results)
+        return y, last_state, saved
+    results["partial"] = a.u.new_empty(a.u.shape, dtype=a.dtype) if len(call.slabs) > 1 else None
     if call.n_chunks > 1:
         call.new_chunks()
         for slab in call.slabs:

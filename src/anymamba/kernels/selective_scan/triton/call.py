@@ -129,6 +129,28 @@ class Call:
             LAST=slab.is_last,
         )
 
+    def scan_split(self, **results: Tensor | None) -> None:
+        """The forward kernel that splits the states of a channel over lanes."""
+        from anymamba.kernels.selective_scan.triton.split_forward_kernel import scan_split
+
+        a = self.a
+        matrices = {k: v for k, v in self._forward_matrices().items() if not k.startswith("CONSTANT")}
+        tiles = plan.SPLIT_TILES if matrices["WORD"] == 4 else 1
+        block = triton.lanes(a.u) // plan.SPLIT_LANES
+        flags = {"BLOCK": block, "TILES": tiles, "WHOLE": a.length % (tiles * plan.SPLIT_LANES) == 0}
+        self._launch(
+            scan_split,
+            a.batch * a.d_inner // block,
+            **self._rows("u", "delta", "z"),
+            **matrices | self.vectors | results,
+            **{k: self.sizes[k] for k in ("length", "d_inner", "d_state", "per_group", "n_groups")},
+            **self.flags | flags,
+            initial=self.initial_state,
+            N=a.d_state // plan.SPLIT_LANES,
+            OF_TOKEN=a.n_groups * a.d_state // matrices["WORD"],
+            SAVED_EVERY=plan.SAVED_EVERY,
+        )
+
     def carry(self, initial: Tensor | None, reverse: bool) -> None:
         """Pass states on from chunk to chunk."""
         from anymamba.kernels.selective_scan.triton.forward_kernels import carry

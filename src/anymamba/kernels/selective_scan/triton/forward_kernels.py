@@ -3,7 +3,8 @@
 Lanes are channels. A program has a block of channels, a chunk of time and a slab of at most 16 states, each of them a
 vector of its own in registers. More states take several launches, which add up y in `partial`. Where there are too few
 rows and channels for the GPU, time is cut into chunks: SUMMARY runs each chunk from zero, `carry` finds the states that
-arrive at each chunk from these, and a second run starts from those.
+arrive at each chunk from these, and a second run starts from those. Where there are many, `split_forward_kernel.py` has
+a faster kernel for the commonest scans.
 
 Rates are in units of log2(e), so that a decay is 2^(d rate). R is float32 or float64, the dtype of A. Scratch tensors
 have channels last. `WHOLE` says that tokens fill their groups and channels their blocks, so that nothing needs a mask.
@@ -130,11 +131,20 @@ def start_of_matrix(row, group, length, n_groups, d_state, first_state, WORD: tl
 
 
 @triton.jit
-def numbers(first, is_token, R: tl.constexpr, N: tl.constexpr, WORD: tl.constexpr, WHOLE: tl.constexpr):
-    """The slab of a token of B or C. WORD: the numbers that an int64 holds, four bfloat16 or two float32; or 1."""
+def words_at(first, is_token, COUNT: tl.constexpr, WHOLE: tl.constexpr):
+    """The words of a token of B or C."""
     found = ()
-    for k in tl.static_range(N // WORD):
-        value = load(first + k, is_token, WHOLE)
+    for k in tl.static_range(COUNT):
+        found = found + (load(first + k, is_token, WHOLE),)
+    return found
+
+
+@triton.jit
+def unpacked(words, R: tl.constexpr, WORD: tl.constexpr):
+    """The numbers in words. WORD: the numbers that an int64 holds, four bfloat16 or two float32; or 1."""
+    found = ()
+    for k in tl.static_range(len(words)):
+        value = words[k]
         if WORD == 1:
             found = found + (value.to(R),)
         else:
@@ -150,6 +160,12 @@ def numbers(first, is_token, R: tl.constexpr, N: tl.constexpr, WORD: tl.constexp
                     (high & -65536).to(tl.float32, bitcast=True),
                 )
     return found
+
+
+@triton.jit
+def numbers(first, is_token, R: tl.constexpr, N: tl.constexpr, WORD: tl.constexpr, WHOLE: tl.constexpr):
+    """The slab of a token of B or C."""
+    return unpacked(words_at(first, is_token, N // WORD, WHOLE), R, WORD)
 
 
 @triton.jit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from anymamba.kernels.selective_scan.arguments import ScanArguments
 from anymamba.runtimes import triton
 
@@ -18,6 +20,16 @@ FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 32, 24
 
 FORWARD_TOKENS, BACKWARD_TOKENS = 4, 2
 """Tokens of a group, whose loads are issued together. More of them in backward do not fit into registers."""
+
+SPLIT_STATES, SPLIT_LANES = 16, 4
+"""States of a channel that a second forward kernel splits over lanes, and these lanes."""
+
+SPLIT_WARPS_NEEDED = 8
+"""Warps for each multiprocessor from which that kernel serves: it does not cut time into chunks."""
+
+SPLIT_TILES = 2
+"""Tiles of four tokens of a group of that kernel if B and C are in words of four. Others take more registers, and have
+one tile. On an H200 one tile took 1.4 times as long, and programs of two or four warps as long as those of one."""
 
 
 class Slab(NamedTuple):
@@ -54,3 +66,17 @@ def chunk(a: ScanArguments, n_blocks: int, programs: int) -> int:
     longest = -(-a.length // SAVED_EVERY)
     n_chunks = min(longest, -(-wanted // n_blocks)) if wanted else longest
     return -(-longest // n_chunks) * SAVED_EVERY
+
+
+def splits(a: ScanArguments) -> bool:
+    """Whether the forward kernel is the one that splits the states of a channel over lanes; see SPLIT_WARPS_NEEDED."""
+    per_warp = triton.lanes(a.u) // SPLIT_LANES
+    return (
+        a.d_state == SPLIT_STATES
+        and a.B.ndim == a.C.ndim == 4
+        and not a.zoh
+        and a.cu_seqlens is None
+        and a.dtype == torch.float32
+        and a.d_inner // a.n_groups % per_warp == 0
+        and a.batch * a.d_inner // per_warp >= SPLIT_WARPS_NEEDED * triton.n_multiprocessors(a.u.device)
+    )
