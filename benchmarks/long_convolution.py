@@ -1,4 +1,4 @@
-"""Convolutions as long as the sequence on a GPU: FFTs in shared memory against cuFFT.
+"""Convolutions as long as the sequence on a GPU: products on tensor cores and FFTs in shared memory against cuFFT.
 
 python -m benchmarks.long_convolution
 
@@ -8,16 +8,23 @@ Times are medians of replays of CUDA graphs, forward and both passes, with the g
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
 import anymamba
+from anymamba.kernels.fft_conv.cuda import products
+from anymamba.parts import toeplitz
 from anymamba.parts.fft_conv import fft_conv
 from anymamba.runtimes import nvrtc
 from benchmarks.gpu import machine, time_of
 from benchmarks.timing import table
 
 BF16 = torch.bfloat16
+HEADS = (1024, 2048, 24, BF16)
+"""H3's, whose memory is ordered (channels, length, rows)."""
 SHAPES = {
     (16, 2048, 192, BF16): "Hyena, 3 million parameters",
     (32, 2048, 256, BF16): "Hyena, 7 million",
@@ -25,17 +32,31 @@ SHAPES = {
     (128, 1024, 128, BF16): "",
     (8, 4096, 384, BF16): "",
     (16, 2048, 192, torch.float32): "",
-    (1024, 2048, 24, BF16): "H3's heads",
+    HEADS: "H3's heads",
 }
 """rows, length, channels, dtype."""
-BACKENDS = ("cuda", "portable")
+WAYS = ("products", "FFTs", "cuFFT")
 
 
-def times(rows: int, length: int, width: int, dtype: torch.dtype, backend: str) -> list[float]:
+@contextmanager
+def by(way: str) -> Iterator[None]:
+    """Have `fft_conv` go this way, where it can."""
+    served = {"products": products.serves}.get(way, lambda u, kernel: False)
+    with (
+        mock.patch.object(products, "serves", served),
+        mock.patch.object(toeplitz, "is_faster", lambda *_: False),
+        anymamba.backend("portable" if way == "cuFFT" else "cuda"),
+    ):
+        yield
+
+
+def times(rows: int, length: int, width: int, dtype: torch.dtype, way: str) -> list[float]:
     """Milliseconds of forward, and of forward and backward."""
-    u = torch.randn(rows, length, width, device="cuda", dtype=dtype, requires_grad=True)
+    u, dy = (torch.randn(rows, length, width, device="cuda").to(dtype) for _ in range(2))
+    if (rows, length, width, dtype) == HEADS:
+        u, dy = (t.permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in (u, dy))
+    u.requires_grad_()
     kernel = torch.randn(width, length, device="cuda", requires_grad=True)
-    dy = torch.randn(rows, length, width, device="cuda").to(dtype)
 
     def forward() -> None:
         with torch.no_grad():
@@ -44,8 +65,13 @@ def times(rows: int, length: int, width: int, dtype: torch.dtype, backend: str) 
     def both() -> None:
         torch.autograd.grad(fft_conv(u, kernel), (u, kernel), dy)
 
-    with anymamba.backend(backend):
+    with by(way):
         return [time_of(forward), time_of(both)]
+
+
+def served(rows: int, length: int, dtype: torch.dtype) -> bool:
+    """Whether products take these."""
+    return dtype == BF16 and products.suits(rows, length)
 
 
 def main() -> None:
@@ -53,13 +79,16 @@ def main() -> None:
         sys.exit(f"the kernels do not run here: {nvrtc.reason()}")
     rows = []
     for shape, what in SHAPES.items():
-        ours, theirs = (times(*shape, backend) for backend in BACKENDS)
+        found = {way: times(*shape, way) for way in WAYS if way != "products" or served(shape[0], shape[1], shape[3])}
         name = " x ".join(map(str, shape[:3])) + f", {str(shape[3]).removeprefix('torch.')}" + (what and f" ({what})")
-        ratios = (f"{t / o:.1f}" for t, o in zip(theirs, ours, strict=True))
-        rows.append([name, *(" / ".join(f"{t:.3f}" for t in found) for found in (ours, theirs)), " / ".join(ratios)])
+        cells = [" / ".join(f"{t:.3f}" for t in found[way]) if way in found else "" for way in WAYS]
+        best = (min(o) for o in zip(*(found[way] for way in WAYS[:-1] if way in found), strict=True))
+        ratios = " / ".join(f"{t / o:.1f}" for t, o in zip(found["cuFFT"], best, strict=True))
+        rows.append([name, *cells, ratios])
         print(*rows[-1], file=sys.stderr)
     print(machine())
-    print(table(["rows x length x channels", "in shared memory (ms)", "cuFFT (ms)", "times as fast"], rows))
+    names = ("products (ms)", "FFTs in shared memory (ms)", "cuFFT (ms)", "times as fast as cuFFT")
+    print(table(["rows x length x channels", *names], rows))
 
 
 if __name__ == "__main__":

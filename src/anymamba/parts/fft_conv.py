@@ -3,8 +3,9 @@
     y[t] = sum over j <= t of kernel[j] u[t - j]
 
 O(length log length) per channel. Sequence and kernel are padded with zeros so that the circular convolution of the
-FFT is the causal one. On an NVIDIA GPU the FFTs of up to 4,096 tokens run in shared memory (`kernels/fft_conv`); many
-rows of short numbers are convolved by matrix products instead (`toeplitz.py`).
+FFT is the causal one. On an NVIDIA GPU the FFTs of up to 4,096 tokens run in shared memory (`kernels/fft_conv`). Short
+numbers are convolved by products on tensor cores instead: bfloat16 of up to 2,048 tokens in kernels of this package,
+and many rows in those of torch (`toeplitz.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anymamba.kernels.fft_conv import cuda
+from anymamba.kernels.fft_conv.cuda import products
 from anymamba.ops.dispatch import insisted
+from anymamba.ops.observers import differentiable
 from anymamba.parts import toeplitz
 from anymamba.parts.derivatives import as_operations, in_operations
 
 CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
 """Padded numbers per FFT call. On a CPU this is a few MB, which stay in its cache between the passes."""
+FEW_ROWS = 5
+"""With fewer rows the products' order, which has 8, would keep more than half of memory for zeros."""
 
 
 def fft_conv(
@@ -32,8 +37,9 @@ def fft_conv(
     Args:
         u: (batch, length, width), real.
         kernel: (width, kernel_length), real; terms beyond the sequence length are not used.
-    Returns (batch, length, width) in u's dtype, computed in float32 or wider. Gradients flow to both arguments, in any
-    mode and of any order. The backward pass transforms u again instead of keeping its spectrum.
+    Returns (batch, length, width) in u's dtype, summed in float32 or wider. Where u has 16 bits, a GPU may round the
+    terms of the kernel to u's dtype. Gradients flow to both arguments, in any mode and of any order. The backward pass
+    transforms u again instead of keeping its spectrum.
     Raises ValueError when the shapes disagree or a tensor is complex.
     """
     if u.ndim != 3 or kernel.ndim != 2 or kernel.shape[0] != u.shape[-1] or kernel.shape[1] < 1:
@@ -50,6 +56,8 @@ def fft_conv(
     if as_operations(u, kernel):
         return _operations(u, kernel)
     by_products = toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1]))
+    if insisted() in (None, "cuda") and products.serves(u, kernel):
+        return _by_products(u, kernel)
     if by_products and (toeplitz.in_order(u) or not _in_shared_memory(u, kernel)):
         return toeplitz.convolve(u, kernel, gradients_in_operations)
     return _FFTConv.apply(u, kernel)
@@ -76,6 +84,47 @@ def _operations(u: Tensor, kernel: Tensor) -> Tensor:
     length, size, wide = u.shape[1], _fft_size(u, kernel), _wide(u, kernel)
     product = torch.fft.rfft(u.transpose(1, 2).to(wide), size) * torch.fft.rfft(kernel.to(wide), size)
     return torch.fft.irfft(product, size)[..., :length].transpose(1, 2).to(u.dtype)
+
+
+def _by_products(u: Tensor, kernel: Tensor) -> Tensor:
+    """For the backward pass u is kept in the order of the products, unless zeros would make it much longer."""
+    if u.shape[0] < FEW_ROWS or products.by_time(u) or not differentiable(u, kernel):
+        return _Products.apply(u, None, kernel)
+    x, lines = _Ordered.apply(u, kernel.detach())
+    return _Products.apply(x, lines, kernel)
+
+
+class _Ordered(torch.autograd.Function):
+    """The same numbers in the order of the products, and the filters in their words."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        x, lines = products.order(u, kernel)
+        ctx.mark_non_differentiable(lines)
+        return x, lines
+
+    @staticmethod
+    def backward(ctx, dx: Tensor, dlines: Tensor) -> tuple[Tensor, None]:
+        return dx, None
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, lines: Tensor | None, kernel: Tensor) -> Tensor:
+        """`lines` is what `products.order` returned with x; None if x is in another order."""
+        ctx.save_for_backward(x, kernel)
+        ctx.ordered = lines is not None
+        x, lines = products.order(x, kernel) if lines is None else (x, lines)
+        return products.convolve(x, lines, kernel)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, kernel = ctx.saved_tensors
+        if in_operations(dy, x, kernel):
+            again = gradients_in_operations(dy, x, kernel)
+            return again[0], None, again[1]
+        du, dkernel = products.gradients(x, dy, kernel, ctx.ordered, *ctx.needs_input_grad[::2])
+        return du, None, None if dkernel is None else dkernel.to(kernel.dtype)
 
 
 class _FFTConv(torch.autograd.Function):

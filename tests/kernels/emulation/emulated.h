@@ -75,6 +75,7 @@ struct Meeting {
 struct Warp {
     Meeting meeting;
     u64 values[2][32];
+    u32 tiles[2][32][6];
     int alive = 32;
 };
 
@@ -341,15 +342,49 @@ inline float dot_bfloats(u32 a, u32 b) {
     return bits_as_float(a << 16) * bits_as_float(b << 16) +
            bits_as_float(a & 0xffff0000u) * bits_as_float(b & 0xffff0000u);
 }
+// Every lane of a warp gives some words; returns those of all lanes.
+template <int N>
+inline const u32 (&gathered(const u32 (&own)[N]))[32][6] {
+    auto& warp = emulated::warps[emulated::self->warp];
+    auto& tiles = warp.tiles[warp.meeting.generation & 1];
+    std::memcpy(tiles[emulated::self->lane], own, sizeof(own));
+    sync_warp();
+    return tiles;
+}
 inline void multiply_tiles(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     const int lane = emulated::self->lane, row = lane & ~3, column = lane % 4 * 2;
+    const u32 own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const auto& all = gathered(own);
     for (int half = 0; half < 2; half++)
-        for (int t = 0; t < 4; t++) {
-            const u32 upper = shuffle(a[2 * half], row + t), lower = shuffle(a[2 * half + 1], row + t);
+        for (int t = 0; t < 4; t++)
             for (int i = 0; i < 2; i++) {
-                const u32 other = shuffle(b[half], (column + i) * 4 + t);
-                sums[i] += dot_bfloats(upper, other);
-                sums[2 + i] += dot_bfloats(lower, other);
+                const u32 other = all[(column + i) * 4 + t][4 + half];
+                sums[i] += dot_bfloats(all[row + t][2 * half], other);
+                sums[2 + i] += dot_bfloats(all[row + t][2 * half + 1], other);
             }
-        }
+}
+inline void multiply_half_tiles(float (&sums)[4], const u32 (&a)[2], u32 b) {
+    const u32 left[4] = {a[0], a[1], 0, 0}, right[2] = {b, 0};
+    multiply_tiles(sums, left, right);
+}
+// The rows of four matrices, whose addresses the lanes have.
+inline void rows_of_tiles(const u16* (&rows)[32], const void* own) {
+    need(reinterpret_cast<u64>(own) % 16 == 0, "a row of a matrix not aligned");
+    const u64 address = reinterpret_cast<u64>(own);
+    const u32 words[2] = {u32(address), u32(address >> 32)};
+    const auto& all = gathered(words);
+    for (int l = 0; l < 32; l++) rows[l] = reinterpret_cast<const u16*>(u64(all[l][1]) << 32 | all[l][0]);
+}
+inline void load_tiles(u32 (&words)[4], const void* row) {
+    const int g = emulated::self->lane / 4, t = emulated::self->lane % 4;
+    const u16* rows[32];
+    rows_of_tiles(rows, row);
+    for (int i = 0; i < 4; i++) words[i] = rows[8 * i + g][2 * t] | u32(rows[8 * i + g][2 * t + 1]) << 16;
+}
+template <int N>
+inline void load_tiles_transposed(u32 (&words)[N], const void* row) {
+    const int g = emulated::self->lane / 4, t = emulated::self->lane % 4;
+    const u16* rows[32];
+    rows_of_tiles(rows, row);
+    for (int i = 0; i < N; i++) words[i] = rows[8 * i + 2 * t][g] | u32(rows[8 * i + 2 * t + 1][g]) << 16;
 }

@@ -237,6 +237,35 @@ DEVICE void multiply_tiles(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same for 16 x 8 by 8 x 8: the first two words of a and the first of b.
+DEVICE void multiply_half_tiles(float (&sums)[4], const u32 (&a)[2], u32 b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 i + r gives the address of row r of matrix i, of 16
+// bytes. Of matrix i a lane gets (g, 2t) and (g, 2t + 1), or, transposed, (2t, g) and (2t + 1, g).
+DEVICE void load_tiles(u32 (&words)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+DEVICE void load_tiles_transposed(u32 (&words)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+// Of two matrices; the upper 16 lanes' addresses are not used.
+DEVICE void load_tiles_transposed(u32 (&words)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
 #endif  // ANYMAMBA_EMULATED
 
 // What the lanes of a warp have written is there.

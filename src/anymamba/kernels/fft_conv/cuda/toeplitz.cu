@@ -1,0 +1,523 @@
+// The causal convolution with filters as long as the sequence, by products of 16-bit tiles on tensor cores.
+//
+//     y[t] = sum over s <= t of k[t - s] u[s]
+//
+// For each channel this is a Toeplitz matrix times (length, rows). The matrix is never made: a word of a tile of it is a
+// pair of neighbouring terms of the filter, so that a warp that goes on by 16 inputs needs two new words of the filter
+// for all its tiles. The gradient of the filter sums products of tiles of dy and u along their diagonals. Sums are in
+// float32, in an order that depends on the sizes only.
+//
+// Between the kernels a tensor is ordered (width, padded_rows, padded_length), with zeros where it is padded. If BY_TIME,
+// tensors come and go as (width, length, rows), and `order` makes lines only.
+//
+// Needs BY_TIME; ROW_TILES: 1 for up to 8 rows, or 2, also if BY_TIME; CHANNELS: those of a block of `multiply`; and
+// SHARES: its warps for one channel.
+#include "device.cuh"
+
+struct Rows {  // a tensor (rows, length, width); the last dimension is dense
+    u8* data;
+    i64 row, token, dtype;
+};
+// All fields have 8 bytes; the order is that of products.TENSORS and products.FIELDS.
+struct Parameters {
+    Rows x;                // what `order` reads
+    Rows y;                // what `multiply` writes
+    const float* filters;  // (width, taps)
+    u16* ordered;          // what `order` writes, or `multiply` reads
+    const u16* inputs;     // u and the gradient of y, ordered, for `correlate`
+    const u16* outputs;
+    u32* lines;            // (width, 2, line): the filters in words, as `multiply` reads them
+    float* parts;          // (n_parts, width, n_groups, ENTRIES): sums over some of the rows
+    float* found;          // (width, taps): the gradient of the filters
+    i64 rows, length, width, taps, padded_rows, padded_length, line;
+    i64 order_blocks;      // those of `order` that order; the others make lines
+    i64 n_tiles;           // of outputs, of `multiply`
+    i64 n_groups, n_parts, rows_of_part;
+    i64 adjoint;           // whether the matrix is transposed: for the gradient of the inputs
+    i64 aligned;           // whether neighbouring channels can be read, or written, at once
+    i64 near;              // whether blocks that read the same are neighbours, rather than those with most work first
+};
+
+// ------------------------------------------------------------------------------------------------ order
+// A block turns ORDERED times of ORDERED channels of a row in shared memory, where a channel has a row of 32 words, each
+// of two times. Pieces of 4 words are permuted so that no two lanes use one bank at a time.
+
+constexpr int ORDERED = 64, ORDER_THREADS = 256, LINE_START = 16;  // words of zeros before the filter's first
+
+DEVICE u32* piece_of_channel(int channel, int piece) {
+    return reinterpret_cast<u32*>(shared_memory()) + channel * (ORDERED / 2) + (piece ^ channel / 8) * 4;
+}
+
+// Eight neighbouring channels at one time, zeros outside.
+DEVICE uint4 read_channels(const Parameters& p, i64 row, i64 time, i64 channel) {
+    uint4 found = {0u, 0u, 0u, 0u};
+    if (row >= p.rows || time >= p.length || channel >= p.width) return found;
+    const u16* from = reinterpret_cast<const u16*>(p.x.data) + row * p.x.row + time * p.x.token + channel;
+    if (p.aligned) return *reinterpret_cast<const uint4*>(from);
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const u32 first = channel + 2 * i < p.width ? from[2 * i] : 0;
+        words[i] = first | u32(channel + 2 * i + 1 < p.width ? from[2 * i + 1] : 0) << 16;
+    }
+    return {words[0], words[1], words[2], words[3]};
+}
+
+DEVICE float term(const Parameters& p, const float* filter, int lag) {
+    return lag >= 0 && lag < p.taps ? filter[lag] : 0.f;
+}
+
+// The two copies of a channel's filter, for even and odd places in a tile, in words of two terms.
+DEVICE void make_line(const Parameters& p, i64 channel) {
+    const float* filter = p.filters + channel * p.taps;
+    u32* to = p.lines + channel * 2 * p.line;
+    for (int i = threadIdx.x; i < p.line; i += ORDER_THREADS) {
+        const int lag = 2 * (i - LINE_START);
+        const float even = term(p, filter, lag), odd = term(p, filter, lag + 1);
+        if (p.adjoint) {
+            to[i] = floats_as_bfloats(even, odd);
+            to[p.line + i] = floats_as_bfloats(odd, term(p, filter, lag + 2));
+        } else {
+            to[i] = floats_as_bfloats(even, term(p, filter, lag - 1));
+            to[p.line + i] = floats_as_bfloats(odd, even);
+        }
+    }
+}
+
+KERNEL(ORDER_THREADS, 6) order(PARAMETER Parameters p) {
+    let_next_start();
+    const int block = int(blockIdx.x), thread = threadIdx.x;
+    if (block >= p.order_blocks) return make_line(p, block - p.order_blocks);
+    const int across = int(p.width + ORDERED - 1) / ORDERED, times = int(p.padded_length) / ORDERED;
+    const int first = block % across * ORDERED, start = block / across % times * ORDERED, row = block / across / times;
+    const int octet = thread % 8, pair = thread / 8;
+    const uint4 a = read_channels(p, row, start + 2 * pair, first + 8 * octet);
+    const uint4 b = read_channels(p, row, start + 2 * pair + 1, first + 8 * octet);
+    const u32 here[4] = {a.x, a.y, a.z, a.w}, next[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        piece_of_channel(8 * octet + 2 * i, pair / 4)[pair % 4] = permute_bytes(here[i], next[i], 0x5410);
+        piece_of_channel(8 * octet + 2 * i + 1, pair / 4)[pair % 4] = permute_bytes(here[i], next[i], 0x7632);
+    }
+    sync_block();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int channel = (thread + i * ORDER_THREADS) / 8, piece = thread % 8;
+        if (first + channel >= p.width) continue;
+        u16* to = p.ordered + ((first + channel) * p.padded_rows + row) * p.padded_length + start + 8 * piece;
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(piece_of_channel(channel, piece));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ multiply
+// A block has TILE outputs of ROWS rows of CHANNELS channels; a warp has CHUNK outputs of one channel, TILES tiles of 16.
+// Inputs come through shared memory in slices, SLICES for each chunk; the filters of the block stay there.
+//
+// With g = lane / 4 and t = lane % 4 the words of the tile `lag` 16s below the diagonal are terms 16 lag + g - 2t and the
+// one before; 8 more for the lower left quarter, 8 fewer for the upper right one, the same for the others.
+//
+// The transposed matrix is the same one if groups of 8 times are taken in reverse order, in and out: only the words of
+// the filter differ, which are then terms 8 n + 2t - g and the one after.
+//
+// If BY_TIME, a time has the 32 bytes of 16 rows in shared memory, whose halves are exchanged at every other four times:
+// tensor cores take 8 of them at once.
+
+constexpr int TILES = 8, ROWS = 8 * ROW_TILES, CHUNK = 16 * TILES, TILE = CHUNK * SHARES;
+constexpr int SLICE = CHANNELS == 8 && SHARES == 1 ? 64 : 128, SLICES = CHUNK / SLICE, STEPS = SLICE / 16;
+constexpr int THREADS = 32 * CHANNELS * SHARES;
+constexpr int STRIDE = 2 * SLICE + (BY_TIME ? 0 : 16);  // of a row of a slice: no bank conflicts
+constexpr int OF_CHANNEL = ROWS * STRIDE, STAGE = CHANNELS * OF_CHANNEL;
+constexpr int PIECES = SLICE / 8, COPIES = CHANNELS * ROWS * PIECES / THREADS, BETWEEN = THREADS / PIECES / ROWS;
+static_assert(COPIES * BETWEEN == CHANNELS && BETWEEN > 0, "a thread copies the same row of several channels");
+
+DEVICE int piece_at_time(int time, int half) { return time * 32 + (half ^ time / 4 % 2) * 16; }
+DEVICE void load_columns(u32 (&words)[4], const u8* from) {
+    if constexpr (BY_TIME) {
+        load_tiles_transposed(words, from);
+    } else {
+        load_tiles(words, from);
+    }
+}
+
+DEVICE int octets(const Parameters& p) { return int(p.length + 7) / 8; }
+DEVICE int octet_at(const Parameters& p, int place) { return p.adjoint ? octets(p) - 1 - place : place; }
+
+// What a block works on.
+struct Block {
+    int channel, row, tile, start;  // inputs before `start` are further away than the filter has taps
+
+    DEVICE Block(const Parameters& p) {
+        const int across = int(p.width + CHANNELS - 1) / CHANNELS, down = int(p.padded_rows) / ROWS;
+        const int n_tiles = int(p.n_tiles), index = int(blockIdx.x);
+        const int place = p.near ? index / n_tiles : index % (across * down);
+        channel = place % across * CHANNELS, row = place / across * ROWS;
+        tile = n_tiles - 1 - (p.near ? index % n_tiles : index / (across * down));
+        start = max(0, tile * TILE - int(p.taps) + 1) / CHUNK * CHUNK;
+    }
+    DEVICE int lags() const { return (tile + 1) * TILE - start; }
+};
+
+DEVICE void copy_lines(u32* lines, const Parameters& p, const Block& at) {
+    const int pieces = (LINE_START + at.lags() / 2) / 4, channels = min(CHANNELS, int(p.width) - at.channel);
+    for (int i = threadIdx.x / 32; i < 2 * channels; i += THREADS / 32)
+        for (int k = threadIdx.x % 32; k < pieces; k += 32)
+            copy_16_bytes(lines + i * p.line + 4 * k, p.lines + (2 * at.channel + i) * p.line + 4 * k);
+}
+
+// The same where a time has its rows together.
+DEVICE void copy_times(u8* stage, const Parameters& p, const Block& at, int slice) {
+    const int half = threadIdx.x % 2, time = threadIdx.x / 2 % SLICE, first = threadIdx.x / 2 / SLICE;
+    const int place = at.start / 8 + slice * PIECES + time / 8, from_time = 8 * octet_at(p, place) + time % 8;
+    const bool inside = from_time >= 0 && from_time < p.length && at.row + 8 * half < p.rows;
+    const i64 step = p.length * p.rows;
+    const u16* from = p.ordered + (at.channel + first) * step + from_time * p.rows + at.row + 8 * half;
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+        const bool ok = inside && at.channel + first + i * BETWEEN < p.width;
+        copy_16_bytes(stage + (first + i * BETWEEN) * OF_CHANNEL + piece_at_time(time, half),
+                      ok ? from + i * BETWEEN * step : p.ordered, ok);
+    }
+}
+
+DEVICE void copy_slice(u8* stage, const Parameters& p, const Block& at, int slice) {
+    if constexpr (BY_TIME) return copy_times(stage, p, at, slice);
+    const int piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES % ROWS, first = threadIdx.x / PIECES / ROWS;
+    const int place = at.start / 8 + slice * PIECES + piece;
+    const bool inside = place < octets(p);
+    const i64 step = p.padded_rows * p.padded_length;
+    const u16* from = p.ordered + (at.channel + first) * step + (at.row + row) * p.padded_length +
+                      8 * (inside ? octet_at(p, place) : 0);
+    u8* to = stage + first * OF_CHANNEL + row * STRIDE + 16 * piece;
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+        const bool ok = inside && at.channel + first + i * BETWEEN < p.width;
+        copy_16_bytes(to + i * BETWEEN * OF_CHANNEL, ok ? from + i * BETWEEN * step : p.ordered, ok);
+    }
+}
+
+// The words of the filter that a lane has: at step k those of tile m are in place (m - k) % TILES. A word that two tiles
+// share is read twice, since tensor cores take a tile from four neighbouring registers.
+struct Words {
+    const volatile u32* line;  // those of the first tile at the first step of the chunk
+    u32 tiles[TILES][4];
+
+    DEVICE Words(const u32* lane_line, int lag) : line(lane_line + 8 * lag) {
+#pragma unroll
+        for (int m = 0; m < TILES; m++) get(m, m);
+    }
+    DEVICE void get(int place, int tile) {
+        const volatile u32* from = line + 8 * tile;
+        tiles[place][0] = from[0], tiles[place][1] = from[4], tiles[place][2] = from[-4], tiles[place][3] = from[0];
+    }
+};
+
+DEVICE constexpr int turn(int place) { return place & (TILES - 1); }
+
+// sums += the products of a slice, from step FIRST of the chunk on. On the diagonal tiles above it are left out, and no
+// new words are needed.
+template <int FIRST, bool DIAGONAL>
+DEVICE void multiply_slice(float (&sums)[TILES][ROW_TILES][4], Words& words, const u8* from) {
+    constexpr int step = BY_TIME ? 512 : 32;
+    u32 columns[2][4];  // two row tiles take four words for 16 times, one takes them for 32
+    load_columns(columns[0], from);
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        const int k = FIRST + i;
+        if (ROW_TILES == 2 && i + 1 < STEPS) load_columns(columns[(i + 1) % 2], from + step * (i + 1));
+        if (ROW_TILES == 1 && i % 2 == 0 && i + 2 < STEPS) load_columns(columns[(i / 2 + 1) % 2], from + step * (i + 2));
+#pragma unroll
+        for (int m = TILES - 1; m >= (DIAGONAL ? k : 0); m--) {
+#pragma unroll
+            for (int n = 0; n < ROW_TILES; n++) {
+                const u32(&four)[4] = columns[(ROW_TILES == 2 ? i : i / 2) % 2];
+                const int two = ROW_TILES == 2 ? 2 * n : i % 2 * 2;
+                const u32 column[2] = {four[two], four[two + 1]};
+                multiply_tiles(sums[m][n], words.tiles[turn(m - k)], column);
+            }
+            if (!DIAGONAL && m == TILES - 1) words.get(turn(-k - 1), -k - 1);
+        }
+    }
+}
+
+template <int PART>
+DEVICE void slices_of_chunk(float (&sums)[TILES][ROW_TILES][4], Words& words, u8* stages, int lane_offset,
+                            const Parameters& p, const Block& at, int chunk, int own, int n_chunks) {
+    const int slice = chunk * SLICES + PART;
+    wait_for_copies<0>();
+    sync_block();  // the slice is there, and the other stage has been read
+    if (slice + 1 < n_chunks * SLICES) copy_slice(stages + (slice + 1) % 2 * STAGE, p, at, slice + 1);
+    end_of_copies();
+    const u8* from = stages + slice % 2 * STAGE + lane_offset;
+    if (chunk < own) {
+        multiply_slice<PART * STEPS, false>(sums, words, from);
+    } else if (chunk == own) {
+        multiply_slice<PART * STEPS, true>(sums, words, from);
+    }
+    if constexpr (PART + 1 < SLICES)
+        slices_of_chunk<PART + 1>(sums, words, stages, lane_offset, p, at, chunk, own, n_chunks);
+}
+
+constexpr int OUTPUT_ROW = TILE * CHANNELS + 16;  // fewer bank conflicts
+
+// The sums of a warp to shared memory in 16 bits: (ROWS, TILE, CHANNELS), or as inputs lie if BY_TIME.
+DEVICE void put_sums(const float (&sums)[TILES][ROW_TILES][4], u8* to, int channel, int start) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                const int time = start + 16 * m + g + i * 4;
+                const u32 two = floats_as_bfloats(sums[m][n][i], sums[m][n][i + 1]);  // of rows 2t and 2t + 1
+                if constexpr (BY_TIME) {
+                    *reinterpret_cast<u32*>(to + channel * TILE * 32 + piece_at_time(time, n) + 4 * t) = two;
+                } else {
+                    u16* one = reinterpret_cast<u16*>(to) + (8 * n + 2 * t) * OUTPUT_ROW + time * CHANNELS + channel;
+                    one[0] = u16(two), one[OUTPUT_ROW] = u16(two >> 16);
+                }
+            }
+}
+
+DEVICE int time_at(const Parameters& p, int place) { return 8 * octet_at(p, place / 8) + place % 8; }
+
+DEVICE void write_times(const u8* sums, const Parameters& p, const Block& at) {
+    for (int i = threadIdx.x; i < 2 * TILE * CHANNELS; i += THREADS) {
+        const int half = i % 2, place = i / 2 % TILE, channel = i / 2 / TILE, row = at.row + 8 * half;
+        const int time = time_at(p, at.tile * TILE + place);
+        if (time < 0 || time >= p.length || row >= p.rows || at.channel + channel >= p.width) continue;
+        u16* to = reinterpret_cast<u16*>(p.y.data) + ((at.channel + channel) * p.length + time) * p.rows + row;
+        *reinterpret_cast<uint4*>(to) =
+            *reinterpret_cast<const uint4*>(sums + channel * TILE * 32 + piece_at_time(place, half));
+    }
+}
+
+DEVICE void write_rows(const u8* sums, const Parameters& p, const Block& at) {
+    for (int i = threadIdx.x; i < ROWS * TILE; i += THREADS) {
+        const int row = at.row + i / TILE, time = time_at(p, at.tile * TILE + i % TILE);
+        if (row >= p.rows || time < 0 || time >= p.length) continue;
+        u16* to = reinterpret_cast<u16*>(p.y.data) + row * p.y.row + time * p.y.token + at.channel;
+        const u16* from = reinterpret_cast<const u16*>(sums) + i / TILE * OUTPUT_ROW + i % TILE * CHANNELS;
+        if (p.aligned && CHANNELS == 8) {
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        } else if (p.aligned && CHANNELS == 4) {
+            *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
+        } else {
+            for (int c = 0; c < CHANNELS && at.channel + c < p.width; c++) to[c] = from[c];
+        }
+    }
+}
+
+DEVICE void write_outputs(const u8* sums, const Parameters& p, const Block& at) {
+    if constexpr (BY_TIME) {
+        write_times(sums, p, at);
+    } else {
+        write_rows(sums, p, at);
+    }
+}
+
+KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
+    let_next_start();
+    wait_for_previous();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int channel = warp % CHANNELS, share = warp / CHANNELS;
+    const Block at(p);
+    const int n_chunks = at.lags() / CHUNK, own = n_chunks - SHARES + share;
+    u32* lines = reinterpret_cast<u32*>(shared_memory());
+    u8* stages = shared_memory() + CHANNELS * 2 * p.line * 4;
+    copy_lines(lines, p, at);
+    copy_slice(stages, p, at, 0);
+    end_of_copies();
+    wait_for_copies<0>();
+    sync_block();
+    const int shift = LINE_START + (p.adjoint ? t - (g + 1) / 2 : g / 2 - t);
+    Words words(lines + (2 * channel + g % 2) * p.line + shift, own * TILES);
+    const int row_tile = ROW_TILES == 2 ? lane / 16 : 0, octet = ROW_TILES == 2 ? lane / 8 % 2 : lane / 8;
+    const int lane_offset = channel * OF_CHANNEL + (BY_TIME ? piece_at_time(8 * octet + lane % 8, row_tile)
+                                                            : (8 * row_tile + lane % 8) * STRIDE + 16 * octet);
+    float sums[TILES][ROW_TILES][4] = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < n_chunks; chunk++) {
+        slices_of_chunk<0>(sums, words, stages, lane_offset, p, at, chunk, own, n_chunks);
+        words.line -= 8 * TILES;
+    }
+    sync_block();
+    put_sums(sums, shared_memory(), channel, share * CHUNK);
+    sync_block();
+    write_outputs(shared_memory(), p, at);
+}
+
+// ------------------------------------------------------------------------------------------------ correlate
+// A warp has a group of 8 differences of tiles of 16, and of each the sum over time of a tile of dy times one of u,
+// contracted over BATCH rows: (16 times of dy, 16 times of u). A block has WARPS neighbouring groups of PAIR channels and
+// goes through chunks of SPAN times; of u it keeps the chunks that its last warp still needs.
+
+constexpr int GROUP = 8, WARPS = 4, PAIR = 2, SPAN = 16 * GROUP, ENTRIES = SPAN + 16, BATCH = ROWS;
+constexpr int CORRELATE_THREADS = 32 * WARPS * PAIR, SPAN_STRIDE = 2 * SPAN + (BY_TIME ? 0 : 16);
+constexpr int SLOT = BATCH * SPAN_STRIDE;
+constexpr int U_SLOTS = WARPS + 1, DY_SLOTS = 2, SLOTS = U_SLOTS + DY_SLOTS;
+
+// A place in the walk over groups of rows and, for each, chunks of time.
+struct Walk {
+    int row, chunk, u_slot, dy_slot;
+
+    DEVICE void go_on(int n_chunks) {
+        if (++chunk == n_chunks) chunk = 0, row += BATCH;
+        u_slot = u_slot + 1 == U_SLOTS ? 0 : u_slot + 1;
+        dy_slot ^= 1;
+    }
+};
+
+DEVICE void copy_chunks(const Parameters& p, int first_channel, int first_group, const Walk& at) {
+    const int thread = threadIdx.x, row = BY_TIME ? thread % 2 * 8 : thread / 16;
+    const int place = BY_TIME ? thread / 2 : thread % 16 * 8, time = at.chunk * SPAN + place;
+    const int later = time + first_group * SPAN;
+    if (row >= BATCH) return;
+    const i64 rows = BY_TIME ? p.rows : p.padded_rows, length = BY_TIME ? p.length : p.padded_length;
+    u8* to = shared_memory() + (BY_TIME ? piece_at_time(place, thread % 2) : row * SPAN_STRIDE + 2 * place);
+#pragma unroll
+    for (int c = 0; c < PAIR; c++) {
+        const int channel = first_channel + c;
+        const bool ok = at.row + row < rows && channel < p.width;
+        const bool u_ok = ok && time < length, dy_ok = ok && later < length;
+        const i64 line = channel * rows * length + (at.row + row) * (BY_TIME ? 1 : length), step = BY_TIME ? rows : 1;
+        u8* slots = to + c * SLOTS * SLOT;
+        copy_16_bytes(slots + at.u_slot * SLOT, p.inputs + (u_ok ? line + time * step : 0), u_ok);
+        copy_16_bytes(slots + (U_SLOTS + at.dy_slot) * SLOT, p.outputs + (dy_ok ? line + later * step : 0), dy_ok);
+    }
+}
+
+typedef u32 Times[2 * ROW_TILES];  // a lane's words of 16 times
+typedef float Sums[GROUP][2][4];   // for a difference and half of the times of u
+
+DEVICE void load_times(u32 (&words)[2], const u8* from) { load_tiles_transposed(words, from); }
+DEVICE void load_times(u32 (&words)[4], const u8* from) {
+    if constexpr (BY_TIME) {
+        load_tiles(words, from);
+    } else {
+        load_tiles_transposed(words, from);
+    }
+}
+DEVICE void multiply_times(float (&sums)[4], const u32 (&dy)[2], const u32 (&u)[2], int half) {
+    multiply_half_tiles(sums, dy, u[half]);
+}
+DEVICE void multiply_times(float (&sums)[4], const u32 (&dy)[4], const u32 (&u)[4], int half) {
+    const u32 two[2] = {u[2 * half], u[2 * half + 1]};
+    multiply_tiles(sums, dy, two);
+}
+
+// sums += the products of a chunk. `ring` has the last tiles of u; there are none before the first chunk.
+template <bool FIRST>
+DEVICE void correlate_chunk(Sums& sums, Times (&ring)[GROUP], const u8* u, const u8* dy) {
+    constexpr int step = BY_TIME ? 512 : 32;
+    Times tiles[2];
+    load_times(tiles[0], dy);
+    load_times(ring[0], u);
+#pragma unroll
+    for (int m = 0; m < GROUP; m++) {
+        if (m + 1 < GROUP) load_times(tiles[(m + 1) % 2], dy + step * (m + 1));
+#pragma unroll
+        for (int d = GROUP - 1; d >= 0; d--) {
+            if (!FIRST || d <= m) {
+#pragma unroll
+                for (int n = 0; n < 2; n++) multiply_times(sums[d][n], tiles[m % 2], ring[(m - d) & (GROUP - 1)], n);
+            }
+            if (d == GROUP - 1 && m + 1 < GROUP) load_times(ring[m + 1], u + step * (m + 1));
+        }
+    }
+}
+
+// Where a lane's row of a matrix is. Tensor cores take the quarters of a tile of dy, (times, rows), column by column and
+// those of u row by row.
+DEVICE int place_in_slot(int lane, bool of_dy) {
+    const int upper = lane / 16, lower = lane / 8 % 2, line = lane % 8;
+    if (ROW_TILES == 1) return line * SPAN_STRIDE + lower * 16;
+    const int octet = of_dy ? lower : upper, row_tile = of_dy ? upper : lower;
+    return BY_TIME ? piece_at_time(8 * octet + line, row_tile) : (8 * row_tile + line) * SPAN_STRIDE + octet * 16;
+}
+
+// The sums along the diagonals of a group: entry e is that of a lag of e - 16 from the group's first.
+DEVICE void write_diagonals(const Sums& sums, float* square, float* to, int lane) {
+    const int g = lane / 4, t = lane % 4, difference = lane - 15;
+    float before = 0.f;  // of the previous tile, for lags that are 16 more
+#pragma unroll
+    for (int d = 0; d < GROUP; d++) {
+        sync_warp();
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) square[(g + i / 2 * 8) * 17 + 8 * n + 2 * t + i % 2] = sums[d][n][i];
+        sync_warp();
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const int j = i - difference;
+            if (j >= 0 && j < 16) sum += square[i * 17 + j];
+        }
+        const float other = shuffle(before, lane + 16 < 31 ? lane + 16 : 31);
+        if (lane < 16) to[16 * d + 1 + lane] = other + sum;
+        if (lane >= 16 && lane < 31 && d == GROUP - 1) to[16 * d + 1 + lane] = sum;
+        before = lane < 31 ? sum : 0.f;
+    }
+}
+
+KERNEL(CORRELATE_THREADS, 2) correlate(PARAMETER Parameters p) {
+    let_next_start();
+    wait_for_previous();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pair = warp / WARPS;
+    const int share = pair % 2 ? WARPS - 1 - warp % WARPS : warp % WARPS;  // schedulers have warps with more and less
+    const int across = int(p.width + PAIR - 1) / PAIR, block = int(blockIdx.x);
+    const int quads = int(p.n_groups + WARPS - 1) / WARPS, others = across * int(p.n_parts);
+    const int place = p.near ? block / quads : block % others;
+    const int first_group = (p.near ? block % quads : block / others) * WARPS;
+    const int first_channel = place % across * PAIR, channel = first_channel + pair, part = place / across;
+    const int group = first_group + share, n_chunks = int(p.length + SPAN - 1) / SPAN - first_group;
+    const int first_row = part * int(p.rows_of_part), rows = min(int(p.rows_of_part), int(p.padded_rows) - first_row);
+    const int n_stages = (rows + BATCH - 1) / BATCH * n_chunks;
+    const bool works = channel < p.width && group < p.n_groups;
+    Walk at = {first_row, 0, 0, 0};
+    copy_chunks(p, first_channel, first_group, at);
+    end_of_copies();
+    const u8* mine = shared_memory() + pair * SLOTS * SLOT;
+    const u8 *mine_of_u = mine + place_in_slot(lane, false), *mine_of_dy = mine + place_in_slot(lane, true);
+    Sums sums = {};
+    Times ring[GROUP] = {};
+#pragma unroll 1
+    for (int stage = 0; stage < n_stages; stage++) {
+        wait_for_copies<0>();
+        sync_block();  // the chunks are there, and those that the next ones replace have been read
+        Walk next = at;
+        next.go_on(n_chunks);
+        if (stage + 1 < n_stages) copy_chunks(p, first_channel, first_group, next);
+        end_of_copies();
+        const int slot = at.u_slot - share;
+        const u8* u = mine_of_u + (slot < 0 ? slot + U_SLOTS : slot) * SLOT;
+        const u8* dy = mine_of_dy + (U_SLOTS + at.dy_slot) * SLOT;
+        if (works && at.chunk > share) {
+            correlate_chunk<false>(sums, ring, u, dy);
+        } else if (works && at.chunk == share) {
+            correlate_chunk<true>(sums, ring, u, dy);
+        }
+        at = next;
+    }
+    sync_block();
+    if (!works) return;
+    float* to = p.parts + ((part * p.width + channel) * p.n_groups + group) * ENTRIES;
+    write_diagonals(sums, reinterpret_cast<float*>(shared_memory()) + warp * 16 * 17, to, lane);
+}
+
+// The gradient of the filters: parts in their order, and where two groups have products for one lag, both.
+KERNEL(ORDER_THREADS, 4) finish(PARAMETER Parameters p) {
+    wait_for_previous();
+    const i64 i = i64(blockIdx.x) * ORDER_THREADS + threadIdx.x;
+    if (i >= p.width * p.taps) return;
+    const i64 channel = i / p.taps;
+    const int lag = int(i % p.taps), group = lag / SPAN, place = lag % SPAN;
+    float sum = 0.f;
+    for (int part = 0; part < p.n_parts; part++) {
+        const float* from = p.parts + ((part * p.width + channel) * p.n_groups + group) * ENTRIES;
+        if (group < p.n_groups) sum += from[16 + place];
+        if (group + 1 < p.n_groups && place > SPAN - 16) sum += from[ENTRIES + place - (SPAN - 16)];
+    }
+    p.found[i] = sum;
+}
