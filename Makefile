@@ -34,13 +34,16 @@ serve: $(VENV)/installed-serve
 	test -f runs/demo/model.safetensors || $(BIN)/anymamba demo
 	$(BIN)/anymamba serve --model runs/demo --chat-template plain $(ARGS)
 
+# Two processes share the files of tests, with one thread each. `make test WORKERS=0` runs all in one process.
+WORKERS ?= 2
+
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 # Compiles llama.cpp (about ten minutes on two cores) to check that it can read the GGUF files that we write.
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test-all]"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Two replicas under Ray Serve on this machine, one of which is killed.
 test-ray: $(VENV)/installed-test

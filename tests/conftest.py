@@ -1,4 +1,7 @@
-"""The surroundings of every test: two threads, no network, separate caches; and the shared data, if it is there."""
+"""The surroundings of every test: two threads, no network, separate caches; and the shared data, if it is there.
+
+Of several processes that share the tests each has one thread.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(autouse=True, scope="session")
 def own_surroundings(tmp_path_factory):
     """Tests do not use the caches of the user who runs them."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

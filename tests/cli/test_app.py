@@ -167,6 +167,9 @@ def test_python_dash_m():
     assert done.stderr.startswith("error: unknown verb")
 
 
+WEIGHTS = "'bfloat16', 'float32', 'int4', 'int8'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -181,6 +184,9 @@ def test_python_dash_m():
         ("generate --model x --temperature warm", "--temperature must be a number, got 'warm';"),
         ("train --steps 3.5", "--steps must be an integer, got '3.5';"),
         ("convert a b --to gg", "--to must be one of 'hf', 'state-spaces', 'gguf', 'anymamba', got 'gg';"),
+        ("generate --model x --weights int7", f"--weights must be one of {WEIGHTS}, got 'int7';"),
+        ("generate --model x --speculate 1.5", "--speculate must be an integer, got '1.5';"),
+        ("generate --model x --top-p most", "--top-p must be a number, got 'most';"),
         ("train --model.d-model 0", "d_model must be at least 1, got 0;"),
         ("demo --minutes 0", "--minutes must be above 0, got 0.0;"),
         ("generate --model x --seed " + "y" * 150, f"--seed must be an integer, got '{'y' * 150}';"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -217,6 +218,21 @@ def test_mistakes(repeating):
     draft = LanguageModel(ModelConfig(d_model=8, n_layers=1, vocab_size=38))
     with pytest.raises(ValueError, match="the draft model must have the model's vocabulary of 37 ids, got 38; take"):
         stream(repeating, [PROMPT], speculation=Speculation(draft=draft))
+    with pytest.raises(TypeError, match=r"speculation must be a Speculation, such as Speculation\(8\), got 8"):
+        stream(repeating, [PROMPT], speculation=8)
+    with pytest.raises(TypeError, match="draft must be a model, got 'a folder'; load it with"):
+        Speculation(draft="a folder")
+
+
+def test_more_guesses_than_pay_cost_nothing(repeating):
+    """What guesses are worth is worked out for 64 of them at most, however many are allowed."""
+    chances = []
+    options = {"max_new_tokens": 60, "sampling": SAMPLING["greedy"]}
+    wanted = generate(repeating, [PROMPT], **options)
+    kept = LookupDrafter.chances
+    with mock.patch.object(LookupDrafter, "chances", lambda own, n: chances.append(n) or kept(own, n)):
+        found = generate(repeating, [PROMPT], speculation=Speculation(10**9), **options)
+    assert found.ids == wanted.ids and chances and max(chances) == 64
 
 
 # ---------------------------------------------------------------------------------------------- the parts

@@ -235,6 +235,10 @@ HOSTILE = {
         header(1, 0, text("t") + struct.pack("<IQIQ", 1, 4, 77, 0) + bytes(64)),
         "tensor 't' is of type 77",
     ),
+    "a name that goes on": (
+        header(1, 0, text("t" * 5000) + struct.pack("<I", 2**31) + bytes(64)),
+        r"tensor 't{92}\.\.\. has 2147483648 dimensions",
+    ),
     "another architecture": (
         header(0, 1, text("general.architecture") + struct.pack("<I", 8) + text("llama")),
         "is of architecture 'llama'; this reader takes 'mamba'",

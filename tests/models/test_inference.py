@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+import anymamba
 from anymamba import MambaOptions, ModelConfig, SamplingConfig, generate
 from anymamba.generation.beam import beam_search
 from anymamba.models.inference import InferenceModel, packing
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.weight_formats import WEIGHTS, format_table
 from anymamba.ops.packed_linear import unpack
+from anymamba.parts.state import map_state
 
 PLAIN = ModelConfig(d_model=64, n_layers=2, vocab_size=61)
 CONFIGS = {
@@ -225,6 +227,27 @@ def test_invariance_that_is_not_there(moved, name, why):
         LanguageModel(narrow).for_inference(invariant=True)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.double, torch.Tensor.bfloat16, torch.Tensor.requires_grad_])
+def test_invariance_with_a_state_of_another_kind(moved, change):
+    packed, ids = moved(PLAIN).for_inference("int8", invariant=True), torch.randint(61, (2, 12))
+    state = map_state(lambda t: change(t.detach().clone()), packed(ids[:, :4]).state)
+    wanted, first = packed(ids[:, 4:], state), packed(ids[:, 4:7], state)
+    logits, after = [first.logits], first.state
+    for t in range(7, 12):
+        output = packed.step(ids[:, t], after)
+        logits, after = [*logits, output.logits[:, None]], output.state
+    assert torch.equal(torch.cat(logits, 1), wanted.logits)
+
+
+def test_invariance_with_another_backend(moved):
+    packed = moved(PLAIN).for_inference("int8", invariant=True)
+    with (
+        anymamba.backend("reference"),
+        pytest.raises(ValueError, match="needs the backend cpu, and reference was asked"),
+    ):
+        packed(torch.tensor([[1, 2]]))
+
+
 # ------------------------------------------------------------------------------------------ what it is not
 
 
@@ -232,7 +255,30 @@ def test_it_cannot_be_trained(moved):
     packed = moved(PLAIN).for_inference("int8")
     with pytest.raises(RuntimeError, match=r"cannot be trained.*train the LanguageModel.*call for_inference again"):
         packed.train()
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        packed.requires_grad_()
     assert not packed.eval().training and not any(p.requires_grad for p in packed.parameters())
+
+
+def test_it_is_not_packed_again(moved):
+    packed = moved(PLAIN).for_inference("int8")
+    with pytest.raises(ValueError, match=r"packed already; .* InferenceModel.from_pretrained\(path, weights=...\)"):
+        packed.for_inference("int4")
+    with pytest.raises(ValueError, match="weights must be one of float32, bfloat16, int8, int4, got None"):
+        moved(PLAIN).for_inference(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device 'foo' cannot be used here"):
+        moved(PLAIN).for_inference(device="foo")
+
+
+def test_arguments_of_other_types(moved):
+    packed = moved(PLAIN).for_inference()
+    for model in (packed, moved(PLAIN)):
+        with pytest.raises(
+            TypeError, match=r"token ids must be int64 or int32, got torch.uint8; convert .* \.long\(\)"
+        ):
+            model(torch.ones(1, 2, dtype=torch.uint8))
+        with pytest.raises(TypeError, match=r"step needs a LanguageModelState, got NoneType; .* init_state\(batch\)"):
+            model.step(torch.tensor([1]), None)
 
 
 @pytest.mark.parametrize("change", [torch.nn.Module.half, torch.nn.Module.double, torch.nn.Module.bfloat16])
@@ -255,7 +301,7 @@ def test_a_copy_of_it_works(moved):
 def test_ids_outside_the_vocabulary(moved):
     packed = moved(PLAIN).for_inference("int8")
     for bad in (-1, 64):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"token id {bad} is outside the embedding's rows, 0 to 63"):
             packed(torch.tensor([[bad]]))
         with pytest.raises(IndexError):
             packed.step(torch.tensor([bad]), packed.init_state(1))

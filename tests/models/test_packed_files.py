@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anymamba import ModelConfig
+from anymamba.base.errors import CheckpointWarning
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.models.checkpoints import CheckpointError, convert, load_pretrained, open_checkpoint, save_pretrained
 from anymamba.models.inference import InferenceModel
@@ -182,7 +183,8 @@ def test_blocks_are_kept_where_they_can_be(tmp_path, folder):
     convert(folder, tmp_path / "x.gguf", "gguf", dtype="q4_k")
     convert(tmp_path / "x.gguf", tmp_path / "y", "anymamba")
     convert(tmp_path / "y", tmp_path / "z.gguf", "gguf")
-    convert(tmp_path / "x.gguf", tmp_path / "hf", "hf")
+    with pytest.warns(CheckpointWarning, match="blocks become float32 in hf; anymamba and gguf keep blocks"):
+        convert(tmp_path / "x.gguf", tmp_path / "hf", "hf")
     wanted = InferenceModel.from_pretrained(tmp_path / "x.gguf").packed_weights()
     for name in ("y", "z.gguf"):
         found = InferenceModel.from_pretrained(tmp_path / name).packed_weights()

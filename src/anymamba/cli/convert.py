@@ -30,8 +30,8 @@ class ConvertOptions:
     to: Literal["hf", "state-spaces", "gguf", "anymamba"]
     """The format: Hugging Face's mamba or falcon_mamba, the original one, llama.cpp's, our own."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_0", "q4_k", "q6_k"] | None = None
-    """Dtype of the weights; defaults to the stored one. A_log, D and the step's bias stay float32. The last four are
-    llama.cpp's blocks of integers, for gguf only."""
+    """Dtype of the weights; defaults to the stored one (of blocks in hf and state-spaces: float32). A_log, D and the
+    step's bias stay float32. The last four are llama.cpp's blocks of integers, for gguf only."""
     weights: Literal["int8", "int4"] | None = None
     """Blocks of integers in hf, anymamba or gguf, as `generate --weights` packs them. In a folder only anymamba reads
     them."""
@@ -54,6 +54,8 @@ def command(arguments: Sequence[str]) -> None:
     from anymamba.models.checkpoints import convert
 
     require_at_least("--shard-bytes", options.shard_bytes, 1)
+    if options.dtype and options.weights:
+        raise ValueError("--dtype and --weights both choose the format of the weights; give one")
     dtype = getattr(torch, options.dtype or "", options.dtype)  # a torch.dtype, or the name of a block format
     with progress_bar("converting") as show, told_warnings():
         convert(

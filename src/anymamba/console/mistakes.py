@@ -10,14 +10,17 @@ _FRAME = "╭╮╰╯─│ "
 _REWORDED = (
     (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 must be an integer, got \2"),
     (r"Error parsing (--\S+): could not convert string to float: (.*)", r"\1 must be a number, got \2"),
+    (r"Error parsing (--\S+): no type matching \{None\}\|INT .* \['(.*)'\]\.?", r"\1 must be an integer, got '\2'"),
+    (r"Error parsing (--\S+): no type matching \{None\}\|FLOAT .* \['(.*)'\]\.?", r"\1 must be a number, got '\2'"),
     (r"Error parsing (--\S+): (.*)", r"\1: \2"),
     (r"Error parsing [\w.]+: (.*)", r"\1"),  # a check of a dataclass, which names its field
     (r"Missing value for argument '(.*?)'\. Expected 1 values\.", r"\1 needs a value"),
     (r"Missing value for argument '(.*?)'\. Expected (\d+) values\.", r"\1 needs \2 values"),
-    (r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)\.", r"\2 must be one of \3, got '\1'"),
     (r"Unrecognized options: (.*)", r"unknown: \1"),
 )
 """What tyro says, and what is said here."""
+_CHOICE = re.compile(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)\.")
+"""If `None` is among the choices, they are in no order; it stands for a flag that is left out."""
 
 
 def in_one_line(box: str, command: str) -> str:
@@ -57,6 +60,11 @@ def _reworded(lines: list[str]) -> str:
     if lines and lines[0].startswith("Missing from"):
         return f"{', '.join(_flags(lines))} must be given"
     text = " ".join(line.strip() for line in lines)
+    if found := _CHOICE.fullmatch(text):
+        choices = re.findall(r"'[^']*'", found[3])
+        if "'None'" in choices:
+            choices = sorted(set(choices) - {"'None'"})
+        return f"{found[2]} must be one of {', '.join(choices)}, got '{found[1]}'"
     for pattern, words in _REWORDED:
         if found := re.fullmatch(pattern, text):
             return found.expand(words)

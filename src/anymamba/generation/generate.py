@@ -104,6 +104,8 @@ class TokenStream(Iterator[Step]):
         self.n_prompt_tokens = sum(map(len, rows))
         """Number of tokens in all prompts."""
         if speculation is not None:
+            if not isinstance(speculation, Speculation):
+                raise TypeError(f"speculation must be a Speculation, such as Speculation(8), got {speculation!r}")
             speculation.check(model)
             texts = [row.tolist() for row in rows]
             self._speculator = Speculator(self._step, model, speculation, texts, self._guess, self._numbers)

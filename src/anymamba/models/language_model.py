@@ -323,6 +323,10 @@ class LanguageModel(nn.Module):
         """`hidden` of one token per row. Raises ValueError if the model is not causal."""
         self.require_causal("has no step")
         _require_ids(token_ids, 1, "(batch,)")
+        if not isinstance(state, LanguageModelState):
+            raise TypeError(
+                f"step needs a LanguageModelState, got {type(state).__name__}; begin with init_state(batch)"
+            )
         embedded, where = self.embedding(token_ids), state.positions
         if self.positions is not None:
             embedded, where = self.positions.step(embedded, where)
@@ -473,3 +477,5 @@ def _require_ids(ids: Tensor, ndim: int, words: str) -> None:
         raise ValueError(f"token ids must be {words}, got shape {tuple(ids.shape)}")
     if ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"token ids must be integers, got {ids.dtype}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token ids must be int64 or int32, got {ids.dtype}; convert them with .long()")

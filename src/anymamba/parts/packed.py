@@ -59,7 +59,11 @@ class PackedEmbedding(_Packed):
 
     def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... n_in"]:
         """The rows of the ids. Raises IndexError for an id outside the table."""
-        rows = F.embedding(ids.reshape(-1), self.weight)
+        try:
+            rows = F.embedding(ids.reshape(-1), self.weight)
+        except IndexError:
+            outside = ids[(ids < 0) | (ids >= self.n_out)].tolist()[0]
+            raise IndexError(f"token id {outside} is outside the embedding's rows, 0 to {self.n_out - 1}") from None
         return unpack(PackedWeight(rows, self.format, self.n_in)).view(*ids.shape, self.n_in)
 
     def project(self, x: Float[Tensor, "... n_in"]) -> Float[Tensor, "... n_out"]:

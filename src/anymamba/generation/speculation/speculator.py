@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,13 +30,16 @@ from anymamba.models.inference import InferenceModel
 from anymamba.models.inference.native_reading import Verifier
 from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
 
+MOST_TOKENS = 64
+"""Of a pass. What they are worth is worked out before each, which takes time for each of them."""
+
 
 @dataclass(frozen=True)
 class Speculation:
     """How to guess tokens. Guessing stops by itself while it does not pay."""
 
     n_tokens: int = 8
-    """Most tokens to guess at once."""
+    """Most tokens to guess at once. More than 64 are 64."""
     draft: LanguageModel | None = None
     """A smaller model with the same vocabulary that guesses; defaults to looking up what followed the same tokens
     earlier in the text."""
@@ -44,6 +48,10 @@ class Speculation:
 
     def __post_init__(self) -> None:
         require_at_least("n_tokens", self.n_tokens, 1)
+        if isinstance(self.draft, str | Path):
+            raise TypeError(
+                f"draft must be a model, got {str(self.draft)!r}; load it with LanguageModel.from_pretrained"
+            )
 
     def check(self, model: LanguageModel) -> None:
         """Raise ValueError if the draft model has another vocabulary than the model."""
@@ -130,7 +138,7 @@ class Speculator:
         choose: Callable[[int, Tensor, int], int],
         numbers: Callable[[], Sequence[int]],
     ) -> None:
-        self._step, self._most, self._numbers = stepper, speculation.n_tokens, numbers
+        self._step, self._most, self._numbers = stepper, min(speculation.n_tokens, MOST_TOKENS), numbers
         self._drafters: list[Drafter] = []
         for number, text in enumerate(texts):
             ids = [*speculation.earlier, *text]

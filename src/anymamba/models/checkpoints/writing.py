@@ -132,8 +132,15 @@ def convert(
     _require_new(out)
     checkpoint = open_checkpoint(source, verify=verify, adapter=adapter)
     formats = None if formats_of is None else format_table(checkpoint.config, formats_of)
-    if formats_of is None and dtype is None and to in ("gguf", "anymamba") and checkpoint.in_blocks:
-        formats = stored_formats(checkpoint)
+    if formats_of is None and dtype is None and checkpoint.in_blocks:
+        if to in ("gguf", "anymamba"):
+            formats = stored_formats(checkpoint)
+        else:
+            warnings.warn(
+                f"weights in blocks become float32 in {to}; anymamba and gguf keep blocks, and weights=int8 packs them",
+                CheckpointWarning,
+                stacklevel=2,
+            )
     text = None
     if tokenizer is not None:
         given = load_tokenizer(tokenizer)

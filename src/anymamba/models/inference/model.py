@@ -28,11 +28,14 @@ from anymamba.models.inference.packing import (
     packed_random,
 )
 from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
-from anymamba.models.weight_formats import Weights, format_table
+from anymamba.models.weight_formats import WEIGHTS, Weights, format_table
+from anymamba.ops import dispatch
+from anymamba.ops.devices import usable_device
 from anymamba.ops.linear_cross_entropy.chunks import sum_over_chunks
 from anymamba.ops.packed_linear import PackedWeight
 from anymamba.parts.derived import KeptTensors
 from anymamba.parts.packed import PackedEmbedding, PackedLinear, pack_modules
+from anymamba.parts.state import map_state
 
 if TYPE_CHECKING:
     from anymamba.data.tokenizer import Tokenizer
@@ -83,7 +86,8 @@ class InferenceModel(LanguageModel):
         self.eval()
         self._activations = activation_dtype(self)
         self.invariant = invariant
-        """Whether a row's logits are the same bits in any batch and any cut of its text."""
+        """Whether a row's logits, of `forward` and `step`, are the same bits in any batch and any cut of its text. What
+        `hidden` and `loss` compute is the same in any batch and cut, too, but rounded differently."""
         self._native: NativeStep | dict[int, str] | None = None
         self._gpu: GpuStep | CapturedStep | None = None
         self._reasons: dict[int, str] | None = None
@@ -110,7 +114,15 @@ class InferenceModel(LanguageModel):
         Args:
             weights: may also be the format of each matrix, by the parameter's name.
         """
+        if isinstance(model, InferenceModel):
+            raise ValueError(
+                "the weights of a model for inference are packed already; call for_inference of the LanguageModel that "
+                "it was made from, or InferenceModel.from_pretrained(path, weights=...)"
+            )
+        if not isinstance(weights, str | Mapping):
+            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
         formats = format_table(model.config, weights) if isinstance(weights, str) else weights
+        device = None if device is None else usable_device(device)
         return cls(*packed_copy(model, formats, device), invariant=invariant)
 
     @classmethod
@@ -123,7 +135,7 @@ class InferenceModel(LanguageModel):
         invariant: bool = False,
     ) -> InferenceModel:
         """A model with random weights, to measure speed and memory; it is never in memory in float32 as a whole."""
-        return cls(*packed_random(config, weights, device), invariant=invariant)
+        return cls(*packed_random(config, weights, usable_device(device)), invariant=invariant)
 
     # --------------------------------------------------------------------------------------------- running
 
@@ -142,9 +154,26 @@ class InferenceModel(LanguageModel):
             "cu_seqlens": cu_seqlens,
             "num_last_logits": num_last_logits,
         }
+        state = self._own(state)
         native = self.native_step if self.invariant else None
         found = None if native is None else read_sequences(native, input_ids, state, **options)
         return super().forward(input_ids, state, **options) if found is None else found
+
+    def _own(self, state: LanguageModelState | None) -> LanguageModelState | None:
+        """With invariance a state as this model's steps return it, so that all tokens are computed in the same way.
+
+        Raises ValueError where `anymamba.backend` asks for kernels that do not have it.
+        """
+        if not self.invariant:
+            return state
+        backend = dispatch.resolve("selective_scan", "cpu", None)
+        if backend != "cpu":
+            raise ValueError(
+                f"invariant=True needs the backend cpu, and {backend} was asked for; leave out one of them"
+            )
+        if not isinstance(state, LanguageModelState):
+            return state
+        return map_state(lambda t: t.detach().float() if t.is_floating_point() else t, state)
 
     def _normed(self, *arguments: Any, **options: Any) -> tuple[Tensor, LanguageModelState]:
         """On a GPU in bfloat16, unless all projections are float32; the residual stream and the result are float32."""
@@ -165,6 +194,7 @@ class InferenceModel(LanguageModel):
             state: one row per sequence.
             reuse_state: the caller does not use the given state again, so its memory may hold the new one.
         """
+        state = self._own(state)  # type: ignore[assignment]
         compiled = self.gpu_step or self.native_step
         if compiled is None or not compiled.serves(token_ids, state):
             with self._keeping():
@@ -258,6 +288,12 @@ class InferenceModel(LanguageModel):
             )
         return super().train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> InferenceModel:
+        """Raises RuntimeError for True, as `train` does."""
+        if requires_grad:
+            self.train()
+        return super().requires_grad_(False)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if fn(torch.zeros(0)).dtype != torch.float32:
             raise TypeError(
@@ -299,6 +335,7 @@ class InferenceModel(LanguageModel):
 
         if not isinstance(path, Checkpoint):
             path = open_checkpoint(path, revision, verify=verify, adapter=adapter)
+        device = None if device is None else usable_device(device)
         return cls(*packed_checkpoint(path, weights, device), invariant=invariant)
 
     def save_pretrained(

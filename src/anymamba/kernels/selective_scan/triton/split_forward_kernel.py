@@ -1,7 +1,8 @@
 """The forward kernel of the selective scan in Triton for many rows and channels: a channel's states are on four lanes.
 
 A program is one warp, with a block of channels and the whole of time: it needs no chunks, whose states would be
-computed twice. Tensors have one number a lane, and four lanes in a row belong to one channel. Each has four of its 16 states.
+computed twice. Tensors have one number a lane, and four lanes in a row belong to one channel. Each has four of its 16
+states.
 
 Time goes in tiles of four tokens. In a tile, each of the four lanes has one of the tokens, so that what does not depend
 on the state (softplus, gate, D u) is computed once for a token. `from_lane` hands a token to all four lanes, and

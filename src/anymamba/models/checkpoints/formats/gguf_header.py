@@ -38,6 +38,8 @@ KINDS = {
 MAX_ENTRIES = 1 << 24
 """Most elements of one array, most keys, and most tensors; the largest vocabularies have less than 2^19 tokens."""
 MAX_DIMS = 4
+LONGEST_FIELD = 100
+"""Characters of a name in an error: the length of one may be what is damaged."""
 
 
 class Value(NamedTuple):
@@ -146,7 +148,8 @@ class _Walk:
         self.place, self.field = 0, "the header"
 
     def fail(self, words: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {self.field} {words}; the file is truncated, corrupt or not GGUF")
+        field = self.field if len(self.field) <= LONGEST_FIELD else f"{self.field[:LONGEST_FIELD]}..."
+        return CheckpointError(f"{self.path}: {field} {words}; the file is truncated, corrupt or not GGUF")
 
     def take(self, size: int) -> int:
         """Where the next `size` bytes begin."""
