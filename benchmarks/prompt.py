@@ -1,4 +1,4 @@
-"""Reading a prompt in every weight format, beside the products that it consists of and beside llama.cpp.
+"""Reading a prompt in every weight format, beside its products and beside llama.cpp; and reading a few tokens.
 
 python -m benchmarks.prompt [--length 512]
 """
@@ -8,18 +8,22 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from anymamba.models.inference import InferenceModel
+from anymamba.models.inference import model as inference_model
 from anymamba.models.presets import preset
 from anymamba.models.weight_formats import WEIGHTS
 from benchmarks.timing import interleaved, machine, table
 
 LENGTH = 512
+FEW = (1, 4, 16, 64)
 WANTED = {"bfloat16": 1.4, "int8": 1.4}
 """Times of F.linear over all matrices in bfloat16, at most."""
 
@@ -76,10 +80,33 @@ def run(length: int, repeats: int) -> str:
     return f"{title}\n\n{table(header, rows)}\n"
 
 
+def few_tokens(repeats: int) -> str:
+    """Reading a few tokens in one compiled call, and block by block."""
+    rows = []
+    for name in ("tiny", "mamba-130m"):
+        packed = InferenceModel.random(preset(name), "int8")
+        for n in FEW:
+            ids = torch.randint(200, (1, n))
+            with torch.inference_mode():
+                found = interleaved(
+                    {"compiled": partial(packed, ids), "blocks": partial(by_blocks, packed, ids)}, repeats
+                )
+            one, other = found["compiled"], found["blocks"]
+            rows.append([f"{name}, {n}", f"{1e3 * one:.2f}", f"{1e3 * other:.2f}", f"**{other / one:.1f}**"])
+    header = ["int8, tokens", "one compiled call (ms)", "block by block (ms)", "times as fast"]
+    return f"A few tokens after none, with the logits of all.\n\n{table(header, rows)}\n"
+
+
+def by_blocks(packed: InferenceModel, ids: torch.Tensor) -> None:
+    with mock.patch.object(inference_model, "FEW_TOKENS", 0):
+        packed(ids)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--repeats", type=int, default=6)
     arguments = parser.parse_args()
     print(machine(), "\n")
+    print(few_tokens(arguments.repeats))
     print(run(arguments.length, arguments.repeats))

@@ -207,6 +207,17 @@ def test_invariance_block_by_block(moved):
 
 
 @torch.no_grad()
+def test_a_few_tokens_are_read_as_steps_are(moved):
+    """They have the same bits, and more tokens are read block by block."""
+    packed, ids = moved(PLAIN).for_inference("int8"), torch.randint(61, (1, 65))
+    wanted = packed.step(ids[:, 0], packed.init_state(1)).logits
+    assert torch.equal(packed(ids[:, :64]).logits[:, 0], wanted)
+    assert not torch.equal(packed(ids).logits[:, 0], wanted)
+    masked = packed(ids[:, :8], attention_mask=torch.ones(1, 8)).logits
+    torch.testing.assert_close(masked, packed(ids[:, :8]).logits, rtol=0, atol=0.1)
+
+
+@torch.no_grad()
 def test_invariance_keeps_the_errors(moved):
     packed, ids = moved(PLAIN).for_inference(invariant=True), torch.randint(61, (2, 20))
     with pytest.raises(ValueError, match="num_last_logits must be at least 0"):

@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     from anymamba.models.checkpoints import Checkpoint
 
 
+FEW_TOKENS = 64
+"""Read token by token in one compiled call: mamba-130m reads one token 2 to 3 times as fast as block by block, 16
+tokens 1.5 times and 64 tokens 1.1 times, and a small model 64 tokens 3 to 4 times."""
+
+
 class BlockReport(NamedTuple):
     """How one block of a model runs when it generates."""
 
@@ -148,16 +153,20 @@ class InferenceModel(LanguageModel):
         cu_seqlens: Tensor | None = None,
         num_last_logits: int | None = None,
     ) -> LanguageModelOutput:
-        """`LanguageModel.forward`. With invariance it computes every token as `step` does."""
+        """`LanguageModel.forward`. With invariance, and for a few tokens, every token is computed as `step` does."""
         options: dict[str, Any] = {
             "attention_mask": attention_mask,
             "cu_seqlens": cu_seqlens,
             "num_last_logits": num_last_logits,
         }
         state = self._own(state)
-        native = self.native_step if self.invariant else None
+        native = self.native_step if self.invariant or self._is_short(input_ids, attention_mask, cu_seqlens) else None
         found = None if native is None else read_sequences(native, input_ids, state, **options)
         return super().forward(input_ids, state, **options) if found is None else found
+
+    def _is_short(self, input_ids: Tensor, *of_several: Tensor | None) -> bool:
+        """Whether the compiled step reads faster, which has no overhead for each operation of each block."""
+        return input_ids.numel() <= FEW_TOKENS and not self._is_on_gpu and all(t is None for t in of_several)
 
     def _own(self, state: LanguageModelState | None) -> LanguageModelState | None:
         """With invariance a state as this model's steps return it, so that all tokens are computed in the same way.
