@@ -8,6 +8,7 @@ from emulation import emulate
 
 from anymamba.kernels.fft_conv.cuda import products
 from anymamba.parts.fft_conv import fft_conv
+from anymamba.runtimes import nvrtc
 
 if emulate.missing():
     pytest.skip(f"kernels cannot be emulated: {emulate.missing()}", allow_module_level=True)
@@ -83,6 +84,20 @@ def test_other_shares_of_the_work_have_the_same_bits(rows, monkeypatch):
     assert torch.equal(*found)
 
 
+def test_long_rows():
+    """Beyond 2,048 tokens, with few taps to keep it short."""
+    check(numbers(8, 2100, 1).to(BF16), numbers(1, 150))
+
+
+def test_blocks_fit_into_shared_memory(monkeypatch):
+    """A GPU with 99 KB takes the blocks with fewer filters; long rows take them on every GPU."""
+    u = numbers(16, 2000, 1).to(BF16)
+    assert products.share_of(u) == products.ONE_BATCH
+    assert products.share_of(numbers(8, 4000, 1)) == products.share_of(numbers(17, 20, 1)) == products.SEVERAL
+    monkeypatch.setattr(nvrtc, "device", lambda index: nvrtc.Device(89, 128, 99 << 10, 100 << 10))
+    assert products.share_of(u) == products.SEVERAL and products.most_shared_bytes(4096) <= 99 << 10
+
+
 def test_more_rows_than_a_product_takes_are_parts(monkeypatch):
     u, dy, kernel = numbers(40, 140, 2).to(BF16), numbers(40, 140, 2, seed=1).to(BF16), numbers(2, 140)
     parts = products.gradients(u, dy, kernel)[1]
@@ -145,7 +160,8 @@ def test_a_part_of_memory_with_other_numbers_around(served):
 
 def test_products_serve_where_they_are_faster():
     assert products.suits(16, 2048) and products.suits(4, 2048) and products.suits(1, 512)
-    assert not products.suits(16, 2049) and not products.suits(3, 2048) and not products.suits(1, 513)
+    assert products.suits(8, 4096) and not products.suits(12, 4096) and not products.suits(16, 4097)
+    assert not products.suits(3, 2048) and not products.suits(1, 513)
 
 
 def test_inputs_are_kept_once(served):

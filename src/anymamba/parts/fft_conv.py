@@ -4,7 +4,7 @@
 
 O(length log length) per channel. Sequence and kernel are padded with zeros so that the circular convolution of the
 FFT is the causal one. On an NVIDIA GPU the FFTs of up to 4,096 tokens run in shared memory (`kernels/fft_conv`). Short
-numbers are convolved by products on tensor cores instead: bfloat16 of up to 2,048 tokens in kernels of this package,
+numbers are convolved by products on tensor cores instead: bfloat16 of up to 4,096 tokens in kernels of this package,
 and many rows in those of torch (`toeplitz.py`).
 """
 

@@ -25,7 +25,7 @@ FIELDS = (
     *("n_groups", "n_parts", "rows_of_part", "adjoint", "aligned", "near"),
 )
 LAYOUT = layout(TENSORS, FIELDS)
-LONGEST = 2048
+LONGEST = 4096
 """Tokens. The products grow with the square of the length."""
 MOST_OF_ROW = 4096
 """Most tokens for each row, counting rows up to a multiple of 8: products of zeros cost as much as others."""
@@ -40,8 +40,9 @@ class Share(NamedTuple):
 
 
 ONE_BATCH, SEVERAL = Share(8, 1), Share(4, 2)
-"""For up to 16 rows, and for more. The first writes longer pieces of y but reads inputs twice as often: with 16 rows of
-2,048 tokens and 192 channels it takes 0.87 of the second's time, with 32 rows and 256 channels 1.08 of it."""
+"""For up to 16 rows of 2,048 tokens, if shared memory holds their filters, and for others. The first writes longer
+pieces of y but reads inputs twice as often: with 16 rows of 2,048 tokens and 192 channels it takes 0.87 of the second's
+time, with 32 rows and 256 channels 1.08 of it."""
 CHUNK = 128
 """Outputs of a warp of `multiply`."""
 EARLY = True
@@ -65,7 +66,7 @@ def serves(u: Tensor, kernel: Tensor) -> bool:
         return False
     if nvrtc.reason() or nvrtc.refuses_gpu(u.device.index or 0):
         return False
-    return most_shared_bytes(u.shape[1]) <= nvrtc.device(u.device.index or 0).shared_of_block
+    return most_shared_bytes(u.shape[1]) <= shared_of_block(u)
 
 
 def suits(rows: int, length: int) -> bool:
@@ -215,7 +216,16 @@ def row_tiles(x: Tensor) -> int:
 
 
 def share_of(x: Tensor) -> Share:
-    return ONE_BATCH if x.shape[0] <= 16 and not by_time(x) else SEVERAL
+    rows, length, _ = x.shape
+    if rows > 16 or length > LONGEST // 2 or by_time(x):
+        return SEVERAL
+    needed = multiply_bytes(row_tiles(x), line(length, length, ONE_BATCH), ONE_BATCH)
+    return ONE_BATCH if needed <= shared_of_block(x) else SEVERAL
+
+
+def shared_of_block(x: Tensor) -> int:
+    """Bytes that a block may have."""
+    return nvrtc.device(x.device.index or 0).shared_of_block
 
 
 def tile(share: Share) -> int:
@@ -239,8 +249,8 @@ def correlate_bytes(tiles: int) -> int:
 
 
 def most_shared_bytes(length: int) -> int:
-    of_multiply = (multiply_bytes(2, line(length, length, share), share) for share in (ONE_BATCH, SEVERAL))
-    return max(*of_multiply, correlate_bytes(2))
+    """At least: `share_of` takes more where there is more."""
+    return max(multiply_bytes(2, line(length, length, SEVERAL), SEVERAL), correlate_bytes(2))
 
 
 def variant(x: Tensor, kernel: str) -> nvrtc.Variant:
@@ -256,5 +266,5 @@ def _variant(tiles: int, by_time: bool, kernel: str, share: Share) -> nvrtc.Vari
 
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
-    kinds = ((1, False, ONE_BATCH), (2, False, ONE_BATCH), (2, False, SEVERAL), (2, True, SEVERAL))
+    kinds = [(tiles, False, share) for tiles in (1, 2) for share in (ONE_BATCH, SEVERAL)] + [(2, True, SEVERAL)]
     return [_variant(tiles, by_time, "multiply", share) for tiles, by_time, share in kinds]
