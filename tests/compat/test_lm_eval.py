@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from anymamba import LanguageModel, ModelConfig
+from anymamba.base.errors import CheckpointError
 from anymamba.compat.lm_eval import AnymambaLM
 from anymamba.compat.lm_eval.scoring import Row, batches, score
 from anymamba.data.tokenizer import ByteTokenizer
@@ -186,8 +187,22 @@ def test_a_model_and_a_tokenizer_from_python():
         want = model(torch.tensor([[97, 98]])).logits[0, -1].log_softmax(-1)[99].item()
     assert log_probability == pytest.approx(want, abs=1e-4)
     assert harness.eot_token_id == 256 and harness.tokenizer_name.startswith("bytes-")
-    with pytest.raises(ValueError, match="dtype, device, revision and weights apply only when a model is loaded"):
-        AnymambaLM(model, ByteTokenizer(), dtype="float32")
+    for option in ({"dtype": "float32"}, {"verify": False}):
+        with pytest.raises(ValueError, match="revision, weights and verify apply only when a model is loaded"):
+            AnymambaLM(model, ByteTokenizer(), **option)
+
+
+@pytest.mark.parametrize("weights", ["", ",weights=float32"])
+def test_a_changed_file_is_refused_unless_verify_is_false(tmp_path, weights):
+    model = LanguageModel(ModelConfig(d_model=16, n_layers=1, vocab_size=257))
+    model.save_pretrained(tmp_path, ByteTokenizer())
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    arguments = f"pretrained={tmp_path},device=cpu{weights}"
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or was replaced"):
+        AnymambaLM.create_from_arg_string(arguments)
+    AnymambaLM.create_from_arg_string(f"{arguments},verify=false")
 
 
 def test_packed_weights(tmp_path):

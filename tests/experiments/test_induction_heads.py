@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from anymamba.experiments.induction_heads import EXPERIMENT, measure
 from anymamba.experiments.induction_heads.arms import PAPER, arms_at
 from anymamba.experiments.induction_heads.measure import count_right, last_predictions, learn_growing
 from anymamba.lab.experiment import SCALES, Context, Results
-from anymamba.lab.learning import Score
+from anymamba.lab.learning import Score, build_model
+from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
 from anymamba.models.language_model import LanguageModel
 from tests.experiments.conftest import made_up, measured, rows, verdicts
 
@@ -87,11 +89,28 @@ def test_pieces_and_rows_do_not_change_the_answers(name):
     assert torch.equal(ask(24 * 5), whole)
 
 
+def test_rounds_go_on_where_they_were(tmp_path):
+    """Interrupted after each step, a training of three rounds ends as one without a stop."""
+    settings = replace(TOY["mamba-uniform"].settings, lengths_before=(8,), cycles=2)
+
+    def learned(saving) -> dict:
+        torch.manual_seed(0)
+        model = build_model(settings.model, Context(CPU, 0, lambda *_: None))
+        return learn_growing(model, settings, Context(CPU, 0, lambda *_: None, saving))
+
+    wanted, found, runs = learned(None), None, 0
+    while found is None:
+        runs += 1
+        with suppress(OutOfTime):
+            found = learned(Saving(tmp_path / f"arm{SUFFIX}", {}, deadline=0.0))
+    assert runs > 3 and all(found[key] == wanted[key] for key in ("curve", "stages", "steps", "accuracy"))
+
+
 def test_a_shorter_length_is_left_when_enough_is_right_and_the_last_one_is_not(monkeypatch):
     told, rates, in_a_row = [], [], []
 
     def learn(model, optimization, make, validation, context, *, every, enough, perfect_in_a_row, generator, resumable):
-        assert not resumable  # it has several rounds
+        assert resumable
         in_a_row.append(perfect_in_a_row)
         length = validation[0].shape[1]
         rates.append((optimization.learning_rate, make(generator, 3)[0].sum().item()))

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from anymamba.lab.experiment import Context
@@ -283,6 +285,23 @@ def test_a_training_that_had_ended_is_not_trained_again(tmp_path, enough):
     assert first == again and all(map(torch.equal, weights, same))
 
 
+def test_the_time_of_earlier_runs_is_kept(tmp_path, monkeypatch):
+    """In parts, too: an arm takes as long as all its runs."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    optimizer, source = build_optimizer(model, Optimization(1, 1, 1e-3)), torch.Generator()
+    for run, before in ((0, 0.0), (1, 10.0), (2, 20.0)):
+        saving = Saving(tmp_path / f"arm{SUFFIX}", {}, _started=now[0])
+        now[0] += 5.0  # spent before the part begins
+        part = saving.part("rate0")
+        for one, seconds in ((saving, 0.0), (part, 5.0)):
+            one.read(model, optimizer, source)
+            now[0] += seconds
+            one.write(model, optimizer, source, {"run": run})
+        assert saving.seconds_before() == before, run
+
+
 def test_parts_of_a_saving_have_files_of_their_own(tmp_path):
     saving = Saving(tmp_path / f"arm-seed0{SUFFIX}", {"a": 1}, deadline=5.0)
     parts = [saving.part(name) for name in ("rate0", "rate1")]
@@ -306,6 +325,39 @@ def test_a_saved_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
         Saving(path, {"a": 1}).read(model, optimizer, source)
     Saving(path, {}).delete()
     assert Saving(path, {}).read(model, optimizer, source) is None
+
+
+def rewrite(path, change) -> None:
+    """Change the tensors of a state, with its values as they are."""
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("generator"), "generator is missing"),
+        (lambda t: t.pop("model.embedding.weight"), "model.embedding.weight is missing"),
+        (lambda t: t.update({"model.other": t.pop("model.embedding.weight")}), "model.embedding.weight is missing"),
+        (lambda t: t.update({"model.other": torch.zeros(1)}), "model.other is unknown"),
+        (lambda t: t.update({"model.embedding.weight": torch.zeros(1)}), r"model.embedding.weight must have shape \("),
+        (lambda t: t.update(generator=torch.zeros(3, dtype=torch.uint8)), "RNG state"),
+        (lambda t: t.update(generator=torch.zeros(3)), "RNG state"),
+    ],
+)
+def test_a_saved_state_of_other_tensors_is_refused_and_changes_nothing(tmp_path, change, words):
+    path = tmp_path / "arm"
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    optimizer, source = build_optimizer(model, Optimization(1, 1, 1e-3)), torch.Generator()
+    Saving(path, {}).write(model, optimizer, source, {"step": 1})
+    rewrite(path, change)
+    with torch.no_grad():
+        model.embedding.weight.fill_(2.0)
+    with pytest.raises(ValueError, match=rf"arm cannot be read \(.*{words}.*; delete .*arm to measure the arm"):
+        Saving(path, {}).read(model, optimizer, source)
+    assert bool((model.embedding.weight == 2).all())
 
 
 def test_a_saving_is_due_after_its_interval_and_late_after_its_deadline(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ import torch
 from anymamba.base.files import own_file
 from anymamba.cli import main
 from anymamba.experiments import EXPERIMENTS, load_experiment
-from anymamba.lab.experiment import SCALES, Arm, Experiment, Results, Threshold
-from anymamba.lab.results import read_results, write_results
+from anymamba.lab.experiment import SCALES, Arm, Experiment, Record, Results, Threshold
+from anymamba.lab.results import FIELDS, read_results, write_results
 from anymamba.lab.running import run_experiment
 from anymamba.lab.saving import OutOfTime
 
@@ -184,6 +184,37 @@ def test_a_file_that_is_not_one_of_results_is_never_overwritten(dice, tmp_path, 
     assert files(tmp_path) == {tmp_path / "results.json": contents} and dice.measured == []
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"values": {}}, "record 2, two-seed0: values must be an object with at least one value, got {}"),
+        ({"values": None}, "record 2, two-seed0: values must be an object with at least one value, got None"),
+        ({"seed": "x"}, "record 2, two-seedx: seed must be an integer, got 'x'"),
+        ({"seed": True}, "record 2, two-seedTrue: seed must be an integer, got True"),
+        ({"seconds": None}, "record 2, two-seed0: seconds must be a number, got None"),
+        ({"settings": []}, r"record 2, two-seed0: settings must be an object, got \[\]"),
+        ({"arm": 1}, "record 2, 1-seed0: arm must be a string, got 1"),
+        ({"other": 1}, "record 2, two-seed0: other is unknown"),
+        ({"date": ...}, "record 2, two-seed0: date is missing"),
+    ],
+)
+def test_a_damaged_record_is_named(dice, tmp_path, change, words):
+    run(dice, tmp_path)
+    path = tmp_path / "results.json"
+    values = json.loads(path.read_text())
+    record = values["records"][1] | change
+    values["records"][1] = {name: value for name, value in record.items() if value is not ...}
+    path.write_text(json.dumps(values))
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=rf"results.json is not a file of results .*{words}.*; choose another folder"):
+        run(dice, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_the_fields_of_a_record_are_all_checked():
+    assert list(FIELDS) == [f.name for f in fields(Record)]
+
+
 def test_a_write_that_fails_leaves_what_there_was(dice, tmp_path, monkeypatch):
     run(dice, tmp_path, only=["one"])
     before = files(tmp_path)
@@ -336,6 +367,10 @@ def test_the_verbs_list(verb):
         (("nothing",), "unknown experiment 'nothing'"),
         ((NAME, "--arms", "four"), "unknown arm 'four'; the arms are one, two, three"),
         ((NAME, "--seeds", "0"), "seeds must be at least 1"),
+        ((NAME, "--max-minutes", "0"), "--max-minutes must be a positive number, got 0"),
+        ((NAME, "--max-minutes", "-1"), "--max-minutes must be a positive number, got -1"),
+        ((NAME, "--max-minutes", "inf"), "--max-minutes must be a positive number, got inf"),
+        ((NAME, "--max-minutes", "nan"), "--max-minutes must be a positive number, got nan"),
         ((NAME, "--scale", "huge"), "huge"),
         ((NAME, "--scale", "paper"), "the paper has no dice"),
         ((), "name must be given"),
@@ -404,7 +439,7 @@ def report(folder) -> str:
 
 
 def test_the_verb_takes_a_time_and_a_folder_of_data(dice, verb, monkeypatch, tmp_path):
-    ended = verb(NAME, "--max-minutes", "0")
+    ended = verb(NAME, "--max-minutes", "1e-9")
     assert ended.code == 0 and "Not measured yet" in ended.out and not dice.measured
     told = replace(dice.experiment, measure=lambda settings, context: {"data": str(context.data)})
     monkeypatch.setattr(sys.modules["anymamba.experiments.dice"], "EXPERIMENT", told)

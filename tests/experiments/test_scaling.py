@@ -12,7 +12,15 @@ from anymamba.experiments.scaling.arms import ARCHITECTURES, BASES, SWEPT, confi
 from anymamba.experiments.scaling.findings import arms_of, fitted, points
 from anymamba.lab.byte_windows import fixed_windows, random_windows
 from anymamba.lab.experiment import Context
-from anymamba.lab.language import best_rate, n_parameters, share_of_peak, training_flops, with_parameters
+from anymamba.lab.language import (
+    best_of,
+    best_rate,
+    losses,
+    n_parameters,
+    share_of_peak,
+    training_flops,
+    with_parameters,
+)
 from anymamba.lab.learning import batch_generator
 from anymamba.lab.saving import SUFFIX, Saving
 from anymamba.models.config import ModelConfig
@@ -150,3 +158,24 @@ def test_a_kept_model_lies_beside_the_results_in_bfloat16(tmp_path, name):
     model = LanguageModel.from_pretrained(tmp_path / f"{name}-seed0")
     assert model.n_parameters() == values["parameters"] and model.embedding.weight.dtype == torch.bfloat16
     assert (tmp_path / f"{name}-seed0" / "tokenizer.json").is_file()
+
+
+def test_a_seed_that_two_arms_have_counts_once():
+    """The second seed of the best rate is that of the arm with the size's name."""
+    results = on_a_law()
+    again = [replace(r, seed=1) for r in results.records if r.arm == sweep_names(BASES["gpu"], "mamba")[1]]
+    more = replace(results, records=(*results.records, *again))
+    arms = arms_of(more, "mamba", SWEPT)
+    assert len(losses(more, arms)) == len(losses(results, arms)) == 2
+    assert len(losses(more, arms[:1])) == 2
+
+
+def test_later_seeds_do_not_change_the_rate():
+    """Other sizes have been trained with the best rate of the first seeds."""
+    results, other = on_a_law(), sweep_names(BASES["gpu"], "mamba")[0]
+    lucky = [replace(r, seed=1, values=r.values | {"validation_loss": 0.1}) for r in results.records if r.arm == other]
+    assert (
+        lucky
+        and best_of(replace(results, records=(*results.records, *lucky)), sweep_names(BASES["gpu"], "mamba"))
+        == (sweep_names(BASES["gpu"], "mamba")[1])
+    )

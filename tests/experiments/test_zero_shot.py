@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -84,6 +85,62 @@ def test_what_is_missing_is_named(tmp_path, capsys):
         EXPERIMENT.measure(settings, context)
     with pytest.raises(FileNotFoundError, match="mamba-7m-seed0 does not exist; `scaling"):
         EXPERIMENT.measure(settings, Context(torch.device("cpu"), 0, lambda *told: None, data=tmp_path))
+
+
+PIQA, LABELS = (TASKS["piqa"].file, TASKS["piqa"].labels)
+
+
+@pytest.fixture
+def piqa(tmp_path):
+    """A folder with three documents and their labels."""
+    (tmp_path / PIQA).write_text("".join(f'{{"goal": "{i}"}}\n' for i in range(3)))
+    (tmp_path / LABELS).write_text("1\n0\n1\n")
+    return tmp_path
+
+
+def test_documents_with_their_labels(piqa):
+    read = [(document["goal"], document["label"]) for document in read_documents(piqa, ["piqa"])["piqa"]]
+    assert read == [("0", 1), ("1", 0), ("2", 1)]
+    assert len(read_documents(piqa, ["piqa"], 2)["piqa"]) == 2
+
+
+@pytest.mark.parametrize("labels", ["1\n0\n", "1\n0\n1\n0\n"])
+@pytest.mark.parametrize("n_documents", [None, 1])
+def test_labels_for_other_documents_are_refused(piqa, labels, n_documents):
+    (piqa / LABELS).write_text(labels)
+    n_labels = labels.count("\n")
+    with pytest.raises(ValueError, match=f"{LABELS} .*{PIQA}, got {n_labels} labels and 3 documents; copy both again"):
+        read_documents(piqa, ["piqa"], n_documents)
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "words"),
+    [
+        (PIQA, b'{"goal": "0"}\n{"goal": "1', "line 2 of .*{} cannot be read"),
+        (PIQA, b'{"goal": "\xc3', "line 1 of .*{} cannot be read"),
+        (LABELS, b"1\nx\n0\n", "line 2 of .*{} cannot be read"),
+        (PIQA, b"", "{} is empty; copy the file again"),
+        (LABELS, b"", "{} is empty; copy the file again"),
+    ],
+)
+def test_a_damaged_file_of_a_task_is_named(piqa, file, contents, words):
+    (piqa / file).write_bytes(contents)
+    with pytest.raises(ValueError, match=words.format(file)):
+        read_documents(piqa, ["piqa"])
+
+
+def test_the_verb_refuses_a_changed_model_and_no_verify_takes_it(tmp_path, shared_data, model, capsys):
+    pytest.importorskip("lm_eval", reason="the extra 'lm-eval' installs lm-eval")
+    changed = shutil.copytree(model, tmp_path / "changed")
+    data = bytearray((changed / "model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (changed / "model.safetensors").write_bytes(data)
+    command = ["reproduce", "mamba-130m", "--model", str(changed), "--data", str(shared_data / "eval")]
+    command += ["--documents", "1", "--device", "cpu"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "model.safetensors is damaged or was replaced" in error and "--no-verify" in error
+    assert main([*command, "--no-verify"]) == 0
 
 
 def test_the_table_has_the_papers_averages():

@@ -30,6 +30,7 @@ All arguments are lm-eval's own. Two defaults differ: --model is anymamba, and w
   prefix_token_id  stands for an empty context; defaults to the beginning-of-text token, else the end-of-text token
   revision         of a repository on the hub
   weights          float32, bfloat16, int8 or int4: pack the weights for inference, on a CPU or CUDA, in place of dtype
+  verify           true (the default) or false: compare the model's files with their digests
 
 It needs lm-eval: pip install "anymamba[lm-eval]"."""
 

@@ -53,6 +53,8 @@ class ReproduceOptions:
     """cpu, cuda, cuda:1, xpu, mps; auto takes the first of cuda, xpu, mps and cpu that can be used here."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice."""
+    no_verify: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Load the model without comparing its files with their digests."""
     json: bool = False
     """Print the scores as one JSON object."""
 
@@ -75,7 +77,8 @@ def command(arguments: Sequence[str]) -> None:
         folder = options.out or Path(temporary)
         write_tasks(folder / "tasks", documents)
         say(f"evaluating {model} on {sum(map(len, documents.values())):,} documents")
-        scores = evaluate(model, folder / "tasks", tuple(TASKS), str(usable_device(options.device)))
+        device, verify = str(usable_device(options.device)), not options.no_verify
+        scores = evaluate(model, folder / "tasks", tuple(TASKS), device, verify)
     counts = {name: len(own) for name, own in documents.items()}
     if options.out is not None:
         write_text(

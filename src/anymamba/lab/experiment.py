@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anymamba.lab.saving import Saving
 
 Scale = Literal["toy", "cpu", "gpu", "paper"]
-"""toy: seconds, for tests. cpu: an hour a seed on two cores. gpu: one accelerator. paper: as published."""
+"""toy: seconds, for tests. cpu: an hour or two a seed on two cores. gpu: one accelerator. paper: as published."""
 SCALES: tuple[Scale, ...] = ("toy", "cpu", "gpu", "paper")
 
 

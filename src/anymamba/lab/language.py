@@ -122,8 +122,12 @@ def best_rate(arms: Sequence[str], context: Context) -> float:
     missing = [arm for arm in arms if results is None or not results.of(arm)]
     if missing or results is None:
         raise ValueError(f"this arm takes its rate from {', '.join(arms)}; run {', '.join(missing)} first")
-    best = min(arms, key=lambda arm: loss(results, [arm]))
-    return results.of(best)[0].values["learning_rate"]
+    return results.of(best_of(results, arms))[0].values["learning_rate"]
+
+
+def best_of(results: Results, arms: Sequence[str]) -> str:
+    """The arm with the lowest loss, by the first seed: others may be measured after arms that take its rate."""
+    return min(arms, key=lambda arm: losses(results, [arm])[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -163,8 +167,13 @@ def training_flops(config: ModelConfig, length: int, labelled: float = 1.0) -> f
 
 def losses(results: Results, arms: Sequence[str]) -> list[float]:
     """The held-out losses of all seeds of arms, in nats per byte; infinite if training diverged."""
-    found = [value for arm in arms for value in results.values(arm, "validation_loss")]
-    return [inf if value is None else value for value in found]
+    found: dict[Any, float] = {}
+    for record in (record for arm in arms for record in results.of(arm)):
+        seed = record.seed + record.settings.get("seed_offset", 0)
+        key = seed if len(arms) > 1 else record.key  # several arms of a list are the same training with other seeds
+        value = record.values["validation_loss"]
+        found.setdefault(key, inf if value is None else value)
+    return list(found.values())
 
 
 def loss(results: Results, arms: Sequence[str]) -> float:

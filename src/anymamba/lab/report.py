@@ -40,7 +40,7 @@ def report(experiment: Experiment, results: Results, charts: Sequence[str] = (),
         parts.append(f"How the settings were chosen, and what else was tried, is in the [notes]({NOTES}).")
     for heading, text in experiment.sections(results).items() if results.records else ():
         parts += [f"## {heading}", text] if text else []
-    rule = "Set before running. Of several seeds each must hold." if judged else "Set for the larger scales."
+    rule = "Set before running. Of several numbers each must hold." if judged else "Set for the larger scales."
     parts += ["## Thresholds", rule, thresholds_table(thresholds, judged)]
     parts += [f"![{name}]({name}.svg)" for name in charts]
     parts += ["## Settings", settings_table(experiment, results), "## How it was run", how_it_was_run(results)]
@@ -128,20 +128,24 @@ def how_it_was_run(results: Results) -> str:
     for arm in results.arms:
         records = results.of(arm)
         machines, dates = ({getattr(r, name) for r in records} for name in ("machine", "date"))
-        span = time_span([record.seconds for record in records])
+        span = time_span([seconds_of(record) for record in records])
         rows.append([arm, str(len(records)), span, "; ".join(sorted(machines)), ", ".join(sorted(dates))])
-    whole = [sum(end(r.seconds for r in results.of(arm)) for arm in results.arms) for end in (min, max)]
+    whole = [sum(end(map(seconds_of, results.of(arm))) for arm in results.arms) for end in (min, max)]
     parts = [
         f"`anymamba experiment {results.experiment} --scale {results.scale}`",
         table(("arm", "seeds", "time a seed", "machine", "date"), rows),
         f"One seed of all these arms, one after another: {time_span(whole)}.",
     ]
-    if results.scale in ("cpu", "gpu"):
-        parts.append("The plan: three seeds of an arm that takes less than five minutes, one of the others.")
     missing = [key for key in results.planned if key not in {record.key for record in results.records}]
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.")
     return "\n\n".join(parts)
+
+
+def seconds_of(record: Record) -> float:
+    """The time of an arm. Earlier versions counted only the last part of one that was resumed; it is as long as its
+    training at least."""
+    return max(record.seconds, record.values.get("training_seconds") or 0.0)
 
 
 def time_span(seconds: Sequence[float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,11 +17,21 @@ import torch
 from anymamba.base.errors import FORMAT_VERSION, require_format_version
 from anymamba.base.files import write_text
 from anymamba.base.schema import config_from_dict, config_to_dict
-from anymamba.lab.experiment import Arm, Record, Results, Scale
+from anymamba.lab.experiment import Arm, Record, Results, Scale, record_key
 
 FILE = "results.json"
 VERSION = 1
 """The format version that is written, and the newest that is read."""
+FIELDS: dict[str, tuple[str, type | tuple[type, ...]]] = {
+    "arm": ("a string", str),
+    "seed": ("an integer", int),
+    "settings": ("an object", dict),
+    "values": ("an object with at least one value", dict),
+    "seconds": ("a number", (int, float)),
+    "machine": ("a string", str),
+    "date": ("a string", str),
+}
+"""Of a record: what each is, in words and as types."""
 
 
 def read_results(folder: Path) -> Results | None:
@@ -33,7 +44,7 @@ def read_results(folder: Path) -> Results | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         require_format_version(values if isinstance(values, dict) else {}, VERSION, path)
-        records = tuple(Record(**record) for record in values["records"])
+        records = tuple(record_from_json(record, number) for number, record in enumerate(values["records"], 1))
         return Results(values["experiment"], values["scale"], records, tuple(values["planned"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -42,6 +53,23 @@ def read_results(folder: Path) -> Results | None:
             f"{path} is not a file of results ({type(error).__name__}: {error}); choose another folder with --out, or "
             "delete the file to measure everything again"
         ) from error
+
+
+def record_from_json(values: Any, number: int) -> Record:
+    """The record with that number in the file, counted from 1.
+
+    Raises ValueError, which names the record, if a field is missing, unknown or of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"record {number} must be an object, got {reprlib.repr(values)}")
+    where = f"record {number}, {record_key(values.get('arm', '?'), values.get('seed', '?'))}"
+    for name in sorted(values.keys() ^ FIELDS.keys()):
+        raise ValueError(f"{where}: {name} is {'unknown' if name in values else 'missing'}")
+    for name, (words, types) in FIELDS.items():
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, types) or (name == "values" and not value):
+            raise ValueError(f"{where}: {name} must be {words}, got {reprlib.repr(value)}")
+    return Record(**values)
 
 
 def read_checked(folder: Path, experiment: str, scale: Scale, arms: Sequence[Arm]) -> list[Record]:

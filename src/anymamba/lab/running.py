@@ -198,6 +198,6 @@ def measure(experiment: Experiment, arm: Arm, context: Context) -> Record:
     torch.manual_seed(context.seed)
     start = time.perf_counter()
     values = experiment.measure(arm.settings, context)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start + (context.saving.seconds_before() if context.saving else 0.0)
     settings, where = as_json(arm.settings), machine(context.device)
     return Record(arm.name, context.seed, settings, as_json(values), round(seconds, 1), where, today())

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -117,7 +116,7 @@ PAPER: dict[str, tuple[float, ...]] = {
 def read_documents(folder: Path, names: Sequence[str], n_documents: int | None = None) -> dict[str, list[Document]]:
     """The first documents of each task, all by default.
 
-    Raises FileNotFoundError, which names the missing file.
+    Raises FileNotFoundError for a file that is missing, ValueError for one that is damaged; both name it.
     """
     found = {}
     for name in names:
@@ -125,12 +124,32 @@ def read_documents(folder: Path, names: Sequence[str], n_documents: int | None =
         for file in filter(None, (task.file, task.labels)):
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"the task {name} needs {folder / file}; choose the folder with that file")
-        with open(folder / task.file, encoding="utf-8") as lines:
-            documents = [json.loads(line) for line in islice(lines, n_documents)]
+        documents = read_lines(folder / task.file, json.loads)
         if task.labels is not None:
-            labels = (folder / task.labels).read_text(encoding="utf-8").split()
-            documents = [doc | {"label": int(label)} for doc, label in zip(documents, labels, strict=False)]
-        found[name] = documents
+            labels = read_lines(folder / task.labels, int)
+            if len(labels) != len(documents):
+                raise ValueError(
+                    f"{folder / task.labels} must have a label for each document of {folder / task.file}, got "
+                    f"{len(labels)} labels and {len(documents)} documents; copy both again"
+                )
+            documents = [document | {"label": label} for document, label in zip(documents, labels, strict=True)]
+        found[name] = documents[:n_documents]
+    return found
+
+
+def read_lines(path: Path, parse: Callable[[str], Any]) -> list[Any]:
+    """Every line of a file, parsed.
+
+    Raises ValueError, which names the file and the line, if one cannot be parsed or there is none.
+    """
+    found: list[Any] = []
+    try:
+        with open(path, encoding="utf-8") as lines:
+            found.extend(map(parse, lines))
+    except ValueError as error:
+        raise ValueError(f"line {len(found) + 1} of {path} cannot be read ({error}); copy the file again") from error
+    if not found:
+        raise ValueError(f"{path} is empty; copy the file again")
     return found
 
 
@@ -157,12 +176,15 @@ def write_tasks(folder: Path, documents: Mapping[str, list[Document]]) -> None:
         write_text(folder / f"{name}.yaml", json.dumps(values, indent=1) + "\n")
 
 
-def evaluate(model: str | Path, tasks: Path, names: Sequence[str], device: str) -> dict[str, float]:
+def evaluate(
+    model: str | Path, tasks: Path, names: Sequence[str], device: str, verify: bool = True
+) -> dict[str, float]:
     """Accuracies by task, in percent, and `perplexity`, that of LAMBADA, of a model on tasks that were written.
 
     Args:
         model: a folder, a .gguf file, or a name on the hub.
         tasks: the folder that `write_tasks` made.
+        verify: compare the model's files with their digests.
     Raises ImportError, which names the extra, if lm-eval is missing.
     """
     from anymamba.compat.lm_eval import AnymambaLM
@@ -172,7 +194,7 @@ def evaluate(model: str | Path, tasks: Path, names: Sequence[str], device: str) 
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     results = lm_eval.simple_evaluate(
-        model=AnymambaLM(str(model), device=device),
+        model=AnymambaLM(str(model), device=device, verify=verify),
         tasks=[f"{PREFIX}{name}" for name in names],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,

@@ -71,6 +71,7 @@ class AnymambaLM(TemplateLM):
         revision: revision of a repository on the hub.
         weights: pack the model for inference, in "float32", "bfloat16", "int8" or "int4", on a CPU or CUDA; in place of
             dtype.
+        verify: compare the files with the digests or checksums that they have, as `from_pretrained` does.
     Raises ValueError for options out of range, FileNotFoundError and CheckpointError as `from_pretrained` does.
     """
 
@@ -88,13 +89,14 @@ class AnymambaLM(TemplateLM):
         prefix_token_id: int | None = None,
         revision: str | None = None,
         weights: Weights | None = None,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size if batch_size == "auto" else _at_least_one("batch_size", batch_size)
         self.max_batch_size = None if max_batch_size is None else _at_least_one("max_batch_size", max_batch_size)
         self.max_length = _at_least_one("max_length", max_length)
         self.max_gen_toks = _at_least_one("max_gen_toks", max_gen_toks)
-        self.model = load_model(pretrained, dtype, device, revision, weights).eval()
+        self.model = load_model(pretrained, dtype, device, revision, weights, verify).eval()
         self.model.require_causal("cannot score texts")
         self._device = self.model.embedding.weight.device
         name = None if isinstance(pretrained, LanguageModel) else pretrained

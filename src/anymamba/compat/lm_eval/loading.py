@@ -25,27 +25,29 @@ def load_model(
     device: str | torch.device | None,
     revision: str | None,
     weights: Weights | None = None,
+    verify: bool = True,
 ) -> LanguageModel:
     """Load the model of that name, by default in float32; a LanguageModel is returned as it is.
 
     With weights it is packed for inference.
     """
     if isinstance(pretrained, LanguageModel):
-        if (dtype, device, revision, weights) != (None, None, None, None):
+        if (dtype, device, revision, weights, verify) != (None, None, None, None, True):
             raise ValueError(
-                "dtype, device, revision and weights apply only when a model is loaded; leave them out for a "
+                "dtype, device, revision, weights and verify apply only when a model is loaded; leave them out for a "
                 "LanguageModel"
             )
         return pretrained
     if weights is not None:
-        return _packed(pretrained, dtype, device, revision, weights)
+        return _packed(pretrained, dtype, device, revision, weights, verify)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         dtype = DTYPES[dtype]
     elif dtype is None:
         dtype = torch.float32
-    return LanguageModel.from_pretrained(pretrained, device=usable_device(device), dtype=dtype, revision=revision)
+    place = usable_device(device)
+    return LanguageModel.from_pretrained(pretrained, device=place, dtype=dtype, revision=revision, verify=verify)
 
 
 def _packed(
@@ -54,6 +56,7 @@ def _packed(
     device: str | torch.device | None,
     revision: str | None,
     weights: Weights,
+    verify: bool,
 ) -> LanguageModel:
     if dtype is not None:
         raise ValueError(f"dtype={dtype} and weights={weights} both choose the format of the weights; give one")
@@ -64,7 +67,7 @@ def _packed(
                 f"weights={weights} cannot run on device={device}: {why}; give device=cpu, or dtype in place of weights"
             )
         place = torch.device("cpu")
-    return InferenceModel.from_pretrained(pretrained, weights, place, revision)
+    return InferenceModel.from_pretrained(pretrained, weights, place, revision, verify=verify)
 
 
 def special_id(tokenizer: Tokenizer, key: str, default: int | None) -> int | None:

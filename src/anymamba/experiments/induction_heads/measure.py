@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,10 @@ def learn_growing(model: LanguageModel, settings: Settings, context: Context) ->
     """
     lengths = (*settings.lengths_before, *[settings.train_length] * settings.cycles)
     generator = batch_generator(context)
-    stages = [learn_at(model, length, settings, context, generator) for length in lengths]
+    stages = []
+    for number, length in enumerate(lengths):
+        saving = context.saving if len(lengths) == 1 else context.saving and context.saving.part(f"round{number}")
+        stages.append(learn_at(model, length, settings, replace(context, saving=saving), generator))
     curve, before = [], 0
     for stage in stages:
         curve += [[before + step, *rest] for step, *rest in stage["curve"]]
@@ -70,7 +74,7 @@ def learn_at(
         enough=lambda score: is_before and score.sequences >= settings.grow_at,
         perfect_in_a_row=None if is_before else settings.perfect_in_a_row,
         generator=generator,
-        resumable=settings.cycles == 1 and not settings.lengths_before,
+        resumable=True,
     )
 
 

@@ -19,8 +19,8 @@ Blocks of H3 have heads of one channel and alternate with MLPs. Models with othe
 within 3 %. In tables 7 to 10 parameters differ as they do in the paper.
 
 Gaps are in nats a byte, and the paper's in nats a token of about 4.2 bytes; its models have 350 million parameters. A
-gap of at most twice the standard deviation between seeds is a tie. The deviation is pooled over all arms with several
-seeds.
+gap is one of means over the seeds, and one of at most twice the standard deviation between seeds is a tie. The
+deviation is pooled over all arms with several seeds.
 """
 
 EXPERIMENT = Experiment(

@@ -75,7 +75,8 @@ def thresholds(results: Results) -> list[Threshold]:
     selective, constant = gain(results, "selective"), gain(results, "constant")
     what = f"gain from N 1 to 16 with selective B and C, nats a byte (wanted: {TIMES} times that with constant ones)"
     least = max(LEAST, TIMES * (constant or 0.0))
-    return [*found, Threshold(what, [selective if constant is not None else None], at_least=least, show=signed)]
+    got = [selective if constant is not None else None]
+    return [*found, Threshold(what, got, at_least=least, tie=tie, show=signed)]
 
 
 def gain(results: Results, kind: str) -> float | None:

@@ -8,7 +8,7 @@ from math import exp, isfinite, log, sqrt
 from anymamba.experiments.scaling.arms import ARCHITECTURES, BASES, LARGEST, SWEPT, Base, sweep_names
 from anymamba.lab.charts import signed, spread, table
 from anymamba.lab.experiment import Results, Threshold
-from anymamba.lab.language import gap, loss, losses, speed_table
+from anymamba.lab.language import best_of, gap, loss, losses, speed_table
 
 WORDS = {"mamba": "Mamba", "transformer": "Transformer++", "h3": "H3++", "hyena": "Hyena"}
 MOST_BEHIND, LEAST_AHEAD, PREDICTED_WITHIN = 0.01, 0.02, 0.03
@@ -57,7 +57,7 @@ def arms_of(results: Results, name: str, index: int, window: int | None = None) 
     if index != SWEPT:
         return [own]
     tried = [arm for arm in sweep_names(base, name) if results.of(arm)]
-    best = [min(tried, key=lambda arm: loss(results, [arm]))] if len(tried) == len(base.rates[name]) else []
+    best = [best_of(results, tried)] if len(tried) == len(base.rates[name]) else []
     return [*best, own]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.experiments.zero_shot.arms import TOY, Settings
 from anymamba.lab.experiment import Context
+from anymamba.lab.saving import OutOfTime
 from anymamba.lab.zero_shot import evaluate, read_documents, write_tasks
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
@@ -29,8 +30,12 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
             model, data = model_folder(settings.folder, context)
             documents = read_documents(data, settings.tasks, settings.n_documents)
         write_tasks(tasks, documents)
-        context.progress(0, 1, f"{sum(map(len, documents.values())):,} documents")
-        scores = evaluate(model, tasks, settings.tasks, str(context.device))
+        scores: dict[str, float] = {}
+        for number, name in enumerate(settings.tasks):
+            if context.saving and context.saving.is_late():
+                raise OutOfTime
+            context.progress(number, len(settings.tasks), f"{name}: {len(documents[name]):,} documents")
+            scores |= evaluate(model, tasks, (name,), str(context.device))
     return {"scores": scores, "documents": {name: len(own) for name, own in documents.items()}}
 
 
