@@ -61,7 +61,7 @@ def command(arguments: Sequence[str]) -> None:
             print(f"{name:<20} {shows}")
         return
     experiment = load_experiment(options.name)
-    from anymamba.base.sizes import require_positive, require_sizes
+    from anymamba.base.sizes import require_sizes
     from anymamba.console.runtime import set_threads
     from anymamba.lab.jobs import run_in_jobs
     from anymamba.lab.results import results_as_json
@@ -69,8 +69,8 @@ def command(arguments: Sequence[str]) -> None:
     from anymamba.ops.devices import usable_device
 
     require_sizes(jobs=options.jobs)
-    if options.max_minutes is not None:
-        require_positive("--max-minutes", options.max_minutes)
+    if options.max_minutes is not None and not 0 <= options.max_minutes < math.inf:
+        raise ValueError(f"--max-minutes must be at least 0 and finite, got {options.max_minutes}")
     set_threads(options.threads)
     folder = options.out or Path("runs/experiments") / f"{options.name}-{options.scale}"
     run: Callable[..., Any] = partial(run_experiment, experiment)
