@@ -55,9 +55,9 @@ def fft_conv(
     kernel = kernel[:, : max(1, u.shape[1])]
     if as_operations(u, kernel):
         return _operations(u, kernel)
-    by_products = toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1]))
     if insisted() in (None, "cuda") and products.serves(u, kernel):
         return _by_products(u, kernel)
+    by_products = toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1]))
     if by_products and (toeplitz.in_order(u) or not _in_shared_memory(u, kernel)):
         return toeplitz.convolve(u, kernel, gradients_in_operations)
     return _FFTConv.apply(u, kernel)

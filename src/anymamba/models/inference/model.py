@@ -159,9 +159,11 @@ class InferenceModel(LanguageModel):
             "cu_seqlens": cu_seqlens,
             "num_last_logits": num_last_logits,
         }
-        state = self._own(state)
         native = self.native_step if self.invariant or self._is_short(input_ids, attention_mask, cu_seqlens) else None
         found = None if native is None else read_sequences(native, input_ids, state, **options)
+        if found is None and self.invariant:
+            state = self._own(state)
+            found = None if native is None else read_sequences(native, input_ids, state, **options)
         return super().forward(input_ids, state, **options) if found is None else found
 
     def _is_short(self, input_ids: Tensor, *of_several: Tensor | None) -> bool:
@@ -169,12 +171,10 @@ class InferenceModel(LanguageModel):
         return input_ids.numel() <= FEW_TOKENS and not self._is_on_gpu and all(t is None for t in of_several)
 
     def _own(self, state: LanguageModelState | None) -> LanguageModelState | None:
-        """With invariance a state as this model's steps return it, so that all tokens are computed in the same way.
+        """A state as this model's steps return it, so that with invariance all tokens are computed in the same way.
 
-        Raises ValueError where `anymamba.backend` asks for kernels that do not have it.
+        Raises ValueError where `anymamba.backend` asks for kernels that do not have invariance.
         """
-        if not self.invariant:
-            return state
         backend = dispatch.resolve("selective_scan", "cpu", None)
         if backend != "cpu":
             raise ValueError(
@@ -203,9 +203,12 @@ class InferenceModel(LanguageModel):
             state: one row per sequence.
             reuse_state: the caller does not use the given state again, so its memory may hold the new one.
         """
-        state = self._own(state)  # type: ignore[assignment]
         compiled = self.gpu_step or self.native_step
-        if compiled is None or not compiled.serves(token_ids, state):
+        served = compiled is not None and compiled.serves(token_ids, state)
+        if self.invariant and not served:
+            state = self._own(state)  # type: ignore[assignment]
+            served = compiled is not None and compiled.serves(token_ids, state)
+        if compiled is None or not served:
             with self._keeping():
                 return super().step(token_ids, state)
         return compiled.step(token_ids, state, reuse=reuse_state)
