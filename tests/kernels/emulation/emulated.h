@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <vector>
 #include <algorithm>
 
@@ -81,7 +82,7 @@ struct Warp {
 
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
-inline Meeting all;
+inline Meeting all, parts[16];
 inline int alive;
 inline u64 events;  // grows with everything that lets somebody go on
 inline Fiber* self;
@@ -116,6 +117,7 @@ inline bool run_block(int threads, bool backwards) {
     const int n_warps = threads / 32;
     warps.assign(n_warps, Warp());
     all = Meeting(), alive = threads;
+    std::fill(std::begin(parts), std::end(parts), Meeting());
     for (int i = 0; i < threads; i++) {
         Fiber& f = fibers[i];
         f.index = {unsigned(i), 0, 0}, f.lane = i % 32, f.warp = i / 32, f.done = false, f.group = 0;
@@ -208,6 +210,10 @@ __attribute__((noinline)) inline void sync_block() {
 inline void sync_warp() {
     auto& warp = emulated::warps[emulated::self->warp];
     emulated::meet(warp.meeting, warp.alive);
+}
+inline void sync_part(int number, int threads) {
+    need(number > 0 && number < 16 && threads % 32 == 0, "a barrier that does not exist");
+    emulated::meet(emulated::parts[number], threads);
 }
 template <typename T>
 T shuffle(T value, int lane) {

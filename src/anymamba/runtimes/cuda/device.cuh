@@ -50,6 +50,10 @@ DEVICE float reciprocal_fast(float x) {
 
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
+// `threads` threads of a block, whole warps, wait for each other; each such group has a number from 1 to 15.
+DEVICE void sync_part(int number, int threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 template <typename T>
 DEVICE T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);

@@ -31,20 +31,12 @@ MOST_OF_ROW = 4096
 """Most tokens for each row, counting rows up to a multiple of 8: products of zeros cost as much as others."""
 
 
-class Share(NamedTuple):
-    """How the warps of a block of `multiply` share its work."""
-
-    channels: int
-    warps: int
-    """Those of a channel, which share inputs."""
-
-
-ONE_BATCH, SEVERAL = Share(8, 1), Share(4, 2)
-"""For up to 16 rows of 2,048 tokens, if shared memory holds their filters, and for others. The first writes longer
-pieces of y but reads inputs twice as often: with 16 rows of 2,048 tokens and 192 channels it takes 0.87 of the second's
-time, with 32 rows and 256 channels 1.08 of it."""
+CHANNELS, SHARES = 4, 2
+"""Channels of a block of `multiply`, and the warps of a channel."""
 CHUNK = 128
 """Outputs of a warp of `multiply`."""
+TILE = CHUNK * SHARES
+"""Outputs of a block."""
 EARLY = True
 """Whether kernels start while the one before them ends."""
 ORDERED, ORDER_THREADS, LINE_START = 64, 256, 16
@@ -66,7 +58,7 @@ def serves(u: Tensor, kernel: Tensor) -> bool:
         return False
     if nvrtc.reason() or nvrtc.refuses_gpu(u.device.index or 0):
         return False
-    return most_shared_bytes(u.shape[1]) <= shared_of_block(u)
+    return most_shared_bytes(u.shape[1]) <= nvrtc.device(u.device.index or 0).shared_of_block
 
 
 def suits(rows: int, length: int) -> bool:
@@ -123,12 +115,11 @@ def convolve(x: Tensor, lines: Tensor, kernel: Tensor, adjoint: bool = False) ->
     call.dense(ordered=_memory(x), lines=lines)
     memory = x.new_empty((width, length, rows) if by_time(x) else x.shape)
     call.strided(y=memory)
-    channels, warps = share = share_of(x)
-    n_blocks = call["n_tiles"] * -(-width // channels) * (call["padded_rows"] // (8 * row_tiles(x)))
+    n_blocks = call["n_tiles"] * -(-width // CHANNELS) * (call["padded_rows"] // (8 * row_tiles(x)))
     near = x.numel() * 2 > CACHED and not by_time(x)
-    call.set(aligned=aligned(memory, channels), adjoint=adjoint, near=near)
-    shared = multiply_bytes(row_tiles(x), call["line"], share)
-    call.launch(variant(x, "multiply"), n_blocks, 32 * channels * warps, shared, early=EARLY)
+    call.set(aligned=aligned(memory, CHANNELS), adjoint=adjoint, near=near)
+    shared = multiply_bytes(row_tiles(x), call["line"])
+    call.launch(variant(x, "multiply"), n_blocks, 32 * CHANNELS * SHARES, shared, early=EARLY)
     return memory.permute(2, 1, 0) if by_time(x) else memory
 
 
@@ -194,7 +185,7 @@ def _start(u: Tensor, kernel: Tensor) -> Call:
     call = Call(LAYOUT, u)
     call.set(rows=rows, length=length, width=width, taps=kernel.shape[1])
     call.set(padded_rows=_padded(u)[0], padded_length=_padded(u)[1])
-    call.set(n_tiles=-(-length // tile(share_of(u))), line=line(length, kernel.shape[1], share_of(u)))
+    call.set(n_tiles=-(-length // TILE), line=line(length, kernel.shape[1]))
     return call
 
 
@@ -215,33 +206,15 @@ def row_tiles(x: Tensor) -> int:
     return 1 if x.shape[0] <= 8 and not by_time(x) else 2
 
 
-def share_of(x: Tensor) -> Share:
-    rows, length, _ = x.shape
-    if rows > 16 or length > LONGEST // 2 or by_time(x):
-        return SEVERAL
-    needed = multiply_bytes(row_tiles(x), line(length, length, ONE_BATCH), ONE_BATCH)
-    return ONE_BATCH if needed <= shared_of_block(x) else SEVERAL
-
-
-def shared_of_block(x: Tensor) -> int:
-    """Bytes that a block may have."""
-    return nvrtc.device(x.device.index or 0).shared_of_block
-
-
-def tile(share: Share) -> int:
-    """Outputs of a block of `multiply`."""
-    return CHUNK * share.warps
-
-
-def line(length: int, taps: int, share: Share) -> int:
+def line(length: int, taps: int) -> int:
     """Words of a copy of a filter, for the outputs that are furthest from their first input."""
-    return LINE_START + min(padded(length, tile(share)), tile(share) + padded(taps - 1, CHUNK)) // 2
+    return LINE_START + min(padded(length, TILE), TILE + padded(taps - 1, CHUNK)) // 2
 
 
-def multiply_bytes(tiles: int, line: int, share: Share) -> int:
-    """Shared memory of a block: filters and two slices of inputs, then outputs."""
-    rows, slice_of_row = 8 * tiles, 2 * (64 if share == (8, 1) else 128) + 16
-    return max(share.channels * (8 * line + 2 * rows * slice_of_row), rows * (tile(share) * share.channels + 16) * 2)
+def multiply_bytes(tiles: int, line: int) -> int:
+    """Shared memory of a block: filters and two chunks of inputs, then outputs."""
+    rows = 8 * tiles
+    return max(CHANNELS * (8 * line + 2 * rows * (2 * CHUNK + 16)), rows * (TILE * CHANNELS + 16) * 2)
 
 
 def correlate_bytes(tiles: int) -> int:
@@ -249,22 +222,20 @@ def correlate_bytes(tiles: int) -> int:
 
 
 def most_shared_bytes(length: int) -> int:
-    """At least: `share_of` takes more where there is more."""
-    return max(multiply_bytes(2, line(length, length, SEVERAL), SEVERAL), correlate_bytes(2))
+    return max(multiply_bytes(2, line(length, length)), correlate_bytes(2))
 
 
 def variant(x: Tensor, kernel: str) -> nvrtc.Variant:
     """A kernel for inputs."""
-    return _variant(row_tiles(x), by_time(x), kernel, share_of(x))
+    return _variant(row_tiles(x), by_time(x), kernel)
 
 
 @cache
-def _variant(tiles: int, by_time: bool, kernel: str, share: Share) -> nvrtc.Variant:
-    options = (("ROW_TILES", tiles), ("BY_TIME", int(by_time)), ("CHANNELS", share.channels), ("SHARES", share.warps))
+def _variant(tiles: int, by_time: bool, kernel: str) -> nvrtc.Variant:
+    options = (("ROW_TILES", tiles), ("BY_TIME", int(by_time)))
     return nvrtc.Variant(nvrtc.source(Path(__file__).parent / "toeplitz.cu"), kernel, options)
 
 
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
-    kinds = [(tiles, False, share) for tiles in (1, 2) for share in (ONE_BATCH, SEVERAL)] + [(2, True, SEVERAL)]
-    return [_variant(tiles, by_time, "multiply", share) for tiles, by_time, share in kinds]
+    return [_variant(tiles, by_time, "multiply") for tiles, by_time in ((1, False), (2, False), (2, True))]

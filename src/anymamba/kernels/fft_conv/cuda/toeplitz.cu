@@ -10,8 +10,7 @@
 // Between the kernels a tensor is ordered (width, padded_rows, padded_length), with zeros where it is padded. If BY_TIME,
 // tensors come and go as (width, length, rows), and `order` makes lines only.
 //
-// Needs BY_TIME; ROW_TILES: 1 for up to 8 rows, or 2, also if BY_TIME; CHANNELS: those of a block of `multiply`; and
-// SHARES: its warps for one channel.
+// Needs BY_TIME, and ROW_TILES: 1 for up to 8 rows, or 2, also if BY_TIME.
 #include "device.cuh"
 
 struct Rows {  // a tensor (rows, length, width); the last dimension is dense
@@ -111,7 +110,8 @@ KERNEL(ORDER_THREADS, 6) order(PARAMETER Parameters p) {
 
 // ------------------------------------------------------------------------------------------------ multiply
 // A block has TILE outputs of ROWS rows of CHANNELS channels; a warp has CHUNK outputs of one channel, TILES tiles of 16.
-// Inputs come through shared memory in slices, SLICES for each chunk; the filters of the block stay there.
+// Inputs come through shared memory, a chunk at a time, which the warps of their channel copy and wait for; the filters
+// of the channel stay there.
 //
 // With g = lane / 4 and t = lane % 4 the words of the tile `lag` 16s below the diagonal are terms 16 lag + g - 2t and the
 // one before; 8 more for the lower left quarter, 8 fewer for the upper right one, the same for the others.
@@ -122,13 +122,13 @@ KERNEL(ORDER_THREADS, 6) order(PARAMETER Parameters p) {
 // If BY_TIME, a time has the 32 bytes of 16 rows in shared memory, whose halves are exchanged at every other four times:
 // tensor cores take 8 of them at once.
 
-constexpr int TILES = 8, ROWS = 8 * ROW_TILES, CHUNK = 16 * TILES, TILE = CHUNK * SHARES;
-constexpr int SLICE = CHANNELS == 8 && SHARES == 1 ? 64 : 128, SLICES = CHUNK / SLICE, STEPS = SLICE / 16;
-constexpr int THREADS = 32 * CHANNELS * SHARES;
-constexpr int STRIDE = 2 * SLICE + (BY_TIME ? 0 : 16);  // of a row of a slice: no bank conflicts
+constexpr int TILES = 8, ROWS = 8 * ROW_TILES, CHANNELS = 4, SHARES = 2;  // SHARES: the warps of a channel
+constexpr int CHUNK = 16 * TILES, TILE = CHUNK * SHARES, SHARERS = 32 * SHARES, THREADS = CHANNELS * SHARERS;
+constexpr int STRIDE = 2 * CHUNK + (BY_TIME ? 0 : 16);  // of a row of a chunk: no bank conflicts
 constexpr int OF_CHANNEL = ROWS * STRIDE, STAGE = CHANNELS * OF_CHANNEL;
-constexpr int PIECES = SLICE / 8, COPIES = CHANNELS * ROWS * PIECES / THREADS, BETWEEN = THREADS / PIECES / ROWS;
-static_assert(COPIES * BETWEEN == CHANNELS && BETWEEN > 0, "a thread copies the same row of several channels");
+constexpr int PIECES = CHUNK / 8;  // of 16 bytes, of a row of a chunk
+constexpr int APART = BY_TIME ? SHARERS / 2 : SHARERS / PIECES;  // times, or rows, between two pieces of a thread
+constexpr int COPIES = (BY_TIME ? CHUNK : ROWS) / APART;
 
 DEVICE int piece_at_time(int time, int half) { return time * 32 + (half ^ time / 4 % 2) * 16; }
 DEVICE void load_columns(u32 (&words)[4], const u8* from) {
@@ -157,43 +157,61 @@ struct Block {
     DEVICE int lags() const { return (tile + 1) * TILE - start; }
 };
 
-DEVICE void copy_lines(u32* lines, const Parameters& p, const Block& at) {
-    const int pieces = (LINE_START + at.lags() / 2) / 4, channels = min(CHANNELS, int(p.width) - at.channel);
-    for (int i = threadIdx.x / 32; i < 2 * channels; i += THREADS / 32)
-        for (int k = threadIdx.x % 32; k < pieces; k += 32)
-            copy_16_bytes(lines + i * p.line + 4 * k, p.lines + (2 * at.channel + i) * p.line + 4 * k);
+// The warps of a channel wait for each other.
+DEVICE void sync_channel(int channel) { sync_part(1 + channel, SHARERS); }
+
+DEVICE void copy_lines(u32* lines, const Parameters& p, const Block& at, int channel, int thread) {
+    const int pieces = at.channel + channel < p.width ? (LINE_START + at.lags() / 2) / 4 : 0;
+    for (int i = 0; i < 2; i++)
+        for (int k = thread; k < pieces; k += SHARERS)
+            copy_16_bytes(lines + (2 * channel + i) * p.line + 4 * k,
+                          p.lines + (2 * (at.channel + channel) + i) * p.line + 4 * k);
 }
 
-// The same where a time has its rows together.
-DEVICE void copy_times(u8* stage, const Parameters& p, const Block& at, int slice) {
-    const int half = threadIdx.x % 2, time = threadIdx.x / 2 % SLICE, first = threadIdx.x / 2 / SLICE;
-    const int place = at.start / 8 + slice * PIECES + time / 8, from_time = 8 * octet_at(p, place) + time % 8;
-    const bool inside = from_time >= 0 && from_time < p.length && at.row + 8 * half < p.rows;
-    const i64 step = p.length * p.rows;
-    const u16* from = p.ordered + (at.channel + first) * step + from_time * p.rows + at.row + 8 * half;
-#pragma unroll
-    for (int i = 0; i < COPIES; i++) {
-        const bool ok = inside && at.channel + first + i * BETWEEN < p.width;
-        copy_16_bytes(stage + (first + i * BETWEEN) * OF_CHANNEL + piece_at_time(time, half),
-                      ok ? from + i * BETWEEN * step : p.ordered, ok);
-    }
-}
+// What a thread copies of the next chunk of its channel: a piece of some rows, or some times of 8 rows.
+struct Inputs {
+    const u16* from;
+    u8* to;      // in the first stage
+    int place;   // of the piece, in octets, in the order in which they are read; or the first time
+    int n_inside;
 
-DEVICE void copy_slice(u8* stage, const Parameters& p, const Block& at, int slice) {
-    if constexpr (BY_TIME) return copy_times(stage, p, at, slice);
-    const int piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES % ROWS, first = threadIdx.x / PIECES / ROWS;
-    const int place = at.start / 8 + slice * PIECES + piece;
-    const bool inside = place < octets(p);
-    const i64 step = p.padded_rows * p.padded_length;
-    const u16* from = p.ordered + (at.channel + first) * step + (at.row + row) * p.padded_length +
-                      8 * (inside ? octet_at(p, place) : 0);
-    u8* to = stage + first * OF_CHANNEL + row * STRIDE + 16 * piece;
-#pragma unroll
-    for (int i = 0; i < COPIES; i++) {
-        const bool ok = inside && at.channel + first + i * BETWEEN < p.width;
-        copy_16_bytes(to + i * BETWEEN * OF_CHANNEL, ok ? from + i * BETWEEN * step : p.ordered, ok);
+    DEVICE Inputs(const Parameters& p, u8* stages, const Block& at, int channel, int thread) {
+        const bool exists = at.channel + channel < p.width;
+        const i64 line = at.channel + channel;
+        to = stages + channel * OF_CHANNEL;
+        if constexpr (BY_TIME) {
+            const int half = thread % 2, time = thread / 2, row = at.row + 8 * half;
+            place = 8 * octet_at(p, at.start / 8 + time / 8) + time % 8;
+            from = p.ordered + (line * p.length + place) * p.rows + row;
+            to += piece_at_time(time, half);
+            n_inside = exists && row < p.rows ? int(p.length) : 0;
+        } else {
+            const int piece = thread % PIECES, row = thread / PIECES;
+            place = at.start / 8 + piece;
+            from = p.ordered + (line * p.padded_rows + at.row + row) * p.padded_length + 8 * octet_at(p, place);
+            to += row * STRIDE + 16 * piece;
+            n_inside = exists ? octets(p) : 0;
+        }
     }
-}
+    // The rows of a time are in the same half of its 32 bytes as those APART times later.
+    DEVICE void copy(const Parameters& p, int stage) {
+        const int sign = p.adjoint ? -1 : 1;
+        u8* here = to + stage * STAGE;
+        if constexpr (BY_TIME) {
+            const i64 step = sign * APART * p.rows;
+#pragma unroll
+            for (int i = 0; i < COPIES; i++)
+                copy_16_bytes(here + i * APART * 32, from + i * step, u32(place + i * sign * APART) < u32(n_inside));
+            from += COPIES * step, place += sign * CHUNK;
+        } else {
+            const i64 step = APART * p.padded_length;
+            const bool ok = place < n_inside;
+#pragma unroll
+            for (int i = 0; i < COPIES; i++) copy_16_bytes(here + i * APART * STRIDE, from + i * step, ok);
+            from += sign * CHUNK, place += PIECES;
+        }
+    }
+};
 
 // The words of the filter that a lane has: at step k those of tile m are in place (m - k) % TILES. A word that two tiles
 // share is read twice, since tensor cores take a tile from four neighbouring registers.
@@ -213,24 +231,22 @@ struct Words {
 
 DEVICE constexpr int turn(int place) { return place & (TILES - 1); }
 
-// sums += the products of a slice, from step FIRST of the chunk on. On the diagonal tiles above it are left out, and no
-// new words are needed.
-template <int FIRST, bool DIAGONAL>
-DEVICE void multiply_slice(float (&sums)[TILES][ROW_TILES][4], Words& words, const u8* from) {
+// sums += the products of a chunk. On the diagonal tiles above it are left out, and no new words are needed.
+template <bool DIAGONAL>
+DEVICE void multiply_chunk(float (&sums)[TILES][ROW_TILES][4], Words& words, const u8* from) {
     constexpr int step = BY_TIME ? 512 : 32;
     u32 columns[2][4];  // two row tiles take four words for 16 times, one takes them for 32
     load_columns(columns[0], from);
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) {
-        const int k = FIRST + i;
-        if (ROW_TILES == 2 && i + 1 < STEPS) load_columns(columns[(i + 1) % 2], from + step * (i + 1));
-        if (ROW_TILES == 1 && i % 2 == 0 && i + 2 < STEPS) load_columns(columns[(i / 2 + 1) % 2], from + step * (i + 2));
+    for (int k = 0; k < TILES; k++) {
+        if (ROW_TILES == 2 && k + 1 < TILES) load_columns(columns[(k + 1) % 2], from + step * (k + 1));
+        if (ROW_TILES == 1 && k % 2 == 0 && k + 2 < TILES) load_columns(columns[(k / 2 + 1) % 2], from + step * (k + 2));
 #pragma unroll
         for (int m = TILES - 1; m >= (DIAGONAL ? k : 0); m--) {
 #pragma unroll
             for (int n = 0; n < ROW_TILES; n++) {
-                const u32(&four)[4] = columns[(ROW_TILES == 2 ? i : i / 2) % 2];
-                const int two = ROW_TILES == 2 ? 2 * n : i % 2 * 2;
+                const u32(&four)[4] = columns[(ROW_TILES == 2 ? k : k / 2) % 2];
+                const int two = ROW_TILES == 2 ? 2 * n : k % 2 * 2;
                 const u32 column[2] = {four[two], four[two + 1]};
                 multiply_tiles(sums[m][n], words.tiles[turn(m - k)], column);
             }
@@ -239,29 +255,15 @@ DEVICE void multiply_slice(float (&sums)[TILES][ROW_TILES][4], Words& words, con
     }
 }
 
-template <int PART>
-DEVICE void slices_of_chunk(float (&sums)[TILES][ROW_TILES][4], Words& words, u8* stages, int lane_offset,
-                            const Parameters& p, const Block& at, int chunk, int own, int n_chunks) {
-    const int slice = chunk * SLICES + PART;
-    wait_for_copies<0>();
-    sync_block();  // the slice is there, and the other stage has been read
-    if (slice + 1 < n_chunks * SLICES) copy_slice(stages + (slice + 1) % 2 * STAGE, p, at, slice + 1);
-    end_of_copies();
-    const u8* from = stages + slice % 2 * STAGE + lane_offset;
-    if (chunk < own) {
-        multiply_slice<PART * STEPS, false>(sums, words, from);
-    } else if (chunk == own) {
-        multiply_slice<PART * STEPS, true>(sums, words, from);
-    }
-    if constexpr (PART + 1 < SLICES)
-        slices_of_chunk<PART + 1>(sums, words, stages, lane_offset, p, at, chunk, own, n_chunks);
-}
+// Sums wait in shared memory as (ROWS, TILE, CHANNELS), or as inputs lie if BY_TIME. The words of neighbouring channels
+// at a time are turned by row, and rows are padded: no two lanes use one bank at a time.
+constexpr int OUTPUT_ROW = TILE * CHANNELS + 16, WORDS = CHANNELS / 2;
+DEVICE constexpr int turned(int word, int row) { return (word + row / 4) % WORDS; }
 
-constexpr int OUTPUT_ROW = TILE * CHANNELS + 16;  // fewer bank conflicts
-
-// The sums of a warp to shared memory in 16 bits: (ROWS, TILE, CHANNELS), or as inputs lie if BY_TIME.
+// The sums of a warp to shared memory in 16 bits.
 DEVICE void put_sums(const float (&sums)[TILES][ROW_TILES][4], u8* to, int channel, int start) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int inside = 2 * turned(channel / 2, 2 * t) + channel % 2;
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -273,7 +275,7 @@ DEVICE void put_sums(const float (&sums)[TILES][ROW_TILES][4], u8* to, int chann
                 if constexpr (BY_TIME) {
                     *reinterpret_cast<u32*>(to + channel * TILE * 32 + piece_at_time(time, n) + 4 * t) = two;
                 } else {
-                    u16* one = reinterpret_cast<u16*>(to) + (8 * n + 2 * t) * OUTPUT_ROW + time * CHANNELS + channel;
+                    u16* one = reinterpret_cast<u16*>(to) + (8 * n + 2 * t) * OUTPUT_ROW + time * CHANNELS + inside;
                     one[0] = u16(two), one[OUTPUT_ROW] = u16(two >> 16);
                 }
             }
@@ -281,30 +283,52 @@ DEVICE void put_sums(const float (&sums)[TILES][ROW_TILES][4], u8* to, int chann
 
 DEVICE int time_at(const Parameters& p, int place) { return 8 * octet_at(p, place / 8) + place % 8; }
 
+// A thread has every AT_ONCE-th time of 8 rows.
 DEVICE void write_times(const u8* sums, const Parameters& p, const Block& at) {
-    for (int i = threadIdx.x; i < 2 * TILE * CHANNELS; i += THREADS) {
-        const int half = i % 2, place = i / 2 % TILE, channel = i / 2 / TILE, row = at.row + 8 * half;
-        const int time = time_at(p, at.tile * TILE + place);
-        if (time < 0 || time >= p.length || row >= p.rows || at.channel + channel >= p.width) continue;
-        u16* to = reinterpret_cast<u16*>(p.y.data) + ((at.channel + channel) * p.length + time) * p.rows + row;
-        *reinterpret_cast<uint4*>(to) =
-            *reinterpret_cast<const uint4*>(sums + channel * TILE * 32 + piece_at_time(place, half));
+    constexpr int AT_ONCE = THREADS / 2;
+    const int half = threadIdx.x % 2, place = threadIdx.x / 2, row = at.row + 8 * half, sign = p.adjoint ? -1 : 1;
+    if (row >= p.rows) return;
+    const int first = time_at(p, at.tile * TILE + place);
+    u16* to = reinterpret_cast<u16*>(p.y.data) + (at.channel * p.length + first) * p.rows + row;
+    const u8* from = sums + piece_at_time(place, half);
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c++) {
+        if (at.channel + c >= p.width) break;
+#pragma unroll
+        for (int later = 0; later < TILE; later += AT_ONCE)
+            if (u32(first + sign * later) < u32(p.length))
+                *reinterpret_cast<uint4*>(to + sign * later * p.rows) =
+                    *reinterpret_cast<const uint4*>(from + (c * TILE + later) * 32);
+        to += p.length * p.rows;
     }
 }
 
+struct alignas(2 * CHANNELS) AtTime {
+    u32 of[WORDS];
+};
+
+// A thread has one time of all rows.
 DEVICE void write_rows(const u8* sums, const Parameters& p, const Block& at) {
-    for (int i = threadIdx.x; i < ROWS * TILE; i += THREADS) {
-        const int row = at.row + i / TILE, time = time_at(p, at.tile * TILE + i % TILE);
-        if (row >= p.rows || time < 0 || time >= p.length) continue;
-        u16* to = reinterpret_cast<u16*>(p.y.data) + row * p.y.row + time * p.y.token + at.channel;
-        const u16* from = reinterpret_cast<const u16*>(sums) + i / TILE * OUTPUT_ROW + i % TILE * CHANNELS;
-        if (p.aligned && CHANNELS == 8) {
-            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-        } else if (p.aligned && CHANNELS == 4) {
-            *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
+    static_assert(THREADS == TILE);
+    const int time = time_at(p, at.tile * TILE + threadIdx.x);
+    if (time < 0 || time >= p.length) return;
+    u16* to = reinterpret_cast<u16*>(p.y.data) + at.row * p.y.row + time * p.y.token + at.channel;
+    const u16* from = reinterpret_cast<const u16*>(sums) + threadIdx.x * CHANNELS;
+    const int n_rows = int(p.rows) - at.row, n_channels = int(p.width) - at.channel;
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        if (row >= n_rows) break;
+        AtTime found = *reinterpret_cast<const AtTime*>(from + row * OUTPUT_ROW), words;
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) words.of[i] = found.of[turned(i, row)];
+        if (p.aligned) {
+            *reinterpret_cast<AtTime*>(to) = words;
         } else {
-            for (int c = 0; c < CHANNELS && at.channel + c < p.width; c++) to[c] = from[c];
+#pragma unroll
+            for (int c = 0; c < CHANNELS; c++)
+                if (c < n_channels) to[c] = u16(words.of[c / 2] >> c % 2 * 16);
         }
+        to += p.y.row;
     }
 }
 
@@ -322,23 +346,33 @@ KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int channel = warp % CHANNELS, share = warp / CHANNELS;
     const Block at(p);
-    const int n_chunks = at.lags() / CHUNK, own = n_chunks - SHARES + share;
+    const int n_chunks = at.lags() / CHUNK, own = n_chunks - SHARES + share, thread = 32 * share + lane;
     u32* lines = reinterpret_cast<u32*>(shared_memory());
     u8* stages = shared_memory() + CHANNELS * 2 * p.line * 4;
-    copy_lines(lines, p, at);
-    copy_slice(stages, p, at, 0);
+    copy_lines(lines, p, at, channel, thread);
+    Inputs inputs(p, stages, at, channel, thread);
+    inputs.copy(p, 0);
     end_of_copies();
     wait_for_copies<0>();
-    sync_block();
+    sync_channel(channel);
     const int shift = LINE_START + (p.adjoint ? t - (g + 1) / 2 : g / 2 - t);
     Words words(lines + (2 * channel + g % 2) * p.line + shift, own * TILES);
     const int row_tile = ROW_TILES == 2 ? lane / 16 : 0, octet = ROW_TILES == 2 ? lane / 8 % 2 : lane / 8;
-    const int lane_offset = channel * OF_CHANNEL + (BY_TIME ? piece_at_time(8 * octet + lane % 8, row_tile)
-                                                            : (8 * row_tile + lane % 8) * STRIDE + 16 * octet);
+    stages += channel * OF_CHANNEL + (BY_TIME ? piece_at_time(8 * octet + lane % 8, row_tile)
+                                              : (8 * row_tile + lane % 8) * STRIDE + 16 * octet);
     float sums[TILES][ROW_TILES][4] = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < n_chunks; chunk++) {
-        slices_of_chunk<0>(sums, words, stages, lane_offset, p, at, chunk, own, n_chunks);
+        wait_for_copies<0>();
+        sync_channel(channel);  // the chunk is there, and the other stage has been read
+        if (chunk + 1 < n_chunks) inputs.copy(p, (chunk + 1) % 2);
+        end_of_copies();
+        const u8* from = stages + chunk % 2 * STAGE;
+        if (chunk < own) {
+            multiply_chunk<false>(sums, words, from);
+        } else if (chunk == own) {
+            multiply_chunk<true>(sums, words, from);
+        }
         words.line -= 8 * TILES;
     }
     sync_block();
@@ -357,35 +391,49 @@ constexpr int CORRELATE_THREADS = 32 * WARPS * PAIR, SPAN_STRIDE = 2 * SPAN + (B
 constexpr int SLOT = BATCH * SPAN_STRIDE;
 constexpr int U_SLOTS = WARPS + 1, DY_SLOTS = 2, SLOTS = U_SLOTS + DY_SLOTS;
 
-// A place in the walk over groups of rows and, for each, chunks of time.
+// The walk over groups of rows and, for each, chunks of time, and what a thread copies of the next chunk.
 struct Walk {
-    int row, chunk, u_slot, dy_slot;
+    i64 from;  // the place of its piece in u; that in dy is `shift` later
+    i64 shift;
+    u32 to;      // in a chunk in shared memory
+    int time, chunk, row, u_slot, dy_slot;  // of the next chunk
 
-    DEVICE void go_on(int n_chunks) {
-        if (++chunk == n_chunks) chunk = 0, row += BATCH;
+    DEVICE Walk(const Parameters& p, int first_channel, int first_group, int first_row) {
+        const int thread = threadIdx.x, place = BY_TIME ? thread / 2 : thread % 16 * 8;
+        const int own_row = BY_TIME ? thread % 2 * 8 : thread / 16;
+        time = place, chunk = 0, row = first_row + own_row, u_slot = 0, dy_slot = 0;
+        from = first_channel * of_channel(p) + (BY_TIME ? place * p.rows + row : row * p.padded_length + place);
+        shift = first_group * SPAN * step(p);
+        to = BY_TIME ? piece_at_time(place, thread % 2) : own_row * SPAN_STRIDE + 2 * place;
+    }
+    DEVICE static i64 step(const Parameters& p) { return BY_TIME ? p.rows : 1; }
+    DEVICE static i64 of_channel(const Parameters& p) {
+        return BY_TIME ? p.rows * p.length : p.padded_rows * p.padded_length;
+    }
+    DEVICE void copy(const Parameters& p, int first_channel, int first_group) const {
+        const int length = int(BY_TIME ? p.length : p.padded_length);
+        if (!BY_TIME && threadIdx.x / 16 >= BATCH) return;
+        const bool exists = !BY_TIME || row < p.rows;
+        const bool u_ok = exists && time < length, dy_ok = exists && time + first_group * SPAN < length;
+        u8* slots = shared_memory() + to;
+#pragma unroll
+        for (int c = 0; c < PAIR; c++) {
+            const bool ok = first_channel + c < p.width;
+            const i64 here = from + c * of_channel(p);
+            copy_16_bytes(slots + (c * SLOTS + u_slot) * SLOT, p.inputs + here, ok && u_ok);
+            copy_16_bytes(slots + (c * SLOTS + U_SLOTS + dy_slot) * SLOT, p.outputs + here + shift, ok && dy_ok);
+        }
+    }
+    DEVICE void go_on(const Parameters& p, int n_chunks) {
+        time += SPAN, from += SPAN * step(p);
+        if (++chunk == n_chunks) {
+            from += BATCH * (BY_TIME ? 1 : p.padded_length) - n_chunks * SPAN * step(p);
+            time -= n_chunks * SPAN, chunk = 0, row += BATCH;
+        }
         u_slot = u_slot + 1 == U_SLOTS ? 0 : u_slot + 1;
         dy_slot ^= 1;
     }
 };
-
-DEVICE void copy_chunks(const Parameters& p, int first_channel, int first_group, const Walk& at) {
-    const int thread = threadIdx.x, row = BY_TIME ? thread % 2 * 8 : thread / 16;
-    const int place = BY_TIME ? thread / 2 : thread % 16 * 8, time = at.chunk * SPAN + place;
-    const int later = time + first_group * SPAN;
-    if (row >= BATCH) return;
-    const i64 rows = BY_TIME ? p.rows : p.padded_rows, length = BY_TIME ? p.length : p.padded_length;
-    u8* to = shared_memory() + (BY_TIME ? piece_at_time(place, thread % 2) : row * SPAN_STRIDE + 2 * place);
-#pragma unroll
-    for (int c = 0; c < PAIR; c++) {
-        const int channel = first_channel + c;
-        const bool ok = at.row + row < rows && channel < p.width;
-        const bool u_ok = ok && time < length, dy_ok = ok && later < length;
-        const i64 line = channel * rows * length + (at.row + row) * (BY_TIME ? 1 : length), step = BY_TIME ? rows : 1;
-        u8* slots = to + c * SLOTS * SLOT;
-        copy_16_bytes(slots + at.u_slot * SLOT, p.inputs + (u_ok ? line + time * step : 0), u_ok);
-        copy_16_bytes(slots + (U_SLOTS + at.dy_slot) * SLOT, p.outputs + (dy_ok ? line + later * step : 0), dy_ok);
-    }
-}
 
 typedef u32 Times[2 * ROW_TILES];  // a lane's words of 16 times
 typedef float Sums[GROUP][2][4];   // for a difference and half of the times of u
@@ -475,8 +523,8 @@ KERNEL(CORRELATE_THREADS, 2) correlate(PARAMETER Parameters p) {
     const int first_row = part * int(p.rows_of_part), rows = min(int(p.rows_of_part), int(p.padded_rows) - first_row);
     const int n_stages = (rows + BATCH - 1) / BATCH * n_chunks;
     const bool works = channel < p.width && group < p.n_groups;
-    Walk at = {first_row, 0, 0, 0};
-    copy_chunks(p, first_channel, first_group, at);
+    Walk next(p, first_channel, first_group, first_row);
+    next.copy(p, first_channel, first_group);
     end_of_copies();
     const u8* mine = shared_memory() + pair * SLOTS * SLOT;
     const u8 *mine_of_u = mine + place_in_slot(lane, false), *mine_of_dy = mine + place_in_slot(lane, true);
@@ -484,21 +532,19 @@ KERNEL(CORRELATE_THREADS, 2) correlate(PARAMETER Parameters p) {
     Times ring[GROUP] = {};
 #pragma unroll 1
     for (int stage = 0; stage < n_stages; stage++) {
+        const int slot = next.u_slot - share, chunk = next.chunk;
+        const u8* u = mine_of_u + (slot < 0 ? slot + U_SLOTS : slot) * SLOT;
+        const u8* dy = mine_of_dy + (U_SLOTS + next.dy_slot) * SLOT;
         wait_for_copies<0>();
         sync_block();  // the chunks are there, and those that the next ones replace have been read
-        Walk next = at;
-        next.go_on(n_chunks);
-        if (stage + 1 < n_stages) copy_chunks(p, first_channel, first_group, next);
+        next.go_on(p, n_chunks);
+        if (stage + 1 < n_stages) next.copy(p, first_channel, first_group);
         end_of_copies();
-        const int slot = at.u_slot - share;
-        const u8* u = mine_of_u + (slot < 0 ? slot + U_SLOTS : slot) * SLOT;
-        const u8* dy = mine_of_dy + (U_SLOTS + at.dy_slot) * SLOT;
-        if (works && at.chunk > share) {
+        if (works && chunk > share) {
             correlate_chunk<false>(sums, ring, u, dy);
-        } else if (works && at.chunk == share) {
+        } else if (works && chunk == share) {
             correlate_chunk<true>(sums, ring, u, dy);
         }
-        at = next;
     }
     sync_block();
     if (!works) return;
