@@ -21,7 +21,13 @@ from anymamba.experiments.associative_recall.arms import (
     WITHOUT_ATTENTION,
     build_config,
 )
-from anymamba.experiments.associative_recall.measure import bytes_after_a_row, measure, mixed_batch
+from anymamba.experiments.associative_recall.measure import (
+    bytes_after_a_row,
+    flops_per_token,
+    measure,
+    mixed_batch,
+    sources,
+)
 from anymamba.lab.experiment import SCALES, Context, Results
 from anymamba.lab.learning import build_model, evaluate
 from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
@@ -44,7 +50,7 @@ def test_arms_of_one_task_differ_in_the_model_alone(scale):
         assert settings.model.layer_mixers == system.mixers and set(system.mixers) <= set(MIXERS)
         assert settings.model.mamba.d_state == system.d_state
         assert settings.model.vocab_size == settings.tasks[0].vocab_size
-        assert settings.model.hyena.max_length >= settings.tasks[0].length
+        assert settings.model.hyena.max_length >= max(task.length for task in settings.tasks)
         assert (settings.model.attention.positions, settings.model.attention.d_conv) == ("rotary", 4)
         rates = () if scale == "toy" else settings.more_learning_rates
         same = replace(settings, system="", model=arms[0].settings.model, more_learning_rates=rates)
@@ -56,10 +62,11 @@ def test_sizes_of_the_scales():
     cpu = EXPERIMENT.arms("cpu")
     assert [arm.name for arm in cpu] == list(SYSTEMS) and {arm.seeds for arm in cpu if arm.name not in SLOW} == {3}
     assert [task.n_pairs for task in cpu[0].settings.tasks][-3:] == [4, 8, 16]
-    for scale, widths in (("gpu", {64, 128, 256}), ("paper", {64, 128, 256})):
+    for scale, count in (("gpu", 1), ("paper", 4)):
         arms = EXPERIMENT.arms(scale)
-        assert len(arms) == len(SYSTEMS) * 4 * len(widths)
-        assert {arm.settings.model.d_model for arm in arms} == widths
+        assert len(arms) == len(SYSTEMS) * count * 3
+        assert {arm.settings.model.d_model for arm in arms} == {64, 128, 256}
+        assert not any(task.random_filler for arm in arms for task in arm.settings.tasks)
         sizes = {(t.length, t.n_pairs, t.vocab_size) for arm in arms for t in arm.settings.tasks}
         assert sizes == {(64, 4, 8192), (128, 8, 8192), (256, 16, 8192), (512, 64, 8192)}
 
@@ -74,8 +81,8 @@ def test_the_systems():
 
 def test_tasks_that_cannot_be_learned_together():
     settings = EXPERIMENT.arms("toy")[0].settings
-    with pytest.raises(ValueError, match="one length and one vocabulary; make an arm for each"):
-        replace(settings, tasks=(Recall(1, 16, 16), Recall(1, 32, 16)))
+    with pytest.raises(ValueError, match="must have one vocabulary; make an arm for each"):
+        replace(settings, tasks=(Recall(1, 16, 16), Recall(1, 16, 32)))
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -90,6 +97,44 @@ def test_a_batch_has_about_as_many_queries_of_each_task():
     assert torch.equal(ids, again)
     with pytest.raises(ValueError, match="batch_size must give each of 4 tasks a row, got 3; raise it"):
         mixed_batch(tasks, torch.Generator().manual_seed(0), 3)
+
+
+TURNS = (Recall(1, 16, 64), Recall(2, 32, 64), Recall(4, 32, 64))
+
+
+def test_tasks_of_different_lengths_take_turns_with_as_many_queries():
+    settings = replace(EXPERIMENT.arms("toy")[0].settings, tasks=TURNS)
+    found = sources(replace(settings, optimization=replace(settings.optimization, batch_size=16)))
+    assert [(source.rows, source.labels_a_row) for source in found] == [(16, 1), (8, 2), (4, 4)]
+    for source, task in zip(found, TURNS, strict=True):
+        ids, labels = source.make(torch.Generator().manual_seed(0), source.rows)
+        assert ids.shape == (source.rows, task.length)
+        assert ((labels != -100).sum(1) == task.n_pairs).all()
+    assert len(sources(settings)) == 3 and len(sources(replace(settings, tasks=TURNS[1:]))) == 1
+
+
+def test_a_set_of_rows_of_different_lengths_is_filled_up_behind_their_end():
+    ids, labels = mixed_batch(TURNS, torch.Generator().manual_seed(0), 7)
+    assert ids.shape == labels.shape == (7, 32)
+    assert (ids[:4, 16:] == 0).all() and (labels[:4, 16:] == -100).all()
+    assert [int((row != -100).sum()) for row in labels] == [1] * 4 + [2] * 2 + [4]
+    alone, wanted = recall_batch(TURNS[0], torch.Generator().manual_seed(0), 4)
+    assert torch.equal(ids[:4, :16], alone) and torch.equal(labels[:4, :16], wanted)
+    for name, system in SYSTEMS.items():
+        model = build_model(build_config(system, 8, TURNS), CONTEXT)
+        with torch.no_grad():
+            short, long = model.hidden(alone)[0], model.hidden(ids[:4])[0][:, :16]
+        torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_arms_whose_tasks_take_turns():
+    settings = replace(EXPERIMENT.arms("toy")[0].settings, tasks=TURNS, more_learning_rates=())
+    settings = replace(settings, model=build_config(SYSTEMS["mamba-n4"], 8, TURNS))
+    settings = replace(settings, optimization=replace(settings.optimization, steps=5))
+    values = measure(settings, CONTEXT)
+    assert [test["length"] for test in values["tests"]] == [16, 32, 32] and values["steps"] == 5
+    own, one = flops_per_token(settings), [flops_per_token(replace(settings, tasks=(task,))) for task in TURNS]
+    assert min(one) < own < max(one)
 
 
 # ---------------------------------------------------------------------------------------------------- recall
@@ -127,7 +172,7 @@ def test_bytes_of_state():
     task = Recall(2, 16, 16)
 
     def size(name, task=task):
-        return bytes_after_a_row(build_model(build_config(SYSTEMS[name], 8, task), CONTEXT), task, CONTEXT)
+        return bytes_after_a_row(build_model(build_config(SYSTEMS[name], 8, (task,)), CONTEXT), task, CONTEXT)
 
     assert size("mamba-n16") == 2 * 4 * (16 * 16 + 16 * 3)  # scan and convolution, float32, two blocks
     assert size("mamba-n64") - size("mamba-n4") == 2 * 4 * 16 * 60
@@ -177,7 +222,9 @@ def test_an_interrupted_search_goes_on_with_the_rate_at_which_it_stopped(tmp_pat
     starts, module = [], importlib.import_module("anymamba.lab.learning")
     step = module.TrainingStep.__call__
     monkeypatch.setattr(
-        module.TrainingStep, "__call__", lambda self, batch, n: (starts.append(n), step(self, batch, n))[1]
+        module.TrainingStep,
+        "__call__",
+        lambda self, batch, n, labels: (starts.append(n), step(self, batch, n, labels))[1],
     )
     late = with_saving(tmp_path, deadline=0.0)
     for _ in range(3):
@@ -268,7 +315,7 @@ def test_the_tables_have_baselines_and_what_state_and_attention_change():
 
 
 def test_arms_of_several_widths_and_sizes():
-    results = results_of({"attention": [1.0], "hyena": [0.5], "mamba-n4": [0.99]}, scale="gpu")
+    results = results_of({"attention": [1.0], "hyena": [0.5], "mamba-n4": [0.99]}, scale="paper")
     at_a_width = ["holds", "fails", "not judged", "not judged", "not judged", "holds", "not judged", "not judged"]
     assert verdicts(EXPERIMENT, results) == at_a_width * 3
     assert [t.what.startswith("width 64") for t in EXPERIMENT.thresholds(results)] == [True] * 8 + [False] * 16
@@ -280,7 +327,7 @@ def test_arms_of_several_widths_and_sizes():
 
 
 def test_the_most_pairs_and_the_widths_are_those_of_the_plan():
-    results = results_of(GOOD | {"mamba-n4": [0.99]}, scale="gpu")
+    results = results_of(GOOD | {"mamba-n4": [0.99]}, scale="paper")
     few = replace(results, records=tuple(r for r in results.records if r.arm.endswith("-d64-4")))
     assert len(few.records) == len(SYSTEMS)
     judged = verdicts(EXPERIMENT, few)

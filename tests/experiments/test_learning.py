@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from anymamba.lab.experiment import Context
-from anymamba.lab.learning import Score, build_model, evaluate, finite, fixed_set, learn
+from anymamba.lab.learning import Score, Source, build_model, evaluate, finite, fixed_set, learn
 from anymamba.lab.optimization import Optimization, TrainingStep, build_optimizer, set_rates
 from anymamba.lab.saving import SUFFIX, OutOfTime, Saving
 from anymamba.models.config import ModelConfig
@@ -270,6 +270,39 @@ def test_a_training_that_goes_on_equals_one_without_a_stop(tmp_path, stops):
     assert all(map(torch.equal, weights, same))
 
 
+def test_a_training_that_another_version_saved_is_refused(tmp_path):
+    saving = Saving(tmp_path / "arm", {})
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    how = Optimization(2, 4, 1e-3)
+    saving.write(model, build_optimizer(model, how), torch.Generator(), {"step": 1, "tokens": 32})
+    with pytest.raises(ValueError, match="arm was written by another version; delete it to measure the arm"):
+        learn(model, how, make, fixed_set(make, 4, CPU), replace(context(), saving=saving), every=1, resumable=True)
+
+
+def test_sources_take_turns_also_across_a_stop(tmp_path):
+    taken = []
+
+    def of(rows: int):
+        return Source(lambda generator, n: (taken.append(n), make(generator, n))[1], rows)
+
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    how, saving = Optimization(20, 1, 1e-3), Saving(tmp_path / "arm", {}, deadline=0.0)
+    late, values = replace(context(), saving=saving), None
+    for _ in range(19):
+        with suppress(OutOfTime):
+            values = learn(model, how, [of(2), of(3), of(4)], fixed_set(make, 4, CPU), late, every=50, resumable=True)
+    assert taken == ([2, 3, 4] * 7)[:19] and values is None
+
+
+def test_the_speed_counts_the_tokens_of_all_sources(monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr("anymamba.lab.learning.time.perf_counter", lambda: float(next(clock)))
+    model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
+    sources = [Source(make, rows) for rows in (2, 4)]
+    values = learn(model, Optimization(30, 1, 1e-3), sources, fixed_set(make, 4, CPU), context(), every=50)
+    assert values["tokens_per_second"] == 10 * 3 * 8  # ten steps of 3 rows of 8 in the mean, in one tick of the clock
+
+
 @pytest.mark.parametrize("enough", [False, True])
 def test_a_training_that_had_ended_is_not_trained_again(tmp_path, enough):
     def values_and_weights():
@@ -376,7 +409,7 @@ def test_logits_at_the_labels_alone_give_the_same_loss_and_gradients(count):
         model = build_model(ModelConfig(d_model=8, n_layers=1, vocab_size=SYMBOLS), context())
         asked, logits = [], model.logits
         model.logits = lambda x, asked=asked, logits=logits: (asked.append(x.shape), logits(x))[1]
-        loss = TrainingStep(model, Optimization(1, 6, 1e-3), of)((ids, labels), 1)
+        loss = TrainingStep(model, Optimization(1, 6, 1e-3))((ids, labels), 1, of)
         assert asked == ([] if of is None else [(6, count, 8)])
         found.append([loss, *(p.grad for p in model.parameters())])
     for one, other in zip(*found, strict=True):

@@ -55,6 +55,22 @@ def test_recorded_steps_are_plain_ones(name):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
+def test_recorded_steps_of_several_shapes_are_plain_ones():
+    def run(plain: bool) -> tuple[list[float], str | None]:
+        torch.manual_seed(0)
+        take = TrainingStep(LanguageModel(config_of("mamba", SMALL, 256)).cuda(), optimization(16, 4, 2e-3, "float32"))
+        take.not_recorded = "asked for" if plain else None
+        shapes, losses = ((4, 256, None), (2, 128, None), (2, 128, 128)), []
+        for i, (ids, labels) in enumerate(batches(16)):
+            rows, length, labels_a_row = shapes[i % 3]
+            losses.append(take((ids[:rows, :length], labels[:rows, :length]), i + 1, labels_a_row))
+        assert plain or len(take._recorded) == 3
+        return torch.stack(losses).tolist(), take.not_recorded
+
+    (losses, why), (plain, _) = run(False), run(True)
+    assert why is None and losses == pytest.approx(plain, rel=1e-3)
+
+
 def test_a_recorded_step_follows_the_schedule():
     model = LanguageModel(config_of("mamba", SMALL, 256)).cuda()
     take = TrainingStep(model, replace(optimization(10, 4, 1e-3, "float32"), warmup_steps=0, final_rate=0.0))

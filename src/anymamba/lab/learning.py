@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ from anymamba.parts.state import without_last_states
 MakeBatch = Callable[[torch.Generator, int], Batch]
 """Makes a batch with the given number of rows, on the device of the generator or of the data."""
 
+
+@dataclass(frozen=True)
+class Source:
+    """Batches of one shape."""
+
+    make: MakeBatch
+    rows: int
+    labels_a_row: int | None = None
+    """The most labels of a row, if that is known; see `TrainingStep`."""
+
+
 VALIDATION_SEED = (1 << 32) - 1
 """Far from every training seed (torch uses 32 bits of it). All arms and seeds have the same validation set."""
 READ_EVERY = 20
@@ -31,7 +43,8 @@ READ_EVERY = 20
 EVALUATED_AT_ONCE = 1 << 19
 """Tokens of long sequences that an evaluation reads at once: more would fill the memory of a GPU."""
 UNTIMED = 10
-"""Steps at the beginning that the speed is not measured on: the first ones compile, and one is recorded."""
+"""Steps of each shape at the beginning that the speed is not measured on: the first ones compile, and one is
+recorded."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +66,14 @@ class Course:
     """What changes during a training, besides the model, the optimiser and the generator; JSON can hold it."""
 
     step: int = 0
-    tokens: int = 0
-    """Tokens of a step."""
     curve: list[list[float | None]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     """Losses since the last evaluation."""
     seconds: float = 0.0
     """Evaluations included."""
-    timed_steps: int = 0
+    timed_tokens: int = 0
     timed_seconds: float = 0.0
-    """Steps and seconds that the speed is computed from, without evaluations."""
+    """Tokens and seconds that the speed is computed from, without evaluations."""
     perfect: int = 0
     """Evaluations in a row, up to the last one, in which every sequence was right."""
     ended: bool = False
@@ -89,26 +100,24 @@ def batch_generator(context: Context) -> torch.Generator:
 def learn(
     model: LanguageModel | Classifier,
     how: Optimization,
-    make: MakeBatch,
+    make: MakeBatch | Sequence[Source],
     validation: Batch,
     context: Context,
     *,
     every: int,
     enough: Callable[[Score], bool] = lambda score: False,
     perfect_in_a_row: int | None = None,
-    labels_a_row: int | None = None,
     generator: torch.Generator | None = None,
     resumable: bool = False,
 ) -> dict[str, Any]:
     """Train a model on a task and evaluate it at intervals.
 
     Args:
-        make: makes batches.
+        make: makes batches of `batch_size` rows; or several sources, which take turns.
         validation: the fixed set that the model is evaluated on.
         every: steps between two evaluations; the model is also evaluated after the last step.
         enough: called with the score of each evaluation; True stops the training.
         perfect_in_a_row: so many evaluations in a row without a mistake stop it, too; None means they do not.
-        labels_a_row: as in `TrainingStep`.
         generator: source of the batches. Pass one if this training continues another and needs fresh rows. By default
             it is made from the context's seed, so that all arms get the same batches.
         resumable: save the state where the context says, also the last one, and go on from a saved one. Only for an
@@ -121,17 +130,20 @@ def learn(
     Raises OutOfTime when a saved training reaches the context's deadline.
     """
     generator = generator or batch_generator(context)
-    take_step, saving = TrainingStep(model, how, labels_a_row), context.saving if resumable else None
+    sources = (Source(make, how.batch_size),) if callable(make) else make
+    take_step, saving = TrainingStep(model, how), context.saving if resumable else None
     found = saving.read(model, take_step.optimizer, generator) if saving else None
-    course = Course(**found) if found else Course()
+    course = restored_course(found, saving.path) if saving and found else Course()
     had_ended, losses, score = course.ended, list[Tensor](), None
-    watch = Stopwatch(context.device, course)
+    watch = Stopwatch(context.device, course, UNTIMED * len(sources))
     model.train()
     while not course.ended:
-        ids, labels = make(generator, how.batch_size)
-        course.step, course.tokens = course.step + 1, ids.numel()
-        losses.append(take_step((ids.to(context.device), labels.to(context.device)), course.step))
-        watch.step()
+        source = sources[course.step % len(sources)]
+        ids, labels = source.make(generator, source.rows)
+        course.step += 1
+        batch = ids.to(context.device), labels.to(context.device)
+        losses.append(take_step(batch, course.step, source.labels_a_row))
+        watch.step(ids.numel())
         reads = context.device.type == "cpu" or course.step % READ_EVERY == 0
         if reads:
             judged = f", accuracy {100 * score.tokens:.1f} %" if score else ""
@@ -163,29 +175,36 @@ def learn(
         "training_seconds": round(course.seconds, 1),
         "parameters": model.n_parameters(),
         "curve": course.curve,
-        "tokens_per_second": course.tokens * course.timed_steps / course.timed_seconds if course.timed_steps else None,
+        "tokens_per_second": course.timed_tokens / course.timed_seconds if course.timed_tokens else None,
         "recorded": take_step.not_recorded is None,
         "peak_gib": torch.cuda.max_memory_allocated(context.device) / 2**30 if context.device.type == "cuda" else None,
     }
 
 
+def restored_course(found: dict[str, Any], path: Path) -> Course:
+    """The course of a saved training. Raises ValueError if another version of this package has saved it."""
+    if set(found) != {field.name for field in fields(Course)}:
+        raise ValueError(f"{path} was written by another version; delete it to measure the arm from its beginning")
+    return Course(**found)
+
+
 class Stopwatch:
     """Adds the time of a training to its course, and that of its steps alone."""
 
-    def __init__(self, device: torch.device, course: Course) -> None:
-        self.device, self.course = device, course
+    def __init__(self, device: torch.device, course: Course, untimed: int = UNTIMED) -> None:
+        self.device, self.course, self.untimed = device, course, untimed
         self.start = time.perf_counter()
         self.mark: float | None = None
         """When the steps that are timed began."""
         self.steps = 0
 
-    def step(self) -> None:
+    def step(self, tokens: int) -> None:
         """Count a step."""
         self.steps += 1
-        if self.mark is None and self.steps == UNTIMED:
+        if self.mark is None and self.steps == self.untimed:
             self._mark()
         elif self.mark is not None:
-            self.course.timed_steps += 1
+            self.course.timed_tokens += tokens
 
     def pause(self) -> None:
         """Add the time so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,47 +90,43 @@ def rate_at(how: Optimization, peak: float, step: int) -> float:
 
 
 class TrainingStep:
-    """Takes steps of the optimiser on batches of one shape.
+    """Takes steps of the optimiser.
 
-    On an NVIDIA GPU one step is recorded in a CUDA graph after WARM_UP steps, and replayed from then on. A small model
-    spends most of its time on launching kernels otherwise. A replayed step computes what a plain one does.
-
-    Args:
-        labels_a_row: the most labels of a row; then other positions get no logits, which saves most of the time of a
-            small model with a large vocabulary. None: all positions get them.
+    On an NVIDIA GPU a step of each shape of batches is recorded in a CUDA graph after WARM_UP such steps, and replayed
+    from then on. A small model spends most of its time on launching kernels otherwise. A replayed step computes what
+    a plain one does.
     """
 
-    def __init__(self, model: LanguageModel | Classifier, how: Optimization, labels_a_row: int | None = None) -> None:
-        self.model, self.how, self.labels_a_row = model, how, labels_a_row
+    def __init__(self, model: LanguageModel | Classifier, how: Optimization) -> None:
+        self.model, self.how = model, how
         self.optimizer = build_optimizer(model, how)
         self.device = model.embedding.weight.device
         self.not_recorded: str | None = None if self.device.type == "cuda" else "it is no NVIDIA GPU"
         """Why steps are not replayed from a graph; None if they are."""
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._plain_steps = 0
+        self._recorded: dict[tuple[torch.Size, int | None], Recorded] = {}
+        self._plain_steps: Counter[tuple[torch.Size, int | None]] = Counter()
 
-    def __call__(self, batch: Batch, step: int) -> Tensor:
-        """Take the step with this number, counted from 1. Returns the loss before it, in nats per label, on the device.
+    def __call__(self, batch: Batch, step: int, labels_a_row: int | None = None) -> Tensor:
+        """Take the step with this number, counted from 1; it does not wait for the GPU.
 
-        It does not wait for the GPU.
+        Args:
+            labels_a_row: the most labels of a row; then other positions get no logits, which saves most of the time of
+                a small model with a large vocabulary. None: all positions get them.
+        Returns the loss before the step, in nats per label, on the device.
         """
         set_rates(self.optimizer, self.how, step)
-        if self.not_recorded is None and self._graph is None and self._plain_steps >= WARM_UP:
-            self._record(batch)
-        if self._graph is None:
-            self._plain_steps += 1
-            return self._on_own_stream(batch) if self.not_recorded is None else self._take(*batch)
-        for own, given in zip(self._batch, batch, strict=True):
-            own.copy_(given)
-        self._graph.replay()
-        return self._loss.clone()
+        shape = batch[0].shape, labels_a_row
+        if self.not_recorded is None and shape not in self._recorded and self._plain_steps[shape] >= WARM_UP:
+            self._record(batch, labels_a_row)
+        if shape in self._recorded:
+            return self._recorded[shape].replay(batch)
+        self._plain_steps[shape] += 1
+        take = self._take if self.not_recorded else self._on_own_stream
+        return take(batch, labels_a_row)
 
-    def _take(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def _take(self, batch: Batch, labels_a_row: int | None) -> Tensor:
         with autocast(self.how, self.device), without_last_states():
-            if self.labels_a_row is None:
-                out = self.model.loss(ids, labels)
-            else:
-                out = loss_at_labels(self.model, ids, labels, self.labels_a_row)
+            out = self.model.loss(*batch) if labels_a_row is None else loss_at_labels(self.model, *batch, labels_a_row)
         loss = out.loss / out.n_tokens
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -138,12 +135,12 @@ class TrainingStep:
         self.optimizer.step()
         return loss.detach()
 
-    def _on_own_stream(self, batch: Batch) -> Tensor:
+    def _on_own_stream(self, batch: Batch, labels_a_row: int | None) -> Tensor:
         """A plain step on the stream of the recording: memory of the warm-up belongs to it."""
         here, own = torch.cuda.current_stream(self.device), self._stream
         own.wait_stream(here)
         with torch.cuda.stream(own):
-            loss = self._take(*batch)
+            loss = self._take(batch, labels_a_row)
         here.wait_stream(own)
         return loss
 
@@ -153,19 +150,36 @@ class TrainingStep:
             self._own_stream = torch.cuda.Stream(self.device)
         return self._own_stream
 
-    def _record(self, batch: Batch) -> None:
+    def _record(self, batch: Batch, labels_a_row: int | None) -> None:
         """Record a step without taking it; if that fails, plain steps go on and `not_recorded` says why."""
-        self._batch = tuple(t.clone() for t in batch)
+        own = batch[0].clone(), batch[1].clone()
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._loss = self._take(*self._batch)
+                loss = self._take(own, labels_a_row)
         except RuntimeError as error:
             self.not_recorded = str(error).splitlines()[0]
+            self._recorded.clear()
             torch.cuda.synchronize(self.device)
             return
-        self._graph = graph
+        self._recorded[batch[0].shape, labels_a_row] = Recorded(graph, own, loss)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A step in a CUDA graph, with the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: Batch
+    loss: Tensor
+
+    def replay(self, batch: Batch) -> Tensor:
+        """Take the step on a batch; returns the loss."""
+        for own, given in zip(self.batch, batch, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.loss.clone()
 
 
 def loss_at_labels(model: LanguageModel | Classifier, ids: Tensor, labels: Tensor, count: int) -> LossOutput:

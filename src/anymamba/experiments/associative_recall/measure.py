@@ -1,4 +1,4 @@
-"""Trains a system on rows of all its tasks and evaluates it on each."""
+"""Trains a system on rows of all its tasks, in one batch or in turns, and evaluates it on each."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from anymamba.data.synthetic.recall import Recall, recall_batch
+from anymamba.data.synthetic.recall import FILLER, NO_LABEL, Recall, recall_batch
 from anymamba.experiments.associative_recall.arms import Settings
 from anymamba.lab.experiment import Context
 from anymamba.lab.language import training_flops
-from anymamba.lab.learning import Batch, build_model, evaluate, finite, fixed_set, learn
+from anymamba.lab.learning import Batch, Source, build_model, evaluate, finite, fixed_set, learn
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts.state import state_bytes
 
@@ -41,48 +42,71 @@ def measure(settings: Settings, context: Context) -> dict[str, Any]:
     best = max(range(len(sweep)), key=lambda i: sweep[i][1])
     learned, model = tried[best]
     tests = [test_values(model, task, settings, context) for task in settings.tasks]
-    size, n = bytes_after_a_row(model, settings.tasks[0], context), labels_a_row(settings)
-    length = settings.tasks[0].length
+    size = bytes_after_a_row(model, max(settings.tasks, key=lambda task: task.length), context)
     return {
         **learned,
         "tests": tests,
         "state_bytes": size,
         "learning_rate": sweep[best][0],
         "sweep": sweep,
-        "flops_per_token": training_flops(settings.model, length, 1.0 if n is None else n / length),
+        "flops_per_token": flops_per_token(settings),
     }
 
 
-def labels_a_row(settings: Settings) -> int | None:
-    """The labels of every row, where all rows have as many."""
-    return settings.tasks[0].n_pairs if len(settings.tasks) == 1 else None
+def flops_per_token(settings: Settings) -> float:
+    """The operations of a training step for a token, in the mean over the tokens of all sources."""
+    found = total = 0.0
+    for task, source in zip(settings.tasks, sources(settings), strict=False):
+        labels = 1.0 if source.labels_a_row is None else source.labels_a_row / task.length
+        tokens = source.rows * task.length
+        found, total = found + tokens * training_flops(settings.model, task.length, labels), total + tokens
+    return found / total
 
 
 def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context: Context) -> dict[str, Any]:
     """Train at one learning rate; returns the values of `learn`."""
-    make = partial(mixed_batch, settings.tasks)
     return learn(
         model,
         replace(settings.optimization, learning_rate=rate),
-        make,
-        fixed_set(make, settings.validation_rows, context.device),
+        sources(settings),
+        fixed_set(partial(mixed_batch, settings.tasks), settings.validation_rows, context.device),
         context,
         every=settings.judge_every,
         enough=lambda score: score.tokens >= settings.enough,
-        labels_a_row=labels_a_row(settings),
         resumable=True,
     )
 
 
+def sources(settings: Settings) -> list[Source]:
+    """One source of mixed batches where all rows have one length; else one of each task, with as many queries.
+
+    `batch_size` counts the rows of the first task, which has the fewest pairs.
+    """
+    first, rows = settings.tasks[0], settings.optimization.batch_size
+    if len(settings.tasks) > 1 and len({task.length for task in settings.tasks}) == 1:
+        return [Source(partial(mixed_batch, settings.tasks), rows)]
+    return [
+        Source(partial(recall_batch, task), max(1, rows * first.n_pairs // task.n_pairs), task.n_pairs)
+        for task in settings.tasks
+    ]
+
+
 def mixed_batch(tasks: tuple[Recall, ...], generator: torch.Generator, rows: int) -> Batch:
-    """A batch of all tasks, one after another, with about as many queries of each; the last task gets the rest."""
+    """A batch of all tasks, one after another, with about as many queries of each; the last task gets the rest.
+
+    Shorter rows are filled up behind their end, which changes nothing before it.
+    """
     shares = [1 / task.n_pairs for task in tasks]
     counts = [max(1, round(rows * share / sum(shares))) for share in shares[:-1]]
     counts.append(rows - sum(counts))
     if counts[-1] < 1:
         raise ValueError(f"batch_size must give each of {len(tasks)} tasks a row, got {rows}; raise it")
     parts = [recall_batch(task, generator, count) for task, count in zip(tasks, counts, strict=True)]
-    return torch.cat([ids for ids, _ in parts]), torch.cat([labels for _, labels in parts])
+    more = [max(task.length for task in tasks) - task.length for task in tasks]
+    return (
+        torch.cat([F.pad(ids, (0, n), value=FILLER) for (ids, _), n in zip(parts, more, strict=True)]),
+        torch.cat([F.pad(labels, (0, n), value=NO_LABEL) for (_, labels), n in zip(parts, more, strict=True)]),
+    )
 
 
 def test_values(model: LanguageModel, task: Recall, settings: Settings, context: Context) -> dict[str, Any]:

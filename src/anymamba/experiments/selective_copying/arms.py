@@ -79,7 +79,8 @@ BASES: dict[Scale, Settings] = {
     "gpu": Settings(
         mixer="",
         task=Copying(n_noise=1024, n_tokens=16),
-        optimization=Optimization(steps=5000, batch_size=64, learning_rate=1e-3, warmup_steps=200, cosine=True),
+        optimization=Optimization(steps=5000, batch_size=128, learning_rate=3e-3, warmup_steps=200, cosine=True),
+        weight_std=0.15,
         judge_every=250,
         enough=0.9995,
     ),
