@@ -17,12 +17,12 @@ from anymamba.lab.results import read_results
 DOCS = Path(__file__).parents[2] / "docs" / "experiments"
 HOLDING = {
     "selective-copying": (4, 5),
-    "selective-copying-gpu": (1, 10),
+    "selective-copying-gpu": (7, 10),
     "induction-heads": (7, 8),
     "induction-heads-gpu": (13, 18),
     "induction-heads-paper": (3, 18),
     "associative-recall": (8, 8),
-    "associative-recall-gpu": (3, 24),
+    "associative-recall-gpu": (22, 24),
     "selection-ablation": (2, 2),
     "speed": (6, 6),
     "speed-gpu": (6, 8),
