@@ -1,9 +1,10 @@
 // A complex FFT of N numbers by one block, 16 numbers a thread, in shared memory.
 //
-// Forward: decimation in frequency. Each pass splits blocks of n numbers into R of n / R: number j + q n / R of a block,
-// q = 0 .. R - 1, becomes the number j of block r by a DFT over q, times e^(-2 pi i j r / n). The result lies in the
-// order of reversed digits. Backward undoes the passes in the other order, without the factor 1 / N. So a thread reads
-// and writes the same places in a pass, and one synchronisation a pass is enough. Products of two spectra need no order.
+// Forward: decimation in frequency. Each pass splits blocks of n numbers into R of n / R: number j + q n / R of a
+// block, q = 0 .. R - 1, becomes the number j of block r by a DFT over q, times e^(-2 pi i j r / n). The result lies in
+// the order of reversed digits. Backward undoes the passes in the other order, without the factor 1 / N. So a thread
+// reads and writes the same places in a pass, and one synchronisation a pass is enough. Products of two spectra need no
+// order.
 #pragma once
 
 #include "device.cuh"
@@ -16,9 +17,7 @@ struct Complex {
 };
 DEVICE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
 DEVICE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
-DEVICE Complex operator*(Complex a, Complex b) {
-    return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
+DEVICE Complex operator*(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
 DEVICE Complex conjugate(Complex a) { return {a.re, -a.im}; }
 DEVICE Complex swapped(Complex a) { return {a.im, a.re}; }
 
@@ -100,7 +99,8 @@ DEVICE void sine_and_cosine_of_pi(float x, float& sine, float& cosine) {
 #endif
 }
 
-// z[r] *= w^r for w = e^(-2 pi i j / n), or its conjugate: one factor for each bit of r, so that few are alive at a time.
+// z[r] *= w^r for w = e^(-2 pi i j / n), or its conjugate: one factor for each bit of r, so that few are alive at a
+// time.
 template <int R, bool CONJUGATE>
 DEVICE void turn_all(Complex* z, int j, int n) {
     Complex w;

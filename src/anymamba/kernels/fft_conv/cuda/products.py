@@ -44,7 +44,7 @@ ORDERED, ORDER_THREADS, LINE_START = 64, 256, 16
 CACHED = 1 << 25
 """Bytes of inputs that a GPU's cache holds. Where there are more, blocks of `correlate` that read the same follow each
 other, and those of `multiply` unless inputs are by time; otherwise those that have most work come first."""
-SPAN, WARPS, PAIR, SLOTS = 128, 4, 2, 7
+SPAN, WARPS, PAIR, SLOTS = 128, 4, 2, 9
 """Of `correlate`: lags of a warp, warps and channels of a block, and its chunks in shared memory."""
 WAVES = 8
 """`correlate` shares rows out until there are so many blocks for each that a multiprocessor has at a time."""

@@ -2,13 +2,13 @@
 //
 //     y[t] = sum over s <= t of k[t - s] u[s]
 //
-// For each channel this is a Toeplitz matrix times (length, rows). The matrix is never made: a word of a tile of it is a
-// pair of neighbouring terms of the filter, so that a warp that goes on by 16 inputs needs two new words of the filter
-// for all its tiles. The gradient of the filter sums products of tiles of dy and u along their diagonals. Sums are in
-// float32, in an order that depends on the sizes only.
+// For each channel this is a Toeplitz matrix times (length, rows). The matrix is never made: a word of a tile of it is
+// a pair of neighbouring terms of the filter, so that a warp that goes on by 16 inputs needs two new words of the
+// filter for all its tiles. The gradient of the filter sums products of tiles of dy and u along their diagonals. Sums
+// are in float32, in an order that depends on the sizes only.
 //
-// Between the kernels a tensor is ordered (width, padded_rows, padded_length), with zeros where it is padded. If BY_TIME,
-// tensors come and go as (width, length, rows), and `order` makes lines only.
+// Between the kernels a tensor is ordered (width, padded_rows, padded_length), with zeros where it is padded. If
+// BY_TIME, tensors come and go as (width, length, rows), and `order` makes lines only.
 //
 // Needs BY_TIME, and ROW_TILES: 1 for up to 8 rows, or 2, also if BY_TIME.
 #include "device.cuh"
@@ -25,21 +25,21 @@ struct Parameters {
     u16* ordered;          // what `order` writes, or `multiply` reads
     const u16* inputs;     // u and the gradient of y, ordered, for `correlate`
     const u16* outputs;
-    u32* lines;            // (width, 2, line): the filters in words, as `multiply` reads them
-    float* parts;          // (n_parts, width, n_groups, ENTRIES): sums over some of the rows
-    float* found;          // (width, taps): the gradient of the filters
+    u32* lines;    // (width, 2, line): the filters in words, as `multiply` reads them
+    float* parts;  // (n_parts, width, n_groups, ENTRIES): sums over some of the rows
+    float* found;  // (width, taps): the gradient of the filters
     i64 rows, length, width, taps, padded_rows, padded_length, line;
-    i64 order_blocks;      // those of `order` that order; the others make lines
-    i64 n_tiles;           // of outputs, of `multiply`
+    i64 order_blocks;  // those of `order` that order; the others make lines
+    i64 n_tiles;       // of outputs, of `multiply`
     i64 n_groups, n_parts, rows_of_part;
-    i64 adjoint;           // whether the matrix is transposed: for the gradient of the inputs
-    i64 aligned;           // whether neighbouring channels can be read, or written, at once
-    i64 near;              // whether blocks that read the same are neighbours, rather than those with most work first
+    i64 adjoint;  // whether the matrix is transposed: for the gradient of the inputs
+    i64 aligned;  // whether neighbouring channels can be read, or written, at once
+    i64 near;     // whether blocks that read the same are neighbours, rather than those with most work first
 };
 
 // ------------------------------------------------------------------------------------------------ order
-// A block turns ORDERED times of ORDERED channels of a row in shared memory, where a channel has a row of 32 words, each
-// of two times. Pieces of 4 words are permuted so that no two lanes use one bank at a time.
+// A block turns ORDERED times of ORDERED channels of a row in shared memory, where a channel has a row of 32 words,
+// each of two times. Pieces of 4 words are permuted so that no two lanes use one bank at a time.
 
 constexpr int ORDERED = 64, ORDER_THREADS = 256, LINE_START = 16;  // words of zeros before the filter's first
 
@@ -109,24 +109,24 @@ KERNEL(ORDER_THREADS, 6) order(PARAMETER Parameters p) {
 }
 
 // ------------------------------------------------------------------------------------------------ multiply
-// A block has TILE outputs of ROWS rows of CHANNELS channels; a warp has CHUNK outputs of one channel, TILES tiles of 16.
-// Inputs come through shared memory, a chunk at a time, which the warps of their channel copy and wait for; the filters
-// of the channel stay there.
+// A block has TILE outputs of ROWS rows of CHANNELS channels; a warp has CHUNK outputs of one channel, TILES tiles
+// of 16. Inputs come through shared memory, a chunk at a time, which the warps of their channel copy and wait for; the
+// filters of the channel stay there.
 //
-// With g = lane / 4 and t = lane % 4 the words of the tile `lag` 16s below the diagonal are terms 16 lag + g - 2t and the
-// one before; 8 more for the lower left quarter, 8 fewer for the upper right one, the same for the others.
+// With g = lane / 4 and t = lane % 4 the words of the tile `lag` 16s below the diagonal are terms 16 lag + g - 2t and
+// the one before; 8 more for the lower left quarter, 8 fewer for the upper right one, the same for the others.
 //
 // The transposed matrix is the same one if groups of 8 times are taken in reverse order, in and out: only the words of
 // the filter differ, which are then terms 8 n + 2t - g and the one after.
 //
-// If BY_TIME, a time has the 32 bytes of 16 rows in shared memory, whose halves are exchanged at every other four times:
-// tensor cores take 8 of them at once.
+// If BY_TIME, a time has the 32 bytes of 16 rows in shared memory, whose halves are exchanged at every other four
+// times: tensor cores take 8 of them at once.
 
 constexpr int TILES = 8, ROWS = 8 * ROW_TILES, CHANNELS = 4, SHARES = 2;  // SHARES: the warps of a channel
 constexpr int CHUNK = 16 * TILES, TILE = CHUNK * SHARES, SHARERS = 32 * SHARES, THREADS = CHANNELS * SHARERS;
 constexpr int STRIDE = 2 * CHUNK + (BY_TIME ? 0 : 16);  // of a row of a chunk: no bank conflicts
 constexpr int OF_CHANNEL = ROWS * STRIDE, STAGE = CHANNELS * OF_CHANNEL;
-constexpr int PIECES = CHUNK / 8;  // of 16 bytes, of a row of a chunk
+constexpr int PIECES = CHUNK / 8;                                // of 16 bytes, of a row of a chunk
 constexpr int APART = BY_TIME ? SHARERS / 2 : SHARERS / PIECES;  // times, or rows, between two pieces of a thread
 constexpr int COPIES = (BY_TIME ? CHUNK : ROWS) / APART;
 
@@ -146,9 +146,9 @@ DEVICE int octet_at(const Parameters& p, int place) { return p.adjoint ? octets(
 struct Block {
     int channel, row, tile, start;  // inputs before `start` are further away than the filter has taps
 
-    DEVICE Block(const Parameters& p) {
+    DEVICE Block(const Parameters& p, int index) {
         const int across = int(p.width + CHANNELS - 1) / CHANNELS, down = int(p.padded_rows) / ROWS;
-        const int n_tiles = int(p.n_tiles), index = int(blockIdx.x);
+        const int n_tiles = int(p.n_tiles);
         const int place = p.near ? index / n_tiles : index % (across * down);
         channel = place % across * CHANNELS, row = place / across * ROWS;
         tile = n_tiles - 1 - (p.near ? index % n_tiles : index / (across * down));
@@ -171,8 +171,8 @@ DEVICE void copy_lines(u32* lines, const Parameters& p, const Block& at, int cha
 // What a thread copies of the next chunk of its channel: a piece of some rows, or some times of 8 rows.
 struct Inputs {
     const u16* from;
-    u8* to;      // in the first stage
-    int place;   // of the piece, in octets, in the order in which they are read; or the first time
+    u8* to;     // in the first stage
+    int place;  // of the piece, in octets, in the order in which they are read; or the first time
     int n_inside;
 
     DEVICE Inputs(const Parameters& p, u8* stages, const Block& at, int channel, int thread) {
@@ -213,8 +213,8 @@ struct Inputs {
     }
 };
 
-// The words of the filter that a lane has: at step k those of tile m are in place (m - k) % TILES. A word that two tiles
-// share is read twice, since tensor cores take a tile from four neighbouring registers.
+// The words of the filter that a lane has: at step k those of tile m are in place (m - k) % TILES. A word that two
+// tiles share is read twice, since tensor cores take a tile from four neighbouring registers.
 struct Words {
     const volatile u32* line;  // those of the first tile at the first step of the chunk
     u32 tiles[TILES][4];
@@ -240,7 +240,8 @@ DEVICE void multiply_chunk(float (&sums)[TILES][ROW_TILES][4], Words& words, con
 #pragma unroll
     for (int k = 0; k < TILES; k++) {
         if (ROW_TILES == 2 && k + 1 < TILES) load_columns(columns[(k + 1) % 2], from + step * (k + 1));
-        if (ROW_TILES == 1 && k % 2 == 0 && k + 2 < TILES) load_columns(columns[(k / 2 + 1) % 2], from + step * (k + 2));
+        if (ROW_TILES == 1 && k % 2 == 0 && k + 2 < TILES)
+            load_columns(columns[(k / 2 + 1) % 2], from + step * (k + 2));
 #pragma unroll
         for (int m = TILES - 1; m >= (DIAGONAL ? k : 0); m--) {
 #pragma unroll
@@ -315,28 +316,19 @@ DEVICE void write_rows(const u8* sums, const Parameters& p, const Block& at) {
     u16* to = reinterpret_cast<u16*>(p.y.data) + at.row * p.y.row + time * p.y.token + at.channel;
     const u16* from = reinterpret_cast<const u16*>(sums) + threadIdx.x * CHANNELS;
     const int n_rows = int(p.rows) - at.row, n_channels = int(p.width) - at.channel;
+    AtTime found[ROWS];  // all are asked for before the first is needed
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) found[row] = *reinterpret_cast<const AtTime*>(from + row * OUTPUT_ROW);
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
-        if (row >= n_rows) break;
-        AtTime found = *reinterpret_cast<const AtTime*>(from + row * OUTPUT_ROW), words;
+        AtTime words;
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) words.of[i] = found.of[turned(i, row)];
-        if (p.aligned) {
-            *reinterpret_cast<AtTime*>(to) = words;
-        } else {
+        for (int i = 0; i < WORDS; i++) words.of[i] = found[row].of[turned(i, row)];
+        if (row < n_rows && p.aligned) *reinterpret_cast<AtTime*>(to + row * p.y.row) = words;
 #pragma unroll
-            for (int c = 0; c < CHANNELS; c++)
-                if (c < n_channels) to[c] = u16(words.of[c / 2] >> c % 2 * 16);
-        }
-        to += p.y.row;
-    }
-}
-
-DEVICE void write_outputs(const u8* sums, const Parameters& p, const Block& at) {
-    if constexpr (BY_TIME) {
-        write_times(sums, p, at);
-    } else {
-        write_rows(sums, p, at);
+        for (int c = 0; c < CHANNELS; c++)
+            if (row < n_rows && !p.aligned && c < n_channels)
+                to[row * p.y.row + c] = u16(words.of[c / 2] >> c % 2 * 16);
     }
 }
 
@@ -345,7 +337,7 @@ KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
     wait_for_previous();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int channel = warp % CHANNELS, share = warp / CHANNELS;
-    const Block at(p);
+    const Block at(p, int(blockIdx.x));
     const int n_chunks = at.lags() / CHUNK, own = n_chunks - SHARES + share, thread = 32 * share + lane;
     u32* lines = reinterpret_cast<u32*>(shared_memory());
     u8* stages = shared_memory() + CHANNELS * 2 * p.line * 4;
@@ -378,25 +370,32 @@ KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
     sync_block();
     put_sums(sums, shared_memory(), channel, share * CHUNK);
     sync_block();
-    write_outputs(shared_memory(), p, at);
+    if constexpr (BY_TIME) {
+        write_times(shared_memory(), p, at);
+    } else {
+        int block = int(blockIdx.x);
+        keep(block);  // to compute it again takes no register during the products
+        write_rows(shared_memory(), p, Block(p, block));
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ correlate
 // A warp has a group of 8 differences of tiles of 16, and of each the sum over time of a tile of dy times one of u,
-// contracted over BATCH rows: (16 times of dy, 16 times of u). A block has WARPS neighbouring groups of PAIR channels and
-// goes through chunks of SPAN times; of u it keeps the chunks that its last warp still needs.
+// contracted over BATCH rows: (16 times of dy, 16 times of u). A block has WARPS neighbouring groups of PAIR channels
+// and goes through chunks of SPAN times, copying AHEAD of them; of u it keeps the chunks that its last warp still
+// needs.
 
 constexpr int GROUP = 8, WARPS = 4, PAIR = 2, SPAN = 16 * GROUP, ENTRIES = SPAN + 16, BATCH = ROWS;
 constexpr int CORRELATE_THREADS = 32 * WARPS * PAIR, SPAN_STRIDE = 2 * SPAN + (BY_TIME ? 0 : 16);
 constexpr int SLOT = BATCH * SPAN_STRIDE;
-constexpr int U_SLOTS = WARPS + 1, DY_SLOTS = 2, SLOTS = U_SLOTS + DY_SLOTS;
+constexpr int AHEAD = 2, U_SLOTS = WARPS + AHEAD, DY_SLOTS = 1 + AHEAD, SLOTS = U_SLOTS + DY_SLOTS;
 
 // The walk over groups of rows and, for each, chunks of time, and what a thread copies of the next chunk.
 struct Walk {
     i64 from;  // the place of its piece in u; that in dy is `shift` later
     i64 shift;
-    u32 to;      // in a chunk in shared memory
-    int time, chunk, row, u_slot, dy_slot;  // of the next chunk
+    u32 to;                                 // in a chunk in shared memory
+    int time, chunk, row, u_slot, dy_slot;  // of that chunk
 
     DEVICE Walk(const Parameters& p, int first_channel, int first_group, int first_row) {
         const int thread = threadIdx.x, place = BY_TIME ? thread / 2 : thread % 16 * 8;
@@ -430,9 +429,9 @@ struct Walk {
             from += BATCH * (BY_TIME ? 1 : p.padded_length) - n_chunks * SPAN * step(p);
             time -= n_chunks * SPAN, chunk = 0, row += BATCH;
         }
-        u_slot = u_slot + 1 == U_SLOTS ? 0 : u_slot + 1;
-        dy_slot ^= 1;
+        u_slot = after(u_slot, U_SLOTS), dy_slot = after(dy_slot, DY_SLOTS);
     }
+    DEVICE static int after(int slot, int count) { return slot + 1 == count ? 0 : slot + 1; }
 };
 
 typedef u32 Times[2 * ROW_TILES];  // a lane's words of 16 times
@@ -475,8 +474,8 @@ DEVICE void correlate_chunk(Sums& sums, Times (&ring)[GROUP], const u8* u, const
     }
 }
 
-// Where a lane's row of a matrix is. Tensor cores take the quarters of a tile of dy, (times, rows), column by column and
-// those of u row by row.
+// Where a lane's row of a matrix is. Tensor cores take the quarters of a tile of dy, (times, rows), column by column
+// and those of u row by row.
 DEVICE int place_in_slot(int lane, bool of_dy) {
     const int upper = lane / 16, lower = lane / 8 % 2, line = lane % 8;
     if (ROW_TILES == 1) return line * SPAN_STRIDE + lower * 16;
@@ -484,9 +483,14 @@ DEVICE int place_in_slot(int lane, bool of_dy) {
     return BY_TIME ? piece_at_time(8 * octet + line, row_tile) : (8 * row_tile + line) * SPAN_STRIDE + octet * 16;
 }
 
-// The sums along the diagonals of a group: entry e is that of a lag of e - 16 from the group's first.
-DEVICE void write_diagonals(const Sums& sums, float* square, float* to, int lane) {
-    const int g = lane / 4, t = lane % 4, difference = lane - 15;
+// The sums along the diagonals of a group: entry e is that of a lag of e - 16 from the group's first. A lane has one
+// diagonal of a tile. In shared memory the numbers of a diagonal are in one column; there are zeros where it has none.
+constexpr int SKEWED_ROW = 36;  // words; few bank conflicts
+
+DEVICE void write_diagonals(const Sums& sums, float* skewed, float* to, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    float* own = skewed + g * SKEWED_ROW + 15 + g - 2 * t;  // of row g and column 2t
+    for (int i = lane; i < 16 * SKEWED_ROW; i += 32) skewed[i] = 0.f;
     float before = 0.f;  // of the previous tile, for lags that are 16 more
 #pragma unroll
     for (int d = 0; d < GROUP; d++) {
@@ -494,18 +498,15 @@ DEVICE void write_diagonals(const Sums& sums, float* square, float* to, int lane
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) square[(g + i / 2 * 8) * 17 + 8 * n + 2 * t + i % 2] = sums[d][n][i];
+            for (int i = 0; i < 4; i++) own[i / 2 * 8 * (SKEWED_ROW + 1) - 8 * n - i % 2] = sums[d][n][i];
         sync_warp();
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const int j = i - difference;
-            if (j >= 0 && j < 16) sum += square[i * 17 + j];
-        }
+        for (int i = 0; i < 16; i++) sum += skewed[i * SKEWED_ROW + lane];
         const float other = shuffle(before, lane + 16 < 31 ? lane + 16 : 31);
         if (lane < 16) to[16 * d + 1 + lane] = other + sum;
         if (lane >= 16 && lane < 31 && d == GROUP - 1) to[16 * d + 1 + lane] = sum;
-        before = lane < 31 ? sum : 0.f;
+        before = sum;  // that of lane 31 is 0
     }
 }
 
@@ -524,32 +525,36 @@ KERNEL(CORRELATE_THREADS, 2) correlate(PARAMETER Parameters p) {
     const int n_stages = (rows + BATCH - 1) / BATCH * n_chunks;
     const bool works = channel < p.width && group < p.n_groups;
     Walk next(p, first_channel, first_group, first_row);
-    next.copy(p, first_channel, first_group);
-    end_of_copies();
+    for (int stage = 0; stage < AHEAD; stage++) {
+        if (stage < n_stages) next.copy(p, first_channel, first_group);
+        end_of_copies();
+        next.go_on(p, n_chunks);
+    }
     const u8* mine = shared_memory() + pair * SLOTS * SLOT;
     const u8 *mine_of_u = mine + place_in_slot(lane, false), *mine_of_dy = mine + place_in_slot(lane, true);
     Sums sums = {};
     Times ring[GROUP] = {};
+    int chunk = 0, u_slot = share == 0 ? 0 : U_SLOTS - share, dy_slot = 0;
 #pragma unroll 1
     for (int stage = 0; stage < n_stages; stage++) {
-        const int slot = next.u_slot - share, chunk = next.chunk;
-        const u8* u = mine_of_u + (slot < 0 ? slot + U_SLOTS : slot) * SLOT;
-        const u8* dy = mine_of_dy + (U_SLOTS + next.dy_slot) * SLOT;
-        wait_for_copies<0>();
+        const u8 *u = mine_of_u + u_slot * SLOT, *dy = mine_of_dy + (U_SLOTS + dy_slot) * SLOT;
+        wait_for_copies<AHEAD - 1>();
         sync_block();  // the chunks are there, and those that the next ones replace have been read
-        next.go_on(p, n_chunks);
-        if (stage + 1 < n_stages) next.copy(p, first_channel, first_group);
+        if (stage + AHEAD < n_stages) next.copy(p, first_channel, first_group);
         end_of_copies();
+        next.go_on(p, n_chunks);
         if (works && chunk > share) {
             correlate_chunk<false>(sums, ring, u, dy);
         } else if (works && chunk == share) {
             correlate_chunk<true>(sums, ring, u, dy);
         }
+        chunk = Walk::after(chunk, n_chunks);
+        u_slot = Walk::after(u_slot, U_SLOTS), dy_slot = Walk::after(dy_slot, DY_SLOTS);
     }
     sync_block();
     if (!works) return;
     float* to = p.parts + ((part * p.width + channel) * p.n_groups + group) * ENTRIES;
-    write_diagonals(sums, reinterpret_cast<float*>(shared_memory()) + warp * 16 * 17, to, lane);
+    write_diagonals(sums, reinterpret_cast<float*>(shared_memory()) + warp * 16 * SKEWED_ROW, to, lane);
 }
 
 // The gradient of the filters: parts in their order, and where two groups have products for one lag, both.
