@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
+# C++ and CUDA sources.
+COMPILED = '*.cu' '*.cuh' '*.h' '*.cpp'
+
 .PHONY: demo serve test test-all test-ray experiments-smoke lint format docs bench sanitize clean
 
 $(VENV)/installed-demo: pyproject.toml constraints.txt $(NATIVE)
@@ -58,10 +61,12 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	git ls-files $(COMPILED) | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	git ls-files $(COMPILED) | xargs $(BIN)/clang-format -i
 
 # The site is built from the sources: only the tools are installed for it, not the package and torch.
 $(VENV)/installed-docs: pyproject.toml constraints.txt

@@ -58,8 +58,9 @@ struct ConvArgs {
     void *dlast_state = nullptr, *dinitial_state = nullptr, *dweight_parts = nullptr, *dbias_parts = nullptr;
 };
 
-// y = norm(x + residual), over rows (1, rows, size). T is as above; weight and bias (size,) and the statistics are of it:
-// the scales of the rows, then their means if they are subtracted. The parts, one for each chunk of rows, start as zeros.
+// y = norm(x + residual), over rows (1, rows, size). T is as above; weight and bias (size,) and the statistics are of
+// it: the scales of the rows, then their means if they are subtracted. The parts, one for each chunk of rows, start as
+// zeros.
 struct NormArgs {
     bool is_double = false, is_plain = false;  // is_plain: all rows are float32
     bool subtract_mean = false;

@@ -210,9 +210,7 @@ class BackwardBlock {
         return d;
     }
 
-    void write(int64_t t, V d) const {
-        write_row<T>(a.dx.data, a.dx.type(), a.dx.at(row, t) + c, count, d);
-    }
+    void write(int64_t t, V d) const { write_row<T>(a.dx.data, a.dx.type(), a.dx.at(row, t) + c, count, d); }
 
     void initial(const Piece& p) const {
         if (!a.dinitial_state) return;

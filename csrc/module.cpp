@@ -46,11 +46,11 @@ struct Kernels {
     anymamba::RunReplay stack_replay;
 };
 
-#define ANYMAMBA_KERNELS(ISA)                                                                    \
-    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::scan_summary,      \
-        anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::norm_forward,  \
-        anymamba::ISA::norm_backward, anymamba::ISA::packed_linear, anymamba::ISA::read_memory,  \
-        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights, anymamba::ISA::stack_step,   \
+#define ANYMAMBA_KERNELS(ISA)                                                                   \
+    anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::scan_summary,     \
+        anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::norm_forward, \
+        anymamba::ISA::norm_backward, anymamba::ISA::packed_linear, anymamba::ISA::read_memory, \
+        anymamba::ISA::pack_weights, anymamba::ISA::unpack_weights, anymamba::ISA::stack_step,  \
         anymamba::ISA::stack_replay
 
 // Best first.
@@ -182,8 +182,8 @@ void bind_norm(nb::module_& m) {
     bind_pointer(type, "dbias_parts", &NormArgs::dbias_parts);
     m.def(
         "norm_of_floats",
-        [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t total, uintptr_t y, int64_t rows,
-           int64_t size, int64_t chunk, double eps, bool subtract_mean, int threads) {
+        [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t total, uintptr_t y,
+           int64_t rows, int64_t size, int64_t chunk, double eps, bool subtract_mean, int threads) {
             const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
             const auto dense = [&](uintptr_t address) { return Rows{pointer(address), 0, 0, size, 0}; };
             NormArgs a;
@@ -199,10 +199,11 @@ void bind_norm(nb::module_& m) {
 }
 
 void bind_products(nb::module_& m) {
-    nb::class_<Packed>(m, "Packed").def(
-        "__init__", [](Packed* packed, uintptr_t data, int format, int64_t n_out, int64_t n_in, int64_t row_bytes) {
-            new (packed) Packed{reinterpret_cast<const void*>(data), format, n_out, n_in, row_bytes};
-        });
+    nb::class_<Packed>(m, "Packed")
+        .def("__init__",
+             [](Packed* packed, uintptr_t data, int format, int64_t n_out, int64_t n_in, int64_t row_bytes) {
+                 new (packed) Packed{reinterpret_cast<const void*>(data), format, n_out, n_in, row_bytes};
+             });
     m.def(
         "packed_linear",
         [](const Packed& weight, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t bias, uintptr_t y,

@@ -138,9 +138,15 @@ void for_chunks(const NormArgs& a, const Work& work) {
             work(row, i * a.chunk, std::min(a.rows, (i + 1) * a.chunk), i);
         });
     };
-    struct OfDoubles { using type = Row<double, false>; };
-    struct OfFloats { using type = Row<float, true>; };
-    struct OfAny { using type = Row<float, false>; };
+    struct OfDoubles {
+        using type = Row<double, false>;
+    };
+    struct OfFloats {
+        using type = Row<float, true>;
+    };
+    struct OfAny {
+        using type = Row<float, false>;
+    };
     if (a.is_double) return run(OfDoubles{});
     a.is_plain ? run(OfFloats{}) : run(OfAny{});
 }

@@ -69,21 +69,21 @@ struct PackedLinearArgs {
 // The functions of each instruction set (kernels.h). The sum of an output has one order for any number of rows and any
 // range of outputs: a row gives the same bits alone, in a batch and in a prompt. `pack_activations` and `product` run
 // on the calling thread.
-#define ANYMAMBA_DECLARE_PRODUCTS                                                                                 \
-    /* Activations x[r * stride + i] in the form of a format, in activation_bytes aligned to 64. */               \
-    void pack_activations(Format format, const float* x, int64_t stride, int64_t rows, int64_t n_in, void* out);  \
-    /* y[r * y_stride + o] for o in [begin, end), from packed activations of any number of rows. */               \
-    void product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride,              \
-                 int64_t begin, int64_t end);                                                                     \
-    void packed_linear(const PackedLinearArgs& a);                                                                \
-    /* Reads memory as fast as it can be read: the limit of products with one row. */                             \
+#define ANYMAMBA_DECLARE_PRODUCTS                                                                                   \
+    /* Activations x[r * stride + i] in the form of a format, in activation_bytes aligned to 64. */                 \
+    void pack_activations(Format format, const float* x, int64_t stride, int64_t rows, int64_t n_in, void* out);    \
+    /* y[r * y_stride + o] for o in [begin, end), from packed activations of any number of rows. */                 \
+    void product(const Packed& w, const void* activations, int64_t rows, float* y, int64_t y_stride, int64_t begin, \
+                 int64_t end);                                                                                      \
+    void packed_linear(const PackedLinearArgs& a);                                                                  \
+    /* Reads memory as fast as it can be read: the limit of products with one row. */                               \
     void read_memory(const void* data, int64_t size, int n_threads);
 
-#define ANYMAMBA_DECLARE_CONVERSIONS                                                                              \
-    /* A row of the weights as n_in floats. */                                                                    \
-    void unpack_row(const Packed& w, int64_t row, float* out);                                                    \
-    /* The whole matrix (n_out, n_in), contiguous, from a format and to one; there is none to Q5_K. */            \
-    void unpack_weights(const Packed& from, float* to, int n_threads);                                            \
+#define ANYMAMBA_DECLARE_CONVERSIONS                                                                   \
+    /* A row of the weights as n_in floats. */                                                         \
+    void unpack_row(const Packed& w, int64_t row, float* out);                                         \
+    /* The whole matrix (n_out, n_in), contiguous, from a format and to one; there is none to Q5_K. */ \
+    void unpack_weights(const Packed& from, float* to, int n_threads);                                 \
     void pack_weights(const Packed& to, const float* from, int n_threads);
 
 // Whether products use the instructions for products of bytes (VNNI, together with those for bfloat16; NEON's) where an

@@ -55,7 +55,7 @@ ANYMAMBA_INLINE vint broadcast_word(vint words, const ActivationBlock& block, in
 // Adds n stored blocks of one row, without keeping them. The order of the sum is that of `add_group`.
 template <Format F>
 ANYMAMBA_INLINE vfloat add_blocks_to_one_row(vfloat y, const PanelRows& rows, int n, const ActivationBlock* x,
-                                      const uint8_t* next) {
+                                             const uint8_t* next) {
     using L = Layout<F>;
     constexpr int SCALE = 8, MINUS_8 = 10, MINUS_128 = 11, MINUS_32 = 12;  // words of a block
     static_assert(offsetof(ActivationBlock, scale) == 4 * SCALE && offsetof(ActivationBlock, minus_32) == 4 * MINUS_32);
@@ -130,8 +130,7 @@ ANYMAMBA_INLINE void add_group(vfloat (&y)[P][R], X x, Q q, Scale scale, Minimum
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-            for (int p = 0; p < P; p++)
-                y[p][r] = multiply_add(-minimum(p), broadcast(x(r).scaled_sum), y[p][r]);
+            for (int p = 0; p < P; p++) y[p][r] = multiply_add(-minimum(p), broadcast(x(r).scaled_sum), y[p][r]);
 }
 
 // Blocks as `PanelProduct` needs them. `x` are the activations of the first row, x_stride blocks for each.
@@ -164,7 +163,7 @@ struct BlockPanels {
     template <int P, int R>
     ANYMAMBA_INLINE void add(const Panel* panels, const PanelChunk& c) const {
         const ActivationBlock* const blocks = x + c.row * x_stride + c.chunk * PANEL_BLOCKS;
-        add_to_sums<P, R>(c, [&](vfloat (&y)[P][R]) ANYMAMBA_INLINE_LAMBDA {
+        add_to_sums<P, R>(c, [&](vfloat(&y)[P][R]) ANYMAMBA_INLINE_LAMBDA {
             for (int b = 0; b < stored(c.chunk) * L::BLOCKS; b++)
                 add_group<F>(
                     y, [&](int r) ANYMAMBA_INLINE_LAMBDA -> const ActivationBlock& { return blocks[r * x_stride + b]; },
@@ -185,8 +184,7 @@ struct BlockPanels {
         } else {
             const auto add = [&](int b, const vint* q, const vfloat* scale, vfloat minimum) ANYMAMBA_INLINE_LAMBDA {
                 add_group<F>(
-                    y,
-                    [&](int r) ANYMAMBA_INLINE_LAMBDA -> const ActivationBlock& { return block(r, b); },
+                    y, [&](int r) ANYMAMBA_INLINE_LAMBDA -> const ActivationBlock& { return block(r, b); },
                     [&](int, int j) ANYMAMBA_INLINE_LAMBDA { return q[j]; },
                     [&](int, int part) ANYMAMBA_INLINE_LAMBDA { return scale[part]; },
                     [&](int) ANYMAMBA_INLINE_LAMBDA { return minimum; });
@@ -202,9 +200,8 @@ void block_product(const Packed& w, const void* activations, int64_t rows, float
     const int64_t x_stride = w.n_in / 32, n_stored = x_stride / Layout<F>::BLOCKS;
     const auto* x = static_cast<const ActivationBlock*>(activations);
     const auto kind_at = [&](int64_t r) { return BlockPanels<F>{x + r * x_stride, x_stride, n_stored}; };
-    with_whole_panel(w, n_stored * Layout<F>::BYTES, [&](const Packed& whole) {
-        multiply_by_panels(whole, kind_at, rows, y, y_stride, begin, end);
-    });
+    with_whole_panel(w, n_stored * Layout<F>::BYTES,
+                     [&](const Packed& whole) { multiply_by_panels(whole, kind_at, rows, y, y_stride, begin, end); });
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -1,5 +1,5 @@
-// Products by panels of outputs: the weights of a panel are unpacked once, an output in each lane, and multiplied by all
-// rows. Sums stay in lanes, so none is added up across a vector, and each has one order, that of the columns.
+// Products by panels of outputs: the weights of a panel are unpacked once, an output in each lane, and multiplied by
+// all rows. Sums stay in lanes, so none is added up across a vector, and each has one order, that of the columns.
 #pragma once
 
 #include <algorithm>
@@ -43,9 +43,7 @@ ANYMAMBA_INLINE vint broadcast_int(const void* p) {
 struct Sums {
     float* first;
     int64_t row_stride, panel_stride;
-    ANYMAMBA_INLINE float* at(int64_t row, int panel) const {
-        return first + row * row_stride + panel * panel_stride;
-    }
+    ANYMAMBA_INLINE float* at(int64_t row, int panel) const { return first + row * row_stride + panel * panel_stride; }
 };
 
 // What is added to sums: a chunk of the columns of some panels and rows.
@@ -69,7 +67,11 @@ template <typename Kind>
 class PanelProduct {
   public:
     PanelProduct(const Kind& kind, const Packed& w, int64_t rows, float* y, int64_t y_stride)
-        : kind(kind), w(w), rows(rows), y(y), y_stride(y_stride),
+        : kind(kind),
+          w(w),
+          rows(rows),
+          y(y),
+          y_stride(y_stride),
           panels_ahead(1 + PREFETCH_DISTANCE / (OUTPUTS * w.row_bytes)) {}
 
     void outputs(int64_t o, int64_t end) {

@@ -22,9 +22,7 @@ struct Float32 {
     ANYMAMBA_INLINE static Loaded weights(const Weight* p, int count) { return load_some<vfloat>(p, count); }
     ANYMAMBA_INLINE static Loaded activations(const Activation* p) { return load<float>(p); }
     ANYMAMBA_INLINE static vfloat multiply_add(vfloat sum, Loaded w, Loaded x) { return w * x + sum; }
-    ANYMAMBA_INLINE static vfloat multiply_add_words(vfloat sum, vint w, vint x) {
-        return (vfloat)w * (vfloat)x + sum;
-    }
+    ANYMAMBA_INLINE static vfloat multiply_add_words(vfloat sum, vint w, vint x) { return (vfloat)w * (vfloat)x + sum; }
 };
 
 struct Float16 : Float32 {
@@ -195,8 +193,14 @@ void float_product(const Packed& w, const void* activations, int64_t rows, float
     using Activation = typename F::Activation;
     const int64_t x_stride = activation_row_bytes(w.type(), w.n_in) / int64_t(sizeof(Activation));
     constexpr int64_t L2 = 1 << 18, L1 = 3 << 13, M = FloatProduct<F>::MOST_ROWS, O = FloatProduct<F>::OUTPUTS;
-    const FloatProduct<F> p{static_cast<const Weight*>(w.data), w.row_bytes / int64_t(sizeof(Weight)),
-                            static_cast<const Activation*>(activations), x_stride, w.n_in, w.n_out, y, y_stride,
+    const FloatProduct<F> p{static_cast<const Weight*>(w.data),
+                            w.row_bytes / int64_t(sizeof(Weight)),
+                            static_cast<const Activation*>(activations),
+                            x_stride,
+                            w.n_in,
+                            w.n_out,
+                            y,
+                            y_stride,
                             rows <= 2 * M ? PREFETCH_DISTANCE : 0};
     if (rows <= 2 * M) return p.outputs(begin, end, 0, rows);
     const int64_t some_rows = std::max<int64_t>(1, L1 / (x_stride * int64_t(sizeof(Activation)) * M)) * M;

@@ -75,7 +75,7 @@ struct WordPanels {
     template <int P, int R>
     ANYMAMBA_INLINE void add(const Panel* panels, const PanelChunk& c) const {
         const char* const from = row(c.row) + c.chunk * PANEL_WORDS * 4;
-        add_to_sums<P, R>(c, [&](vfloat (&y)[P][R]) ANYMAMBA_INLINE_LAMBDA {
+        add_to_sums<P, R>(c, [&](vfloat(&y)[P][R]) ANYMAMBA_INLINE_LAMBDA {
             for (int i = 0, n = n_words(c.chunk); i < n; i++) {
                 vint w[P];
 #pragma GCC unroll 2
@@ -111,9 +111,8 @@ void word_product(const Packed& w, const void* activations, int64_t rows, float*
     const int64_t x_bytes = activation_row_bytes(w.type(), w.n_in), used = w.n_in * int64_t(sizeof(typename F::Weight));
     const auto* x = static_cast<const char*>(activations);
     const auto kind_at = [&](int64_t r) { return WordPanels<F>{x + r * x_bytes, x_bytes, used}; };
-    with_whole_panel(w, used, [&](const Packed& whole) {
-        multiply_by_panels(whole, kind_at, rows, y, y_stride, begin, end);
-    });
+    with_whole_panel(w, used,
+                     [&](const Packed& whole) { multiply_by_panels(whole, kind_at, rows, y, y_stride, begin, end); });
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -50,7 +50,8 @@ struct Block {
 // ---------------------------------------------------------------------------------------------- the recurrence
 
 // Runs the first NB states of k over steps [first, last). GENERAL: zero-order hold, or constant B or C. KEEP: store
-// decays and states for backward. INSIDE: no exponent of the tile is too large for exp_product_inside. OUTPUT: compute y.
+// decays and states for backward. INSIDE: no exponent of the tile is too large for exp_product_inside. OUTPUT: compute
+// y.
 template <typename T, int NB, bool GENERAL, bool KEEP, bool INSIDE, bool OUTPUT>
 __attribute__((noinline)) void run_states(const Block<T>& k, int first, int last) {
     constexpr int W = LANES<T>;

@@ -24,8 +24,8 @@
 #endif
 
 #define ANYMAMBA_INLINE inline __attribute__((always_inline))
-// Code that must give the same bits wherever it is called from. The compiler chooses for every copy of an expression like
-// a * b + c whether it rounds once or twice.
+// Code that must give the same bits wherever it is called from. The compiler chooses for every copy of an expression
+// like a * b + c whether it rounds once or twice.
 #if defined(__clang__)
 #define ANYMAMBA_ONE_COPY __attribute__((noinline))
 #else

@@ -169,9 +169,8 @@ class Step {
             for_vectors(begin, std::min(end, D), [&](int64_t c, int count) {
                 write(row, c, count, convolve(layer, state, r, c, count, read(row, c, count)));
             });
-            for_vectors(std::max(begin, D), std::max(end, D), [&](int64_t c, int count) {
-                write(row, c, count, silu_of(read(row, c, count)));
-            });
+            for_vectors(std::max(begin, D), std::max(end, D),
+                        [&](int64_t c, int count) { write(row, c, count, silu_of(read(row, c, count))); });
         }
     }
 
@@ -204,9 +203,9 @@ class Step {
         const int64_t size = layer.x_proj.n_out;
         for (int64_t r = 0; r < rows; r++) {
             float* part = projected_ + r * size;
-            for (const auto& [norm, columns] : {std::pair(&layer.dt_norm, layer.dt_rows),
-                                                std::pair(&layer.B_norm, layer.B_rows),
-                                                std::pair(&layer.C_norm, layer.C_rows)}) {
+            for (const auto& [norm, columns] :
+                 {std::pair(&layer.dt_norm, layer.dt_rows), std::pair(&layer.B_norm, layer.B_rows),
+                  std::pair(&layer.C_norm, layer.C_rows)}) {
                 if (norm->present) normalize(*norm, part, columns, part);
                 part += columns;
             }

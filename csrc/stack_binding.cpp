@@ -87,10 +87,15 @@ void bind_layer(nb::module_& m) {
     type.def_rw("dt_proj", &Layer::dt_proj).def_rw("out_proj", &Layer::out_proj);
     type.def_rw("dt_dtype", &Layer::dt_dtype);
     bind_pointer(type, "dt_blocks", &Layer::dt_blocks);
-    for (const auto& [name, member] : {std::pair("in_bias", &Layer::in_bias), {"out_bias", &Layer::out_bias},
-                                       {"conv_weight", &Layer::conv_weight}, {"conv_bias", &Layer::conv_bias},
-                                       {"A", &Layer::A}, {"D", &Layer::D}, {"delta_bias", &Layer::delta_bias},
-                                       {"B", &Layer::B}, {"C", &Layer::C}})
+    for (const auto& [name, member] : {std::pair("in_bias", &Layer::in_bias),
+                                       {"out_bias", &Layer::out_bias},
+                                       {"conv_weight", &Layer::conv_weight},
+                                       {"conv_bias", &Layer::conv_bias},
+                                       {"A", &Layer::A},
+                                       {"D", &Layer::D},
+                                       {"delta_bias", &Layer::delta_bias},
+                                       {"B", &Layer::B},
+                                       {"C", &Layer::C}})
         bind_pointer(type, name, member);
 }
 

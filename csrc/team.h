@@ -3,9 +3,9 @@
 //
 // Each thread has a share of a phase's chunks. It claims them one after the other, because memory is read fastest in
 // order, and then takes chunks from the shares of others. A phase ends when its chunks are done, not when all threads
-// have arrived. So a thread that the system has paused delays the others only if it is in the middle of its work, and it
-// rejoins at the current phase. A thread that waits spins briefly and then sleeps: its core is then free for a thread
-// that has work.
+// have arrived. So a thread that the system has paused delays the others only if it is in the middle of its work, and
+// it rejoins at the current phase. A thread that waits spins briefly and then sleeps: its core is then free for a
+// thread that has work.
 #pragma once
 
 #include <algorithm>
@@ -111,11 +111,12 @@ class Team {
         if (n_done_.fetch_add(n_done, std::memory_order_acq_rel) + n_done != work_.n_chunks(current)) return false;
         work_.finish(current);
         n_done_.store(0, std::memory_order_relaxed);
-        for (int i = 0; i < n_shares_; i++)
-            shares_[i].next.store((current + 1) << SHIFT, std::memory_order_release);
+        for (int i = 0; i < n_shares_; i++) shares_[i].next.store((current + 1) << SHIFT, std::memory_order_release);
         phase_.store(current + 1);
         if (n_asleep_.load() > 0) {
-            { const std::lock_guard<std::mutex> lock(mutex_); }  // a thread that saw the old phase is asleep after this
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+            }  // a thread that saw the old phase is asleep after this
             changed_.notify_all();
         }
         return true;

@@ -465,11 +465,20 @@ void reads(const Kernels& kernels) {
         failures += (read[i].bytes != stepped[i].bytes) + (replayed[i].bytes != wanted[i].bytes);
 }
 
-#define KERNELS(ISA)                                                                               \
-    {#ISA, anymamba::ISA::scan_forward, anymamba::ISA::scan_backward, anymamba::ISA::scan_summary, \
-     anymamba::ISA::conv_forward, anymamba::ISA::conv_backward, anymamba::ISA::norm_forward,       \
-     anymamba::ISA::norm_backward, anymamba::ISA::packed_linear, anymamba::ISA::unpack_row,        \
-     anymamba::ISA::pack_weights, anymamba::ISA::stack_step, anymamba::ISA::stack_replay}
+#define KERNELS(ISA)               \
+    {#ISA,                         \
+     anymamba::ISA::scan_forward,  \
+     anymamba::ISA::scan_backward, \
+     anymamba::ISA::scan_summary,  \
+     anymamba::ISA::conv_forward,  \
+     anymamba::ISA::conv_backward, \
+     anymamba::ISA::norm_forward,  \
+     anymamba::ISA::norm_backward, \
+     anymamba::ISA::packed_linear, \
+     anymamba::ISA::unpack_row,    \
+     anymamba::ISA::pack_weights,  \
+     anymamba::ISA::stack_step,    \
+     anymamba::ISA::stack_replay}
 
 }  // namespace
 

@@ -232,8 +232,8 @@ DEVICE u32 shift_words(u32 low, u32 high, u32 bits) { return __funnelshift_r(low
 // ------------------------------------------------------------------------------------------------ matrices
 
 // sums += a b of bfloat16 matrices, 16 x 16 by 16 x 8, by the 32 lanes of a warp. With g = lane / 4 and t = lane % 4:
-// sums are (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); each word of a and b is two neighbours along their common
-// dimension: a has (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), and b has (2t, g), (2t + 8, g).
+// sums are (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); each word of a and b is two neighbours along their
+// common dimension: a has (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), and b has (2t, g), (2t + 8, g).
 DEVICE void multiply_tiles(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

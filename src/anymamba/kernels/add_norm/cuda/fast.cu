@@ -4,8 +4,8 @@
 //     total = x + residual
 //     y = (total - mean) / sqrt(variance + eps) * weight + bias
 //
-// with the mean taken off, or (RMS norm) not. p.warps warps share a row; a lane has four neighbouring numbers, and again
-// four further on, up to CHUNKS times, in registers.
+// with the mean taken off, or (RMS norm) not. p.warps warps share a row; a lane has four neighbouring numbers, and
+// again four further on, up to CHUNKS times, in registers.
 //
 // Backward recomputes the normed row n from its saved mean and scale r = 1 / sqrt(variance + eps):
 //
@@ -142,7 +142,7 @@ DEVICE Statistics statistics_of(const Row& total, const Parameters& p, const Pla
     float mean[1] = {0.f}, squares[1] = {0.f};
     if (SUBTRACT_MEAN) {
         FOR_EACH_CHUNK(k, at)
-            mean[0] += (total[k][0] + total[k][1]) + (total[k][2] + total[k][3]);
+        mean[0] += (total[k][0] + total[k][1]) + (total[k][2] + total[k][3]);
         sum_over_row(mean, p, 0);
         mean[0] /= float(at.size);
     }
@@ -285,8 +285,7 @@ KERNEL(MOST_THREADS, 1) backward(PARAMETER Parameters p) {
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++)
 #pragma unroll
-            for (int i = 0; i < WIDTH; i++)
-                more[k][i] = fmaf(scale, g[k][i] - of_g - n[k][i] * of_n, more[k][i]);
+            for (int i = 0; i < WIDTH; i++) more[k][i] = fmaf(scale, g[k][i] - of_g - n[k][i] * of_n, more[k][i]);
         if (own >= p.rows) continue;
         put_row(p.dx, row, more, at);
         if (p.dresidual.data) put_row(p.dresidual, row, more, at);

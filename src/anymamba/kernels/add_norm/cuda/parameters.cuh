@@ -26,7 +26,7 @@ struct Parameters {
     i64 rows, size;
     double eps;
     i64 total_dtype, subtract_mean;
-    i64 warps;         // of a row, a power of two
+    i64 warps;  // of a row, a power of two
     i64 n_parts;
     i64 rows_of_part;  // in general.cu
 };

@@ -450,8 +450,7 @@ DEVICE void backward_group(Sums& sums, Four (&window)[TAPS - 1], const Tokens& x
         xs.get(x, slot + i), dys.get(slope, slot + i);
         add_token<PLAIN>(sums, finished, w, window, x, slope, int(p.width), p.silu, done + i < span.tokens);
         const int t = done + i - (TAPS - 1);
-        if (PLAIN ? i == TAPS - 1 || done > 0 : t >= 0)
-            write_gradient<ALIGNED, PLAIN>(p, at, s, span, dx, t, finished);
+        if (PLAIN ? i == TAPS - 1 || done > 0 : t >= 0) write_gradient<ALIGNED, PLAIN>(p, at, s, span, dx, t, finished);
     }
 }
 

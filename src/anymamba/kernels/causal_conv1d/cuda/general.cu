@@ -2,8 +2,8 @@
 //
 //     y[t] = act(bias + sum_i weight[i] x[t - width + 1 + i])
 //
-// Backward: `slopes` takes dy through the activation, `inputs` and `states` spread that over the taps, `weights` sums it
-// with the inputs over a piece of time, and `sum_parts` adds the pieces in their order.
+// Backward: `slopes` takes dy through the activation, `inputs` and `states` spread that over the taps, `weights` sums
+// it with the inputs over a piece of time, and `sum_parts` adds the pieces in their order.
 //
 // Launch: 128 threads, neighbouring threads neighbouring channels, so that taps are read from the first-level cache.
 //

@@ -80,8 +80,7 @@ DEVICE i64 state_index(const Parameters& p, i64 sequence, i64 k, i64 channel) {
 template <typename R>
 DEVICE R input_at(const Parameters& p, const Sequence& s, i64 t, i64 channel) {
     const int dtype = int(p.x.dtype);
-    if (t >= s.start)
-        return read_as<R>(p.x.data, row_of(p, s) * p.x.batch + t * p.x.length + channel, dtype);
+    if (t >= s.start) return read_as<R>(p.x.data, row_of(p, s) * p.x.batch + t * p.x.length + channel, dtype);
     const i64 k = t - s.start + p.width - 1;
     return p.initial_state && k >= 0 ? read_as<R>(p.initial_state, state_index(p, s.index, k, channel), dtype) : R(0);
 }

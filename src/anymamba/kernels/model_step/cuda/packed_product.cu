@@ -32,8 +32,8 @@ struct Around {
 
     DEVICE void start() { step = shared_step(p, shared.step); }
 
-    // Part of a row to shared memory, times the norm's weight: four numbers every `step`, BATCH loads under way. Returns
-    // the sum of a lane's squares.
+    // Part of a row to shared memory, times the norm's weight: four numbers every `step`, BATCH loads under way.
+    // Returns the sum of a lane's squares.
     DEVICE float read_part(u8* rows, int row, int first, int step) {
         const float* from = floats(p.x.data) + row * p.x.stride;
         float squares = 0.f;
@@ -52,8 +52,8 @@ struct Around {
                 const int column = start + b * step;
                 const float4 x = v[b], y = w[b];
                 squares = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, squares))));
-                const uint2 four = make_uint2(floats_as_bfloats(x.x * y.x, x.y * y.y),
-                                              floats_as_bfloats(x.z * y.z, x.w * y.w));
+                const uint2 four =
+                    make_uint2(floats_as_bfloats(x.x * y.x, x.y * y.y), floats_as_bfloats(x.z * y.z, x.w * y.w));
                 if (column < weight.n_in) put_four(rows, weight, row, column, four);
             }
         }

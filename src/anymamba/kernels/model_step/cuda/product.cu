@@ -88,8 +88,7 @@ DEVICE void read_fours(Fours& out, const Parameters& p, int first) {
         }
 }
 
-#define FOR_EACH_BATCH(first) \
-    for (int first = 4 * int(threadIdx.x); first < int(p.n_in); first += BATCH * 4 * THREADS)
+#define FOR_EACH_BATCH(first) for (int first = 4 * int(threadIdx.x); first < int(p.n_in); first += BATCH * 4 * THREADS)
 
 DEVICE void means_of_rows(float (&means)[ROWS], const Parameters& p, float* parts) {
     FOR_EACH_BATCH(first) {

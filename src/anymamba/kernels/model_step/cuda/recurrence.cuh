@@ -45,7 +45,8 @@ DEVICE void read_states(States& out, const float* from, const Place& at) {
         if constexpr (WHOLE) {
             const bool has = has_state(at, i);
             float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (has) v = STREAMED ? read_streamed(from + offset_in_channel(i)) : read_fresh(from + offset_in_channel(i));
+            if (has)
+                v = STREAMED ? read_streamed(from + offset_in_channel(i)) : read_fresh(from + offset_in_channel(i));
             out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
         } else {
             out[i] = has_state(at, i) ? read_one_fresh(from + offset_in_channel(i)) : 0.f;

@@ -4,7 +4,8 @@
 // The time is that of the states' memory: a thread asks for the states of its ROWS rows before it waits for anything,
 // 16 bytes each, 512 neighbouring ones of a warp at a time. Blocks are short and many, so that some load states while
 // others wait for their activations or multiply. What a row and channel have once, such as delta and the gate, is
-// computed by one lane of QUAD, whose row that is; the others get it from there. Tensor cores multiply dt by the weight.
+// computed by one lane of QUAD, whose row that is; the others get it from there. Tensor cores multiply dt by the
+// weight.
 //
 // Launch: 256 threads, early; blocks for the channels of each SETS ROWS rows.
 //

@@ -17,13 +17,13 @@ typedef ElementOf<DTYPE>::Type Element;
 KERNEL(THREADS, 4) embed(PARAMETER Parameters p) {
     const int row = int(blockIdx.x);
     if (row == 0 && threadIdx.x == 0)
-        *reinterpret_cast<Step*>(p.step) = {p.rows,           floats(p.conv),    floats(p.ssm),
-                                            floats(p.new_conv), floats(p.new_ssm), floats(p.logits)};
+        *reinterpret_cast<Step*>(p.step) = {
+            p.rows, floats(p.conv), floats(p.ssm), floats(p.new_conv), floats(p.new_ssm), floats(p.logits)};
     if (!p.table) return;
     float* to = floats(p.y.data) + row * p.y.stride;
     i64 id = 0;
-    if (row < p.rows) id = p.ids_are_long ? reinterpret_cast<const i64*>(p.ids)[row]
-                                          : i64(reinterpret_cast<const int*>(p.ids)[row]);
+    if (row < p.rows)
+        id = p.ids_are_long ? reinterpret_cast<const i64*>(p.ids)[row] : i64(reinterpret_cast<const int*>(p.ids)[row]);
     const bool known = id >= 0 && id < p.n_ids;
     for (int i = threadIdx.x; i < p.size; i += THREADS) {
         if (row >= p.rows)

@@ -60,7 +60,7 @@ struct Around {
 
 template <int TILES, int TYPE>
 DEVICE void run(const Parameters& p) {
-    const Weight weight = {p.weight,     p.row_bytes, int(p.n_in), int(p.n_out), int(p.rows), int(p.x_stride)};
+    const Weight weight = {p.weight, p.row_bytes, int(p.n_in), int(p.n_out), int(p.rows), int(p.x_stride)};
     Around<TYPE> around = {p, weight};
     multiply<TILES>(weight, shared_memory(), around);
 }

@@ -5,8 +5,8 @@
 // The bytes of the weight are read once: one row and 8 rows take about the same time. A block of threads has x in
 // shared memory, in bfloat16, and goes through tiles of 16 outputs. Its warps share the columns of a tile, a chunk at a
 // time, which they copy into shared memory of their own as it lies, STAGES - 1 ahead. Tensor cores multiply 16 outputs
-// by 8 rows in the integers of 16 or 32 columns; scales are applied to these sums in float32. At the end the warps' sums
-// are added in their order: a row has the same bits alone and in any batch that these kernels serve.
+// by 8 rows in the integers of 16 or 32 columns; scales are applied to these sums in float32. At the end the warps'
+// sums are added in their order: a row has the same bits alone and in any batch that these kernels serve.
 //
 // Needs FORMAT, and ALIGNED: 1 if rows of the weight are multiples of 16 bytes, for formats with blocks of 32.
 #pragma once
@@ -17,9 +17,9 @@ typedef Blocks<FORMAT> B;
 
 constexpr int OUTPUTS = 16, MOST_THREADS = 512, STAGES = 2, GROUP = 32, OF_BLOCK = B::COLUMNS / GROUP;
 constexpr int GROUPS = !ALIGNED && B::COLUMNS == 32 && B::BYTES > 32 ? 4 : 8;  // of a chunk
-constexpr int CHUNK = GROUPS / OF_BLOCK * B::BYTES;                // its bytes in a row
-constexpr int PIECES = (CHUNK + (ALIGNED ? 0 : 14) + 15) / 16;     // of 16 bytes; a chunk may begin at any even address
-constexpr int STRIDE = (PIECES | 1) * 16;                          // of rows in shared memory; odd: no bank conflicts
+constexpr int CHUNK = GROUPS / OF_BLOCK * B::BYTES;                            // its bytes in a row
+constexpr int PIECES = (CHUNK + (ALIGNED ? 0 : 14) + 15) / 16;  // of 16 bytes; a chunk may begin at any even address
+constexpr int STRIDE = (PIECES | 1) * 16;                       // of rows in shared memory; odd: no bank conflicts
 constexpr int STAGE = OUTPUTS * STRIDE;
 constexpr int BLOCKS = B::HAS_MINIMUM ? 1 : 2;  // of a multiprocessor, by their registers
 
@@ -38,8 +38,10 @@ struct Place {
 DEVICE Place place_of_thread(const Weight& p) {
     const int lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
     const int n_chunks = (p.n_in / GROUP + GROUPS - 1) / GROUPS;
-    return {lane, int(threadIdx.x) / 32, n_warps, lane / 4, lane % 4, (p.n_out + OUTPUTS - 1) / OUTPUTS, n_chunks,
-            (n_chunks + n_warps - 1) / n_warps};
+    return {lane,     int(threadIdx.x) / 32,
+            n_warps,  lane / 4,
+            lane % 4, (p.n_out + OUTPUTS - 1) / OUTPUTS,
+            n_chunks, (n_chunks + n_warps - 1) / n_warps};
 }
 
 // ------------------------------------------------------------------------------------------------ copies
@@ -118,8 +120,7 @@ DEVICE void add_products(float (&sums)[4], const Group& upper, const Group& lowe
 #pragma unroll
     for (int half = 0; half < (B::TWO_SCALES ? 2 : 1); half++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            sums[i] = fmaf((i < 2 ? upper : lower).scale[half], products[half][i], sums[i]);
+        for (int i = 0; i < 4; i++) sums[i] = fmaf((i < 2 ? upper : lower).scale[half], products[half][i], sums[i]);
     if constexpr (B::HAS_MINIMUM) {
         const u32 ones[4] = {ONES, ONES, ONES, ONES};
         float totals[4] = {};
@@ -150,7 +151,8 @@ DEVICE void add_chunk(float (&sums)[TILES][4], const u8* stage, const u8* rows, 
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             const float4 v = *reinterpret_cast<const float4*>(x[i] + 64 * k);
-            const u32 columns[2][2] = {{float_as_bits(v.x), float_as_bits(v.y)}, {float_as_bits(v.z), float_as_bits(v.w)}};
+            const u32 columns[2][2] = {{float_as_bits(v.x), float_as_bits(v.y)},
+                                       {float_as_bits(v.z), float_as_bits(v.w)}};
             add_products(sums[i], above, below, columns);
         }
     }

@@ -33,8 +33,9 @@ KERNEL(THREADS, 1) pass_empty(PARAMETER Parameters p) {
     for (i64 i = threadIdx.x; i < size; i += THREADS) to[s * size + i] = from ? from[s * size + i] : number(R(0));
 }
 
-// What leaves a row of chunks for a state and channel, whose numbers of the first chunk are at `first`, and of the others
-// `size` further on. `visit` is called with each chunk on the way and what arrives at it; `used` chunks hand something on.
+// What leaves a row of chunks for a state and channel, whose numbers of the first chunk are at `first`, and of the
+// others `size` further on. `visit` is called with each chunk on the way and what arrives at it; `used` chunks hand
+// something on.
 template <typename Visit>
 DEVICE T through_chunks(const Parameters& p, i64 first, i64 size, i64 used, Visit visit) {
     constexpr int AHEAD = 8;  // chunks whose numbers are asked for at once

@@ -3,8 +3,8 @@
 // pass.
 //
 // PASS: FORWARD writes y, the last states and the saved ones. SUMMARY writes what leaves a chunk where nothing arrives,
-// the product of its decays, and the sum of d if it is asked for; REVERSE does that for the gradient of the state, with time running backwards (then w
-// is that of y before the gate, and C takes the place of B).
+// the product of its decays, and the sum of d if it is asked for; REVERSE does that for the gradient of the state, with
+// time running backwards (then w is that of y before the gate, and C takes the place of B).
 //
 // Notation. d = delta after the softplus, w = d u, a = exp(d A), h the state; a = 2^(d rate).
 //
@@ -118,8 +118,8 @@ KERNEL(THREADS, BLOCKS) scan(PARAMETER Parameters p) {
     const int groups = groups_of(p), length = int(at.end - at.begin);
     const Tiles tiles = tiles_of(p, at, length, tile_tokens);
 
-    const u8* (*places)[32] = reinterpret_cast<const u8* (*)[32]>(shared_memory());  // of each lane; see Placed
-    float* rates = reinterpret_cast<float*>(places + N_PLACED);                      // a plane for each group
+    const u8*(*places)[32] = reinterpret_cast<const u8*(*)[32]>(shared_memory());  // of each lane; see Placed
+    float* rates = reinterpret_cast<float*>(places + N_PLACED);                    // a plane for each group
     OfWarp* of_warps = reinterpret_cast<OfWarp*>(rates + p.states * BLOCK_CHANNELS);
     OfGroup* of_groups = reinterpret_cast<OfGroup*>(of_warps + warps);
     OfWarp& mine = of_warps[warp];

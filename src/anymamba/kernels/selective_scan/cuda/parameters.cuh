@@ -37,7 +37,7 @@ struct Parameters {
     i64 blocks_of_group;   // blocks of channels of a group
     i64 states, channels;  // padded
     i64 n_parts;
-    i64 first_chunk;  // of the REVERSE pass
+    i64 first_chunk;                             // of the REVERSE pass
     i64 softplus, zoh, passage, lanes, aligned;  // aligned: all rows are
     i64 dA_dtype, dD_dtype, dbias_dtype, dB_dtype, dC_dtype;
 };
