@@ -296,6 +296,13 @@ def test_less_than_one_seed(dice, tmp_path, seeds):
         run(dice, tmp_path, seeds=seeds)
 
 
+def test_seeds_where_they_change_nothing(dice, tmp_path):
+    same = replace(dice.experiment, has_seeds=False)
+    with pytest.raises(ValueError, match="dice gives the same numbers for every seed, got seeds 3; leave seeds away"):
+        run_experiment(same, "toy", tmp_path, seeds=3)
+    assert not load_experiment("zero-shot").has_seeds
+
+
 def test_an_arm_that_does_not_exist(dice, tmp_path):
     with pytest.raises(ValueError, match="unknown arm 'four'; the arms are one, two, three"):
         run(dice, tmp_path, only=["one", "four"])

@@ -169,3 +169,5 @@ class Experiment:
     """The sections of the report that are specific to the experiment, by heading: tables and sentences."""
     figures: Mapping[str, Callable[[Results], Figure | None]]
     """Charts by file name without suffix; a chart is None if nothing that it shows is measured."""
+    has_seeds: bool = True
+    """Whether another seed gives other numbers. False where arms evaluate models that exist."""

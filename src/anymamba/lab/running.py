@@ -77,12 +77,17 @@ def run_experiment(
         max_seconds: stop after this time. An arm that saves its state goes on from there with the next call; of others
             what is not finished is lost.
         failures: where an arm that fails is noted; the others are measured all the same. None: its error is raised.
-    Before anything is measured, raises ValueError for an unknown arm or if the folder holds results of other settings,
-    ImportError if matplotlib is missing, and OSError if the folder cannot be written.
+    Before anything is measured, raises ValueError for an unknown arm, for seeds where they change nothing, or if the
+    folder holds results of other settings, ImportError if matplotlib is missing, and OSError if the folder cannot be
+    written.
     """
     arms, device = experiment.arms(scale), torch.device(device)
     if seeds is not None:
         require_sizes(seeds=seeds)
+    if not experiment.has_seeds and seeds not in (None, 1):
+        raise ValueError(
+            f"{experiment.name} gives the same numbers for every seed, got seeds {seeds}; leave seeds away"
+        )
     counts = {arm.name: seeds or arm.seeds for arm in arms}
 
     def with_file(*records: Record) -> Results:

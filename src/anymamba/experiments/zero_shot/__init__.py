@@ -29,4 +29,5 @@ EXPERIMENT = Experiment(
     thresholds=thresholds,
     sections=sections,
     figures={"accuracy": accuracy},
+    has_seeds=False,
 )
