@@ -12,7 +12,8 @@ from anymamba import kernels
 FOLDER = Path(kernels.__file__).parent
 EARLY = {
     "causal_conv1d/cuda/fast.cu": ["forward", "backward", "sum_parts", "step"],
-    "fft_conv/cuda/toeplitz.cu": ["multiply", "correlate", "finish"],
+    "fft_conv/cuda/toeplitz_multiply.cu": ["multiply"],
+    "fft_conv/cuda/toeplitz_correlate.cu": ["correlate", "finish"],
     "selective_scan/cuda/fast_step.cu": ["step"],
 }
 """The kernels that these ops launch with `early=True`. Those of model_step read weights before they wait."""

@@ -1,4 +1,4 @@
-"""The long convolution by products of tiles in bfloat16 on the tensor cores of NVIDIA GPUs; toeplitz.cu has the method.
+"""The long convolution by products of tiles in bfloat16 on the tensor cores of NVIDIA GPUs; see toeplitz.cuh.
 
 Products of length^2 / 2 numbers a row and channel cost less than FFTs up to some thousand tokens. The terms of the
 filters are rounded to bfloat16, sums are in float32. Nothing here waits for the GPU, and every sum has an order of its
@@ -198,7 +198,7 @@ def padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-# ---------------------------------------------------------------------------------------------- sizes of toeplitz.cu
+# ------------------------------------------------------------------------------------------ sizes of the kernels
 
 
 def row_tiles(x: Tensor) -> int:
@@ -227,15 +227,19 @@ def most_shared_bytes(length: int) -> int:
 
 def variant(x: Tensor, kernel: str) -> nvrtc.Variant:
     """A kernel for inputs."""
-    return _variant(row_tiles(x), by_time(x), kernel)
+    return _variant(kernel, row_tiles(x), by_time(x))
 
 
 @cache
-def _variant(tiles: int, by_time: bool, kernel: str) -> nvrtc.Variant:
+def _variant(kernel: str, tiles: int, by_time: bool) -> nvrtc.Variant:
+    name = "correlate" if kernel == "finish" else kernel
     options = (("ROW_TILES", tiles), ("BY_TIME", int(by_time)))
-    return nvrtc.Variant(nvrtc.source(Path(__file__).parent / "toeplitz.cu"), kernel, options)
+    source = nvrtc.source(Path(__file__).parent / f"toeplitz_{name}.cu")
+    return nvrtc.Variant(source, kernel, () if kernel == "order" else options)
 
 
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
-    return [_variant(tiles, by_time, "multiply") for tiles, by_time in ((1, False), (2, False), (2, True))]
+    kinds = ((1, False), (2, False), (2, True))
+    others = [_variant(kernel, *kind) for kernel in ("multiply", "correlate") for kind in kinds]
+    return [_variant("order", *kinds[0]), *others]
