@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 # C++ and CUDA sources.
-COMPILED = '*.cu' '*.cuh' '*.h' '*.cpp'
+COMPILED = $(shell find csrc src tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: demo serve test test-all test-ray experiments-smoke lint format docs bench sanitize clean
 
@@ -61,12 +61,12 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	git ls-files $(COMPILED) | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/clang-format --dry-run --Werror $(COMPILED)
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	git ls-files $(COMPILED) | xargs $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(COMPILED)
 
 # The site is built from the sources: only the tools are installed for it, not the package and torch.
 $(VENV)/installed-docs: pyproject.toml constraints.txt

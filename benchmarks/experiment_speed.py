@@ -23,18 +23,17 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import anymamba
 from anymamba.experiments import load_experiment
 from anymamba.experiments.associative_recall import arms as associative_recall
-from anymamba.experiments.associative_recall.measure import labels_a_row
+from anymamba.experiments.associative_recall.measure import flops_per_token, sources
 from anymamba.experiments.induction_heads import arms as induction_heads
 from anymamba.experiments.selective_copying import arms as selective_copying
 from anymamba.experiments.selective_copying.measure import model_config
 from anymamba.lab.experiment import SCALES, Arm
 from anymamba.lab.language import PEAKS, training_flops
-from anymamba.lab.optimization import WARM_UP, Optimization, TrainingStep
+from anymamba.lab.optimization import WARM_UP, Batch, Optimization, TrainingStep
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.ops.devices import usable_device
@@ -45,31 +44,47 @@ SHARE_LIMIT = 15
 """Percent of a step that anything but products and scans may take."""
 
 
+class Shape(NamedTuple):
+    """Of a batch."""
+
+    rows: int
+    window: int
+    """Tokens of a row."""
+    labels_a_row: int | None = None
+    """As in `TrainingStep`."""
+
+
 class Training(NamedTuple):
     """What the speed of an arm depends on."""
 
     model: ModelConfig
     how: Optimization
-    window: int
-    """Tokens of a row."""
-    labels_a_row: int | None = None
-    """As in `TrainingStep`."""
+    shapes: tuple[Shape, ...]
+    """Batches of these shapes take turns."""
+    flops_per_token: float
     checkpointing: bool = False
 
 
 def training_of(arm: Arm) -> Training | None:
-    """The training of an arm; None if it does not train a language model on rows of one length."""
+    """The training of an arm; None if it does not train a language model."""
     settings = arm.settings
-    if isinstance(settings, selective_copying.Settings):
-        return Training(model_config(settings), settings.optimization, settings.task.length)
     if isinstance(settings, associative_recall.Settings):
-        return Training(settings.model, settings.optimization, settings.tasks[0].length, labels_a_row(settings))
+        pairs = zip(sources(settings), settings.tasks, strict=False)
+        shapes = tuple(Shape(source.rows, task.length, source.labels_a_row) for source, task in pairs)
+        return Training(settings.model, settings.optimization, shapes, flops_per_token(settings))
+    if isinstance(settings, selective_copying.Settings):
+        return of_one_shape(model_config(settings), settings.optimization, settings.task.length)
     if isinstance(settings, induction_heads.Settings):
-        return Training(settings.model, settings.optimization, settings.train_length)
+        return of_one_shape(settings.model, settings.optimization, settings.train_length)
     if isinstance(getattr(settings, "model", None), ModelConfig) and hasattr(settings, "window"):
-        checkpointing = getattr(settings, "checkpointing", False)
-        return Training(settings.model, settings.optimization, settings.window, checkpointing=checkpointing)
+        training = of_one_shape(settings.model, settings.optimization, settings.window)
+        return training._replace(checkpointing=getattr(settings, "checkpointing", False))
     return None
+
+
+def of_one_shape(model: ModelConfig, how: Optimization, window: int) -> Training:
+    """A training whose batches have as many rows as its settings say."""
+    return Training(model, how, (Shape(how.batch_size, window),), training_flops(model, window))
 
 
 def different(arms: list[Arm]) -> Iterator[tuple[Arm, int]]:
@@ -89,48 +104,54 @@ def measured(arm: Arm, device: torch.device, steps: int, shares: bool) -> dict[s
     assert training is not None, "different() has left out the others"
     torch.manual_seed(0)
     model = LanguageModel(training.model).to(device)
-    how, window, labels = training.how, training.window, training.labels_a_row
     model.activation_checkpointing = training.checkpointing
-    rows = torch.randint(min(256, training.model.vocab_size), (how.batch_size, window + 1), device=device)
-    batch = (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-    take = TrainingStep(model, how, labels)
-    flops = training_flops(training.model, window, 1.0 if labels is None else labels / window)
+    take = TrainingStep(model, training.how)
+    batches = [batch_of(shape, training.model, device) for shape in training.shapes]
     start = time.perf_counter()
-    seconds = seconds_a_step(take, batch, steps, device)
-    rate = how.batch_size * window / seconds
+    seconds = [seconds_a_step(take, *batch, steps, device) for batch in batches]
+    rate = sum(shape.rows * shape.window for shape in training.shapes) / sum(seconds)
     peak = next(
         (p for name, p in PEAKS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
     )
     return {
         "bytes_per_second": rate,
-        "of_peak": rate * flops / peak if peak else None,
+        "of_peak": rate * training.flops_per_token / peak if peak else None,
         "recorded": take.not_recorded is None or take.not_recorded,
-        "minutes": seconds * how.steps / 60,
-        "first_seconds": time.perf_counter() - start - seconds * steps,
+        "minutes": sum(seconds) / len(seconds) * training.how.steps / 60,
+        "first_seconds": time.perf_counter() - start - sum(seconds) * steps,
         "gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        "shares": shares_of(model, training, batch) if shares and device.type == "cuda" else None,
+        "shares": shares_of(model, training, batches) if shares and device.type == "cuda" else None,
     }
 
 
-def seconds_a_step(take: TrainingStep, batch: tuple[Tensor, Tensor], steps: int, device: torch.device) -> float:
+def batch_of(shape: Shape, model: ModelConfig, device: torch.device) -> tuple[Batch, int | None]:
+    """Random bytes, where labels are few at the first positions, and the labels of a row."""
+    rows = torch.randint(min(256, model.vocab_size), (shape.rows, shape.window + 1), device=device)
+    labels = rows[:, 1:].clone()
+    if shape.labels_a_row is not None:
+        labels[:, shape.labels_a_row :] = -100
+    return (rows[:, :-1].contiguous(), labels), shape.labels_a_row
+
+
+def seconds_a_step(take: TrainingStep, batch: Batch, labels: int | None, steps: int, device: torch.device) -> float:
     """The mean over steps that are queued one after the other, after those that compile and record."""
     for i in range(WARM_UP + 2):
-        take(batch, i + 1)
+        take(batch, i + 1, labels)
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     for i in range(steps):
-        take(batch, i + 1)
+        take(batch, i + 1, labels)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / steps
 
 
-def shares_of(model: LanguageModel, training: Training, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Percent of the kernels' time of a plain step in each group."""
-    take = TrainingStep(model, training.how, training.labels_a_row)
+def shares_of(model: LanguageModel, training: Training, batches: list[tuple[Batch, int | None]]) -> dict[str, float]:
+    """Percent of the kernels' time of a plain step of each shape in each group."""
+    take = TrainingStep(model, training.how)
     take.not_recorded = "it is profiled"
-    times = profile(lambda: take(batch, 1), 0.0)
+    times = profile(lambda: [take(batch, 1, labels) for batch, labels in batches], 0.0)
     whole = sum(times[group] for group in GROUPS)
     return {group: 100 * times[group] / whole for group in GROUPS}
 

@@ -111,6 +111,9 @@ def test_tasks_of_different_lengths_take_turns_with_as_many_queries():
         assert ids.shape == (source.rows, task.length)
         assert ((labels != -100).sum(1) == task.n_pairs).all()
     assert len(sources(settings)) == 3 and len(sources(replace(settings, tasks=TURNS[1:]))) == 1
+    small = replace(settings, optimization=replace(settings.optimization, batch_size=3))
+    with pytest.raises(ValueError, match="batch_size must give the task with the most pairs a row, got 3; raise it"):
+        sources(small)
 
 
 def test_a_set_of_rows_of_different_lengths_is_filled_up_behind_their_end():

@@ -133,7 +133,7 @@ def learn(
     sources = (Source(make, how.batch_size),) if callable(make) else make
     take_step, saving = TrainingStep(model, how), context.saving if resumable else None
     found = saving.read(model, take_step.optimizer, generator) if saving else None
-    course = restored_course(found, saving.path) if saving and found else Course()
+    course = restored_course(found, saving.path) if saving and found is not None else Course()
     had_ended, losses, score = course.ended, list[Tensor](), None
     watch = Stopwatch(context.device, course, UNTIMED * len(sources))
     model.train()
@@ -147,7 +147,8 @@ def learn(
         reads = context.device.type == "cpu" or course.step % READ_EVERY == 0
         if reads:
             judged = f", accuracy {100 * score.tokens:.1f} %" if score else ""
-            context.progress(course.step, how.steps, f"loss {losses[-1].item():.3f}{judged}")
+            loss = torch.stack(losses[-len(sources) :]).mean().item()
+            context.progress(course.step, how.steps, f"loss {loss:.3f}{judged}")
         if course.step % every == 0 or course.step == how.steps:
             course.losses += read(losses)
             watch.pause()

@@ -87,7 +87,12 @@ def read_checked(folder: Path, experiment: str, scale: Scale, arms: Sequence[Arm
         )
     settings = {arm.name: arm.settings for arm in arms}
     for record in found.records:
-        if record.arm not in settings or not same_settings(settings[record.arm], record.settings):
+        if record.arm not in settings:
+            raise ValueError(
+                f"{record.key} in {path} is no arm of {experiment} at scale {scale} in this version; choose another "
+                "folder with --out, or delete its record there"
+            )
+        if not same_settings(settings[record.arm], record.settings):
             raise ValueError(
                 f"{record.key} in {path} was measured with other settings; choose another folder with --out, or delete "
                 "its record there to measure the arm again"

@@ -15,12 +15,12 @@ from anymamba.lab.experiment import Experiment
 PROTOCOL = """
 The task of [Zoology](https://arxiv.org/abs/2312.04927). A row holds pairs of a key and a value, all different within
 the row, and then asks for each key once, at gaps that follow a power law: what must be remembered grows with the number
-of pairs, and nothing in it can be skipped. Rows are made on the fly, and a model learns from the answers alone. All
-arms of a task see the same rows and have the same optimiser (AdamW) and number of steps; tasks that are learned
-together have about as many queries of each, in every batch or, where their rows have different lengths, in batches that
-take turns. Training stops early when `enough` of the answers of a
-validation set are right. What counts is recall, the share of right answers, on test rows that neither training nor
-stopping has seen and that are the same for all arms and seeds.
+of pairs, and nothing in it can be skipped. The rest of a row is 0. Rows are made on the fly, and a model learns from
+the answers alone. All arms of a task see the same rows and have the same optimiser (AdamW) and number of steps; tasks
+that are learned together have about as many queries of each, in every batch or, where their rows have different
+lengths, in batches that take turns. Training stops early when `enough` of the answers of a validation set are right.
+What counts is recall, the share of right answers, on test rows that neither training nor stopping has seen and that are
+the same for all arms and seeds.
 
 Blocks have no MLP. Attention has two heads, rotary positions and a short convolution of width 4 on queries, keys and
 values, as Mamba has on its input: without one a first layer is spent on joining a key to its value. Where several

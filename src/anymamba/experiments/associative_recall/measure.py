@@ -80,14 +80,17 @@ def learn_at_rate(model: LanguageModel, rate: float, settings: Settings, context
 def sources(settings: Settings) -> list[Source]:
     """One source of mixed batches where all rows have one length; else one of each task, with as many queries.
 
-    `batch_size` counts the rows of the first task, which has the fewest pairs.
+    `batch_size` counts the rows of the first task, which has the fewest pairs. Raises ValueError if it is too small.
     """
     first, rows = settings.tasks[0], settings.optimization.batch_size
     if len(settings.tasks) > 1 and len({task.length for task in settings.tasks}) == 1:
         return [Source(partial(mixed_batch, settings.tasks), rows)]
+    counts = [rows * first.n_pairs // task.n_pairs for task in settings.tasks]
+    if min(counts) < 1:
+        raise ValueError(f"batch_size must give the task with the most pairs a row, got {rows}; raise it")
     return [
-        Source(partial(recall_batch, task), max(1, rows * first.n_pairs // task.n_pairs), task.n_pairs)
-        for task in settings.tasks
+        Source(partial(recall_batch, task), count, task.n_pairs)
+        for task, count in zip(settings.tasks, counts, strict=True)
     ]
 
 
