@@ -98,6 +98,17 @@ def test_mixed_dtypes():
         assert_within_budget(*(results(m, i) for m, i in ((cuda, mixed), (reference, mixed), (reference, wide))))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_is_wider_than_the_rest(dtype):
+    """The fast kernels would read its eight bytes as two."""
+    a = arguments(length=20, d_inner=8, dtype=dtype)
+    a = a._replace(bias=torch.linspace(-1, 1, 8, dtype=torch.float64))
+    wide = ConvArguments(*(t if t is None else t.double() for t in a.tensors), a.silu)
+    assert_within_budget(*(results(m, i) for m, i in ((cuda, a), (reference, a), (reference, wide))))
+    one = a._replace(x=a.x[:, :1], cu_seqlens=None)
+    assert torch.allclose(cuda.step(one)[0].float(), reference.step(one)[0].float(), rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100))
 def test_random_contracts(seed):

@@ -100,6 +100,15 @@ def test_sizes(options, fast):
     assert_close(run(inputs, fast), run(inputs, "reference"), 1e-14)
 
 
+def test_nothing_has_gradients_of_zero(backend):
+    """What is empty belongs to the graph."""
+    inputs = conv_inputs(1, 0, 3, 4, initial=False)
+    leaves = [inputs[k].requires_grad_() for k in ("x", "weight", "bias")]
+    y, last_state = causal_conv1d(**inputs, backend=backend)
+    gradients = torch.autograd.grad(y.sum() + last_state.sum(), leaves)
+    assert all(g.shape == leaf.shape and not g.any() for g, leaf in zip(gradients, leaves, strict=True))
+
+
 def test_against_torch():
     inputs = conv_inputs(activation=None, initial=False)
     want = torch.nn.functional.conv1d(

@@ -151,6 +151,16 @@ def test_empty_length_returns_the_initial_state(backend):
     assert results["dA"].abs().max() == 0
 
 
+def test_nothing_has_gradients_of_zero(backend):
+    """Also without an initial state: what is empty belongs to the graph."""
+    inputs = scan_inputs(length=0, initial=False, dtype=torch.float32)
+    leaves = [inputs[k].requires_grad_() for k in ("u", "delta", "A", "B", "C")]
+    y, last_state = selective_scan(**inputs, backend=backend)
+    assert y.requires_grad and y.shape == (2, 0, 6)
+    gradients = torch.autograd.grad(y.sum() + last_state.sum(), leaves)
+    assert all(g.shape == leaf.shape and not g.any() for g, leaf in zip(gradients, leaves, strict=True))
+
+
 @pytest.mark.parametrize("lengths", [[0], [0, 0]])
 def test_empty_sequences_only(backend, lengths):
     inputs = scan_inputs(batch=1, length=0, lengths=lengths)

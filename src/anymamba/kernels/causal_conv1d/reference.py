@@ -56,11 +56,8 @@ def step(a: ConvArguments) -> tuple[Tensor, Tensor]:
 
 def _conv(a: ConvArguments) -> tuple[Tensor, Tensor]:
     before = a.x.new_zeros(a.state_shape) if a.initial_state is None else a.initial_state.to(a.x.dtype)
-    padded = torch.cat([before, a.x], 1)
-    outputs = []
-    for t in range(a.x.shape[1]):
-        y = (padded[:, t : t + a.width].to(a.dtype) * a.weight.to(a.dtype).T).sum(1)
-        y = y if a.bias is None else y + a.bias.to(a.dtype)
-        outputs.append(F.silu(y) if a.silu else y)
-    y = torch.stack(outputs, 1) if outputs else a.x.new_zeros(a.x.shape)
-    return y.to(a.x.dtype), padded[:, a.x.shape[1] :]
+    padded, weight = torch.cat([before, a.x], 1), a.weight.to(a.dtype).T
+    sums = [(padded[:, t : t + a.width].to(a.dtype) * weight).sum(1) for t in range(a.x.shape[1])]
+    y = torch.stack(sums, 1) if sums else a.x.to(a.dtype) * weight.sum(0)  # empty, but connected to both
+    y = y if a.bias is None else y + a.bias.to(a.dtype)
+    return (F.silu(y) if a.silu else y).to(a.x.dtype), padded[:, a.x.shape[1] :]

@@ -75,13 +75,17 @@ def _scan(a: ScanArguments) -> tuple[Tensor, Tensor]:
     for t in range(a.length):
         h = decay[:, t] * h + drive[:, t]
         outputs.append(einsum(h, C[:, t], "b d n, b d n -> b d"))
-    y = torch.stack(outputs, 1) if outputs else h.new_zeros(a.batch, 0, a.d_inner)
+    if outputs:
+        y = torch.stack(outputs, 1)
+    else:  # empty, but connected to all inputs
+        nothing = decay * drive * C
+        y, h = nothing.sum(-1), h + nothing.sum(1)
     y = 2 * y.real if y.is_complex() else y  # conjugate partners are implied
     if a.D is not None:
         y = y + a.D.to(real) * x
     if a.z is not None:
         y = y * F.silu(a.z.to(real))
-    return y.to(a.u.dtype), h.clone() if a.length == 0 else h
+    return y.to(a.u.dtype), h
 
 
 def _packed_scan(a: ScanArguments) -> tuple[Tensor, Tensor]:

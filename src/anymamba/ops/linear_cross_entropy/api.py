@@ -23,7 +23,8 @@ def linear_cross_entropy(
     Args:
         x: (tokens, d_model).
         weight: (vocab, d_model), in the dtype of x unless autocast is on.
-        labels: (tokens,), integers; tokens with label -100 are not counted.
+        labels: (tokens,), integers; tokens with label -100 are not counted. Another label outside the vocabulary raises
+            IndexError or RuntimeError on a CPU; on a GPU, which is not waited for, the loss is NaN.
         backend: as in `selective_scan`.
     Returns the loss, a scalar; gradients flow to x and weight. A kernel computes the gradients in the forward pass and
     keeps (tokens + vocab) x d_model numbers for backward.

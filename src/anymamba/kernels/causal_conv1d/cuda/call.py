@@ -48,8 +48,9 @@ START = 12
 
 
 def is_fast(a: ConvArguments) -> bool:
-    """Whether the fast kernels serve."""
-    return a.width <= TAPS and a.dtype == torch.float32 and a.x.dtype in FAST_DTYPES
+    """Whether the fast kernels serve; they read numbers of at most four bytes."""
+    wide = a.bias is not None and a.bias.dtype == torch.float64
+    return a.width <= TAPS and a.dtype == torch.float32 and a.x.dtype in FAST_DTYPES and not wide
 
 
 @cache
