@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anymamba.base import files
+from anymamba.base import files, locks
 from anymamba.base.files import atomic_file, atomic_folder, own_file, own_folder, remove_folder, sweep, write_text
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="sends signals, or sets a umask, as Windows does not")
@@ -99,6 +99,20 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as info:
         write_text(tmp_path / "no" / "a.json", "")
     assert info.value.filename == str(tmp_path / "no")
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+def test_a_disk_too_full_for_the_lock_keeps_no_temporary_folder(tmp_path: Path, monkeypatch, write) -> None:
+    def full(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left") as info, write(tmp_path / "a"):
+            raise AssertionError("nothing can be written")
+    assert info.value.filename == str(tmp_path)
+    assert names(tmp_path) == {"a"} and locks._held == {}
 
 
 @posix

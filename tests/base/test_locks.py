@@ -226,6 +226,63 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     assert info.value.filename == str(tmp_path / "run")
 
 
+def full(descriptor: int, content: bytes) -> int:
+    """What os.write does on a full disk."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_lock_whose_record_cannot_be_written_is_not_held(tmp_path: Path, monkeypatch) -> None:
+    lock, descriptors = Lock(tmp_path / LOCK), []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, content: descriptors.append(descriptor) or full(0, content))
+        with pytest.raises(OSError, match="No space left"):
+            lock.try_acquire()
+    assert locks._held == {} and list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(descriptors[0])
+    assert lock.try_acquire(again=False)
+    lock.release()
+
+
+@posix
+@pytest.mark.parametrize("fails", ["flock", "stat"])
+def test_a_lock_that_cannot_be_taken_is_not_left_open(tmp_path: Path, monkeypatch, fails: str) -> None:
+    descriptors = []
+
+    def fail(*arguments: object) -> None:
+        descriptors.append(arguments[0])
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"flock": ("fcntl.flock", fail), "stat": (locks, "_is_open_file", fail)}[fails])
+        with pytest.raises(OSError, match="Input/output"):
+            Lock(tmp_path / LOCK).try_acquire()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(descriptors[0])
+    with own_folder(tmp_path, wait=0):
+        pass
+
+
+@pytest.mark.parametrize("own", [own_folder, lambda run: own_file(run / "file")], ids=["folder", "file"])
+def test_who_cannot_own_for_a_full_disk_leaves_no_folder(tmp_path: Path, monkeypatch, own) -> None:
+    (tmp_path / "old").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        for name in ("new", "old"):
+            with pytest.raises(OSError, match="No space left"), own(tmp_path / name):
+                raise AssertionError("owned")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+def test_a_record_that_is_written_in_parts_is_whole(tmp_path: Path, monkeypatch) -> None:
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:7]))
+        assert Lock(tmp_path / LOCK).try_acquire()
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    Lock(tmp_path / LOCK).release()
+
+
 def test_files_have_owners_too(tmp_path: Path) -> None:
     with own_file(tmp_path / "a.gguf"), own_file(tmp_path / "b.gguf"):
         with ThreadPoolExecutor(1) as pool, pytest.raises(InUseError, match=r"a\.gguf is in use"):

@@ -36,6 +36,15 @@ def require_utf8(path: Path) -> None:
         raise ValueError(f"the name {str(path)!r} is not valid UTF-8, which is needed here; rename it") from None
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors of the operating system name this path, not a temporary one or a lock in it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 # ------------------------------------------------------------------------------------------------------------ owning
 
 
@@ -52,10 +61,8 @@ def own_folder(folder: Path, *, wait: float | None = SHORT) -> Iterator[None]:
     Raises InUseError, naming the owner, if there is another one; OSError if the folder cannot be written.
     """
     lock = Lock(folder / LOCK)
-    try:
+    with _naming(folder):
         made = _take(lock, folder, folder, wait)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
     try:
         sweep(folder)
         sweep(folder.absolute().parent, folder.absolute().name)
@@ -91,11 +98,17 @@ def _take(lock: Lock, folder: Path, what: Path, wait: float | None) -> bool:
     """Acquire a lock in a folder, which is made if it does not exist; return whether it was made. Others may remove the
     folder at any time until the lock is held."""
     made = False
-    while True:
-        made = _make(folder) or made
-        with suppress(FileNotFoundError):  # the last owner has just removed it
-            lock.acquire(what, wait)
-            return made
+    try:
+        while True:
+            made = _make(folder) or made
+            with suppress(FileNotFoundError):  # the last owner has just removed it
+                lock.acquire(what, wait)
+                return made
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _make(folder: Path) -> bool:
@@ -188,16 +201,18 @@ def _workplace(path: Path) -> Iterator[tuple[Path, int]]:
     sweep(path.parent, path.name)
     while True:
         place = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
-        try:
+        with _naming(path.parent):
             place.mkdir()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path.parent)) from error
         lock = Lock(place / LOCK)
         try:
-            if lock.try_acquire(again=False):
-                break
+            with _naming(path.parent):
+                if lock.try_acquire(again=False):
+                    break
         except FileNotFoundError:  # another process swept it before it was locked
             continue
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
     try:
         yield place, stat.S_IMODE(lock.path.stat().st_mode)
     finally:

@@ -81,7 +81,8 @@ class Lock:
 
         Args:
             again: whether a thread that holds the lock may take it again; it then releases it as often.
-        Raises OSError if the file cannot be opened, FileNotFoundError if its folder does not exist.
+        Raises OSError if the file cannot be opened or written, FileNotFoundError if its folder does not exist. The lock
+        is not held then.
         """
         with _guard:
             held = _held.get(str(self.path))
@@ -94,7 +95,11 @@ class Lock:
             if descriptor is None:
                 return False
             _held[str(self.path)] = _Held(descriptor, threading.get_ident())
-            _write_record(descriptor)
+            try:
+                _write_record(descriptor)
+            except BaseException:  # the disk is full, say
+                self.release()
+                raise
             return True
 
     def acquire(self, what: Path, wait: float | None = 0.0) -> None:
@@ -125,9 +130,9 @@ class Lock:
             held.depth -= 1
             if held.depth == 0:
                 self.remove_file()
+                del _held[str(self.path)]
                 if held.descriptor is not None:
                     os.close(held.descriptor)
-                del _held[str(self.path)]
 
     def remove_file(self) -> None:
         """Remove the file of a lock that this process holds, so that its folder can be removed.
@@ -142,9 +147,10 @@ class Lock:
             held.descriptor = None
             with suppress(OSError):  # another process has opened it
                 self.path.unlink()
-        elif _is_open_file(held.descriptor, self.path):
+        else:
             with suppress(OSError):
-                self.path.unlink()
+                if _is_open_file(held.descriptor, self.path):
+                    self.path.unlink()
 
     def remove_abandoned(self) -> None:
         """Remove the file if it was left by a process that was killed. Lock files of other programs are not touched."""
@@ -195,12 +201,18 @@ def _open_locked(path: Path) -> int | None:
             if sys.platform == "win32" and path.parent.is_dir():
                 return None  # the holder is removing it
             raise
-        if not _lock(descriptor, path):
+        try:
+            locked = _lock(descriptor, path)
+            removed = locked and sys.platform != "win32" and not _is_open_file(descriptor, path)
+        except BaseException:
             os.close(descriptor)
-            return None
-        if sys.platform == "win32" or _is_open_file(descriptor, path):
+            raise
+        if locked and not removed:
             return descriptor
-        os.close(descriptor)  # the last holder removed it before this process locked it
+        os.close(descriptor)
+        if not removed:
+            return None
+        # The last holder removed the file before this process locked it: try again with a new one.
 
 
 def _lock(descriptor: int, path: Path) -> bool:
@@ -238,7 +250,9 @@ def _is_open_file(descriptor: int, path: Path) -> bool:
 def _write_record(descriptor: int) -> None:
     os.ftruncate(descriptor, 0)
     os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, json.dumps(asdict(Holder.this_process())).encode("utf-8", "replace"))
+    record = json.dumps(asdict(Holder.this_process())).encode("utf-8", "replace")
+    while record:  # a disk that is nearly full takes a part of it
+        record = record[os.write(descriptor, record) :]
 
 
 def _read_record(path: Path) -> Holder | None:
