@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import multiprocessing
 import os
 import re
+import sys
+import threading
 import types
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from anymamba.base import optional
+from anymamba.ops import dispatch
 from anymamba.runtimes import cubins, nvrtc
 
 SOURCE = nvrtc.Source("one.cu", '#include "one.cuh"\nextern "C" __global__ void one(float* x) { *x = ONE; }', ())
@@ -161,27 +167,34 @@ class Bindings:
 
     def __init__(self, monkeypatch, **modules):
         def import_module(name):
-            found = modules.get(name.rpartition(".")[2], ImportError(name))
+            if not name.startswith("cuda.bindings."):
+                return importlib.import_module(name)
+            found = modules.get(name.rpartition(".")[2], ModuleNotFoundError(f"No module named {name!r}", name=name))
             if isinstance(found, Exception):
                 raise found
             return found
 
-        monkeypatch.setattr(nvrtc, "importlib", types.SimpleNamespace(import_module=import_module))
-        functions = (
-            nvrtc._compiler,
-            nvrtc._driver,
-            nvrtc._reason,
-            nvrtc._refuses_gpu,
-            nvrtc.version,
-            nvrtc.architecture,
-            nvrtc.device,
-        )
-        self.caches = [f for f in functions if hasattr(f, "cache_clear")]
+        monkeypatch.setattr(optional, "importlib", types.SimpleNamespace(import_module=import_module))
+        self.caches = caches()
         self.clear()
 
     def clear(self):
         for function in self.caches:
             function.cache_clear()
+
+
+def caches():
+    """What this process knows about the machine."""
+    functions = (
+        nvrtc._compiler,
+        nvrtc._driver,
+        nvrtc._reason,
+        nvrtc._refuses_gpu,
+        nvrtc.version,
+        nvrtc.architecture,
+        nvrtc.device,
+    )
+    return [f for f in functions if hasattr(f, "cache_clear")]
 
 
 @pytest.fixture
@@ -212,6 +225,84 @@ def test_without_bindings_the_package_is_named(bindings):
     assert 'pip install "cuda-bindings==' in nvrtc.reason() and "nvidia-cuda-nvrtc" in nvrtc.reason()
     with pytest.raises(RuntimeError, match="cuda-bindings is not installed"):
         nvrtc.compile_anew(VARIANT, 90)
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A folder that is searched first, as that of a script is; nothing called cuda has been imported."""
+    known = [name for name in sys.modules if name.partition(".")[0] == "cuda"]
+    with monkeypatch.context() as patch:
+        for name in known:
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(str(tmp_path))
+        for function in caches():
+            function.cache_clear()
+        yield tmp_path
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
+            del sys.modules[name]  # `patch` puts back what was there before
+    for function in caches():
+        function.cache_clear()
+
+
+def missing(name):
+    return ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize("error", [missing("cuda"), missing("cuda.bindings"), "the module"], ids=str)
+@pytest.mark.parametrize("module", ["nvrtc", "driver"])
+def test_not_installed_is_said_of_a_package_that_is_not_there(module, error, bindings):
+    error = missing(f"cuda.bindings.{module}") if error == "the module" else error
+    bindings(**{module: error})
+    found = nvrtc._compiler() if module == "nvrtc" else nvrtc._driver()
+    assert re.fullmatch(r'the package cuda-bindings is not installed; pip install "cuda-b.*nvidia-cuda-nvrtc.*', found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libstdc++.so.6: version GLIBCXX_3.4.32 not found\nand much more"),
+        missing("numpy"),
+        missing("cuda.bindings.cynvrtc"),
+        missing("cuda.bin"),
+        RuntimeError("a setting is wrong\nand much more"),
+        OSError(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("module", ["nvrtc", "driver"])
+def test_bindings_that_cannot_be_imported_say_why(module, error, bindings):
+    bindings(**{module: error})
+    found = nvrtc._compiler() if module == "nvrtc" else nvrtc._driver()
+    line = str(error).partition("\n")[0] or "OSError"
+    assert found.startswith(f"the package cuda-bindings cannot be imported ({line}); install what it lacks")
+    assert "not installed" not in found and "pip install --force-reinstall" in found and "\n" not in found
+
+
+@pytest.mark.parametrize("content", ["x = 1", "raise SystemExit('the script ran twice')"])
+def test_a_script_called_cuda_is_named_and_not_run(content, script):
+    (script / "cuda.py").write_text(content)
+    for found in (nvrtc.cannot_compile(), nvrtc._driver()):
+        assert found.startswith(f"{script / 'cuda.py'} is found in place of the package cuda-bindings")
+        assert found.endswith("rename it")
+    assert "cuda" not in sys.modules
+
+
+def test_a_script_called_cuda_that_was_imported_is_named(script, monkeypatch):
+    (script / "cuda.py").write_text("")
+    monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+    sys.modules["cuda"].__file__ = str(script / "cuda.py")
+    assert nvrtc.cannot_compile().startswith(f"{script / 'cuda.py'} is found in place of")
+
+
+def test_bindings_that_raise_while_they_are_imported_are_told_in_the_report(script, monkeypatch):
+    (script / "cuda" / "bindings").mkdir(parents=True)
+    for name in ("__init__.py", "bindings/__init__.py"):
+        (script / "cuda" / name).write_text("")
+    (script / "cuda" / "bindings" / "nvrtc.py").write_text("raise RuntimeError('no such release')")
+    monkeypatch.setattr(torch.version, "hip", None)
+    lines = [line for line in dispatch.report("cuda") if line.backend == "cuda"]
+    assert lines and not any(line.available for line in lines)
+    assert all("cuda-bindings cannot be imported (no such release)" in line.reason for line in lines)
 
 
 def test_without_the_library_its_package_is_named(bindings):
@@ -287,6 +378,18 @@ def test_a_gpu_is_refused_by_name_and_others_serve(gpus):
     assert nvrtc.reason() == nvrtc.refuses_gpu(0)
 
 
+def test_the_report_says_which_gpus_are_refused(gpus):
+    def words() -> set[str]:
+        return {line.reason for line in dispatch.report("cuda") if line.backend == "cuda" and line.available}
+
+    gpus(75, 90, 60)
+    (found,) = words()
+    assert all(f"; not on cuda:{i} ({nvrtc.refuses_gpu(i)})" in found for i in (0, 2)) and "cuda:1" not in found
+    gpus(90, 90)
+    (found,) = words()
+    assert found.startswith("CUDA C++: NVRTC 13.0, compiled kernels") and "not on" not in found
+
+
 def test_a_driver_of_an_older_cuda_is_said_before_anything_is_compiled(gpus):
     gpus(90, cuda=12080)
     assert re.search(r"driver is for CUDA 12\.8 and does not run what NVRTC 13\.0 .* newer driver", nvrtc.reason())
@@ -337,17 +440,124 @@ def test_a_gpu_too_old_or_too_new_is_said(capability, words, bindings):
     assert str(capability / 10) in nvrtc._no_architecture(capability)
 
 
-def test_a_driver_too_old_for_the_compiler_is_said(bindings):
-    bindings(nvrtc=compiler())
-    old, success = types.SimpleNamespace(name="CUDA_ERROR_UNSUPPORTED_PTX_VERSION"), object()
-    kernel = object.__new__(nvrtc.Kernel)
-    kernel._driver = types.SimpleNamespace(
-        CUresult=types.SimpleNamespace(CUDA_SUCCESS=success),
-        cuModuleLoadData=lambda cubin: (old, None),
-        cuDriverGetVersion=lambda: (success, 12040),
-    )
-    with pytest.raises(RuntimeError, match=r"the driver is for CUDA 12\.4, install one at least as new.*portable"):
-        kernel._load(CUBIN, VARIANT, 120)
+class Launching(Driver):
+    """A driver that also loads and launches kernels of one GPU."""
+
+    def __init__(self, loads: str = "CUDA_SUCCESS", gets: str = "CUDA_SUCCESS", cuda: int = 13000) -> None:
+        super().__init__([90], cuda)
+        self.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+        name = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
+        self.CUfunction_attribute = types.SimpleNamespace(**{name: name})
+        self.loads, self.gets, self.mode, self.allowed, self.n_set = loads, gets, "global", 48 << 10, 0
+
+    def status(self, name):
+        success = self.CUresult.CUDA_SUCCESS
+        return success if name == success.name else types.SimpleNamespace(name=name)
+
+    def cuCtxGetCurrent(self):
+        return self.status("CUDA_SUCCESS"), 1
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        before, self.mode = self.mode, mode
+        return self.status("CUDA_SUCCESS"), before
+
+    def cuModuleLoadData(self, cubin):
+        return self.status(self.loads), None
+
+    def cuModuleGetFunction(self, module, name):
+        return self.status(self.gets), None
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.allowed, self.n_set = value, self.n_set + 1
+        return (self.status("CUDA_SUCCESS"),)
+
+    def cuLaunchKernel(self, function, *sizes_and_more):
+        return (self.status("CUDA_SUCCESS" if sizes_and_more[6] <= self.allowed else "CUDA_ERROR_INVALID_VALUE"),)
+
+
+@pytest.fixture
+def made(bindings, monkeypatch):
+    """Makes a kernel of a driver that stands in for NVIDIA's."""
+
+    def make(driver: Launching) -> nvrtc.Kernel:
+        bindings(nvrtc=compiler(), driver=driver)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: types.SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(nvrtc, "_raw_stream", lambda index: 0)
+        monkeypatch.setattr(nvrtc, "_thread", threading.local())
+        return nvrtc.Kernel(VARIANT, 0, CUBIN)
+
+    return make
+
+
+def test_a_driver_too_old_for_the_compiler_is_said(made):
+    with pytest.raises(
+        RuntimeError, match=r"by NVRTC 13\.0 .*is for CUDA 12\.4, install one at least as new.*portable"
+    ):
+        made(Launching(loads="CUDA_ERROR_UNSUPPORTED_PTX_VERSION", cuda=12040))
+
+
+def test_a_full_gpu_is_said_and_not_blamed_on_the_driver(made):
+    with pytest.raises(
+        RuntimeError, match=r"the memory of cuda:0 is full.*one\.cu.*OUT_OF_MEMORY.*; free some"
+    ) as error:
+        made(Launching(loads="CUDA_ERROR_OUT_OF_MEMORY"))
+    assert "install" not in str(error.value)
+
+
+@pytest.mark.parametrize("fails", ["loads", "gets", None])
+def test_the_capture_mode_of_a_thread_is_put_back(fails, made):
+    driver = Launching(**({fails: "CUDA_ERROR_INVALID_IMAGE"} if fails else {}))
+    with pytest.raises(RuntimeError, match="INVALID_IMAGE") if fails else nullcontext():
+        made(driver)
+    assert driver.mode == "global"
+
+
+def test_threads_may_launch_a_kernel_with_different_shared_memory(made):
+    """While the driver allows one thread more, another asks for less."""
+    small, large = 60000, 120000
+    driver = Launching()
+    kernel = made(driver)
+    allowed, go_on = threading.Event(), threading.Event()
+    set_attribute, launched, errors = driver.cuFuncSetAttribute, [], []
+
+    def slowly(function, attribute, value):
+        status = set_attribute(function, attribute, value)
+        if value == large and not allowed.is_set():
+            allowed.set()
+            go_on.wait(10)
+        return status
+
+    def launch(shared):
+        try:
+            kernel.launch(1, 32, shared, bytes(8))
+            launched.append(shared)
+        except RuntimeError as error:
+            errors.append(error)
+
+    driver.cuFuncSetAttribute = slowly
+    threads = [threading.Thread(target=launch, args=(shared,)) for shared in (large, small)]
+    threads[0].start()
+    assert allowed.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)  # without a lock it ends here
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    launch(large)
+    assert not errors and sorted(launched) == [small, large, large]
+    assert driver.allowed == large and driver.n_set == 1
+
+
+def test_shared_memory_is_asked_for_once_and_without_waiting(made, monkeypatch):
+    driver = Launching()
+    kernel = made(driver)
+    for shared in (100, 48 << 10, 60000, 50000, 60000):
+        kernel.launch(1, 32, shared, bytes(8))
+    assert driver.n_set == 1
+    monkeypatch.setattr(nvrtc, "_shared_lock", None)  # nothing is to be set, so no lock is taken
+    kernel.launch(1, 32, 60000, bytes(8))
 
 
 # ------------------------------------------------------------------------------------------------- the compiler itself

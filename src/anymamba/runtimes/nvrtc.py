@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
 import re
 import threading
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from anymamba.base.optional import first_line, imported
 from anymamba.runtimes import cubins
 from anymamba.runtimes.cubins import cache_folder
 
@@ -32,11 +32,11 @@ HEADERS = Path(__file__).parent / "cuda"
 """What the kernels of all ops share."""
 
 
-def _install() -> str:
-    """The command that installs the compiler, of the CUDA version that torch was built for."""
+def _requirements() -> str:
+    """What `pip install` takes to install the compiler, of the CUDA version that torch was built for."""
     major = (torch.version.cuda or "13").partition(".")[0]
     library = f"nvidia-cuda-nvrtc-cu{major}" if int(major) < 13 else f"nvidia-cuda-nvrtc=={major}.*"
-    return f'pip install "cuda-bindings=={major}.*" "{library}"'
+    return f'"cuda-bindings=={major}.*" "{library}"'
 
 
 class Source(NamedTuple):
@@ -102,34 +102,34 @@ def included(text: str) -> list[str]:
 @cache
 def _compiler() -> Any:
     """The module cuda.bindings.nvrtc, or in words why it does not work."""
-    try:
-        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    except ImportError:
-        return f"the package cuda-bindings is not installed; {_install()}"
+    nvrtc = _bindings("nvrtc")
+    if isinstance(nvrtc, str):
+        return nvrtc
     try:
         _check_nvrtc(nvrtc, nvrtc.nvrtcVersion())
     except Exception as error:  # what a missing library raises depends on the version of cuda-bindings
-        return f"NVRTC cannot be loaded ({_first_line(error)}); {_install()}"
+        return f"NVRTC cannot be loaded ({first_line(error)}); pip install {_requirements()}"
     return nvrtc
 
 
 @cache
 def _driver() -> Any:
     """The module cuda.bindings.driver, or in words why it does not work."""
+    driver = _bindings("driver")
+    if isinstance(driver, str):
+        return driver
     try:
-        driver = importlib.import_module("cuda.bindings.driver")
         (status,) = driver.cuInit(0)
-    except ImportError:
-        return f"the package cuda-bindings is not installed; {_install()}"
     except Exception as error:
-        return f"there is no NVIDIA driver ({_first_line(error)}); install one that fits torch.version.cuda"
+        return f"there is no NVIDIA driver ({first_line(error)}); install one that fits torch.version.cuda"
     if status != driver.CUresult.CUDA_SUCCESS:
         return f"the NVIDIA driver does not start ({status.name}); install one that fits torch.version.cuda"
     return driver
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _bindings(name: str) -> Any:
+    """A module of cuda.bindings, or in words why it cannot be imported."""
+    return imported(f"cuda.bindings.{name}", "cuda-bindings", _requirements())
 
 
 def cannot_compile() -> str | None:
@@ -163,8 +163,7 @@ def _old_driver() -> str | None:
     if status == driver.CUresult.CUDA_SUCCESS and newest // 1000 < version()[0]:
         return (
             f"the NVIDIA driver is for CUDA {newest // 1000}.{newest % 1000 // 10} and does not run what "
-            f"NVRTC {'.'.join(map(str, version()))} compiles; install a newer driver, or a torch built for "
-            f"CUDA {newest // 1000}"
+            f"NVRTC {_version_in_words()} compiles; install a newer driver, or a torch built for CUDA {newest // 1000}"
         )
     return None
 
@@ -222,6 +221,10 @@ def version() -> tuple[int, int]:
     return _check_nvrtc(nvrtc, nvrtc.nvrtcVersion())
 
 
+def _version_in_words() -> str:
+    return ".".join(map(str, version()))
+
+
 @cache
 def architecture(capability: int) -> int:
     """The newest architecture that NVRTC knows and whose cubins a GPU of a compute capability runs.
@@ -233,20 +236,21 @@ def architecture(capability: int) -> int:
     names = known[0] if known else count
     fitting = [a for a in names if a // 10 == capability // 10 and a <= capability]
     if not fitting:
-        found = ".".join(map(str, version()))
         raise RuntimeError(
-            f"NVRTC {found} cannot compile for compute capability {capability / 10}; "
+            f"NVRTC {_version_in_words()} cannot compile for compute capability {capability / 10}; "
             "install a torch that was built for a newer CUDA"
         )
     return max(fitting)
 
 
 def description() -> str:
-    """The compiler's version and where compiled kernels are kept, or what is missing."""
+    """The compiler's version, where compiled kernels are kept and which GPUs are refused, or what is missing."""
     if cannot_compile():
         return str(cannot_compile())
     where = f"kept in {cache_folder()}" if cubins.can_keep() else f"not kept: {cache_folder()} cannot be written"
-    return f"NVRTC {'.'.join(map(str, version()))}, compiled kernels {where}"
+    refused = {} if reason() else {i: refuses_gpu(i) for i in range(torch.cuda.device_count())}
+    exceptions = (f"; not on cuda:{i} ({why})" for i, why in refused.items() if why is not None)
+    return f"NVRTC {_version_in_words()}, compiled kernels {where}{''.join(exceptions)}"
 
 
 # ------------------------------------------------------------------------------------------------ compiling
@@ -289,7 +293,8 @@ def compile_anew(variant: Variant, architecture: int, *flags: str) -> tuple[byte
         _check_nvrtc(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
         said = log.decode(errors="replace").rstrip("\0 \n")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(f"NVRTC {version()} cannot compile {variant.source.name} for sm_{architecture}:\n{said}")
+            what = f"{variant.source.name} for sm_{architecture}"
+            raise RuntimeError(f"NVRTC {_version_in_words()} cannot compile {what}:\n{said}")
         size = _check_nvrtc(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
         cubin = _buffer(size)
         _check_nvrtc(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
@@ -320,6 +325,7 @@ def _check_nvrtc(nvrtc: Any, result: tuple[Any, ...], unpack: bool = True) -> An
 
 
 _thread = threading.local()  # has_context: whether a context is current in a thread
+_shared_lock = threading.Lock()  # for how much shared memory blocks of kernels may have
 
 # A private function of torch that makes no object of the stream: a third of what a launch costs.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
@@ -340,9 +346,11 @@ class Kernel:
             relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # a graph may be captured meanwhile
             self._enter()
             before = self._check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
-            self._module = self._load(cubin, variant, target)
-            self._function = self._check(driver.cuModuleGetFunction(self._module, variant.kernel.encode()))
-            self._check(driver.cuThreadExchangeStreamCaptureMode(before))
+            try:
+                self._module = self._load(cubin, variant, target)
+                self._function = self._check(driver.cuModuleGetFunction(self._module, variant.kernel.encode()))
+            finally:  # unchecked: an error of this would hide the first one
+                driver.cuThreadExchangeStreamCaptureMode(before)
         self._shared = 48 << 10  # what a block gets without asking
 
     def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes, early: bool = False) -> None:
@@ -361,9 +369,7 @@ class Kernel:
         if not getattr(_thread, "has_context", False):
             self._enter()
         if shared > self._shared:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._check(driver.cuFuncSetAttribute(self._function, attribute, shared))
-            self._shared = shared
+            self._allow(shared)
         content = ctypes.create_string_buffer(parameters, len(parameters))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(content))
         stream = _raw_stream(self._index)
@@ -378,6 +384,14 @@ class Kernel:
         )
         return None
 
+    def _allow(self, shared: int) -> None:
+        """Let blocks have more shared memory. Without the lock, a thread that needs less could set less afterwards."""
+        attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        with _shared_lock:
+            if shared > self._shared:
+                self._check(self._driver.cuFuncSetAttribute(self._function, attribute, shared))
+                self._shared = shared  # last: other threads read it without the lock
+
     def _enter(self) -> None:
         """Give this thread torch's context where it has none, as threads of autograd may."""
         status, context = self._driver.cuCtxGetCurrent()
@@ -388,14 +402,19 @@ class Kernel:
 
     def _load(self, cubin: bytes, variant: Variant, target: int) -> Any:
         status, module = self._driver.cuModuleLoadData(cubin)
-        if status != self._driver.CUresult.CUDA_SUCCESS:
-            _, newest = self._driver.cuDriverGetVersion()
+        if status == self._driver.CUresult.CUDA_SUCCESS:
+            return module
+        if status.name == "CUDA_ERROR_OUT_OF_MEMORY":
             raise RuntimeError(
-                f"the NVIDIA driver cannot load {variant.source.name} compiled for sm_{target} by NVRTC {version()} "
-                f"({status.name}); the driver is for CUDA {newest // 1000}.{newest % 1000 // 10}, install one at least "
-                'as new as NVRTC, or take backend "portable"'
+                f"the memory of cuda:{self._index} is full, so the NVIDIA driver cannot load {variant.source.name} "
+                f"({status.name}); free some, with torch.cuda.empty_cache() or by ending other processes on this GPU"
             )
-        return module
+        _, newest = self._driver.cuDriverGetVersion()
+        raise RuntimeError(
+            f"the NVIDIA driver cannot load {variant.source.name} compiled for sm_{target} by NVRTC "
+            f"{_version_in_words()} ({status.name}); the driver is for CUDA {newest // 1000}.{newest % 1000 // 10}, "
+            'install one at least as new as NVRTC, or take backend "portable"'
+        )
 
     def _check(self, result: tuple[Any, ...]) -> Any:
         status, *values = result
