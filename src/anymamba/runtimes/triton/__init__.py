@@ -9,12 +9,16 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
+import sysconfig
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from anymamba.base.optional import imported
 
 OLDEST = (7, 0)
 """Compute capability of NVIDIA GPUs from which Triton compiles."""
@@ -34,17 +38,50 @@ def unavailable(device_type: str) -> str | None:
         return "it serves tensors on a GPU, and CPU tensors only with TRITON_INTERPRET=1, for tests"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install triton"
-    if interpreted():
-        return None if device_type == "cpu" else "TRITON_INTERPRET is set, which is for CPU tensors; unset it"
-    return _no_compiler()
+    if not interpreted():
+        return _no_compiler() or _no_header() or _not_importable()
+    return _not_importable() if device_type == "cpu" else "TRITON_INTERPRET is set, which is for CPU tensors; unset it"
+
+
+# The same as torch.compiler.assume_constant_result, which would import the compiler and take two seconds.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _not_importable() -> str | None:
+    """Asked last, because importing takes time."""
+    found = imported("triton.language", "triton", "triton")
+    return found if isinstance(found, str) else None
 
 
 def _no_compiler() -> str | None:
-    """Triton builds a small launcher in C at first use."""
-    names = (os.environ.get("CC", ""), "gcc", "clang")
-    if any(name and shutil.which(name) for name in names):
+    """Triton builds a small launcher in C at first use. CC is one program to it, also if it is empty or has spaces."""
+    given = os.environ.get("CC")
+    if given is None:
+        found = shutil.which("gcc") or shutil.which("clang")
+        return None if found else "Triton needs a C compiler for its launcher; install gcc, or set CC"
+    if shutil.which(given):
         return None
-    return "Triton needs a C compiler for its launcher; install gcc, or set CC"
+    return (
+        f"Triton builds its launcher with the program that CC names, and there is none called {given!r}; "
+        "set CC to the name or path of a C compiler, without arguments, or unset it and install gcc"
+    )
+
+
+@cache
+def _no_header() -> str | None:
+    """The launcher includes Python.h, which distributions of Linux have in a package of its own."""
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's; Triton does the same
+    folder = sysconfig.get_paths(scheme)["include"]
+    of_compiler = os.pathsep.join(os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")).split(os.pathsep)
+    if any(each and os.path.isfile(os.path.join(each, "Python.h")) for each in (folder, *of_compiler)):
+        return None
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return (
+        f"Triton needs Python.h for its launcher, and {folder} does not have it; install the headers of this Python, "
+        f"for example with apt install {package} or dnf install python3-devel"
+    )
 
 
 def refuses(device: torch.device, tensors: tuple[Tensor | None, ...]) -> str | None:

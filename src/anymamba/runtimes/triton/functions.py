@@ -85,6 +85,12 @@ def load(place, inside, WHOLE: tl.constexpr):
 
 @triton.jit
 def store(place, value, inside, WHOLE: tl.constexpr):
+    """Put a value of any dtype at `place`, where `inside` says so; WHOLE: all is inside.
+
+    From float64 to bfloat16 it goes through float32, as in torch: the interpreter makes a direct cast one of integers.
+    """
+    if value.dtype == tl.float64 and place.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)
     if WHOLE:
         tl.store(place, value.to(place.dtype.element_ty))
     else:

@@ -10,7 +10,7 @@ from its initial state. R is the dtype of sums.
 import triton
 import triton.language as tl
 
-from anymamba.runtimes.triton.functions import sigmoid
+from anymamba.runtimes.triton.functions import sigmoid, store
 
 NUMBERS = (
     *("x_row", "x_token", "dy_row", "dy_token", "w_channel", "w_tap"),
@@ -88,7 +88,7 @@ def forward(
     if SILU:
         total = total * sigmoid(total, False)
     place = y + (row * length + t[:, None]) * d_inner + channel[None, :]
-    tl.store(place, total.to(y.dtype.element_ty), mask=ok_t[:, None] & ok_c[None, :])
+    store(place, total, ok_t[:, None] & ok_c[None, :], False)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -132,7 +132,7 @@ def inputs(
     place = dlast + (sequence * (WIDTH - 1) + j)[:, None] * d_inner + channel[None, :]
     total += tl.load(place, mask=ok, other=0).to(g.dtype.element_ty)
     place = dx + (row * length + t[:, None]) * d_inner + channel[None, :]
-    tl.store(place, total.to(dx.dtype.element_ty), mask=ok_t[:, None] & ok_c[None, :])
+    store(place, total, ok_t[:, None] & ok_c[None, :], False)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -211,4 +211,4 @@ def initial_states(
         place = dlast + (sequence * (WIDTH - 1) + j) * d_inner + channel
         total += tl.load(place, mask=inside & (j >= 0), other=0).to(R)
         place = dinitial + (sequence * (WIDTH - 1) + m) * d_inner + channel
-        tl.store(place, total.to(dinitial.dtype.element_ty), mask=inside)
+        store(place, total, inside, False)

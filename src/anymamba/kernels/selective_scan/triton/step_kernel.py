@@ -9,7 +9,7 @@ read and written in the order of its memory.
 import triton
 import triton.language as tl
 
-from anymamba.runtimes.triton.functions import LN2, LOG2E, exp2, expm1_ratio, sigmoid, softplus
+from anymamba.runtimes.triton.functions import LN2, LOG2E, exp2, expm1_ratio, sigmoid, softplus, store
 
 NUMBERS = ("u_row", "delta_row", "z_row", "d_inner", "d_state", "per_group", "n_groups")
 
@@ -54,4 +54,4 @@ def step(
     if z is not None:
         gate = tl.load(z + row * z_row + channel, mask=inside, other=0).to(R)
         total = total * (gate * sigmoid(gate, FAST))
-    tl.store(y + row * d_inner + channel, total.to(y.dtype.element_ty), mask=inside)
+    store(y + row * d_inner + channel, total, inside, False)
