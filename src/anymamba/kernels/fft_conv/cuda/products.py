@@ -30,7 +30,6 @@ LONGEST = 4096
 MOST_OF_ROW = 4096
 """Most tokens for each row, counting rows up to a multiple of 8: products of zeros cost as much as others."""
 
-
 CHANNELS, SHARES = 4, 2
 """Channels of a block of `multiply`, and the warps of a channel."""
 CHUNK = 128
