@@ -155,6 +155,32 @@ def test_jobs_end_with_the_command(tmp_path, number):
         time.sleep(0.05)
 
 
+CHILD = """
+import multiprocessing, signal
+from anymamba.lab.jobs import _without_ctrl_c
+
+def blocked(writer):
+    writer.send(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    with _without_ctrl_c():
+        process = context.Process(target=blocked, args=(writer,))
+        process.start()
+    print(reader.recv())
+    process.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="this system has no masks of signals")
+def test_the_first_process_that_starts_never_gets_ctrl_c(tmp_path):
+    """Starting it also starts multiprocessing's own process, which unblocks the signal."""
+    (tmp_path / "main.py").write_text(CHILD)
+    done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_the_verb(tmp_path: Path, capsys):
     words = ["experiment", "selective-copying", "--scale", "toy", "--out", str(tmp_path), "--device", "cpu"]
     words += ["--arms", *(arm.name for arm in load_experiment("selective-copying").arms("toy")[:2])]
