@@ -34,8 +34,9 @@ DEVICE int octet_at(const Parameters& p, int place) { return p.adjoint ? octets(
 struct Block {
     int channel, row, tile, start;  // inputs before `start` are further away than the filter has taps
 
-    DEVICE Block(const Parameters& p, int index) {
-        const int across = int(p.width + CHANNELS - 1) / CHANNELS, down = int(p.padded_rows) / ROWS;
+    explicit DEVICE Block(const Parameters& p) {
+        const int index = int(blockIdx.x), across = int(p.width + CHANNELS - 1) / CHANNELS,
+                  down = int(p.padded_rows) / ROWS;
         const int n_tiles = int(p.n_tiles);
         const int place = p.near ? index / n_tiles : index % (across * down);
         channel = place % across * CHANNELS, row = place / across * ROWS;
@@ -197,6 +198,26 @@ struct alignas(2 * CHANNELS) AtTime {
 };
 
 // A thread has one time of all rows.
+template <bool ALIGNED>
+DEVICE void write_time(const u16* from, u16* to, const Parameters& p, int n_rows, int n_channels) {
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        if (row >= n_rows) break;
+        const AtTime found = *reinterpret_cast<const AtTime*>(from + row * OUTPUT_ROW);
+        AtTime words;
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) words.of[i] = found.of[turned(i, row)];
+        if constexpr (ALIGNED) {
+            *reinterpret_cast<AtTime*>(to) = words;
+        } else {
+#pragma unroll
+            for (int c = 0; c < CHANNELS; c++)
+                if (c < n_channels) to[c] = u16(words.of[c / 2] >> c % 2 * 16);
+        }
+        to += p.y.row;
+    }
+}
+
 DEVICE void write_rows(const u8* sums, const Parameters& p, const Block& at) {
     static_assert(THREADS == TILE);
     const int time = time_at(p, at.tile * TILE + threadIdx.x);
@@ -204,20 +225,10 @@ DEVICE void write_rows(const u8* sums, const Parameters& p, const Block& at) {
     u16* to = reinterpret_cast<u16*>(p.y.data) + at.row * p.y.row + time * p.y.token + at.channel;
     const u16* from = reinterpret_cast<const u16*>(sums) + threadIdx.x * CHANNELS;
     const int n_rows = int(p.rows) - at.row, n_channels = int(p.width) - at.channel;
-    AtTime found[ROWS];  // all are asked for before the first is needed
-#pragma unroll
-    for (int row = 0; row < ROWS; row++) found[row] = *reinterpret_cast<const AtTime*>(from + row * OUTPUT_ROW);
-#pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-        AtTime words;
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) words.of[i] = found[row].of[turned(i, row)];
-        if (row < n_rows && p.aligned) *reinterpret_cast<AtTime*>(to + row * p.y.row) = words;
-#pragma unroll
-        for (int c = 0; c < CHANNELS; c++)
-            if (row < n_rows && !p.aligned && c < n_channels)
-                to[row * p.y.row + c] = u16(words.of[c / 2] >> c % 2 * 16);
-    }
+    if (p.aligned)
+        write_time<true>(from, to, p, n_rows, n_channels);
+    else
+        write_time<false>(from, to, p, n_rows, n_channels);
 }
 
 KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
@@ -225,7 +236,7 @@ KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
     wait_for_previous();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int channel = warp % CHANNELS, share = warp / CHANNELS;
-    const Block at(p, int(blockIdx.x));
+    const Block at(p);
     const int n_chunks = at.lags() / CHUNK, own = n_chunks - SHARES + share, thread = 32 * share + lane;
     u32* lines = reinterpret_cast<u32*>(shared_memory());
     u8* stages = shared_memory() + CHANNELS * 2 * p.line * 4;
@@ -261,8 +272,6 @@ KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
     if constexpr (BY_TIME) {
         write_times(shared_memory(), p, at);
     } else {
-        int block = int(blockIdx.x);
-        keep(block);  // to compute it again takes no register during the products
-        write_rows(shared_memory(), p, Block(p, block));
+        write_rows(shared_memory(), p, at);
     }
 }
