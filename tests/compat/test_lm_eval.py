@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from anymamba import LanguageModel, ModelConfig
 from anymamba.base.errors import CheckpointError
-from anymamba.compat.lm_eval import AnymambaLM
+from anymamba.compat.lm_eval import AnymambaLM, scoring
 from anymamba.compat.lm_eval.scoring import Row, batches, score
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.models.checkpoints import convert
@@ -153,10 +153,14 @@ def test_its_own_type_for_mamba_ssm_runs_on_the_drop_in(tmp_path, folder, ours):
     assert texts == ours.generate_until(requests("generate_until", (prompt, {"max_gen_toks": 12, "until": ["\n\n"]})))
 
 
-def test_packed_scores_are_those_of_single_sequences():
-    """Shared contexts, single ones, continuations of one token and of many: each as it is alone."""
+@pytest.mark.parametrize("mixer", ["mamba", "h3-s4d"])
+@pytest.mark.parametrize("pass_tokens", [scoring.PASS_TOKENS, 4])
+def test_packed_scores_are_those_of_single_sequences(mixer, pass_tokens, monkeypatch):
+    """Shared contexts, single ones, continuations of one token and of many, in pieces: each as it is alone. Layers
+    make no states that nobody reads, only those from which a continuation or the next piece starts."""
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(d_model=16, n_layers=2, vocab_size=40)).eval()
+    monkeypatch.setattr(scoring, "PASS_TOKENS", pass_tokens)
+    model = LanguageModel(ModelConfig(d_model=16, n_layers=2, vocab_size=40, mixers=(mixer,))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -167,7 +171,8 @@ def test_packed_scores_are_those_of_single_sequences():
 
     shared = ids(9)
     rows = [Row(ids(5), ids(3)), *(Row(shared, ids(n)) for n in (1, 4, 2)), Row(ids(1), ids(1)), Row(shared, ids(6))]
-    got = score(model, rows)
+    parts = [rows] if pass_tokens > 4 else [[row] for row in rows]
+    got = [found for part in parts for found in score(model, part)]
     for (log_probability, greedy), row in zip(got, rows, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([row.context + row.continuation[:-1]])).logits[0, len(row.context) - 1 :]
@@ -176,7 +181,8 @@ def test_packed_scores_are_those_of_single_sequences():
             logits.log_softmax(-1)[range(len(wanted)), wanted].sum().item(), abs=1e-4
         )
         assert greedy == bool((logits.argmax(-1) == wanted).all())
-    assert [len(batch) for batch in batches(rows, 4)] == [4, 2] and sum(map(len, batches(rows, 1))) == 6
+    if pass_tokens > 4:
+        assert [len(batch) for batch in batches(rows, 4)] == [4, 2] and sum(map(len, batches(rows, 1))) == 6
 
 
 def test_a_model_and_a_tokenizer_from_python():

@@ -10,7 +10,7 @@ from anymamba.layers.s4 import S4
 from anymamba.layers.s4d import S4D
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
-from anymamba.parts.state import last_states_are_wanted, state_tensors, without_last_states
+from anymamba.parts.state import last_states, last_states_are_wanted, state_tensors, without_last_states
 
 LAYERS = {"s4": lambda: S4(6, 4), "s4d": lambda: S4D(6, 4), "h3": lambda: H3(12, S4D(6, 4), d_head=2, d_shift=3)}
 
@@ -42,6 +42,12 @@ def test_blocks_may_be_nested_and_end_with_an_error():
     with without_last_states():
         with without_last_states():
             pass
+        assert not last_states_are_wanted()
+        with last_states(), without_last_states():
+            assert not last_states_are_wanted()
+        with pytest.raises(KeyError), last_states():
+            assert last_states_are_wanted()
+            raise KeyError
         assert not last_states_are_wanted()
     with pytest.raises(KeyError), without_last_states():
         raise KeyError

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from anymamba import LanguageModel, MambaOptions, ModelConfig
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.models.checkpoints import CheckpointError, convert, load_pretrained, save_pretrained
+from anymamba.models.mixers import MIXERS
+from anymamba.parts.options import HyenaOptions
 
 PLAIN = ModelConfig(d_model=16, n_layers=2, vocab_size=29)
 ZOH = ModelConfig(d_model=16, n_layers=2, vocab_size=29, mamba=MambaOptions(b_discretization="zoh"))
@@ -60,6 +62,25 @@ def test_dtype(tmp_path, moved, to):
     )
     if to in ("hf", "anymamba"):
         assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_makes_kernels_stays_wide(tmp_path, moved, mixer):
+    """Saved, converted and loaded in a narrow dtype, all parameters are those of the narrow model, and it runs."""
+    config = ModelConfig(d_model=16, n_layers=2, vocab_size=29, mixers=(mixer,), hyena=HyenaOptions(max_length=32))
+    model = moved(config)
+    model.save_pretrained(tmp_path / "wide")
+    narrow = model.to(torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "narrow")
+    convert(tmp_path / "wide", tmp_path / "converted", "anymamba", dtype=torch.bfloat16)
+    loaded = [load_pretrained(tmp_path / name) for name in ("narrow", "converted")]
+    loaded.append(load_pretrained(tmp_path / "wide", dtype=torch.bfloat16))
+    ids = torch.randint(29, (2, 20))
+    with torch.no_grad():
+        want = narrow(ids).logits
+        for other in loaded:
+            equal_but_A_log(narrow, other, False)
+            assert torch.equal(other(ids).logits, want)
 
 
 def test_shards(tmp_path, moved):

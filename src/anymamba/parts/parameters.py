@@ -37,6 +37,12 @@ class KernelParameters(WideParameters):
     other weights, but its peak is at most 1e-3, as in the papers."""
 
 
+def wide_names(model: nn.Module) -> frozenset[str]:
+    """The names of the parameters of a model that are never narrower than float32."""
+    wide = ((name, module) for name, module in model.named_modules() if isinstance(module, WideParameters))
+    return frozenset(f"{name}.{own}".lstrip(".") for name, module in wide for own, _ in module.named_parameters())
+
+
 def complex_dtype(real: torch.dtype) -> torch.dtype:
     """The complex dtype with parts of a real dtype: `dtype.to_complex()`, in a form that torch.compile can trace."""
     return torch.promote_types(real, torch.complex32)

@@ -134,6 +134,17 @@ def without_last_states() -> Iterator[None]:
         _unwanted -= 1
 
 
+@contextmanager
+def last_states() -> Iterator[None]:
+    """Inside `without_last_states`: the states are read after all."""
+    global _unwanted
+    outside, _unwanted = _unwanted, 0
+    try:
+        yield
+    finally:
+        _unwanted = outside
+
+
 def last_states_are_wanted() -> bool:
     """Whether the states after a sequence will be read."""
     return not _unwanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.ops.linear_cross_entropy.chunks import MOST_LOGITS
-from anymamba.parts.state import select_rows
+from anymamba.parts.state import last_states, select_rows, without_last_states
 
 PASS_TOKENS = 4096
 """Most tokens of contexts, and of continuations, that run at once; results do not depend on it."""
@@ -94,11 +95,13 @@ def score(model: LanguageModel, rows: list[Row]) -> list[tuple[float, bool]]:
                 branches.append(continuation[:-1])
                 origins.append(len(trunks))
         trunks.append(context + whole[:-1])
-    scores, state = _read(model, trunks, in_trunks)
+    with nullcontext() if branches else without_last_states():
+        scores, state = _read(model, trunks, in_trunks)
     parts = [scores]
     if branches:
         forks = select_rows(state, torch.tensor(origins, device=_device(model)))
-        parts.append(_read(model, branches, in_branches, forks)[0])
+        with without_last_states():
+            parts.append(_read(model, branches, in_branches, forks)[0])
     return _sums(len(rows), in_trunks + in_branches, _join(parts))
 
 
@@ -133,7 +136,8 @@ def _read_in_pieces(
     for start in range(0, len(sequence), PASS_TOKENS):
         stop = start + PASS_TOKENS
         inside = [w._replace(position=w.position - start) for w in wanted if start <= w.position < stop]
-        scores, state = _read(model, [sequence[start:stop]], inside, state)
+        with last_states():
+            scores, state = _read(model, [sequence[start:stop]], inside, state)
         parts.append(scores)
     assert state is not None, "a long sequence has pieces"
     return _join(parts), state

@@ -24,11 +24,11 @@ from anymamba.models.checkpoints.formats.files import CONFIG, DTYPE_FORMATS, TOR
 from anymamba.models.checkpoints.formats.gguf import GGUFFile
 from anymamba.models.checkpoints.formats.tensors import StoredTensor, TensorFile
 from anymamba.models.checkpoints.hub import local_path
-from anymamba.models.checkpoints.weights import is_wide
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.models.weight_formats import format_table
 from anymamba.ops.packed_linear import PackedWeight
+from anymamba.parts.parameters import wide_names
 
 
 class TokenizerJson(NamedTuple):
@@ -67,7 +67,8 @@ class Checkpoint:
                 f"{self.file.path} holds {len(stored)} tensors, too few for the {self.config.n_layers} layers of "
                 "its config"
             )
-        shapes = parameter_shapes(self.config, self.path)
+        model = model_without_weights(self.config, self.path)
+        shapes, wide = {name: tuple(p.shape) for name, p in model.named_parameters()}, wide_names(model)
         keys = {name: self._key(name, stored) for name in shapes}
         tied = {self.spelling.tied_head} if self.config.tie_embeddings else set()
         _require_names(self, set(stored) - tied, set(keys.values()))
@@ -76,14 +77,17 @@ class Checkpoint:
             if shape != shapes[name]:
                 raise CheckpointError(f"{self.file.path}: {key} must have shape {shapes[name]}, got {shape}")
         narrow = stored[keys["embedding.weight"]].dtype
-        dtypes = {name: stored[key].dtype if is_wide(name) else narrow for name, key in keys.items()}
+        dtypes = {name: stored[key].dtype if name in wide else narrow for name, key in keys.items()}
         found = {name: StoredTensor(shape, dtypes[name]) for name, shape in shapes.items()}
         object.__setattr__(self, "stored", found)
+        object.__setattr__(self, "wide", wide)
         object.__setattr__(self, "_names", {key: name for name, key in keys.items()})
         object.__setattr__(self, "_keys", keys)
 
     stored: dict[str, StoredTensor] = field(init=False, repr=False)
-    """Shapes and dtypes by our names. The dtype is the embedding's, except for A_log, D and the step's bias."""
+    """Shapes and dtypes by our names. The dtype is the embedding's, except for those in `wide`."""
+    wide: frozenset[str] = field(init=False, repr=False)
+    """The names of those that are never narrower than float32: A_log, D, the step's bias, what makes kernels."""
     _names: dict[str, str] = field(init=False, repr=False)
     """Our names by the file's names."""
     _keys: dict[str, str] = field(init=False, repr=False)
@@ -203,7 +207,8 @@ def load_pretrained(
         name: a folder of Hugging Face's or the original state-spaces format, a checkpoint in a run's folder, a .gguf
             file, a name on the hub, or a `Checkpoint`.
         device: where the weights go; defaults to the CPU.
-        dtype: of the weights; defaults to that of the file. A_log, D and the step's bias stay float32 or wider.
+        dtype: of the weights; defaults to that of the file. A_log, D, the step's bias and what makes the kernels of S4,
+            S4D, H3 and Hyena or the decay of RWKV stay float32 or wider.
         revision: of a repository on the hub.
         verify, adapter: as in `open_checkpoint`; for a `Checkpoint` they were decided when it was opened.
     Raises FileNotFoundError if a folder or file is missing, CheckpointError if a file is broken, has changed since it
@@ -217,24 +222,23 @@ def load_pretrained(
     tensors = {}
     for key, tensor in checkpoint.tensors():
         target = dtype or tensor.dtype
-        if is_wide(key):
+        if key in checkpoint.wide:
             target = torch.promote_types(target, torch.float32)
         tensors[key] = tensor.to(device=device, dtype=target, copy=True).contiguous()
     model.load_state_dict(tensors, assign=True)
     return model
 
 
-def parameter_shapes(config: ModelConfig, where: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's parameters.
+def model_without_weights(config: ModelConfig, where: Path) -> LanguageModel:
+    """A model on the meta device.
 
     Raises CheckpointError if no model can have the config.
     """
     try:
-        model = LanguageModel(config, device="meta")
+        return LanguageModel(config, device="meta")
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         why = str(error).splitlines()[0]
         raise CheckpointError(f"{where}: no model can have its config: {why}") from error
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _open_folder(folder: Path, verify: bool) -> Checkpoint:

@@ -15,6 +15,7 @@ from anymamba.models.checkpoints.formats.tensors import StoredTensor
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel
 from anymamba.ops.packed_linear import PackedWeight, pack
+from anymamba.parts.parameters import wide_names
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -29,6 +30,9 @@ class Weights(Protocol):
     @property
     def stored(self) -> dict[str, StoredTensor]: ...
 
+    @property
+    def wide(self) -> frozenset[str]: ...
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
     def blocks(self, name: str) -> PackedWeight | None: ...
@@ -41,6 +45,7 @@ class ModelWeights:
         self.config = model.config
         self._parameters = dict(model.named_parameters())
         self.stored = {name: StoredTensor(tuple(p.shape), p.dtype) for name, p in self._parameters.items()}
+        self.wide = wide_names(model)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters, in order, on the CPU."""
@@ -53,7 +58,7 @@ class ModelWeights:
 
 
 class CastWeights:
-    """Weights in another dtype, or matrices in blocks; A_log, D and the step's bias stay float32 or wider.
+    """Weights in another dtype, or matrices in blocks; those in `wide`, such as A_log and D, stay float32 or wider.
 
     Args:
         weights: the source. Blocks that have the wanted format are written as they are.
@@ -69,7 +74,7 @@ class CastWeights:
         progress: Progress | None,
         formats: Mapping[str, str] | None = None,
     ) -> None:
-        self.config, self._weights, self._progress = weights.config, weights, progress
+        self.config, self.wide, self._weights, self._progress = weights.config, weights.wide, weights, progress
         self.formats = {name: format for name, format in (formats or {}).items() if format in BLOCKS}
         """The formats of the matrices that are written in blocks; their tensors are bytes, (n_out, row_bytes)."""
         self.stored = {
@@ -77,9 +82,9 @@ class CastWeights:
             for name, info in weights.stored.items()
         }
 
-    @staticmethod
-    def _target(name: str, info: StoredTensor, dtype: torch.dtype | None) -> StoredTensor:
-        return StoredTensor(info.shape, target_dtype(name, info.dtype, dtype))
+    def _target(self, name: str, info: StoredTensor, dtype: torch.dtype | None) -> StoredTensor:
+        target = dtype or info.dtype
+        return StoredTensor(info.shape, torch.promote_types(target, torch.float32) if name in self.wide else target)
 
     @staticmethod
     def _in_table(info: StoredTensor, format: str | None) -> StoredTensor:
@@ -101,15 +106,3 @@ class CastWeights:
         if found is None or found.format != format:
             found = pack(tensor.to(torch.float32), format)
         return found.data.cpu()
-
-
-def is_wide(name: str) -> bool:
-    """Whether one of our parameters is never narrower than float32: A_log, D, the step's bias."""
-    return ".ssm." in name
-
-
-def target_dtype(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype to write a parameter in; dtype None keeps the stored one."""
-    if dtype is None:
-        return stored
-    return torch.promote_types(dtype, torch.float32) if is_wide(name) else dtype

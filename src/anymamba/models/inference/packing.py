@@ -14,6 +14,7 @@ from anymamba.models.language_model import LanguageModel
 from anymamba.models.weight_formats import format_table
 from anymamba.ops.packed_linear import PackedWeight, pack, unpack
 from anymamba.parts.init import WithoutMetaValues
+from anymamba.parts.parameters import wide_names
 
 if TYPE_CHECKING:
     from anymamba.models.checkpoints import Checkpoint
@@ -122,8 +123,9 @@ class PackedModelWeights:
 
         self.config, self._packed, self._others = parts
         self.formats = {name: weight.format for name, weight in self._packed.items()}
-        shapes = LanguageModel(self.config, device="meta").named_parameters()
-        self.stored = {name: StoredTensor(tuple(p.shape), torch.float32) for name, p in shapes}
+        model = LanguageModel(self.config, device="meta")
+        self.stored = {name: StoredTensor(tuple(p.shape), torch.float32) for name, p in model.named_parameters()}
+        self.wide = wide_names(model)
 
     def blocks(self, name: str) -> PackedWeight | None:
         """A packed matrix as it is; None for other parameters."""

@@ -19,7 +19,7 @@ from anymamba.models.checkpoints.formats import gguf_digest, gguf_tokenizer
 from anymamba.models.checkpoints.formats.files import BLOCKS, DTYPE_FORMATS
 from anymamba.models.checkpoints.formats.gguf_header import TensorInfo, read_header
 from anymamba.models.checkpoints.formats.tensors import StoredTensor, Unchanged
-from anymamba.models.checkpoints.weights import CastWeights, is_wide
+from anymamba.models.checkpoints.weights import CastWeights
 from anymamba.models.config import ModelConfig
 from anymamba.ops.packed_linear import PackedWeight, unpack
 
@@ -215,7 +215,7 @@ def _kind_of(name: str, weights: CastWeights) -> str:
     if name in weights.formats:
         return weights.formats[name].upper()
     info = weights.stored[name]
-    if len(info.shape) == 1 or is_wide(name) or name.endswith("conv.weight"):
+    if len(info.shape) == 1 or name in weights.wide or name.endswith("conv.weight"):
         return "F32"
     return KINDS[info.dtype]
 
