@@ -1,4 +1,5 @@
-"""Convolutions as long as the sequence on a GPU: products on tensor cores and FFTs in shared memory against cuFFT.
+"""Convolutions as long as the sequence on a GPU: products on tensor cores and FFTs in shared memory against cuFFT, in
+the package's own passes and in torch's operations one after another.
 
 python -m benchmarks.long_convolution
 
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import anymamba
 from anymamba.kernels.fft_conv.cuda import products
@@ -35,7 +37,8 @@ SHAPES = {
     HEADS: "H3's heads",
 }
 """rows, length, channels, dtype."""
-WAYS = ("products", "FFTs", "cuFFT")
+WAYS = ("products", "FFTs", "cuFFT", "torch")
+OURS = WAYS[:2]
 
 
 @contextmanager
@@ -50,6 +53,13 @@ def by(way: str) -> Iterator[None]:
         yield
 
 
+def in_torch(u: Tensor, kernel: Tensor) -> Tensor:
+    """The convolution as it is written in torch, whose spectra autograd keeps."""
+    length = u.shape[1]
+    spectrum = torch.fft.rfft(u.float().transpose(1, 2), 2 * length) * torch.fft.rfft(kernel, 2 * length)
+    return torch.fft.irfft(spectrum, 2 * length)[..., :length].transpose(1, 2).to(u.dtype)
+
+
 def times(rows: int, length: int, width: int, dtype: torch.dtype, way: str) -> list[float]:
     """Milliseconds of forward, and of forward and backward."""
     u, dy = (torch.randn(rows, length, width, device="cuda").to(dtype) for _ in range(2))
@@ -57,13 +67,14 @@ def times(rows: int, length: int, width: int, dtype: torch.dtype, way: str) -> l
         u, dy = (t.permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in (u, dy))
     u.requires_grad_()
     kernel = torch.randn(width, length, device="cuda", requires_grad=True)
+    convolve = in_torch if way == "torch" else fft_conv
 
     def forward() -> None:
         with torch.no_grad():
-            fft_conv(u, kernel)
+            convolve(u, kernel)
 
     def both() -> None:
-        torch.autograd.grad(fft_conv(u, kernel), (u, kernel), dy)
+        torch.autograd.grad(convolve(u, kernel), (u, kernel), dy)
 
     with by(way):
         return [time_of(forward), time_of(both)]
@@ -82,12 +93,12 @@ def main() -> None:
         found = {way: times(*shape, way) for way in WAYS if way != "products" or served(shape[0], shape[1], shape[3])}
         name = " x ".join(map(str, shape[:3])) + f", {str(shape[3]).removeprefix('torch.')}" + (what and f" ({what})")
         cells = [" / ".join(f"{t:.3f}" for t in found[way]) if way in found else "" for way in WAYS]
-        best = (min(o) for o in zip(*(found[way] for way in WAYS[:-1] if way in found), strict=True))
-        ratios = " / ".join(f"{t / o:.1f}" for t, o in zip(found["cuFFT"], best, strict=True))
-        rows.append([name, *cells, ratios])
+        best = [min(o) for o in zip(*(found[way] for way in OURS if way in found), strict=True)]
+        ratios = [" / ".join(f"{t / o:.1f}" for t, o in zip(found[way], best, strict=True)) for way in WAYS[2:]]
+        rows.append([name, *cells, *ratios])
         print(*rows[-1], file=sys.stderr)
     print(machine())
-    names = ("products (ms)", "FFTs in shared memory (ms)", "cuFFT (ms)", "times as fast as cuFFT")
+    names = ("products (ms)", "FFTs in shared memory (ms)", "cuFFT (ms)", "torch (ms)", "cuFFT / ours", "torch / ours")
     print(table(["rows x length x channels", *names], rows))
 
 
