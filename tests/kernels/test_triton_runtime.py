@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -84,6 +85,20 @@ def test_a_compiler_that_triton_finds(installed, monkeypatch, tmp_path):
     monkeypatch.delenv("CC")
     program(tmp_path, "clang")
     assert triton.unavailable("cuda") is None
+
+
+@compiles
+def test_a_compiler_that_was_found_is_not_looked_for_again(installed, monkeypatch, tmp_path):
+    monkeypatch.setattr(triton, "_no_header", lambda: None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program(tmp_path, "gcc")
+    assert triton.unavailable("cuda") is None
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "which", None)
+        assert triton.unavailable("cuda") is None
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "install gcc" in str(triton.unavailable("cuda"))
 
 
 @compiles

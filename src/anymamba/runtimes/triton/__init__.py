@@ -54,9 +54,23 @@ def _not_importable() -> str | None:
     return found if isinstance(found, str) else None
 
 
+_with_compiler: set[tuple[str | None, str | None]] = set()
+"""Values of CC and PATH with which a compiler was found: every call asks, and looking takes 24 µs."""
+
+
 def _no_compiler() -> str | None:
     """Triton builds a small launcher in C at first use. CC is one program to it, also if it is empty or has spaces."""
     given = os.environ.get("CC")
+    environment = (given, os.environ.get("PATH"))
+    if environment in _with_compiler:
+        return None
+    why = _why_no_compiler(given)
+    if why is None:
+        _with_compiler.add(environment)
+    return why
+
+
+def _why_no_compiler(given: str | None) -> str | None:
     if given is None:
         found = shutil.which("gcc") or shutil.which("clang")
         return None if found else "Triton needs a C compiler for its launcher; install gcc, or set CC"
