@@ -96,11 +96,21 @@ def _padding(missing: Sequence[int]) -> list[int]:
     return [n for size in reversed(missing) for n in (0, size)]
 
 
+def put_rows(state: StateT, index: Int[Tensor, " rows"], rows: StateT) -> StateT:
+    """The state with other rows at an index, in their dtypes."""
+
+    def put(old: Tensor, new: Tensor) -> Tensor:
+        old, new = _of_one_shape([old.to(new.dtype), new])
+        return old.index_copy(0, index, new)
+
+    return map_state(put, state, rows)
+
+
 def where_rows(mask: Bool[Tensor, " batch"], chosen: StateT, other: StateT) -> StateT:
-    """Take the rows of `chosen` where mask is true and those of `other` elsewhere."""
+    """Take the rows of `chosen` where mask is true and those of `other` elsewhere, in the dtypes of `chosen`."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
-        a, b = _of_one_shape([a, b])
+        a, b = _of_one_shape([a, b.to(a.dtype)])
         return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
 
     return map_state(pick, chosen, other)

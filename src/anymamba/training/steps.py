@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anymamba.data.batches import Batch
 from anymamba.models.language_model import LanguageModel, LanguageModelState, LossOutput
-from anymamba.parts.state import detach_state, map_state, where_rows
+from anymamba.parts.state import detach_state, map_state, put_rows, where_rows
 from anymamba.training.masking import Masking
 from anymamba.training.parallel.processes import Processes
 
@@ -24,14 +24,14 @@ def batch_loss(
     Args:
         loss: `model.loss`, compiled or not.
         carried: the state of each row after the previous batch. Rows that continue a document (`batch.carried`) start
-            from it, other rows from zeros.
+            from it, other rows from the model's initial state.
     """
     device = model.embedding.weight.device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
     rows, length = input_ids.shape
     start = None
     if carried is not None and bool(batch.carried.any()):
-        start = where_rows(batch.carried.to(device), carried, map_state(torch.zeros_like, carried))
+        start = where_rows(batch.carried.to(device), carried, model.init_state(rows))
     if batch.cu_seqlens.numel() == rows + 1:  # no document begins inside a row
         out = loss(input_ids, labels, start)
         return out.loss, out.n_tokens, detach_state(out.state)
@@ -41,16 +41,11 @@ def batch_loss(
     out = loss(
         input_ids.view(1, -1),
         labels.view(1, -1),
-        None if start is None else _spread(start, sequence[:-1], offsets.numel() - 1),
+        None if start is None else put_rows(model.init_state(offsets.numel() - 1), sequence[:-1], start),
         cu_seqlens=offsets,
     )
     last = sequence[1:] - 1
     return out.loss, out.n_tokens, detach_state(map_state(lambda t: t.index_select(0, last), out.state))
-
-
-def _spread(state: LanguageModelState, index: Tensor, n_sequences: int) -> LanguageModelState:
-    """States of all sequences: a row's state for its first sequence, zeros for documents that begin inside a row."""
-    return map_state(lambda t: t.new_zeros(n_sequences, *t.shape[1:]).index_copy(0, index, t), state)
 
 
 @torch.no_grad()
@@ -64,7 +59,7 @@ def held_out_nats(
 ) -> float:
     """Mean nats per label over held-out batches.
 
-    Without carry_state every row starts from a zero state. With masking the labels are the masked tokens.
+    Without carry_state every row starts from the initial state. With masking the labels are the masked tokens.
     Of several processes each takes its rows of the batches, and all get the mean.
     """
     loss = model.loss if processes is None else processes.loss(model)
