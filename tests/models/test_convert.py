@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from anymamba import LanguageModel, MambaOptions, ModelConfig
 from anymamba.data.tokenizer import ByteTokenizer
 from anymamba.models.checkpoints import CheckpointError, convert, load_pretrained, save_pretrained
+from anymamba.models.inference import InferenceModel
 from anymamba.models.mixers import MIXERS
 from anymamba.parts.options import HyenaOptions
 
@@ -81,6 +82,35 @@ def test_what_makes_kernels_stays_wide(tmp_path, moved, mixer):
         for other in loaded:
             equal_but_A_log(narrow, other, False)
             assert torch.equal(other(ids).logits, want)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("format", ["anymamba", "gguf"])
+def test_tensors_that_are_wider_than_the_embedding_are_not_rounded(tmp_path, moved, format, weights):
+    """A model for inference has narrow matrices; all else is float32, also after another conversion."""
+    model = moved(ModelConfig(d_model=48, n_layers=1, vocab_size=64))
+    model.for_inference(weights).save_pretrained(tmp_path / "a", format=format)
+    convert(tmp_path / "a", tmp_path / "b", format)
+    convert(tmp_path / "a", tmp_path / "c", "anymamba", dtype=torch.float32)
+    packed = [InferenceModel.from_pretrained(tmp_path / name) for name in ("a", "b")]
+    plain = [load_pretrained(tmp_path / name, dtype=torch.float32) for name in ("a", "b", "c")]
+    for name in ("norm.weight", "blocks.0.norm.weight", "blocks.0.mixer.conv.weight", "blocks.0.mixer.conv.bias"):
+        for other in (*packed, *plain):
+            assert torch.equal(other.get_parameter(name), model.get_parameter(name)), name
+    logits = [other(torch.arange(9)[None]).logits for other in packed]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_gguf_keeps_in_float32_is_not_rounded(tmp_path, moved, dtype):
+    model = moved(PLAIN)
+    model.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", "gguf", dtype=dtype)
+    loaded = load_pretrained(tmp_path / "b", dtype=torch.float32)
+    for name in ("norm.weight", "blocks.0.mixer.conv.weight", "blocks.0.mixer.conv.bias"):
+        assert torch.equal(loaded.get_parameter(name), model.get_parameter(name)), name
+    assert not torch.equal(loaded.embedding.weight, model.embedding.weight)
+    assert load_pretrained(tmp_path / "b").norm.weight.dtype == dtype
 
 
 def test_shards(tmp_path, moved):

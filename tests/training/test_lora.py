@@ -93,6 +93,23 @@ def test_a_checkpoint_and_a_merge_with_convert_are_the_model_of_the_run(lora, ba
         torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-6)
 
 
+def test_adapters_of_a_narrow_base_are_merged_before_anything_is_rounded(lora, base, tmp_path):
+    """The run trains in float32, and its adapter changes weights by less than bfloat16 resolves."""
+    narrow = tmp_path / "narrow"
+    convert(base, narrow, "anymamba", dtype=torch.bfloat16)
+    run = tmp_path / "run"
+    train(replace(lora, start_from=str(narrow), optimizer=replace(lora.optimizer, learning_rate=1e-4)), run)
+    convert(narrow, tmp_path / "merged", "anymamba", dtype=torch.float32, adapter=run / "adapter")
+    want = LanguageModel.from_pretrained(run)
+    for model in (
+        load_pretrained(run / "checkpoints" / "step-00000006"),
+        load_pretrained(narrow, dtype=torch.float32, adapter=run / "adapter"),
+        load_pretrained(tmp_path / "merged"),
+    ):
+        for (name, got), (_, wanted) in zip(model.named_parameters(), want.named_parameters(), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-7, msg=name)
+
+
 def test_an_adapter_with_the_files_own_names_fits_too(lora, base, tmp_path):
     """As PEFT saves one for the class of transformers."""
     run, other = tmp_path / "run", tmp_path / "other"

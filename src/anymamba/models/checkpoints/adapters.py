@@ -42,10 +42,9 @@ class LowRank(NamedTuple):
     scale: float
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """The merged weight, in the dtype of the weight."""
+        """The merged weight, in float32 or wider."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        delta = self.B.to(wide) @ self.A.to(wide)
-        return (weight.to(wide) + self.scale * delta).to(weight.dtype)
+        return weight.to(wide) + self.scale * (self.B.to(wide) @ self.A.to(wide))
 
 
 Adapter = Mapping[str, LowRank]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,38 +76,43 @@ class Checkpoint:
             shape = self.spelling.shape(name, stored[key].shape)
             if shape != shapes[name]:
                 raise CheckpointError(f"{self.file.path}: {key} must have shape {shapes[name]}, got {shape}")
-        narrow = stored[keys["embedding.weight"]].dtype
-        dtypes = {name: stored[key].dtype if name in wide else narrow for name, key in keys.items()}
-        found = {name: StoredTensor(shape, dtypes[name]) for name, shape in shapes.items()}
+        found = {name: StoredTensor(shapes[name], stored[key].dtype) for name, key in keys.items()}
+        narrow = found["embedding.weight"].dtype
         object.__setattr__(self, "stored", found)
         object.__setattr__(self, "wide", wide)
+        object.__setattr__(self, "dtypes", {n: info.dtype if n in wide else narrow for n, info in found.items()})
         object.__setattr__(self, "_names", {key: name for name, key in keys.items()})
         object.__setattr__(self, "_keys", keys)
 
     stored: dict[str, StoredTensor] = field(init=False, repr=False)
-    """Shapes and dtypes by our names. The dtype is the embedding's, except for those in `wide`."""
+    """Shapes and dtypes by our names; those of matrices in blocks are float32."""
     wide: frozenset[str] = field(init=False, repr=False)
     """The names of those that are never narrower than float32: A_log, D, the step's bias, what makes kernels."""
+    dtypes: dict[str, torch.dtype] = field(init=False, repr=False)
+    """Of the model, if no other one is asked for: the embedding's, and that of the file for those in `wide`."""
     _names: dict[str, str] = field(init=False, repr=False)
     """Our names by the file's names."""
     _keys: dict[str, str] = field(init=False, repr=False)
     """The file's names by our names."""
 
     def tensors(
-        self, names: Container[str] | None = None, dtype: torch.dtype | None = None
+        self, names: Container[str] | None = None, dtypes: Mapping[str, torch.dtype] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of `stored`, in its order; each is valid until the next one is requested.
 
         Args:
             names: of those to read; defaults to all.
-            dtype: of all tensors; defaults to those in `stored`.
+            dtypes: by our names; defaults to `self.dtypes`. The file's numbers, with those of an adapter, are
+                rounded once.
         """
         wanted = [key for name, key in self._keys.items() if names is None or name in names]
         for key, tensor in self.file.read(wanted):
             name = self._names[key]
             tensor = self.spelling.decode(name, tensor, f"{self.file.path}: {key}")
-            tensor = tensor.to(dtype or self.stored[name].dtype).view(self.stored[name].shape)
-            yield name, self.adapter[name].added_to(tensor) if name in self.adapter else tensor
+            tensor = tensor.view(self.stored[name].shape)
+            if name in self.adapter:
+                tensor = self.adapter[name].added_to(tensor)
+            yield name, tensor.to((dtypes or self.dtypes)[name])
 
     @property
     def in_blocks(self) -> bool:
@@ -118,12 +123,19 @@ class Checkpoint:
         """A matrix as it lies in the mapped file; None if the file does not give that or an adapter changes it."""
         return None if name in self.adapter else self.file.blocks(self._keys[name])
 
-    def with_adapter(self, adapter: Adapter) -> Checkpoint:
+    def with_adapter(self, adapter: Adapter, wide: bool = False) -> Checkpoint:
         """The same checkpoint with an adapter merged into its tensors.
 
+        Args:
+            wide: whether all tensors are in float32 or wider then, unless another dtype is asked for.
         Raises CheckpointError if the adapter is of another model.
         """
         result = copy.copy(self)
+        if wide:
+            dtypes = {name: torch.promote_types(info.dtype, torch.float32) for name, info in self.stored.items()}
+            stored = {name: info._replace(dtype=dtypes[name]) for name, info in self.stored.items()}
+            object.__setattr__(result, "stored", stored)
+            object.__setattr__(result, "dtypes", dtypes)
         object.__setattr__(result, "adapter", fitted(adapter, self.stored, self._names, self.path))
         return result
 
@@ -220,11 +232,10 @@ def load_pretrained(
         checkpoint = open_checkpoint(name, revision, verify=verify, adapter=adapter)
     model = LanguageModel(checkpoint.config, device="meta")
     tensors = {}
-    for key, tensor in checkpoint.tensors():
-        target = dtype or tensor.dtype
-        if key in checkpoint.wide:
-            target = torch.promote_types(target, torch.float32)
-        tensors[key] = tensor.to(device=device, dtype=target, copy=True).contiguous()
+    dtypes = {name: dtype or own for name, own in checkpoint.dtypes.items()}
+    dtypes |= {name: torch.promote_types(dtypes[name], torch.float32) for name in checkpoint.wide}
+    for key, tensor in checkpoint.tensors(dtypes=dtypes):
+        tensors[key] = tensor.to(device=device, copy=True).contiguous()
     model.load_state_dict(tensors, assign=True)
     return model
 
@@ -257,10 +268,11 @@ def _open_run_checkpoint(folder: Path, verify: bool) -> Checkpoint:
         spelling = ANYMAMBA.spellings["anymamba"]
         return Checkpoint(folder, "anymamba", spelling, config, runs.ModelTensors(folder), ids, run)
     base = open_checkpoint(values["start_from"], verify=verify)
-    if verify and weights_digest(t for _, t in base.tensors()) != read_json(folder / runs.STATE).get("base"):
+    as_trained = base.tensors(dtypes=dict.fromkeys(base.stored, torch.float32))
+    if verify and weights_digest(t for _, t in as_trained) != read_json(folder / runs.STATE).get("base"):
         raise CheckpointError(f"{base.path} has changed since {folder} was written, whose adapters belong to it")
     base = dataclasses.replace(base, token_ids=ids, home=run)
-    return base.with_adapter(runs.adapter_of(folder))
+    return base.with_adapter(runs.adapter_of(folder), wide=True)  # as the run trains, and as its folder is
 
 
 def _only_gguf(folder: Path) -> Path:

@@ -33,7 +33,7 @@ class Weights(Protocol):
     @property
     def wide(self) -> frozenset[str]: ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
+    def tensors(self, *, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]: ...
 
     def blocks(self, name: str) -> PackedWeight | None: ...
 
@@ -47,10 +47,10 @@ class ModelWeights:
         self.stored = {name: StoredTensor(tuple(p.shape), p.dtype) for name, p in self._parameters.items()}
         self.wide = wide_names(model)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters, in order, on the CPU."""
+    def tensors(self, *, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """All parameters, in order, on the CPU, in these dtypes."""
         for name, parameter in self._parameters.items():
-            yield name, parameter.detach().cpu().contiguous()
+            yield name, parameter.detach().to("cpu", (dtypes or {}).get(name)).contiguous()
 
     def blocks(self, name: str) -> PackedWeight | None:
         """None: its tensors are not in blocks."""
@@ -92,11 +92,16 @@ class CastWeights:
             return StoredTensor((info.shape[0], row_bytes(format, info.shape[1])), torch.uint8)
         return StoredTensor(info.shape, torch.float32 if format is None else getattr(torch, format))
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all tensors in order; each is valid until the next one is requested."""
+    def tensors(self, *, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors in order; each is valid until the next one is requested.
+
+        Args:
+            dtypes: of some tensors, in place of those in `stored`. The source's numbers are rounded once.
+        """
         done, total = 0, sum(info.nbytes for info in self.stored.values())
-        for name, tensor in self._weights.tensors():
-            yield name, self._in_blocks(name, tensor) if name in self.formats else tensor.to(self.stored[name].dtype)
+        wanted = {name: torch.float32 if name in self.formats else info.dtype for name, info in self.stored.items()}
+        for name, tensor in self._weights.tensors(dtypes=wanted | dict(dtypes or {})):
+            yield name, self._in_blocks(name, tensor) if name in self.formats else tensor
             done += self.stored[name].nbytes
             if self._progress is not None:
                 self._progress(done, total)
@@ -104,5 +109,5 @@ class CastWeights:
     def _in_blocks(self, name: str, tensor: Tensor) -> Tensor:
         found, format = self._weights.blocks(name), self.formats[name]
         if found is None or found.format != format:
-            found = pack(tensor.to(torch.float32), format)
+            found = pack(tensor, format)
         return found.data.cpu()

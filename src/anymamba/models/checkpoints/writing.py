@@ -141,6 +141,8 @@ def convert(
                 CheckpointWarning,
                 stacklevel=2,
             )
+    if formats_of is None and dtype is None and to not in ("gguf", "anymamba"):
+        dtype = checkpoint.dtypes["embedding.weight"]  # these formats have one dtype for all
     text = None
     if tokenizer is not None:
         given = load_tokenizer(tokenizer)

@@ -74,7 +74,8 @@ def packed_checkpoint(
         if blocks is not None and blocks.format == format:
             matrices[name] = _on(device, blocks)
     others = {}
-    for name, tensor in checkpoint.tensors(checkpoint.stored.keys() - matrices.keys(), torch.float32):
+    names = checkpoint.stored.keys() - matrices.keys()
+    for name, tensor in checkpoint.tensors(names, dict.fromkeys(names, torch.float32)):
         if name in formats:
             matrices[name] = _on(device, pack(tensor, formats[name]))
         else:
@@ -131,8 +132,8 @@ class PackedModelWeights:
         """A packed matrix as it is; None for other parameters."""
         return self._packed.get(name)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters in float32, in order, on the CPU."""
+    def tensors(self, *, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """All parameters, in order, on the CPU, in these dtypes or float32."""
         for name in self.stored:
             value = unpack(self._packed[name]) if name in self._packed else self._others[name].detach()
-            yield name, value.cpu().contiguous()
+            yield name, value.to("cpu", (dtypes or {}).get(name)).contiguous()

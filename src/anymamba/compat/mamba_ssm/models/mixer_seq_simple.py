@@ -369,4 +369,5 @@ def _open_other(
     if foreign:
         raise CheckpointError(f"the format state-spaces cannot hold this model: {', '.join(foreign)}")
     model = kind(MambaConfig(**ORIGINAL.to_fields(checkpoint.config)), device="meta", dtype=dtype, **options)
-    return model, ((ORIGINAL.name(name), ORIGINAL.encode(name, t)) for name, t in checkpoint.tensors())
+    wide = dict.fromkeys(checkpoint.stored, torch.promote_types(dtype or torch.float32, torch.float32))
+    return model, ((ORIGINAL.name(name), ORIGINAL.encode(name, t)) for name, t in checkpoint.tensors(dtypes=wide))

@@ -200,10 +200,10 @@ def write(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in weights.tensors():
+    kinds = {name: DTYPES[_kind_of(name, weights)] for name in weights.stored if name not in weights.formats}
+    for name, tensor in weights.tensors(dtypes=kinds):
         encoded = spelling.encode(name, tensor)
-        if name not in weights.formats:
-            encoded = encoded.to(DTYPES[_kind_of(name, weights)])
+        encoded = encoded.to(kinds.get(name, encoded.dtype))
         writer.write_tensor_data(encoded.contiguous().view(torch.uint8).numpy())
     writer.close()
     gguf_digest.sign(path)
