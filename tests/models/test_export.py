@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from anymamba import LanguageModel
 from anymamba.models import export
 from anymamba.models.config import ModelConfig
 from anymamba.models.mixers import MIXERS
-from anymamba.parts.options import AttentionOptions, MambaOptions
+from anymamba.parts.options import AttentionOptions, HyenaOptions, MambaOptions
 from anymamba.parts.state import state_tensors
 
 OPTIONS = {
@@ -162,6 +163,27 @@ def test_a_program_with_a_mask_and_with_a_state():
         assert_same_output(masked(ids, attention_mask=mask), model(ids, attention_mask=mask))
         state = model(tokens(2, 5)).state
         assert_same_output(continued(ids, state=state), model(ids, state))
+
+
+DYNAMIC = dict.fromkeys(("mamba", "s6", "h3-s6", "attention", "mlp", "rwkv-channel"), 2)
+DYNAMIC |= dict.fromkeys(("gau", "linear-attention", "retention", "rwkv"), 1)
+"""How many sizes may change: batch and length, or the batch alone; those of other mixers are fixed."""
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_programs_of_all_mixers_are_saved(mixer):
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=16, n_layers=1, vocab_size=257, mixers=(mixer,), hyena=HyenaOptions(max_length=32))
+    model, n_dynamic = LanguageModel(config).eval(), DYNAMIC.get(mixer, 0)
+    sizes = (torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=1, max=30))[:n_dynamic]
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens(3, 19),), dynamic_shapes={"input_ids": dict(enumerate(sizes))})
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        for shape in ((3, 19), (1, 19), (2, 7))[: n_dynamic + 1]:
+            assert_same_output(loaded(tokens(*shape)), model(tokens(*shape)))
 
 
 RUN_PROGRAM = """

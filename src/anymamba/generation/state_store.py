@@ -90,12 +90,13 @@ def pack_state(
 
 
 def tensors_of(state: GenerationState, model: LanguageModel) -> dict[str, Tensor]:
-    """Copies of a state's tensors on the CPU, by their names. Raises ValueError if the state is not of this model."""
+    """Copies of a state's tensors on the CPU as they are stored, by their names. safetensors has no complex128, which
+    becomes (..., 2) in float64. Raises ValueError if the state is not of this model."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _named(state)}
     problem = _mismatch(tensors, model)
     if problem is not None:
         raise ValueError(f"the state is not one of this model: {problem}")
-    return tensors
+    return {name: torch.view_as_real(t) if t.dtype == torch.complex128 else t for name, t in tensors.items()}
 
 
 def unpack_state(
@@ -128,12 +129,22 @@ def unpack_state(
 
 def state_of(tensors: dict[str, Tensor], model: LanguageModel, where: Path | str) -> GenerationState:
     """The state with these tensors, on the model's device. Raises CheckpointError if it is not one of the model."""
+    template = _template(model)
+    wanted = dict(_named(template))
+    tensors = {name: _as_in(wanted.get(name), tensor) for name, tensor in tensors.items()}
     problem = _mismatch(tensors, model)
     if problem is not None:
         raise CheckpointError(f"{where} is not a state of this model: {problem}")
-    template = _template(model)
-    names = iter(dict(_named(template)))
+    names = iter(wanted)
     return map_state(lambda like: tensors[next(names)].to(like.device, like.dtype), template)
+
+
+def _as_in(like: Tensor | None, stored: Tensor) -> Tensor:
+    """A tensor of a file as the state has it; see `tensors_of`."""
+    if like is None or not like.is_complex() or stored.dtype != torch.float64:
+        return stored
+    in_pairs = stored.ndim == like.ndim + 1 and stored.shape[-1] == 2
+    return torch.view_as_complex(stored) if in_pairs else stored
 
 
 def _require_known(metadata: dict[str, str], where: Path | str, notes: Iterable[str]) -> None:

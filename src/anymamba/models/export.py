@@ -1,7 +1,8 @@
 """Exporting models: the one-token step as an ONNX file, and files of `torch.export` programs.
 
-`torch.export.export` takes a model without changes, with a dynamic batch and length. `torch.export.save` and `load`
-need this module to be imported, because it registers the names of our outputs and of the scan.
+`torch.export.export` takes a model without changes, with a dynamic batch and length where its layers allow that; see
+docs/export.md. `torch.export.save` and `load` need this module to be imported, because it registers the names of our
+outputs, of the states of all layers and of the scan.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # its error message says to register there
 
 from anymamba.base.files import atomic_file, own_file
+from anymamba.layers.positions import PositionsState
 from anymamba.models.language_model import LanguageModel, LanguageModelOutput, LanguageModelState
-from anymamba.parts.state import MambaState, map_state, state_tensors
+from anymamba.parts.sequence import SequenceLayer
+from anymamba.parts.state import map_state, state_tensors
 
 ONE_FILE = 2_000_000_000  # bytes; a message of protobuf, which an ONNX file is, cannot exceed 2 GiB
 
@@ -97,16 +100,26 @@ def _require_expressible(model: LanguageModel) -> None:
         if not block.mixer.exports_step:
             raise ValueError(
                 f"ONNX cannot express the step of the mixer {name!r}: it must be real arithmetic on a state of fixed "
-                "size; torch.export takes every model"
+                "size; torch.export takes every model, some at fixed sizes"
             )
     if model.positions is not None:
         raise ValueError(
-            "the ONNX step cannot check for the end of a table of absolute positions; torch.export takes every model"
+            "the ONNX step cannot check for the end of a table of absolute positions; torch.export takes every model, "
+            "some at fixed sizes"
         )
     dtype = model.embedding.weight.dtype
     if dtype != torch.float32:
         raise ValueError(f"the ONNX file is written in float32, got a model in {dtype}; use model.float()")
 
 
-for _type in (MambaState, LanguageModelState, LanguageModelOutput):
-    pytree._register_namedtuple(_type, serialized_type_name=f"{_type.__module__}.{_type.__qualname__}")
+def _layers(kind: type) -> Iterator[type]:
+    """The classes that are derived from a kind of layer, which importing a model defines."""
+    for layer in kind.__subclasses__():
+        yield layer
+        yield from _layers(layer)
+
+
+_types = [getattr(layer, "state_type", tuple) for layer in _layers(SequenceLayer)]
+for _type in dict.fromkeys((*_types, PositionsState, LanguageModelState, LanguageModelOutput)):
+    if hasattr(_type, "_fields"):
+        pytree._register_namedtuple(_type, serialized_type_name=f"{_type.__module__}.{_type.__qualname__}")
