@@ -114,7 +114,8 @@ def _require_expressible(model: LanguageModel) -> None:
 
 def _layers(kind: type) -> Iterator[type]:
     """The classes that are derived from a kind of layer, which importing a model defines."""
-    for layer in kind.__subclasses__():
+    layers: list[type] = kind.__subclasses__()
+    for layer in layers:
         yield layer
         yield from _layers(layer)
 
