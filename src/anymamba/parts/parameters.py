@@ -40,7 +40,7 @@ class KernelParameters(WideParameters):
 def wide_names(model: nn.Module) -> frozenset[str]:
     """The names of the parameters of a model that are never narrower than float32."""
     wide = ((name, module) for name, module in model.named_modules() if isinstance(module, WideParameters))
-    return frozenset(f"{name}.{own}".lstrip(".") for name, module in wide for own, _ in module.named_parameters())
+    return frozenset(own for name, module in wide for own, _ in module.named_parameters(name))
 
 
 def complex_dtype(real: torch.dtype) -> torch.dtype:

@@ -35,9 +35,8 @@ struct Block {
     int channel, row, tile, start;  // inputs before `start` are further away than the filter has taps
 
     explicit DEVICE Block(const Parameters& p) {
-        const int index = int(blockIdx.x), across = int(p.width + CHANNELS - 1) / CHANNELS,
-                  down = int(p.padded_rows) / ROWS;
-        const int n_tiles = int(p.n_tiles);
+        const int across = int(p.width + CHANNELS - 1) / CHANNELS, down = int(p.padded_rows) / ROWS;
+        const int index = int(blockIdx.x), n_tiles = int(p.n_tiles);
         const int place = p.near ? index / n_tiles : index % (across * down);
         channel = place % across * CHANNELS, row = place / across * ROWS;
         tile = n_tiles - 1 - (p.near ? index % n_tiles : index / (across * down));
