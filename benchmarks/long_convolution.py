@@ -28,9 +28,11 @@ BF16 = torch.bfloat16
 HEADS = (1024, 2048, 24, BF16)
 """H3's, whose memory is ordered (channels, length, rows)."""
 SHAPES = {
-    (16, 2048, 192, BF16): "Hyena, 3 million parameters",
+    (16, 2048, 128, BF16): "Hyena, 1 million parameters",
+    (16, 2048, 192, BF16): "Hyena, 3 million",
     (32, 2048, 256, BF16): "Hyena, 7 million",
-    (8, 2048, 384, BF16): "S4 in Mamba's block",
+    (16, 2048, 384, BF16): "S4 in Mamba's block",
+    (8, 2048, 384, BF16): "",
     (128, 1024, 128, BF16): "",
     (8, 4096, 384, BF16): "",
     (16, 2048, 192, torch.float32): "",

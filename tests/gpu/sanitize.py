@@ -45,6 +45,7 @@ def sweep() -> None:
     for d_state in (5, 12, 16):
         cuda.step(arguments(scan_inputs(3, 1, 33, d_state, dtype=torch.float32), "cuda"))
     others()
+    long_convolutions()
     torch.cuda.synchronize()
 
 
@@ -64,6 +65,23 @@ def others() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         x, weight = (torch.randn(n, 16, device="cuda", dtype=dtype, requires_grad=True) for n in (50, 1001))
         linear_cross_entropy(x, weight, torch.arange(50, device="cuda")).backward()
+
+
+def long_convolutions() -> None:
+    """By products, in either order of memory, and by FFTs; and what H3 does around them."""
+    import torch
+
+    from anymamba.parts import head_products
+    from anymamba.parts.fft_conv import fft_conv
+
+    for rows, length, width in ((3, 70, 5), (8, 300, 18), (20, 530, 24), (16, 150, 1)):
+        kernel = torch.randn(width, length, device="cuda", requires_grad=True)
+        for dtype in (torch.bfloat16, torch.float32):
+            u = torch.randn(rows, length, width, device="cuda").to(dtype)
+            for given in (u, u.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+                fft_conv(given.requires_grad_(), kernel).sum().backward()
+    q, k, v = torch.randn(3, 3, 50, 5, 8, device="cuda", dtype=torch.bfloat16).requires_grad_().unbind()
+    head_products.contract(q, head_products.outer(k, v)).sum().backward()
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from anymamba.experiments import speed
 from anymamba.experiments.scaling.arms import ARCHITECTURES, Size, config_of
 from anymamba.experiments.speed import arms as speed_arms
 from anymamba.experiments.speed import timing, whole_models
+from anymamba.kernels.head_products import cuda as cuda_head_products
 from anymamba.lab.byte_windows import fixed_windows, random_windows
 from anymamba.lab.experiment import Context
 from anymamba.lab.language import optimization
@@ -24,7 +25,7 @@ from anymamba.lab.saving import OutOfTime, Saving
 from anymamba.layers.h3 import H3
 from anymamba.layers.s4d import S4D
 from anymamba.models.language_model import LanguageModel
-from anymamba.parts import toeplitz
+from anymamba.parts import head_products, toeplitz
 from anymamba.parts.fft_conv import fft_conv
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -139,9 +140,25 @@ def test_h3_by_products_is_h3():
         assert (got.double() - want).norm() <= 2**-5 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", cuda_head_products.DTYPES, ids=str)
+def test_head_products_in_a_kernel_are_those_of_torch(dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 5, 300, 6, 16, device="cuda").to(dtype)[..., :8]
+    dy = torch.randn(5, 300, 6, 8, device="cuda").to(dtype)
+    found = []
+    for wide in (False, True):
+        leaves = [(t.double() if wide else t).requires_grad_() for t in (q, k, v)]
+        assert cuda_head_products.serves(leaves[0]) != wide
+        y = head_products.contract(leaves[0], head_products.outer(*leaves[1:]))
+        found.append((y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))))
+    for got, want in zip(*found, strict=True):
+        assert (got.double() - want).norm() < 1e-2 * want.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "length", "width"), [(3, 100, 5), (16, 2048, 24), (20, 2048, 24), (2, 4096, 8), (1, 1, 1)]
+    ("rows", "length", "width"),
+    [(3, 100, 5), (16, 2048, 24), (20, 2048, 24), (8, 3000, 50), (24, 700, 18), (2, 4096, 8), (1, 1, 1)],
 )
 def test_long_convolutions_in_kernels_are_those_by_cufft(rows, length, width, dtype):
     """By products or FFTs in shared memory, against float64."""

@@ -14,6 +14,7 @@ EARLY = {
     "causal_conv1d/cuda/fast.cu": ["forward", "backward", "sum_parts", "step"],
     "fft_conv/cuda/toeplitz_multiply.cu": ["multiply"],
     "fft_conv/cuda/toeplitz_correlate.cu": ["correlate", "finish"],
+    "head_products/cuda/head_products.cu": ["combine"],
     "selective_scan/cuda/fast_step.cu": ["step"],
 }
 """The kernels that these ops launch with `early=True`. Those of model_step read weights before they wait."""
@@ -23,7 +24,7 @@ EARLY = {
 def test_a_kernel_waits_for_the_previous_one_first(path):
     """A thread that returns, branches or reads a tensor before that would see what is not written yet."""
     waiting = []
-    for body in (FOLDER / path).read_text("utf-8").split("\nKERNEL(")[1:]:
+    for body in re.split(r"\n(?:CLUSTERED_)?KERNEL\(", (FOLDER / path).read_text("utf-8"))[1:]:
         before, wait, _ = body.partition("wait_for_previous();")
         if wait:
             waiting += re.findall(r"\) (\w+)\(", before)[:1]

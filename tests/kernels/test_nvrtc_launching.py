@@ -12,6 +12,9 @@ from nvrtc_stand_ins import CUBIN, VARIANT, Driver, compiler
 
 from anymamba.runtimes import nvrtc
 
+SHARED = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
+CLUSTERS = "CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE"
+
 
 class Launching(Driver):
     """A driver that also loads and launches kernels of one GPU."""
@@ -19,9 +22,11 @@ class Launching(Driver):
     def __init__(self, loads: str = "CUDA_SUCCESS", gets: str = "CUDA_SUCCESS", cuda: int = 13000) -> None:
         super().__init__([90], cuda)
         self.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
-        name = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
-        self.CUfunction_attribute = types.SimpleNamespace(**{name: name})
+        self.CUfunction_attribute = types.SimpleNamespace(**{name: name for name in (SHARED, CLUSTERS)})
+        policy = types.SimpleNamespace(CU_CLUSTER_SCHEDULING_POLICY_LOAD_BALANCING=2)
+        self.CUclusterSchedulingPolicy = policy
         self.loads, self.gets, self.mode, self.allowed, self.n_set = loads, gets, "global", 48 << 10, 0
+        self.policies = []
 
     def status(self, name):
         success = self.CUresult.CUDA_SUCCESS
@@ -41,7 +46,10 @@ class Launching(Driver):
         return self.status(self.gets), None
 
     def cuFuncSetAttribute(self, function, attribute, value):
-        self.allowed, self.n_set = value, self.n_set + 1
+        if attribute == CLUSTERS:
+            self.policies.append(value)
+        else:
+            self.allowed, self.n_set = value, self.n_set + 1
         return (self.status("CUDA_SUCCESS"),)
 
     def cuLaunchKernel(self, function, *sizes_and_more):
@@ -52,14 +60,14 @@ class Launching(Driver):
 def made(bindings, monkeypatch):
     """Makes a kernel of a driver that stands in for NVIDIA's."""
 
-    def make(driver: Launching) -> nvrtc.Kernel:
+    def make(driver: Launching, variant: nvrtc.Variant = VARIANT) -> nvrtc.Kernel:
         bindings(nvrtc=compiler(), driver=driver)
         monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: types.SimpleNamespace(cuda_stream=0))
         monkeypatch.setattr(nvrtc, "_raw_stream", lambda index: 0)
         monkeypatch.setattr(nvrtc, "_thread", threading.local())
-        return nvrtc.Kernel(VARIANT, 0, CUBIN)
+        return nvrtc.Kernel(variant, 0, CUBIN)
 
     return make
 
@@ -85,6 +93,17 @@ def test_the_capture_mode_of_a_thread_is_put_back(fails, made):
     with pytest.raises(RuntimeError, match="INVALID_IMAGE") if fails else nullcontext():
         made(driver)
     assert driver.mode == "global"
+
+
+def test_clusters_are_balanced(made):
+    driver = Launching()
+    made(driver)
+    assert driver.policies == []
+    source = VARIANT.source._replace(
+        text=VARIANT.source.text + "\nCLUSTERED_KERNEL(4, 32, 1) one(PARAMETER Parameters p) {}"
+    )
+    made(driver, VARIANT._replace(source=source))
+    assert driver.policies == [2] and driver.n_set == 0
 
 
 def test_threads_may_launch_a_kernel_with_different_shared_memory(made):

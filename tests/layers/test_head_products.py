@@ -17,9 +17,9 @@ def numbers(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_values_and_derivatives(d):
     torch.manual_seed(0)
-    k, v, products = numbers(2, 3, d), numbers(2, 3, d), numbers(2, 3, d, d)
-    torch.testing.assert_close(outer(k, v), torch.einsum("abi,abj->abij", k, v))
-    torch.testing.assert_close(contract(k, products), torch.einsum("abi,abij->abj", k, products))
+    k, v, products = numbers(2, 3, 2, d), numbers(2, 3, 2, d), numbers(2, 3, 2, d, d)
+    torch.testing.assert_close(outer(k, v), torch.einsum("blhi,blhj->hlbij", k, v))
+    torch.testing.assert_close(contract(k, products), torch.einsum("blhi,hlbij->blhj", k, products))
     for function, inputs in ((outer, (k, v)), (contract, (k, products))):
         assert gradcheck(function, inputs) and gradgradcheck(function, inputs)
 

@@ -22,7 +22,7 @@ from anymamba.base.sizes import require_sizes
 from anymamba.ops.causal_conv1d import causal_conv1d
 from anymamba.parts import head_products, toeplitz
 from anymamba.parts.derivatives import as_operations
-from anymamba.parts.fft_conv import gradients_in_operations
+from anymamba.parts.fft_conv import conv_of_taps
 from anymamba.parts.options import H3Options
 from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import KernelParameters, activations_of
@@ -61,7 +61,7 @@ class ShiftSSM(KernelParameters):
         if served and toeplitz.serves_taps(u.device.type, u.dtype, d_shift):
             kernel = torch.cat([self.C[:, -1:] + self.D[:, None], self.C[:, :-1].flip(1)], 1)
             last = F.pad(u, (0, 0, max(0, d_shift - 1 - u.shape[1]), 0))[:, -(d_shift - 1) :]
-            return toeplitz.convolve_taps(u, kernel, gradients_in_operations), last
+            return conv_of_taps(u, kernel), last
         y, state = causal_conv1d(u, self.C, initial_state=state)
         return (y + self.D * u).to(u.dtype), state
 
@@ -162,8 +162,7 @@ class H3(SequenceLayer):
         """The products of key and value channels of each head; row (batch, i, j) has k_i v_j of all heads."""
         k, v = self._heads(k), self._heads(v)
         if self._reorders(k):
-            products = head_products.outer(_ordered(k), _ordered(v))
-            return products.flatten(2).permute(2, 1, 0)
+            return head_products.outer(k, v).flatten(2).permute(2, 1, 0)
         k, v = k.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2)
         return (k[:, :, None] * v[:, None]).flatten(0, 2)
 
@@ -173,8 +172,7 @@ class H3(SequenceLayer):
         """Sum over i of q_i times row (batch, i, j) of the products, in the original order of channels."""
         q, sizes = self._heads(q), (q.shape[0], self.d_head, self.d_head)
         if self._reorders(products):
-            y = head_products.contract(_ordered(q), products.permute(2, 1, 0).unflatten(2, sizes))
-            return y.permute(2, 1, 0, 3).flatten(2)
+            return head_products.contract(q, products.permute(2, 1, 0).unflatten(2, sizes)).flatten(2)
         y = (q.permute(0, 3, 1, 2)[:, :, None] * products.unflatten(0, sizes)).sum(1)
         return y.permute(0, 2, 3, 1).flatten(2)
 
@@ -188,8 +186,3 @@ class H3(SequenceLayer):
     def _unfold(self, inner: Any, batch: int) -> Any:
         """The inner layer's state as (batch, d_head^2, ...)."""
         return map_state(lambda t: t.reshape(batch, self.d_head**2, *t.shape[1:]), inner)
-
-
-def _ordered(t: Float[Tensor, "batch length n_heads d_head"]) -> Float[Tensor, "n_heads length batch d_head"]:
-    """Memory in the order of a GPU's convolution, which multiplies a matrix for each head by all rows."""
-    return t.permute(2, 1, 0, 3).contiguous()

@@ -345,6 +345,7 @@ def _convolve(
         return x, state
     x = x if rows is None else rows.zero_padding(x)
     stream, place = _append(state, x)
+    kernel = torch.cat([kernel[:, :1] + bias[:, None], kernel[:, 1:]], 1)
     if x.shape[1] == 1:  # one output is a single sum
         lag = (state.filled[:, None] - torch.arange(stream.shape[1], device=x.device)).clamp(0, kernel.shape[1] - 1)
         y = (kernel.T[lag] * stream).sum(1, keepdim=True)  # the stream is zero after the present token
@@ -353,7 +354,6 @@ def _convolve(
         y = y if place is None else y.gather(1, place)
     filled = state.filled + (x.shape[1] if rows is None else rows.lengths)
     after = HyenaFilterState(stream[:, : kernel.shape[1]].contiguous(), filled)
-    y = y + bias * x
     if stream.shape[1] > kernel.shape[1] and not plain(state.filled, x):  # the filter may be shorter than the tokens
         late = _places(state, x) >= kernel.shape[1]
         y = y.masked_fill((late if rows is None else late & rows.mask)[..., None], math.nan)

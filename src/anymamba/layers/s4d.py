@@ -114,16 +114,21 @@ class S4D(SequenceLayer):
             y = fft_conv(u if state is None else u.to(wide), recomputed(DiagonalSystem.kernel, system, length, wide))
             if state is not None:
                 y = y + recomputed(DiagonalSystem.free_response, system, state.h, length)
-            return y.to(x.dtype), S4DState(self._last_state(u.to(wide), system, state, lengths))
+            return y.to(x.dtype), S4DState(self._last_state(u, wide, system, state, lengths))
 
     def _last_state(
-        self, u: Float[Tensor, "rows length width"], system: DiagonalSystem, state: S4DState | None, lengths: Any
+        self,
+        u: Float[Tensor, "rows length width"],
+        wide: torch.dtype,
+        system: DiagonalSystem,
+        state: S4DState | None,
+        lengths: Any,
     ) -> Num[Tensor, "rows width n_states"]:
         """h after the last real token of each row."""
         dtype = self.kernel.state_dtype
         if not last_states_are_wanted():
             return unread((len(u), *system.Abar.shape), dtype, u.device)
-        length, u = int(u.shape[1]), diagonal.right_aligned(u, lengths)
+        length, u = int(u.shape[1]), diagonal.right_aligned(u.to(wide), lengths)
         h = system.Bbar * recomputed(diagonal.accumulate, u, system.Abar)
         if state is not None:
             h = h + diagonal.elapsed(system.Abar, length, lengths) * state.h

@@ -127,13 +127,15 @@ def _powers_at_once(
 ) -> tuple[Num[Tensor, "width count n_states"], Tensor]:
     """`_powers` in a few operations. On a GPU these small tables cost what their launches cost.
 
-    A complex power takes a logarithm, so 0 is replaced by the smallest normal number.
+    A complex power takes a logarithm, here one for each base, so 0 is replaced by the smallest normal number.
     """
     real = base.real.dtype if base.is_complex() else base.dtype
     exponents = torch.arange(count + 1, device=base.device, dtype=real)[:, None]
     if base.is_complex():
-        base = torch.where(base == 0, torch.finfo(real).tiny, base)
-    table = torch.pow(base[:, None], exponents)
+        logarithm = torch.log(torch.where(base == 0, torch.finfo(real).tiny, base))
+        table = torch.exp(exponents * logarithm[:, None])
+    else:
+        table = torch.pow(base[:, None], exponents)
     return table[:, :-1], table[:, -1]
 
 

@@ -2,9 +2,12 @@
 
     products[i, j] = k_i v_j        y_j = sum over i of q_i products[i, j]
 
-The products of 8 channels have 8 times as many numbers as the input, and torch sums 8 of them at a time at a tenth of
-the memory's speed. In 16 bits the sums are taken by the matrix units of a GPU: a product with a matrix of ones and
-zeros, which adds in float32.
+The products of 8 channels have 8 times as many numbers as the input, so each pass over them counts. Heads of 8 in 16
+bits have a kernel on NVIDIA GPUs, which reads or writes them once. Other heads use torch's operations, which sum 8 of
+them at a time at a tenth of the memory's speed. There, in 16 bits, the sums are taken by the matrix units of a GPU: a
+product with a matrix of ones and zeros, which adds in float32.
+
+Products have memory in the order of a GPU's convolution, which multiplies a matrix for each head by all rows.
 """
 
 from __future__ import annotations
@@ -15,28 +18,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anymamba.kernels.head_products import cuda
+from anymamba.ops.dispatch import insisted
 from anymamba.parts.derivatives import as_operations, in_operations
 
 FIRST, LAST = -2, -1
 """The channel of a product that is summed over."""
 
 
-def outer(k: Float[Tensor, "*rows d"], v: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d d"]:
+def outer(
+    k: Float[Tensor, "batch length heads d"], v: Float[Tensor, "batch length heads d"]
+) -> Float[Tensor, "heads length batch d d"]:
     """products[..., i, j] = k[..., i] v[..., j]; differentiable in any mode and of any order."""
     return _outer(k, v) if as_operations(k, v) else _Outer.apply(k, v)
 
 
-def contract(q: Float[Tensor, "*rows d"], products: Float[Tensor, "*rows d d"]) -> Float[Tensor, "*rows d"]:
+def contract(
+    q: Float[Tensor, "batch length heads d"], products: Float[Tensor, "heads length batch d d"]
+) -> Float[Tensor, "batch length heads d"]:
     """y[..., j] = sum over i of q[..., i] products[..., i, j]; differentiable in any mode and of any order."""
     return _contract(q, products) if as_operations(q, products) else _Contract.apply(q, products)
 
 
+def ordered(t: Float[Tensor, "batch length heads d"]) -> Float[Tensor, "heads length batch d"]:
+    """Memory in the order of the products."""
+    return t.permute(2, 1, 0, 3).contiguous()
+
+
 def _outer(k: Tensor, v: Tensor) -> Tensor:
-    return k[..., :, None] * v[..., None, :]
+    return ordered(k)[..., :, None] * ordered(v)[..., None, :]
 
 
 def _contract(q: Tensor, products: Tensor) -> Tensor:
-    return sums(q[..., :, None] * products, FIRST)
+    return _in_rows(sums(ordered(q)[..., :, None] * products, FIRST))
+
+
+def _in_rows(t: Float[Tensor, "heads length batch d"]) -> Float[Tensor, "batch length heads d"]:
+    return t.permute(2, 1, 0, 3)
+
+
+def _in_kernel(*tensors: Tensor) -> bool:
+    """Whether one kernel does it all; `backend` may ask for plain operations."""
+    one = len({t.dtype for t in tensors}) == 1
+    return one and insisted() in (None, "cuda") and cuda.serves(tensors[0])
 
 
 def sums(x: Float[Tensor, "*rows d d"], over: int) -> Float[Tensor, "*rows d"]:
@@ -57,25 +81,29 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(k, v)
-        return _outer(k, v)
+        return cuda.outer(k, v) if _in_kernel(k, v) else _outer(k, v)
 
     @staticmethod
     def backward(ctx: Any, dproducts: Tensor) -> tuple[Tensor, Tensor]:
         k, v = ctx.saved_tensors
         if in_operations(dproducts, k, v):
             return torch.func.vjp(_outer, k, v)[1](dproducts)
-        return sums(dproducts * v[..., None, :], LAST), _contract(k, dproducts)
+        if _in_kernel(k, v, dproducts):
+            return cuda.gradients_of_outer(dproducts, k, v)
+        return _in_rows(sums(dproducts * ordered(v)[..., None, :], LAST)), _contract(k, dproducts)
 
 
 class _Contract(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, products: Tensor) -> Tensor:
         ctx.save_for_backward(q, products)
-        return _contract(q, products)
+        return cuda.contract(q, products) if _in_kernel(q, products) else _contract(q, products)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         q, products = ctx.saved_tensors
         if in_operations(dy, q, products):
             return torch.func.vjp(_contract, q, products)[1](dy)
-        return sums(products * dy[..., None, :], LAST), _outer(q, dy)
+        if _in_kernel(q, products, dy):
+            return cuda.gradients_of_contract(dy, q, products)
+        return _in_rows(sums(products * ordered(dy)[..., None, :], LAST)), _outer(q, dy)

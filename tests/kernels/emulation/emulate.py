@@ -17,9 +17,12 @@ HERE = Path(__file__).parent
 
 LAUNCHER = """
 extern "C" int launch_{kernel}(const Parameters* p, i64 blocks, int threads, u64 shared, int backwards) {{
-    return emulated::launch([&] {{ {kernel}(*p); }}, blocks, threads, shared, backwards);
+    return emulated::launch([&] {{ {kernel}(*p); }}, blocks, threads, shared, backwards, {cluster});
 }}
 """
+
+KERNEL = r"^(?:KERNEL|CLUSTERED_KERNEL\((\w+),).*?\) (\w+)\("
+"""The blocks of a cluster, if there are clusters, and the name of a kernel."""
 
 SIZE = """
 extern "C" u64 size_of_parameters() { return sizeof(Parameters); }
@@ -44,8 +47,8 @@ def library(variant: nvrtc.Variant) -> ctypes.CDLL:
         return library(variant._replace(kernel=""))
     name = hashlib.sha256(repr(variant).encode()).hexdigest()[:16]
     path = folder() / f"{name}.cpp"
-    kernels = re.findall(r"^KERNEL\(.*?\) (\w+)\(", variant.source.text, re.MULTILINE)
-    launchers = (LAUNCHER.format(kernel=kernel) for kernel in kernels)
+    kernels = re.findall(KERNEL, variant.source.text, re.MULTILINE)
+    launchers = (LAUNCHER.format(kernel=kernel, cluster=cluster or 1) for cluster, kernel in kernels)
     path.write_text("".join([variant.source.text, *launchers, SIZE]))
     for header, text in variant.source.headers:
         (folder() / header).write_text(text)

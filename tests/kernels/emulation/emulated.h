@@ -18,12 +18,15 @@
 #include <cstring>
 #include <functional>
 #include <iterator>
+#include <memory>
 #include <vector>
 #include <algorithm>
 
 #define DEVICE inline __attribute__((always_inline))
 #define CALLED inline
 #define KERNEL(threads, blocks) static void
+#define CLUSTERED_KERNEL(cluster, threads, blocks) static void
+constexpr bool CLUSTERS = true;
 #define PARAMETER const
 #define __launch_bounds__(...)
 
@@ -59,7 +62,9 @@ struct Copy {
     bool ok;
     int group;
 };
+struct Block;
 struct Fiber {
+    Block* block;
     ucontext_t context;
     std::vector<char> stack;
     Index index;
@@ -80,16 +85,34 @@ struct Warp {
     int alive = 32;
 };
 
+struct Memory {  // shared memory, with a page after its end that must not be touched
+    u8 *start = nullptr, *shared = nullptr;
+    u64 page = sysconf(_SC_PAGESIZE), whole;
+    explicit Memory(u64 size) : whole((size + page - 1) / page * page) {
+        start =
+            static_cast<u8*>(mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        mprotect(start + whole, page, PROT_NONE);
+        shared = start + (whole - size);
+    }
+    Memory(const Memory&) = delete;
+    ~Memory() { munmap(start, whole + page); }
+};
+struct Block {
+    Index index;
+    u8* shared;
+    std::vector<Warp> warps;
+    Meeting all, parts[16];
+    int alive;
+};
+
 inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline Meeting all, parts[16];
-inline int alive;
+inline std::vector<Block> blocks;  // of the cluster that runs
+inline Meeting cluster;
+inline int alive;   // threads of the cluster
 inline u64 events;  // grows with everything that lets somebody go on
 inline Fiber* self;
 inline ucontext_t scheduler;
-inline Index block_index, grid_size, block_size;
-inline u8* shared;
-inline u64 shared_size;
+inline Index grid_size, block_size;
 inline std::function<void()> body;
 inline const char* failure;
 
@@ -108,25 +131,25 @@ inline void run() {
     body();
     self->done = true;
     events++;
-    warps[self->warp].alive--, alive--;
+    self->block->warps[self->warp].alive--, self->block->alive--, alive--;
     yield();
 }
 
-// One block. Returns whether all threads reached the end.
-inline bool run_block(int threads, bool backwards) {
-    const int n_warps = threads / 32;
-    warps.assign(n_warps, Warp());
-    all = Meeting(), alive = threads;
-    std::fill(std::begin(parts), std::end(parts), Meeting());
-    for (int i = 0; i < threads; i++) {
-        Fiber& f = fibers[i];
-        f.index = {unsigned(i), 0, 0}, f.lane = i % 32, f.warp = i / 32, f.done = false, f.group = 0;
-        f.copies.clear();
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
-        f.context.uc_link = &scheduler;
-        makecontext(&f.context, reinterpret_cast<void (*)()>(run), 0);
-    }
+inline void start_fiber(Fiber& f, Block& block, int thread) {
+    f.block = &block, f.index = {unsigned(thread), 0, 0}, f.lane = thread % 32, f.warp = thread / 32;
+    f.done = false, f.group = 0;
+    f.copies.clear();
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = &scheduler;
+    makecontext(&f.context, reinterpret_cast<void (*)()>(run), 0);
+}
+
+// The blocks of one cluster, until all their threads have reached the end.
+inline void run_cluster(int threads, bool backwards) {
+    cluster = Meeting(), alive = threads * int(blocks.size());
+    for (int i = 0; i < alive; i++) start_fiber(fibers[i], blocks[i / threads], i % threads);
+    const int n_warps = alive / 32;
     while (alive) {
         const u64 before_round = events;
         for (int w = 0; w < n_warps; w++) {
@@ -140,32 +163,29 @@ inline bool run_block(int threads, bool backwards) {
                 }
             }
         }
-        if (before_round == events && alive) {
-            failure = "nobody can go on";
-            return false;
-        }
-        if (failure) return false;
+        if (before_round == events && alive) failure = "nobody can go on";
+        if (failure) return;
     }
-    return true;
 }
 
-inline int launch(std::function<void()> kernel, i64 grid, int threads, u64 shared_bytes, bool backwards) {
-    const u64 page = sysconf(_SC_PAGESIZE), whole = (shared_bytes + page - 1) / page * page;
-    u8* memory =
-        static_cast<u8*>(mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(memory + whole, page, PROT_NONE);
-    shared = memory + (whole - shared_bytes), shared_size = shared_bytes;
-    body = kernel, failure = nullptr;
-    if (int(fibers.size()) < threads) fibers.resize(threads);
+inline int launch(std::function<void()> kernel, i64 grid, int threads, u64 shared_bytes, bool backwards,
+                  int of_cluster) {
+    std::vector<std::unique_ptr<Memory>> memories;
+    for (int i = 0; i < of_cluster; i++) memories.push_back(std::make_unique<Memory>(shared_bytes));
+    body = kernel, failure = grid % of_cluster ? "the last cluster is not whole" : nullptr;
+    if (int(fibers.size()) < threads * of_cluster) fibers.resize(threads * of_cluster);
     for (auto& f : fibers)
         if (f.stack.empty()) f.stack.resize(1 << 18);
     grid_size = {unsigned(grid), 1, 1}, block_size = {unsigned(threads), 1, 1};
-    for (i64 b = 0; b < grid && !failure; b++) {
-        std::memset(memory, 0xff, whole);  // not a number, until it is written
-        block_index = {unsigned(b), 0, 0};
-        run_block(threads, backwards);
+    for (i64 first = 0; first < grid && !failure; first += of_cluster) {
+        blocks.assign(of_cluster, Block());
+        for (int i = 0; i < of_cluster; i++) {
+            std::memset(memories[i]->start, 0xff, memories[i]->whole);  // not a number, until it is written
+            blocks[i].index = {unsigned(first + i), 0, 0}, blocks[i].shared = memories[i]->shared;
+            blocks[i].warps.assign(threads / 32, Warp()), blocks[i].alive = threads;
+        }
+        run_cluster(threads, backwards);
     }
-    munmap(memory, whole + page);
     if (failure) std::fprintf(stderr, "emulated kernel: %s\n", failure);
     return failure ? 1 : 0;
 }
@@ -173,11 +193,11 @@ inline int launch(std::function<void()> kernel, i64 grid, int threads, u64 share
 }  // namespace emulated
 
 #define threadIdx (emulated::self->index)
-#define blockIdx (emulated::block_index)
+#define blockIdx (emulated::self->block->index)
 #define gridDim (emulated::grid_size)
 #define blockDim (emulated::block_size)
 
-inline u8* shared_memory() { return emulated::shared; }
+inline u8* shared_memory() { return emulated::self->block->shared; }
 
 inline void need(bool fine, const char* what) {
     if (!fine) emulated::failure = what;
@@ -203,21 +223,28 @@ inline void write_16_bytes(float* to, float4 v) {
 // All threads of a block must wait at the same place in the code, as CUDA wants.
 __attribute__((noinline)) inline void sync_block() {
     const void* place = __builtin_return_address(0);
-    need(emulated::all.arrived == 0 || emulated::all.place == place, "threads of a block wait at different barriers");
-    emulated::all.place = place;
-    emulated::meet(emulated::all, emulated::alive);
+    emulated::Block& block = *emulated::self->block;
+    need(block.all.arrived == 0 || block.all.place == place, "threads of a block wait at different barriers");
+    block.all.place = place;
+    emulated::meet(block.all, block.alive);
+}
+inline void sync_cluster() { emulated::meet(emulated::cluster, emulated::alive); }
+inline uint2 read_of_block(const uint2* own, int block) {
+    need(block >= 0 && block < int(emulated::blocks.size()), "a block of another cluster");
+    const u64 place = reinterpret_cast<const u8*>(own) - shared_memory();
+    return *reinterpret_cast<const uint2*>(emulated::blocks[block].shared + place);
 }
 inline void sync_warp() {
-    auto& warp = emulated::warps[emulated::self->warp];
+    auto& warp = emulated::self->block->warps[emulated::self->warp];
     emulated::meet(warp.meeting, warp.alive);
 }
 inline void sync_part(int number, int threads) {
     need(number > 0 && number < 16 && threads % 32 == 0, "a barrier that does not exist");
-    emulated::meet(emulated::parts[number], threads);
+    emulated::meet(emulated::self->block->parts[number], threads);
 }
 template <typename T>
 T shuffle(T value, int lane) {
-    auto& warp = emulated::warps[emulated::self->warp];
+    auto& warp = emulated::self->block->warps[emulated::self->warp];
     const int side = warp.meeting.generation & 1;
     std::memcpy(&warp.values[side][emulated::self->lane], &value, sizeof(T));
     sync_warp();
@@ -231,7 +258,7 @@ T shuffle_xor(T value, int mask) {
 inline int first_bit(u32 bits) { return bits ? __builtin_ctz(bits) : -1; }
 inline int last_bit(u32 bits) { return bits ? 31 - __builtin_clz(bits) : -1; }
 inline u32 ballot(bool vote) {
-    auto& warp = emulated::warps[emulated::self->warp];
+    auto& warp = emulated::self->block->warps[emulated::self->warp];
     const int side = warp.meeting.generation & 1;
     warp.values[side][emulated::self->lane] = vote;
     sync_warp();
@@ -351,7 +378,7 @@ inline float dot_bfloats(u32 a, u32 b) {
 // Every lane of a warp gives some words; returns those of all lanes.
 template <int N>
 inline const u32 (&gathered(const u32 (&own)[N]))[32][6] {
-    auto& warp = emulated::warps[emulated::self->warp];
+    auto& warp = emulated::self->block->warps[emulated::self->warp];
     auto& tiles = warp.tiles[warp.meeting.generation & 1];
     std::memcpy(tiles[emulated::self->lane], own, sizeof(own));
     sync_warp();
@@ -368,10 +395,6 @@ inline void multiply_tiles(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2
                 sums[i] += dot_bfloats(all[row + t][2 * half], other);
                 sums[2 + i] += dot_bfloats(all[row + t][2 * half + 1], other);
             }
-}
-inline void multiply_half_tiles(float (&sums)[4], const u32 (&a)[2], u32 b) {
-    const u32 left[4] = {a[0], a[1], 0, 0}, right[2] = {b, 0};
-    multiply_tiles(sums, left, right);
 }
 // The rows of four matrices, whose addresses the lanes have.
 inline void rows_of_tiles(const u16* (&rows)[32], const void* own) {

@@ -25,6 +25,14 @@ constexpr bool CHECKED = false;
 #define DEVICE __device__ __forceinline__
 #define CALLED __device__ __noinline__  // large and rare: inlined it would only cost compilation
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#if __CUDA_ARCH__ >= 900
+constexpr bool CLUSTERS = true;
+#define CLUSTERED_KERNEL(cluster, threads, blocks) \
+    extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks)
+#else
+constexpr bool CLUSTERS = false;
+#define CLUSTERED_KERNEL(cluster, threads, blocks) KERNEL(threads, blocks)
+#endif
 #define PARAMETER const __grid_constant__
 
 DEVICE u8* shared_memory() {
@@ -54,6 +62,15 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_part(int number, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+// `cluster` neighbouring blocks of a CLUSTERED_KERNEL run at the same time where there are CLUSTERS. They can wait for
+// each other, and read each other's shared memory: what this block has at `own`.
+#if __CUDA_ARCH__ >= 900
+DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+#else
+DEVICE void sync_cluster() {}
+#endif
 template <typename T>
 DEVICE T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
@@ -84,6 +101,18 @@ DEVICE void write_16_bytes(float* global, float4 v) {
 }
 
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+#if __CUDA_ARCH__ >= 900
+DEVICE uint2 read_of_block(const uint2* own, int block) {
+    uint2 v;
+    asm volatile("{.reg .u32 a; mapa.shared::cluster.u32 a, %2, %3; ld.shared::cluster.v2.u32 {%0, %1}, [a];}"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "r"(shared_address(own)), "r"(block)
+                 : "memory");
+    return v;
+}
+#else
+DEVICE uint2 read_of_block(const uint2* own, int) { return *own; }
+#endif
 
 // A barrier in shared memory that one warp passes on and another waits for; its phases alternate in parity.
 typedef u64 Barrier;
@@ -239,13 +268,6 @@ DEVICE void multiply_tiles(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// The same for 16 x 8 by 8 x 8: the first two words of a and the first of b.
-DEVICE void multiply_half_tiles(float (&sums)[4], const u32 (&a)[2], u32 b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 // Four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 i + r gives the address of row r of matrix i, of 16

@@ -22,7 +22,7 @@ TENSORS = {"x": 3, "y": 3}
 FIELDS = (
     *("filters", "ordered", "inputs", "outputs", "lines", "parts", "found"),
     *("rows", "length", "width", "taps", "padded_rows", "padded_length", "line", "order_blocks", "n_tiles"),
-    *("n_groups", "n_parts", "rows_of_part", "adjoint", "aligned", "near"),
+    *("n_groups", "n_parts", "rows_of_part", "adjoint", "aligned", "near", "first"),
 )
 LAYOUT = layout(TENSORS, FIELDS)
 LONGEST = 4096
@@ -30,8 +30,8 @@ LONGEST = 4096
 MOST_OF_ROW = 4096
 """Most tokens for each row, counting rows up to a multiple of 8: products of zeros cost as much as others."""
 
-CHANNELS, SHARES = 4, 2
-"""Channels of a block of `multiply`, and the warps of a channel."""
+CHANNELS, SHARES, GROUP = 4, 2, 4
+"""Channels of a block of `multiply`, the warps of a channel, and the blocks that write together, unless by time."""
 CHUNK = 128
 """Outputs of a warp of `multiply`."""
 TILE = CHUNK * SHARES
@@ -114,9 +114,10 @@ def convolve(x: Tensor, lines: Tensor, kernel: Tensor, adjoint: bool = False) ->
     call.dense(ordered=_memory(x), lines=lines)
     memory = x.new_empty((width, length, rows) if by_time(x) else x.shape)
     call.strided(y=memory)
-    n_blocks = call["n_tiles"] * -(-width // CHANNELS) * (call["padded_rows"] // (8 * row_tiles(x)))
+    group = 1 if by_time(x) else GROUP
+    n_blocks = call["n_tiles"] * padded(-(-width // CHANNELS), group) * (call["padded_rows"] // (8 * row_tiles(x)))
     near = x.numel() * 2 > CACHED and not by_time(x)
-    call.set(aligned=aligned(memory, CHANNELS), adjoint=adjoint, near=near)
+    call.set(aligned=aligned(memory, CHANNELS), adjoint=adjoint, near=near, first=_first(call, n_blocks) // group)
     shared = multiply_bytes(row_tiles(x), call["line"])
     call.launch(variant(x, "multiply"), n_blocks, 32 * CHANNELS * SHARES, shared, early=EARLY)
     return memory.permute(2, 1, 0) if by_time(x) else memory
@@ -129,6 +130,7 @@ def correlate(x: Tensor, dy: Tensor, kernel: Tensor) -> Tensor:
     n_blocks, batches = -(-width // PAIR) * -(-n_groups // WARPS), call["padded_rows"] // (8 * row_tiles(x))
     of_part = -(-batches // min(batches, max(1, -(-WAVES * 2 * call.n_multiprocessors // n_blocks))))
     n_parts = -(-batches // of_part)
+    call.set(first=_first(call, n_blocks * n_parts))
     found = x.new_empty(width, taps, dtype=torch.float32)
     call.dense(inputs=_memory(x), outputs=_memory(dy), found=found)
     call.set(n_groups=n_groups, n_parts=n_parts, rows_of_part=of_part * 8 * row_tiles(x), near=x.numel() * 2 > CACHED)
@@ -186,6 +188,12 @@ def _start(u: Tensor, kernel: Tensor) -> Call:
     call.set(padded_rows=_padded(u)[0], padded_length=_padded(u)[1])
     call.set(n_tiles=-(-length // TILE), line=line(length, kernel.shape[1]))
     return call
+
+
+def _first(call: Call, n_blocks: int) -> int:
+    """The blocks that are the first of their multiprocessors, if each has a second one and all run at once; else 0."""
+    n = call.n_multiprocessors
+    return n if n < n_blocks <= 2 * n else 0
 
 
 def dense(t: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ struct Walk {
     DEVICE static int after(int slot, int count) { return slot + 1 == count ? 0 : slot + 1; }
 };
 
-typedef u32 Times[2 * ROW_TILES];  // a lane's words of 16 times
+typedef u32 Times[2 * ROW_TILES];  // a lane's words of 16 times of u
 typedef float Sums[GROUP][2][4];   // for a difference and half of the times of u
 
 DEVICE void load_times(u32 (&words)[2], const u8* from) { load_tiles_transposed(words, from); }
@@ -66,9 +66,6 @@ DEVICE void load_times(u32 (&words)[4], const u8* from) {
         load_tiles_transposed(words, from);
     }
 }
-DEVICE void multiply_times(float (&sums)[4], const u32 (&dy)[2], const u32 (&u)[2], int half) {
-    multiply_half_tiles(sums, dy, u[half]);
-}
 DEVICE void multiply_times(float (&sums)[4], const u32 (&dy)[4], const u32 (&u)[4], int half) {
     const u32 two[2] = {u[2 * half], u[2 * half + 1]};
     multiply_tiles(sums, dy, two);
@@ -76,9 +73,9 @@ DEVICE void multiply_times(float (&sums)[4], const u32 (&dy)[4], const u32 (&u)[
 
 // sums += the products of a chunk. `ring` has the last tiles of u; there are none before the first chunk.
 template <bool FIRST>
-DEVICE void correlate_chunk(Sums& sums, Times (&ring)[GROUP], const u8* u, const u8* dy) {
+DEVICE void correlate_chunk(Sums& sums, u32 (&ring)[GROUP][4], const u8* u, const u8* dy) {
     constexpr int step = BY_TIME ? 512 : 32;
-    Times tiles[2];
+    u32 tiles[2][4];
     load_times(tiles[0], dy);
     load_times(ring[0], u);
 #pragma unroll
@@ -95,39 +92,85 @@ DEVICE void correlate_chunk(Sums& sums, Times (&ring)[GROUP], const u8* u, const
     }
 }
 
+// The same for 8 rows: two tiles of dy at a time, and for each difference their two of u, fill the 16 that tensor cores
+// contract. A tile of u takes the place of the last but seventh as soon as that is not needed.
+template <bool FIRST>
+DEVICE void correlate_chunk(Sums& sums, u32 (&ring)[GROUP][2], const u8* u, const u8* dy) {
+    load_times(ring[0], u);
+#pragma unroll
+    for (int m = 0; m < GROUP; m += 2) {
+        u32 tiles[4];
+        load_tiles_transposed(tiles, dy + 32 * m);
+#pragma unroll
+        for (int d = GROUP - 1; d >= 0; d--) {
+            if (!FIRST || d <= m + 1) {
+                const u32(&one)[2] = ring[(m - d) & (GROUP - 1)], (&next)[2] = ring[(m + 1 - d) & (GROUP - 1)];
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const u32 two[2] = {FIRST && d > m ? 0u : one[n], next[n]};
+                    multiply_tiles(sums[d][n], tiles, two);
+                }
+            }
+            if (d == GROUP - 1) load_times(ring[m + 1], u + 32 * (m + 1));
+            if (d == GROUP - 2 && m + 2 < GROUP) load_times(ring[m + 2], u + 32 * (m + 2));
+        }
+    }
+}
+
 // Where a lane's row of a matrix is. Tensor cores take the quarters of a tile of dy, (times, rows), column by column
 // and those of u row by row.
 DEVICE int place_in_slot(int lane, bool of_dy) {
     const int upper = lane / 16, lower = lane / 8 % 2, line = lane % 8;
-    if (ROW_TILES == 1) return line * SPAN_STRIDE + lower * 16;
+    if (ROW_TILES == 1) return line * SPAN_STRIDE + (of_dy ? lane / 8 : lower) * 16;
     const int octet = of_dy ? lower : upper, row_tile = of_dy ? upper : lower;
     return BY_TIME ? piece_at_time(8 * octet + line, row_tile) : (8 * row_tile + line) * SPAN_STRIDE + octet * 16;
 }
 
-// The sums along the diagonals of a group: entry e is that of a lag of e - 16 from the group's first. A lane has one
-// diagonal of a tile. In shared memory the numbers of a diagonal are in one column; there are zeros where it has none.
-constexpr int SKEWED_ROW = 36;  // words; few bank conflicts
+// The sums along the diagonals of a group: entry e is that of a lag of e - 16 from the group's first.
+//
+// With g = lane / 4 and t = lane % 4 a lane's sums are of lags 8 h + g - 2t and one less: `half_tiles` and `others`,
+// for h = -1 to 15, which many numbers of a tile and of the next one share. Each lane sends what it has to the lane of
+// the lag's last three bits; the four lanes t then share the rest of the sum, and the entries, among themselves.
+constexpr int HALVES = 2 * GROUP + 1, EIGHTS = ENTRIES / 8, PADDED_EIGHTS = 20;
 
-DEVICE void write_diagonals(const Sums& sums, float* skewed, float* to, int lane) {
+// What a lane sends of each 8 entries, where it is moved down by `by`: of h, or of h + 1 if it comes from the 8 after.
+DEVICE void take(float (&of)[PADDED_EIGHTS], const float (&halves)[HALVES], int g, int t, int by) {
+    const bool later = g < by;
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++) {  // of h = e - 2, which is number e - 1
+        const float here = e > 0 ? halves[e - 1] : 0.f, next = e < HALVES ? halves[e] : 0.f;
+        of[e] += shuffle(later ? next : here, (g + by) % 8 * 4 + t);
+    }
+}
+
+DEVICE void write_diagonals(const Sums& sums, float* to, int lane) {
     const int g = lane / 4, t = lane % 4;
-    float* own = skewed + g * SKEWED_ROW + 15 + g - 2 * t;  // of row g and column 2t
-    for (int i = lane; i < 16 * SKEWED_ROW; i += 32) skewed[i] = 0.f;
-    float before = 0.f;  // of the previous tile, for lags that are 16 more
+    float half_tiles[HALVES], others[HALVES];
 #pragma unroll
-    for (int d = 0; d < GROUP; d++) {
-        sync_warp();
+    for (int h = 0; h < HALVES; h++) {
+        if (h % 2) {  // the middle of a tile
+            half_tiles[h] = sums[h / 2][0][0] + sums[h / 2][1][2], others[h] = sums[h / 2][0][1] + sums[h / 2][1][3];
+        } else {  // the lower left of a tile, the upper right of the next one
+            half_tiles[h] = others[h] = 0.f;
+            if (h > 0) half_tiles[h] += sums[h / 2 - 1][0][2], others[h] += sums[h / 2 - 1][0][3];
+            if (h < 2 * GROUP) half_tiles[h] += sums[h / 2][1][0], others[h] += sums[h / 2][1][1];
+        }
+    }
+    float of[PADDED_EIGHTS] = {};
+    take(of, half_tiles, g, t, 2 * t);
+    take(of, others, g, t, 2 * t + 1);
+    float pairs[PADDED_EIGHTS / 2], found[PADDED_EIGHTS / 4];
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+    for (int e = 0; e < PADDED_EIGHTS / 2; e++) {
+        const float keeps = t % 2 ? of[2 * e + 1] : of[2 * e], gives = t % 2 ? of[2 * e] : of[2 * e + 1];
+        pairs[e] = keeps + shuffle_xor(gives, 1);
+    }
 #pragma unroll
-            for (int i = 0; i < 4; i++) own[i / 2 * 8 * (SKEWED_ROW + 1) - 8 * n - i % 2] = sums[d][n][i];
-        sync_warp();
-        float sum = 0.f;
-#pragma unroll
-        for (int i = 0; i < 16; i++) sum += skewed[i * SKEWED_ROW + lane];
-        const float other = shuffle(before, lane + 16 < 31 ? lane + 16 : 31);
-        if (lane < 16) to[16 * d + 1 + lane] = other + sum;
-        if (lane >= 16 && lane < 31 && d == GROUP - 1) to[16 * d + 1 + lane] = sum;
-        before = sum;  // that of lane 31 is 0
+    for (int e = 0; e < PADDED_EIGHTS / 4; e++) {
+        const float keeps = t < 2 ? pairs[2 * e] : pairs[2 * e + 1], gives = t < 2 ? pairs[2 * e + 1] : pairs[2 * e];
+        found[e] = keeps + shuffle_xor(gives, 2);
+        const int eighth = 4 * e + t;
+        if (eighth < EIGHTS) to[8 * eighth + g] = found[e];
     }
 }
 
@@ -136,7 +179,7 @@ KERNEL(CORRELATE_THREADS, 2) correlate(PARAMETER Parameters p) {
     wait_for_previous();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pair = warp / WARPS;
     const int share = pair % 2 ? WARPS - 1 - warp % WARPS : warp % WARPS;  // schedulers have warps with more and less
-    const int across = int(p.width + PAIR - 1) / PAIR, block = int(blockIdx.x);
+    const int across = int(p.width + PAIR - 1) / PAIR, block = work_of(p, int(blockIdx.x), int(gridDim.x));
     const int quads = int(p.n_groups + WARPS - 1) / WARPS, others = across * int(p.n_parts);
     const int place = p.near ? block / quads : block % others;
     const int first_group = (p.near ? block % quads : block / others) * WARPS;
@@ -172,10 +215,7 @@ KERNEL(CORRELATE_THREADS, 2) correlate(PARAMETER Parameters p) {
         chunk = Walk::after(chunk, n_chunks);
         u_slot = Walk::after(u_slot, U_SLOTS), dy_slot = Walk::after(dy_slot, DY_SLOTS);
     }
-    sync_block();
-    if (!works) return;
-    float* to = p.parts + ((part * p.width + channel) * p.n_groups + group) * ENTRIES;
-    write_diagonals(sums, reinterpret_cast<float*>(shared_memory()) + warp * 16 * SKEWED_ROW, to, lane);
+    if (works) write_diagonals(sums, p.parts + ((part * p.width + channel) * p.n_groups + group) * ENTRIES, lane);
 }
 
 // The gradient of the filters: parts in their order, and where two groups have products for one lag, both.

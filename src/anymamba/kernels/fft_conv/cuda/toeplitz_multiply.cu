@@ -9,6 +9,10 @@
 //
 // The transposed matrix is the same one if groups of 8 times are taken in reverse order, in and out: only the words of
 // the filter differ, which are then terms 8 n + 2t - g and the one after.
+//
+// The channels of a block are 8 bytes of a row of a time, and writing a part of a sector costs as much as writing it
+// whole: half of the time of short sequences. So GROUP blocks with neighbouring channels exchange their sums, and each
+// writes some of the times.
 #include "toeplitz.cuh"
 
 constexpr int TILES = 8, ROWS = 8 * ROW_TILES, CHANNELS = 4, SHARES = 2;  // SHARES: the warps of a channel
@@ -18,6 +22,7 @@ constexpr int OF_CHANNEL = ROWS * STRIDE, STAGE = CHANNELS * OF_CHANNEL;
 constexpr int PIECES = CHUNK / 8;                                // of 16 bytes, of a row of a chunk
 constexpr int APART = BY_TIME ? SHARERS / 2 : SHARERS / PIECES;  // times, or rows, between two pieces of a thread
 constexpr int COPIES = (BY_TIME ? CHUNK : ROWS) / APART;
+constexpr int GROUP = BY_TIME ? 1 : 4, EXCHANGED = CLUSTERS ? GROUP : 1;  // blocks
 
 DEVICE void load_columns(u32 (&words)[4], const u8* from) {
     if constexpr (BY_TIME) {
@@ -35,10 +40,11 @@ struct Block {
     int channel, row, tile, start;  // inputs before `start` are further away than the filter has taps
 
     explicit DEVICE Block(const Parameters& p) {
-        const int across = int(p.width + CHANNELS - 1) / CHANNELS, down = int(p.padded_rows) / ROWS;
-        const int index = int(blockIdx.x), n_tiles = int(p.n_tiles);
+        constexpr int of_group = GROUP * CHANNELS;
+        const int across = int(p.width + of_group - 1) / of_group, down = int(p.padded_rows) / ROWS;
+        const int index = work_of(p, int(blockIdx.x) / GROUP, int(gridDim.x) / GROUP), n_tiles = int(p.n_tiles);
         const int place = p.near ? index / n_tiles : index % (across * down);
-        channel = place % across * CHANNELS, row = place / across * ROWS;
+        channel = place % across * of_group + int(blockIdx.x) % GROUP * CHANNELS, row = place / across * ROWS;
         tile = n_tiles - 1 - (p.near ? index % n_tiles : index / (across * down));
         start = max(0, tile * TILE - int(p.taps) + 1) / CHUNK * CHUNK;
     }
@@ -192,45 +198,53 @@ DEVICE void write_times(const u8* sums, const Parameters& p, const Block& at) {
     }
 }
 
-struct alignas(2 * CHANNELS) AtTime {
-    u32 of[WORDS];
-};
-
-// A thread has one time of all rows.
+// A thread has one time of all rows, of the channels of one block. It reads a few rows before it writes the first.
 template <bool ALIGNED>
-DEVICE void write_time(const u16* from, u16* to, const Parameters& p, int n_rows, int n_channels) {
+DEVICE void write_time(const u16* from, int block, u16* to, const Parameters& p, int n_rows, int n_channels) {
+    static_assert(CHANNELS == 4);
+    constexpr int at_once = 4;
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-        if (row >= n_rows) break;
-        const AtTime found = *reinterpret_cast<const AtTime*>(from + row * OUTPUT_ROW);
-        AtTime words;
+    for (int first = 0; first < ROWS; first += at_once) {
+        uint2 found[at_once];
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) words.of[i] = found.of[turned(i, row)];
-        if constexpr (ALIGNED) {
-            *reinterpret_cast<AtTime*>(to) = words;
-        } else {
-#pragma unroll
-            for (int c = 0; c < CHANNELS; c++)
-                if (c < n_channels) to[c] = u16(words.of[c / 2] >> c % 2 * 16);
+        for (int i = 0; i < at_once; i++) {
+            const uint2* place = reinterpret_cast<const uint2*>(from + (first + i) * OUTPUT_ROW);
+            found[i] = EXCHANGED > 1 ? read_of_block(place, block) : *place;
         }
-        to += p.y.row;
+#pragma unroll
+        for (int i = 0; i < at_once; i++) {
+            if (first + i >= n_rows) return;
+            const u32 two[2] = {found[i].x, found[i].y};
+            const uint2 words = {two[turned(0, first + i)], two[turned(1, first + i)]};
+            if constexpr (ALIGNED) {
+                *reinterpret_cast<uint2*>(to) = words;
+            } else {
+#pragma unroll
+                for (int c = 0; c < CHANNELS; c++)
+                    if (c < n_channels) to[c] = u16((c < 2 ? words.x : words.y) >> c % 2 * 16);
+            }
+            to += p.y.row;
+        }
     }
 }
 
 DEVICE void write_rows(const u8* sums, const Parameters& p, const Block& at) {
     static_assert(THREADS == TILE);
-    const int time = time_at(p, at.tile * TILE + threadIdx.x);
+    const int own = int(blockIdx.x) % EXCHANGED, block = threadIdx.x % EXCHANGED;
+    const int place = threadIdx.x / EXCHANGED + own * (TILE / EXCHANGED),
+              channel = at.channel + (block - own) * CHANNELS;
+    const int time = time_at(p, at.tile * TILE + place);
     if (time < 0 || time >= p.length) return;
-    u16* to = reinterpret_cast<u16*>(p.y.data) + at.row * p.y.row + time * p.y.token + at.channel;
-    const u16* from = reinterpret_cast<const u16*>(sums) + threadIdx.x * CHANNELS;
-    const int n_rows = int(p.rows) - at.row, n_channels = int(p.width) - at.channel;
+    u16* to = reinterpret_cast<u16*>(p.y.data) + at.row * p.y.row + time * p.y.token + channel;
+    const u16* from = reinterpret_cast<const u16*>(sums) + place * CHANNELS;
+    const int n_channels = int(p.width) - channel, n_rows = n_channels > 0 ? int(p.rows) - at.row : 0;
     if (p.aligned)
-        write_time<true>(from, to, p, n_rows, n_channels);
+        write_time<true>(from, block, to, p, n_rows, n_channels);
     else
-        write_time<false>(from, to, p, n_rows, n_channels);
+        write_time<false>(from, block, to, p, n_rows, n_channels);
 }
 
-KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
+CLUSTERED_KERNEL(GROUP, THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
     let_next_start();
     wait_for_previous();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -267,10 +281,15 @@ KERNEL(THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
     }
     sync_block();
     put_sums(sums, shared_memory(), channel, share * CHUNK);
-    sync_block();
     if constexpr (BY_TIME) {
+        sync_block();
         write_times(shared_memory(), p, at);
+    } else if constexpr (EXCHANGED > 1) {
+        sync_cluster();
+        write_rows(shared_memory(), p, at);
+        sync_cluster();  // the memory of a block that has ended cannot be read
     } else {
+        sync_block();
         write_rows(shared_memory(), p, at);
     }
 }
