@@ -23,6 +23,8 @@ from anymamba.lab.learning import batch_generator, build_model, learn
 from anymamba.lab.optimization import TrainingStep
 from anymamba.lab.saving import OutOfTime, Saving
 from anymamba.layers.h3 import H3
+from anymamba.layers.hyena import Hyena
+from anymamba.layers.s4 import S4
 from anymamba.layers.s4d import S4D
 from anymamba.models.language_model import LanguageModel
 from anymamba.parts import head_products, toeplitz
@@ -138,6 +140,27 @@ def test_h3_by_products_is_h3():
         found.append((y, *torch.autograd.grad(y, (u, own.shift.C, own.inner.kernel.C), dy.to(dtype))))
     for got, want in zip(*found, strict=True):
         assert (got.double() - want).norm() <= 2**-5 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["h3", "hyena", "s4d", "s4"])
+def test_layers_compile_into_one_graph(name):
+    """With gradients; torch.compile sees operations in place of kernels that are not registered."""
+    torch.manual_seed(0)
+    build = {
+        "h3": lambda: H3(64, S4D(8, 16), d_head=8),
+        "hyena": lambda: Hyena(64, max_length=300),
+        "s4d": lambda: S4D(64, 16),
+        "s4": lambda: S4(64, 16),
+    }
+    layer = build[name]().cuda()
+    x, dy = torch.randn(2, 8, 300, 64, device="cuda")
+    found = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cuda", torch.bfloat16):
+            y = run(x)[0]
+        found.append((y, *torch.autograd.grad(y, [p for p in layer.parameters() if p.requires_grad], dy.to(y.dtype))))
+    for got, want in zip(*found, strict=True):
+        assert (got.double() - want.double()).norm() <= 2**-4 * want.double().norm()
 
 
 @pytest.mark.parametrize("dtype", cuda_head_products.DTYPES, ids=str)

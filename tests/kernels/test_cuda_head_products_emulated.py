@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from emulation import emulate
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from anymamba.kernels.head_products import cuda
 from anymamba.parts import head_products
@@ -60,6 +62,31 @@ def test_values_and_gradients(shape, dtype, backwards, monkeypatch):
 def test_vectors_that_are_not_aligned_are_copied():
     a = torch.randn(2, 3, 2, 9).to(torch.bfloat16)[..., 1:]
     check(cuda.outer(a, a), head_products.outer(a.double(), a.double()))
+
+
+def test_tracers_see_operations(monkeypatch):
+    """A graph and a tensor without memory know nothing of kernels."""
+    monkeypatch.setattr(cuda, "serves", lambda x: x.dtype in cuda.DTYPES)
+    monkeypatch.setattr(cuda, "_combine", None)
+
+    def heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return head_products.contract(q, head_products.outer(k, v))
+
+    given = [vectors(2, 3, 2, dtype=torch.bfloat16, seed=i) for i in range(3)]
+    graph = make_fx(heads)(*map(torch.zeros_like, given))
+    torch.testing.assert_close(graph(*given).double(), heads(*(t.double() for t in given)), rtol=0.02, atol=0.02)
+    with FakeTensorMode() as mode:
+        assert heads(*map(mode.from_tensor, given)).shape == given[0].shape
+    compiled = torch.compile(heads, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*given).double(), heads(*(t.double() for t in given)), rtol=0.02, atol=0.02)
+
+
+def test_sizes_that_disagree():
+    q, k = vectors(2, 3, 2, dtype=torch.bfloat16, seed=0), vectors(2, 3, 1, dtype=torch.bfloat16, seed=0)
+    with pytest.raises(ValueError, match="one shape"):
+        head_products.outer(q, k)
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 2, 8, 8\), got \(1, 3, 2, 8, 8\)"):
+        head_products.contract(q, head_products.outer(k, k))
 
 
 def test_autograd_takes_the_kernel(monkeypatch):

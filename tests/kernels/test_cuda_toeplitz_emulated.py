@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from emulation import emulate
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import anymamba
 from anymamba.kernels.fft_conv.cuda import products
-from anymamba.parts.fft_conv import fft_conv
+from anymamba.layers.h3 import ShiftSSM
+from anymamba.parts import toeplitz
+from anymamba.parts.fft_conv import conv_of_taps, fft_conv
 
 if emulate.missing():
     pytest.skip(f"kernels cannot be emulated: {emulate.missing()}", allow_module_level=True)
@@ -59,7 +64,7 @@ def test_threads_in_the_other_order(rows, monkeypatch):
     check(numbers(rows, 270, 5).to(BF16), numbers(5, 270))
 
 
-@pytest.mark.parametrize("width", [1, 8, 13, 66])
+@pytest.mark.parametrize("width", [1, 8, 13, 16, 66])
 @pytest.mark.parametrize("rows", [1, 17])
 def test_rows_and_widths(rows, width):
     """Pieces of channels, and one by one where those do not fit."""
@@ -117,6 +122,23 @@ def test_gradients_flow(rows, served):
     exact_first = torch.autograd.grad(fft_conv(wide, exact_kernel), exact_kernel, dy.double(), create_graph=True)[0]
     exact_second = torch.autograd.grad(exact_first.square().sum(), wide)[0]
     assert (second.double() - exact_second).norm() < 2e-2 * exact_second.norm()
+
+
+def test_tracers_see_operations(served, monkeypatch):
+    """A graph, a tensor without memory and an exported layer know nothing of kernels."""
+    monkeypatch.setattr(products, "Call", None)
+    monkeypatch.setattr(toeplitz, "serves_taps", lambda *given: True)
+    u, kernel = numbers(9, 20, 8).to(BF16), numbers(8, 20)
+    for convolve in (fft_conv, conv_of_taps):
+        with anymamba.backend("portable"):
+            wanted = convolve(u, kernel)
+        graph = make_fx(convolve)(torch.zeros_like(u), kernel)
+        torch.testing.assert_close(graph(u, kernel), wanted, rtol=0.02, atol=0.02)
+        with FakeTensorMode() as mode:
+            assert convolve(mode.from_tensor(u), mode.from_tensor(kernel)).shape == u.shape
+    shift = ShiftSSM(8, 20).to(BF16)
+    exported = torch.export.export(shift, (u, None)).module()
+    torch.testing.assert_close(exported(torch.ones_like(u), None)[0].shape, u.shape)
 
 
 @pytest.mark.parametrize("rows", [2, 8])

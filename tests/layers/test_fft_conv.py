@@ -9,6 +9,7 @@ import torch
 from contract import close
 from torch import Tensor
 
+from anymamba.layers.h3 import ShiftSSM
 from anymamba.parts import fft_conv as module
 from anymamba.parts import toeplitz
 from anymamba.parts.fft_conv import fast_fft_size, fft_conv, gradients_in_operations
@@ -187,3 +188,23 @@ def test_taps_are_products_on_a_gpu_in_short_numbers_only():
     assert not toeplitz.serves_taps("cuda", torch.float32, 64)
     assert not toeplitz.serves_taps("cpu", torch.bfloat16, 64)
     assert not toeplitz.serves_taps("cuda", torch.bfloat16, 4)
+
+
+def test_products_of_many_rows_compile_into_one_graph(monkeypatch):
+    """torch.compile takes no `out=` that is a part of a tensor, so it sees transforms and multiplications."""
+    torch.manual_seed(0)
+    u, kernel = torch.randn(3, 20, 4, requires_grad=True), torch.randn(4, 20, requires_grad=True)
+    shift = ShiftSSM(4, 20)
+    monkeypatch.setattr(toeplitz, "is_faster", lambda *_: True)
+    monkeypatch.setattr(toeplitz, "serves_taps", lambda *_: True)
+    for function, leaves in (
+        (lambda u: fft_conv(u, kernel), (u, kernel)),
+        (lambda u: shift(u, None)[0], (u, *shift.parameters())),
+    ):
+        torch.compiler.reset()
+        found = []
+        for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+            y = run(u)
+            found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)

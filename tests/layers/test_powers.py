@@ -35,6 +35,13 @@ def test_powers_of_zero_are_finite_with_finite_gradients(dtype):
     assert gradient.isfinite().all()
 
 
+def test_powers_of_tiny_numbers_have_finite_gradients():
+    base = torch.tensor([[5e-324, 1e-310, 1e-300]], dtype=torch.complex128, requires_grad=True)
+    table, _ = diagonal._powers_at_once(base, 4)
+    (gradient,) = torch.autograd.grad(table.abs().sum(), base)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "layer", [S4D(3, 8), S4D(3, 4, init="s4d-real"), S4D(3, 4, init="s4d-real", discretization="bilinear"), S4(3, 8)]
 )

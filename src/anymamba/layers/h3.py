@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
 from anymamba.ops.causal_conv1d import causal_conv1d
+from anymamba.ops.observers import plain
 from anymamba.parts import head_products, toeplitz
 from anymamba.parts.derivatives import as_operations
 from anymamba.parts.fft_conv import conv_of_taps
@@ -57,8 +58,8 @@ class ShiftSSM(KernelParameters):
         self, u: Float[Tensor, "batch length d_model"], state: Float[Tensor, "batch d_shift_minus_1 d_model"] | None
     ) -> tuple[Tensor, Tensor]:
         """y in the dtype of u, and the last d_shift - 1 inputs."""
-        d_shift, served = self.C.shape[1], not as_operations(u) and state is None and bool(u.numel())
-        if served and toeplitz.serves_taps(u.device.type, u.dtype, d_shift):
+        d_shift, alone = self.C.shape[1], not as_operations(u) and plain(u, self.C)
+        if alone and state is None and u.numel() and toeplitz.serves_taps(u.device.type, u.dtype, d_shift):
             kernel = torch.cat([self.C[:, -1:] + self.D[:, None], self.C[:, :-1].flip(1)], 1)
             last = F.pad(u, (0, 0, max(0, d_shift - 1 - u.shape[1]), 0))[:, -(d_shift - 1) :]
             return conv_of_taps(u, kernel), last

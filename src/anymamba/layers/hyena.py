@@ -345,12 +345,11 @@ def _convolve(
         return x, state
     x = x if rows is None else rows.zero_padding(x)
     stream, place = _append(state, x)
-    kernel = torch.cat([kernel[:, :1] + bias[:, None], kernel[:, 1:]], 1)
     if x.shape[1] == 1:  # one output is a single sum
         lag = (state.filled[:, None] - torch.arange(stream.shape[1], device=x.device)).clamp(0, kernel.shape[1] - 1)
-        y = (kernel.T[lag] * stream).sum(1, keepdim=True)  # the stream is zero after the present token
+        y = (kernel.T[lag] * stream).sum(1, keepdim=True) + bias * x  # the stream is zero after the present token
     else:
-        y = fft_conv(stream, kernel)
+        y = fft_conv(stream, torch.cat([kernel[:, :1] + bias[:, None], kernel[:, 1:]], 1))
         y = y if place is None else y.gather(1, place)
     filled = state.filled + (x.shape[1] if rows is None else rows.lengths)
     after = HyenaFilterState(stream[:, : kernel.shape[1]].contiguous(), filled)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.ops.observers import differentiable, transformed
+from anymamba.ops.dispatch import insisted
+from anymamba.ops.observers import differentiable, plain, transformed
 from anymamba.ops.recomputing import as_operations as as_operations
 from anymamba.ops.recomputing import recomputed as recomputed
 
@@ -21,6 +22,12 @@ from anymamba.ops.recomputing import recomputed as recomputed
 def in_operations(*tensors: Tensor) -> bool:
     """Whether a backward pass must use plain torch operations, because it may be differentiated itself."""
     return torch.is_grad_enabled() or transformed(*tensors)
+
+
+def in_kernels(*tensors: Tensor) -> bool:
+    """Whether the CUDA kernels of a layer may read these tensors: no tracer, transform or mode would miss what they
+    write, and `backend` does not ask for plain operations."""
+    return insisted() in (None, "cuda") and plain(*tensors)
 
 
 def differentiable_again(y: Tensor, operations: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

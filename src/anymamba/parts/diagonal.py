@@ -3,7 +3,7 @@
 With t = q * block + r, base^t = base^(block q) base^r. So a sum over the states for each t, or over t for each state,
 is a matrix product of two small tables of powers. No tensor of (width, length, d_state) is needed, and the tables grow
 as the square root of the length. They are computed in float64, so that rounding errors do not grow with t as they would
-in float32: by repeated doubling, which takes no logarithm, and on a GPU in one operation. The products run in the
+in float32: by repeated doubling, which takes no logarithm, and on a GPU in few operations. The products run in the
 layer's dtype.
 
 A complex base also represents its conjugate: sums over states are then 2 Re(...).
@@ -127,12 +127,14 @@ def _powers_at_once(
 ) -> tuple[Num[Tensor, "width count n_states"], Tensor]:
     """`_powers` in a few operations. On a GPU these small tables cost what their launches cost.
 
-    A complex power takes a logarithm, here one for each base, so 0 is replaced by the smallest normal number.
+    A complex power takes a logarithm, here one for each base, so what is smaller than the smallest normal number, such
+    as 0, is replaced by it.
     """
     real = base.real.dtype if base.is_complex() else base.dtype
     exponents = torch.arange(count + 1, device=base.device, dtype=real)[:, None]
     if base.is_complex():
-        logarithm = torch.log(torch.where(base == 0, torch.finfo(real).tiny, base))
+        tiny = torch.finfo(real).tiny
+        logarithm = torch.log(torch.where(base.abs() < tiny, tiny, base))
         table = torch.exp(exponents * logarithm[:, None])
     else:
         table = torch.pow(base[:, None], exponents)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from anymamba.kernels.fft_conv import cuda
 from anymamba.kernels.fft_conv.cuda import products
-from anymamba.ops.dispatch import insisted
-from anymamba.ops.observers import differentiable
+from anymamba.ops.observers import differentiable, plain
 from anymamba.parts import toeplitz
-from anymamba.parts.derivatives import as_operations, in_operations
+from anymamba.parts.derivatives import as_operations, in_kernels, in_operations
 
 CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
 """Padded numbers per FFT call. On a CPU this is a few MB, which stay in its cache between the passes."""
@@ -55,9 +54,9 @@ def fft_conv(
     kernel = kernel[:, : max(1, u.shape[1])]
     if as_operations(u, kernel):
         return _operations(u, kernel)
-    if insisted() in (None, "cuda") and products.serves(u, kernel):
+    if in_kernels(u, kernel) and products.serves(u, kernel):
         return _by_products(u, kernel)
-    by_products = toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1]))
+    by_products = plain(u, kernel) and toeplitz.is_faster(u.device.type, u.dtype, u.shape[0], int(u.shape[1]))
     if by_products and (toeplitz.in_order(u) or not _in_shared_memory(u, kernel)):
         return toeplitz.convolve(u, kernel, gradients_in_operations)
     return _FFTConv.apply(u, kernel)
@@ -68,7 +67,7 @@ def conv_of_taps(
 ) -> Float[Tensor, "batch length width"]:
     """`fft_conv` by products on a GPU, for filters of some dozens of terms and numbers of 16 bits."""
     terms = kernel[:, : u.shape[1]]
-    if insisted() in (None, "cuda") and products.serves(u, terms):
+    if in_kernels(u, terms) and products.serves(u, terms):
         return _by_products(u, terms)
     return toeplitz.convolve_taps(u, kernel, gradients_in_operations)
 
@@ -130,7 +129,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, kernel = ctx.saved_tensors
-        if in_operations(dy, x, kernel):
+        if in_operations(dy, x, kernel) or not in_kernels(dy, x, kernel):
             again = gradients_in_operations(dy, x, kernel)
             return again[0], None, again[1]
         du, dkernel = products.gradients(x, dy, kernel, ctx.ordered, *ctx.needs_input_grad[::2])
@@ -203,8 +202,8 @@ def _gradients_in_shared_memory(
 
 
 def _in_shared_memory(u: Tensor, kernel: Tensor) -> bool:
-    """Whether one kernel does it all; `backend` may ask for plain operations."""
-    return insisted() in (None, "cuda") and cuda.serves(u, kernel)
+    """Whether one kernel does it all."""
+    return in_kernels(u, kernel) and cuda.serves(u, kernel)
 
 
 def _spectrum(x: Float[Tensor, "rows length width"], size: int, wide: torch.dtype) -> Tensor:

@@ -19,8 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anymamba.kernels.head_products import cuda
-from anymamba.ops.dispatch import insisted
-from anymamba.parts.derivatives import as_operations, in_operations
+from anymamba.parts.derivatives import as_operations, in_kernels, in_operations
 
 FIRST, LAST = -2, -1
 """The channel of a product that is summed over."""
@@ -29,14 +28,19 @@ FIRST, LAST = -2, -1
 def outer(
     k: Float[Tensor, "batch length heads d"], v: Float[Tensor, "batch length heads d"]
 ) -> Float[Tensor, "heads length batch d d"]:
-    """products[..., i, j] = k[..., i] v[..., j]; differentiable in any mode and of any order."""
+    """products[h, t, b, i, j] = k[b, t, h, i] v[b, t, h, j]; differentiable in any mode and of any order."""
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     return _outer(k, v) if as_operations(k, v) else _Outer.apply(k, v)
 
 
 def contract(
     q: Float[Tensor, "batch length heads d"], products: Float[Tensor, "heads length batch d d"]
 ) -> Float[Tensor, "batch length heads d"]:
-    """y[..., j] = sum over i of q[..., i] products[..., i, j]; differentiable in any mode and of any order."""
+    """y[b, t, h, j] = sum over i of q[b, t, h, i] products[h, t, b, i, j]; differentiable as `outer`."""
+    wanted = (*q.shape[2::-1], q.shape[3], q.shape[3])
+    if products.shape != wanted:
+        raise ValueError(f"products for this q must have shape {tuple(wanted)}, got {tuple(products.shape)}")
     return _contract(q, products) if as_operations(q, products) else _Contract.apply(q, products)
 
 
@@ -58,9 +62,9 @@ def _in_rows(t: Float[Tensor, "heads length batch d"]) -> Float[Tensor, "batch l
 
 
 def _in_kernel(*tensors: Tensor) -> bool:
-    """Whether one kernel does it all; `backend` may ask for plain operations."""
-    one = len({t.dtype for t in tensors}) == 1
-    return one and insisted() in (None, "cuda") and cuda.serves(tensors[0])
+    """Whether one kernel does it all."""
+    one = len({(t.dtype, t.device) for t in tensors}) == 1
+    return one and in_kernels(*tensors) and cuda.serves(tensors[0])
 
 
 def sums(x: Float[Tensor, "*rows d d"], over: int) -> Float[Tensor, "*rows d"]:

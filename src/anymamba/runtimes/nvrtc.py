@@ -353,11 +353,11 @@ class Kernel:
             try:
                 self._module = self._load(cubin, variant, target)
                 self._function = self._check(driver.cuModuleGetFunction(self._module, variant.kernel.encode()))
+                if self._can_start_early and CLUSTERED in variant.source.text:
+                    self._balance_clusters()
             finally:  # unchecked: an error of this would hide the first one
                 driver.cuThreadExchangeStreamCaptureMode(before)
         self._shared = 48 << 10  # what a block gets without asking
-        if self._can_start_early and CLUSTERED in variant.source.text:
-            self._balance_clusters()
 
     def launch(self, n_blocks: int, threads: int, shared: int, parameters: bytes, early: bool = False) -> None:
         """Queue the kernel on the device's current stream; its one argument is the struct in `parameters`.
@@ -394,7 +394,7 @@ class Kernel:
         """Have clusters go where most is free: up to 7 % faster, where their blocks have different amounts of work."""
         attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE
         policy = self._driver.CUclusterSchedulingPolicy.CU_CLUSTER_SCHEDULING_POLICY_LOAD_BALANCING
-        self._check(self._driver.cuFuncSetAttribute(self._function, attribute, int(policy)))
+        self._driver.cuFuncSetAttribute(self._function, attribute, int(policy))  # unchecked: only a preference
 
     def _allow(self, shared: int) -> None:
         """Let blocks have more shared memory. Without the lock, a thread that needs less could set less afterwards."""

@@ -228,9 +228,19 @@ __attribute__((noinline)) inline void sync_block() {
     block.all.place = place;
     emulated::meet(block.all, block.alive);
 }
-inline void sync_cluster() { emulated::meet(emulated::cluster, emulated::alive); }
+__attribute__((noinline)) inline void sync_cluster() {
+    const void* place = __builtin_return_address(0);
+    need(emulated::cluster.arrived == 0 || emulated::cluster.place == place,
+         "threads of a cluster wait at different barriers");
+    emulated::cluster.place = place;
+    emulated::meet(emulated::cluster, emulated::alive);
+}
+DEVICE void leave_cluster() { sync_cluster(); }
 inline uint2 read_of_block(const uint2* own, int block) {
-    need(block >= 0 && block < int(emulated::blocks.size()), "a block of another cluster");
+    const bool exists = block >= 0 && block < int(emulated::blocks.size());
+    need(exists, "a block of another cluster");
+    if (!exists) return {};
+    need(emulated::blocks[block].alive == int(emulated::block_size.x), "a block that has ended, or a part of it");
     const u64 place = reinterpret_cast<const u8*>(own) - shared_memory();
     return *reinterpret_cast<const uint2*>(emulated::blocks[block].shared + place);
 }

@@ -66,10 +66,13 @@ DEVICE void sync_part(int number, int threads) {
 // each other, and read each other's shared memory: what this block has at `own`.
 #if __CUDA_ARCH__ >= 900
 DEVICE void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
+// Before the end: the memory of a block that has ended cannot be read. What this block has read must have been used.
+DEVICE void leave_cluster() { asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait;" ::: "memory"); }
 #else
 DEVICE void sync_cluster() {}
+DEVICE void leave_cluster() {}
 #endif
 template <typename T>
 DEVICE T shuffle(T value, int lane) {

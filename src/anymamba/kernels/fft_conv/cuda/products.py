@@ -191,7 +191,7 @@ def _start(u: Tensor, kernel: Tensor) -> Call:
 
 
 def _first(call: Call, n_blocks: int) -> int:
-    """The blocks that are the first of their multiprocessors, if each has a second one and all run at once; else 0."""
+    """The blocks that are the first of their multiprocessors, if some have a second one and all run at once; else 0."""
     n = call.n_multiprocessors
     return n if n < n_blocks <= 2 * n else 0
 

@@ -38,13 +38,13 @@ struct Parameters {
     i64 adjoint;  // whether the matrix is transposed: for the gradient of the inputs
     i64 aligned;  // whether neighbouring channels can be read, or written, at once
     i64 near;     // whether blocks that read the same are neighbours, rather than those with most work first
-    i64 first;    // if not 0, all blocks run at once, these as the first of their multiprocessors
+    i64 first;    // if not 0, all pieces of work run at once, so many as the first of their multiprocessors
 };
 
 constexpr int ORDER_THREADS = 256, LINE_START = 16;  // words of zeros before the filter's first
 
-// Which of `count` pieces of work a block, or group of blocks, takes. The piece with most work comes first. If all
-// blocks run at once, the multiprocessor that has it gets the one with least work as its second.
+// Which of `count` pieces of work a block, or group of blocks, takes. Unless `near` the piece with most work comes
+// first. If all run at once, the multiprocessor that has it gets the one with least work as its second.
 DEVICE int work_of(const Parameters& p, int index, int count) {
     return p.first && index >= p.first ? count - 1 - (index - int(p.first)) : index;
 }

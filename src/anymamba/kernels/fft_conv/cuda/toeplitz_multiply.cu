@@ -208,6 +208,7 @@ DEVICE void write_time(const u16* from, int block, u16* to, const Parameters& p,
         uint2 found[at_once];
 #pragma unroll
         for (int i = 0; i < at_once; i++) {
+            if (first + i >= n_rows) break;
             const uint2* place = reinterpret_cast<const uint2*>(from + (first + i) * OUTPUT_ROW);
             found[i] = EXCHANGED > 1 ? read_of_block(place, block) : *place;
         }
@@ -250,7 +251,8 @@ CLUSTERED_KERNEL(GROUP, THREADS, 512 / THREADS) multiply(PARAMETER Parameters p)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int channel = warp % CHANNELS, share = warp / CHANNELS;
     const Block at(p);
-    const int n_chunks = at.lags() / CHUNK, own = n_chunks - SHARES + share, thread = 32 * share + lane;
+    const int n_chunks = at.channel < p.width ? at.lags() / CHUNK : 0, own = n_chunks - SHARES + share,
+              thread = 32 * share + lane;
     u32* lines = reinterpret_cast<u32*>(shared_memory());
     u8* stages = shared_memory() + CHANNELS * 2 * p.line * 4;
     copy_lines(lines, p, at, channel, thread);
@@ -287,7 +289,7 @@ CLUSTERED_KERNEL(GROUP, THREADS, 512 / THREADS) multiply(PARAMETER Parameters p)
     } else if constexpr (EXCHANGED > 1) {
         sync_cluster();
         write_rows(shared_memory(), p, at);
-        sync_cluster();  // the memory of a block that has ended cannot be read
+        leave_cluster();
     } else {
         sync_block();
         write_rows(shared_memory(), p, at);

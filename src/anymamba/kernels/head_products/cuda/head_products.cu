@@ -1,7 +1,8 @@
 // Outer products within heads of D channels, and their sums against a vector.
 //
-//     made[i, j] = x_i y_j        rows[i] = sum over j of products[i, j] y_j        columns[j] = sum over i of x_i
-//     products[i, j]
+//     made[i, j] = x_i y_j
+//     rows[i] = sum over j of products[i, j] y_j
+//     columns[j] = sum over i of x_i products[i, j]
 //
 // for every row of the batch, time and head. x, y, rows and columns are (batch, length, heads, D), products and made
 // (heads, length, batch, D, D): the order of the convolution that comes between. What is not given is not computed.
