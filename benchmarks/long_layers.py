@@ -27,7 +27,8 @@ from anymamba.layers.hyena import Hyena
 from anymamba.layers.s4d import S4D
 from anymamba.parts import state
 from anymamba.parts.fft_conv import fft_conv
-from benchmarks.gpu import time_of
+from anymamba.runtimes import nvrtc
+from benchmarks.gpu import machine, time_of
 from benchmarks.timing import table
 
 BF16, LENGTH, D_HEAD = torch.bfloat16, 2048, 8
@@ -59,10 +60,8 @@ def numbers(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def of_convolution(rows: int, length: int, width: int) -> list[float]:
-    u, kernel = (
-        numbers(rows, length, width).requires_grad_(),
-        torch.randn(width, length, device="cuda").requires_grad_(),
-    )
+    u = numbers(rows, length, width).requires_grad_()
+    kernel = numbers(width, length, dtype=torch.float32).requires_grad_()
     return passes(lambda: fft_conv(u, kernel), (u, kernel), numbers(rows, length, width))
 
 
@@ -118,13 +117,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the times only")
     parser.add_argument("--expect", type=Path, help="the folder that the package must come from")
     args = parser.parse_args()
+    if nvrtc.reason():
+        sys.exit(f"the kernels do not run here: {nvrtc.reason()}")
     source = Path(anymamba.__file__).resolve().parents[1]
     if args.expect and source != args.expect:
         sys.exit(f"the package was imported from {source}; run without an installed one")
     before = measure_of(args.before) if args.before else {}
     found = measure()
-    if args.json:
-        return print(json.dumps(found))
+    print(json.dumps(found) if args.json else report(found, before))
+
+
+def report(found: Times, before: Times) -> str:
     rows = []
     for name, times in found.items():
         row = [name, " / ".join(f"{t:.3f}" for t in times)]
@@ -132,8 +135,8 @@ def main() -> None:
             ratios = [b / t for b, t in zip(before[name], times, strict=True)]
             row += [" / ".join(f"{t:.3f}" for t in before[name]), " / ".join(f"{r:.1f}" for r in ratios)]
         rows.append(row)
-    print(torch.cuda.get_device_name())
-    return print(table(["", "now (ms)", *(["before (ms)", "before / now"] if before else [])], rows))
+    names = ["", "now (ms)", *(["before (ms)", "before / now"] if before else [])]
+    return f"{machine()}\n{table(names, rows)}"
 
 
 if __name__ == "__main__":

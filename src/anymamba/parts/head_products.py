@@ -44,17 +44,17 @@ def contract(
     return _contract(q, products) if as_operations(q, products) else _Contract.apply(q, products)
 
 
-def ordered(t: Float[Tensor, "batch length heads d"]) -> Float[Tensor, "heads length batch d"]:
+def _ordered(t: Float[Tensor, "batch length heads d"]) -> Float[Tensor, "heads length batch d"]:
     """Memory in the order of the products."""
     return t.permute(2, 1, 0, 3).contiguous()
 
 
 def _outer(k: Tensor, v: Tensor) -> Tensor:
-    return ordered(k)[..., :, None] * ordered(v)[..., None, :]
+    return _ordered(k)[..., :, None] * _ordered(v)[..., None, :]
 
 
 def _contract(q: Tensor, products: Tensor) -> Tensor:
-    return _in_rows(sums(ordered(q)[..., :, None] * products, FIRST))
+    return _in_rows(sums(_ordered(q)[..., :, None] * products, FIRST))
 
 
 def _in_rows(t: Float[Tensor, "heads length batch d"]) -> Float[Tensor, "batch length heads d"]:
@@ -94,7 +94,7 @@ class _Outer(torch.autograd.Function):
             return torch.func.vjp(_outer, k, v)[1](dproducts)
         if _in_kernel(k, v, dproducts):
             return cuda.gradients_of_outer(dproducts, k, v)
-        return _in_rows(sums(dproducts * ordered(v)[..., None, :], LAST)), _contract(k, dproducts)
+        return _in_rows(sums(dproducts * _ordered(v)[..., None, :], LAST)), _contract(k, dproducts)
 
 
 class _Contract(torch.autograd.Function):
@@ -110,4 +110,4 @@ class _Contract(torch.autograd.Function):
             return torch.func.vjp(_contract, q, products)[1](dy)
         if _in_kernel(q, products, dy):
             return cuda.gradients_of_contract(dy, q, products)
-        return _in_rows(sums(products * ordered(dy)[..., None, :], LAST)), _outer(q, dy)
+        return _in_rows(sums(products * _ordered(dy)[..., None, :], LAST)), _outer(q, dy)

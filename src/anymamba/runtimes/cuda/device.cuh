@@ -62,8 +62,8 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_part(int number, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-// `cluster` neighbouring blocks of a CLUSTERED_KERNEL run at the same time where there are CLUSTERS. They can wait for
-// each other, and read each other's shared memory: what this block has at `own`.
+// `cluster` neighbouring blocks of a CLUSTERED_KERNEL run at the same time where there are CLUSTERS; elsewhere each
+// block is alone. They can wait for each other, and read each other's shared memory: what this block has at `own`.
 #if __CUDA_ARCH__ >= 900
 DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
@@ -71,7 +71,7 @@ DEVICE void sync_cluster() {
 // Before the end: the memory of a block that has ended cannot be read. What this block has read must have been used.
 DEVICE void leave_cluster() { asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait;" ::: "memory"); }
 #else
-DEVICE void sync_cluster() {}
+DEVICE void sync_cluster() { sync_block(); }
 DEVICE void leave_cluster() {}
 #endif
 template <typename T>

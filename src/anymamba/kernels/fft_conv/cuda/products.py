@@ -114,10 +114,10 @@ def convolve(x: Tensor, lines: Tensor, kernel: Tensor, adjoint: bool = False) ->
     call.dense(ordered=_memory(x), lines=lines)
     memory = x.new_empty((width, length, rows) if by_time(x) else x.shape)
     call.strided(y=memory)
-    group = 1 if by_time(x) else GROUP
-    n_blocks = call["n_tiles"] * padded(-(-width // CHANNELS), group) * (call["padded_rows"] // (8 * row_tiles(x)))
+    across = padded(-(-width // CHANNELS), 1 if by_time(x) else GROUP)
+    n_blocks = call["n_tiles"] * across * (call["padded_rows"] // (8 * row_tiles(x)))
     near = x.numel() * 2 > CACHED and not by_time(x)
-    call.set(aligned=aligned(memory, CHANNELS), adjoint=adjoint, near=near, first=_first(call, n_blocks) // group)
+    call.set(aligned=aligned(memory, CHANNELS), adjoint=adjoint, near=near)
     shared = multiply_bytes(row_tiles(x), call["line"])
     call.launch(variant(x, "multiply"), n_blocks, 32 * CHANNELS * SHARES, shared, early=EARLY)
     return memory.permute(2, 1, 0) if by_time(x) else memory
@@ -129,8 +129,8 @@ def correlate(x: Tensor, dy: Tensor, kernel: Tensor) -> Tensor:
     n_groups = min(-(-(taps + 15) // SPAN), -(-call["length"] // SPAN))
     n_blocks, batches = -(-width // PAIR) * -(-n_groups // WARPS), call["padded_rows"] // (8 * row_tiles(x))
     of_part = -(-batches // min(batches, max(1, -(-WAVES * 2 * call.n_multiprocessors // n_blocks))))
-    n_parts = -(-batches // of_part)
-    call.set(first=_first(call, n_blocks * n_parts))
+    n_parts, places = -(-batches // of_part), call.n_multiprocessors
+    call.set(first=places if places < n_blocks * n_parts <= 2 * places else 0)
     found = x.new_empty(width, taps, dtype=torch.float32)
     call.dense(inputs=_memory(x), outputs=_memory(dy), found=found)
     call.set(n_groups=n_groups, n_parts=n_parts, rows_of_part=of_part * 8 * row_tiles(x), near=x.numel() * 2 > CACHED)
@@ -188,12 +188,6 @@ def _start(u: Tensor, kernel: Tensor) -> Call:
     call.set(padded_rows=_padded(u)[0], padded_length=_padded(u)[1])
     call.set(n_tiles=-(-length // TILE), line=line(length, kernel.shape[1]))
     return call
-
-
-def _first(call: Call, n_blocks: int) -> int:
-    """The blocks that are the first of their multiprocessors, if some have a second one and all run at once; else 0."""
-    n = call.n_multiprocessors
-    return n if n < n_blocks <= 2 * n else 0
 
 
 def dense(t: Tensor) -> Tensor:

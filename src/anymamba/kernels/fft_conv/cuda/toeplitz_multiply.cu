@@ -42,7 +42,7 @@ struct Block {
     explicit DEVICE Block(const Parameters& p) {
         constexpr int of_group = GROUP * CHANNELS;
         const int across = int(p.width + of_group - 1) / of_group, down = int(p.padded_rows) / ROWS;
-        const int index = work_of(p, int(blockIdx.x) / GROUP, int(gridDim.x) / GROUP), n_tiles = int(p.n_tiles);
+        const int index = int(blockIdx.x) / GROUP, n_tiles = int(p.n_tiles);
         const int place = p.near ? index / n_tiles : index % (across * down);
         channel = place % across * of_group + int(blockIdx.x) % GROUP * CHANNELS, row = place / across * ROWS;
         tile = n_tiles - 1 - (p.near ? index % n_tiles : index / (across * down));
@@ -210,7 +210,7 @@ DEVICE void write_time(const u16* from, int block, u16* to, const Parameters& p,
         for (int i = 0; i < at_once; i++) {
             if (first + i >= n_rows) break;
             const uint2* place = reinterpret_cast<const uint2*>(from + (first + i) * OUTPUT_ROW);
-            found[i] = EXCHANGED > 1 ? read_of_block(place, block) : *place;
+            found[i] = read_of_block(place, block);
         }
 #pragma unroll
         for (int i = 0; i < at_once; i++) {
@@ -286,12 +286,9 @@ CLUSTERED_KERNEL(GROUP, THREADS, 512 / THREADS) multiply(PARAMETER Parameters p)
     if constexpr (BY_TIME) {
         sync_block();
         write_times(shared_memory(), p, at);
-    } else if constexpr (EXCHANGED > 1) {
+    } else {
         sync_cluster();
         write_rows(shared_memory(), p, at);
         leave_cluster();
-    } else {
-        sync_block();
-        write_rows(shared_memory(), p, at);
     }
 }
