@@ -64,6 +64,28 @@ def test_threads_in_the_other_order(rows, monkeypatch):
     check(numbers(rows, 270, 5).to(BF16), numbers(5, 270))
 
 
+@pytest.mark.parametrize("first", [1, 3, 7])
+def test_the_order_of_the_pieces_of_work_changes_no_bit(first, monkeypatch):
+    """Where all of them run at once, the multiprocessors' second pieces come in the other order."""
+    u, kernel, dy = numbers(20, 530, 18).to(BF16), numbers(18, 530), numbers(20, 530, 18, seed=2).to(BF16)
+    found, counts = [], []
+
+    def fake(count: int, places: int) -> int:
+        counts.append(count)
+        return min(first, count)
+
+    for choose in (lambda count, places: 0, fake):
+        monkeypatch.setattr(products, "_first", choose)
+        found.append((products.convolve(*products.order(u, kernel), kernel), *products.gradients(u, dy, kernel)))
+    assert min(counts) > first
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_only_work_that_runs_at_once_is_ordered_for_it():
+    assert [products._first(count, 132) for count in (1, 132, 133, 264, 265)] == [0, 0, 132, 132, 0]
+
+
 @pytest.mark.parametrize("width", [1, 8, 13, 16, 66])
 @pytest.mark.parametrize("rows", [1, 17])
 def test_rows_and_widths(rows, width):

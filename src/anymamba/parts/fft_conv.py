@@ -110,10 +110,11 @@ class _Ordered(torch.autograd.Function):
     def forward(ctx, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
         x, lines = products.order(u, kernel)
         ctx.mark_non_differentiable(lines)
+        ctx.set_materialize_grads(False)
         return x, lines
 
     @staticmethod
-    def backward(ctx, dx: Tensor, dlines: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, dx: Tensor | None, dlines: None) -> tuple[Tensor | None, None]:
         return dx, None
 
 

@@ -37,7 +37,8 @@ CHUNK = 128
 TILE = CHUNK * SHARES
 """Outputs of a block."""
 EARLY = True
-"""Whether kernels start while the one before them ends."""
+"""Whether `finish`, and `correlate` with more blocks than run at once, start while the kernel before them ends. Others
+would get the multiprocessors as that leaves them, so that those with most work share one: 36 in place of 29 us."""
 ORDERED, ORDER_THREADS, LINE_START = 64, 256, 16
 """Sides of a block of `order`, threads, and words of zeros before a filter."""
 CACHED = 1 << 25
@@ -116,10 +117,11 @@ def convolve(x: Tensor, lines: Tensor, kernel: Tensor, adjoint: bool = False) ->
     call.strided(y=memory)
     across = padded(-(-width // CHANNELS), 1 if by_time(x) else GROUP)
     n_blocks = call["n_tiles"] * across * (call["padded_rows"] // (8 * row_tiles(x)))
-    near = x.numel() * 2 > CACHED and not by_time(x)
-    call.set(aligned=aligned(memory, CHANNELS), adjoint=adjoint, near=near)
+    near, together = x.numel() * 2 > CACHED and not by_time(x), 1 if by_time(x) else GROUP
+    first = _first(n_blocks // together, call.n_multiprocessors // together)
+    call.set(aligned=aligned(memory, CHANNELS), adjoint=adjoint, near=near, first=first)
     shared = multiply_bytes(row_tiles(x), call["line"])
-    call.launch(variant(x, "multiply"), n_blocks, 32 * CHANNELS * SHARES, shared, early=EARLY)
+    call.launch(variant(x, "multiply"), n_blocks, 32 * CHANNELS * SHARES, shared)
     return memory.permute(2, 1, 0) if by_time(x) else memory
 
 
@@ -129,16 +131,22 @@ def correlate(x: Tensor, dy: Tensor, kernel: Tensor) -> Tensor:
     n_groups = min(-(-(taps + 15) // SPAN), -(-call["length"] // SPAN))
     n_blocks, batches = -(-width // PAIR) * -(-n_groups // WARPS), call["padded_rows"] // (8 * row_tiles(x))
     of_part = -(-batches // min(batches, max(1, -(-WAVES * 2 * call.n_multiprocessors // n_blocks))))
-    n_parts, places = -(-batches // of_part), call.n_multiprocessors
-    call.set(first=places if places < n_blocks * n_parts <= 2 * places else 0)
+    n_parts = -(-batches // of_part)
+    first = _first(n_blocks * n_parts, call.n_multiprocessors)
     found = x.new_empty(width, taps, dtype=torch.float32)
     call.dense(inputs=_memory(x), outputs=_memory(dy), found=found)
-    call.set(n_groups=n_groups, n_parts=n_parts, rows_of_part=of_part * 8 * row_tiles(x), near=x.numel() * 2 > CACHED)
+    near = x.numel() * 2 > CACHED
+    call.set(n_groups=n_groups, n_parts=n_parts, rows_of_part=of_part * 8 * row_tiles(x), near=near, first=first)
     call.scratch("parts", n_parts, width, n_groups, SPAN + 16, dtype=torch.float32)
     shared = correlate_bytes(row_tiles(x))
-    call.launch(variant(x, "correlate"), n_blocks * n_parts, 32 * WARPS * PAIR, shared, early=EARLY)
+    call.launch(variant(x, "correlate"), n_blocks * n_parts, 32 * WARPS * PAIR, shared, early=EARLY and not first)
     call.launch(variant(x, "finish"), -(-width * taps // ORDER_THREADS), ORDER_THREADS, early=EARLY)
     return found
+
+
+def _first(count: int, places: int) -> int:
+    """`first` of the kernels: the places that get a first piece of work, if all run at once and some get a second."""
+    return places if places < count <= 2 * places else 0
 
 
 def gradients(

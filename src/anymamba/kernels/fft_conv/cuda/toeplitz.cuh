@@ -38,7 +38,7 @@ struct Parameters {
     i64 adjoint;  // whether the matrix is transposed: for the gradient of the inputs
     i64 aligned;  // whether neighbouring channels can be read, or written, at once
     i64 near;     // whether blocks that read the same are neighbours, rather than those with most work first
-    i64 first;    // of `correlate`: if not 0, all blocks run at once, so many as the first of their multiprocessors
+    i64 first;    // if not 0, all pieces of work run at once, and so many are the first of their multiprocessors
 };
 
 constexpr int ORDER_THREADS = 256, LINE_START = 16;  // words of zeros before the filter's first
@@ -46,3 +46,10 @@ constexpr int ORDER_THREADS = 256, LINE_START = 16;  // words of zeros before th
 // Where a piece of 8 rows of a time is if BY_TIME: a time has the 32 bytes of 16 rows in shared memory, whose halves
 // are exchanged at every other four times, since tensor cores take 8 of them at once.
 DEVICE int piece_at_time(int time, int half) { return time * 32 + (half ^ time / 4 % 2) * 16; }
+
+// The piece of work that comes at a place. Unless `near` that with most work comes first. If all run at once, the
+// multiprocessor that has it gets the one with least work as its second.
+DEVICE int work_at(const Parameters& p, int place, int count) {
+    const int first = int(p.first);
+    return first && place >= first ? count - 1 - (place - first) : place;
+}

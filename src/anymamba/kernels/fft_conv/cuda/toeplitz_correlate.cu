@@ -174,19 +174,12 @@ DEVICE void write_diagonals(const Sums& sums, float* to, int lane) {
     }
 }
 
-// The piece of work of a block. Unless `near` that with most work comes first. If all run at once, the multiprocessor
-// that has it gets the one with least work as its second.
-DEVICE int work_of_block(const Parameters& p) {
-    const int block = int(blockIdx.x), first = int(p.first);
-    return first && block >= first ? int(gridDim.x) - 1 - (block - first) : block;
-}
-
 KERNEL(CORRELATE_THREADS, 2) correlate(PARAMETER Parameters p) {
     let_next_start();
     wait_for_previous();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pair = warp / WARPS;
     const int share = pair % 2 ? WARPS - 1 - warp % WARPS : warp % WARPS;  // schedulers have warps with more and less
-    const int across = int(p.width + PAIR - 1) / PAIR, block = work_of_block(p);
+    const int across = int(p.width + PAIR - 1) / PAIR, block = work_at(p, int(blockIdx.x), int(gridDim.x));
     const int quads = int(p.n_groups + WARPS - 1) / WARPS, others = across * int(p.n_parts);
     const int place = p.near ? block / quads : block % others;
     const int first_group = (p.near ? block % quads : block / others) * WARPS;

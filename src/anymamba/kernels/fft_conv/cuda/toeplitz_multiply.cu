@@ -42,7 +42,7 @@ struct Block {
     explicit DEVICE Block(const Parameters& p) {
         constexpr int of_group = GROUP * CHANNELS;
         const int across = int(p.width + of_group - 1) / of_group, down = int(p.padded_rows) / ROWS;
-        const int index = int(blockIdx.x) / GROUP, n_tiles = int(p.n_tiles);
+        const int index = work_at(p, int(blockIdx.x) / GROUP, int(gridDim.x) / GROUP), n_tiles = int(p.n_tiles);
         const int place = p.near ? index / n_tiles : index % (across * down);
         channel = place % across * of_group + int(blockIdx.x) % GROUP * CHANNELS, row = place / across * ROWS;
         tile = n_tiles - 1 - (p.near ? index % n_tiles : index / (across * down));
@@ -247,7 +247,6 @@ DEVICE void write_rows(const u8* sums, const Parameters& p, const Block& at) {
 
 CLUSTERED_KERNEL(GROUP, THREADS, 512 / THREADS) multiply(PARAMETER Parameters p) {
     let_next_start();
-    wait_for_previous();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int channel = warp % CHANNELS, share = warp / CHANNELS;
     const Block at(p);
