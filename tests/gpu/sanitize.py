@@ -50,11 +50,12 @@ def sweep() -> None:
 
 
 def others() -> None:
-    """The convolution, the norm of a sum and the loss."""
+    """The convolution, the norm of a sum, the loss and the sums of columns."""
     import torch
     from test_cuda_memory_bound import conv, conv_contract, conv_results, norm, norm_results, on
 
     from anymamba.kernels.add_norm.arguments import NormArguments
+    from anymamba.kernels.column_sums import cuda as column_sums
     from anymamba.ops.linear_cross_entropy import linear_cross_entropy
 
     for seed in SEEDS:
@@ -65,14 +66,20 @@ def others() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         x, weight = (torch.randn(n, 16, device="cuda", dtype=dtype, requires_grad=True) for n in (50, 1001))
         linear_cross_entropy(x, weight, torch.arange(50, device="cuda")).backward()
+    for dtype in column_sums.DTYPES:
+        for rows, width in ((1, 1), (70, 576), (3000, 8), (5000, 1500), (20000, 1168)):
+            x = torch.randn(rows, width + 8, device="cuda").to(dtype)
+            column_sums.sums(x[:, :width]), column_sums.sums(x[:, 1 : width + 1])
 
 
 def long_convolutions() -> None:
-    """By products, in either order of memory, and by FFTs; and what H3 does around them."""
+    """By products, in either order of memory, and by FFTs; and what H3, Hyena and attention do around them."""
     import torch
 
     from anymamba.parts import head_products
     from anymamba.parts.fft_conv import fft_conv
+    from anymamba.parts.gated import FUNCTIONS, gated_halves
+    from anymamba.parts.rotary import rotate_heads
 
     for rows, length, width in ((3, 70, 5), (8, 300, 18), (20, 530, 24), (16, 150, 1)):
         kernel = torch.randn(width, length, device="cuda", requires_grad=True)
@@ -82,6 +89,12 @@ def long_convolutions() -> None:
                 fft_conv(given.requires_grad_(), kernel).sum().backward()
     q, k, v = torch.randn(3, 3, 50, 5, 8, device="cuda", dtype=torch.bfloat16).requires_grad_().unbind()
     head_products.contract(q, head_products.outer(k, v)).sum().backward()
+    for dtype in (torch.bfloat16, torch.float32):
+        both, packed = (torch.randn(3, 50, *n, device="cuda").to(dtype) for n in ((2 * 24,), (6, 32)))
+        for function in FUNCTIONS:
+            gated_halves(both.requires_grad_(), function).sum().backward()
+        q, k, v = rotate_heads(packed.requires_grad_(), torch.arange(50, device="cuda")[None], 1)
+        (q.sum() + (k * v).sum()).backward()
 
 
 def main() -> None:

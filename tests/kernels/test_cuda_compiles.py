@@ -11,12 +11,15 @@ import pytest
 
 from anymamba.kernels.add_norm.cuda import call as add_norm
 from anymamba.kernels.causal_conv1d.cuda import call as causal_conv1d
+from anymamba.kernels.column_sums import cuda as column_sums
 from anymamba.kernels.fft_conv import cuda as fft_conv
 from anymamba.kernels.fft_conv.cuda import products
+from anymamba.kernels.gated import cuda as gated
 from anymamba.kernels.head_products import cuda as head_products
 from anymamba.kernels.linear_cross_entropy import cuda as linear_cross_entropy
 from anymamba.kernels.model_step.cuda import call as model_step
 from anymamba.kernels.packed_linear import cuda as packed_linear
+from anymamba.kernels.rotary import cuda as rotary
 from anymamba.kernels.selective_scan.cuda import plan
 from anymamba.runtimes import nvrtc
 
@@ -25,7 +28,8 @@ needs_compiler = pytest.mark.skipif(nvrtc.cannot_compile() is not None, reason=s
 ARCHITECTURES = (80, 90, 100, 120)
 MOST_VARIANTS = 60
 VARIANTS = [variant for op in (plan, add_norm, causal_conv1d, linear_cross_entropy) for variant in op.variants()]
-OTHERS = [v for op in (packed_linear, model_step, fft_conv, products, head_products) for v in op.variants()]
+OF_LAYERS = (fft_conv, products, head_products, gated, rotary, column_sums)
+OTHERS = [v for op in (packed_linear, model_step, *OF_LAYERS) for v in op.variants()]
 """Of inference, and of layers that Mamba is compared with."""
 SPILLED = 1024
 """Bytes a thread may keep in memory for lack of registers: rare paths do, the loop over tokens does not."""

@@ -12,9 +12,11 @@ from anymamba import kernels
 FOLDER = Path(kernels.__file__).parent
 EARLY = {
     "causal_conv1d/cuda/fast.cu": ["forward", "backward", "sum_parts", "step"],
-    "fft_conv/cuda/toeplitz_multiply.cu": ["multiply"],
+    "column_sums/cuda/column_sums.cu": ["sum_columns", "sum_parts"],
     "fft_conv/cuda/toeplitz_correlate.cu": ["correlate", "finish"],
+    "gated/cuda/gated.cu": ["gate", "gate_gradients"],
     "head_products/cuda/head_products.cu": ["combine"],
+    "rotary/cuda/rotary.cu": ["rotate"],
     "selective_scan/cuda/fast_step.cu": ["step"],
 }
 """The kernels that these ops launch with `early=True`. Those of model_step read weights before they wait."""

@@ -26,12 +26,13 @@ from anymamba.ops.observers import transformed
 from anymamba.parts.cache import Cache, GrowingState
 from anymamba.parts.conv import ShortConvolution
 from anymamba.parts.derivatives import differentiable_again
+from anymamba.parts.linear import linear
 from anymamba.parts.options import AttentionOptions
 from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import activations_of
-from anymamba.parts.rotary import rotate, xpos_scale
+from anymamba.parts.rotary import rotate_heads, xpos_scale
 from anymamba.parts.sequence import SequenceLayer
-from anymamba.parts.state import unread
+from anymamba.parts.state import last_states_are_wanted, unread
 
 POSITIONS = ("none", "rotary", "xpos")
 MOST_QUERIES = 1024
@@ -141,11 +142,15 @@ class Attention(SequenceLayer):
         group = current_group(x.shape[1])
         if group is not None:
             return self._run_part(x, state, rows, None, group)
+        is_read = state is not None or last_states_are_wanted()
         if state is None:
             state = self.init_state(x.shape[0], x.dtype)
         x = x if rows is None else rows.zero_padding(x)
-        q, k, v, conv = self._project(x, state, rows)
         before = self._cache(state)
+        q, k, v, conv = self._project(x, state, rows, begins=before.length == 0)
+        if not is_read:
+            y = self._attend(q, (k, v), before)
+            return self._output(y), self._unread(len(x), q, x.shape[1])
         lengths = None if rows is None else rows.lengths
         cache = before.append((k, v), lengths)
         y = self._attend(q, (k, v) if before.length == 0 else cache.tensors, before)
@@ -154,7 +159,7 @@ class Attention(SequenceLayer):
         keys, values = cache.tensors
         new = AttentionState(keys, values, after, conv)
         new.remember(cache)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), new
+        return self._output(y), new
 
     def run_packed(
         self, x: Float[Tensor, "1 length d_model"], state: AttentionState | None, cu_seqlens: Tensor
@@ -183,7 +188,7 @@ class Attention(SequenceLayer):
                 f"attention on parts of sequences takes no state and no padding, got {given}; begin with whole "
                 "sequences, and pack sequences of several lengths (cu_seqlens)"
             )
-        qkv = self.in_proj(x)
+        qkv = linear(self.in_proj, x)
         if self.conv is not None:
             qkv = causal_conv1d(qkv, self.conv.weight, self.conv.bias, cu_seqlens=cu_seqlens, group=group).y
         q, k, v = self._heads(qkv, group.positions(cu_seqlens, x.device)[None])
@@ -194,7 +199,7 @@ class Attention(SequenceLayer):
         if cu_seqlens is not None:
             begins = cu_seqlens[:-1].long()[group.sequences(cu_seqlens)]
         y = self._attend(q.transpose(1, 2), (k, v), before, begins)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), self._unread(n_sequences(x.shape[0], cu_seqlens), qkv)
+        return self._output(y), self._unread(n_sequences(x.shape[0], cu_seqlens), qkv)
 
     @staticmethod
     def _gathered(part: Float[Tensor, "batch length heads width"], group: SequenceGroup) -> Tensor:
@@ -204,13 +209,13 @@ class Attention(SequenceLayer):
         tokens = [tokens[:, :length] for tokens, length in zip(parts, group.lengths, strict=True)]
         return torch.cat(tokens, 1)[:, : group.stop]
 
-    def _unread(self, n_rows: int, qkv: Tensor) -> AttentionState:
-        """A state that nobody may read."""
-        keys = unread((n_rows, self.n_kv_heads, 1, self.d_head), qkv.dtype, qkv.device)
-        n_seen = torch.ones(n_rows, dtype=torch.int64, device=qkv.device)
-        return AttentionState(
-            keys, keys, n_seen, unread((n_rows, (self.d_conv or 1) - 1, self.d_qkv), qkv.dtype, qkv.device)
-        )
+    def _unread(self, n_rows: int, like: Tensor, length: int = 1) -> AttentionState:
+        """A state after `length` tokens that nobody may read."""
+        kept = length if self.window is None else min(length, self.window - 1)
+        keys = unread((n_rows, self.n_kv_heads, kept, self.d_head), like.dtype, like.device)
+        n_seen = torch.full((n_rows,), length, dtype=torch.int64, device=like.device)
+        conv = unread((n_rows, (self.d_conv or 1) - 1, self.d_qkv), like.dtype, like.device)
+        return AttentionState(keys, keys, n_seen, conv)
 
     def _most_kept(self, cache: Cache) -> int:
         """How many entries a later query can still see."""
@@ -223,20 +228,27 @@ class Attention(SequenceLayer):
         return Cache((state.keys, state.values), filled)
 
     def _project(
-        self, x: Float[Tensor, "batch length d_model"], state: AttentionState, rows: Rows | None
+        self, x: Float[Tensor, "batch length d_model"], state: AttentionState, rows: Rows | None, begins: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, each (batch, heads, length, d_head); and the convolution's state."""
-        qkv, conv = self._convolve(self.in_proj(x), state.conv, rows)
-        q, k, v = self._heads(qkv, state.n_seen[:, None] + torch.arange(x.shape[1], device=x.device))
+        """Rotated queries and keys, and values, each (batch, heads, length, d_head); and the convolution's state.
+
+        Args:
+            begins: whether no earlier key is left, so that all rows may count from the first token of x.
+        """
+        qkv, conv = self._convolve(linear(self.in_proj, x), state.conv, rows)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        if not begins:
+            positions = state.n_seen[:, None] + positions
+        q, k, v = self._heads(qkv, positions)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), conv
 
     def _heads(self, qkv: Tensor, positions: Int[Tensor, "batch_or_1 length"]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each (batch, length, heads, d_head)."""
         heads = qkv.unflatten(-1, (-1, self.d_head))
-        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
-        if self.positions != "none":
-            q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
-        return q, k, v
+        if self.positions == "none":
+            q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 2)
+            return q, k, v
+        return rotate_heads(heads, positions, self.n_kv_heads, self.rotary_base)
 
     def _convolve(self, qkv: Tensor, state: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
         """The short convolution, and its new state: the last real inputs."""
@@ -301,6 +313,9 @@ class Attention(SequenceLayer):
         if self.positions == "xpos":
             q, k = _scaled(q, k, first - (filled + start))
         return _softmax_attention(q, k, v, mask)
+
+    def _output(self, y: Float[Tensor, "batch n_heads length d_head"]) -> Float[Tensor, "batch length d_model"]:
+        return linear(self.out_proj, y.transpose(1, 2).flatten(2))
 
     def _blocks(self, length: int) -> Iterator[tuple[int, int]]:
         """Ranges of queries. With a window a range is about as long as the window, so time and memory are linear."""

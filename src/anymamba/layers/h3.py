@@ -24,6 +24,7 @@ from anymamba.ops.observers import plain
 from anymamba.parts import head_products, toeplitz
 from anymamba.parts.derivatives import as_operations
 from anymamba.parts.fft_conv import conv_of_taps
+from anymamba.parts.linear import linear
 from anymamba.parts.options import H3Options
 from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import KernelParameters, activations_of
@@ -90,6 +91,7 @@ class H3(SequenceLayer):
     """
 
     state_type = H3State
+    projects_input = True
 
     def __init__(
         self,
@@ -138,7 +140,8 @@ class H3(SequenceLayer):
         self, x: Float[Tensor, "rows length d_model"], state: H3State | None, rows: Rows | None
     ) -> tuple[Tensor, H3State]:
         """The layer over rows of real tokens."""
-        q, k, v = self.in_proj(x).chunk(3, dim=-1)  # padding comes after all real tokens, so it does not reach them
+        # padding comes after all real tokens, so it does not reach them
+        q, k, v = linear(self.in_proj, x).chunk(3, dim=-1)
         before = None if state is None else state.shift
         shifted, shift = self.shift(k, before)
         if rows is not None:
@@ -146,7 +149,7 @@ class H3(SequenceLayer):
         mask = None if rows is None else rows.mask.repeat_interleave(self.d_head**2, 0)
         folded = None if state is None else map_state(lambda t: t.flatten(0, 1), state.inner)
         products, inner = self.inner(self._outer(shifted, v), folded, attention_mask=mask)
-        return self.out_proj(self._contract(q, products)), H3State(shift, self._unfold(inner, x.shape[0]))
+        return linear(self.out_proj, self._contract(q, products)), H3State(shift, self._unfold(inner, x.shape[0]))
 
     def run_step(self, x: Float[Tensor, "batch d_model"], state: H3State) -> tuple[Tensor, H3State]:
         """One token."""

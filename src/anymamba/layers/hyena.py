@@ -26,6 +26,8 @@ from anymamba.ops.observers import plain
 from anymamba.parts import diagonal
 from anymamba.parts.conv import ShortConvolution
 from anymamba.parts.fft_conv import fft_conv
+from anymamba.parts.gated import gated
+from anymamba.parts.linear import linear
 from anymamba.parts.options import HyenaOptions
 from anymamba.parts.padding import Rows
 from anymamba.parts.parameters import KernelParameters
@@ -165,9 +167,10 @@ class ImplicitFilter(KernelParameters):
         with without_autocast(self.bias.device.type):
             exact = diagonal.exact_dtype(self.bias.device)
             x = self._features(length, exact) if self.positions is None else self.positions[:length].to(exact)
-            for layer in self.layers:
+            frequency = self.frequency.to(exact)
+            for layer in self.layers:  # the frequencies multiply the small weights in place of the long outputs
                 weight, bias = (parameter.to(exact) for parameter in layer.parameters())
-                x = torch.sin(self.frequency.to(exact) * F.linear(x, weight, bias))
+                x = torch.sin(F.linear(x, frequency[:, None] * weight, frequency * bias))
             x = self.output(x.to(self.bias.dtype))
             slowest, fastest = self.decay_range
             decay = torch.linspace(slowest, fastest, self.width, device=x.device, dtype=x.dtype).abs()
@@ -247,6 +250,7 @@ class Hyena(SequenceLayer):
     """
 
     state_type = HyenaState
+    projects_input = True
 
     def __init__(
         self,
@@ -289,7 +293,7 @@ class Hyena(SequenceLayer):
         self, x: Float[Tensor, "rows length d_model"], state: HyenaState | None, rows: Rows | None
     ) -> tuple[Tensor, HyenaState]:
         """The operator over rows of real tokens."""
-        u = self.in_proj(x)
+        u = linear(self.in_proj, x)
         u = u if rows is None else rows.zero_padding(u)
         state = self.init_state(u.shape[0], u.dtype) if state is None else state
         needed = _tokens(u, state.filters[0], rows, self.filter.max_length)
@@ -297,10 +301,10 @@ class Hyena(SequenceLayer):
         *gates, v = short.y.chunk(self.order + 1, dim=-1)
         kernels, after = self.filter(needed), []
         for gate, kernel, bias, before in zip(gates[:0:-1], kernels, self.filter.bias, state.filters, strict=True):
-            v, inputs = _convolve(v * gate, kernel, bias, before, rows)
+            v, inputs = _convolve(gated(v, gate), kernel, bias, before, rows)
             after.append(inputs)
         conv = short.last_state if rows is None else rows.last(u, state.conv, self.short_width - 1)
-        return self.out_proj(v * gates[0]), HyenaState(conv, tuple(after))
+        return linear(self.out_proj, gated(v, gates[0])), HyenaState(conv, tuple(after))
 
 
 # ------------------------------------------------------------------------- a convolution whose state is all its inputs

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
 from anymamba.layers.s6 import SelectiveSSM
 from anymamba.parts.conv import ShortConvolution
+from anymamba.parts.gated import gated
 from anymamba.parts.norm import build_norm
 from anymamba.parts.options import MambaOptions
 from anymamba.parts.padding import Rows
@@ -252,8 +252,8 @@ class MambaBlock(GatedBlock):
     ) -> tuple[Tensor, Any]:
         mask = None if rows is None else rows.mask
         y, after = self.inner(u, state, attention_mask=mask, cu_seqlens=cu_seqlens)
-        return y * F.silu(z), after
+        return gated(y, z, "silu"), after
 
     def _map_step(self, u: Tensor, z: Tensor, state: Any) -> tuple[Tensor, Any]:
         y, after = self.inner.step(u, state)
-        return y * F.silu(z), after
+        return gated(y, z, "silu"), after

@@ -8,29 +8,20 @@ Source: the Transformer (arXiv:1706.03762), section 3.3; the gated kinds: arXiv:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_sizes
+from anymamba.parts.gated import FUNCTIONS, gated_halves
+from anymamba.parts.linear import linear
 from anymamba.parts.options import MLPOptions
 from anymamba.parts.padding import Rows
 from anymamba.parts.sequence import SequenceLayer
 from anymamba.parts.state import NoState
 
-_gelu = partial(F.gelu, approximate="tanh")
-
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
-    "gelu": (_gelu, False),
-    "swiglu": (F.silu, True),
-    "geglu": (_gelu, True),
-    "glu": (torch.sigmoid, True),
-}
-"""The nonlinearity of each kind, and whether it gates."""
+ACTIVATIONS = {"gelu": ("gelu", False), "swiglu": ("silu", True), "geglu": ("gelu", True), "glu": ("sigmoid", True)}
+"""The nonlinearity of each kind, one of `gated.FUNCTIONS`, and whether it gates."""
 
 
 class MLP(SequenceLayer):
@@ -96,8 +87,7 @@ class MLP(SequenceLayer):
         return self._map(x), NoState()
 
     def _map(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        hidden = self.in_proj(x)
+        hidden = linear(self.in_proj, x)
         if not self.gated:
-            return self.out_proj(self.activation(hidden))
-        u, gate = hidden.chunk(2, dim=-1)
-        return self.out_proj(u * self.activation(gate))
+            return linear(self.out_proj, FUNCTIONS[self.activation](hidden))
+        return linear(self.out_proj, gated_halves(hidden, self.activation))
