@@ -57,8 +57,8 @@ def _forward(a: NormArguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
             threads, rows_of_block = _block(a)
             n_blocks, kernel = -(-a.n_rows // rows_of_block), "forward"
             if a.subtract_mean and threads // rows_of_block > 32:  # a warp alone waits little
-                n_blocks, kernel = min(n_blocks, _places(call, threads)), "forward_many"
-            call.launch(calls.fast(kernel, a.subtract_mean), n_blocks, threads, calls.SLOTS)
+                n_blocks, kernel = min(n_blocks, _places(call, a)), "forward_many"
+            call.launch(_fast(kernel, a), n_blocks, threads, calls.SLOTS)
         else:
             call.launch(calls.general("forward", a.dtype), a.n_rows, calls.THREADS, _shared_of_sums(a))
     return y, total, saved
@@ -84,10 +84,10 @@ def _backward(dy: Tensor, dtotal: Tensor | None, a: NormArguments, saved: Tensor
     sums = dweight is not None or dbias is not None
     if calls.is_fast(a):
         threads, rows_of_block = _block(a)
-        n_parts, shared = min(-(-a.n_rows // rows_of_block), _places(call, threads)), calls.SLOTS + 8 * a.size * sums
+        n_parts, shared = min(-(-a.n_rows // rows_of_block), _places(call, a)), calls.SLOTS + 8 * a.size * sums
         _parts(call, a, n_parts, torch.float32) if sums else None
-        call.launch(calls.fast("backward", a.subtract_mean), n_parts, threads, shared)
-        variant = calls.fast("sum_parts", a.subtract_mean)
+        call.launch(_fast("backward", a), n_parts, threads, shared)
+        variant = _fast("sum_parts", a)
     else:
         call.launch(calls.general("backward", a.dtype), a.n_rows, calls.THREADS, _shared_of_sums(a))
         variant = calls.general("sum_parts", a.dtype)
@@ -126,9 +126,13 @@ def _block(a: NormArguments) -> tuple[int, int]:
     return threads, threads // 32 // warps
 
 
-def _places(call: Call, threads: int) -> int:
+def _fast(kernel: str, a: NormArguments) -> nvrtc.Variant:
+    return calls.fast(kernel, calls.chunks_of_lane(a.size))
+
+
+def _places(call: Call, a: NormArguments) -> int:
     """Blocks of many rows that the device works on at a time."""
-    return call.n_multiprocessors * calls.THREADS_OF_MULTIPROCESSOR // threads
+    return call.n_multiprocessors * calls.THREADS_OF_MULTIPROCESSOR[calls.chunks_of_lane(a.size)] // _block(a)[0]
 
 
 def _parts(call: Call, a: NormArguments, n_parts: int, dtype: torch.dtype) -> None:

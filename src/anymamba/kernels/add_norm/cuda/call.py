@@ -27,8 +27,8 @@ FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH, NUMBERS_OF_WARP, MOST_WARPS = 4, 512, 16
 """Of fast.cu: numbers of a lane that are read at once, and of a row's warps."""
 THREADS = 256
-THREADS_OF_MULTIPROCESSOR = 512
-"""Of the fast kernels whose blocks take many rows: they have 128 registers each."""
+THREADS_OF_MULTIPROCESSOR = {1: 1024, 2: 768, 4: 512}
+"""Of the fast kernels whose blocks take many rows, for each number of chunks: they need 64 to 128 registers each."""
 SLOTS = 4 * MOST_WARPS * 4
 """Bytes of shared memory in which warps add, of fast.cu."""
 ROWS_OF_PART = 64
@@ -48,10 +48,15 @@ def warps_of_row(size: int) -> int:
     return 1 << (-(-size // NUMBERS_OF_WARP) - 1).bit_length()
 
 
+def chunks_of_lane(size: int) -> int:
+    """CHUNKS of fast.cu: how often a lane has numbers of a row."""
+    return next((chunks for chunks in (1, 2) if size <= 32 * WIDTH * chunks), 4)
+
+
 @cache
-def fast(kernel: str, subtract_mean: bool) -> nvrtc.Variant:
+def fast(kernel: str, chunks: int) -> nvrtc.Variant:
     """A kernel of fast.cu."""
-    return nvrtc.Variant(nvrtc.source(HERE / "fast.cu"), kernel, (("SUBTRACT_MEAN", int(subtract_mean)),))
+    return nvrtc.Variant(nvrtc.source(HERE / "fast.cu"), kernel, (("CHUNKS", chunks),))
 
 
 @cache
@@ -62,5 +67,5 @@ def general(kernel: str, dtype: torch.dtype) -> nvrtc.Variant:
 
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
-    found = [fast("forward", subtract_mean) for subtract_mean in (False, True)]
+    found = [fast("forward", chunks) for chunks in THREADS_OF_MULTIPROCESSOR]
     return found + [general("forward", dtype) for dtype in (torch.float32, torch.float64)]

@@ -5,7 +5,8 @@
 //     y = (total - mean) / sqrt(variance + eps) * weight + bias
 //
 // with the mean taken off, or (RMS norm) not. p.warps warps share a row; a lane has four neighbouring numbers, and
-// again four further on, up to CHUNKS times, in registers.
+// again four further on, up to CHUNKS times, in registers. With narrow rows, which have fewer CHUNKS, a multiprocessor
+// has more of them at a time.
 //
 // Backward recomputes the normed row n from its saved mean and scale r = 1 / sqrt(variance + eps):
 //
@@ -16,10 +17,11 @@
 // Launch: 256 threads, so that 256 / 32 / p.warps rows are worked on at a time, or 512 where 16 warps share one.
 // Backward and forward_many have as many blocks as the machine holds at once, each with many rows.
 //
-// Needs SUBTRACT_MEAN, 0 or 1.
+// Needs CHUNKS: 1 or 2 for rows of one warp, or 4.
 #include "parameters.cuh"
 
-constexpr int MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / 32, WIDTH = 4, CHUNKS = 4;
+constexpr int MOST_WARPS = 16, WIDTH = 4, MOST_THREADS = CHUNKS == 4 ? 32 * MOST_WARPS : 256;
+constexpr int BLOCKS = CHUNKS == 4 ? 1 : CHUNKS == 2 ? 3 : 4;  // of many rows that a multiprocessor has at a time
 
 typedef float Row[CHUNKS][WIDTH];  // a lane's part of one
 
@@ -140,7 +142,7 @@ struct Statistics {
 
 DEVICE Statistics statistics_of(const Row& total, const Parameters& p, const Place& at) {
     float mean[1] = {0.f}, squares[1] = {0.f};
-    if (SUBTRACT_MEAN) {
+    if (p.subtract_mean) {
         FOR_EACH_CHUNK(k, at)
         mean[0] += (total[k][0] + total[k][1]) + (total[k][2] + total[k][3]);
         sum_over_row(mean, p, 0);
@@ -177,7 +179,7 @@ DEVICE void norm_row(Row& total, const Packed& weights, const Packed& biases, i6
     if (p.statistics && at.first == 0) {
         float* to = reinterpret_cast<float*>(p.statistics);
         to[row] = s.scale;
-        if (SUBTRACT_MEAN) to[p.rows + row] = s.mean;
+        if (p.subtract_mean) to[p.rows + row] = s.mean;
     }
 }
 
@@ -195,7 +197,7 @@ DEVICE void ask_for_weights(Inputs& in, const Parameters& p, const Place& at) {
 }
 
 // A block has as many rows as its threads hold, so that many blocks are at work.
-KERNEL(MOST_THREADS, 2) forward(PARAMETER Parameters p) {
+KERNEL(MOST_THREADS, CHUNKS == 4 ? 2 : CHUNKS == 2 ? 4 : 6) forward(PARAMETER Parameters p) {
     const Place at = place_of_thread(p);
     const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps;
     const i64 row = i64(blockIdx.x) * rows_of_block + int(threadIdx.x) / 32 / warps;
@@ -209,7 +211,7 @@ KERNEL(MOST_THREADS, 2) forward(PARAMETER Parameters p) {
 }
 
 // A block has many rows. It asks for the next ones before it waits for the sums over these: a layer norm waits twice.
-KERNEL(MOST_THREADS, 1) forward_many(PARAMETER Parameters p) {
+KERNEL(MOST_THREADS, BLOCKS) forward_many(PARAMETER Parameters p) {
     const Place at = place_of_thread(p);
     const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps, group = int(threadIdx.x) / 32 / warps;
     i64 first = i64(blockIdx.x) * rows_of_block;
@@ -247,7 +249,7 @@ DEVICE void write_part(const Row& dweight, const Row& dbias, const Parameters& p
     for (int i = threadIdx.x; i < 2 * at.size; i += blockDim.x) part[i] = shared[i];
 }
 
-KERNEL(MOST_THREADS, 1) backward(PARAMETER Parameters p) {
+KERNEL(MOST_THREADS, BLOCKS) backward(PARAMETER Parameters p) {
     const Place at = place_of_thread(p);
     const int warps = int(p.warps), rows_of_block = int(blockDim.x) / 32 / warps, group = int(threadIdx.x) / 32 / warps;
     const float* statistics = reinterpret_cast<const float*>(p.statistics);
@@ -260,7 +262,7 @@ KERNEL(MOST_THREADS, 1) backward(PARAMETER Parameters p) {
         if (p.residual.data) ask_for_row(residual, p.residual, row, at);
         ask_for_row(dy, p.dy, row, at);
         if (p.dtotal.data) ask_for_row(dtotal, p.dtotal, row, at);
-        const float scale = statistics[row], mean = SUBTRACT_MEAN ? statistics[p.rows + row] : 0.f;
+        const float scale = statistics[row], mean = p.subtract_mean ? statistics[p.rows + row] : 0.f;
         Row n, g, weight, more;
         add_up(n, x, residual, p);
         if (p.weight) ask(weights, p.weight, 0, p.weight_dtype, at);
@@ -281,7 +283,7 @@ KERNEL(MOST_THREADS, 1) backward(PARAMETER Parameters p) {
         sum_over_row(sums, p, slots);
         slots = 1 - slots;
         widen(more, dtotal, p.dtotal.dtype);
-        const float of_n = sums[0] / float(at.size), of_g = SUBTRACT_MEAN ? sums[1] / float(at.size) : 0.f;
+        const float of_n = sums[0] / float(at.size), of_g = p.subtract_mean ? sums[1] / float(at.size) : 0.f;
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++)
 #pragma unroll
