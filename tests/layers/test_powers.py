@@ -10,8 +10,9 @@ from anymamba.layers.s4d import S4D
 from anymamba.parts import diagonal
 
 
+@pytest.mark.parametrize("n_blocks", [1, 5, 8])
 @pytest.mark.parametrize("is_complex", [False, True])
-def test_powers_at_once_are_those_of_doubling(is_complex):
+def test_powers_at_once_are_those_of_doubling(is_complex, n_blocks):
     torch.manual_seed(0)
     size = 0.1 + 0.899 * torch.rand(5, 4, dtype=torch.float64)
     angle = torch.randn(5, 4, dtype=torch.float64)
@@ -19,9 +20,10 @@ def test_powers_at_once_are_those_of_doubling(is_complex):
     base.requires_grad_()
     found = []
     for powers in (diagonal._powers, diagonal._powers_at_once):
-        table, last = powers(base, 64)
-        loss = (table * torch.arange(64)[:, None]).abs().sum() + last.abs().sum()
-        found.append((table, last, *torch.autograd.grad(loss, base)))
+        fine, coarse = powers(base, 64, n_blocks, torch.float64)
+        assert fine.shape == (5, 64, 4) and coarse.shape == (5, n_blocks, 4)
+        loss = (fine * torch.arange(64)[:, None]).abs().sum() + coarse.abs().sum()
+        found.append((fine, coarse, *torch.autograd.grad(loss, base)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-13)
 
@@ -29,16 +31,17 @@ def test_powers_at_once_are_those_of_doubling(is_complex):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_powers_of_zero_are_finite_with_finite_gradients(dtype):
     base = torch.zeros(1, 1, dtype=dtype, requires_grad=True)
-    table, last = diagonal._powers_at_once(base, 4)
-    assert table[0, :, 0].abs().tolist() == pytest.approx([1, 0, 0, 0]) and last.abs().item() == pytest.approx(0)
-    (gradient,) = torch.autograd.grad(table.abs().sum() + last.abs().sum(), base)
+    fine, coarse = diagonal._powers_at_once(base, 4, 2, torch.float64)
+    assert fine[0, :, 0].abs().tolist() == pytest.approx([1, 0, 0, 0])
+    assert coarse[0, :, 0].abs().tolist() == pytest.approx([1, 0])
+    (gradient,) = torch.autograd.grad(fine.abs().sum() + coarse.abs().sum(), base)
     assert gradient.isfinite().all()
 
 
 def test_powers_of_tiny_numbers_have_finite_gradients():
     base = torch.tensor([[5e-324, 1e-310, 1e-300]], dtype=torch.complex128, requires_grad=True)
-    table, _ = diagonal._powers_at_once(base, 4)
-    (gradient,) = torch.autograd.grad(table.abs().sum(), base)
+    fine, coarse = diagonal._powers_at_once(base, 4, 2, torch.float64)
+    (gradient,) = torch.autograd.grad(fine.abs().sum() + coarse.abs().sum(), base)
     assert gradient.isfinite().all()
 
 

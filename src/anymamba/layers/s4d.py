@@ -14,10 +14,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from anymamba.kernels.elementwise import expm1_ratio
 from anymamba.ops.dispatch import without_autocast
 from anymamba.parts import diagonal
 from anymamba.parts.derivatives import recomputed
@@ -30,6 +30,7 @@ from anymamba.parts.state import last_states_are_wanted, unread
 
 INITS = ("s4d-lin", "s4d-inv", "s4d-real")
 DISCRETIZATIONS = ("zoh", "bilinear")
+TABLES_TO_KEEP = 16  # tables of powers with at most 1/16 of the numbers of x are kept, in some 15 bytes a number
 
 
 class S4DState(NamedTuple):
@@ -51,7 +52,7 @@ class DiagonalSystem(NamedTuple):
         """K[t] = C . Abar^t Bbar, with D added to K[0]."""
         weights = diagonal.in_precision(self.C * self.Bbar, dtype)
         K = diagonal.exponential_sums(weights[None], self.Abar, length)[0]
-        return torch.cat([K[:, :1] + self.D[:, None].to(dtype), K[:, 1:]], 1)
+        return K + F.pad(self.D[:, None].to(dtype), (0, length - 1))
 
     def free_response(self, h: Num[Tensor, "batch width n_states"], length: int) -> Float[Tensor, "batch length width"]:
         """C . Abar^(t + 1) h: the part of the outputs that comes from the state h."""
@@ -111,10 +112,19 @@ class S4D(SequenceLayer):
             u = x if rows is None else rows.zero_padding(x)
             wide = torch.promote_types(x.dtype, self.kernel.D.dtype)
             system = self.kernel.discretise()
-            y = fft_conv(u if state is None else u.to(wide), recomputed(DiagonalSystem.kernel, system, length, wide))
+            y = fft_conv(u if state is None else u.to(wide), self._kernel(system, x, wide))
             if state is not None:
                 y = y + recomputed(DiagonalSystem.free_response, system, state.h, length)
             return y.to(x.dtype), S4DState(self._last_state(u, wide, system, state, lengths))
+
+    def _kernel(
+        self, system: DiagonalSystem, x: Float[Tensor, "rows length width"], wide: torch.dtype
+    ) -> Float[Tensor, "width length"]:
+        """The kernel. The backward pass computes its tables again, except where they are small next to x."""
+        rows, length = x.shape[0], int(x.shape[1])
+        if TABLES_TO_KEEP * self.d_state * diagonal.n_powers(length) <= rows * length:  # both for one channel
+            return system.kernel(length, wide)
+        return recomputed(DiagonalSystem.kernel, system, length, wide)
 
     def _last_state(
         self,
@@ -209,8 +219,10 @@ class S4DKernel(KernelParameters):
             A, C = torch.complex(A, self.A_imag.to(exact)), torch.complex(*C.unbind(-1))
         dt = torch.exp(self.log_dt.to(exact))[:, None]
         if self.discretization == "zoh":
-            Abar, Bbar = torch.exp(dt * A), dt * expm1_ratio(dt * A)
+            x = dt * A
+            Abar, Bbar = torch.exp(x), dt * recomputed(diagonal.expm1_ratio, x)
         else:
-            inverse = 1 / (1 - dt / 2 * A)
-            Abar, Bbar = (1 + dt / 2 * A) * inverse, dt * inverse
+            x = dt / 2 * A
+            inverse = 1 / (1 - x)
+            Abar, Bbar = (1 + x) * inverse, dt * inverse
         return DiagonalSystem(Abar, Bbar, C, self.D.to(exact))
