@@ -24,6 +24,7 @@ from anymamba.parts.init import WithoutMetaValues
 from anymamba.parts.norm import build_norm, norm_of_sum
 from anymamba.parts.parameters import WideParameters, without_decay
 from anymamba.parts.recipes import recomputing
+from anymamba.parts.state import as_wanted_now
 from anymamba.parts.strands import (
     both_masks,
     both_offsets,
@@ -281,7 +282,10 @@ class LanguageModel(nn.Module):
                 if self.activation_checkpointing and update is not None:
                     residual, update = residual + update, None  # one tensor to keep instead of two
                 inputs = (residual, None if state is None else state.layers[i], attention_mask, cu_seqlens, update)
-                residual, update, new = recomputed(block, *inputs) if self.activation_checkpointing else block(*inputs)
+                if self.activation_checkpointing:
+                    residual, update, new = recomputed(as_wanted_now(block), *inputs)
+                else:
+                    residual, update, new = block(*inputs)
                 states.append(new)
         x, _ = norm_of_sum(self.norm, update, residual, projected)
         return x, LanguageModelState(tuple(states), where)

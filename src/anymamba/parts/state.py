@@ -160,6 +160,19 @@ def last_states_are_wanted() -> bool:
     return not _unwanted
 
 
+def as_wanted_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is called now, also where the backward pass calls it again, outside `without_last_states`."""
+    if torch.compiler.is_compiling():
+        return function
+    context = last_states if last_states_are_wanted() else without_last_states
+
+    def run(*args: Any) -> Any:
+        with context():
+            return function(*args)
+
+    return run
+
+
 def unread(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """NaN in place of a state that is not wanted; it takes no memory."""
     return torch.full((), math.nan, dtype=dtype, device=device).expand(*shape)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from anymamba.data.batches import Batch
 from anymamba.models.language_model import LanguageModel, LanguageModelState, LossOutput
-from anymamba.parts.state import detach_state, map_state, put_rows, where_rows
+from anymamba.parts.state import detach_state, map_state, put_rows, where_rows, without_last_states
 from anymamba.training.masking import Masking
 from anymamba.training.parallel.processes import Processes
 
@@ -48,6 +49,11 @@ def batch_loss(
     return out.loss, out.n_tokens, detach_state(map_state(lambda t: t.index_select(0, last), out.state))
 
 
+def states_of_batches(are_carried: bool) -> AbstractContextManager[object]:
+    """The context of `batch_loss`, in which layers need not compute states that are dropped."""
+    return nullcontext() if are_carried else without_last_states()
+
+
 @torch.no_grad()
 def held_out_nats(
     model: LanguageModel,
@@ -67,7 +73,8 @@ def held_out_nats(
     for number, batch in enumerate(batches):
         batch = batch if masking is None else masking.apply(batch, number)
         batch = batch if processes is None else processes.rows_of(batch)
-        nats, n_tokens, state = batch_loss(model, loss, batch, carried)
+        with states_of_batches(carry_state):
+            nats, n_tokens, state = batch_loss(model, loss, batch, carried)
         carried = state if carry_state else None
         total, count = total + nats.item(), count + int(n_tokens)
     if processes is not None:

@@ -61,7 +61,7 @@ from anymamba.training.run_config import (
     write_config,
 )
 from anymamba.training.snapshot import Progress, restore, snapshot
-from anymamba.training.steps import LossFunction, batch_loss, held_out_nats
+from anymamba.training.steps import LossFunction, batch_loss, held_out_nats, states_of_batches
 
 BEST = "best"
 """The folder, in that of a run, of its best model."""
@@ -342,7 +342,7 @@ class _Trainer:
         device_type = model.embedding.weight.device.type
         for batch in batches:
             autocast = torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bfloat16")
-            with record_function("forward"), autocast:
+            with record_function("forward"), autocast, states_of_batches(config.carries_state):
                 batch_nats, _, state = batch_loss(model, loss, batch, carried)
             processes.reduce_gradients(model, batch is batches[-1])
             with record_function("backward"):

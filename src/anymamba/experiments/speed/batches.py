@@ -14,6 +14,7 @@ from anymamba.experiments.speed.timing import FULL, in_memory, recorded, seconds
 from anymamba.lab.experiment import Context
 from anymamba.models.language_model import LanguageModel
 from anymamba.ops import dispatch
+from anymamba.parts.state import without_last_states
 
 
 def measure_batches(settings: BatchSettings, context: Context) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def training_memory(model: LanguageModel, settings: BatchSettings, device: torch
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         ids, labels = (random_ids(model, settings.batch, settings.prompt) for _ in range(2))
         for _ in range(2):
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast("cuda", torch.bfloat16), without_last_states():
                 out = model.loss(ids, labels)
             (out.loss / out.n_tokens).backward()
             optimizer.step()

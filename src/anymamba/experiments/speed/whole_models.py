@@ -25,6 +25,7 @@ from anymamba.lab.experiment import Context
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.ops import dispatch
+from anymamba.parts.state import without_last_states
 
 NUMBERS_A_BLOCK = 24
 """Upper bound of the numbers that a block holds per token and unit of width, while it runs or for its backward pass."""
@@ -100,7 +101,7 @@ def training_step_of(model: LanguageModel, length: int) -> Call:
     ids, labels = random_ids(model, length), random_ids(model, length)
 
     def step() -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), without_last_states():
             model.loss(ids, labels).loss.backward()
         model.zero_grad(set_to_none=True)
 
