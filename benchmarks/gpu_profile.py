@@ -16,16 +16,24 @@ from torch.profiler import profile as torch_profile
 from anymamba.kernels.add_norm.cuda import call as norm
 from anymamba.kernels.causal_conv1d.cuda import call as conv
 
-GROUPS = ("products", "scan", "convolution", "norm", "loss", "optimizer", "attention", "fft", "rest")
+GROUPS = (
+    *("products", "scan", "convolution", "long convolution", "head products", "norm", "loss", "optimizer", "attention"),
+    *("elementwise", "sums", "copies", "rest"),
+)
 NAMES = {
     "attention": r"flash|fmha|attention",
     "products": r"nvjet|gemm|cutlass|splitK|cublas",
     "scan": r"^(scan|scan_backward|sum_pieces|carry|find_sequences|pass_empty|sum_blocks)$",
     "loss": r"^losses$",
     "optimizer": r"multi_tensor|[Aa]dam",
-    "fft": r"fft",
+    "long convolution": r"fft|^(order|multiply|correlate|finish|spectra|convolve)$",
+    "head products": r"^combine$",
+    "copies": r"copy|Cat|^Mem",
+    "sums": r"reduce|^sum_columns$",
+    "elementwise": r"elementwise|^(gate|gate_gradients|rotate)$",
 }
-"""A pattern of the names of a group's kernels. Those of convolution and norm have the same names: see `group_of`."""
+"""A pattern of the names of a group's kernels; the first that fits. Those of convolution and norm have the same names:
+see `group_of`."""
 THREADS = {conv.THREADS: "convolution", norm.THREADS: "norm", 2 * norm.THREADS: "norm"}
 """Of a block of the kernels `forward` and `backward`."""
 

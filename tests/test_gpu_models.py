@@ -25,8 +25,13 @@ def test_kernels_are_grouped_by_name_and_by_the_size_of_their_blocks():
         kernel(5, "scan_backward", 64),
         {"ts": 6, "name": "Memset (Device)", "dur": 128e3, "args": {}},
         kernel(7, "multi_tensor_apply_kernel<FusedAdam>", 256),
+        kernel(10, "multiply", 512),
+        kernel(11, "void at::native::elementwise_kernel<direct_copy_kernel_cuda>", 1024),
+        kernel(12, "void at::native::vectorized_elementwise_kernel<MulFunctor>", 2048),
+        kernel(13, "void at::native::reduce_kernel<ReduceOp>", 4096),
     ]
-    want = {"norm": 3, "convolution": 12, "products": 16, "attention": 32, "scan": 64, "rest": 128, "optimizer": 256}
+    want = {"norm": 3, "convolution": 12, "products": 16, "attention": 32, "scan": 64, "optimizer": 256}
+    want |= {"copies": 128 + 1024, "long convolution": 512, "elementwise": 2048, "sums": 4096}
     assert {group: ms for group, ms in by_group(events).items() if ms} == want
 
 

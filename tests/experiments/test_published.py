@@ -25,7 +25,7 @@ HOLDING = {
     "associative-recall-gpu": (22, 24),
     "selection-ablation": (2, 2),
     "speed": (6, 6),
-    "speed-gpu": (6, 8),
+    "speed-gpu": (5, 8),
     "scaling": (4, 4),
     "language-ablations": (3, 8),
     "zero-shot": (1, 2),
