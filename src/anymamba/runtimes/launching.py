@@ -132,3 +132,24 @@ def aligned(tensor: Tensor | None, elements: int) -> bool:
     if one != 1 or last % elements or tensor.data_ptr() % (elements * tensor.element_size()):
         return False
     return not any(step % elements for size, step in zip(sizes, steps, strict=True) if size > 1)
+
+
+PIECE = 16
+"""Bytes that a thread reads or writes at once."""
+
+
+def numbers_of_piece(tensor: Tensor) -> int:
+    """The numbers of a tensor in 16 bytes."""
+    return PIECE // tensor.itemsize
+
+
+def in_pieces(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy whose rows are at multiples of 16 bytes."""
+    return tensor if aligned(tensor, numbers_of_piece(tensor)) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def is_served(tensor: Tensor) -> bool:
+    """Whether kernels run where a tensor is: on a GPU for which they can be compiled."""
+    if not tensor.is_cuda:
+        return False
+    return not nvrtc.reason() and not nvrtc.refuses_gpu(tensor.device.index or 0)

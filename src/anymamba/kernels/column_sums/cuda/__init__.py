@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, aligned, layout, resolved
+from anymamba.runtimes.launching import Call, aligned, is_served, layout, numbers_of_piece, resolved
 from anymamba.runtimes.replaying import replayed
 
 TENSORS = {"x": 2}
@@ -23,8 +23,6 @@ TENSORS = {"x": 2}
 FIELDS = ("parts", "sums", "rows", "width", "across", "rows_of_part", "n_parts", "aligned")
 LAYOUT = layout(TENSORS, FIELDS)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-VECTOR = 16
-"""Bytes of a row that a thread reads at once."""
 THREADS, BLOCKS, AT_ONCE = 256, 4, 8
 """Threads of a block, blocks of a multiprocessor, and rows that a thread has on their way."""
 NARROWEST = 16
@@ -49,9 +47,7 @@ class Split(NamedTuple):
 
 def serves(x: Tensor) -> bool:
     """Whether the kernel takes this tensor: numbers of up to 4 bytes, on a GPU that compiles it."""
-    if not x.is_cuda or x.dtype not in DTYPES or x.ndim == 0 or not x.numel():
-        return False
-    return not nvrtc.reason() and not nvrtc.refuses_gpu(x.device.index or 0)
+    return x.dtype in DTYPES and x.ndim > 0 and x.numel() > 0 and is_served(x)
 
 
 def sums(x: Float[Tensor, "*rows width"]) -> Float[Tensor, " width"]:
@@ -62,7 +58,7 @@ def sums(x: Float[Tensor, "*rows width"]) -> Float[Tensor, " width"]:
 
 
 def _sums(x: Float[Tensor, "rows width"]) -> Float[Tensor, " width"]:
-    (rows, width), vector = x.shape, VECTOR // x.dtype.itemsize
+    (rows, width), vector = x.shape, numbers_of_piece(x)
     made = x.new_empty(width, dtype=torch.float32)
     call = Call(LAYOUT, x)
     split = split_of(rows, -(-width // vector), call.n_multiprocessors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, aligned, layout
+from anymamba.runtimes.launching import Call, aligned, is_served, layout
 
 TENSORS = {"u": 3, "y": 3, "g": 3}
 """Fields that are a struct of address, strides and dtype, and their dimensions."""
@@ -34,9 +34,7 @@ BLOCK_THREADS = 512
 def serves(u: Tensor, kernel: Tensor) -> bool:
     """Whether the kernels take these: numbers of up to 32 bits, at most 4,096 tokens, on a GPU that compiles them."""
     short = u.dtype in DTYPES and kernel.dtype in DTYPES
-    if not short or not u.is_cuda or not u.numel() or u.shape[1] > 1 << (LOGARITHMS[-1] - 1):
-        return False
-    if nvrtc.reason() or nvrtc.refuses_gpu(u.device.index or 0):
+    if not short or not u.numel() or u.shape[1] > 1 << (LOGARITHMS[-1] - 1) or not is_served(u):
         return False
     return shared_bytes(logarithm(u.shape[1])) <= nvrtc.device(u.device.index or 0).shared_of_block
 

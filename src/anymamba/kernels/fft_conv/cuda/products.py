@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, aligned, layout
+from anymamba.runtimes.launching import Call, aligned, is_served, layout
 
 TENSORS = {"x": 3, "y": 3}
 """Fields that are a struct of address, strides and dtype, and their dimensions."""
@@ -54,9 +54,7 @@ def serves(u: Tensor, kernel: Tensor) -> bool:
     """Whether the kernels take these and are faster than FFTs: bfloat16, not too long, on a GPU that compiles them."""
     if u.dtype != torch.bfloat16 or not kernel.is_floating_point() or kernel.dtype == torch.float64:
         return False
-    if not u.is_cuda or not u.numel() or not suits(u.shape[0], u.shape[1]):
-        return False
-    if nvrtc.reason() or nvrtc.refuses_gpu(u.device.index or 0):
+    if not u.numel() or not suits(u.shape[0], u.shape[1]) or not is_served(u):
         return False
     return most_shared_bytes(u.shape[1]) <= nvrtc.device(u.device.index or 0).shared_of_block
 

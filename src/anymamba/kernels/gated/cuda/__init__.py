@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, aligned, layout
+from anymamba.runtimes.launching import Call, in_pieces, is_served, layout, numbers_of_piece
 
 TENSORS = {"x": 2, "g": 2, "y": 2, "dy": 2, "dx": 2, "dg": 2}
 """Fields that are a struct of address, strides and dtype, and their dimensions."""
@@ -28,11 +28,11 @@ THREADS, AT_ONCE = 256, 2
 
 def serves(x: Tensor, g: Tensor) -> bool:
     """Whether the kernels take these: one dtype, rows of whole pieces of 16 bytes, on a GPU that compiles them."""
-    if not x.is_cuda or x.dtype not in DTYPES or (g.dtype, g.device, g.shape) != (x.dtype, x.device, x.shape):
+    if x.dtype not in DTYPES or (g.dtype, g.device, g.shape) != (x.dtype, x.device, x.shape):
         return False
-    if not 0 < x.numel() < 1 << 33 or x.shape[-1] % _count(x):
+    if not 0 < x.numel() < 1 << 33 or x.shape[-1] % numbers_of_piece(x):
         return False
-    return not nvrtc.reason() and not nvrtc.refuses_gpu(x.device.index or 0)
+    return is_served(x)
 
 
 def multiply(x: Tensor, g: Tensor, function: str) -> Tensor:
@@ -59,7 +59,7 @@ def gradient_of_halves(dy: Tensor, both: Tensor, function: str) -> Tensor:
 
 def _launch(kernel: str, function: str, **tensors: Tensor) -> None:
     x = tensors["x"]
-    call, count = Call(LAYOUT, x), _count(x)
+    call, count = Call(LAYOUT, x), numbers_of_piece(x)
     pieces = x.shape[-1] // count
     call.set(rows=x.numel() // x.shape[-1], pieces=pieces, function=FUNCTIONS[function])
     call.strided(**{name: _rows(t) for name, t in tensors.items()})
@@ -69,13 +69,7 @@ def _launch(kernel: str, function: str, **tensors: Tensor) -> None:
 
 def _rows(t: Tensor) -> Tensor:
     """(rows, width) that can be read 16 bytes at a time; what is to be written is already so and is not copied."""
-    t = t.flatten(0, -2) if t.ndim > 1 else t[None]
-    return t if aligned(t, _count(t)) else t.clone(memory_format=torch.contiguous_format)
-
-
-def _count(t: Tensor) -> int:
-    """Elements of 16 bytes."""
-    return 16 // t.itemsize
+    return in_pieces(t.flatten(0, -2) if t.ndim > 1 else t[None])
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, aligned, layout
+from anymamba.runtimes.launching import Call, in_pieces, is_served, layout
 
 TENSORS = {"x": 4, "y": 4}
 """Fields that are a struct of address, strides and dtype, and their dimensions."""
@@ -28,9 +28,7 @@ THREADS, HEADS, ROWS = 256, 4, 2
 
 def serves(x: Tensor) -> bool:
     """Whether the kernel takes these vectors: heads of 8 channels in 16 bits, on a GPU that compiles it."""
-    if not x.is_cuda or x.dtype not in DTYPES or x.shape[-1] != D or not 0 < x.numel() < D << 31:
-        return False
-    return not nvrtc.reason() and not nvrtc.refuses_gpu(x.device.index or 0)
+    return x.dtype in DTYPES and x.shape[-1] == D and 0 < x.numel() < D << 31 and is_served(x)
 
 
 def outer(k: Tensor, v: Tensor) -> Tensor:
@@ -75,15 +73,10 @@ def _combine(x: Tensor, y: Tensor | None = None, **dense: Tensor) -> None:
     batch, length, heads, _ = x.shape
     call = Call(LAYOUT, x)
     call.set(batch=batch, length=length, heads=heads)
-    call.strided(**{name: _aligned(t) for name, t in (("x", x), ("y", y)) if t is not None})
+    call.strided(**{name: in_pieces(t) for name, t in (("x", x), ("y", y)) if t is not None})
     call.dense(**dense)
     n_warps = -(-batch // ROWS) * -(-heads // HEADS) * length
     call.launch(variant(x.dtype), -(-n_warps // (THREADS // 32)), THREADS, early=True)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """The tensor, or a copy that can be read 16 bytes at a time."""
-    return t if aligned(t, D) else t.clone(memory_format=torch.contiguous_format)
 
 
 @cache

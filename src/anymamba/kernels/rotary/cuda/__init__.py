@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, aligned, layout
+from anymamba.runtimes.launching import Call, in_pieces, is_served, layout, numbers_of_piece
 
 TENSORS = {"packed": 4, "q": 4, "k": 4, "v": 4}
 """Fields that are a struct of address, strides and dtype, and their dimensions."""
@@ -24,11 +24,9 @@ THREADS = 256
 
 def serves(heads: Tensor) -> bool:
     """Whether the kernel takes these heads: halves of whole pieces of 16 bytes, on a GPU that compiles it."""
-    if not heads.is_cuda or heads.dtype not in DTYPES or not 0 < heads.numel() < 1 << 32:
+    if heads.dtype not in DTYPES or not 0 < heads.numel() < 1 << 32:
         return False
-    if heads.shape[-1] % (2 * _count(heads)):
-        return False
-    return not nvrtc.reason() and not nvrtc.refuses_gpu(heads.device.index or 0)
+    return not heads.shape[-1] % (2 * numbers_of_piece(heads)) and is_served(heads)
 
 
 def rotate(packed: Tensor, n_keys: int, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,20 +57,10 @@ def _launch(n_heads: int, cosines: Tensor, sines: Tensor, **tensors: Tensor) -> 
     (rows, length, _, channels), call = packed.shape, Call(LAYOUT, packed)
     call.set(rows=rows, length=length, channels=channels, n_queries=q.shape[2], n_keys=k.shape[2])
     call.set(apart=0 if cosines.shape[0] == 1 else length, backward="v" in tensors)
-    call.strided(**{name: _aligned(t) for name, t in tensors.items()})
+    call.strided(**{name: in_pieces(t) for name, t in tensors.items()})
     call.dense(cosines=cosines, sines=sines)
-    n_pieces = rows * length * n_heads * (channels // 2 // _count(packed))
+    n_pieces = rows * length * n_heads * (channels // 2 // numbers_of_piece(packed))
     call.launch(variant(packed.dtype), -(-n_pieces // THREADS), THREADS, early=True)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """The tensor, or a copy that can be read 16 bytes at a time; what is to be written is not copied."""
-    return t if aligned(t, _count(t)) else t.clone(memory_format=torch.contiguous_format)
-
-
-def _count(t: Tensor) -> int:
-    """Elements of 16 bytes."""
-    return 16 // t.itemsize
 
 
 @cache
