@@ -18,6 +18,7 @@ from anymamba.lab.language import (
     losses,
     n_parameters,
     share_of_peak,
+    speed_table,
     training_flops,
     with_parameters,
 )
@@ -131,6 +132,17 @@ def test_tables_and_the_share_of_the_peak():
     assert share_of_peak(record) is None
     expected = 6 * record.values["parameters"] * 1e6 / 989e12
     assert share_of_peak(replace(record, machine="NVIDIA H200, Linux")) == pytest.approx(expected)
+
+
+def test_the_share_of_the_peak_is_a_mean_over_the_seeds_as_the_speed_is():
+    """Seeds that shared a GPU are slower."""
+    values = on_a_law().of("mamba-1m")[0].values
+    results = made_up(EXPERIMENT, "gpu", {"mamba-1m": [values | {"tokens_per_second": n} for n in (1e6, 3e6)]})
+    records = [replace(record, machine="NVIDIA H200, Linux") for record in results.records]
+    found = next(row for row in rows(speed_table(replace(results, records=records))) if row[0] == "mamba-1m")
+    shares = [share_of_peak(record) for record in records]
+    assert found[6:] == ["2,000,000", f"{100 * sum(shares) / 2:.1f}"]
+    assert found[7] != f"{100 * shares[0]:.1f}"
 
 
 def test_windows_end_documents_at_the_separator_and_are_the_bytes():

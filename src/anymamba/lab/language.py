@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import inf, isfinite, log
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -212,13 +213,14 @@ def task_speeds(results: Results) -> dict[str, str]:
 
 
 def speed_table(results: Results) -> str:
-    """What each arm read, how fast, and the share of the card's peak."""
+    """What each arm read, how fast, and the share of the card's peak: means over the seeds."""
     header = ("arm", "parameters", "rate", "bytes read", "nats a byte", "bits a byte", "bytes a second", "of peak, %")
     rows = []
     for arm in results.arms:
-        record, own = results.of(arm)[0], losses(results, [arm])
-        values, share = record.values, share_of_peak(record)
-        speeds = [r.values["tokens_per_second"] for r in results.of(arm) if r.values["tokens_per_second"]]
+        records, own = results.of(arm), losses(results, [arm])
+        values = records[0].values
+        speeds = [r.values["tokens_per_second"] for r in records if r.values["tokens_per_second"]]
+        shares = [share for r in records if (share := share_of_peak(r)) is not None]
         rows.append(
             [
                 arm,
@@ -227,8 +229,8 @@ def speed_table(results: Results) -> str:
                 f"{values['read_bytes']:,}",
                 spread(own, 4),
                 spread(own, 4, 1 / log(2)),
-                f"{sum(speeds) / len(speeds):,.0f}" if speeds else "",
-                "" if share is None else f"{100 * share:.1f}",
+                f"{fmean(speeds):,.0f}" if speeds else "",
+                f"{100 * fmean(shares):.1f}" if shares else "",
             ]
         )
     return table(header, rows)

@@ -32,6 +32,8 @@ BLOCKS = {"h3": "H3", "mamba": "Mamba"}
 LAYER_WORDS = {"hyena": "Hyena filter", "complex": "S4, complex", "real": "S4, real", "s6": "S6"}
 SELECTION_WORDS = {"none": "none", "b": "B", "c": "C", "delta": "Δ", "all": "Δ, B, C"}
 A_WORDS = {"complex": "-1/2 + πni", "constant": "-1/2", "real": "-(n + 1)", "random": "-exp(N(0, 1))"}
+OTHERS = {"mamba-mlp": "Mamba and MLP", "mamba-attention": "Mamba and attention", TRANSFORMER: "Transformer++"}
+"""Below the layers of table 6."""
 LEAST = 0.01
 """Nats a byte by which S6 must be ahead, and which a larger state must gain."""
 TIMES = 3
@@ -131,9 +133,8 @@ def layer_table(results: Results) -> str:
         row_of(results, (BLOCKS[b], LAYER_WORDS[layer]), arm_of(b, layer), log(LAYERS[b][layer] / best))
         for b, layer in cells
     ]
-    others = {"mamba-mlp": "Mamba and MLP", "mamba-attention": "Mamba and attention", TRANSFORMER: "Transformer++"}
     return shown(
-        ("block", "layer"), [*rows, *(row_of(results, (words, ""), arm, None) for arm, words in others.items())]
+        ("block", "layer"), [*rows, *(row_of(results, (words, ""), arm, None) for arm, words in OTHERS.items())]
     )
 
 
@@ -183,7 +184,7 @@ def seed_words(results: Results) -> str:
 def close_arms(results: Results) -> list[str]:
     """Arms with fewer than three seeds that are closer than CLOSE to another arm of their table."""
     tables: list[list[str]] = [
-        [arm_of(b, layer) for b in LAYERS for layer in LAYERS[b]],
+        [*(arm_of(b, layer) for b in LAYERS for layer in LAYERS[b]), *OTHERS],
         *([f(name) for name in names] for f, names in ROWS),
         *([arm_of_state(kind, n) for n in STATES] for kind in STATE),
     ]

@@ -27,8 +27,10 @@ from anymamba.models.language_model import LanguageModel, LanguageModelState
 from anymamba.ops import dispatch
 from anymamba.parts.state import without_last_states
 
-NUMBERS_A_BLOCK = 24
-"""Upper bound of the numbers that a block holds per token and unit of width, while it runs or for its backward pass."""
+NUMBERS_A_BLOCK = {"cuda": 12}
+OTHERWISE = 24
+"""Upper bounds of the numbers that a block holds per token and unit of width, while it runs or for its backward pass. On
+NVIDIA GPUs the backward pass computes norms and convolutions again."""
 EXPONENTS = {"mamba": 1.0, "transformer": 2.0}
 
 
@@ -72,8 +74,8 @@ def candidates(models: dict[str, LanguageModel], make: Callable[[LanguageModel, 
 def model_bytes(model: LanguageModel, length: int, training: bool) -> int:
     """Estimate the memory of a pass over a row: weights, and activations of all blocks, or of one and caches."""
     config: ModelConfig = model.config
-    size = model.embedding.weight.itemsize
-    a_block = NUMBERS_A_BLOCK * length * config.d_model * size
+    size, numbers = model.embedding.weight.itemsize, NUMBERS_A_BLOCK.get(model.embedding.weight.device.type, OTHERWISE)
+    a_block = numbers * length * config.d_model * size
     caches = 2 * config.n_layers * length * config.d_model * size
     passes = a_block * config.n_layers if training else a_block + caches
     return passes + (2 if training else 1) * model.n_parameters() * size
