@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -69,6 +71,17 @@ def test_the_loss_of_a_model_is_the_same(mixer):
     expected = model.loss(ids, ids).loss
     with without_last_states():
         assert torch.equal(model.loss(ids, ids).loss, expected)
+
+
+def test_another_thread_gets_its_states():
+    """One thread may train while another generates."""
+    layer, x, found = LAYERS["attention"](), torch.randn(1, 5, 12), []
+    with without_last_states():
+        thread = threading.Thread(target=lambda: found.append(layer(x)[1]))
+        thread.start()
+        thread.join()
+        own = layer(x)[1]
+    assert own.keys.isnan().all() and not found[0].keys.isnan().any()
 
 
 @pytest.mark.parametrize("mixers", [("h3-s4d", "mlp"), ("s4d",), ("attention", "mlp"), ("mamba",)], ids=str)

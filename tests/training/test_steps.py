@@ -9,7 +9,8 @@ from anymamba import LanguageModel, ModelConfig
 from anymamba.data.batches import Batch
 from anymamba.models.mixers import MIXERS
 from anymamba.parts.options import AttentionOptions, HyenaOptions
-from anymamba.training.steps import batch_loss
+from anymamba.parts.state import state_tensors
+from anymamba.training.steps import batch_loss, states_of_batches
 
 
 def model_of(mixer: str) -> LanguageModel:
@@ -50,3 +51,20 @@ def test_a_document_that_begins_has_seen_nothing(mixer, inside):
         got = loss(ids, [0, 9, 18], [True, False], state)[0].item()
         want += alone(1, slice(None))
     assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_states_that_are_dropped_take_no_memory():
+    """Neither of separate rows nor of packed documents."""
+    model = LanguageModel(ModelConfig(d_model=16, n_layers=2, vocab_size=11, mixers=("attention", "s4d")))
+    ids = torch.randint(11, (2, 33))
+    for offsets in ([0, 32, 64], [0, 10, 32, 50, 64]):
+        inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        batch = Batch(inputs, labels, torch.tensor(offsets, dtype=torch.int32), torch.zeros(2).bool(), {})
+        losses = []
+        for are_carried in (True, False):
+            with states_of_batches(are_carried):
+                nats, _, state = batch_loss(model, model.loss, batch, None)
+            losses.append(nats.item())
+            large = [t for t in state_tensors(state) if t.untyped_storage().nbytes() > 32]
+            assert bool(large) == are_carried
+        assert losses[0] == losses[1]

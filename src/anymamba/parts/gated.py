@@ -37,9 +37,14 @@ def gated(
 
 
 def gated_halves(both: Float[Tensor, "... two_widths"], function: str) -> Float[Tensor, "... width"]:
-    """`gated` of the first half of the channels by the second half. The gradient is one tensor from the start."""
+    """`gated` of the first half of the channels by the second half. The gradient is one tensor from the start.
+
+    Raises ValueError for an odd number of channels.
+    """
     if both.shape[-1] % 2:
-        raise ValueError(f"halves need an even number of channels, got {both.shape[-1]}")
+        raise ValueError(
+            f"halves need an even number of channels, got {both.shape[-1]}; call `gated` with both tensors"
+        )
     x, g = both.chunk(2, dim=-1)
     if as_operations(both) or not _in_kernel(x, g):
         return _operations(x, g, function)

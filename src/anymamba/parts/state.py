@@ -9,6 +9,7 @@ filled, so that rows of any length can be joined.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -126,38 +127,43 @@ def state_bytes(state: Any) -> int:
     return sum(t.numel() * t.element_size() for t in state_tensors(state))
 
 
-_unwanted = 0
-"""Depth of the blocks of `without_last_states` that are active."""
+class _Wishes(threading.local):
+    """Of one thread: while one trains, another may generate."""
+
+    unwanted = 0
+    """Depth of the blocks of `without_last_states` that are active."""
+
+
+_wishes = _Wishes()
 
 
 @contextmanager
 def without_last_states() -> Iterator[None]:
     """Tell layers that nobody reads the states that they return, as in training on separate rows.
 
-    A layer may then return NaN for what costs a pass over the sequence. Outputs and their gradients are the same.
+    A layer may then return NaN for what costs a pass over the sequence. Outputs and their gradients are the same. It
+    holds for calls in the same thread.
     """
-    global _unwanted
-    _unwanted += 1
+    _wishes.unwanted += 1
     try:
         yield
     finally:
-        _unwanted -= 1
+        _wishes.unwanted -= 1
 
 
 @contextmanager
 def last_states() -> Iterator[None]:
     """Inside `without_last_states`: the states are read after all."""
-    global _unwanted
-    outside, _unwanted = _unwanted, 0
+    outside, _wishes.unwanted = _wishes.unwanted, 0
     try:
         yield
     finally:
-        _unwanted = outside
+        _wishes.unwanted = outside
 
 
 def last_states_are_wanted() -> bool:
     """Whether the states after a sequence will be read."""
-    return not _unwanted
+    return not _wishes.unwanted
 
 
 def as_wanted_now(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from anymamba.data.batches import Batch
 from anymamba.models.language_model import LanguageModel, LanguageModelState, LossOutput
-from anymamba.parts.state import detach_state, map_state, put_rows, where_rows, without_last_states
+from anymamba.parts.state import (
+    detach_state,
+    last_states_are_wanted,
+    map_state,
+    put_rows,
+    where_rows,
+    without_last_states,
+)
 from anymamba.training.masking import Masking
 from anymamba.training.parallel.processes import Processes
 
@@ -20,7 +27,8 @@ LossFunction = Callable[..., LossOutput]
 def batch_loss(
     model: LanguageModel, loss: LossFunction, batch: Batch, carried: LanguageModelState | None
 ) -> tuple[Tensor, Tensor, LanguageModelState]:
-    """The loss of a batch summed in nats, the number of labels counted, and the detached state of each row after it.
+    """The loss of a batch summed in nats, the number of labels counted, and the detached state of each row after it, or
+    anything where last states are not wanted.
 
     Args:
         loss: `model.loss`, compiled or not.
@@ -45,6 +53,8 @@ def batch_loss(
         None if start is None else put_rows(model.init_state(offsets.numel() - 1), sequence[:-1], start),
         cu_seqlens=offsets,
     )
+    if not last_states_are_wanted():
+        return out.loss, out.n_tokens, detach_state(out.state)
     last = sequence[1:] - 1
     return out.loss, out.n_tokens, detach_state(map_state(lambda t: t.index_select(0, last), out.state))
 

@@ -29,8 +29,8 @@ from anymamba.parts.state import without_last_states
 
 NUMBERS_A_BLOCK = {"cuda": 12}
 OTHERWISE = 24
-"""Upper bounds of the numbers that a block holds per token and unit of width, while it runs or for its backward pass. On
-NVIDIA GPUs the backward pass computes norms and convolutions again."""
+"""Upper bounds of the numbers that a block holds per token and unit of width, while it runs or for its backward pass,
+which computes norms and convolutions again on an NVIDIA GPU."""
 EXPONENTS = {"mamba": 1.0, "transformer": 2.0}
 
 

@@ -9,8 +9,8 @@ constexpr int WAYS = 16;  // by which the parts of a sum are split; a block has 
 // memory holds R[32 * WAYS].
 template <typename R>
 DEVICE R sum_of_parts(const R* first, i64 stride, i64 n_parts, bool inside) {
-    // There are few blocks, which wait for memory in every round: one is enough for 384 parts, as three blocks for each
-    // of 132 multiprocessors write them.
+    // There are few blocks, which wait for memory in every round: one is enough for 384 parts, and two for the 528 that
+    // four blocks for each of 132 multiprocessors write.
     constexpr int AT_ONCE = 24;
     R* sums = reinterpret_cast<R*>(shared_memory());
     const int way = int(threadIdx.x / 32);

@@ -1,7 +1,7 @@
 """The sums of a matrix's columns in CUDA C++ for NVIDIA GPUs: as fast as memory is read.
 
-Sums are in float32. Their order depends on the sizes only, so the same numbers have the same sums, bit for bit. Nothing
-here waits for the GPU.
+Sums are in float32. Their order depends on the sizes and the number of multiprocessors, so GPUs of one kind have the
+same sums of the same numbers, bit for bit. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations

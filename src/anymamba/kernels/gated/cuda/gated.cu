@@ -29,8 +29,8 @@ struct Gate {
 
     DEVICE Gate(float g, i64 function) : value(g), slope(1.f) {
         if (function == IDENTITY) return;
-        constexpr float scale = 1.5957691216057308f, cubic = 0.044715f;         // 2 sqrt(2 / pi)
-        const float near = fminf(fmaxf(g, -64.f), 64.f), square = near * near;  // outside the sigmoid is 0 or 1
+        constexpr float scale = 1.5957691216057308f, cubic = 0.044715f;                    // 2 sqrt(2 / pi)
+        const float near = g < -64.f ? -64.f : g > 64.f ? 64.f : g, square = near * near;  // else the sigmoid is 0 or 1
         const float inner = function == GELU ? scale * near * fmaf(cubic, square, 1.f) : g;
         const float s = sigmoid_fast(inner), turn = s * (1.f - s);
         value = function == SIGMOID ? s : g * s;
