@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from anymamba import LanguageModel, MambaOptions, ModelConfig
@@ -240,6 +241,13 @@ def test_fused_and_plain_blocks_agree(rms_norm):
     total = total + hidden
     torch.testing.assert_close(plain(x, residual)[0], plain.mlp(plain.norm2(total)))
     torch.testing.assert_close(plain(x, residual)[1], total)
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu])
+def test_the_gated_mlp_is_its_equation(activation):
+    mlp, x = GatedMLP(8, 12, multiple_of=4, activation=activation), torch.randn(2, 3, 8)
+    y, gate = mlp.fc1(x)[..., :12], mlp.fc1(x)[..., 12:]
+    torch.testing.assert_close(mlp(x), mlp.fc2(y * activation(gate)))
 
 
 def test_the_block_of_version_1():

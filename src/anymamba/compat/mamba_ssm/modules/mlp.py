@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymamba.parts.gated import gated_halves
+
 
 class GatedMLP(nn.Module):
     """fc2(y * activation(gate)) with [y, gate] = fc1(x).
@@ -36,5 +38,8 @@ class GatedMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, out_features or in_features, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, gate = self.fc1(x).chunk(2, dim=-1)
+        both = self.fc1(x)
+        if self.activation is F.silu:
+            return self.fc2(gated_halves(both, "silu"))
+        y, gate = both.chunk(2, dim=-1)
         return self.fc2(y * self.activation(gate))
