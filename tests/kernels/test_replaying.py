@@ -17,6 +17,8 @@ from scan_cases import scan_inputs
 from torch import Tensor
 
 from anymamba.kernels.causal_conv1d import cuda as conv
+from anymamba.kernels.gated import cuda as gates
+from anymamba.kernels.rotary import cuda as rotary
 from anymamba.kernels.selective_scan import cuda as scan
 from anymamba.runtimes import launching, nvrtc, replaying
 from anymamba.runtimes.replaying import Plan, replayed
@@ -95,6 +97,32 @@ def test_convolutions(repeated):
 def test_norms(repeated, dtype):
     first = norm_cases.arguments(dtype=dtype, size=12)
     check(norm_cases.results, norm_cases.cuda, first, others(first), repeated, 2)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["side by side", "apart"])
+def test_gates(repeated, apart):
+    """Also halves of one tensor, whose gradient is one tensor."""
+
+    def results(module: Any, given: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        both, dy = given
+        x, g = (t.clone() for t in both.chunk(2, -1)) if apart else both.chunk(2, -1)
+        backward = module.gradients(dy, x, g, "silu") if apart else [module.gradient_of_halves(dy, both, "silu")]
+        return {"y": module.multiply(x, g, "silu")} | dict(zip("xg", backward, strict=False))
+
+    first, second = ((torch.randn(2, 5, 32), torch.randn(2, 5, 16)) for _ in range(2))
+    check(results, gates, first, second, repeated, 2)
+
+
+def test_rotary_positions(repeated):
+    angles = torch.randn(1, 5, 8)
+
+    def results(module: Any, packed: Tensor) -> dict[str, Tensor]:
+        q, k = module.rotate(packed, 1, angles.cos(), angles.sin())
+        dq, dk = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k))
+        return {"q": q, "k": k, "packed": module.gradient(dq, dk, packed[:, :, 3:], angles.cos(), angles.sin())}
+
+    first, second = (torch.randn(2, 5, 4, 16) for _ in range(2))
+    check(results, rotary, first, second, repeated, 2)
 
 
 def test_what_lies_otherwise_in_memory_is_planned_anew(repeated):

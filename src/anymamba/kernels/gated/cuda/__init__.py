@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, in_pieces, is_served, layout, numbers_of_piece
+from anymamba.runtimes.launching import Call, in_pieces, is_served, layout, numbers_of_piece, resolved
+from anymamba.runtimes.replaying import replayed
 
 TENSORS = {"x": 2, "g": 2, "y": 2, "dy": 2, "dx": 2, "dg": 2}
 """Fields that are a struct of address, strides and dtype, and their dimensions."""
@@ -37,23 +38,40 @@ def serves(x: Tensor, g: Tensor) -> bool:
 
 def multiply(x: Tensor, g: Tensor, function: str) -> Tensor:
     """x f(g) of two tensors (..., width)."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch("gate", function, x=x, g=g, y=y)
-    return y
+    x, g = resolved(x), resolved(g)
+    return replayed("gate", (x, g), (function,), lambda: (_multiply(x, g, function),))[0]
 
 
 def gradients(dy: Tensor, x: Tensor, g: Tensor, function: str) -> tuple[Tensor, Tensor]:
     """Those of x and g."""
-    dx, dg = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, g))
-    _launch("gate_gradients", function, x=x, g=g, dy=dy, dx=dx, dg=dg)
+    dy, x, g = resolved(dy), resolved(x), resolved(g)
+    dx, dg = replayed("gradients of a gate", (dy, x, g), (function,), lambda: _gradients(dy, x, g, function))
     return dx, dg
 
 
 def gradient_of_halves(dy: Tensor, both: Tensor, function: str) -> Tensor:
     """The same side by side, (..., 2 width), where x and g are."""
-    whole = torch.empty_like(both, memory_format=torch.contiguous_format)
-    (x, g), (dx, dg) = both.chunk(2, -1), whole.chunk(2, -1)
+    dy, both = resolved(dy), resolved(both)
+    return replayed("gradient of halves", (dy, both), (function,), lambda: (_of_halves(dy, both, function),))[0]
+
+
+def _multiply(x: Tensor, g: Tensor, function: str) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch("gate", function, x=x, g=g, y=y)
+    return y
+
+
+def _gradients(dy: Tensor, x: Tensor, g: Tensor, function: str) -> tuple[Tensor, Tensor]:
+    dx, dg = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, g))
     _launch("gate_gradients", function, x=x, g=g, dy=dy, dx=dx, dg=dg)
+    return dx, dg
+
+
+def _of_halves(dy: Tensor, both: Tensor, function: str) -> Tensor:
+    """Passes first halves to the kernel, which finds the second ones: a plan knows where tensors begin, not parts."""
+    whole, width = torch.empty_like(both, memory_format=torch.contiguous_format), dy.shape[-1]
+    x, dx = (_rows(t)[:, :width] for t in (both, whole))
+    _launch("gate_gradients", function, x=x, dy=dy, dx=dx)
     return whole
 
 

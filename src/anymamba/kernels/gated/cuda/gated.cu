@@ -2,8 +2,8 @@
 //
 //     y = x f(g)        dx = dy f(g),   dg = dy x f'(g)
 //
-// for f the identity, silu, the tanh form of gelu, or the sigmoid. x and g may be parts of wider tensors; so may their
-// gradients.
+// for f the identity, silu, the tanh form of gelu, or the sigmoid. x and g may be parts of wider tensors. Without an
+// address of g it lies behind x in each row, and its gradient behind that of x.
 #include "device.cuh"
 
 constexpr int THREADS = 256, BYTES = 16, COUNT = BYTES / sizeof(ElementOf<DTYPE>::Type);  // elements at once
@@ -44,6 +44,12 @@ DEVICE Element* piece_of(const Rows& t, const Parameters& p, i64 index) {
     return t.data + i64(u32(index) / u32(p.pieces)) * t.row + i64(u32(index) % u32(p.pieces)) * COUNT;
 }
 
+// The second operand, or what lies behind the first one.
+DEVICE Rows second_of(const Rows& first, const Rows& second, const Parameters& p) {
+    if (second.data) return second;
+    return Rows{first.data + p.pieces * COUNT, first.row, first.dtype};
+}
+
 KERNEL(THREADS, 4) gate(PARAMETER Parameters p) {
     let_next_start();
     wait_for_previous();
@@ -67,13 +73,14 @@ KERNEL(THREADS, 4) gate(PARAMETER Parameters p) {
 KERNEL(THREADS, 4) gate_gradients(PARAMETER Parameters p) {
     let_next_start();
     wait_for_previous();
+    const Rows given = second_of(p.x, p.g, p), made = second_of(p.dx, p.dg, p);
     const i64 first = i64(blockIdx.x) * (THREADS * AT_ONCE) + threadIdx.x, n = p.rows * p.pieces;
     float x[AT_ONCE][COUNT], g[AT_ONCE][COUNT], dy[AT_ONCE][COUNT];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
         if (first + i * THREADS >= n) break;
         read<DTYPE>(x[i], piece_of(p.x, p, first + i * THREADS));
-        read<DTYPE>(g[i], piece_of(p.g, p, first + i * THREADS));
+        read<DTYPE>(g[i], piece_of(given, p, first + i * THREADS));
         read<DTYPE>(dy[i], piece_of(p.dy, p, first + i * THREADS));
     }
 #pragma unroll
@@ -86,6 +93,6 @@ KERNEL(THREADS, 4) gate_gradients(PARAMETER Parameters p) {
             x[i][j] = dy[i][j] * f.value;
         }
         write<DTYPE>(piece_of(p.dx, p, first + i * THREADS), x[i]);
-        write<DTYPE>(piece_of(p.dg, p, first + i * THREADS), g[i]);
+        write<DTYPE>(piece_of(made, p, first + i * THREADS), g[i]);
     }
 }

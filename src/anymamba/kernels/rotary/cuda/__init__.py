@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from anymamba.runtimes import nvrtc
-from anymamba.runtimes.launching import Call, in_pieces, is_served, layout, numbers_of_piece
+from anymamba.runtimes.launching import Call, in_pieces, is_served, layout, numbers_of_piece, resolved
+from anymamba.runtimes.replaying import replayed
 
 TENSORS = {"packed": 4, "q": 4, "k": 4, "v": 4}
 """Fields that are a struct of address, strides and dtype, and their dimensions."""
@@ -36,6 +37,19 @@ def rotate(packed: Tensor, n_keys: int, cosines: Tensor, sines: Tensor) -> tuple
         packed: (batch, length, heads, channels): queries, `n_keys` heads of keys, and as many of values.
         cosines, sines: (batch or 1, length, channels / 2) in float32.
     """
+    tensors = resolved(packed), cosines, sines
+    q, k = replayed("rotary positions", tensors, (n_keys,), lambda: _rotate(tensors[0], n_keys, cosines, sines))
+    return q, k
+
+
+def gradient(dq: Tensor, dk: Tensor, dv: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """That of `packed`, from those of queries, keys and values, each (batch, length, heads, channels)."""
+    dq, dk, dv = resolved(dq), resolved(dk), resolved(dv)
+    tensors = dq, dk, dv, cosines, sines
+    return replayed("gradient of rotary positions", tensors, (), lambda: (_gradient(*tensors),))[0]
+
+
+def _rotate(packed: Tensor, n_keys: int, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, n_heads, channels = packed.shape
     n_queries = n_heads - 2 * n_keys
     q, k = (packed.new_empty(batch, length, n, channels) for n in (n_queries, n_keys))
@@ -43,8 +57,7 @@ def rotate(packed: Tensor, n_keys: int, cosines: Tensor, sines: Tensor) -> tuple
     return q, k
 
 
-def gradient(dq: Tensor, dk: Tensor, dv: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """That of `packed`, from those of queries, keys and values, each (batch, length, heads, channels)."""
+def _gradient(dq: Tensor, dk: Tensor, dv: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     batch, length, n_queries, channels = dq.shape
     packed = dq.new_empty(batch, length, n_queries + 2 * dk.shape[2], channels)
     _launch(packed.shape[2], cosines, sines, packed=packed, q=dq, k=dk, v=dv)
