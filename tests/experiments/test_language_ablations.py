@@ -13,13 +13,16 @@ from anymamba.experiments.language_ablations.arms import (
     LAYERS,
     LONGER,
     RANK,
+    RATED,
     SELECTION,
     STATE,
+    TIMES_RATE,
     arm_of,
     arm_of_a,
     arm_of_rank,
     arm_of_selection,
     arm_of_state,
+    at_rate,
     configs,
     longer,
 )
@@ -50,7 +53,8 @@ def as_published(seeds: tuple[float, ...] = (0.0,), **changed: float):
 def test_every_cell_of_the_tables_is_an_arm():
     names = [arm.name for arm in EXPERIMENT.arms("gpu")]
     others = {"transformer", "mamba-mlp", "mamba-attention", *map(longer, LONGER)}
-    assert set(TABLES) | others == set(names) and len(names) == 36
+    others |= {at_rate(name, times) for name in RATED for times in TIMES_RATE}
+    assert set(TABLES) | others == set(names) and len(names) == 48
 
 
 def test_arms_that_read_more_show_how_gaps_grow():
@@ -60,6 +64,16 @@ def test_arms_that_read_more_show_how_gaps_grow():
     found = rows(EXPERIMENT.sections(results)["With 6 times the bytes"])
     assert [row[2] for row in found[:2]] == ["+0.3000", "+0.1000"]
     assert [row[1] for row in found[:2]] == [f"{log(10.56 / 8.71) / 4.2:+.4f}", f"{log(10.34 / 8.95) / 4.2:+.4f}"]
+
+
+def test_some_arms_learn_at_other_rates():
+    arms = {arm.name: arm.settings for arm in EXPERIMENT.arms("gpu")}
+    assert arms["h3-s6-rate-x4"].optimization.learning_rate == 4 * arms["h3-s6"].optimization.learning_rate
+    assert arms["h3-s6-rate-x4"].model == arms["h3-s6"].model
+    assert not any("rate" in arm.name for arm in EXPERIMENT.arms("cpu"))
+    found = rows(EXPERIMENT.sections(as_published(mamba_rate_x2=0.4))["At other rates"])
+    assert len(found) == len(RATED) and found[0][0] == "Mamba block: S6"
+    assert found[0][3] == found[0][5] == "0.4000" and found[0][2] == f"{log(8.71) / 4.2:.4f}"
 
 
 @pytest.mark.parametrize("scale", ["gpu", "paper"])
@@ -110,6 +124,16 @@ def test_gaps_within_what_seeds_differ_by_are_ties():
     assert deviation(results) == pytest.approx(0.02**0.5 / 10)
     assert verdicts(EXPERIMENT, results)[2:7] == ["tie"] * 4 + ["holds"]
     assert "are ties" in EXPERIMENT.sections(results)["Seeds"] and deviation(as_published()) is None
+
+
+def test_arms_with_attention_are_pooled_apart():
+    """They differ more, and would make ties of what the others tell apart."""
+    results = as_published(seeds=(-0.01, 0.01))
+    for record in results.of("transformer"):
+        record.values["validation_loss"] *= 1 + 0.5 * record.seed
+    assert deviation(results) == pytest.approx(0.02**0.5 / 10)
+    assert deviation(results, with_attention=True) > 0.1
+    assert "arms with attention" in EXPERIMENT.sections(results)["Seeds"]
 
 
 def test_arms_close_to_a_neighbour_are_named_until_they_have_three_seeds():

@@ -12,7 +12,8 @@ PROTOCOL = """
 Tables 6 to 10 of [Mamba](https://arxiv.org/abs/2312.00752): the block and its inner layer; which of Δ, B and C depend
 on the input; how A is initialised; the rank of the projection to Δ; and the number of states N with constant and with
 selective B and C. Each arm changes one thing in the same Mamba, which is in all tables and measured once. One arm is a
-Transformer++. All arms read the same bytes in the same order with the same optimiser and rate.
+Transformer++. All arms read the same bytes in the same order with the same optimiser and rate;
+some learn once more at other rates.
 
 S4 is S4D, with a complex or a real A and so many states a channel that it has about the parameters of S6.
 Blocks of H3 have heads of one channel and alternate with MLPs. Models with other blocks have the parameters of Mamba
@@ -20,7 +21,7 @@ within 3 %. In tables 7 to 10 parameters differ as they do in the paper.
 
 Gaps are in nats a byte, and the paper's in nats a token of about 4.2 bytes; its models have 350 million parameters. A
 gap is one of means over the seeds, and one of at most twice the standard deviation between seeds is a tie. The
-deviation is pooled over all arms with several seeds.
+deviation is pooled over all arms with several seeds; arms with attention, which differ more, are pooled apart.
 """
 
 EXPERIMENT = Experiment(

@@ -33,6 +33,9 @@ STATE = {
 TIMES_BYTES = 6
 """Times the bytes that some arms read once more, to see whether gaps grow with them."""
 LONGER = (MAMBA, "mamba-real", "h3-s6", "h3-real", "selective-n1")
+TIMES_RATE = (0.5, 2, 4)
+"""Times the rate at which some arms learn once more, to see whether their order depends on it."""
+RATED = (MAMBA, "mamba-real", "h3-s6", "h3-real")
 
 
 @dataclass(frozen=True)
@@ -52,30 +55,33 @@ class Base:
     """Real numbers of state of S4, for the parameters of S6."""
     d_filter: int = 48
     """Width of the network of Hyena's filter, likewise."""
+    tries_rates: bool = False
+    """Whether there are arms with other rates."""
 
 
 BASES: dict[Scale, Base] = {
     "toy": Base(4, 96, 32, 16, 8, "standard-library", "float32", validation_bytes=32),
     "cpu": Base(6, 96, 2_000_000, 2048, 256, "standard-library", "float32", validation_bytes=1 << 16),
-    "gpu": Base(12, 192, 10_000_000, 16384, 2048, "books"),
+    "gpu": Base(12, 192, 10_000_000, 16384, 2048, "books", tries_rates=True),
     "paper": Base(48, 1024, 7_000_000_000, 524288, 2048, "books", rate=1.5e-3, s4_state=80, d_filter=144),
 }
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """Mamba and Transformer++, the tables in the order of what they show, and arms that read more bytes."""
+    """Mamba and Transformer++, the tables in the order of what they show, arms that read more bytes, and other rates."""
     base = BASES[scale]
     rows, validation_rows = max(1, base.bytes_a_step // base.window), max(1, base.validation_bytes // base.window)
     models = configs(base)
 
-    def arm(name: str, config: ModelConfig, times_bytes: int = 1) -> Arm:
+    def arm(name: str, config: ModelConfig, times_bytes: int = 1, times_rate: float = 1) -> Arm:
         steps = times_bytes * base.n_bytes // base.bytes_a_step
-        how = optimization(steps, rows, base.rate, base.precision)
+        how = optimization(steps, rows, times_rate * base.rate, base.precision)
         return Arm(name, LanguageSettings(config, how, base.window, base.corpus, validation_rows, max(1, steps // 4)))
 
     return [
         *(arm(name, config) for name, config in models.items()),
         *(arm(longer(name), models[name], TIMES_BYTES) for name in LONGER),
+        *(arm(at_rate(n, t), models[n], times_rate=t) for n in RATED for t in TIMES_RATE if base.tries_rates),
     ]
 
 
@@ -136,6 +142,11 @@ def layer_configs(base: Base, mamba: ModelConfig) -> dict[str, ModelConfig]:
 def longer(arm: str) -> str:
     """The arm that reads TIMES_BYTES times as many bytes."""
     return f"{arm}-longer"
+
+
+def at_rate(arm: str, times: float) -> str:
+    """The arm that learns at so many times the rate."""
+    return f"{arm}-rate-x{times:g}"
 
 
 def arm_of(block: str, layer: str) -> str:

@@ -12,16 +12,19 @@ from anymamba.experiments.language_ablations.arms import (
     LAYERS,
     MAMBA,
     RANK,
+    RATED,
     SELECTION,
     STATE,
     STATES,
     TIMES_BYTES,
+    TIMES_RATE,
     TRANSFORMER,
     arm_of,
     arm_of_a,
     arm_of_rank,
     arm_of_selection,
     arm_of_state,
+    at_rate,
     longer,
 )
 from anymamba.lab.charts import signed, spread, table
@@ -36,6 +39,8 @@ OTHERS = {"mamba-mlp": "Mamba and MLP", "mamba-attention": "Mamba and attention"
 """Below the layers of table 6."""
 LEAST = 0.01
 """Nats a byte by which S6 must be ahead, and which a larger state must gain."""
+ATTENTION = (TRANSFORMER, "mamba-attention")
+"""Arms whose losses differ several times as much between seeds as those of the others."""
 TIMES = 3
 """Times the gain from a larger state with constant B and C that it must be with selective ones."""
 CLOSE = 0.02
@@ -47,12 +52,13 @@ def between(results: Results, above: str, below: str) -> float | None:
     return gap(results, [above], [below])
 
 
-def deviation(results: Results) -> float | None:
-    """The standard deviation between seeds, pooled over the arms with several; None if no arm has."""
+def deviation(results: Results, with_attention: bool = False) -> float | None:
+    """The standard deviation between seeds, pooled over the arms with or without attention that have several seeds;
+    None if no arm has."""
     squares, degrees = 0.0, 0
     for arm in results.arms:
         own = losses(results, [arm])
-        if len(own) > 1 and all(map(isfinite, own)):
+        if (arm in ATTENTION) == with_attention and len(own) > 1 and all(map(isfinite, own)):
             squares += sum((value - mean(own)) ** 2 for value in own)
             degrees += len(own) - 1
     return sqrt(squares / degrees) if degrees else None
@@ -101,6 +107,7 @@ def sections(results: Results) -> dict[str, str]:
         "Table 9: rank of Δ": one_table(results, "rank", ranks, RANK["full"]),
         "Table 10: states a channel": state_table(results),
         f"With {TIMES_BYTES} times the bytes": longer_table(results),
+        "At other rates": rate_table(results),
         "Seeds": seed_words(results),
         "Speed": speed_table(results) if results.records else "",
     }
@@ -166,6 +173,20 @@ def longer_table(results: Results) -> str:
     return table(("nats a byte", "bytes as above", f"{TIMES_BYTES} times as many"), rows) if rows else ""
 
 
+def rate_table(results: Results) -> str:
+    """Losses of some layers at several rates; the lowest of each is its best rate."""
+    words = {arm_of(b, layer): f"{BLOCKS[b]} block: {LAYER_WORDS[layer]}" for b in LAYERS for layer in LAYERS[b]}
+    times = sorted((1, *TIMES_RATE))
+    rows = []
+    for arm in RATED:
+        own = [losses(results, [arm if t == 1 else at_rate(arm, t)]) for t in times]
+        if any(values for t, values in zip(times, own, strict=True) if t != 1):
+            best = min((mean(values) for values in own if values and all(map(isfinite, values))), default=None)
+            rows.append([words[arm], *(spread(v, 4) if v else "" for v in own), "" if best is None else f"{best:.4f}"])
+    header = ("nats a byte", *("as above" if t == 1 else f"{t:g} times the rate" for t in times), "best")
+    return table(header, rows) if rows else ""
+
+
 def seed_words(results: Results) -> str:
     """What seeds differ by, and which arms with one seed are too close to a neighbour."""
     seeds = deviation(results)
@@ -175,6 +196,10 @@ def seed_words(results: Results) -> str:
         else f"The pooled standard deviation between seeds is {seeds:.4f} nats a byte; gaps of at most {2 * seeds:.4f} "
         "are ties."
     )
+    attention = deviation(results, with_attention=True)
+    if attention is not None:
+        words += f" Of the arms with attention it is {attention:.4f}: a gap to one of them of at most "
+        words += f"{2 * attention:.4f} is a tie."
     close = close_arms(results)
     if close:
         words += f" Less than {CLOSE} from a neighbour in their table, with fewer than three seeds: {', '.join(close)}."
