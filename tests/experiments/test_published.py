@@ -20,7 +20,7 @@ HOLDING = {
     "selective-copying-gpu": (7, 10),
     "induction-heads": (7, 8),
     "induction-heads-gpu": (13, 18),
-    "induction-heads-paper": (3, 18),
+    "induction-heads-paper": (4, 18),
     "associative-recall": (8, 8),
     "associative-recall-gpu": (22, 24),
     "selection-ablation": (2, 2),

@@ -184,16 +184,25 @@ def gpu_arms() -> list[Arm]:
 
 
 def paper_arms() -> list[Arm]:
-    """The published settings: batches of 8, and the numbers of steps of table 11."""
+    """The published settings: batches of 8, and all steps of table 11."""
     steps = {"mamba": 204_800, "attention-absolute": 204_800, "attention": 409_600, "h3": 81_920, "hyena": 81_920}
-    return all_arms(batch_size=8, steps=steps)
+    return all_arms(batch_size=8, steps=steps, perfect_in_a_row=None)
 
 
-def all_arms(batch_size: int, steps: dict[str, int], seeds: dict[str, int] | None = None) -> list[Arm]:
+def all_arms(
+    batch_size: int, steps: dict[str, int], seeds: dict[str, int] | None = None, perfect_in_a_row: int | None = 5
+) -> list[Arm]:
     """Mamba with both placements at rate 1e-3, the other systems with uniform triggers at 2e-4; constant rates."""
     optimization = Optimization(steps["mamba"], batch_size, learning_rate=1e-3, clip_norm=None)
     base = Settings(
-        "mamba", "uniform", mamba(), optimization, powers(6, LONGEST), judge_every=1000, test_tokens=1 << 20
+        "mamba",
+        "uniform",
+        mamba(),
+        optimization,
+        powers(6, LONGEST),
+        judge_every=1000,
+        perfect_in_a_row=perfect_in_a_row,
+        test_tokens=1 << 20,
     )
     others = {
         **{f"attention-{p}": attention(p, 1 << LONGEST_ATTENTION) for p in ("absolute", "rotary", "xpos")},
