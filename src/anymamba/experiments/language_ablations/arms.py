@@ -68,7 +68,7 @@ BASES: dict[Scale, Base] = {
 
 
 def arms_at(scale: Scale) -> list[Arm]:
-    """Mamba and Transformer++, the tables in the order of what they show, arms that read more bytes, and other rates."""
+    """Mamba and Transformer++, the tables in the order of what they show, and arms with more bytes or other rates."""
     base = BASES[scale]
     rows, validation_rows = max(1, base.bytes_a_step // base.window), max(1, base.validation_bytes // base.window)
     models = configs(base)

@@ -84,7 +84,7 @@ def thresholds(results: Results) -> list[Threshold]:
     what = f"gain from N 1 to 16 with selective B and C, nats a byte (wanted: {TIMES} times that with constant ones)"
     least = max(LEAST, TIMES * (constant or 0.0))
     got = [selective if constant is not None else None]
-    return [*found, Threshold(what, got, at_least=least, tie=tie, show=signed)]
+    return [*found, Threshold(what, got, at_least=least, show=signed)]
 
 
 def gain(results: Results, kind: str) -> float | None:
