@@ -216,6 +216,10 @@ inline float reciprocal_fast(float x) {
 inline const u8* advance(const u8* p, int a, int b) { return p + u64(u32(a)) * u32(b); }
 inline void keep(const u8*&) {}
 inline void keep(int&) {}
+inline void write_8_bytes(void* to, uint2 v) {
+    need(reinterpret_cast<u64>(to) % 8 == 0, "a store not aligned");
+    std::memcpy(to, &v, 8);
+}
 inline void write_16_bytes(float* to, float4 v) {
     need(reinterpret_cast<u64>(to) % 16 == 0, "a store not aligned");
     std::memcpy(to, &v, 16);

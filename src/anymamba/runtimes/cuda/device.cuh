@@ -97,7 +97,10 @@ DEVICE const u8* advance(const u8* p, int a, int b) {
 DEVICE void keep(const u8*& p) { asm volatile("" : "+l"(p)); }
 DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
 
-// Four floats to global memory at once; of the same assignment the compiler may make four.
+// 8 or 16 bytes to global memory at once; of the same assignment the compiler may make two or four.
+DEVICE void write_8_bytes(void* global, uint2 v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(v.x), "r"(v.y) : "memory");
+}
 DEVICE void write_16_bytes(float* global, float4 v) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");

@@ -51,10 +51,14 @@ DEVICE Place place_of_warp(const Parameters& p) {
 #if DTYPE == 0
 typedef float4 Packed;
 DEVICE Packed nothing() { return make_float4(0.f, 0.f, 0.f, 0.f); }
+DEVICE void put_all(Element* to, const Four& in) { write_16_bytes(to, make_float4(in[0], in[1], in[2], in[3])); }
 DEVICE void unpack(Four& out, const Packed& in) { out[0] = in.x, out[1] = in.y, out[2] = in.z, out[3] = in.w; }
 #else
 typedef uint2 Packed;
 DEVICE Packed nothing() { return make_uint2(0u, 0u); }
+DEVICE void put_all(Element* to, const Four& in) {
+    write_8_bytes(to, make_uint2(as_word<DTYPE>(in[0], in[1]), as_word<DTYPE>(in[2], in[3])));
+}
 DEVICE float first_of(u32 word) { return DTYPE == BFLOAT16 ? bits_as_float(word << 16) : half_as_float(u16(word)); }
 DEVICE float second_of(u32 word) {
     return DTYPE == BFLOAT16 ? bits_as_float(word & 0xffff0000u) : half_as_float(u16(word >> 16));
@@ -81,7 +85,7 @@ DEVICE Packed ask(const Element* from, int count) {
 template <bool ALIGNED>
 DEVICE void put(Element* to, const Four& values, int count) {
     if constexpr (ALIGNED) {
-        if (count > 0) write<DTYPE>(to, values);
+        if (count > 0) put_all(to, values);
     } else {
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
@@ -222,6 +226,14 @@ DEVICE void shift(Four (&window)[TAPS - 1], const Four& x) {
     copy(window[0], window[1]), copy(window[1], window[2]), copy(window[2], x);
 }
 
+// Whether groups of the lane may take PLAIN code, and where its tokens end: a lane without channels has none, unless
+// all lanes look for sequences together.
+template <bool ALIGNED>
+DEVICE bool is_plain(const Parameters& p, const Place& at) {
+    return ALIGNED && p.width == TAPS && p.silu && at.count > 0;
+}
+DEVICE i64 end_of_lane(const Parameters& p, const Place& at) { return at.count > 0 || p.offsets ? at.end : at.begin; }
+
 // The sum over taps for the present input x.
 template <bool PLAIN>
 DEVICE void sum_over_taps(Four& sum, const Weights& w, const Four (&window)[TAPS - 1], const Four& x, int width) {
@@ -241,7 +253,7 @@ DEVICE void sum_over_taps(Four& sum, const Weights& w, const Four (&window)[TAPS
 // The outputs of a group of tokens, of which `left` exist.
 template <bool ALIGNED, bool PLAIN>
 DEVICE void forward_group(Four (&window)[TAPS - 1], const Tokens& xs, int slot, const Weights& w, const Parameters& p,
-                          Element* y, int left, int count) {
+                          Element* y, i64 stride, int left, int count) {
 #pragma unroll
     for (int i = 0; i < GROUP; i++) {
         Four sum, x;
@@ -252,7 +264,8 @@ DEVICE void forward_group(Four (&window)[TAPS - 1], const Tokens& xs, int slot, 
 #pragma unroll
             for (int c = 0; c < CHANNELS; c++) sum[c] *= sigmoid_fast(sum[c]);
         }
-        if (PLAIN || i < left) put<ALIGNED>(y + i * p.y.length, sum, count);
+        if (PLAIN || i < left) put<ALIGNED>(y, sum, PLAIN ? CHANNELS : count);
+        y += stride;
     }
 }
 
@@ -269,7 +282,8 @@ DEVICE void put_window(const Parameters& p, const Place& at, const Sequence& s, 
 
 template <bool ALIGNED>
 DEVICE void forward_piece(const Parameters& p, const Place& at) {
-    const bool plain = ALIGNED && p.width == TAPS && p.silu;
+    const bool plain = is_plain<ALIGNED>(p, at);
+    const i64 end = end_of_lane(p, at), stride = p.y.length;
     Sequence s = {};
     i64 stop = at.begin;
     Packed before[TAPS - 1];
@@ -291,7 +305,7 @@ DEVICE void forward_piece(const Parameters& p, const Place& at) {
     put_weights_in_shared(p, at);
     const Weights w = weights_of_lane();
 #pragma unroll 1
-    for (i64 t = at.begin; t < at.end;) {
+    for (i64 t = at.begin; t < end;) {
         Element* y = row_at(p.y, at, t);
         Four window[TAPS - 1];
 #pragma unroll
@@ -303,16 +317,16 @@ DEVICE void forward_piece(const Parameters& p, const Place& at) {
             xs.copy_group<ALIGNED>(slot == 0 ? SLOTS - GROUP : slot - GROUP);
             end_of_copies();
             if (plain && left >= GROUP) {
-                forward_group<ALIGNED, true>(window, xs, slot, w, p, y, left, at.count);
+                forward_group<ALIGNED, true>(window, xs, slot, w, p, y, stride, left, at.count);
             } else {
-                forward_group<ALIGNED, false>(window, xs, slot, w, p, y, left, at.count);
+                forward_group<ALIGNED, false>(window, xs, slot, w, p, y, stride, left, at.count);
             }
-            y += GROUP * p.y.length;
+            y += GROUP * stride;
             slot = slot + GROUP == SLOTS ? 0 : slot + GROUP;
         }
         t = stop;
         if (t == p.length && !p.offsets) put_window<ALIGNED>(p, at, s, window);
-        if (t < at.end) {
+        if (t < end) {
             wait_for_copies<0>();
             s = sequence_after(p, s, t);
             begin(t);
@@ -380,7 +394,7 @@ struct Span {  // what a warp writes at a time: tokens of one sequence, counted 
 };
 
 template <bool ALIGNED, bool PLAIN>
-DEVICE void write_gradient(const Parameters& p, const Place& at, const Sequence& s, const Span& span, Element* dx,
+DEVICE void write_gradient(const Parameters& p, const Place& at, const Sequence& s, const Span& span, Element* to,
                            int t, const Four& known) {
     Four sum;
     copy(sum, known);
@@ -394,7 +408,7 @@ DEVICE void write_gradient(const Parameters& p, const Place& at, const Sequence&
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) sum[i] += more[i];
     }
-    put<ALIGNED>(dx + t * p.dx.length, sum, at.count);
+    put<ALIGNED>(to, sum, PLAIN ? CHANNELS : at.count);
 }
 
 // The gradient before the activation.
@@ -438,11 +452,12 @@ DEVICE void add_token(Sums& sums, Four& finished, const Weights& w, Four (&windo
     shift(window, x);
 }
 
-// A group of tokens, the first of which is token `done` of the span; those from `end` on do not exist.
+// A group of tokens, the first of which is token `done` of the span; those from `end` on do not exist. `to` is where
+// the gradient of the first one that is finished goes, three tokens before.
 template <bool ALIGNED, bool PLAIN>
 DEVICE void backward_group(Sums& sums, Four (&window)[TAPS - 1], const Tokens& xs, const Tokens& dys, int slot,
                            const Weights& w, const Parameters& p, const Place& at, const Sequence& s, const Span& span,
-                           Element* dx, int done, int end) {
+                           Element* to, i64 stride, int done, int end) {
 #pragma unroll
     for (int i = 0; i < GROUP; i++) {
         if (!PLAIN && done + i >= end) continue;
@@ -450,7 +465,8 @@ DEVICE void backward_group(Sums& sums, Four (&window)[TAPS - 1], const Tokens& x
         xs.get(x, slot + i), dys.get(slope, slot + i);
         add_token<PLAIN>(sums, finished, w, window, x, slope, int(p.width), p.silu, done + i < span.tokens);
         const int t = done + i - (TAPS - 1);
-        if (PLAIN ? i == TAPS - 1 || done > 0 : t >= 0) write_gradient<ALIGNED, PLAIN>(p, at, s, span, dx, t, finished);
+        if (PLAIN ? i == TAPS - 1 || done > 0 : t >= 0) write_gradient<ALIGNED, PLAIN>(p, at, s, span, to, t, finished);
+        to += stride;
     }
 }
 
@@ -481,11 +497,11 @@ DEVICE int end_of_span(const Parameters& p, const Sequence& s, i64 t, i64 stop) 
 template <bool ALIGNED>
 DEVICE void backward_span(Sums& sums, OfSpan& read, const Weights& w, const Parameters& p, const Place& at,
                           const Sequence& s, i64 t, i64 stop) {
-    const bool plain = ALIGNED && p.width == TAPS && p.silu;
-    const i64 last = p.dlast_state ? s.end - p.width + 1 - t : i64(1) << 30;
+    const bool plain = is_plain<ALIGNED>(p, at);
+    const i64 stride = p.dx.length, last = p.dlast_state ? s.end - p.width + 1 - t : i64(1) << 30;
     const Span span = {int(stop - t), int(max(-(i64(1) << 30), min(last, i64(1) << 30)))};
     const int end = end_of_span(p, s, t, stop);
-    Element* dx = row_at(p.dx, at, t);
+    Element* to = row_at(p.dx, at, t) - (TAPS - 1) * stride;
     Four window[TAPS - 1];
 #pragma unroll
     for (int i = 0; i < TAPS - 1; i++) {
@@ -499,17 +515,21 @@ DEVICE void backward_span(Sums& sums, OfSpan& read, const Weights& w, const Para
         wait_for_copies<AHEAD - 1>();
         read.copy_group<ALIGNED>(slot == 0 ? SLOTS - GROUP : slot - GROUP);
         if (plain && done + GROUP <= span.tokens && done + GROUP - TAPS < span.last_state) {
-            backward_group<ALIGNED, true>(sums, window, read.xs, read.dys, slot, w, p, at, s, span, dx, done, end);
+            backward_group<ALIGNED, true>(sums, window, read.xs, read.dys, slot, w, p, at, s, span, to, stride, done,
+                                          end);
         } else {
-            backward_group<ALIGNED, false>(sums, window, read.xs, read.dys, slot, w, p, at, s, span, dx, done, end);
+            backward_group<ALIGNED, false>(sums, window, read.xs, read.dys, slot, w, p, at, s, span, to, stride, done,
+                                           end);
         }
+        to += GROUP * stride;
         slot = slot + GROUP == SLOTS ? 0 : slot + GROUP;
     }
     wait_for_copies<0>();
 #pragma unroll
     for (int i = 0; i < TAPS - 1; i++) {
         const int t_of = end - (TAPS - 1) + i;
-        if (t_of >= 0 && t_of < span.tokens) write_gradient<ALIGNED, false>(p, at, s, span, dx, t_of, sums.pending[i]);
+        Element* to = row_at(p.dx, at, t + t_of);
+        if (t_of >= 0 && t_of < span.tokens) write_gradient<ALIGNED, false>(p, at, s, span, to, t_of, sums.pending[i]);
     }
 }
 
@@ -551,11 +571,12 @@ DEVICE void backward_piece(const Parameters& p, const Place& at) {
     }
     put_weights_in_shared(p, at);
     const Weights w = weights_of_lane();
+    const i64 end = end_of_lane(p, at);
 #pragma unroll 1
-    for (i64 t = at.begin; t < at.end;) {
+    for (i64 t = at.begin; t < end;) {
         backward_span<ALIGNED>(sums, read, w, p, at, s, t, stop);
         t = stop;
-        if (t < at.end) {
+        if (t < end) {
             s = sequence_after(p, s, t);
             stop = min(at.end, s.end);
             read.begin<ALIGNED>(p, at, s, t, end_of_span(p, s, t, stop));
