@@ -31,8 +31,24 @@ VARIANTS = [variant for op in (plan, add_norm, causal_conv1d, linear_cross_entro
 OF_LAYERS = (fft_conv, products, head_products, gated, rotary, column_sums)
 OTHERS = [v for op in (packed_linear, model_step, *OF_LAYERS) for v in op.variants()]
 """Of inference, and of layers that Mamba is compared with."""
+AT_THE_SPEED_OF_MEMORY = (add_norm, causal_conv1d, linear_cross_entropy, packed_linear, model_step, *OF_LAYERS)
 SPILLED = 1024
 """Bytes a thread may keep in memory for lack of registers: rare paths do, the loop over tokens does not."""
+
+
+def ptx_of(variant: nvrtc.Variant) -> str:
+    """What the compiler makes of a variant before it is turned into machine code."""
+    compiler = nvrtc._require(nvrtc._compiler())
+    headers = [(name.encode(), body.encode()) for name, body in variant.source.headers]
+    names, bodies = [name for name, _ in headers], [body for _, body in headers]
+    _, program = compiler.nvrtcCreateProgram(variant.source.text.encode(), b"a.cu", len(headers), bodies, names)
+    options = [b"--gpu-architecture=compute_90", *(flag.encode() for flag in variant.flags())]
+    compiler.nvrtcCompileProgram(program, len(options), options)
+    _, size = compiler.nvrtcGetPTXSize(program)
+    text = bytes(size + 2)
+    compiler.nvrtcGetPTX(program, text)
+    compiler.nvrtcDestroyProgram(program)
+    return text[:size].decode()
 
 
 def compiled(variant: nvrtc.Variant, architecture: int) -> tuple[str, int]:
@@ -58,6 +74,20 @@ def test_every_variant_compiles(architecture):
         variants = VARIANTS + OTHERS
         spilled = dict(pool.map(compiled, variants, [architecture] * len(variants)))
     assert {name: n for name, n in spilled.items() if n > SPILLED} == {}
+
+
+STORE = r"st\.global\.[bfu]32\s+\[{}\], \S+\s+"
+SPLIT = re.compile(STORE.format(r"(%rd\d+)\+?\d*") + STORE.format(r"\1\+?\d*"))
+"""Stores to neighbouring places, one directly after the other: they were one in the source."""
+
+
+@needs_compiler
+@pytest.mark.parametrize("op", AT_THE_SPEED_OF_MEMORY, ids=lambda op: op.__name__.removeprefix("anymamba.kernels."))
+def test_the_compiler_does_not_split_stores(op):
+    """It made four stores of a float4, each with a quarter of every 16 bytes."""
+    for variant in op.variants():
+        text = ptx_of(variant)
+        assert ".entry" in text and not SPLIT.search(text), variant
 
 
 @needs_compiler

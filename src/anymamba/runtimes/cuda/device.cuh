@@ -387,6 +387,19 @@ DEVICE void write(typename ElementOf<TYPE>::Type* out, const float (&in)[count])
     }
 }
 
+// The same to global memory, where the compiler may make stores of four bytes of those above.
+template <int TYPE, int count>
+DEVICE void write_whole(typename ElementOf<TYPE>::Type* global, const float (&in)[count]) {
+    static_assert(count % 4 == 0, "");
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+        if constexpr (TYPE == FLOAT32)
+            write_16_bytes(global + i, make_float4(in[i], in[i + 1], in[i + 2], in[i + 3]));
+        else
+            write_8_bytes(global + i, make_uint2(as_word<TYPE>(in[i], in[i + 1]), as_word<TYPE>(in[i + 2], in[i + 3])));
+    }
+}
+
 // The same for an element alone whose type is known at run time.
 template <typename R>
 DEVICE R read_as(const void* data, i64 index, int dtype) {

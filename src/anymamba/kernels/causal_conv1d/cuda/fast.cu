@@ -51,14 +51,10 @@ DEVICE Place place_of_warp(const Parameters& p) {
 #if DTYPE == 0
 typedef float4 Packed;
 DEVICE Packed nothing() { return make_float4(0.f, 0.f, 0.f, 0.f); }
-DEVICE void put_all(Element* to, const Four& in) { write_16_bytes(to, make_float4(in[0], in[1], in[2], in[3])); }
 DEVICE void unpack(Four& out, const Packed& in) { out[0] = in.x, out[1] = in.y, out[2] = in.z, out[3] = in.w; }
 #else
 typedef uint2 Packed;
 DEVICE Packed nothing() { return make_uint2(0u, 0u); }
-DEVICE void put_all(Element* to, const Four& in) {
-    write_8_bytes(to, make_uint2(as_word<DTYPE>(in[0], in[1]), as_word<DTYPE>(in[2], in[3])));
-}
 DEVICE float first_of(u32 word) { return DTYPE == BFLOAT16 ? bits_as_float(word << 16) : half_as_float(u16(word)); }
 DEVICE float second_of(u32 word) {
     return DTYPE == BFLOAT16 ? bits_as_float(word & 0xffff0000u) : half_as_float(u16(word >> 16));
@@ -85,7 +81,7 @@ DEVICE Packed ask(const Element* from, int count) {
 template <bool ALIGNED>
 DEVICE void put(Element* to, const Four& values, int count) {
     if constexpr (ALIGNED) {
-        if (count > 0) put_all(to, values);
+        if (count > 0) write_whole<DTYPE>(to, values);
     } else {
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {

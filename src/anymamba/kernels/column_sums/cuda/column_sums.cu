@@ -117,7 +117,7 @@ KERNEL(THREADS, 4) sum_columns(PARAMETER Parameters p) {
     }
     sum_over_rows(sums, at, int(p.across));
     const i64 width = (p.width + WIDTH - 1) / WIDTH * WIDTH;
-    if (at.row == 0 && at.exists) write<FLOAT32>(p.parts + at.part * width + at.column, sums);
+    if (at.row == 0 && at.exists) write_whole<FLOAT32>(p.parts + at.part * width + at.column, sums);
 }
 
 KERNEL(32 * WAYS, 1) sum_parts(PARAMETER Parameters p) {

@@ -78,7 +78,8 @@ KERNEL(THREADS, 1) spectra(PARAMETER Parameters p) {
     forward_fft(z, numbers());
     Complex* to = p.spectra + channel * N;
 #pragma unroll
-    for (int i = 0; i < POINTS; i++) to[token(i)] = z[i];
+    for (int i = 0; i < POINTS; i++)
+        write_8_bytes(to + token(i), make_uint2(float_as_bits(z[i].re), float_as_bits(z[i].im)));
 }
 
 // From the spectrum of two rows to their convolution with the channel's filter.

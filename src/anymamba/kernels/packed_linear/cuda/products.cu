@@ -91,9 +91,9 @@ KERNEL(256, 1) unpack(PARAMETER Parameters p) {
         const int column = B::TOGETHER == 8 ? 8 * t + 4 * half : 4 * t + 16 * half;
         const i64 at = row * p.y.stride + group * GROUP + column;
         if (p.y.dtype == FLOAT32) {
-            write<FLOAT32>(reinterpret_cast<float*>(p.y.data) + at, values);
+            write_whole<FLOAT32>(reinterpret_cast<float*>(p.y.data) + at, values);
         } else {
-            write<BFLOAT16>(reinterpret_cast<u16*>(p.y.data) + at, values);
+            write_whole<BFLOAT16>(reinterpret_cast<u16*>(p.y.data) + at, values);
         }
     }
 }
