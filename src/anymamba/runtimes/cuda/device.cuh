@@ -300,6 +300,12 @@ DEVICE void load_tiles_transposed(u32 (&words)[2], const void* row) {
 
 #endif  // ANYMAMBA_EMULATED
 
+// Waits if `is_known`, which is always true: so what it depends on is computed before. The compiler would wait first,
+// and divide when the memory is idle.
+DEVICE void wait_for_previous(bool is_known) {
+    if (is_known) wait_for_previous();
+}
+
 // What the lanes of a warp have written is there.
 DEVICE void pass_on(Barrier* b, int lane) {
     sync_warp();

@@ -122,6 +122,11 @@ DEVICE float widened(u32 bits, i64 dtype) {
     if (dtype == FLOAT32) return bits_as_float(bits);
     return dtype == BFLOAT16 ? bits_as_float(bits << 16) : half_as_float(u16(bits));
 }
+// Whether a channel's weights are one aligned vector of 8 bytes.
+DEVICE bool are_dense_and_short(const Parameters& p) {
+    return p.width == TAPS && p.weight.batch == TAPS && p.weight.length == 1 && p.weight.dtype != FLOAT32 &&
+           reinterpret_cast<u64>(p.weight.data) % 8 == 0;
+}
 // One thread a channel. All warps of a block call it at the same place, since it has a barrier.
 DEVICE void put_weights_in_shared(const Parameters& p, const Place& at) {
     static_assert(THREADS == BLOCK_CHANNELS, "");
@@ -129,13 +134,18 @@ DEVICE void put_weights_in_shared(const Parameters& p, const Place& at) {
     const i64 channel = at.channel - threadIdx.x % LANES * CHANNELS + threadIdx.x;
     u32 taps[TAPS] = {}, bias = 0;
     if (channel < p.d_inner) {
-#pragma unroll
-        for (int i = 0; i < TAPS; i++) {
-            const int tap = i - (TAPS - int(p.width));
-            const i64 index = channel * p.weight.batch + tap * p.weight.length;
-            if (tap >= 0) taps[i] = ask_for_bits(p.weight.data, index, p.weight.dtype);
-        }
         if (p.bias) bias = ask_for_bits(p.bias, channel, p.bias_dtype);
+        if (are_dense_and_short(p)) {
+            const uint2 words = reinterpret_cast<const uint2*>(p.weight.data)[channel];
+            taps[0] = words.x & 0xffffu, taps[1] = words.x >> 16, taps[2] = words.y & 0xffffu, taps[3] = words.y >> 16;
+        } else {
+#pragma unroll
+            for (int i = 0; i < TAPS; i++) {
+                const int tap = i - (TAPS - int(p.width));
+                const i64 index = channel * p.weight.batch + tap * p.weight.length;
+                if (tap >= 0) taps[i] = ask_for_bits(p.weight.data, index, p.weight.dtype);
+            }
+        }
     }
 #pragma unroll
     for (int i = 0; i < TAPS; i++) shared[i * BLOCK_CHANNELS] = widened(taps[i], p.weight.dtype);
@@ -176,6 +186,12 @@ DEVICE Sequence sequence_after(const Parameters& p, const Sequence& before, i64 
 // The three inputs before token t.
 template <bool ALIGNED>
 DEVICE void ask_for_window(Packed (&window)[TAPS - 1], const Parameters& p, const Place& at, const Sequence& s, i64 t) {
+    if (t - (TAPS - 1) >= s.start) {  // mostly, so without further questions
+        const Element* from = row_at(p.x, at, t - (TAPS - 1));
+#pragma unroll
+        for (int i = 0; i < TAPS - 1; i++, from += p.x.length) window[i] = ask<ALIGNED>(from, at.count);
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < TAPS - 1; i++) {
         const i64 from = t - (TAPS - 1) + i, k = from - s.start + p.width - 1;
@@ -198,14 +214,15 @@ struct Tokens {
     // Start to copy the next group to its slots; what does not exist is left out.
     template <bool ALIGNED>
     DEVICE void copy_group(int slot) {
+        const Element* token = from;
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
+        for (int i = 0; i < GROUP; i++, token += stride) {
             if (i >= left) continue;
             Packed* to = slots + (slot + i) * LANES;
             if constexpr (ALIGNED) {
-                if (count > 0) start_copy(to, from + i * stride);
+                if (count > 0) start_copy(to, token);
             } else {
-                *to = ask<false>(from + i * stride, count);
+                *to = ask<false>(token, count);
             }
         }
         from += GROUP * stride, left -= GROUP;
@@ -363,7 +380,7 @@ DEVICE void put_last_inputs(const Parameters& p, i64 sequence) {
 
 KERNEL(THREADS, 5) forward(PARAMETER Parameters p) {
     const Place at = place_of_warp(p);
-    wait_for_previous();
+    wait_for_previous(at.row >= 0 && at.begin >= 0);
     let_next_start();
     const i64 sequence = i64(blockIdx.x) - p.n_blocks;  // of the blocks after those with pieces
     if (sequence >= 0 && p.aligned) {
@@ -603,7 +620,7 @@ CALLED void put_initial_state(const Parameters& p, i64 index) {
 
 KERNEL(THREADS, 3) backward(PARAMETER Parameters p) {
     const Place at = place_of_warp(p);
-    wait_for_previous();
+    wait_for_previous(at.row >= 0 && at.begin >= 0);
     let_next_start();
     if (i64(blockIdx.x) >= p.n_blocks) {
         put_initial_state(p, (i64(blockIdx.x) - p.n_blocks) * THREADS + threadIdx.x);
