@@ -68,10 +68,10 @@ def test_arms_that_read_more_show_how_gaps_grow():
 
 def test_some_arms_learn_at_other_rates():
     arms = {arm.name: arm.settings for arm in EXPERIMENT.arms("gpu")}
-    assert arms["h3-s6-rate-x4"].optimization.learning_rate == 4 * arms["h3-s6"].optimization.learning_rate
-    assert arms["h3-s6-rate-x4"].model == arms["h3-s6"].model
+    assert arms["h3-s6-rate-400"].optimization.learning_rate == 4 * arms["h3-s6"].optimization.learning_rate
+    assert arms["h3-s6-rate-400"].model == arms["h3-s6"].model
     assert not any("rate" in arm.name for arm in EXPERIMENT.arms("cpu"))
-    found = rows(EXPERIMENT.sections(as_published(mamba_rate_x2=0.4))["At other rates"])
+    found = rows(EXPERIMENT.sections(as_published(mamba_rate_200=0.4))["At other rates"])
     assert len(found) == len(RATED) and found[0][0] == "Mamba block: S6"
     assert found[0][3] == found[0][5] == "0.4000" and found[0][2] == f"{log(8.71) / 4.2:.4f}"
 

@@ -145,8 +145,8 @@ def longer(arm: str) -> str:
 
 
 def at_rate(arm: str, times: float) -> str:
-    """The arm that learns at so many times the rate."""
-    return f"{arm}-rate-x{times:g}"
+    """The arm that learns at so many times the rate; its name has percent."""
+    return f"{arm}-rate-{100 * times:.0f}"
 
 
 def arm_of(block: str, layer: str) -> str:
