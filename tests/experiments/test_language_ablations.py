@@ -24,6 +24,7 @@ from anymamba.experiments.language_ablations.arms import (
     arm_of_state,
     at_rate,
     configs,
+    is_in_tables,
     longer,
 )
 from anymamba.experiments.language_ablations.findings import close_arms, deviation
@@ -71,6 +72,7 @@ def test_some_arms_learn_at_other_rates():
     assert arms["h3-s6-rate-400"].optimization.learning_rate == 4 * arms["h3-s6"].optimization.learning_rate
     assert arms["h3-s6-rate-400"].model == arms["h3-s6"].model
     assert not any("rate" in arm.name for arm in EXPERIMENT.arms("cpu"))
+    assert {name for name in arms if is_in_tables(name)} == set(configs(BASES["gpu"]))
     found = rows(EXPERIMENT.sections(as_published(mamba_rate_200=0.4))["At other rates"])
     assert len(found) == len(RATED) and found[0][0] == "Mamba block: S6"
     assert found[0][3] == found[0][5] == "0.4000" and found[0][2] == f"{log(8.71) / 4.2:.4f}"

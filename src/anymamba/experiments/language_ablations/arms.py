@@ -149,6 +149,11 @@ def at_rate(arm: str, times: float) -> str:
     return f"{arm}-rate-{100 * times:.0f}"
 
 
+def is_in_tables(arm: str) -> bool:
+    """Whether an arm has the bytes and the rate of the tables."""
+    return arm not in {longer(a) for a in LONGER} | {at_rate(a, times) for a in RATED for times in TIMES_RATE}
+
+
 def arm_of(block: str, layer: str) -> str:
     """The arm of a cell of table 6."""
     return MAMBA if (block, layer) == ("mamba", "s6") else f"{block}-{layer}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from anymamba.experiments.language_ablations.arms import MAMBA, STATE, STATES, arm_of_state
+from anymamba.experiments.language_ablations.arms import MAMBA, STATE, STATES, arm_of_state, is_in_tables
 from anymamba.experiments.language_ablations.findings import between
 from anymamba.lab.charts import new_figure
 from anymamba.lab.experiment import Results
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 def gaps(results: Results) -> Figure | None:
-    """Nats above Mamba, largest at the bottom; None if there is nothing to compare."""
-    found = {arm: value for arm in results.arms if arm != MAMBA and (value := between(results, arm, MAMBA)) is not None}
+    """Nats above Mamba of the arms of the tables, largest at the bottom; None if there is nothing to compare."""
+    arms = [arm for arm in results.arms if arm != MAMBA and is_in_tables(arm)]
+    found = {arm: value for arm in arms if (value := between(results, arm, MAMBA)) is not None}
     if not found:
         return None
     ordered = sorted(found, key=lambda arm: found[arm])
