@@ -16,7 +16,6 @@ from anymamba.experiments.language_ablations.arms import (
     RATED,
     SELECTION,
     STATE,
-    TIMES_RATE,
     arm_of,
     arm_of_a,
     arm_of_rank,
@@ -54,8 +53,8 @@ def as_published(seeds: tuple[float, ...] = (0.0,), **changed: float):
 def test_every_cell_of_the_tables_is_an_arm():
     names = [arm.name for arm in EXPERIMENT.arms("gpu")]
     others = {"transformer", "mamba-mlp", "mamba-attention", *map(longer, LONGER)}
-    others |= {at_rate(name, times) for name in RATED for times in TIMES_RATE}
-    assert set(TABLES) | others == set(names) and len(names) == 48
+    others |= {at_rate(name, times) for name in RATED for times in RATED[name]}
+    assert set(TABLES) | others == set(names) and len(names) == 54
 
 
 def test_arms_that_read_more_show_how_gaps_grow():

@@ -17,7 +17,7 @@ from anymamba.lab.results import read_results
 DOCS = Path(__file__).parents[2] / "docs" / "experiments"
 HOLDING = {
     "selective-copying": (4, 5),
-    "selective-copying-gpu": (7, 10),
+    "selective-copying-gpu": (9, 10),
     "induction-heads": (7, 8),
     "induction-heads-gpu": (13, 18),
     "induction-heads-paper": (4, 18),

@@ -69,10 +69,9 @@ def test_arms_differ_in_the_mixer_and_the_controls_in_the_places(scale):
         assert arm.settings.mixer == arm.name.removeprefix("plain-").removeprefix("long-")
         assert arm.settings.task.selective is not arm.name.startswith("plain-")
         assert arm.settings.task.n_noise == (4096 if arm.name.startswith("long-") else BASES[scale].task.n_noise)
-        how = replace(arm.settings.optimization, steps=BASES[scale].optimization.steps)
-        assert replace(arm.settings, mixer="", task=BASES[scale].task, optimization=how) == BASES[scale]
-        longer = how != arm.settings.optimization
-        assert longer == arm.name.startswith("long-")
+        alike = replace(arm.settings, mixer="", task=BASES[scale].task, weight_std=BASES[scale].weight_std)
+        assert alike == BASES[scale]
+        assert (arm.settings.weight_std != BASES[scale].weight_std) == arm.name.startswith("long-")
         config = model_config(arm.settings)
         assert config.layer_mixers == (arm.settings.mixer,) * 2
         assert config.hyena.max_length == arm.settings.task.length and config.vocab_size == 16

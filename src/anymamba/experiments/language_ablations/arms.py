@@ -35,7 +35,12 @@ TIMES_BYTES = 6
 LONGER = (MAMBA, "mamba-real", "h3-s6", "h3-real", "selective-n1")
 TIMES_RATE = (0.5, 2, 4)
 """Times the rate at which some arms learn once more, to see whether their order depends on it."""
-RATED = (MAMBA, "mamba-real", "h3-s6", "h3-real")
+RATED = {
+    **dict.fromkeys((MAMBA, "mamba-real", "h3-s6", "h3-real"), TIMES_RATE),
+    **dict.fromkeys(("selective-none", "selective-b", "selective-c", "selective-delta"), (2,)),
+    **dict.fromkeys(("selective-n1", "constant-n1"), (2,)),
+}
+"""These arms, and how many times the rate."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def arms_at(scale: Scale) -> list[Arm]:
     return [
         *(arm(name, config) for name, config in models.items()),
         *(arm(longer(name), models[name], TIMES_BYTES) for name in LONGER),
-        *(arm(at_rate(n, t), models[n], times_rate=t) for n in RATED for t in TIMES_RATE if base.tries_rates),
+        *(arm(at_rate(n, t), models[n], times_rate=t) for n in RATED for t in RATED[n] if base.tries_rates),
     ]
 
 

@@ -176,6 +176,8 @@ def longer_table(results: Results) -> str:
 def rate_table(results: Results) -> str:
     """Losses of some layers at several rates; the lowest of each is its best rate."""
     words = {arm_of(b, layer): f"{BLOCKS[b]} block: {LAYER_WORDS[layer]}" for b in LAYERS for layer in LAYERS[b]}
+    words |= {arm_of_selection(n): f"selective: {SELECTION_WORDS[n]}" for n in SELECTION if n != "all"}
+    words |= {arm_of_state(kind, STATES[0]): f"{kind} B and C, one state" for kind in STATE}
     times = sorted((1, *TIMES_RATE))
     rows = []
     for arm in RATED:

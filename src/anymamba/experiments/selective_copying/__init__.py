@@ -12,8 +12,9 @@ PROTOCOL = """
 The task of section 4.1.1 of [Mamba](https://arxiv.org/abs/2312.00752). A row holds tokens to remember at random places
 among noise, then markers at which they are to be written down in order. Rows are made on the fly, and a model of two
 blocks learns from the answers alone. All arms of a task see the same rows and have the same optimiser (AdamW) and
-number of steps; in longer noise there are more steps. They are judged by the share of answers that are right, on rows
-that are the same for all arms of a task and all seeds; the share of rows in which every answer is right is shown, too.
+number of steps; in longer noise initial weights are larger. They are judged by the share of answers that are right, on
+rows that are the same for all arms of a task and all seeds; the share of rows in which every answer is right is shown,
+too.
 
 The eight cells of table 1 are three blocks (no gate, H3, Mamba) around S4 with 64 states a channel, Hyena's filter, or
 S6 with 16 states. The control is plain copying, which a fixed delay solves: it tells remembering from selecting.
