@@ -186,6 +186,7 @@ def test_pieces_fill_the_machine():
     for held, pieces in ((5, range(8, 65, 4)), (3, range(8, 193, 4))):
         assert call.piece_of(2048, 12, 132, held, pieces) == 24  # 264 blocks, two for each multiprocessor
     assert call.piece_of(2048, 96, 132, 5, range(8, 65, 4)) == 40  # 1,248 blocks in two waves of 660
+    assert call.piece_of(2048, 96, 132, 5, range(8, 33, 4)) == 28  # 1,824 in three
 
 
 def test_python_and_cuda_agree_about_the_parameters():

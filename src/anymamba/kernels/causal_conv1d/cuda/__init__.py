@@ -46,7 +46,8 @@ def _forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     call = _start(a, y=y)
     call.dense(last_state=last_state)
     if calls.is_fast(a):
-        n_blocks = _pieces(call, a, calls.FORWARD_BLOCKS, calls.FORWARD_PIECES)
+        pieces = calls.FORWARD_PIECES_OF_FLOATS if a.x.dtype == torch.float32 else calls.FORWARD_PIECES
+        n_blocks = _pieces(call, a, calls.FORWARD_BLOCKS, pieces)
         n_blocks += 0 if a.cu_seqlens is None else a.n_sequences  # whose last states they write
         shared = calls.SHARED_OF_WEIGHTS + calls.shared_of_slots(a.x.dtype, 1)
         call.launch(calls.fast("forward", a.x.dtype), n_blocks, calls.THREADS, shared, early=True)

@@ -32,17 +32,17 @@ THREADS, WARPS, CHANNELS, BLOCK_CHANNELS = 128, 4, 4, 128
 WAYS = 16
 """Of `sum_parts`: see parameters.cuh."""
 SHARED_OF_WEIGHTS = 4 * (TAPS + 1) * BLOCK_CHANNELS
-SLOTS_OF_SHORT, SLOTS_OF_FLOATS = 12, 8
-"""Of fast.cu: tokens of a tensor that a warp has in shared memory, by their dtype."""
+SLOTS = 12
+"""Of fast.cu: tokens of a tensor that a warp has in shared memory."""
 GENERAL_PIECE = 512
 """Tokens of a part of the weights' gradients in the general kernels."""
 
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 3
 """Blocks that share a multiprocessor, as the fast kernels declare."""
-FORWARD_PIECES, BACKWARD_PIECES = range(8, 65, 4), range(8, 193, 4)
-"""Tokens that a warp may take."""
-SHORT_PIECE, BLOCKS_OF_SHORT = 24, 2
-"""Of a short input: the most tokens of a warp, and the blocks for each multiprocessor."""
+FORWARD_PIECES, FORWARD_PIECES_OF_FLOATS, BACKWARD_PIECES = range(8, 33, 4), range(8, 9), range(8, 193, 4)
+"""Tokens that a warp may take. With so few forward asks for most of them before it works on any."""
+SHORT_PIECES, BLOCKS_OF_SHORT = range(8, 25, 4), 2
+"""Of a short input: tokens of a warp, and the blocks for each multiprocessor."""
 START = 12
 """What a piece costs beside its tokens, in tokens: what it reads twice, and its weights."""
 
@@ -73,8 +73,7 @@ def variants() -> list[nvrtc.Variant]:
 
 def shared_of_slots(dtype: torch.dtype, n_tensors: int) -> int:
     """Bytes of shared memory in which a block's warps have tokens of so many tensors."""
-    slots = SLOTS_OF_FLOATS if dtype == torch.float32 else SLOTS_OF_SHORT
-    return WARPS * n_tensors * slots * BLOCK_CHANNELS * dtype.itemsize
+    return WARPS * n_tensors * SLOTS * BLOCK_CHANNELS * dtype.itemsize
 
 
 @cache
@@ -91,5 +90,5 @@ def piece_of(length: int, rows: int, n_multiprocessors: int, held: int, pieces: 
     def cost(piece: int) -> int:
         return -(-blocks(piece) // (n_multiprocessors * held)) * (piece + START)
 
-    short = (p for p in pieces if p <= SHORT_PIECE and blocks(p) <= BLOCKS_OF_SHORT * n_multiprocessors)
+    short = (piece for piece in SHORT_PIECES if blocks(piece) <= BLOCKS_OF_SHORT * n_multiprocessors)
     return next(short, None) or min(pieces, key=cost)

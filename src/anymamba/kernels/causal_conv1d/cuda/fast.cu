@@ -20,9 +20,9 @@
 #include "parameters.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, CHANNELS = 4, LANES = 32, BLOCK_CHANNELS = LANES * CHANNELS, TAPS = 4;
-constexpr int GROUP = 4;                         // tokens that are copied at once, as many as taps
-constexpr int AHEAD = DTYPE == FLOAT32 ? 1 : 2;  // groups that are on their way while one is worked on
-constexpr int SLOTS = (AHEAD + 1) * GROUP;       // of a tensor: tokens that a lane has in shared memory
+constexpr int GROUP = 4;                    // tokens that are copied at once, as many as taps
+constexpr int AHEAD = 2;                    // groups that are on their way while one is worked on
+constexpr int SLOTS = (AHEAD + 1) * GROUP;  // of a tensor: tokens that a lane has in shared memory
 
 typedef ElementOf<DTYPE>::Type Element;
 typedef float Four[CHANNELS];
