@@ -61,6 +61,7 @@ SHARED = {
         "training.parallel.start",
         "training.run_config",
         "training.interrupts",
+        "training.repeating",
         "training.report",
         "training.snapshot",
         "training.steps",

@@ -50,12 +50,13 @@ def sweep() -> None:
 
 
 def others() -> None:
-    """The convolution, the norm of a sum, the loss and the sums of columns."""
+    """The convolution, the norm of a sum, the loss, the sums of columns and the gradient of an embedding."""
     import torch
     from test_cuda_memory_bound import conv, conv_contract, conv_results, norm, norm_results, on
 
     from anymamba.kernels.add_norm.arguments import NormArguments
     from anymamba.kernels.column_sums import cuda as column_sums
+    from anymamba.kernels.embedding_gradient import cuda as embedding_gradient
     from anymamba.ops.linear_cross_entropy import linear_cross_entropy
 
     for seed in SEEDS:
@@ -70,6 +71,9 @@ def others() -> None:
         for rows, width in ((1, 1), (70, 576), (3000, 8), (5000, 1500), (20000, 1168)):
             x = torch.randn(rows, width + 8, device="cuda").to(dtype)
             column_sums.sums(x[:, :width]), column_sums.sums(x[:, 1 : width + 1])
+        for vocab, tokens, width in ((5, 1000, 36), (300, 4100, 7), (40_000, 130, 64)):
+            dy, ids = torch.randn(tokens, width, device="cuda").to(dtype), torch.arange(tokens, device="cuda")
+            embedding_gradient.sums(dy, ids**2 % vocab, vocab), embedding_gradient.sums(dy, ids // 999, vocab)
 
 
 def long_convolutions() -> None:

@@ -1,7 +1,8 @@
-"""Gates, rotary positions and biases on a GPU: kernels against torch's operations."""
+"""Gates, rotary positions, biases and embeddings on a GPU: kernels against torch's operations."""
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -10,13 +11,20 @@ from torch import nn
 
 import anymamba
 from anymamba.kernels.column_sums import cuda as cuda_column_sums
+from anymamba.kernels.embedding_gradient import cuda as cuda_embedding_gradient
 from anymamba.kernels.gated import cuda as cuda_gated
 from anymamba.kernels.rotary import cuda as cuda_rotary
 from anymamba.layers.attention import Attention
 from anymamba.layers.mlp import MLP
+from anymamba.models.config import ModelConfig
+from anymamba.models.language_model import LanguageModel
+from anymamba.parts.embedding import embedding
 from anymamba.parts.gated import FUNCTIONS, gated, gated_halves
 from anymamba.parts.linear import linear
 from anymamba.parts.rotary import rotate, rotate_heads
+from anymamba.training.repeating import CUBLAS, repeatable
+
+os.environ.setdefault(CUBLAS, ":4096:8")  # before the first product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -74,6 +82,46 @@ def test_biases(rows, width):
     assert torch.equal(weight, torch.autograd.grad(plain, layer.weight, dy)[0])
     error = (bias.double() - dy.double().sum(0)).abs().max()
     assert bias.dtype == torch.float32 and error <= 1e-6 * dy.double().abs().sum(0).max()
+
+
+@pytest.mark.parametrize(("vocab", "tokens", "width"), [(256, 32_768, 256), (5, 5000, 37), (50_280, 8192, 768)])
+def test_the_gradient_of_an_embedding_has_the_same_bits_each_time(vocab, tokens, width):
+    torch.manual_seed(0)
+    weight = torch.randn(vocab, width, device="cuda", requires_grad=True)
+    ids = (torch.randn(8, tokens // 8, device="cuda").abs() * vocab / 4).long().clamp(max=vocab - 1)
+    dy = torch.randn(*ids.shape, width, device="cuda")
+    assert cuda_embedding_gradient.serves(dy)
+    found = [torch.autograd.grad(embedding(ids, weight), weight, dy)[0] for _ in range(10)]
+    assert all(torch.equal(one, found[0]) for one in found)
+    rows, wide = ids.flatten(), dy.double().flatten(0, 1)
+    wanted, sizes = (
+        torch.zeros(vocab, width, device="cuda").double().index_add(0, rows, x) for x in (wide, wide.abs())
+    )
+    assert ((found[0] - wanted).abs() <= 1e-5 * sizes).all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mixer", ["mamba", "h3-s4", "hyena", "attention"])
+def test_a_training_step_repeats_bit_for_bit(mixer, precision):
+    """Many tokens of few ids, where torch's gradient of an embedding does not. Attention needs torch's switch."""
+    config = ModelConfig(d_model=128, n_layers=2, vocab_size=256, mixers=(mixer,))
+    ids = (torch.randn(16, 2048, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 12).long() + 100
+    found = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        model = LanguageModel(config, device="cuda")
+        parameters = list(model.parameters())
+        for _ in range(3):
+            with repeatable(mixer == "attention"):
+                with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+                    out = model.loss(ids, ids)
+                gradients = torch.autograd.grad(out.loss / out.n_tokens, parameters)
+            with torch.no_grad():
+                for p, g in zip(parameters, gradients, strict=True):
+                    p -= 0.1 * g
+        found.append((out.loss.detach(), *gradients))
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu", "rotary", "rotary with shared keys"])

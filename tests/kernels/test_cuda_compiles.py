@@ -12,6 +12,7 @@ import pytest
 from anymamba.kernels.add_norm.cuda import call as add_norm
 from anymamba.kernels.causal_conv1d.cuda import call as causal_conv1d
 from anymamba.kernels.column_sums import cuda as column_sums
+from anymamba.kernels.embedding_gradient import cuda as embedding_gradient
 from anymamba.kernels.fft_conv import cuda as fft_conv
 from anymamba.kernels.fft_conv.cuda import products
 from anymamba.kernels.gated import cuda as gated
@@ -28,7 +29,7 @@ needs_compiler = pytest.mark.skipif(nvrtc.cannot_compile() is not None, reason=s
 ARCHITECTURES = (80, 90, 100, 120)
 MOST_VARIANTS = 60
 VARIANTS = [variant for op in (plan, add_norm, causal_conv1d, linear_cross_entropy) for variant in op.variants()]
-OF_LAYERS = (fft_conv, products, head_products, gated, rotary, column_sums)
+OF_LAYERS = (fft_conv, products, head_products, gated, rotary, column_sums, embedding_gradient)
 OTHERS = [v for op in (packed_linear, model_step, *OF_LAYERS) for v in op.variants()]
 """Of inference, and of layers that Mamba is compared with."""
 AT_THE_SPEED_OF_MEMORY = (add_norm, causal_conv1d, linear_cross_entropy, packed_linear, model_step, *OF_LAYERS)

@@ -13,6 +13,7 @@ FOLDER = Path(kernels.__file__).parent
 EARLY = {
     "causal_conv1d/cuda/fast.cu": ["forward", "backward", "sum_parts", "step"],
     "column_sums/cuda/column_sums.cu": ["sum_columns", "sum_parts"],
+    "embedding_gradient/cuda/embedding_gradient.cu": ["sum_runs", "join_runs"],
     "fft_conv/cuda/toeplitz_correlate.cu": ["correlate", "finish"],
     "gated/cuda/gated.cu": ["gate", "gate_gradients"],
     "head_products/cuda/head_products.cu": ["combine"],

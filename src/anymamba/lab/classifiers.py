@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anymamba.models.config import ModelConfig
 from anymamba.models.language_model import LanguageModel, LossOutput
+from anymamba.parts.embedding import embed
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ConvNet(nn.Module):
 
     def hidden(self, ids: Int[Tensor, "rows length"]) -> tuple[Float[Tensor, "rows shorter channels"], None]:
         """The output of the last layer; there is no state."""
-        x = self.embedding(ids).transpose(1, 2)
+        x = embed(self.embedding, ids).transpose(1, 2)
         for norm, convolution in zip(self.norms, self.convolutions, strict=True):
             x = F.max_pool1d(F.relu(convolution(norm(x))), 2)
         return x.transpose(1, 2), None

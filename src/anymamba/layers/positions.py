@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from anymamba.base.sizes import require_sizes
 from anymamba.ops.checks import n_sequences
 from anymamba.ops.groups import SequenceGroup, current_group, gathered_parts
 from anymamba.ops.observers import plain
+from anymamba.parts.embedding import embedding
 from anymamba.parts.padding import Rows
 from anymamba.parts.sequence import SequenceLayer
 
@@ -72,7 +72,7 @@ class LearnedPositions(SequenceLayer):
         positions = before[:, None] + torch.arange(length, device=x.device)
         if rows is not None:  # positions of padding may exceed the table
             positions = positions.masked_fill(~rows.mask, 0)
-        return x + F.embedding(positions, self.table).to(x.dtype), PositionsState(after)
+        return x + embedding(positions, self.table).to(x.dtype), PositionsState(after)
 
     def run_packed(
         self, x: Float[Tensor, "1 length d_model"], state: PositionsState | None, cu_seqlens: Tensor
@@ -104,7 +104,7 @@ class LearnedPositions(SequenceLayer):
         if after.numel() and plain(after):
             self._require_room(int(after.max()))
         n_seen = group.only_where_it_ends(after, cu_seqlens)
-        return x + F.embedding(positions, self.table).to(x.dtype), PositionsState(n_seen)
+        return x + embedding(positions, self.table).to(x.dtype), PositionsState(n_seen)
 
     def _require_room(self, length: int) -> None:
         if length > self.max_positions:

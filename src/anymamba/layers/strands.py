@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from anymamba.base.sizes import require_complement
+from anymamba.parts.embedding import embedding
 from anymamba.parts.sequence import SequenceLayer
 from anymamba.parts.strands import (
     both_masks,
@@ -66,7 +67,7 @@ class StrandEmbedding(_OfIds):
 
     def forward(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length twice_width"]:
         """The vectors of both strands."""
-        return side_by_side(F.embedding(both_strands(ids, self.table(ids.device)), self.weight))
+        return side_by_side(embedding(both_strands(ids, self.table(ids.device)), self.weight))
 
 
 class SharedStrands(nn.Module):

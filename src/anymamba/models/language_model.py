@@ -20,6 +20,7 @@ from anymamba.ops.linear_cross_entropy import linear_cross_entropy
 from anymamba.ops.linear_cross_entropy.chunks import sum_over_chunks
 from anymamba.ops.recomputing import recomputed
 from anymamba.parts.bare import is_bare
+from anymamba.parts.embedding import embed
 from anymamba.parts.init import WithoutMetaValues
 from anymamba.parts.norm import build_norm, norm_of_sum
 from anymamba.parts.parameters import WideParameters, without_decay
@@ -249,7 +250,7 @@ class LanguageModel(nn.Module):
         _require_ids(input_ids, 2, "(batch, length)")
         if self.config.complement:
             input_ids = both_strands(input_ids, self._complement(input_ids.device))
-        return self.embedding(input_ids)
+        return embed(self.embedding, input_ids)
 
     def _complement(self, device: torch.device) -> Int[Tensor, " padded_vocab"]:
         return complement_table(self.config.complement, self.config.padded_vocab_size, device)
@@ -331,7 +332,7 @@ class LanguageModel(nn.Module):
             raise TypeError(
                 f"step needs a LanguageModelState, got {type(state).__name__}; begin with init_state(batch)"
             )
-        embedded, where = self.embedding(token_ids), state.positions
+        embedded, where = embed(self.embedding, token_ids), state.positions
         if self.positions is not None:
             embedded, where = self.positions.step(embedded, where)
         residual, update = self._residual(embedded), None

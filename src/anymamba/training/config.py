@@ -199,6 +199,9 @@ class TrainConfig:
     """Steps in a row with a non-finite loss or gradient after which the run fails; each is skipped."""
     device: str = "cpu"
     """Device to train on."""
+    deterministic: bool = False
+    """Only take algorithms of torch that give the same bits each time. Models with attention need it on a GPU for runs
+    that repeat and resume bit for bit; attention's backward pass is slower then."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice. Results are bit-identical only for the same number."""
 

@@ -51,6 +51,7 @@ from anymamba.training.parallel.agreement import data_values, flat_values, of_da
 from anymamba.training.parallel.launch import is_restarted, note_launch
 from anymamba.training.parallel.processes import Processes
 from anymamba.training.parallel.start import processes_of
+from anymamba.training.repeating import repeatable
 from anymamba.training.report import Report, Silent, TrainResult
 from anymamba.training.run_config import (
     TRAIN_CONFIG,
@@ -289,7 +290,8 @@ class _Trainer:
         loss = self.processes.loss(self.model)
         done, held_out = self.progress.step, self.held_out
         self.report.on_start(outline(self.config, self.model, self.training, held_out, done))
-        with deferred_signals(launched=self.processes.size > 1) as pending:
+        repeating = repeatable(self.config.deterministic)
+        with repeating, deferred_signals(launched=self.processes.size > 1) as pending:
             stream = self._stream()
             try:
                 self._steps(stream, loss, pending)

@@ -29,6 +29,7 @@ from anymamba.compat.mamba_ssm.version_1 import accepting_version_1
 from anymamba.models.checkpoints import CheckpointError, local_path, open_checkpoint
 from anymamba.models.checkpoints.families.mamba import ORIGINAL
 from anymamba.models.checkpoints.formats.files import CONFIG, SAFETENSORS, TORCH, open_weights, read_json
+from anymamba.parts.embedding import embed
 
 __all__ = [
     "Block",
@@ -205,7 +206,7 @@ class MixerModel(nn.Module):
 
     def forward(self, input_ids: Tensor, inference_params=None, **mixer_kwargs) -> Tensor:
         """Map (batch, length) ids to the normed output (batch, length, d_model)."""
-        hidden, residual = self.embedding(input_ids), None
+        hidden, residual = embed(self.embedding, input_ids), None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, inference_params=inference_params, **mixer_kwargs)
         norm = self.norm_f
