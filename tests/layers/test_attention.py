@@ -9,6 +9,7 @@ import pytest
 import torch
 from contract import check_contract, check_gradients
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from anymamba.layers import attention
 from anymamba.layers.attention import Attention, AttentionState
@@ -267,6 +268,29 @@ def test_bfloat16_is_near_float32(positions, window):
 
 
 @torch.no_grad()
+class HostTensors(TorchDispatchMode):
+    """Counts tensors that are made from Python's numbers; a CUDA graph cannot copy them to the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "xpos"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_training_step_can_be_recorded(positions, window):
+    layer, x = Attention(16, 2, positions=positions, window=window), torch.randn(2, 9, 16)
+    with HostTensors() as made:
+        torch.tensor(1)
+        assert made.count == 1
+        layer(x)[0].sum().backward()
+    assert made.count == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_xpos_is_stable_in_long_sequences(dtype):
     """2^14 tokens and beyond what an absolute scale could hold: float32 and float16 against float64."""

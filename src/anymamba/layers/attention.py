@@ -373,8 +373,8 @@ def _scaled(
     """
 
     def offsets(first: int | Tensor, n: int) -> Int[Tensor, "batch_or_1 n"]:
-        first = torch.as_tensor(first, device=q.device).reshape(-1, 1)
-        return first + torch.arange(n, device=q.device)
+        count = torch.arange(n, device=q.device)[None]
+        return count + (first if isinstance(first, int) else first.reshape(-1, 1))  # a graph cannot copy an int
 
     q = xpos_scale(q.transpose(1, 2), offsets(0, q.shape[2])).transpose(1, 2)
     k = xpos_scale(k.transpose(1, 2), -offsets(k_offset, k.shape[2])).transpose(1, 2)
