@@ -38,12 +38,14 @@ CONVOLUTIONS = (
     (8, 2048, 1536, torch.float32),
 )
 """batch, length, channels, dtype; width 4 with SiLU."""
+WIDE = ((8, 2048, 1536, 5, BF16), (8, 2048, 1536, 16, BF16), (128, 1056, 64, 64, torch.float32))
+"""The same with a width above four; the last one is the shift of H3 in selective copying."""
 FORWARD_TARGET, BACKWARD_TARGET = 1.3, 1.5
 """Times of a copy of as many bytes, at most."""
 DOCUMENTS = 1000
 NORMS = ((16 * 2048, 768), (16 * 2048, 1024), (8 * 2048, 2560))
 """Rows and their size: the update in bfloat16, the residual in float32."""
-LOSSES = ((16 * 2048, 768, 50280), (16 * 2048, 1024, 50280))
+LOSSES = ((16 * 2048, 768, 50280), (16 * 2048, 1024, 50280), (32 * 2048, 256, 256), (128 * 1056, 64, 16))
 """tokens, d_model, vocab."""
 STEPS = ((1536, 1), (1536, 256), (5120, 256))
 SETS = 4
@@ -90,6 +92,36 @@ def convolutions(module: Any | None) -> str:
         torch.cuda.empty_cache()
     passes = [[f"{name} (ms)", "of its bytes' time", "of a copy's time"] for name in ("forward", "backward")]
     return table(["convolution", *passes[0], *passes[1], "original forward / ours", "original backward / ours"], rows)
+
+
+def wide_convolutions() -> str:
+    """The convolution of more than four taps against its bytes, its arithmetic and torch's grouped convolution."""
+    copied, _ = limits()
+    rows = []
+    for batch, length, d_inner, width, dtype in WIDE:
+        weight = normal(d_inner, width, dtype=dtype)
+        sets = [ConvArguments(normal(batch, length, d_inner, dtype=dtype), weight, None) for _ in range(SETS)]
+        dys = [torch.randn_like(a.x) for a in sets]
+        ours = passes_of_conv(sets, dys)
+        x = sets[0].x.mT.contiguous().requires_grad_()
+        taps = weight[:, None].detach().requires_grad_()
+
+        def torchs(x: Tensor = x, taps: Tensor = taps, padding: int = width - 1) -> Tensor:
+            return F.conv1d(x, taps, padding=padding, groups=len(taps))
+
+        dy = torch.randn_like(torchs())
+        forward = time_of(torchs)
+        both = time_of(lambda x=x, taps=taps, dy=dy, run=torchs: torch.autograd.grad(run(), (x, taps), dy))
+        cells = []
+        for time, tensors, theirs in ((ours[0], 2, forward), (sum(ours), 5, both)):
+            of_bytes = time / (tensors * sets[0].x.nbytes / copied)
+            cells += [f"{time:.4f}", f"{of_bytes:.2f}", f"{theirs / time:.2f}"]
+        rows.append([f"{batch} x {length} x {d_inner}, {str(dtype).removeprefix('torch.')}", str(width), *cells])
+        print(*rows[-1], file=sys.stderr)
+        del sets, dys
+        torch.cuda.empty_cache()
+    passes = [[f"{name} (ms)", "of its bytes' time", "torch / ours"] for name in ("forward", "forward + backward")]
+    return table(["convolution", "taps", *passes[0], *passes[1]], rows)
 
 
 def passes_of_conv(sets: list[ConvArguments], dys: list[Tensor]) -> tuple[float, float]:
@@ -238,7 +270,7 @@ def main() -> None:
         sys.path.insert(0, folder)
         module = importlib.import_module("causal_conv1d_cuda")
     print(machine())
-    print("\n\n".join(["", convolutions(module), norms(), losses(), steps()]))
+    print("\n\n".join(["", convolutions(module), wide_convolutions(), norms(), losses(), steps()]))
 
 
 if __name__ == "__main__":

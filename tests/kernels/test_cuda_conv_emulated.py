@@ -76,6 +76,36 @@ def test_values(case, width):
     check(**CASES[case], width=width)
 
 
+@pytest.mark.parametrize("width", [5, 7, 8, 9, 15, 16, 17, 24, 64])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 63, 64, 65, 520])
+def test_runs_of_tokens_and_taps(width, length):
+    """Around the lengths of runs, and around that of a part of the weights' gradients."""
+    for initial in (True, False):
+        check(length=length, d_inner=6, width=width, initial=initial, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("width", [5, 8, 9, 17, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_runs_in_packed_sequences(width, dtype):
+    check(batch=1, length=90, d_inner=6, width=width, lengths=[8, 0, 16, 1, 7, 9, 3, 46], dtype=dtype)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_what_sees_it_and_no_more(value):
+    """A run reads tokens and taps that some of its outputs do not see."""
+    a, want = (arguments(batch=1, length=40, d_inner=4, width=11, activation=None, initial=False) for _ in range(2))
+    a.x[0, 21, 1] = value
+    (y, last_state), (plain, _) = cuda.forward(a), cuda.forward(want)
+    seen = torch.zeros(40, 4, dtype=torch.bool)
+    seen[21:32, 1] = True
+    assert not y[0][seen].isfinite().any() and torch.equal(y[0][~seen], plain[0][~seen])
+    dy = torch.ones_like(y)
+    dy[0, 21, 1] = value
+    dx, dweight = cuda.backward(dy, torch.zeros_like(last_state), want)[:2]
+    assert torch.equal(~dx[0].isfinite(), seen.roll(-10, 0)) and not dweight[1].isfinite().any()
+    assert dweight[[0, 2, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("case", ["pieces and blocks", "packed"])
 def test_dtypes(case, dtype):

@@ -46,13 +46,13 @@ def _forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     call = _start(a, y=y)
     call.dense(last_state=last_state)
     if calls.is_fast(a):
-        pieces = calls.FORWARD_PIECES_OF_FLOATS if a.x.dtype == torch.float32 else calls.FORWARD_PIECES
+        pieces = calls.FORWARD_PIECES_OF_FLOATS if _has_floats(a) else calls.FORWARD_PIECES
         n_blocks = _pieces(call, a, calls.FORWARD_BLOCKS, pieces)
         n_blocks += 0 if a.cu_seqlens is None else a.n_sequences  # whose last states they write
         shared = calls.SHARED_OF_WEIGHTS + calls.shared_of_slots(a.x.dtype, 1)
         call.launch(calls.fast("forward", a.x.dtype), n_blocks, calls.THREADS, shared, early=True)
     else:
-        call.set(n_blocks=_blocks(a.x.numel()))
+        call.set(n_blocks=_blocks(_runs(a)))
         n_blocks = call["n_blocks"] + _blocks(last_state.numel())
         call.launch(calls.general("forward", a.dtype), n_blocks, calls.THREADS)
     return y, last_state
@@ -92,6 +92,16 @@ def step(a: ConvArguments) -> tuple[Tensor, Tensor]:
     return y, state
 
 
+def _has_floats(a: ConvArguments) -> bool:
+    return a.x.dtype == torch.float32
+
+
+def _runs(a: ConvArguments) -> int:
+    """Threads of the general kernels, which have neighbouring tokens of a channel each."""
+    batch, length, d_inner = a.x.shape
+    return batch * -(-length // calls.RUN) * d_inner
+
+
 def _blocks(n_threads: int) -> int:
     return -(-n_threads // calls.THREADS)
 
@@ -102,7 +112,8 @@ def _start(a: ConvArguments, **rows: Tensor) -> Call:
     (batch, length, d_inner), weight = a.x.shape, a.weight
     call.set(batch=batch, length=length, d_inner=d_inner, width=a.width, n_sequences=a.n_sequences, silu=a.silu)
     dense = {k: t if t.stride(-1) == 1 or d_inner == 1 else t.contiguous() for k, t in (("x", a.x), *rows.items())}
-    call.strided(**dense, weight=weight[:, :, None])
+    # in the general kernels neighbouring threads read weights of neighbouring channels
+    call.strided(**dense, weight=(weight if calls.is_fast(a) else weight.T.contiguous().T)[:, :, None])
     call.typed(bias=a.bias)
     state = None if a.initial_state is None else a.initial_state.to(a.x.dtype)
     call.dense(initial_state=state)
@@ -129,7 +140,8 @@ def _states(a: ConvArguments) -> int:
 
 
 def _fast_backward(call: Call, a: ConvArguments) -> None:
-    n_blocks = _pieces(call, a, calls.BACKWARD_BLOCKS, calls.BACKWARD_PIECES) + _states(a)
+    pieces = calls.BACKWARD_PIECES_OF_FLOATS if _has_floats(a) else calls.BACKWARD_PIECES
+    n_blocks = _pieces(call, a, calls.BACKWARD_BLOCKS, pieces) + _states(a)
     call.set(taps=calls.TAPS)
     call.scratch("parts", call["n_parts"], calls.TAPS + 1, a.x.shape[2], dtype=torch.float32)
     shared = calls.SHARED_OF_WEIGHTS * calls.WARPS + calls.shared_of_slots(a.x.dtype, 2)
@@ -142,8 +154,9 @@ def _general_backward(call: Call, a: ConvArguments) -> None:
     n_groups = -(-length // calls.GENERAL_PIECE)
     call.set(piece=calls.GENERAL_PIECE, n_groups=n_groups, n_parts=batch * n_groups, taps=a.width)
     call.scratch("slopes", *a.x.shape, dtype=a.dtype)
-    parts = call.scratch("parts", batch * n_groups, a.width + 1, d_inner, dtype=a.dtype)
-    n_threads = {"slopes": a.x.numel(), "inputs": a.x.numel(), "weights": parts.numel()}
+    call.scratch("parts", batch * n_groups, a.width + 1, d_inner, dtype=a.dtype)
+    of_weights = batch * n_groups * (-(-a.width // calls.RUN) + 1) * d_inner
+    n_threads = {"slopes": _runs(a), "inputs": _runs(a), "weights": of_weights}
     for kernel, n in n_threads.items():
         call.launch(calls.general(kernel, a.dtype), _blocks(n), calls.THREADS)
     call.launch(calls.general("states", a.dtype), _states(a), calls.THREADS)

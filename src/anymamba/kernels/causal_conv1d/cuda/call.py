@@ -34,13 +34,15 @@ WAYS = 16
 SHARED_OF_WEIGHTS = 4 * (TAPS + 1) * BLOCK_CHANNELS
 SLOTS = 12
 """Of fast.cu: tokens of a tensor that a warp has in shared memory."""
-GENERAL_PIECE = 512
-"""Tokens of a part of the weights' gradients in the general kernels."""
+RUN, GENERAL_PIECE = 8, 512
+"""Of the general kernels: tokens or taps of a thread, and tokens of a part of the weights' gradients."""
 
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 5, 3
 """Blocks that share a multiprocessor, as the fast kernels declare."""
-FORWARD_PIECES, FORWARD_PIECES_OF_FLOATS, BACKWARD_PIECES = range(8, 33, 4), range(8, 9), range(8, 193, 4)
+FORWARD_PIECES, BACKWARD_PIECES = range(8, 33, 4), range(8, 193, 4)
 """Tokens that a warp may take. With so few forward asks for most of them before it works on any."""
+FORWARD_PIECES_OF_FLOATS, BACKWARD_PIECES_OF_FLOATS = range(8, 9), range(20, 21)
+"""The same for tokens in float32."""
 SHORT_PIECES, BLOCKS_OF_SHORT = range(8, 25, 4), 2
 """Of a short input: tokens of a warp, and the blocks for each multiprocessor."""
 START = 12
