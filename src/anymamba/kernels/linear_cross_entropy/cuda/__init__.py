@@ -22,10 +22,12 @@ MOST_LOGITS = 1 << 27
 
 TENSORS = {"logits": 2}
 """Fields that are a struct of address, stride and dtype, and their dimensions."""
-FIELDS = ("labels", "losses", "rows", "vocab", "gradients")
+FIELDS = ("labels", "losses", "rows", "vocab", "gradients", "lanes")
 LAYOUT = launching.layout(TENSORS, FIELDS)
-THREADS, WIDTH = 512, 8
-"""Of a block, and the logits that a thread reads at once: see losses.cu."""
+THREADS, THREADS_OF_FEW, WIDTH = 512, 128, 8
+"""Of a block of each kernel, and the logits that a thread reads at once: see losses.cu."""
+FEW = 1024
+"""Lanes of a warp take a row of at most this many logits, a block takes a longer one."""
 
 
 def unavailable(device_type: str) -> str | None:
@@ -44,7 +46,16 @@ def description() -> str:
 
 def variants() -> list[nvrtc.Variant]:
     """Every compilation that some call on some GPU needs."""
-    return [nvrtc.Variant(nvrtc.source(Path(__file__).parent / "losses.cu"), "losses")]
+    return [variant("losses")]
+
+
+def variant(kernel: str) -> nvrtc.Variant:
+    return nvrtc.Variant(nvrtc.source(Path(__file__).parent / "losses.cu"), kernel)
+
+
+def lanes_of(vocab: int) -> int:
+    """The lanes of a warp that share a row of few logits: a power of two, so that a warp has whole rows."""
+    return min(32, 1 << (-(-vocab // WIDTH) - 1).bit_length())
 
 
 def saved_shape(a: LossArguments) -> tuple[int, ...]:
@@ -86,8 +97,14 @@ def _losses(logits: Tensor, labels: Tensor, losses: Tensor, gradients: bool) -> 
     call = launching.Call(LAYOUT, logits)
     call.strided(logits=logits)
     call.dense(labels=labels)
-    call.set(losses=losses.data_ptr(), rows=len(logits), vocab=logits.shape[1], gradients=gradients)
-    call.launch(variants()[0], len(logits), THREADS, THREADS // 32 * 2 * losses.element_size())
+    rows, vocab = logits.shape
+    lanes = lanes_of(vocab)
+    call.set(losses=losses.data_ptr(), rows=rows, vocab=vocab, gradients=gradients, lanes=lanes)
+    if vocab <= FEW:
+        kernel = "losses_of_few_in_float64" if logits.dtype == torch.float64 else "losses_of_few"
+        call.launch(variant(kernel), -(-rows * lanes // THREADS_OF_FEW), THREADS_OF_FEW)
+    else:
+        call.launch(variant("losses"), rows, THREADS, THREADS // 32 * 2 * losses.element_size())
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:

@@ -4,10 +4,12 @@
 //
 // The label -100 is not counted: its loss and gradients are 0. A label that no column has gives NaN.
 //
-// Launch: a block of 512 threads a row, which reads it twice: a row of 50,000 logits in bfloat16 is then in the cache.
+// Launch: `losses` takes a block of 512 threads a row, which reads it twice: a row of 50,000 logits in bfloat16 is then
+// in the cache. Rows of at most 1,024 logits would leave most of these threads idle: `losses_of_few` takes up to 32
+// lanes of a warp a row: a power of two, and at most twice as many as 8 logits each need.
 #include "device.cuh"
 
-constexpr int THREADS = 512, WARPS = THREADS / 32, WIDTH = 8;
+constexpr int THREADS = 512, WARPS = THREADS / 32, THREADS_OF_FEW = 128, WIDTH = 8;
 constexpr i64 IGNORED = -100;
 
 DEVICE float infinity() { return bits_as_float(0x7f800000u); }
@@ -20,13 +22,13 @@ struct Parameters {
     const i64* labels;
     u8* losses;  // (rows), float64 where the logits are, else float32
     i64 rows, vocab, gradients;
+    i64 lanes;  // of a warp that share a row, in losses_of_few: a power of two
 };
 
 template <int TYPE>
 struct Numbers {
     typedef typename ElementOf<TYPE>::Type Element;
     typedef float R;
-    static constexpr int AT_ONCE = 4;  // loads of a thread
     DEVICE static void get(R (&out)[WIDTH], const Element* from) { read<TYPE>(out, from); }
     DEVICE static void put(Element* to, const R (&values)[WIDTH]) { write<TYPE>(to, values); }
     DEVICE static R exponential(R x) { return exp2_fast(x * LOG2_E); }
@@ -35,7 +37,6 @@ template <>
 struct Numbers<FLOAT64> {
     typedef double Element;
     typedef double R;
-    static constexpr int AT_ONCE = 1;
     DEVICE static void get(R (&out)[WIDTH], const Element* from) {
         for (int i = 0; i < WIDTH; i++) out[i] = from[i];
     }
@@ -58,17 +59,65 @@ DEVICE Total<R> joined(Total<R> a, Total<R> b) {
     return {most, a.sum * N::exponential(a.most - most) + b.sum * N::exponential(b.most - most)};
 }
 
-template <int TYPE>
-DEVICE Total<typename Numbers<TYPE>::R> total_of_row(const typename Numbers<TYPE>::Element* row, i64 vocab) {
+// The total of each group of `lanes` neighbouring lanes. All lanes of the warp take part.
+template <int TYPE, typename R>
+DEVICE Total<R> total_of_lanes(Total<R> own, int lanes) {
+#pragma unroll
+    for (int m = lanes / 2; m > 0; m /= 2) {
+        const Total<R> other = {shuffle_xor(own.most, m), shuffle_xor(own.sum, m)};
+        own = joined<TYPE>(own, other);
+    }
+    return own;
+}
+
+// The threads that share a row: a block.
+struct Block {
+    static constexpr bool OTHERS = false;  // whether threads of the same warp have other rows
+    typedef i64 Column;
+    static constexpr int LOADS = 4;  // of a thread at once, except in float64
+    static constexpr int count = THREADS;
+    DEVICE explicit Block(const Parameters&) {}
+    DEVICE i64 row() const { return i64(blockIdx.x); }
+    DEVICE int number() const { return int(threadIdx.x); }
+    template <int TYPE, typename R>
+    DEVICE Total<R> total(Total<R> own) const {
+        Total<R>* shared = reinterpret_cast<Total<R>*>(shared_memory());
+        own = total_of_lanes<TYPE>(own, 32);
+        if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
+        sync_block();
+        own = shared[0];
+        for (int w = 1; w < WARPS; w++) own = joined<TYPE>(own, shared[w]);
+        return own;
+    }
+};
+// The threads that share a row of few logits: neighbouring lanes of a warp.
+struct Lanes {
+    static constexpr bool OTHERS = true;
+    typedef int Column;
+    static constexpr int LOADS = 1;
+    const int count;
+    DEVICE explicit Lanes(const Parameters& p) : count(int(p.lanes)) {}
+    DEVICE i64 row() const { return (i64(blockIdx.x) * THREADS_OF_FEW + threadIdx.x) >> first_bit(u32(count)); }
+    DEVICE int number() const { return int(threadIdx.x) & (count - 1); }
+    template <int TYPE, typename R>
+    DEVICE Total<R> total(Total<R> own) const {
+        return total_of_lanes<TYPE>(own, count);
+    }
+};
+
+template <int TYPE, typename Threads>
+DEVICE Total<typename Numbers<TYPE>::R> total_of_row(const Threads& threads, const typename Numbers<TYPE>::Element* row,
+                                                     typename Threads::Column vocab) {
     typedef Numbers<TYPE> N;
     typedef typename N::R R;
-    constexpr int AT_ONCE = N::AT_ONCE;
+    typedef typename Threads::Column Column;
+    constexpr int AT_ONCE = TYPE == FLOAT64 ? 1 : Threads::LOADS;
     Total<R> own = {-R(infinity()), R(0)};
-    for (i64 c0 = i64(threadIdx.x) * WIDTH; c0 < vocab; c0 += THREADS * WIDTH * AT_ONCE) {
+    for (Column c0 = threads.number() * WIDTH; c0 < vocab; c0 += threads.count * WIDTH * AT_ONCE) {
         R some[AT_ONCE][WIDTH];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
-            const i64 c = c0 + k * THREADS * WIDTH;
+            const Column c = c0 + k * threads.count * WIDTH;
             if (c < vocab) N::get(some[k], row + c);
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) some[k][i] = c + i < vocab ? some[k][i] : -R(infinity());
@@ -86,41 +135,53 @@ DEVICE Total<typename Numbers<TYPE>::R> total_of_row(const typename Numbers<TYPE
             for (int i = 0; i < WIDTH; i++) own.sum += N::exponential(some[k][i] - base);
         own.most = most;
     }
-    Total<R>* shared = reinterpret_cast<Total<R>*>(shared_memory());
-#pragma unroll
-    for (int m = 16; m > 0; m /= 2) {
-        const Total<R> other = {shuffle_xor(own.most, m), shuffle_xor(own.sum, m)};
-        own = joined<TYPE>(own, other);
-    }
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
-    sync_block();
-    own = shared[0];
-    for (int w = 1; w < WARPS; w++) own = joined<TYPE>(own, shared[w]);
-    return own;
+    return threads.template total<TYPE>(own);
 }
 
-template <int TYPE>
+template <int TYPE, typename Threads>
+DEVICE void row_that_is_not_counted(const Parameters& p, const Threads& threads, i64 index,
+                                    typename Numbers<TYPE>::Element* row) {
+    typedef typename Numbers<TYPE>::R R;
+    typedef typename Threads::Column Column;
+    if (threads.number() == 0) reinterpret_cast<R*>(p.losses)[index] = R(0);
+    if (!p.gradients) return;
+    const R zeros[WIDTH] = {};
+#pragma unroll 1
+    for (Column c = threads.number() * WIDTH; c < Column(p.vocab); c += threads.count * WIDTH)
+        Numbers<TYPE>::put(row + c, zeros);
+}
+
+template <int TYPE, typename Threads>
 DEVICE void row_of_losses(const Parameters& p) {
     typedef Numbers<TYPE> N;
     typedef typename N::R R;
-    const i64 index = i64(blockIdx.x), label = p.labels[index];
+    typedef typename Threads::Column Column;
+    const Threads threads(p);
+    const i64 index = threads.row();
+    const bool inside = !Threads::OTHERS || index < p.rows;
+    const i64 label = inside ? p.labels[index] : IGNORED;
     typename N::Element* row = reinterpret_cast<typename N::Element*>(p.logits) + index * p.stride;
     const bool counted = label != IGNORED, exists = label >= 0 && label < p.vocab;
-    const Total<R> total = total_of_row<TYPE>(row, p.vocab);
-    const R scale = R(1) / total.sum;
-    if (threadIdx.x == 0) {
-        const R chosen = exists ? read_as<R>(row, label, TYPE) : R(not_a_number());
-        reinterpret_cast<R*>(p.losses)[index] = counted ? log(total.sum) + (total.most - chosen) : R(0);
+    const Column vocab = Column(p.vocab), column = exists ? Column(label) : Column(-1);
+    // A row that is not counted is not read, but all lanes of a warp take part in its shuffles.
+    Total<R> total = {};
+    if (counted || Threads::OTHERS) total = total_of_row<TYPE>(threads, row, counted ? vocab : Column(0));
+    if (!inside) return;
+    if (!counted) return row_that_is_not_counted<TYPE>(p, threads, index, row);
+    // The thread that later writes the label's gradient reads its logit before.
+    if (threads.number() == (exists ? int(column / WIDTH) & (threads.count - 1) : 0)) {
+        const R chosen = exists ? read_as<R>(row, column, TYPE) : R(not_a_number());
+        reinterpret_cast<R*>(p.losses)[index] = log(total.sum) + (total.most - chosen);
     }
     if (!p.gradients) return;
-    sync_block();  // the label's logit has been read
-    for (i64 c = i64(threadIdx.x) * WIDTH; c < p.vocab; c += THREADS * WIDTH) {
+    const R scale = R(1) / total.sum;
+    for (Column c = threads.number() * WIDTH; c < vocab; c += threads.count * WIDTH) {
         R values[WIDTH];
         N::get(values, row + c);
 #pragma unroll
         for (int i = 0; i < WIDTH; i++) {
-            const R share = N::exponential(values[i] - total.most) * scale - (c + i == label ? R(1) : R(0));
-            values[i] = !counted ? R(0) : exists ? share : R(not_a_number());
+            const R share = N::exponential(values[i] - total.most) * scale - (c + i == column ? R(1) : R(0));
+            values[i] = exists ? share : R(not_a_number());
         }
         N::put(row + c, values);
     }
@@ -128,9 +189,18 @@ DEVICE void row_of_losses(const Parameters& p) {
 
 KERNEL(THREADS, 2) losses(PARAMETER Parameters p) {
     switch (p.dtype) {
-        case FLOAT32: return row_of_losses<FLOAT32>(p);
-        case FLOAT64: return row_of_losses<FLOAT64>(p);
-        case BFLOAT16: return row_of_losses<BFLOAT16>(p);
-        default: return row_of_losses<FLOAT16>(p);
+        case FLOAT32: return row_of_losses<FLOAT32, Block>(p);
+        case FLOAT64: return row_of_losses<FLOAT64, Block>(p);
+        case BFLOAT16: return row_of_losses<BFLOAT16, Block>(p);
+        default: return row_of_losses<FLOAT16, Block>(p);
     }
 }
+KERNEL(THREADS_OF_FEW, 12) losses_of_few(PARAMETER Parameters p) {
+    switch (p.dtype) {
+        case FLOAT32: return row_of_losses<FLOAT32, Lanes>(p);
+        case BFLOAT16: return row_of_losses<BFLOAT16, Lanes>(p);
+        default: return row_of_losses<FLOAT16, Lanes>(p);
+    }
+}
+// A kernel of its own: in float64 a thread needs three times the registers, so fewer of them run at a time.
+KERNEL(THREADS_OF_FEW, 5) losses_of_few_in_float64(PARAMETER Parameters p) { row_of_losses<FLOAT64, Lanes>(p); }
