@@ -125,6 +125,17 @@ struct Weights {
     }
 };
 
+// sums[j] += w[k] value[k + j] for the first `taps` of RUN taps, of values of which `n_values` take part.
+template <bool WHOLE>
+DEVICE void add_taps(Numbers& sums, const Numbers& w, const Numbers& now, const Numbers& next, i64 taps, i64 n_values) {
+#pragma unroll
+    for (int k = 0; k < RUN; k++)
+#pragma unroll
+        for (int j = 0; j < RUN; j++)
+            if (WHOLE || (k < taps && k + j < n_values))
+                sums[j] += w[k] * (k + j < RUN ? now[(k + j) % RUN] : next[(k + j) % RUN]);
+}
+
 // sums[j] += sum_i weight[i] value[i + j]; only the first `n_values` values take part.
 template <typename Values>
 DEVICE void add_products(Numbers& sums, const Weights& weights, const Values& values, i64 n_values) {
@@ -135,13 +146,11 @@ DEVICE void add_products(Numbers& sums, const Weights& weights, const Values& va
     for (i64 i = 0; i < width; i += RUN) {
         values.get(next, i + RUN);
         weights.get(w, i);
-        const bool whole = i + RUN <= width && i + 2 * RUN - 1 <= n_values;
-#pragma unroll
-        for (int k = 0; k < RUN; k++)
-#pragma unroll
-            for (int j = 0; j < RUN; j++)
-                if (whole || (i + k < width && i + k + j < n_values))
-                    sums[j] += w[k] * (k + j < RUN ? now[(k + j) % RUN] : next[(k + j) % RUN]);
+        if (i + RUN <= width && i + 2 * RUN - 1 <= n_values) {
+            add_taps<true>(sums, w, now, next, RUN, 2 * RUN);
+        } else {
+            add_taps<false>(sums, w, now, next, width - i, n_values - i);
+        }
 #pragma unroll
         for (int k = 0; k < RUN; k++) now[k] = next[k];
     }
@@ -248,13 +257,11 @@ DEVICE void add_to_taps(Numbers& sums, const Parameters& p, const Sequence& s, i
     for (i64 i = 0; i < n; i += RUN) {
         inputs.get(next, i + RUN);
         slopes.get(of_tokens, i);
-        const bool whole = i + RUN <= n;
-#pragma unroll
-        for (int j = 0; j < RUN; j++)
-#pragma unroll
-            for (int k = 0; k < RUN; k++)
-                if (whole || i + j < n)
-                    sums[k] += of_tokens[j] * (k + j < RUN ? now[(k + j) % RUN] : next[(k + j) % RUN]);
+        if (i + RUN <= n) {
+            add_taps<true>(sums, of_tokens, now, next, RUN, 2 * RUN);
+        } else {
+            add_taps<false>(sums, of_tokens, now, next, n - i, 2 * RUN);
+        }
 #pragma unroll
         for (int k = 0; k < RUN; k++) now[k] = next[k];
     }
