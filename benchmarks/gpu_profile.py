@@ -24,12 +24,13 @@ NAMES = {
     "attention": r"flash|fmha|attention",
     "products": r"nvjet|gemm|cutlass|splitK|cublas",
     "scan": r"^(scan|scan_backward|sum_pieces|carry|find_sequences|pass_empty|sum_blocks)$",
-    "loss": r"^losses$",
+    "loss": r"^losses",
     "optimizer": r"multi_tensor|[Aa]dam",
     "long convolution": r"fft|^(order|multiply|correlate|finish|spectra|convolve)$",
     "head products": r"^combine$",
+    "convolution": r"^(inputs|slopes|weights|states)$",
     "copies": r"copy|Cat|^Mem",
-    "sums": r"reduce|^sum_columns$",
+    "sums": r"reduce|^(sum_columns|sum_runs|join_runs)$",
     "elementwise": r"elementwise|^(gate|gate_gradients|rotate)$",
 }
 """A pattern of the names of a group's kernels; the first that fits. Those of convolution and norm have the same names:
