@@ -17,7 +17,7 @@ from torch import Tensor
 from anymamba.kernels.causal_conv1d import cuda, reference
 from anymamba.kernels.causal_conv1d.arguments import ConvArguments
 from anymamba.kernels.causal_conv1d.cuda import call
-from anymamba.runtimes import nvrtc
+from anymamba.runtimes import nvrtc, replaying
 
 if emulate.missing():
     pytest.skip(f"kernels cannot be emulated: {emulate.missing()}", allow_module_level=True)
@@ -104,6 +104,16 @@ def test_what_is_not_finite_reaches_what_sees_it_and_no_more(value):
     dx, dweight = cuda.backward(dy, torch.zeros_like(last_state), want)[:2]
     assert torch.equal(~dx[0].isfinite(), seen.roll(-10, 0)) and not dweight[1].isfinite().any()
     assert dweight[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [4, 5])
+def test_calls_are_planned_once(width, monkeypatch):
+    """Weights of wide convolutions are turned before a call is planned: a plan has no copies."""
+    monkeypatch.setattr(replaying, "_plans", {})
+    a = arguments(length=20, d_inner=8, width=width)
+    first, again = results(cuda, a), results(cuda, a)
+    assert len(replaying._plans) == 2 and None not in replaying._plans.values()
+    assert all(torch.equal(again[name], first[name]) for name in first)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

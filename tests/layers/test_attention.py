@@ -267,7 +267,6 @@ def test_bfloat16_is_near_float32(positions, window):
     assert step.dtype == state.keys.dtype == torch.bfloat16
 
 
-@torch.no_grad()
 class HostTensors(TorchDispatchMode):
     """Counts tensors that are made from Python's numbers; a CUDA graph cannot copy them to the GPU."""
 
@@ -291,6 +290,7 @@ def test_a_training_step_can_be_recorded(positions, window):
     assert made.count == 1
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_xpos_is_stable_in_long_sequences(dtype):
     """2^14 tokens and beyond what an absolute scale could hold: float32 and float16 against float64."""

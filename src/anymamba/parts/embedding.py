@@ -53,7 +53,7 @@ def _is_on_gpu(x: Tensor) -> bool:
 
 def sums(dy: Float[Tensor, "*tokens width"], ids: Int[Tensor, "*tokens"], vocab: int) -> Float[Tensor, "vocab width"]:
     """The sums of the rows of `dy` that have an id, for each id, in float32 or wider."""
-    if not in_operations(dy) and in_kernels(dy, ids) and cuda.serves(dy):
+    if not in_operations(dy) and in_kernels(dy, ids) and cuda.serves(dy) and vocab <= cuda.MOST_IDS:
         return cuda.sums(dy, ids, vocab)
     wide = dy.to(torch.promote_types(dy.dtype, torch.float32)).reshape(-1, dy.shape[-1])
     none = wide.new_zeros(vocab, dy.shape[-1])

@@ -200,8 +200,9 @@ class TrainConfig:
     device: str = "cpu"
     """Device to train on."""
     deterministic: bool = False
-    """Only take algorithms of torch that give the same bits each time. Models with attention need it on a GPU for runs
-    that repeat and resume bit for bit; attention's backward pass is slower then."""
+    """In training steps only take algorithms of torch that give the same bits each time. On a GPU, models with attention
+    and runs with `compile` need it to repeat and resume bit for bit. Attention's backward pass is slower then, and
+    linear attention raises an error, because torch has no such form of it."""
     threads: int | None = None
     """CPU threads; defaults to torch's choice. Results are bit-identical only for the same number."""
 

@@ -51,7 +51,7 @@ from anymamba.training.parallel.agreement import data_values, flat_values, of_da
 from anymamba.training.parallel.launch import is_restarted, note_launch
 from anymamba.training.parallel.processes import Processes
 from anymamba.training.parallel.start import processes_of
-from anymamba.training.repeating import repeatable
+from anymamba.training.repeating import prepare, repeatable
 from anymamba.training.report import Report, Silent, TrainResult
 from anymamba.training.run_config import (
     TRAIN_CONFIG,
@@ -241,6 +241,8 @@ class _Trainer:
         self.masking = Masking.of(tokenizer, config.seed) if config.objective == "mlm" else None
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if config.deterministic:
+            prepare()
         torch.manual_seed(config.seed)
         source = self._build_model(processes.device) if processes.is_first else None
         self.base = processes.from_first(lambda: lora.base_digest(source) if source and config.lora else None)
@@ -290,8 +292,7 @@ class _Trainer:
         loss = self.processes.loss(self.model)
         done, held_out = self.progress.step, self.held_out
         self.report.on_start(outline(self.config, self.model, self.training, held_out, done))
-        repeating = repeatable(self.config.deterministic)
-        with repeating, deferred_signals(launched=self.processes.size > 1) as pending:
+        with deferred_signals(launched=self.processes.size > 1) as pending:
             stream = self._stream()
             try:
                 self._steps(stream, loss, pending)
@@ -316,7 +317,8 @@ class _Trainer:
         last = progress.step >= config.steps or self.clock.is_up()
         while not last:
             started = time.perf_counter()
-            metrics = self._one_step(stream, loss)
+            with repeatable(config.deterministic):
+                metrics = self._one_step(stream, loss)
             self.seconds += time.perf_counter() - started
             self.timed_tokens += config.tokens_per_step
             last = progress.step == config.steps or self.clock.is_up()

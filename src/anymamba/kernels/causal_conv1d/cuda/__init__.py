@@ -35,6 +35,7 @@ def description() -> str:
 
 def forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
     """y (b, l, d) and the last width - 1 inputs of each sequence."""
+    a = _by_taps(a)
     y, last_state = replayed("convolution", a.tensors, a.options, lambda: _forward(a))
     return y, last_state
 
@@ -60,7 +61,7 @@ def _forward(a: ConvArguments) -> tuple[Tensor, Tensor]:
 
 def backward(dy: Tensor, dlast_state: Tensor | None, a: ConvArguments) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state (None where the input is absent)."""
-    dy, dlast_state = resolved(dy), resolved(dlast_state)
+    dy, dlast_state, a = resolved(dy), resolved(dlast_state), _by_taps(a)
     tensors = (dy, dlast_state, *a.tensors)
     return list(replayed("convolution backward", tensors, a.options, lambda: _backward(dy, dlast_state, a)))
 
@@ -92,6 +93,11 @@ def step(a: ConvArguments) -> tuple[Tensor, Tensor]:
     return y, state
 
 
+def _by_taps(a: ConvArguments) -> ConvArguments:
+    """The weight as the general kernels want it: neighbouring threads read it for neighbouring channels."""
+    return a if calls.is_fast(a) else a._replace(weight=a.weight.T.contiguous().T)
+
+
 def _has_floats(a: ConvArguments) -> bool:
     return a.x.dtype == torch.float32
 
@@ -112,8 +118,7 @@ def _start(a: ConvArguments, **rows: Tensor) -> Call:
     (batch, length, d_inner), weight = a.x.shape, a.weight
     call.set(batch=batch, length=length, d_inner=d_inner, width=a.width, n_sequences=a.n_sequences, silu=a.silu)
     dense = {k: t if t.stride(-1) == 1 or d_inner == 1 else t.contiguous() for k, t in (("x", a.x), *rows.items())}
-    # in the general kernels neighbouring threads read weights of neighbouring channels
-    call.strided(**dense, weight=(weight if calls.is_fast(a) else weight.T.contiguous().T)[:, :, None])
+    call.strided(**dense, weight=weight[:, :, None])
     call.typed(bias=a.bias)
     state = None if a.initial_state is None else a.initial_state.to(a.x.dtype)
     call.dense(initial_state=state)

@@ -23,7 +23,8 @@ LAYOUT = layout(TENSORS, FIELDS)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 THREADS, WIDTH, CHUNK = 128, 4, 64
 """Threads of a block, numbers of a vector, and tokens whose vectors a thread adds up."""
-KEYS = ((1 << 8, torch.uint8), (1 << 15, torch.int16), (1 << 31, torch.int32))
+MOST_IDS = 1 << 31
+KEYS = ((1 << 8, torch.uint8), (1 << 15, torch.int16), (MOST_IDS, torch.int32))
 """Sizes of vocabularies, and the narrowest dtype of their ids: the time to sort grows with its bits."""
 
 
@@ -38,7 +39,7 @@ def sums(dy: Float[Tensor, "*tokens width"], ids: Int[Tensor, "*tokens"], vocab:
     Args:
         dy: the gradient of the tokens' vectors.
         ids: from 0 to vocab - 1.
-        vocab: the number of ids, at most 2^31.
+        vocab: the number of ids, at most MOST_IDS.
     """
     width = dy.shape[-1]
     dy = resolved(dy).reshape(-1, width)
