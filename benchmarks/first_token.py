@@ -62,7 +62,8 @@ def loading(model: Path, how: str) -> float:
 
 
 def models(folder: Path) -> dict[str, Path]:
-    """A small model and one of 130 million parameters, as folders and as GGUF files, with random weights."""
+    """A small model and one of 130 million parameters with random weights, as folders and as GGUF files; the large one
+    also in int8."""
     torch.manual_seed(0)
     small = LanguageModel(ModelConfig(d_model=128, n_layers=4, vocab_size=257))
     large = LanguageModel(preset("mamba-130m"))
@@ -73,7 +74,21 @@ def models(folder: Path) -> dict[str, Path]:
             path = folder / f"{name.split()[0]}{suffix}"
             model.save_pretrained(path, format=format, tokenizer=tokenizer)
             paths[f"{name}, {'GGUF' if suffix else 'safetensors'}"] = path
+    paths["mamba-130m, int8"] = folder / "int8"
+    large.for_inference("int8").save_pretrained(paths["mamba-130m, int8"], tokenizer=ByteTokenizer())
     return paths
+
+
+def reading(model: Path) -> float:
+    """Seconds in which the bytes of a model's files are read into one place in memory."""
+    files = [path for path in (sorted(model.rglob("*")) if model.is_dir() else [model]) if path.is_file()]
+    place = bytearray(max(path.stat().st_size for path in files))
+    start = time.perf_counter()
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(place):
+                pass
+    return time.perf_counter() - start
 
 
 def run(repeats: int) -> str:
@@ -90,8 +105,9 @@ def run(repeats: int) -> str:
             token = best(lambda path=path: first_token(path)) - torch_alone
             limit = f" (limit {LIMIT})" if name.startswith("128") else ""
             loads = [f"{best(lambda path=path, how=how: loading(path, how)):.3f}" for how in ("verified", "as it is")]
-            rows.append([name, f"**{token:.2f}**{limit}", *loads])
-    header = ["model", "first token, over `import torch` (s)", "from_pretrained (s)", "with verify=False (s)"]
+            rows.append([name, f"**{token:.2f}**{limit}", *loads, f"{best(lambda path=path: reading(path)):.3f}"])
+    loads = ["from_pretrained (s)", "with verify=False (s)", "reading the files (s)"]
+    header = ["model", "first token, over `import torch` (s)", *loads]
     return f"`import torch` alone takes {torch_alone:.2f} s.\n\n{table(header, rows)}\n"
 
 
