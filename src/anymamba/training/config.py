@@ -200,7 +200,7 @@ class TrainConfig:
     device: str = "cpu"
     """Device to train on."""
     deterministic: bool = False
-    """In training steps only take algorithms of torch that give the same bits each time. On a GPU, models with attention
+    """In training steps only take algorithms of torch with the same bits each time. On a GPU, models with attention
     and runs with `compile` need it to repeat and resume bit for bit. Attention's backward pass is slower then, and
     linear attention raises an error, because torch has no such form of it."""
     threads: int | None = None
