@@ -25,7 +25,9 @@ LOAD = """
 import sys, time, torch
 start = time.perf_counter()
 from anymamba import LanguageModel
-LanguageModel.from_pretrained(sys.argv[1], verify=sys.argv[2] == "verified")
+from anymamba.models.inference import InferenceModel
+kind = InferenceModel if sys.argv[1].endswith("int8") else LanguageModel
+kind.from_pretrained(sys.argv[1], verify=sys.argv[2] == "verified")
 print(time.perf_counter() - start)
 """
 LIMIT = 0.5

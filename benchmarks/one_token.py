@@ -169,6 +169,22 @@ def token(weights: Weights, seconds: float) -> float:
     return mean_time(token_of(InferenceModel.random(preset("mamba-130m"), weights)), seconds)
 
 
+def prompt(weights: Weights, seconds: float) -> float:
+    """Milliseconds in which 130m reads 512 tokens."""
+    model, ids = InferenceModel.random(preset("mamba-130m"), weights), torch.randint(50000, (1, 512))
+
+    def read_prompt() -> None:
+        with torch.inference_mode():
+            model(ids, num_last_logits=1)
+
+    return mean_time(read_prompt, seconds)
+
+
+def large_token(seconds: float) -> float:
+    """Milliseconds of a token of 2.8b in int4."""
+    return mean_time(token_of(InferenceModel.random(preset("mamba-2.8b"), "int4")), seconds)
+
+
 def mean_time(run: Callable[[], object], seconds: float) -> float:
     """Mean milliseconds of a call; pauses count."""
     run()
@@ -183,6 +199,9 @@ PARTS: dict[str, Callable[[float], object]] = {
     "large": lambda seconds: large(max(3, int(seconds / 0.6))),
     "demo": demo_token,
     **{weights: partial(token, weights) for weights in FORMATS},
+    "2.8b, int4": large_token,
+    "prompt of 512, bfloat16": partial(prompt, "bfloat16"),
+    "prompt of 512, int8": partial(prompt, "int8"),
 }
 """What runs in a process of its own: with the settings of the command line, alone or beside a busy process."""
 
@@ -200,9 +219,9 @@ def part(name: str, seconds: float, busy: bool = False) -> str:
 
 
 def beside_a_busy_process(seconds: float) -> str:
-    """A table: each format and the demo's model, quiet and beside a process that keeps one core busy."""
+    """A table: tokens and prompts, quiet and beside a process that keeps one core busy."""
     rows = []
-    for name in ("demo", *WANTED):
+    for name in (part for part in PARTS if part != "large"):
         quiet = min(float(part(name, seconds)) for _ in range(2))
         busy = min(float(part(name, seconds, busy=True)) for _ in range(2))
         rows.append([name, f"{quiet:.3f}", f"{busy:.3f}", f"**{busy / quiet:.2f}** ({WANTED_BUSY})"])
