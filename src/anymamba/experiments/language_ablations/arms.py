@@ -37,8 +37,8 @@ TIMES_RATE = (0.5, 2, 4)
 """Times the rate at which some arms learn once more, to see whether their order depends on it."""
 RATED = {
     **dict.fromkeys((MAMBA, "mamba-real", "h3-s6", "h3-real"), TIMES_RATE),
-    **dict.fromkeys(("selective-none", "selective-b", "selective-c", "selective-delta"), (2,)),
-    **dict.fromkeys(("selective-n1", "constant-n1"), (2,)),
+    **dict.fromkeys(("selective-none", "selective-b", "selective-c", "selective-delta", "selective-n1"), (2,)),
+    "constant-n1": (2,),
 }
 """These arms, and how many times the rate."""
 

@@ -125,31 +125,31 @@ struct Weights {
     }
 };
 
-// sums[j] += w[k] value[k + j] for the first `taps` of RUN taps, of values of which `n_values` take part.
+// sums[j] += factors[k] value[k + j] for the first `count` of RUN factors, and values of which `n_values` take part.
 template <bool WHOLE>
-DEVICE void add_taps(Numbers& sums, const Numbers& w, const Numbers& now, const Numbers& next, i64 taps, i64 n_values) {
+DEVICE void add_run(Numbers& sums, const Numbers& factors, const Numbers& now, const Numbers& next, i64 count,
+                    i64 n_values) {
 #pragma unroll
     for (int k = 0; k < RUN; k++)
 #pragma unroll
         for (int j = 0; j < RUN; j++)
-            if (WHOLE || (k < taps && k + j < n_values))
-                sums[j] += w[k] * (k + j < RUN ? now[(k + j) % RUN] : next[(k + j) % RUN]);
+            if (WHOLE || (k < count && k + j < n_values))
+                sums[j] += factors[k] * (k + j < RUN ? now[(k + j) % RUN] : next[(k + j) % RUN]);
 }
 
-// sums[j] += sum_i weight[i] value[i + j]; only the first `n_values` values take part.
-template <typename Values>
-DEVICE void add_products(Numbers& sums, const Weights& weights, const Values& values, i64 n_values) {
-    const i64 width = weights.p.width;
-    Numbers now, next, w;
+// sums[j] += sum over i < count of factor[i] value[i + j]; only the first `n_values` values take part.
+template <typename Factors, typename Values>
+DEVICE void add_products(Numbers& sums, i64 count, const Factors& factors, const Values& values, i64 n_values) {
+    Numbers now, next, some;
     values.get(now, 0);
 #pragma unroll 1
-    for (i64 i = 0; i < width; i += RUN) {
+    for (i64 i = 0; i < count; i += RUN) {
         values.get(next, i + RUN);
-        weights.get(w, i);
-        if (i + RUN <= width && i + 2 * RUN - 1 <= n_values) {
-            add_taps<true>(sums, w, now, next, RUN, 2 * RUN);
+        factors.get(some, i);
+        if (i + RUN <= count && i + 2 * RUN - 1 <= n_values) {
+            add_run<true>(sums, some, now, next, RUN, 2 * RUN);
         } else {
-            add_taps<false>(sums, w, now, next, width - i, n_values - i);
+            add_run<false>(sums, some, now, next, count - i, n_values - i);
         }
 #pragma unroll
         for (int k = 0; k < RUN; k++) now[k] = next[k];
@@ -164,7 +164,7 @@ DEVICE void sums_of_run(Numbers& sums, const Parameters& p, const Place& at) {
     for (int j = 0; j < RUN; j++) sums[j] = bias;
     if (at.first + at.count <= s.end) {
         const Inputs inputs = {p, s, at.channel, at.first - p.width + 1};
-        return add_products(sums, Weights{p, at.channel, false}, inputs, ALL);
+        return add_products(sums, p.width, Weights{p, at.channel, false}, inputs, ALL);
     }
 #pragma unroll 1
     for (int j = 0; j < at.count; j++) {
@@ -221,7 +221,7 @@ KERNEL(THREADS, 1) inputs(PARAMETER Parameters p) {
         for (int j = 0; j < RUN; j++)
             if (j < at.count) sums[j] = from_last_state<R>(p, s, at.first + j, at.channel);
         const Slopes slopes = {p, s, at.channel, at.first};
-        add_products(sums, Weights{p, at.channel, true}, slopes, s.end - at.first);
+        add_products(sums, p.width, Weights{p, at.channel, true}, slopes, s.end - at.first);
     } else {
 #pragma unroll 1
         for (int j = 0; j < at.count; j++) {
@@ -245,28 +245,6 @@ KERNEL(THREADS, 1) states(PARAMETER Parameters p) {
     write_as<R>(p.dinitial_state, index, int(p.x.dtype), sum);
 }
 
-// Adds to the gradients of RUN taps from `tap` on, those of a channel, what the tokens from t to `stop` give, all of
-// sequence s.
-DEVICE void add_to_taps(Numbers& sums, const Parameters& p, const Sequence& s, i64 channel, i64 tap, i64 t, i64 stop) {
-    const Inputs inputs = {p, s, channel, t - p.width + 1 + tap};
-    const Slopes slopes = {p, s, channel, t};
-    const i64 n = stop - t;
-    Numbers now, next, of_tokens;
-    inputs.get(now, 0);
-#pragma unroll 1
-    for (i64 i = 0; i < n; i += RUN) {
-        inputs.get(next, i + RUN);
-        slopes.get(of_tokens, i);
-        if (i + RUN <= n) {
-            add_taps<true>(sums, of_tokens, now, next, RUN, 2 * RUN);
-        } else {
-            add_taps<false>(sums, of_tokens, now, next, n - i, 2 * RUN);
-        }
-#pragma unroll
-        for (int k = 0; k < RUN; k++) now[k] = next[k];
-    }
-}
-
 // One thread a part, RUN taps and a channel; the last one of a part has the bias.
 KERNEL(THREADS, 1) weights(PARAMETER Parameters p) {
     const i64 groups = (p.width + RUN - 1) / RUN + 1;
@@ -286,7 +264,8 @@ KERNEL(THREADS, 1) weights(PARAMETER Parameters p) {
     for (i64 t = begin; t < end;) {
         const Sequence s = sequence_at(p, row, t);
         const i64 stop = s.end <= t ? end : min(end, s.end);  // offsets that fall lead nowhere
-        add_to_taps(sums, p, s, channel, tap, t, stop);
+        const Inputs inputs = {p, s, channel, t - p.width + 1 + tap};
+        add_products(sums, stop - t, Slopes{p, s, channel, t}, inputs, ALL);
         t = stop;
     }
 #pragma unroll
